@@ -1,0 +1,123 @@
+"""What to rescale: `IA3Config`, with PEFT's names and PEFT's `adapter_config.json`."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import IA3Error
+
+CONFIG_NAME = "adapter_config.json"
+
+Modules = str | list[str] | set[str] | tuple[str, ...] | None
+
+
+def _as_set(modules: Modules) -> str | set[str] | None:
+    return set(modules) if isinstance(modules, list | tuple | set) else modules
+
+
+@dataclass
+class IA3Config:
+    """Which activations of a model get a learned vector.
+
+    Args:
+        task_type: PEFT's task type, e.g. `"CAUSAL_LM"` or `"SEQ_2_SEQ_LM"`; only recorded.
+        base_model_name_or_path: the base model's name or folder; filled in from the model.
+        revision: the base model's revision on the hub.
+        inference_mode: the adapter's vectors do not require gradients.
+        target_modules: the modules to rescale. A list matches whole names or dotted suffixes
+            (`"k"` matches `block.0.attn.k`), a string is a regular expression that must match the
+            whole name, `"all-linear"` is every linear layer but the output layer, and `None`
+            chooses by architecture.
+        exclude_modules: modules to leave out, in the same forms.
+        feedforward_modules: those of the targets whose *input* is rescaled (the feed-forward inner
+            activation of the paper) rather than their output, in the same forms.
+        fan_in_fan_out: the weight is stored `[in, out]`; recorded for PEFT, found from the module.
+        modules_to_save: further modules to train and save in full.
+        init_ia3_weights: start from ones (the identity). Otherwise from a normal distribution.
+        auto_mapping: PEFT's hint for finding the base model's class.
+
+    Raises:
+        IA3Error: `feedforward_modules` names modules that are not among `target_modules`.
+    """
+
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    target_modules: Modules = None
+    exclude_modules: Modules = None
+    feedforward_modules: Modules = None
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
+    init_ia3_weights: bool = True
+    auto_mapping: dict[str, Any] | None = None
+    peft_type: str = "IA3"
+    unknown: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.peft_type != "IA3":
+            raise IA3Error(f"peft_type is {self.peft_type!r}, expected 'IA3'")
+        self.target_modules = _as_set(self.target_modules)
+        self.exclude_modules = _as_set(self.exclude_modules)
+        self.feedforward_modules = _as_set(self.feedforward_modules)
+        targets, feedforward = self.target_modules, self.feedforward_modules
+        if isinstance(targets, set) and isinstance(feedforward, set):
+            outside = sorted(feedforward - targets)
+            if outside:
+                raise IA3Error(
+                    f"feedforward_modules {outside} are not among target_modules "
+                    f"{sorted(targets)}: add them there too"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they stand in `adapter_config.json`, sets as sorted lists."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
+        values.update(self.unknown)
+        return {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in sorted(values.items())
+        }
+
+    def to_json(self) -> str:
+        """The text of `adapter_config.json`."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> IA3Config:
+        """Build from the keys of an `adapter_config.json`; unknown keys are kept and named."""
+        known = {f.name for f in fields(cls)} - {"unknown"}
+        unknown = {key: value for key, value in values.items() if key not in known}
+        surprising = sorted(unknown.keys() - {"peft_version"})
+        if surprising:
+            warnings.warn(
+                f"{source}: unknown keys {surprising} are kept and not used", stacklevel=2
+            )
+        return cls(**{k: v for k, v in values.items() if k in known}, unknown=unknown)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> IA3Config:
+        """Read an `adapter_config.json`.
+
+        Raises:
+            IA3Error: the file is not JSON, or not the config of an (IA)³ adapter.
+        """
+        try:
+            values = json.loads(Path(path).read_text("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise IA3Error(f"{path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise IA3Error(f"{path} holds {type(values).__name__}, expected a JSON object")
+        return cls.from_dict(values, source=str(path))
+
+
+def matches(name: str, modules: Iterable[str] | str) -> bool:
+    """PEFT's rule: a string is a full regular expression, a list holds names or dotted suffixes."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(name == module or name.endswith(f".{module}") for module in modules)

@@ -1,0 +1,160 @@
+"""From a config and a model to the sites: which module, which side, how many values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import IA3Config, matches
+from .errors import IA3Error, did_you_mean
+
+Side = Literal["output", "input"]
+
+# model_type -> (target_modules, feedforward_modules), equal to PEFT 0.21's defaults.
+ARCHITECTURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "t5": (("k", "v", "wo"), ("wo",)),
+    "mt5": (("k", "v", "wi_1"), ()),
+    "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
+    "bloom": (("query_key_value", "mlp.dense_4h_to_h"), ("mlp.dense_4h_to_h",)),
+    "roberta": (("key", "value", "output.dense"), ("output.dense",)),
+    "opt": (("q_proj", "k_proj", "fc2"), ("fc2",)),
+    "gptj": (("q_proj", "v_proj", "fc_out"), ("fc_out",)),
+    "gpt_neox": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
+    "gpt_neo": (("q_proj", "v_proj", "c_proj"), ("c_proj",)),
+    "bart": (("q_proj", "v_proj", "fc2"), ("fc2",)),
+    "gpt_bigcode": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
+    "llama": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "llama4": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "mistral": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "mixtral": (("k_proj", "v_proj", "w2"), ("w2",)),
+    "bert": (("key", "value", "output.dense"), ("output.dense",)),
+    "deberta-v2": (("key_proj", "value_proj", "output.dense"), ("output.dense",)),
+    "deberta": (("in_proj", "output.dense"), ("output.dense",)),
+    "RefinedWebModel": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
+    "RefinedWeb": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
+    "falcon": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
+    "phi": (("q_proj", "v_proj", "fc2"), ("fc2",)),
+    "gemma": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "gemma2": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "gemma3_text": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "qwen2": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
+    "qwen3": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to rescale: its name, which side of it, and how many values that side has."""
+
+    name: str
+    side: Side
+    dim: int
+
+
+def with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
+    """A copy of the config whose `None` fields are filled in for this model.
+
+    Raises:
+        IA3Error: no `target_modules` were given and the model's type has no defaults.
+    """
+    values = config.to_dict()
+    model_config = getattr(model, "config", None)
+    if values["base_model_name_or_path"] is None:
+        values["base_model_name_or_path"] = getattr(model_config, "_name_or_path", None) or None
+    model_type = getattr(model_config, "model_type", None)
+    if values["target_modules"] is None:
+        if model_type not in ARCHITECTURES:
+            raise IA3Error(
+                f"no default target_modules for model type {model_type!r} "
+                f"({type(model).__name__}): name them in IA3Config(target_modules=[...])"
+            )
+        values["target_modules"] = list(ARCHITECTURES[model_type][0])
+        if values["feedforward_modules"] is None:
+            values["feedforward_modules"] = list(ARCHITECTURES[model_type][1])
+    if values["feedforward_modules"] is None:
+        default = ARCHITECTURES.get(str(model_type), ((), ()))[1]
+        targets = values["target_modules"]
+        values["feedforward_modules"] = (
+            list(default)
+            if isinstance(targets, str)
+            else [module for module in default if module in targets]
+        )
+    # Both are recorded in the forms PEFT reads; unknown keys were named when the file was read.
+    known = {key: value for key, value in values.items() if key not in config.unknown}
+    return IA3Config(**known, unknown=dict(config.unknown))
+
+
+def find_targets(model: nn.Module, config: IA3Config) -> list[Target]:
+    """The modules that a config with its defaults filled in rescales, in the model's order.
+
+    Raises:
+        IA3Error: a name or pattern matches nothing, a match cannot be rescaled, or a
+            feed-forward module is not among the targets.
+    """
+    assert config.target_modules is not None and config.feedforward_modules is not None
+    names = [name for name, _ in model.named_modules() if name]
+    linear = {name for name, module in model.named_modules() if _features(module) is not None}
+    if config.target_modules == "all-linear":
+        chosen = sorted(linear - _output_layer(model), key=names.index)
+    else:
+        _check_all_match(config.target_modules, names, "target_modules", model)
+        chosen = [name for name in names if matches(name, config.target_modules)]
+    if config.exclude_modules:
+        _check_all_match(config.exclude_modules, names, "exclude_modules", model)
+        chosen = [name for name in chosen if not matches(name, config.exclude_modules)]
+    if not chosen:
+        raise IA3Error(f"no module of {type(model).__name__} is left to rescale")
+    if config.feedforward_modules:
+        _check_all_match(config.feedforward_modules, names, "feedforward_modules", model)
+    targets = []
+    for name in chosen:
+        features = _features(model.get_submodule(name))
+        if features is None:
+            raise IA3Error(
+                f"module {name!r} is a {type(model.get_submodule(name)).__name__}, which cannot "
+                "be rescaled: expected Linear or Conv1D"
+            )
+        side: Side = "input" if matches(name, config.feedforward_modules) else "output"
+        targets.append(Target(name, side, features[0] if side == "input" else features[1]))
+    return targets
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return None
+
+
+def _output_layer(model: nn.Module) -> set[str]:
+    """Names of the output layer: the language model's head or a classifier's."""
+    get_output = getattr(model, "get_output_embeddings", None)
+    head = get_output() if get_output is not None else None
+    names = {name for name, module in model.named_modules() if head is not None and module is head}
+    return names or {name for name in ("score", "classifier") if hasattr(model, name)}
+
+
+def _check_all_match(
+    modules: str | Iterable[str], names: list[str], field: str, model: nn.Module
+) -> None:
+    """Every entry must match a module: a silent mismatch would train less than was asked for."""
+    kind = type(model).__name__
+    if isinstance(modules, str):
+        try:
+            found = any(re.fullmatch(modules, name) for name in names)
+        except re.error as error:
+            raise IA3Error(f"{field} {modules!r} is not a regular expression: {error}") from error
+        if not found:
+            raise IA3Error(f"{field}: the expression {modules!r} matches no whole name in {kind}")
+        return
+    for module in sorted(modules):
+        if not any(matches(name, [module]) for name in names):
+            last_parts = {name.rsplit(".", 1)[-1] for name in names} | set(names)
+            hint = did_you_mean(module, sorted(last_parts))
+            raise IA3Error(f"{field}: module {module!r} matches nothing in {kind}{hint}")

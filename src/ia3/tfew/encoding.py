@@ -1,0 +1,156 @@
+"""From an example's fields to token ids: the prompt's and every answer choice's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..base_model import BaseModel
+from ..errors import IA3Error
+from .templates import Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A choice is tokenised after the end of a prompt, whose last characters decide how.
+_TAIL_CHARACTERS = 12
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Token ids of a prompt and of its answer choices, ready to be scored."""
+
+    prompt: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+
+
+class Encoder:
+    """Renders and tokenises examples for one model.
+
+    Args:
+        base: the model and its tokenizer.
+        answer_choices: the words to rank, in the order of the labels.
+        chat: put the prompt into the tokenizer's chat template, as the user's message.
+
+    Raises:
+        IA3Error: two choices are the same tokens, one is empty, or `chat` is asked of a tokenizer
+            that has no chat template.
+    """
+
+    def __init__(self, base: BaseModel, answer_choices: Sequence[str], *, chat: bool) -> None:
+        if chat and not base.tokenizer.chat_template:
+            raise IA3Error(f"the tokenizer of {base.name!r} has no chat template: use chat=False")
+        self.answer_choices = list(answer_choices)
+        self.truncated = 0
+        self._tokenizer = base.tokenizer
+        self._chat = chat
+        self._encoder_decoder = base.is_encoder_decoder
+        self._max_length = _context_length(base)
+        self._choice_ids: dict[str, tuple[tuple[int, ...], ...]] = {}
+
+    def encode(self, example: Mapping[str, Any], template: Template) -> EncodedExample:
+        """Token ids of one example.
+
+        A prompt longer than the model's context is shortened by cutting the end of its longest
+        field; `truncated` counts the examples that were cut.
+
+        Raises:
+            IA3Error: the template does not render, or does not fit even with empty fields.
+        """
+        text = self._prompt_text(example, template)
+        prompt = self._prompt_ids(text)
+        choices = self._choices_after(text)
+        room = self._max_length
+        if not self._encoder_decoder:
+            room -= max(len(choice) for choice in choices)
+        if len(prompt) > room:
+            self.truncated += 1
+            prompt = self._truncated_prompt(dict(example), template, len(prompt), room)
+        return EncodedExample(prompt, choices)
+
+    def _prompt_text(self, example: Mapping[str, Any], template: Template) -> str:
+        text = template.render(example, self.answer_choices)
+        if not text.strip():
+            raise IA3Error(f"template {template.source!r} renders nothing for {dict(example)!r}")
+        if not self._chat:
+            return text
+        rendered: str = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        )
+        return rendered
+
+    def _prompt_ids(self, text: str) -> tuple[int, ...]:
+        # A chat template writes its special tokens itself.
+        ids = self._tokenizer(text, add_special_tokens=not self._chat, truncation=False)["input_ids"]
+        if not self._encoder_decoder and ids and ids[-1] == self._tokenizer.eos_token_id:
+            ids = ids if self._chat else ids[:-1]
+        return tuple(ids)
+
+    def _choices_after(self, prompt: str) -> tuple[tuple[int, ...], ...]:
+        """Token ids of the choices: with the separating space, and what follows a prompt's end."""
+        tail = prompt[-_TAIL_CHARACTERS:]
+        if tail not in self._choice_ids:
+            if self._encoder_decoder:
+                ids = [tuple(self._tokenizer(c)["input_ids"]) for c in self.answer_choices]
+            else:
+                separator = "" if tail[-1].isspace() else " "
+                ids = [
+                    _ids_after(self._tokenizer, tail, separator + c) for c in self.answer_choices
+                ]
+            for index, choice in enumerate(ids):
+                if not choice:
+                    raise IA3Error(f"choice {self.answer_choices[index]!r} has no token")
+                if choice in ids[:index]:
+                    raise IA3Error(
+                        f"choices {self.answer_choices[ids.index(choice)]!r} and "
+                        f"{self.answer_choices[index]!r} are the same tokens: give one other words"
+                    )
+            self._choice_ids[tail] = tuple(ids)
+        return self._choice_ids[tail]
+
+    def _truncated_prompt(
+        self, example: dict[str, Any], template: Template, length: int, room: int
+    ) -> tuple[int, ...]:
+        prompt: tuple[int, ...] = ()
+        while length > room:
+            texts = {name: v for name, v in example.items() if isinstance(v, str) and v}
+            longest = max(
+                (name for name in texts if name in template.fields),
+                key=lambda name: len(texts[name]),
+                default=None,
+            )
+            if longest is None:
+                raise IA3Error(
+                    f"template {template.source!r} needs {length} tokens without any text; the "
+                    f"model's context has room for {room}"
+                )
+            # Tokens are at least one character: cutting this many never cuts below what fits by
+            # more than the text's own characters a token, and the loop ends.
+            text = texts[longest]
+            ids = self._tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+            keep = max(0, len(ids) - (length - room))
+            shorter = self._tokenizer.decode(ids[:keep], skip_special_tokens=True)
+            example[longest] = shorter if len(shorter) < len(text) else text[: len(text) // 2]
+            prompt = self._prompt_ids(self._prompt_text(example, template))
+            length = len(prompt)
+        return prompt
+
+
+def _ids_after(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> tuple[int, ...]:
+    first = tokenizer(before, add_special_tokens=False)["input_ids"]
+    both = tokenizer(before + text, add_special_tokens=False)["input_ids"]
+    if both[: len(first)] == first:
+        return tuple(both[len(first) :])
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _context_length(base: BaseModel) -> int:
+    """Tokens the model takes: what its positions allow, else what its tokenizer says."""
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = getattr(base.model.config, name, None)
+        if isinstance(value, int) and value > 0 and getattr(
+            base.model.config, "model_type", ""
+        ) not in ("t5", "mt5"):
+            return value
+    return int(min(base.tokenizer.model_max_length, 10**9))

@@ -1,0 +1,372 @@
+"""Scores of answer choices: log-probabilities of their tokens after the prompt.
+
+A decoder-only model gets the prompt and all its choices in one sequence: each choice sees the
+prompt and itself (a tree mask), at the positions it would have alone, so that the prompt is
+computed once. Short examples are packed into rows of one length, so that no padding is computed
+either. Only the positions that predict an answer token are projected to the vocabulary.
+
+Not every architecture takes a tree mask. `shares_prompt` tries it out on the model itself; where
+the scores differ, every choice gets a row of its own, with the prompt repeated. An encoder-decoder
+encodes each prompt once, and decodes every choice in a row of its own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ..base_model import BaseModel
+from ..errors import IA3Error
+from .encoding import EncodedExample
+from .losses import TokenScores
+
+# Rows shorter than this are filled with further examples. Longer rows spend attention on what the
+# mask hides; shorter ones leave more padding at their ends.
+PACKED_LENGTH = 256
+# How far shared scores may be from expanded ones, against what a wrong mask makes of them.
+PROBE_TOLERANCE = 0.1
+
+_verdicts: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def token_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
+    """Score all choices of a batch in one forward pass, with gradients where they are enabled.
+
+    Raises:
+        IA3Error: the model's output layer cannot be found.
+    """
+    if base.is_encoder_decoder:
+        return _encoder_decoder_scores(base, examples)
+    longest = max(len(e.prompt) + max(map(len, e.choices)) for e in examples)
+    if longest <= _attention_window(base.model) and shares_prompt(base):
+        return _shared_scores(base, examples)
+    return _expanded_scores(base, examples)
+
+
+def choice_scores(
+    base: BaseModel,
+    examples: Sequence[EncodedExample],
+    *,
+    max_tokens: int = 4096,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Length-normalised log-probabilities of all choices, batch by batch, without gradients.
+
+    Args:
+        base: the model, with the adapter to score with active on it.
+        examples: all with the same number of choices.
+        max_tokens: computed in one forward pass, unless one example alone is longer.
+        progress: called with the number of examples done since the last call.
+
+    Returns:
+        `[examples, choices]`, float32, on the CPU.
+    """
+    if not examples:
+        return torch.empty(0, 0)
+    results = torch.empty(len(examples), len(examples[0].choices))
+    was_training = base.model.training
+    base.model.eval()
+    try:
+        with torch.no_grad():
+            for batch in _batches(examples, max_tokens):
+                scores = token_scores(base, [examples[i] for i in batch])
+                results[batch] = scores.mean_log_probs().float().cpu()
+                if progress is not None:
+                    progress(len(batch))
+    finally:
+        base.model.train(was_training)
+    return results
+
+
+def shares_prompt(base: BaseModel) -> bool:
+    """Whether the model computes the same scores with the prompt shared as with it repeated.
+
+    Tried out once on every model: scores by the tree mask against scores row by row, and, for
+    scale, against those of a mask that lets choices see each other. ALiBi, state-space and
+    linear-attention models fail it, or raise.
+    """
+    if base.model not in _verdicts:
+        _verdicts[base.model] = _probe(base)
+    return _verdicts[base.model]
+
+
+def _probe(base: BaseModel) -> bool:
+    vocabulary = int(base.model.get_output_embeddings().weight.shape[0])
+
+    def ids(start: int, count: int) -> tuple[int, ...]:
+        return tuple((start + 7919 * i) % vocabulary for i in range(count))
+
+    examples = [
+        EncodedExample(ids(11, 9), (ids(23, 3), ids(31, 1), ids(41, 2))),
+        EncodedExample(ids(53, 5), (ids(61, 2), ids(71, 3), ids(83, 1))),
+    ]
+    was_training = base.model.training
+    base.model.eval()
+    try:
+        with torch.no_grad():
+            expanded = _expanded_scores(base, examples).log_probs
+            try:
+                shared = _shared_scores(base, examples).log_probs
+                leaky = _shared_scores(base, examples, hide_other_choices=False).log_probs
+            except Exception:
+                # Architectures that cannot take the mask refuse it in many ways; whatever they
+                # raise, the expanded way remains.
+                return False
+    finally:
+        base.model.train(was_training)
+    error = (shared - expanded).abs().max()
+    wrong = (leaky - expanded).abs().max()
+    return bool(error <= PROBE_TOLERANCE * wrong)
+
+
+# -- one sequence for all choices ------------------------------------------------------------------
+
+
+@dataclass
+class _Targets:
+    """Which tokens are scored, from which positions' predictions, and where the scores go."""
+
+    positions: list[int] = field(default_factory=list)
+    prediction: list[int] = field(default_factory=list)
+    token: list[int] = field(default_factory=list)
+    slot: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def project(self, position: int) -> int:
+        """Have a position (in the flattened batch) projected to the vocabulary."""
+        self.positions.append(position)
+        return len(self.positions) - 1
+
+    def score(self, prediction: int, token: int, slot: tuple[int, int, int]) -> None:
+        """Score a token by a projected position; the slot is (example, choice, place)."""
+        self.prediction.append(prediction)
+        self.token.append(token)
+        self.slot.append(slot)
+
+
+def _shared_scores(
+    base: BaseModel, examples: Sequence[EncodedExample], *, hide_other_choices: bool = True
+) -> TokenScores:
+    # Every choice's last token predicts nothing that is scored, so it is left out.
+    lengths = [len(e.prompt) + sum(len(c) - 1 for c in e.choices) for e in examples]
+    rows = _fill_rows(lengths, max(PACKED_LENGTH, *lengths))
+    length = max(sum(lengths[i] for i in row) for row in rows)
+    pad = _pad_token(base)
+    ids = [[pad] * length for _ in rows]
+    positions = [[0] * length for _ in rows]
+    owner = [[-1] * length for _ in rows]
+    branch = [[0] * length for _ in rows]
+    targets = _Targets()
+    for r, row in enumerate(rows):
+        at = 0
+        for i in row:
+            prompt, choices = examples[i].prompt, examples[i].choices
+            end = at + len(prompt)
+            ids[r][at:end] = prompt
+            positions[r][at:end] = range(len(prompt))
+            owner[r][at : at + lengths[i]] = [i] * lengths[i]
+            first = targets.project(r * length + end - 1)
+            at = end
+            for c, choice in enumerate(choices):
+                targets.score(first, choice[0], (i, c, 0))
+                for t, (token, following) in enumerate(zip(choice, choice[1:], strict=False)):
+                    ids[r][at] = token
+                    positions[r][at] = len(prompt) + t
+                    branch[r][at] = c + 1
+                    targets.score(targets.project(r * length + at), following, (i, c, t + 1))
+                    at += 1
+    device = base.device
+    mask = _tree_mask(
+        torch.tensor(owner, device=device),
+        torch.tensor(branch, device=device),
+        _compute_dtype(base.model),
+        hide_other_choices,
+    )
+    return _scores(
+        base,
+        examples,
+        targets,
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=mask,
+        position_ids=torch.tensor(positions, device=device),
+        use_cache=False,
+    )
+
+
+def _tree_mask(
+    owner: Tensor, branch: Tensor, dtype: torch.dtype, hide_other_choices: bool
+) -> Tensor:
+    """The additive mask `[rows, 1, length, length]`: 0 where a position sees, else the minimum.
+
+    Args:
+        owner: `[rows, length]`, the example a position belongs to; −1 for padding.
+        branch: `[rows, length]`, 0 in a prompt, else the number of the choice.
+        dtype: of the mask.
+        hide_other_choices: false only for the probe.
+    """
+    length = owner.shape[1]
+    sees = owner[:, :, None] == owner[:, None, :]
+    sees &= torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()
+    if hide_other_choices:
+        sees &= (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    mask = torch.zeros(sees.shape, dtype=dtype, device=owner.device)
+    return mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+
+
+def _fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """First-fit decreasing: indices of the examples in each row."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, room in enumerate(free) if room >= lengths[i]), None)
+        if row is None:
+            rows.append([])
+            free.append(capacity)
+            row = len(rows) - 1
+        rows[row].append(i)
+        free[row] -= lengths[i]
+    return rows
+
+
+# -- one row a choice ------------------------------------------------------------------------------
+
+
+def _expanded_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
+    flat = [(i, c) for i, e in enumerate(examples) for c in range(len(e.choices))]
+    sequences = [examples[i].prompt + examples[i].choices[c][:-1] for i, c in flat]
+    ids, mask = _padded(sequences, _pad_token(base), base.device)
+    targets = _Targets()
+    for row, (i, c) in enumerate(flat):
+        start = row * ids.shape[1] + len(examples[i].prompt) - 1
+        for t, token in enumerate(examples[i].choices[c]):
+            targets.score(targets.project(start + t), token, (i, c, t))
+    return _scores(
+        base, examples, targets, input_ids=ids, attention_mask=mask, use_cache=False
+    )
+
+
+def _encoder_decoder_scores(
+    base: BaseModel, examples: Sequence[EncodedExample]
+) -> TokenScores:
+    prompts, prompt_mask = _padded([e.prompt for e in examples], _pad_token(base), base.device)
+    encoded = base.model.get_encoder()(input_ids=prompts, attention_mask=prompt_mask)[0]
+    flat = [(i, c) for i, e in enumerate(examples) for c in range(len(e.choices))]
+    start = int(base.model.config.decoder_start_token_id)
+    sequences = [(start, *examples[i].choices[c][:-1]) for i, c in flat]
+    ids, mask = _padded(sequences, _pad_token(base), base.device)
+    targets = _Targets()
+    for row, (i, c) in enumerate(flat):
+        for t, token in enumerate(examples[i].choices[c]):
+            targets.score(targets.project(row * ids.shape[1] + t), token, (i, c, t))
+    of_example = torch.tensor([i for i, _ in flat], device=base.device)
+    return _scores(
+        base,
+        examples,
+        targets,
+        encoder_outputs=(encoded[of_example],),
+        attention_mask=prompt_mask[of_example],
+        decoder_input_ids=ids,
+        decoder_attention_mask=mask,
+        use_cache=False,
+    )
+
+
+# -- common to all ---------------------------------------------------------------------------------
+
+
+def _scores(
+    base: BaseModel,
+    examples: Sequence[EncodedExample],
+    targets: _Targets,
+    **inputs: Tensor | tuple[Tensor] | bool,
+) -> TokenScores:
+    device = base.device
+    positions = torch.tensor(targets.positions, device=device)
+    with _project_only(base.model, positions):
+        logits = base.model(**inputs).logits
+    if logits.shape[:-1] != positions.shape:
+        raise IA3Error(
+            f"{type(base.model).__name__} does not project its output layer's input: logits are "
+            f"{list(logits.shape)}, expected [{len(positions)}, vocabulary]"
+        )
+    logits = logits.float()
+    prediction = torch.tensor(targets.prediction, device=device)
+    token = torch.tensor(targets.token, device=device)
+    scored = logits[prediction, token] - logits.logsumexp(-1)[prediction]
+    slots = torch.tensor(targets.slot, device=device).unbind(1)
+    shape = (
+        len(examples),
+        max(len(e.choices) for e in examples),
+        max(len(c) for e in examples for c in e.choices),
+    )
+    log_probs = scored.new_zeros(shape).index_put(slots, scored)
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
+    mask[slots] = True
+    return TokenScores(log_probs, mask)
+
+
+@contextmanager
+def _project_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Within the context the output layer sees only these positions of the flattened batch."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise IA3Error(f"{type(model).__name__} has no output embeddings to score tokens with")
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (args[0].flatten(0, -2).index_select(0, positions),)
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _padded(
+    sequences: Iterable[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`[rows, length]` ids padded on the right, and their mask."""
+    tensors = [torch.tensor(s, device=device) for s in sequences]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad)
+    mask = pad_sequence([torch.ones_like(t) for t in tensors], batch_first=True)
+    return ids, mask
+
+
+def _batches(examples: Sequence[EncodedExample], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of examples, longest first, in groups of at most `max_tokens`."""
+    batch: list[int] = []
+    tokens = 0
+    sizes = [len(e.prompt) + sum(map(len, e.choices)) for e in examples]
+    for i in sorted(range(len(examples)), key=lambda i: -sizes[i]):
+        if batch and tokens + sizes[i] > max_tokens:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += sizes[i]
+    yield batch
+
+
+def _attention_window(model: nn.Module) -> float:
+    """The longest sequence over which every layer attends to everything.
+
+    A mask of four dimensions takes the place of a sliding window's, silently.
+    """
+    config = model.config
+    windows = [getattr(config, "attention_chunk_size", None)]
+    if getattr(config, "use_sliding_window", True):
+        windows.append(getattr(config, "sliding_window", None))
+    return min((w for w in windows if isinstance(w, int) and w > 0), default=float("inf"))
+
+
+def _compute_dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _pad_token(base: BaseModel) -> int:
+    pad = base.tokenizer.pad_token_id
+    return int(pad if pad is not None else base.tokenizer.eos_token_id or 0)

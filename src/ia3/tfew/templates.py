@@ -1,0 +1,70 @@
+"""Prompts from fields: Jinja in its sandbox."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from ..errors import IA3Error, MissingExtraError, did_you_mean
+
+try:
+    from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+except ImportError as error:
+    raise MissingExtraError("jinja2", "tfew", "rendering prompt templates") from error
+
+ANSWER_CHOICES = "answer_choices"
+
+_environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+
+
+class Template:
+    """A prompt template: Jinja over the names of an example's fields.
+
+    `{{ answer_choices }}` is the list of the words to rank. The prompt ends where the answer
+    begins: white space at its end is dropped.
+
+    Args:
+        source: e.g. `"{{ text }}\\nIs this review positive or negative?"`.
+
+    Raises:
+        IA3Error: the source is not Jinja.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        try:
+            self._compiled = _compile(source)
+            variables = meta.find_undeclared_variables(_environment.parse(source))
+        except TemplateSyntaxError as error:
+            raise IA3Error(f"template {source!r}: {error.message} (line {error.lineno})") from error
+        self.fields = frozenset(variables - {ANSWER_CHOICES} - _environment.globals.keys())
+
+    def render(self, example: Mapping[str, Any], answer_choices: Sequence[str]) -> str:
+        """The prompt for one example.
+
+        Raises:
+            IA3Error: the template names a field the example lacks, or reaches for Python internals.
+        """
+        try:
+            return self._compiled.render(
+                {**example, ANSWER_CHOICES: list(answer_choices)}
+            ).rstrip()
+        except UndefinedError as error:
+            missing = sorted(self.fields - example.keys())
+            hint = did_you_mean(missing[0], example) if missing else ""
+            raise IA3Error(
+                f"template {self.source!r}: {error.message}; the example has the fields "
+                f"{sorted(example)}{hint}"
+            ) from error
+        except SecurityError as error:
+            raise IA3Error(f"template {self.source!r} is refused: {error}") from error
+        except (ArithmeticError, TypeError, ValueError, LookupError) as error:
+            raise IA3Error(f"template {self.source!r}: {type(error).__name__}: {error}") from error
+
+
+@lru_cache(maxsize=1024)
+def _compile(source: str) -> Any:
+    return _environment.from_string(source)
