@@ -26,9 +26,11 @@ from ..errors import IA3Error
 from .encoding import EncodedExample
 from .losses import TokenScores
 
-# Rows shorter than this are filled with further examples. Longer rows spend attention on what the
-# mask hides; shorter ones leave more padding at their ends.
-PACKED_LENGTH = 256
+# A batch of this many tokens or fewer is one row, without any padding; a longer one is packed into
+# rows of the second length. Longer rows would spend attention on what the mask hides, shorter ones
+# leave more padding at their ends.
+ONE_ROW = 384
+PACKED_LENGTH = 192
 # How far shared scores may be from expanded ones, against what a wrong mask makes of them.
 PROBE_TOLERANCE = 0.1
 
@@ -154,7 +156,8 @@ def _shared_scores(
 ) -> TokenScores:
     # Every choice's last token predicts nothing that is scored, so it is left out.
     lengths = [len(e.prompt) + sum(len(c) - 1 for c in e.choices) for e in examples]
-    rows = _fill_rows(lengths, max(PACKED_LENGTH, *lengths))
+    one_row = sum(lengths) <= ONE_ROW
+    rows = _fill_rows(lengths, sum(lengths) if one_row else max(PACKED_LENGTH, *lengths))
     length = max(sum(lengths[i] for i in row) for row in rows)
     pad = _pad_token(base)
     ids = [[pad] * length for _ in rows]
