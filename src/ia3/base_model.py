@@ -51,6 +51,8 @@ class BaseModel:
 
 _loaded: weakref.WeakValueDictionary[tuple[Any, ...], BaseModel] = weakref.WeakValueDictionary()
 _wrapped: weakref.WeakKeyDictionary[nn.Module, BaseModel] = weakref.WeakKeyDictionary()
+# Kept alive, so that one classifier after the other does not load the same model again.
+_last_loaded: list[BaseModel] = []
 _loading = threading.RLock()
 
 
@@ -84,6 +86,7 @@ def load_base_model(
         if base is None:
             base = _load(folder, str(model), tokenizer, torch_device, torch_dtype)
             _loaded[key] = base
+            _last_loaded[:] = [base]
         return base
 
 

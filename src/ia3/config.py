@@ -17,8 +17,12 @@ CONFIG_NAME = "adapter_config.json"
 Modules = str | list[str] | set[str] | tuple[str, ...] | None
 
 
-def _as_set(modules: Modules) -> str | set[str] | None:
-    return set(modules) if isinstance(modules, list | tuple | set) else modules
+def _as_set(modules: Modules, field_name: str) -> str | set[str] | None:
+    if modules is None or isinstance(modules, str):
+        return modules
+    if isinstance(modules, list | tuple | set) and all(isinstance(m, str) for m in modules):
+        return set(modules)
+    raise IA3Error(f"{field_name} is {modules!r}, expected a list of names or a regular expression")
 
 
 @dataclass
@@ -63,9 +67,9 @@ class IA3Config:
     def __post_init__(self) -> None:
         if self.peft_type != "IA3":
             raise IA3Error(f"peft_type is {self.peft_type!r}, expected 'IA3'")
-        self.target_modules = _as_set(self.target_modules)
-        self.exclude_modules = _as_set(self.exclude_modules)
-        self.feedforward_modules = _as_set(self.feedforward_modules)
+        self.target_modules = _as_set(self.target_modules, "target_modules")
+        self.exclude_modules = _as_set(self.exclude_modules, "exclude_modules")
+        self.feedforward_modules = _as_set(self.feedforward_modules, "feedforward_modules")
         targets, feedforward = self.target_modules, self.feedforward_modules
         if isinstance(targets, set) and isinstance(feedforward, set):
             outside = sorted(feedforward - targets)
@@ -121,3 +125,13 @@ def matches(name: str, modules: Iterable[str] | str) -> bool:
     if isinstance(modules, str):
         return re.fullmatch(modules, name) is not None
     return any(name == module or name.endswith(f".{module}") for module in modules)
+
+
+def matches_feedforward(name: str, modules: Iterable[str] | str) -> bool:
+    """PEFT's rule for feed-forward modules: a list's entry may also be the end of a last part.
+
+    The side decides a vector's shape, so that it must be found by the same rule as PEFT's.
+    """
+    if isinstance(modules, str):
+        return matches(name, modules)
+    return any(name.endswith(module) for module in modules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from . import store
 from .config import IA3Config
 from .errors import IA3Error, did_you_mean
+from .files import write_files
 from .sites import Site, displace, place, site_of
 from .targets import Target, find_targets, with_defaults
 
@@ -30,13 +32,18 @@ class IA3Model(nn.Module):
         model: the base model; any module with linear layers.
         config: what to rescale.
         adapter_name: the first adapter's name, active at once.
+        vectors: its vectors, as in `add_adapter`; ones where not given.
 
     Raises:
-        IA3Error: the config does not fit the model; the model is then unchanged.
+        IA3Error: the config or the vectors do not fit the model, which is then unchanged.
     """
 
     def __init__(
-        self, model: nn.Module, config: IA3Config, adapter_name: str = "default"
+        self,
+        model: nn.Module,
+        config: IA3Config,
+        adapter_name: str = "default",
+        vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         taken = next((n for n, module in model.named_modules() if site_of(module)), None)
@@ -51,7 +58,7 @@ class IA3Model(nn.Module):
         self._enabled = True
         self.model = model
         self._trained_before = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.add_adapter(adapter_name, config)
+        self.add_adapter(adapter_name, config, vectors)
         for name in self._trained_before:
             model.get_parameter(name).requires_grad_(False)
         self.set_adapter(adapter_name)
@@ -64,13 +71,14 @@ class IA3Model(nn.Module):
         config: IA3Config,
         vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Add an adapter, not yet active.
+        """Add an adapter, not yet active: its vectors do not require gradients until it is.
 
         Args:
             adapter_name: a name without dots or slashes, new to this model.
             config: what it rescales.
             vectors: module name -> `[dim, 1]` (output side) or `[1, dim]` (input side), any
-                floating dtype; ones where not given.
+                floating dtype. Ones if not given, as `init_ia3_weights` says. With vectors, entries
+                of the config's lists may match nothing.
 
         Raises:
             IA3Error: the name is taken or malformed, the config or the vectors do not fit the
@@ -85,7 +93,7 @@ class IA3Model(nn.Module):
                 f"modules_to_save={config.modules_to_save} is not supported yet: leave it out"
             )
         config = with_defaults(self.model, config)
-        targets = find_targets(self.model, config)
+        targets = find_targets(self.model, config, strict=vectors is None)
         for target in targets:
             site = site_of(self.model.get_submodule(target.name))
             if site is not None and site.side != target.side:
@@ -102,7 +110,7 @@ class IA3Model(nn.Module):
                 vector = torch.ones(site.vector_shape, device=device)
             else:
                 vector = torch.randn(site.vector_shape, device=device)
-            site.add(adapter_name, vector, requires_grad=not config.inference_mode)
+            site.add(adapter_name, vector, requires_grad=False)
         self.peft_config[adapter_name] = config
         self._targets[adapter_name] = targets
 
@@ -136,7 +144,11 @@ class IA3Model(nn.Module):
         return list(self._active)
 
     def disable_adapter_layers(self) -> None:
-        """Compute as the base model does, until `enable_adapter_layers`."""
+        """Compute as the base model does, until `enable_adapter_layers`.
+
+        Merged adapters are unmerged, and stay so.
+        """
+        self.unmerge_adapter()
         self._enabled = False
         self._activate(self._active)
 
@@ -147,7 +159,10 @@ class IA3Model(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the context the model computes as the base model does."""
+        """Within the context the model computes as the base model does.
+
+        Merged adapters are unmerged, and stay so.
+        """
         enabled = self._enabled
         self.disable_adapter_layers()
         try:
@@ -174,7 +189,9 @@ class IA3Model(nn.Module):
         """Print both numbers and their ratio, in PEFT's words."""
         trained, total = self.get_nb_trainable_parameters()
         share = 100 * trained / total
-        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+        print(
+            f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+        )
 
     # -- computing --------------------------------------------------------------------------------
 
@@ -204,7 +221,7 @@ class IA3Model(nn.Module):
             safe_merge: refuse a result that is not finite.
 
         Raises:
-            IA3Error: something is merged already, a weight is shared with a module that would
+            IA3Error: something is merged already, a weight is packed, a weight is shared with a module that would
                 change with it, or (with `safe_merge`) a merged weight is not finite; the model is
                 then unchanged.
         """
@@ -244,8 +261,11 @@ class IA3Model(nn.Module):
     def merge_and_unload(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """Fold the adapters into the base weights for good and return the plain base model."""
-        if not any(site.merged for _, _, site in self._sites()):
+        """Fold the adapters into the base weights for good and return the plain base model.
+
+        What is merged already stays merged; naming adapters on top of that is an error.
+        """
+        if adapter_names is not None or not any(site.merged for _, _, site in self._sites()):
             self.merge_adapter(adapter_names, safe_merge)
         for _, _, site in self._sites():
             site.forget_unmerged()
@@ -283,11 +303,8 @@ class IA3Model(nn.Module):
                 )
             adapter_name = self._active[0]
         self._check_known([adapter_name])
-        saved = IA3Config.from_dict({**self.peft_config[adapter_name].to_dict()})
-        saved.inference_mode = True
-        store.write_files(
-            save_directory, store.adapter_files(saved, self.vectors(adapter_name))
-        )
+        saved = dataclasses.replace(self.peft_config[adapter_name], inference_mode=True)
+        write_files(save_directory, store.adapter_files(saved, self.vectors(adapter_name)))
 
     @classmethod
     def from_pretrained(
@@ -310,21 +327,16 @@ class IA3Model(nn.Module):
             IA3Error: its files are broken or do not fit the model, which is then unchanged.
         """
         config, vectors = _read_adapter(model_id, is_trainable)
-        _check_vectors(
-            vectors, find_targets(model, with_defaults(model, config)), type(model).__name__
-        )
-        ia3_model = cls(model, config, adapter_name)
-        with torch.no_grad():
-            for name, vector in ia3_model.vectors(adapter_name).items():
-                vector.copy_(vectors[name])
-        return ia3_model
+        with _naming(model_id):
+            return cls(model, config, adapter_name, vectors)
 
     def load_adapter(
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False
     ) -> None:
         """Load a further adapter, not yet active; raises as `from_pretrained` does."""
         config, vectors = _read_adapter(model_id, is_trainable)
-        self.add_adapter(adapter_name, config, vectors)
+        with _naming(model_id):
+            self.add_adapter(adapter_name, config, vectors)
 
     # -- private ----------------------------------------------------------------------------------
 
@@ -355,15 +367,22 @@ def get_peft_model(
     return IA3Model(model, peft_config, adapter_name)
 
 
-def _read_adapter(
-    model_id: str | Path, is_trainable: bool
-) -> tuple[IA3Config, dict[str, Tensor]]:
+def _read_adapter(model_id: str | Path, is_trainable: bool) -> tuple[IA3Config, dict[str, Tensor]]:
     folder = Path(model_id)
     if not folder.is_dir():
         folder = _download(str(model_id))
     config = store.read_config(folder)
     config.inference_mode = not is_trainable
     return config, store.read_vectors(folder)
+
+
+@contextmanager
+def _naming(model_id: str | Path) -> Iterator[None]:
+    """Errors within the context say which adapter they are about."""
+    try:
+        yield
+    except IA3Error as error:
+        raise IA3Error(f"{model_id}: {error}") from error
 
 
 def _download(model_id: str) -> Path:
@@ -378,9 +397,7 @@ def _download(model_id: str) -> Path:
         ) from error
 
 
-def _check_vectors(
-    vectors: Mapping[str, Tensor], targets: list[Target], model_name: str
-) -> None:
+def _check_vectors(vectors: Mapping[str, Tensor], targets: list[Target], model_name: str) -> None:
     expected = {target.name: target for target in targets}
     missing = sorted(expected.keys() - vectors.keys())
     extra = sorted(vectors.keys() - expected.keys())

@@ -54,7 +54,7 @@ def rescale(activation: Tensor, vector: Tensor, *, in_place: bool = False) -> Te
         activation: `[..., dim]`, any floating dtype.
         vector: `[dim]`. The product is taken in the wider of the two dtypes and rounded once.
         in_place: the activation is fresh, so that it may be overwritten. Ignored where that would
-            not be exact or not be traceable (float16, views, `torch.compile`).
+            not be exact or not be traceable (float16, views, `torch.compile`, `torch.func`).
 
     Returns:
         `[..., dim]` in the activation's dtype; the same tensor object when written in place.
@@ -62,7 +62,9 @@ def rescale(activation: Tensor, vector: Tensor, *, in_place: bool = False) -> Te
     if (
         not in_place
         or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
         or activation.dtype not in IN_PLACE_DTYPES
+        or vector.dtype not in IN_PLACE_DTYPES
         or activation._is_view()
         or activation.dim() < 2
     ):

@@ -16,9 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import IA3Error
 from .rescale import rescale
-from .targets import Side
-
-ATTRIBUTE = "ia3_l"
+from .targets import ATTRIBUTE, Side
 
 
 class Site(nn.Module):
@@ -93,9 +91,17 @@ class Site(nn.Module):
         Returns:
             `{"weight": ..., "bias": ...}` in the base's dtypes, rounded once; the module is not
             changed. The bias is absent where folding leaves it as it is.
+
+        Raises:
+            IA3Error: the weight is packed, so that its values cannot be scaled.
         """
         scale = self.product(adapters).detach()
         weight = module.get_parameter("weight")
+        if not weight.is_floating_point():
+            raise IA3Error(
+                f"cannot merge into a {type(module).__name__} with {weight.dtype} weights: "
+                "expected floating-point weights"
+            )
         out_axis_first = not isinstance(module, Conv1D)
         along_rows = (self.side == "output") == out_axis_first
         merged = {"weight": _scaled(weight, scale[:, None] if along_rows else scale)}
@@ -117,7 +123,9 @@ class Site(nn.Module):
     def unmerge(self, module: nn.Module) -> None:
         """Put the original tensors back: the very bits that were there before."""
         for name, tensor in self._unmerged.items():
-            module.get_parameter(name).data = tensor
+            parameter = module.get_parameter(name)
+            # The model may have been moved or cast since.
+            parameter.data = tensor.to(parameter.device, parameter.dtype)
         self.forget_unmerged()
         self.activate(module, self.active)
 

@@ -1,10 +1,7 @@
-"""Adapters on disk: PEFT's two files, written whole or not at all."""
+"""Adapters on disk: PEFT's two files."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -71,38 +68,3 @@ def read_config(folder: str | Path) -> IA3Config:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter in {folder}: {CONFIG_NAME} is not there")
     return IA3Config.from_json(path)
-
-
-def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
-    """Write files into a folder so that a failure leaves what was there before.
-
-    A folder that does not exist is written beside its place and renamed into it. In one that
-    exists, every file is first written under a temporary name, then all are renamed; other files
-    in it stay.
-
-    Raises:
-        OSError: the disk is full or may not be written; nothing has changed.
-    """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file, expected a folder to write into")
-    parent = folder.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
-    try:
-        for name, content in files.items():
-            with open(staging / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        if folder.exists():
-            for name in files:
-                os.replace(staging / name, folder / name)
-        else:
-            # mkdtemp makes folders that only their owner can read.
-            umask = os.umask(0)
-            os.umask(umask)
-            staging.chmod(0o777 & ~umask)
-            staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import IA3Config, matches
+from .config import IA3Config, matches, matches_feedforward
 from .errors import IA3Error, did_you_mean
 
 Side = Literal["output", "input"]
+
+# The name under which a module's vectors are registered on it.
+ATTRIBUTE = "ia3_l"
 
 # model_type -> (target_modules, feedforward_modules), equal to PEFT 0.21's defaults.
 ARCHITECTURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -78,39 +81,70 @@ def with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
             values["feedforward_modules"] = list(ARCHITECTURES[model_type][1])
     if values["feedforward_modules"] is None:
         default = ARCHITECTURES.get(str(model_type), ((), ()))[1]
-        targets = values["target_modules"]
-        values["feedforward_modules"] = (
-            list(default)
-            if isinstance(targets, str)
-            else [module for module in default if module in targets]
-        )
+        if isinstance(values["target_modules"], str):
+            names = [name for name, _ in model.named_modules()]
+            values["feedforward_modules"] = [
+                module
+                for module in default
+                if any(matches_feedforward(name, [module]) for name in names)
+            ]
+        else:
+            values["target_modules"], values["feedforward_modules"] = _default_feedforward(
+                values["target_modules"], default
+            )
     # Both are recorded in the forms PEFT reads; unknown keys were named when the file was read.
     known = {key: value for key, value in values.items() if key not in config.unknown}
     return IA3Config(**known, unknown=dict(config.unknown))
 
 
-def find_targets(model: nn.Module, config: IA3Config) -> list[Target]:
+def _default_feedforward(targets: list[str], default: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Which of these targets an architecture's default makes feed-forward: (targets, those).
+
+    Written so that they are a subset of the targets, which PEFT wants of the files it reads: a
+    longer target (`mlp.down_proj` for `down_proj`) stands in for the default, and a default inside
+    a wider target (`mlp.c_proj` in `c_proj`) is named among the targets too.
+    """
+    longer = {target for target in targets for module in default if target.endswith(module)}
+    inside = {module for target in targets for module in default if module.endswith(f".{target}")}
+    return sorted({*targets, *inside}), sorted(longer | inside)
+
+
+def find_targets(model: nn.Module, config: IA3Config, *, strict: bool = True) -> list[Target]:
     """The modules that a config with its defaults filled in rescales, in the model's order.
 
+    Args:
+        model: the base model; sites already on it are passed over.
+        config: with its defaults filled in.
+        strict: every entry of a list must match a module. Adapters trained with PEFT may hold
+            entries that match nothing; their vectors say what they rescale.
+
     Raises:
-        IA3Error: a name or pattern matches nothing, a match cannot be rescaled, or a
-            feed-forward module is not among the targets.
+        IA3Error: a name or pattern matches nothing, or a match cannot be rescaled.
     """
-    assert config.target_modules is not None and config.feedforward_modules is not None
-    names = [name for name, _ in model.named_modules() if name]
+    assert config.target_modules is not None
+    assert config.feedforward_modules is not None
+    names = [name for name, _ in model.named_modules() if name and name.split(".")[-1] != ATTRIBUTE]
+
+    def check(
+        modules: str | Iterable[str], field: str, rule: Callable[[str, list[str]], bool] = matches
+    ) -> None:
+        _check_expression(modules, field)
+        if strict:
+            _check_all_match(modules, names, field, model, rule)
+
     linear = {name for name, module in model.named_modules() if _features(module) is not None}
-    if config.target_modules == "all-linear":
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         chosen = sorted(linear - _output_layer(model), key=names.index)
     else:
-        _check_all_match(config.target_modules, names, "target_modules", model)
+        check(config.target_modules, "target_modules")
         chosen = [name for name in names if matches(name, config.target_modules)]
     if config.exclude_modules:
-        _check_all_match(config.exclude_modules, names, "exclude_modules", model)
+        check(config.exclude_modules, "exclude_modules")
         chosen = [name for name in chosen if not matches(name, config.exclude_modules)]
     if not chosen:
         raise IA3Error(f"no module of {type(model).__name__} is left to rescale")
     if config.feedforward_modules:
-        _check_all_match(config.feedforward_modules, names, "feedforward_modules", model)
+        check(config.feedforward_modules, "feedforward_modules", matches_feedforward)
     targets = []
     for name in chosen:
         features = _features(model.get_submodule(name))
@@ -119,7 +153,7 @@ def find_targets(model: nn.Module, config: IA3Config) -> list[Target]:
                 f"module {name!r} is a {type(model.get_submodule(name)).__name__}, which cannot "
                 "be rescaled: expected Linear or Conv1D"
             )
-        side: Side = "input" if matches(name, config.feedforward_modules) else "output"
+        side: Side = "input" if matches_feedforward(name, config.feedforward_modules) else "output"
         targets.append(Target(name, side, features[0] if side == "input" else features[1]))
     return targets
 
@@ -140,21 +174,29 @@ def _output_layer(model: nn.Module) -> set[str]:
     return names or {name for name in ("score", "classifier") if hasattr(model, name)}
 
 
+def _check_expression(modules: str | Iterable[str], field: str) -> None:
+    if isinstance(modules, str):
+        try:
+            re.compile(modules)
+        except re.error as error:
+            raise IA3Error(f"{field} {modules!r} is not a regular expression: {error}") from error
+
+
 def _check_all_match(
-    modules: str | Iterable[str], names: list[str], field: str, model: nn.Module
+    modules: str | Iterable[str],
+    names: list[str],
+    field: str,
+    model: nn.Module,
+    rule: Callable[[str, list[str]], bool],
 ) -> None:
     """Every entry must match a module: a silent mismatch would train less than was asked for."""
     kind = type(model).__name__
     if isinstance(modules, str):
-        try:
-            found = any(re.fullmatch(modules, name) for name in names)
-        except re.error as error:
-            raise IA3Error(f"{field} {modules!r} is not a regular expression: {error}") from error
-        if not found:
+        if not any(re.fullmatch(modules, name) for name in names):
             raise IA3Error(f"{field}: the expression {modules!r} matches no whole name in {kind}")
         return
     for module in sorted(modules):
-        if not any(matches(name, [module]) for name in names):
+        if not any(rule(name, [module]) for name in names):
             last_parts = {name.rsplit(".", 1)[-1] for name in names} | set(names)
             hint = did_you_mean(module, sorted(last_parts))
             raise IA3Error(f"{field}: module {module!r} matches nothing in {kind}{hint}")

