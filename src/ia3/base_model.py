@@ -50,7 +50,8 @@ class BaseModel:
 
 
 _loaded: weakref.WeakValueDictionary[tuple[Any, ...], BaseModel] = weakref.WeakValueDictionary()
-_wrapped: weakref.WeakKeyDictionary[nn.Module, BaseModel] = weakref.WeakKeyDictionary()
+# By the model's id: as a key it would be kept alive by its own value, which holds it.
+_wrapped: weakref.WeakValueDictionary[int, BaseModel] = weakref.WeakValueDictionary()
 # Kept alive, so that one classifier after the other does not load the same model again.
 _last_loaded: list[BaseModel] = []
 _loading = threading.RLock()
@@ -174,7 +175,7 @@ def _wrap_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) ->
     from transformers import AutoTokenizer
 
     with _loading:
-        base = _wrapped.get(model)
+        base = _wrapped.get(id(model))
         if base is not None and tokenizer in (None, base.tokenizer):
             return base
         name = getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -188,7 +189,7 @@ def _wrap_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) ->
                     f"from {name!r}; give tokenizer="
                 ) from error
         base = BaseModel(model, tokenizer, name)
-        _wrapped[model] = base
+        _wrapped[id(model)] = base
         return base
 
 

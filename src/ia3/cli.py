@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from .errors import IA3Error, MissingExtraError
+from .errors import IA3Error, MissingExtraError, did_you_mean
+from .files import check_folder, write_stdout
 
 try:
     import typer
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:
     raise SystemExit(
         f"error: the ia3 command needs {error.name!r}: pip install 'ia3[cli]'"
@@ -35,9 +38,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-screen = Console(stderr=True)
+# Progress and remarks; results go to standard output.
+screen = Console(stderr=True, emoji=False)
 
-Data = Annotated[Path, typer.Option("--data", help="CSV, TSV or JSONL file, UTF-8.")]
+
+def _positive(value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value} is not a number above 0")
+    return value
+
+
+Data = Annotated[Path, typer.Option("--data", help="CSV, TSV or JSON Lines file, in UTF-8.")]
 TextColumns = Annotated[
     list[str], typer.Option("--text", help="Column with the text; give several for several fields.")
 ]
@@ -58,33 +69,49 @@ def fit(
     label: LabelColumn = "label",
     model: Annotated[str, typer.Option(help="Model name, folder or hub id.")] = DEFAULT_MODEL,
     template: Annotated[
-        list[str] | None, typer.Option(help="Jinja prompt template; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            help="Jinja prompt template; may be given several times. It names the text columns; "
+            "one alone is {{ text }}, whatever its name. In bash, $'...' takes \\n as a new line."
+        ),
     ] = None,
     choice: Annotated[
         list[str] | None, typer.Option(help="LABEL=WORDS to rank for a label; once a label.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.", min=0)] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    seed: int = 0,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate.", callback=_positive)
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of the order of the examples.", min=0, max=2**32 - 1)
+    ] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     device: Device = "auto",
     dtype: DType = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Write into a folder that exists.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the adapter in a folder that exists.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter on labelled examples."""
     from .tables import fields_of, read_table
 
-    if out.exists() and not force:
-        raise IA3Error(f"{out} exists already: choose another --out, or give --force")
-    rows = read_table(data, [*text, label])
+    if label in text:
+        raise typer.BadParameter(f"{label!r} is the text and the label at once", param_hint="--label")
+    _check_out(out, force)
+    check_folder(out)
+    rows = read_table(data, text, label)
+    labels = [row[label] for row in rows]
+    choices = _choices(choice, labels)
+    _silence_loading()
     from .estimator import FewShotClassifier
+    from .store import WEIGHTS_NAME
 
-    given = {"steps": steps, "learning_rate": learning_rate}
+    given: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
     classifier = FewShotClassifier(
         model=model,
         template=template or None,
-        choices=_choices(choice),
+        choices=choices,
         seed=seed,
         device=device,
         dtype=dtype,
@@ -93,10 +120,10 @@ def fit(
     )
     started = time.perf_counter()
     with training_bar(classifier.steps) as on_step:
-        classifier.fit(fields_of(rows, text), [row[label] for row in rows], on_step=on_step)
+        classifier.fit(fields_of(rows, text), labels, on_step=on_step)
     seconds = time.perf_counter() - started
     classifier.save(out)
-    size = sum((out / name).stat().st_size for name in ("adapter_model.safetensors",))
+    size = (out / WEIGHTS_NAME).stat().st_size
     if as_json:
         _print_json(
             adapter=str(out),
@@ -108,9 +135,9 @@ def fit(
             seconds=round(seconds, 2),
         )
     else:
-        screen.print(
+        _say(
             f"Trained on {len(rows)} examples of {len(classifier.classes_)} classes in "
-            f"{seconds:.0f} s; {size / 1024:.0f} KiB in [bold]{out}[/]"
+            f"{seconds:.0f} s; {size / 1024:.0f} KiB in {out}"
         )
 
 
@@ -120,20 +147,36 @@ def predict(
     data: Data,
     text: TextColumns = ["text"],  # noqa: B006
     out: Annotated[
-        Path | None, typer.Option(help="CSV or JSONL file to write; standard output if absent.")
+        Path | None,
+        typer.Option(
+            help="File to write; its suffix says whether CSV, TSV or JSON Lines. Standard output "
+            "if absent."
+        ),
     ] = None,
     model: Model = None,
     device: Device = "auto",
     dtype: DType = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
-    as_json: Json = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON Lines instead of CSV on standard output.")
+    ] = False,
 ) -> None:
     """Label texts: every row of the data with `prediction` and `probability` added."""
-    from .tables import fields_of, read_table, write_table
+    from .tables import delimiter_of, fields_of, read_table, write_table
 
-    if out is not None and out.exists() and not force:
-        raise IA3Error(f"{out} exists already: choose another --out, or give --force")
+    if out is not None:
+        if delimiter_of(out) is not None and as_json:
+            raise typer.BadParameter(f"{out} would not be JSON Lines", param_hint="--json")
+        _check_out(out, force)
+        check_folder(out.parent)
     rows = read_table(data, text)
+    for column in ("prediction", "probability"):
+        for row in rows:
+            if column in row:
+                raise IA3Error(
+                    f"{row.where}: there is a column {column!r} already, which predict adds: "
+                    "rename it"
+                )
     classifier = _load(adapter, model, device, dtype)
     probabilities = _probabilities(classifier, fields_of(rows, text))
     labels = classifier.classes_at(probabilities).tolist()
@@ -158,13 +201,17 @@ def evaluate(
     """Score an adapter on labelled texts: accuracy, macro F1 and the confusion matrix."""
     from .tables import fields_of, read_table
 
-    rows = read_table(data, [*text, label])
+    rows = read_table(data, text, label)
     classifier = _load(adapter, model, device, dtype)
     classes = classifier.classes_.tolist()
-    # CSV has strings only: "1" in a file is the label 1 of a classifier fitted on integers.
-    by_name = {str(c): c for c in classes}
-    truth = [by_name.get(str(row[label]), row[label]) for row in rows]
-    classifier.check_labels(truth)
+    by_name = _by_name(classes)
+    for row in rows:
+        if str(row[label]) not in by_name:
+            hint = did_you_mean(str(row[label]), by_name)
+            raise IA3Error(
+                f"{row.where}: the label {row[label]!r} is not among the choices {classes}{hint}"
+            )
+    truth = [by_name[str(row[label])] for row in rows]
     predicted = classifier.classes_at(_probabilities(classifier, fields_of(rows, text))).tolist()
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
@@ -180,8 +227,11 @@ def evaluate(
             confusion=matrix,
         )
     else:
-        print_confusion(screen, classes, matrix)
-        screen.print(f"accuracy [bold]{accuracy:.1%}[/], macro F1 {macro_f1:.1%}, {len(rows)} rows")
+        results = Console(emoji=False)
+        print_confusion(results, classes, matrix)
+        results.print(
+            f"accuracy [bold]{accuracy:.1%}[/], macro F1 {macro_f1:.1%}, {len(rows)} rows"
+        )
 
 
 @app.command()
@@ -193,6 +243,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Learn to route support tickets from 32 examples, and check what is promised."""
+    check_folder(out)
+    _silence_loading()
     from .demo import run_demo
 
     result = run_demo(out, model, screen)
@@ -205,41 +257,48 @@ def prepare() -> None:
     """Convert the embedded model into the cache (IA3_HOME), once."""
     from .base_model import embedded_model_folder
 
-    screen.print(f"the embedded model is in {embedded_model_folder()}")
+    _say(f"the embedded model is in {embedded_model_folder()}")
 
 
 def main() -> None:
-    """Run the command; mistakes a user can mend are one line on standard error and exit code 1."""
+    """Run the command.
+
+    Mistakes a user can mend are one line on standard error and exit code 1, 2 where the command
+    line itself is wrong; Ctrl-C is exit code 130.
+    """
     warnings.showwarning = _show_warning
     try:
         app()
     except (IA3Error, MissingExtraError, OSError) as error:
-        screen.print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
+        _say(_message(error), "error:", "bold red")
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @contextmanager
 def training_bar(steps: int) -> Iterator[Any]:
     """A progress bar of training, with loss and rate; yields the `on_step` that moves it."""
-    columns = (
+    progress = Progress(
         TextColumn("training"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}  {task.fields[rate]} steps/s"),
         TimeElapsedColumn(),
+        console=screen,
     )
-    with Progress(*columns, console=screen) as progress:
-        task = progress.add_task("training", total=steps, loss="-", rate="-")
+    task = progress.add_task("training", total=steps, loss="-", rate="-")
 
-        def on_step(step: TrainingStep) -> None:
-            speed = progress.tasks[task].speed
-            progress.update(
-                task,
-                completed=step.step,
-                loss=f"{step.loss:.3f}",
-                rate=f"{speed:.2f}" if speed else "-",
-            )
+    def on_step(step: TrainingStep) -> None:
+        speed = progress.tasks[task].speed
+        progress.update(
+            task,
+            completed=step.step,
+            loss=f"{step.loss:.3f}",
+            rate=f"{speed:.2f}" if speed else "-",
+        )
 
+    with _shown(progress):
         yield on_step
 
 
@@ -247,9 +306,25 @@ def training_bar(steps: int) -> Iterator[Any]:
 def counting_bar(what: str, total: int) -> Iterator[Any]:
     """A progress bar over examples; yields the callback that advances it."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen) as progress:
-        task = progress.add_task(what, total=total)
+    progress = Progress(*columns, console=screen)
+    task = progress.add_task(what, total=total)
+    with _shown(progress):
         yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def _shown(progress: Progress) -> Iterator[None]:
+    if not screen.is_interactive:
+        # In a log, a bar would be there when all is done, and no earlier.
+        yield
+        return
+    with progress:
+        try:
+            yield
+        except BaseException:
+            # What went wrong is said in one line: half a bar above it says nothing more.
+            progress.live.transient = True
+            raise
 
 
 def print_confusion(console: Console, classes: list[Any], matrix: list[list[int]]) -> None:
@@ -260,14 +335,20 @@ def print_confusion(console: Console, classes: list[Any], matrix: list[list[int]
     table = Table(title="rows: true label, columns: prediction")
     table.add_column("")
     for label in classes:
-        table.add_column(_escaped(str(label)), justify="right")
+        table.add_column(Text(str(label)), justify="right")
     for i, (label, row) in enumerate(zip(classes, matrix, strict=True)):
         cells = [f"[bold]{n}[/]" if i == j else str(n) for j, n in enumerate(row)]
-        table.add_row(_escaped(str(label)), *cells)
+        table.add_row(Text(str(label)), *cells)
     console.print(table)
 
 
+def _check_out(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise IA3Error(f"{out} exists already: choose another --out, or give --force")
+
+
 def _load(adapter: Path, model: str | None, device: str, dtype: str) -> FewShotClassifier:
+    _silence_loading()
     from .estimator import FewShotClassifier
 
     return FewShotClassifier.load(adapter, model=model, device=device, dtype=dtype)
@@ -278,27 +359,67 @@ def _probabilities(classifier: FewShotClassifier, examples: list[dict[str, Any]]
         return classifier.predict_proba(examples, progress=progress)
 
 
-def _choices(pairs: list[str] | None) -> dict[str, str] | None:
+def _silence_loading() -> None:
+    """Keep transformers from drawing a bar for every model it loads from the disk.
+
+    Downloads keep theirs where somebody watches: they take minutes.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    downloads = screen.is_terminal and not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
+
+
+def _by_name(labels: Iterable[Any]) -> dict[str, Any]:
+    """Labels by how CSV and the command line, which have only strings, write them."""
+    by_name = {str(label): label for label in labels}
+    # Python's True is JSON's true.
+    by_name |= {str(label).lower(): label for label in labels if isinstance(label, bool)}
+    return by_name
+
+
+def _choices(pairs: list[str] | None, labels: list[Any]) -> dict[Any, str] | None:
+    """The words of `--choice LABEL=WORDS`, by label; the labels are of one type."""
     if not pairs:
         return None
-    choices: dict[str, str] = {}
+    by_name = _by_name(labels)
+    choices: dict[Any, str] = {}
     for pair in pairs:
-        label, equals, words = pair.partition("=")
+        name, equals, words = pair.partition("=")
         if not equals or not words.strip():
-            raise IA3Error(f"--choice {pair!r}: expected LABEL=WORDS, e.g. --choice 'pos=great'")
+            raise typer.BadParameter(
+                f"{pair!r}, expected LABEL=WORDS, e.g. 'pos=great'", param_hint="--choice"
+            )
+        label = by_name.get(name, name)
+        # A label may be without any example, and is then of the type of the others.
+        if label == name and type(labels[0]) is int and name.lstrip("-").isdecimal():
+            label = int(name)
+        if type(label) is not type(labels[0]):
+            raise IA3Error(f"--choice {pair!r}: no label {name!r} among {sorted(by_name)}")
+        if label in choices:
+            raise typer.BadParameter(f"{name!r} is given more than once", param_hint="--choice")
         choices[label] = words.strip()
     return choices
 
 
 def _print_json(**values: Any) -> None:
-    print(json.dumps(values, ensure_ascii=False))
+    write_stdout(f"{json.dumps(values, ensure_ascii=False)}\n".encode())
 
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    screen.print(f"[yellow]warning:[/] {_escaped(str(message))}", soft_wrap=True)
+    _say(str(message), "warning:", "yellow")
 
 
-def _escaped(text: str) -> str:
-    from rich.markup import escape
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
-    return escape(text)
+
+def _say(message: str, kind: str = "", style: str = "") -> None:
+    """One line on standard error."""
+    line = " ".join(message.splitlines())
+    screen.print(Text.assemble((kind, style), " " if kind else "", line), soft_wrap=True)

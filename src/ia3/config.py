@@ -94,7 +94,14 @@ class IA3Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> IA3Config:
-        """Build from the keys of an `adapter_config.json`; unknown keys are kept and named."""
+        """Build from the keys of an `adapter_config.json`; unknown keys are kept and named.
+
+        Raises:
+            IA3Error: a value makes no sense, or it is not the config of an (IA)³ adapter.
+        """
+        peft_type = values.get("peft_type", "IA3")
+        if peft_type != "IA3":  # its own keys are not worth a warning
+            raise IA3Error(f"{source}: peft_type is {peft_type!r}, expected 'IA3'")
         known = {f.name for f in fields(cls)} - {"unknown"}
         unknown = {key: value for key, value in values.items() if key not in known}
         surprising = sorted(unknown.keys() - {"peft_version"})
@@ -102,7 +109,17 @@ class IA3Config:
             warnings.warn(
                 f"{source}: unknown keys {surprising} are kept and not used", stacklevel=2
             )
-        return cls(**{k: v for k, v in values.items() if k in known}, unknown=unknown)
+        values = {key: value for key, value in values.items() if key in known}
+        try:
+            targets = _as_set(values.get("target_modules"), "target_modules")
+            feedforward = _as_set(values.get("feedforward_modules"), "feedforward_modules")
+            if isinstance(targets, set) and isinstance(feedforward, set):
+                values["target_modules"], values["feedforward_modules"] = feedforward_among(
+                    targets, feedforward
+                )
+            return cls(**values, unknown=unknown)
+        except IA3Error as error:
+            raise IA3Error(f"{source}: {error}") from error
 
     @classmethod
     def from_json(cls, path: str | Path) -> IA3Config:
@@ -135,3 +152,18 @@ def matches_feedforward(name: str, modules: Iterable[str] | str) -> bool:
     if isinstance(modules, str):
         return matches(name, modules)
     return any(name.endswith(module) for module in modules)
+
+
+def feedforward_among(
+    targets: Iterable[str], feedforward: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """The same choice with the feed-forward entries a subset of the targets: (targets, those).
+
+    PEFT wants a subset, but writes its own defaults whatever the targets. A longer target
+    (`mlp.down_proj` for `down_proj`) stands in for the entry, an entry inside a wider target
+    (`mlp.c_proj` in `c_proj`) is named among the targets too, and one outside all is dropped.
+    """
+    pairs = [(target, module) for target in targets for module in feedforward]
+    longer = {target for target, module in pairs if target.endswith(module)}
+    inside = {module for target, module in pairs if module.endswith(f".{target}")}
+    return sorted({*targets, *inside}), sorted(longer | inside)

@@ -126,6 +126,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             IA3Error: the data, a template or the choices are unusable (the message says which).
             DivergedError: the loss is not finite. What was fitted before stays.
         """
+        if self.steps < 0:
+            raise IA3Error(f"steps is {self.steps}, expected at least 0")
         examples = _examples(texts)
         targets = _labels(labels, len(examples))
         classes = sorted({*targets, *(self.choices or {})}, key=_order)
@@ -134,6 +136,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 f"all labels are {classes[0]!r}: name at least two, in labels or in choices"
             )
         answers = _answer_choices(classes, self.choices)
+        if len({isinstance(label, str) for label in classes}) > 1:
+            raise IA3Error(f"the labels {classes} mix strings and numbers: expected one kind")
         templates = _templates(self.template, examples[0])
         base = self.base
         encoder = Encoder(base, answers, chat=self.chat)
@@ -150,9 +154,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                         TrainingExample(e, classes.index(label))
                         for e, label in zip(encoded, targets, strict=True)
                     ],
-                    TFewConfig(
-                        steps=self.steps, learning_rate=self.learning_rate, seed=self.seed
-                    ),
+                    TFewConfig(steps=self.steps, learning_rate=self.learning_rate, seed=self.seed),
                     on_step,
                 )
             vectors = {
@@ -179,6 +181,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Returns:
             `[examples, classes]`, in the order of `classes_`; averaged over the templates.
+
+        Raises:
+            IA3Error: the model's scores are not finite.
         """
         self._check_fitted()
         examples = _examples(texts)
@@ -190,7 +195,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 choice_scores(base, list(of_template), progress=progress).double().softmax(-1)
                 for of_template in zip(*encoded, strict=True)
             ]
-        return torch.stack(probabilities).mean(0).numpy()
+        averaged: NDArray[np.float64] = torch.stack(probabilities).mean(0).numpy()
+        for row in np.flatnonzero(~np.isfinite(averaged).all(1))[:1]:
+            raise IA3Error(
+                f"the model's scores of text {row} are not finite: its weights or the trained "
+                "vectors are broken, or its dtype is too narrow"
+            )
+        return averaged
 
     def predict(
         self, texts: Sequence[Text], *, progress: Callable[[int], None] | None = None
@@ -344,11 +355,14 @@ def _adapted(
 ) -> Iterator[IA3Model]:
     """The base model with one adapter on it, for as long as the context lasts."""
     with base.lock:
+        modes = [(module, module.training) for module in base.model.modules()]
         ia3_model = IA3Model(base.model, config, vectors=vectors)
         try:
             yield ia3_model
         finally:
             ia3_model.unload()
+            for module, training in modes:
+                module.training = training
 
 
 def _examples(texts: Sequence[Text]) -> list[Mapping[str, Any]]:
@@ -374,7 +388,8 @@ def _examples(texts: Sequence[Text]) -> list[Mapping[str, Any]]:
 
 
 def _labels(labels: ArrayLike, count: int) -> list[Label]:
-    plain = np.asarray(labels).tolist() if hasattr(labels, "dtype") else list(labels)  # type: ignore[arg-type]
+    plain: list[Any] = np.asarray(labels).tolist() if hasattr(labels, "dtype") else list(labels)  # type: ignore[arg-type]
+    plain = [label.item() if isinstance(label, np.generic) else label for label in plain]
     if len(plain) != count:
         raise IA3Error(f"there are {count} texts and {len(plain)} labels: expected one each")
     for row, label in enumerate(plain):
@@ -413,9 +428,7 @@ def readable(label: Label) -> str:
     return " ".join(words.replace("_", " ").split()) or str(label)
 
 
-def _templates(
-    template: str | Sequence[str] | None, example: Mapping[str, Any]
-) -> list[Template]:
+def _templates(template: str | Sequence[str] | None, example: Mapping[str, Any]) -> list[Template]:
     if template is None:
         return [Template(default_template(list(example)))]
     sources = [template] if isinstance(template, str) else list(template)

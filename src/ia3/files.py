@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+
+
+def check_folder(folder: str | Path) -> None:
+    """Fail now as writing into this folder would fail after the work that is to be kept.
+
+    Raises:
+        OSError: the folder, or the nearest one above it that exists, may not be written.
+    """
+    folder = Path(folder)
+    nearest = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    if not nearest.is_dir():
+        raise _os_error(errno.ENOTDIR, nearest)
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _os_error(errno.EACCES, nearest)
 
 
 def write_file(path: str | Path, content: bytes) -> None:
     """Write one file, or replace it, so that a failure leaves what was there before.
 
+    A link stays one: the file that it leads to is replaced.
+
     Raises:
         OSError: the disk is full or may not be written; nothing has changed.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     write_files(path.parent, {path.name: content})
 
 
@@ -31,26 +51,70 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
         OSError: the disk is full or may not be written; nothing has changed.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file, expected a folder to write into")
     exists = folder.exists()
+    if exists and not folder.is_dir():
+        raise _os_error(errno.ENOTDIR, folder)
+    for name in files:
+        # Renaming over a folder would fail after other files are in place; over a device, as root,
+        # it would not fail.
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise FileExistsError(f"{folder / name} is not a file that could be replaced")
     beside = folder if exists else folder.parent
-    beside.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=beside))
+    # Innermost first, as they have to be removed.
+    created = [parent for parent in (beside, *beside.parents) if not parent.exists()]
     try:
-        for name, content in files.items():
-            with open(staging / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        if exists:
-            for name in files:
-                os.replace(staging / name, folder / name)
-        else:
-            # mkdtemp makes folders that only their owner can read.
-            umask = os.umask(0)
-            os.umask(umask)
-            staging.chmod(0o777 & ~umask)
-            staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        beside.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=beside))
+        try:
+            for name, content in files.items():
+                _write_through(staging / name, content, folder / name)
+            if exists:
+                for name in files:
+                    os.replace(staging / name, folder / name)
+            else:
+                # mkdtemp makes folders that only their owner can read.
+                umask = os.umask(0)
+                os.umask(umask)
+                staging.chmod(0o777 & ~umask)
+                staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except BaseException:
+        for parent in created:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def write_stdout(content: bytes) -> None:
+    """Write to standard output, to the last byte.
+
+    Raises:
+        BrokenPipeError: nobody reads any more.
+        OSError: it leads into a file that cannot take all.
+    """
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        # What is left in the buffer would be written once more, and fail, when Python exits.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def _write_through(path: Path, content: bytes, target: Path) -> None:
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        # The temporary file's name means nothing to anybody.
+        raise OSError(error.errno, error.strerror, str(target)) from error
+
+
+def _os_error(number: int, path: Path) -> OSError:
+    return OSError(number, os.strerror(number), str(path))

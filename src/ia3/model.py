@@ -88,6 +88,12 @@ class IA3Model(nn.Module):
             raise IA3Error(f"adapter {adapter_name!r} exists already: delete it or choose another")
         if not re.fullmatch(r"[^./\\\s]+", adapter_name):
             raise IA3Error(f"adapter name {adapter_name!r} must have no dot, slash or white space")
+        if hasattr(Site("output", 1), adapter_name):
+            # torch would take the one for the other when it moves, shards or trains the module.
+            raise IA3Error(
+                f"adapter name {adapter_name!r} is also an attribute of the modules that hold the "
+                "vectors: choose another"
+            )
         if config.modules_to_save:
             raise IA3Error(
                 f"modules_to_save={config.modules_to_save} is not supported yet: leave it out"
@@ -221,9 +227,9 @@ class IA3Model(nn.Module):
             safe_merge: refuse a result that is not finite.
 
         Raises:
-            IA3Error: something is merged already, a weight is packed, a weight is shared with a module that would
-                change with it, or (with `safe_merge`) a merged weight is not finite; the model is
-                then unchanged.
+            IA3Error: something is merged already, a weight is packed or shared with a module that
+                would change with it, or (with `safe_merge`) a merged weight is not finite; the
+                model is then unchanged.
         """
         names = tuple(self._active if adapter_names is None else adapter_names)
         self._check_known(names)
@@ -387,13 +393,21 @@ def _naming(model_id: str | Path) -> Iterator[None]:
 
 def _download(model_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(model_id, allow_patterns=["adapter_*"]))
     except HFValidationError as error:
         raise FileNotFoundError(
             f"no adapter at {model_id!r}: no such folder, and not a hub id"
+        ) from error
+    except (LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"no adapter at {model_id!r}: no such folder, and not to be had from the hub: {error}"
         ) from error
 
 

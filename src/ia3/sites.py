@@ -47,8 +47,7 @@ class Site(nn.Module):
 
     def add(self, adapter: str, vector: Tensor, *, requires_grad: bool) -> None:
         """Store a vector of `vector_shape` under an adapter's name."""
-        # Not register_parameter: it refuses names that are also attributes of a module ("active").
-        self._parameters[adapter] = nn.Parameter(vector, requires_grad=requires_grad)
+        self.register_parameter(adapter, nn.Parameter(vector, requires_grad=requires_grad))
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter's vector."""

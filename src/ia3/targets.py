@@ -10,7 +10,7 @@ from typing import Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import IA3Config, matches, matches_feedforward
+from .config import IA3Config, feedforward_among, matches, matches_feedforward
 from .errors import IA3Error, did_you_mean
 
 Side = Literal["output", "input"]
@@ -89,24 +89,12 @@ def with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
                 if any(matches_feedforward(name, [module]) for name in names)
             ]
         else:
-            values["target_modules"], values["feedforward_modules"] = _default_feedforward(
+            values["target_modules"], values["feedforward_modules"] = feedforward_among(
                 values["target_modules"], default
             )
     # Both are recorded in the forms PEFT reads; unknown keys were named when the file was read.
     known = {key: value for key, value in values.items() if key not in config.unknown}
     return IA3Config(**known, unknown=dict(config.unknown))
-
-
-def _default_feedforward(targets: list[str], default: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Which of these targets an architecture's default makes feed-forward: (targets, those).
-
-    Written so that they are a subset of the targets, which PEFT wants of the files it reads: a
-    longer target (`mlp.down_proj` for `down_proj`) stands in for the default, and a default inside
-    a wider target (`mlp.c_proj` in `c_proj`) is named among the targets too.
-    """
-    longer = {target for target in targets for module in default if target.endswith(module)}
-    inside = {module for target in targets for module in default if module.endswith(f".{target}")}
-    return sorted({*targets, *inside}), sorted(longer | inside)
 
 
 def find_targets(model: nn.Module, config: IA3Config, *, strict: bool = True) -> list[Target]:

@@ -82,7 +82,9 @@ class Encoder:
 
     def _prompt_ids(self, text: str) -> tuple[int, ...]:
         # A chat template writes its special tokens itself.
-        ids = self._tokenizer(text, add_special_tokens=not self._chat, truncation=False)["input_ids"]
+        ids = self._tokenizer(text, add_special_tokens=not self._chat, truncation=False)[
+            "input_ids"
+        ]
         if not self._encoder_decoder and ids and ids[-1] == self._tokenizer.eos_token_id:
             ids = ids if self._chat else ids[:-1]
         return tuple(ids)
@@ -125,16 +127,23 @@ class Encoder:
                     f"template {template.source!r} needs {length} tokens without any text; the "
                     f"model's context has room for {room}"
                 )
-            # Tokens are at least one character: cutting this many never cuts below what fits by
-            # more than the text's own characters a token, and the loop ends.
-            text = texts[longest]
-            ids = self._tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
-            keep = max(0, len(ids) - (length - room))
-            shorter = self._tokenizer.decode(ids[:keep], skip_special_tokens=True)
-            example[longest] = shorter if len(shorter) < len(text) else text[: len(text) // 2]
+            example[longest] = self._without_last_tokens(texts[longest], length - room)
             prompt = self._prompt_ids(self._prompt_text(example, template))
             length = len(prompt)
         return prompt
+
+    def _without_last_tokens(self, text: str, count: int) -> str:
+        """The text's beginning, shorter by so many tokens, and by one character at least."""
+        if not self._tokenizer.is_fast:
+            ids = self._tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+            shorter: str = self._tokenizer.decode(ids[: max(0, len(ids) - count)])
+            return shorter if len(shorter) < len(text) else text[: len(text) // 2]
+        offsets = self._tokenizer(
+            text, add_special_tokens=False, truncation=False, return_offsets_mapping=True
+        )["offset_mapping"]
+        # Where the first token that is cut begins: a character of several tokens is cut whole.
+        end = offsets[-count][0] if count < len(offsets) else 0
+        return text[: min(end, len(text) - 1)]
 
 
 def _ids_after(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> tuple[int, ...]:
@@ -149,8 +158,10 @@ def _context_length(base: BaseModel) -> int:
     """Tokens the model takes: what its positions allow, else what its tokenizer says."""
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
         value = getattr(base.model.config, name, None)
-        if isinstance(value, int) and value > 0 and getattr(
-            base.model.config, "model_type", ""
-        ) not in ("t5", "mt5"):
+        if (
+            isinstance(value, int)
+            and value > 0
+            and getattr(base.model.config, "model_type", "") not in ("t5", "mt5")
+        ):
             return value
     return int(min(base.tokenizer.model_max_length, 10**9))

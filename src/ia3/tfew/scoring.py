@@ -3,7 +3,9 @@
 A decoder-only model gets the prompt and all its choices in one sequence: each choice sees the
 prompt and itself (a tree mask), at the positions it would have alone, so that the prompt is
 computed once. Short examples are packed into rows of one length, so that no padding is computed
-either. Only the positions that predict an answer token are projected to the vocabulary.
+either, and what all prompts of a batch begin with (an instruction, a chat template's opening) is
+computed once a row. Only the positions that predict an answer token are projected to the
+vocabulary.
 
 Not every architecture takes a tree mask. `shares_prompt` tries it out on the model itself; where
 the scores differ, every choice gets a row of its own, with the prompt repeated. An encoder-decoder
@@ -16,6 +18,8 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +103,7 @@ def shares_prompt(base: BaseModel) -> bool:
 
 
 def _probe(base: BaseModel) -> bool:
-    vocabulary = int(base.model.get_output_embeddings().weight.shape[0])
+    vocabulary = int(_output_layer(base.model).get_parameter("weight").shape[0])
 
     def ids(start: int, count: int) -> tuple[int, ...]:
         return tuple((start + 7919 * i) % vocabulary for i in range(count))
@@ -129,6 +133,10 @@ def _probe(base: BaseModel) -> bool:
 
 # -- one sequence for all choices ------------------------------------------------------------------
 
+# Owners of the positions that belong to no example: the common prefix, and the padding.
+_EVERYBODY = -1
+_NOBODY = -2
+
 
 @dataclass
 class _Targets:
@@ -155,29 +163,30 @@ def _shared_scores(
     base: BaseModel, examples: Sequence[EncodedExample], *, hide_other_choices: bool = True
 ) -> TokenScores:
     # Every choice's last token predicts nothing that is scored, so it is left out.
-    lengths = [len(e.prompt) + sum(len(c) - 1 for c in e.choices) for e in examples]
-    one_row = sum(lengths) <= ONE_ROW
-    rows = _fill_rows(lengths, sum(lengths) if one_row else max(PACKED_LENGTH, *lengths))
-    length = max(sum(lengths[i] for i in row) for row in rows)
-    pad = _pad_token(base)
-    ids = [[pad] * length for _ in rows]
-    positions = [[0] * length for _ in rows]
-    owner = [[-1] * length for _ in rows]
+    prefix = _common_prefix(examples)
+    shared = len(prefix)
+    lengths = [len(e.prompt) - shared + sum(len(c) - 1 for c in e.choices) for e in examples]
+    one_row = shared + sum(lengths) <= ONE_ROW
+    rows = _fill_rows(lengths, sum(lengths) if one_row else max(PACKED_LENGTH + shared, *lengths))
+    length = shared + max(sum(lengths[i] for i in row) for row in rows)
+    ids = [[*prefix, *[_pad_token(base)] * (length - shared)] for _ in rows]
+    positions = [[*range(shared), *[0] * (length - shared)] for _ in rows]
+    owner = [[_EVERYBODY] * shared + [_NOBODY] * (length - shared) for _ in rows]
     branch = [[0] * length for _ in rows]
     targets = _Targets()
     for r, row in enumerate(rows):
-        at = 0
+        at = shared
         for i in row:
             prompt, choices = examples[i].prompt, examples[i].choices
-            end = at + len(prompt)
-            ids[r][at:end] = prompt
-            positions[r][at:end] = range(len(prompt))
+            end = at + len(prompt) - shared
+            ids[r][at:end] = prompt[shared:]
+            positions[r][at:end] = range(shared, len(prompt))
             owner[r][at : at + lengths[i]] = [i] * lengths[i]
             first = targets.project(r * length + end - 1)
             at = end
             for c, choice in enumerate(choices):
                 targets.score(first, choice[0], (i, c, 0))
-                for t, (token, following) in enumerate(zip(choice, choice[1:], strict=False)):
+                for t, (token, following) in enumerate(pairwise(choice)):
                     ids[r][at] = token
                     positions[r][at] = len(prompt) + t
                     branch[r][at] = c + 1
@@ -207,18 +216,29 @@ def _tree_mask(
     """The additive mask `[rows, 1, length, length]`: 0 where a position sees, else the minimum.
 
     Args:
-        owner: `[rows, length]`, the example a position belongs to; −1 for padding.
+        owner: `[rows, length]`, the example a position belongs to, or one of the two below.
         branch: `[rows, length]`, 0 in a prompt, else the number of the choice.
         dtype: of the mask.
         hide_other_choices: false only for the probe.
     """
     length = owner.shape[1]
-    sees = owner[:, :, None] == owner[:, None, :]
+    sees = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == _EVERYBODY)
     sees &= torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()
     if hide_other_choices:
         sees &= (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
     mask = torch.zeros(sees.shape, dtype=dtype, device=owner.device)
     return mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+
+
+def _common_prefix(examples: Sequence[EncodedExample]) -> tuple[int, ...]:
+    """What all prompts begin with, less the last token of the shortest, which predicts answers."""
+    first = min(e.prompt for e in examples)
+    last = max(e.prompt for e in examples)
+    limit = min(len(e.prompt) for e in examples) - 1
+    # Whatever the least and the greatest sequence share, every one between them shares.
+    return tuple(
+        a for a, _ in takewhile(lambda ab: ab[0] == ab[1], zip(first, last, strict=False))
+    )[:limit]
 
 
 def _fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -248,18 +268,15 @@ def _expanded_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> Tok
         start = row * ids.shape[1] + len(examples[i].prompt) - 1
         for t, token in enumerate(examples[i].choices[c]):
             targets.score(targets.project(start + t), token, (i, c, t))
-    return _scores(
-        base, examples, targets, input_ids=ids, attention_mask=mask, use_cache=False
-    )
+    return _scores(base, examples, targets, input_ids=ids, attention_mask=mask, use_cache=False)
 
 
-def _encoder_decoder_scores(
-    base: BaseModel, examples: Sequence[EncodedExample]
-) -> TokenScores:
+def _encoder_decoder_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
     prompts, prompt_mask = _padded([e.prompt for e in examples], _pad_token(base), base.device)
-    encoded = base.model.get_encoder()(input_ids=prompts, attention_mask=prompt_mask)[0]
+    model: Any = base.model
+    encoded = model.get_encoder()(input_ids=prompts, attention_mask=prompt_mask)[0]
     flat = [(i, c) for i, e in enumerate(examples) for c in range(len(e.choices))]
-    start = int(base.model.config.decoder_start_token_id)
+    start = int(model.config.decoder_start_token_id)
     sequences = [(start, *examples[i].choices[c][:-1]) for i, c in flat]
     ids, mask = _padded(sequences, _pad_token(base), base.device)
     targets = _Targets()
@@ -316,18 +333,22 @@ def _scores(
 @contextmanager
 def _project_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
     """Within the context the output layer sees only these positions of the flattened batch."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise IA3Error(f"{type(model).__name__} has no output embeddings to score tokens with")
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (args[0].flatten(0, -2).index_select(0, positions),)
 
-    handle = head.register_forward_pre_hook(gather)
+    handle = _output_layer(model).register_forward_pre_hook(gather)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _output_layer(model: Any) -> nn.Module:
+    head: nn.Module | None = model.get_output_embeddings()
+    if head is None:
+        raise IA3Error(f"{type(model).__name__} has no output embeddings to score tokens with")
+    return head
 
 
 def _padded(
@@ -354,12 +375,15 @@ def _batches(examples: Sequence[EncodedExample], max_tokens: int) -> Iterator[li
     yield batch
 
 
-def _attention_window(model: nn.Module) -> float:
+def _attention_window(model: Any) -> float:
     """The longest sequence over which every layer attends to everything.
 
     A mask of four dimensions takes the place of a sliding window's, silently.
     """
-    config = model.config
+    config = model.config.get_text_config(decoder=True)
+    if "local" in getattr(config, "attention_layers", ()):
+        # GPT-Neo's window lies over places in the sequence, whatever the mask and the positions.
+        return 0
     windows = [getattr(config, "attention_chunk_size", None)]
     if getattr(config, "use_sliding_window", True):
         windows.append(getattr(config, "sliding_window", None))

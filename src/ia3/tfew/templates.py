@@ -55,9 +55,10 @@ class Template:
             IA3Error: the template names a field the example lacks, or reaches for Python internals.
         """
         try:
-            return self._compiled.render(
+            rendered: str = self._compiled.render(
                 {ALL_FIELDS: dict(example), ANSWER_CHOICES: list(answer_choices), **example}
-            ).rstrip()
+            )
+            return rendered.rstrip()
         except UndefinedError as error:
             missing = sorted(self._variables - example.keys() - {ANSWER_CHOICES, ALL_FIELDS})
             hint = did_you_mean(missing[0], example) if missing else ""
@@ -67,7 +68,14 @@ class Template:
             ) from error
         except SecurityError as error:
             raise IA3Error(f"template {self.source!r} is refused: {error}") from error
-        except (ArithmeticError, TypeError, ValueError, LookupError) as error:
+        except (
+            ArithmeticError,
+            TypeError,
+            ValueError,
+            LookupError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             raise IA3Error(f"template {self.source!r}: {type(error).__name__}: {error}") from error
 
 

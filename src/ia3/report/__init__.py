@@ -1,0 +1,1 @@
+"""What a training did, on one HTML page."""

@@ -1,0 +1,422 @@
+"""Scores of answer choices against the plain way: one whole text after the other."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tfew_fixtures import (
+    VOCABULARY,
+    hook_count,
+    plain_token_scores,
+    random_base,
+    tiny_llama,
+    tiny_t5,
+    word_tokenizer,
+)
+from torch import nn
+from transformers import (
+    BartConfig,
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    T5Config,
+)
+
+from ia3 import IA3Config, IA3Model
+from ia3.base_model import BaseModel
+from ia3.errors import IA3Error
+from ia3.tfew.encoding import EncodedExample
+from ia3.tfew.losses import TokenScores, token_loss
+from ia3.tfew.scoring import (
+    _expanded_scores,
+    _shared_scores,
+    choice_scores,
+    shares_prompt,
+    token_scores,
+)
+
+WIDTH = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
+LLAMA = dict(**WIDTH, intermediate_size=48, num_attention_heads=4, initializer_range=0.2)
+
+SHARING = {
+    "llama": LlamaConfig(**LLAMA, num_key_value_heads=2, max_position_embeddings=512),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.2
+    ),
+    "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2),
+    "gpt_neox": GPTNeoXConfig(**LLAMA, max_position_embeddings=512),
+    "opt": OPTConfig(
+        **WIDTH, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=32, init_std=0.2
+    ),
+}
+NOT_SHARING = {
+    "bloom": BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2
+    ),
+    "falcon-alibi": FalconConfig(**WIDTH, num_attention_heads=4, alibi=True, initializer_range=0.2),
+    "mamba": MambaConfig(**WIDTH, state_size=8, initializer_range=0.2),
+}
+# Share short prompts; beyond the window each choice needs a row of its own.
+WINDOWED = {
+    "mistral": MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=16),
+    "gemma3": Gemma3TextConfig(
+        **LLAMA,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    # Its window lies over places in the sequence, which sharing changes.
+    "gpt_neo": GPTNeoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=16,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+    ),
+}
+ENCODER_DECODER = {
+    "t5": T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    ),
+    "bart": BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_position_embeddings=256,
+        init_std=0.2,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=2,
+    ),
+}
+ALL = {**SHARING, **NOT_SHARING, **WINDOWED, **ENCODER_DECODER}
+bases: dict[str, BaseModel] = {}
+
+
+def base_of(name: str) -> BaseModel:
+    if name not in bases:
+        bases[name] = random_base(ALL[name])
+    return bases[name]
+
+
+def random_examples(shapes, seed=0, shared=0):
+    """Examples of random tokens.
+
+    Args:
+        shapes: for every example its prompt's length and its choices' lengths.
+        seed: of the tokens.
+        shared: so many tokens at the beginning of every prompt are the same.
+    """
+    draw = random.Random(seed)
+
+    def ids(count):
+        return tuple(draw.randrange(3, VOCABULARY) for _ in range(count))
+
+    prefix = ids(shared)
+    return [
+        EncodedExample(prefix + ids(prompt), tuple(ids(c) for c in choices))
+        for prompt, choices in shapes
+    ]
+
+
+SHAPES = [
+    (12, (1, 3, 2)),
+    (7, (2, 2, 1, 4)),  # one choice more than the others
+    (1, (1, 1)),  # nothing but one token
+    (150, (2, 5)),
+    (30, (3,) * 20),
+]
+
+
+def assert_plain(base: BaseModel, examples, scores: TokenScores, tolerance=1e-4):
+    assert scores.log_probs.shape[0] == len(examples)
+    with torch.no_grad():
+        for i, example in enumerate(examples):
+            plain = plain_token_scores(base, example)
+            for c, of_choice in enumerate(plain):
+                assert scores.mask[i, c].sum() == len(of_choice)
+                assert scores.mask[i, c, : len(of_choice)].all()
+                torch.testing.assert_close(
+                    scores.log_probs[i, c, : len(of_choice)], of_choice, atol=tolerance, rtol=0
+                )
+            assert not scores.mask[i, len(plain) :].any()
+    assert (scores.log_probs[~scores.mask] == 0).all()
+
+
+def with_random_vectors(base: BaseModel) -> IA3Model:
+    """Adapters well away from the identity, so that their gradients say something."""
+    ia3_model = IA3Model(base.model, IA3Config())
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for vector in ia3_model.vectors("default").values():
+            vector.copy_(1 + 0.3 * torch.randn(vector.shape, generator=generator))
+    return ia3_model
+
+
+# -- equal to the plain way ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_scores_equal_the_plain_way(name):
+    base = base_of(name)
+    examples = random_examples(SHAPES)
+    with torch.no_grad():
+        assert_plain(base, examples, token_scores(base, examples))
+        # One after the other, too: batching changes nothing.
+        for example in examples:
+            assert_plain(base, [example], token_scores(base, [example]))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_scores_with_a_common_beginning_equal_the_plain_way(name):
+    base = base_of(name)
+    shapes = [(5, (2, 1)), (0, (1, 3)), (40, (2, 2)), (1, (1, 1))]
+    examples = random_examples(shapes, shared=23)
+    # The same prompt twice.
+    examples.append(examples[0])
+    with torch.no_grad():
+        assert_plain(base, examples, token_scores(base, examples))
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_these_share_the_prompt(name):
+    assert shares_prompt(base_of(name))
+
+
+@pytest.mark.parametrize("name", NOT_SHARING)
+def test_these_cannot_share_the_prompt(name):
+    assert not shares_prompt(base_of(name))
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_the_tree_mask_would_be_wrong_beyond_the_window(name):
+    # Or else the test above says nothing about the fall-back.
+    base = base_of(name)
+    examples = random_examples([(40, (3, 2, 4, 4, 4, 4))])
+    with torch.no_grad():
+        shared = _shared_scores(base, examples).log_probs
+        expanded = _expanded_scores(base, examples)
+        assert_plain(base, examples, expanded)
+    assert (shared - expanded.log_probs).abs().max() > 1e-2
+
+
+def test_a_window_that_is_turned_off_is_no_window():
+    config = Qwen2Config(
+        **LLAMA, num_key_value_heads=2, sliding_window=16, use_sliding_window=False
+    )
+    base = random_base(config)
+    examples = random_examples(SHAPES)
+    with torch.no_grad():
+        assert_plain(base, examples, token_scores(base, examples))
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_shared_and_expanded_agree_in_scores_and_gradients(name):
+    base = base_of(name)
+    examples = random_examples(SHAPES, shared=9)
+    labels = torch.tensor([i % len(e.choices) for i, e in enumerate(examples)])
+    ia3_model = with_random_vectors(base)
+    try:
+        vectors = list(ia3_model.vectors("default").values())
+        shared, expanded = _shared_scores(base, examples), _expanded_scores(base, examples)
+        torch.testing.assert_close(shared.log_probs, expanded.log_probs, atol=1e-4, rtol=0)
+        assert torch.equal(shared.mask, expanded.mask)
+        ours = torch.autograd.grad(token_loss(shared, labels).total, vectors)
+        plain = torch.autograd.grad(token_loss(expanded, labels).total, vectors)
+    finally:
+        ia3_model.unload()
+    assert any(gradient.abs().max() > 1e-3 for gradient in plain)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "t5", "bart"])
+def test_gradients_equal_the_plain_way(name):
+    base = base_of(name)
+    examples = random_examples([(12, (1, 3, 2)), (7, (2, 1))], shared=4)
+    ia3_model = with_random_vectors(base)
+    try:
+        vectors = list(ia3_model.vectors("default").values())
+        scores = token_scores(base, examples)
+        # A different weight for every token, so that none can stand in for another.
+        weights = torch.arange(scores.log_probs.numel()).reshape(scores.log_probs.shape) + 1.0
+        ours = torch.autograd.grad((scores.log_probs * weights).sum(), vectors)
+        total = torch.zeros(())
+        for i, example in enumerate(examples):
+            for c, tokens in enumerate(plain_token_scores(base, example)):
+                total = total + (tokens * weights[i, c, : len(tokens)]).sum()
+        plain = torch.autograd.grad(total, vectors)
+    finally:
+        ia3_model.unload()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+# -- any mix of lengths ----------------------------------------------------------------------------
+
+prompts = st.one_of(st.integers(1, 20), st.integers(129, 300))
+choice_lengths = st.one_of(
+    st.lists(st.integers(1, 6), min_size=2, max_size=5),
+    st.lists(st.integers(1, 3), min_size=30, max_size=80),
+)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "t5"])
+@given(
+    shapes=st.lists(st.tuples(prompts, choice_lengths), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+    shared=st.sampled_from([0, 0, 1, 30, 140]),
+)
+@settings(max_examples=8, deadline=None)
+def test_any_mix_of_lengths_equals_the_plain_way(name, shapes, seed, shared):
+    base = base_of(name)
+    examples = random_examples(shapes, seed, shared)
+    with torch.no_grad():
+        scores = token_scores(base, examples)
+        assert_plain(base, examples, scores)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=2, max_size=12),
+    seed=st.integers(0, 1000),
+    max_tokens=st.sampled_from([1, 64, 300, 4096]),
+)
+@settings(max_examples=15, deadline=None)
+def test_packing_never_changes_a_score(lengths, seed, max_tokens):
+    base = base_of("llama")
+    examples = random_examples([(n, (2, 1, 3)) for n in lengths], seed)
+    together = choice_scores(base, examples, max_tokens=max_tokens)
+    alone = torch.cat([choice_scores(base, [example]) for example in examples])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+
+
+def test_choice_scores_are_mean_log_probabilities_in_the_order_given():
+    base = base_of("gpt2")
+    examples = random_examples([(9, (1, 4)), (60, (2, 2)), (3, (3, 1))])
+    done = []
+    scores = choice_scores(base, examples, max_tokens=20, progress=done.append)
+    with torch.no_grad():
+        plain = [[float(t.mean()) for t in plain_token_scores(base, e)] for e in examples]
+    torch.testing.assert_close(scores, torch.tensor(plain), atol=1e-4, rtol=0)
+    assert sum(done) == len(examples)
+    assert scores.dtype == torch.float32
+    assert not scores.requires_grad
+
+
+def test_no_examples_no_scores():
+    assert choice_scores(base_of("llama"), []).shape[0] == 0
+
+
+def test_scoring_leaves_the_model_as_it_was():
+    base = BaseModel(tiny_llama(attention_dropout=0.5), word_tokenizer(), "tiny")
+    base.model.train()
+    examples = random_examples([(9, (1, 4)), (60, (2, 2))])
+    first = choice_scores(base, examples)
+    assert base.model.training
+    # Dropout does not touch scores.
+    assert torch.equal(first, choice_scores(base, examples))
+    assert hook_count(base.model) == 0
+
+
+def test_scores_in_bfloat16_are_near_those_in_float32():
+    wide = BaseModel(tiny_llama(), word_tokenizer(), "tiny")
+    narrow = BaseModel(tiny_llama().to(torch.bfloat16), word_tokenizer(), "tiny")
+    examples = random_examples([(9, (1, 4)), (60, (2, 2)), (150, (1, 1))])
+    assert shares_prompt(narrow)
+    scores = choice_scores(narrow, examples)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, choice_scores(wide, examples), atol=0.2, rtol=0)
+
+
+# -- the output layer ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "bloom", "mamba", "t5", "bart"])
+def test_only_answer_positions_are_projected(name):
+    base = base_of(name)
+    examples = random_examples([(150, (1, 3, 2)), (20, (2, 2))])
+    rows = []
+    handle = base.model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: rows.append(output[..., 0].numel())
+    )
+    try:
+        with torch.no_grad():
+            token_scores(base, examples)  # the model is tried out before the first scores
+            rows.clear()
+            scores = token_scores(base, examples)
+    finally:
+        handle.remove()
+    assert rows
+    assert sum(rows) <= int(scores.mask.sum())
+
+
+def test_one_token_choices_take_one_projection_a_prompt():
+    base = base_of("llama")
+    examples = random_examples([(20, (1,) * 50), (30, (1,) * 50)])
+    rows = []
+    handle = base.model.lm_head.register_forward_hook(
+        lambda module, args, output: rows.append(output[..., 0].numel())
+    )
+    try:
+        with torch.no_grad():
+            token_scores(base, examples)
+            rows.clear()
+            scores = token_scores(base, examples)
+    finally:
+        handle.remove()
+    assert rows == [2]
+    assert_plain(base, examples, scores)
+
+
+def test_the_output_layer_has_no_hook_left_after_an_error():
+    base = BaseModel(tiny_llama(max_position_embeddings=64), word_tokenizer(), "tiny")
+    beyond = EncodedExample((5, VOCABULARY + 5), ((3,), (4,)))
+    with pytest.raises(IndexError):
+        token_scores(base, [beyond])
+    assert hook_count(base.model) == 0
+
+
+def test_a_model_without_an_output_layer_is_refused():
+    class Bodiless(type(tiny_llama())):
+        def get_output_embeddings(self) -> nn.Module | None:
+            return None
+
+    model = Bodiless(tiny_llama().config)
+    with pytest.raises(IA3Error, match="output embeddings"):
+        token_scores(BaseModel(model, word_tokenizer(), "x"), random_examples([(3, (1, 1))]))
+
+
+def test_t5_tied_and_scaled_head_is_taken_as_it_is():
+    # T5 scales what it projects where the head is tied to the embeddings.
+    base = BaseModel(tiny_t5(), word_tokenizer(), "tiny")
+    assert base.model.config.tie_word_embeddings
+    examples = random_examples([(9, (1, 4)), (140, (2, 2))])
+    with torch.no_grad():
+        assert_plain(base, examples, token_scores(base, examples))
