@@ -81,7 +81,7 @@ def _t5() -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def make_model() -> MakeModel:
-    """`"llama"`, `"gpt2"` or `"t5"` -> a new model in eval mode, without dropout; the same bits every time."""
+    """`"llama"`, `"gpt2"` or `"t5"` -> a new model without dropout, the same bits every time."""
     makers = {"llama": _llama, "gpt2": _gpt2, "t5": _t5}
 
     def make(kind: str) -> PreTrainedModel:

@@ -45,13 +45,18 @@ from ia3.tfew.scoring import (
     token_scores,
 )
 
-WIDTH = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
-LLAMA = dict(**WIDTH, intermediate_size=48, num_attention_heads=4, initializer_range=0.2)
+WIDTH = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+LLAMA = {**WIDTH, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.2}
 
 SHARING = {
     "llama": LlamaConfig(**LLAMA, num_key_value_heads=2, max_position_embeddings=512),
     "gpt2": GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.2
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        initializer_range=0.2,
     ),
     "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2),
     "gpt_neox": GPTNeoXConfig(**LLAMA, max_position_embeddings=512),

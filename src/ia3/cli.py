@@ -97,7 +97,9 @@ def fit(
     from .tables import fields_of, read_table
 
     if label in text:
-        raise typer.BadParameter(f"{label!r} is the text and the label at once", param_hint="--label")
+        raise typer.BadParameter(
+            f"{label!r} is the text and the label at once", param_hint="--label"
+        )
     _check_out(out, force)
     check_folder(out)
     rows = read_table(data, text, label)

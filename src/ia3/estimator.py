@@ -101,7 +101,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     @property
     def base(self) -> BaseModel:
-        """The model and its tokenizer, loaded when first used and shared with others of its name."""
+        """The model and its tokenizer, loaded when first used, shared with others of its name."""
         # Held, so that the model stays in memory as long as a classifier uses it.
         self._base = load_base_model(
             self.model, tokenizer=self.tokenizer, device=self.device, dtype=self.dtype
@@ -210,7 +210,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self.classes_at(self.predict_proba(texts, progress=progress))
 
     def classes_at(self, probabilities: NDArray[np.float64]) -> NDArray[Any]:
-        """The labels with the highest probabilities, `[examples]`, from `predict_proba`'s result."""
+        """The labels of the highest probabilities, `[examples]`, from `predict_proba`'s result."""
         most_probable: NDArray[Any] = self.classes_[probabilities.argmax(1)]
         return most_probable
 

@@ -88,8 +88,8 @@ class IA3Model(nn.Module):
             raise IA3Error(f"adapter {adapter_name!r} exists already: delete it or choose another")
         if not re.fullmatch(r"[^./\\\s]+", adapter_name):
             raise IA3Error(f"adapter name {adapter_name!r} must have no dot, slash or white space")
-        if hasattr(Site("output", 1), adapter_name):
-            # torch would take the one for the other when it moves, shards or trains the module.
+        if adapter_name in {*dir(nn.Module()), *vars(Site("output", 1))}:
+            # Setting the attribute ("training") would set the vector of that name.
             raise IA3Error(
                 f"adapter name {adapter_name!r} is also an attribute of the modules that hold the "
                 "vectors: choose another"

@@ -47,7 +47,8 @@ class Site(nn.Module):
 
     def add(self, adapter: str, vector: Tensor, *, requires_grad: bool) -> None:
         """Store a vector of `vector_shape` under an adapter's name."""
-        self.register_parameter(adapter, nn.Parameter(vector, requires_grad=requires_grad))
+        # Not register_parameter: it refuses names that are also methods of this class ("product").
+        self._parameters[adapter] = nn.Parameter(vector, requires_grad=requires_grad)
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter's vector."""

@@ -24,9 +24,9 @@ _environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoesca
 class Template:
     """A prompt template: Jinja over the names of an example's fields.
 
-    `{{ answer_choices }}` is the list of the words to rank, and `{{ fields["Tweet text"] }}` reaches
-    a field whose name Jinja cannot write. The prompt ends where the answer begins: white space at
-    its end is dropped.
+    `{{ answer_choices }}` is the list of the words to rank, and `{{ fields["Tweet text"] }}`
+    reaches a field whose name Jinja cannot write. The prompt ends where the answer begins: white
+    space at its end is dropped.
 
     Args:
         source: e.g. `"{{ text }}\\nIs this review positive or negative?"`.

@@ -120,6 +120,8 @@ def train(
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
             use_cpu=base.device.type == "cpu",
+            # The Trainer writes it into the model's config, where it would stay.
+            use_cache=getattr(base.model.config, "use_cache", False),
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
