@@ -26,7 +26,7 @@ _HOME = {
     "get_peft_model": "model",
     "load_base_model": "base_model",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -159,6 +159,7 @@ def _load(
     device: torch.device,
     dtype: torch.dtype | str,
 ) -> BaseModel:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     try:
@@ -166,14 +167,24 @@ def _load(
     except (OSError, ValueError) as error:
         raise IA3Error(
             f"no model {name!r}: it is neither {EMBEDDED_MODEL!r}, nor a folder with a "
-            f"transformers model, nor an id that the hub knows ({_first_line(error)})"
+            f"transformers model, nor an id that the hub knows; where it lies elsewhere now, say "
+            f"so in model ({_first_line(error)})"
         ) from error
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = kind.from_pretrained(folder, dtype=dtype)
+    try:
+        model = kind.from_pretrained(folder, dtype=dtype)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise IA3Error(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+    try:
+        model.eval().to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise IA3Error(
+            f"the model {name!r} cannot be put on device {str(device)!r}: {_first_line(error)}"
+        ) from error
     # What adapters record as their base model: the name that was asked for, never a cache path.
     model.config._name_or_path = name
-    model.eval().to(device)
-    return BaseModel(model, tokenizer or AutoTokenizer.from_pretrained(folder), name)
+    return BaseModel(model, tokenizer, name)
 
 
 def _wrap_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> BaseModel:

@@ -22,7 +22,6 @@ from .model import IA3Model
 from .tfew.encoding import EncodedExample, Encoder
 from .tfew.scoring import choice_scores
 from .tfew.templates import Template
-from .tfew.training import TFewConfig, TrainingExample, TrainingStep, train
 
 try:
     import numpy as np
@@ -35,9 +34,14 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from transformers import PreTrainedTokenizerBase
 
+    from .tfew.training import TrainingStep
+
 TASK_NAME = "ia3_task.json"
 TASK_FORMAT = 1
 TEXT = "text"
+# Every linear layer's output, and the feed-forward input of the architectures that name theirs. A
+# small model learns more from more sites, and in fewer steps (docs/benchmarks.md).
+SITES = "all-linear"
 
 Text = str | Mapping[str, Any]
 Label = str | int | bool
@@ -61,7 +65,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         seed: of the order of the examples and of the templates drawn.
         device: `"auto"` or torch's name of one; a loaded model stays where it is.
         dtype: `"auto"` or torch's name of one; a loaded model keeps its own.
-        learning_rate: Adafactor's, at its peak.
+        learning_rate: Adafactor's, at its peak. The paper's is 3e-3; a small model learns more at
+            this one (docs/benchmarks.md).
         chat: put the prompt into the tokenizer's chat template.
         tokenizer: for a loaded model whose config does not say where it came from.
 
@@ -69,6 +74,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         classes_: the labels, `[classes]`, sorted.
         choices_: the words ranked for each of them.
         templates_: the templates' sources.
+        fields_: the names of the examples' fields.
         config_: the `IA3Config` of the adapter.
         vectors_: module name -> vector, float32 on the CPU.
         history_: one `TrainingStep` a step.
@@ -84,7 +90,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         seed: int = 0,
         device: str = "auto",
         dtype: str = "auto",
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-2,
         chat: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -126,8 +132,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             IA3Error: the data, a template or the choices are unusable (the message says which).
             DivergedError: the loss is not finite. What was fitted before stays.
         """
+        # Brings transformers' Trainer, which prediction does without.
+        from .tfew.training import TFewConfig, TrainingExample, train
+
         if self.steps < 0:
             raise IA3Error(f"steps is {self.steps}, expected at least 0")
+        # The untuned model takes no step, but its settings are checked all the same.
+        recipe = TFewConfig(
+            steps=max(self.steps, 1), learning_rate=self.learning_rate, seed=self.seed
+        )
         examples = _examples(texts)
         targets = _labels(labels, len(examples))
         classes = sorted({*targets, *(self.choices or {})}, key=_order)
@@ -139,11 +152,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if len({isinstance(label, str) for label in classes}) > 1:
             raise IA3Error(f"the labels {classes} mix strings and numbers: expected one kind")
         templates = _templates(self.template, examples[0])
+        for template in templates:
+            template.render(examples[0], answers)
         base = self.base
         encoder = Encoder(base, answers, chat=self.chat)
         encoded = _encode(encoder, examples, templates)
-        # The identity everywhere; the sites are recorded as the adapter's config.
-        config = IA3Config(task_type="SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM")
+        config = IA3Config(
+            task_type="SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM",
+            target_modules=SITES,
+        )
         with _adapted(base, config, None) as ia3_model:
             history = []
             if self.steps > 0:
@@ -154,7 +171,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                         TrainingExample(e, classes.index(label))
                         for e, label in zip(encoded, targets, strict=True)
                     ],
-                    TFewConfig(steps=self.steps, learning_rate=self.learning_rate, seed=self.seed),
+                    recipe,
                     on_step,
                 )
             vectors = {
@@ -165,6 +182,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.classes_ = np.array(classes)
         self.choices_ = answers
         self.templates_ = [template.source for template in templates]
+        self.fields_ = list(examples[0])
         self.config_ = fitted
         self.vectors_ = vectors
         self.history_ = history
@@ -187,6 +205,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         self._check_fitted()
         examples = _examples(texts)
+        for row, example in enumerate(examples):
+            missing = [name for name in self.fields_ if name not in example]
+            if missing:
+                raise IA3Error(
+                    f"text {row} has no field {missing[0]!r}: it has {list(example)}, the "
+                    f"classifier was fitted on {self.fields_}"
+                )
         base = self.base
         encoder = Encoder(base, self.choices_, chat=self.chat)
         encoded = _encode(encoder, examples, [Template(source) for source in self.templates_])
@@ -252,6 +277,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             "format": TASK_FORMAT,
             "model": name,
             "templates": self.templates_,
+            "fields": self.fields_,
             "labels": self.classes_.tolist(),
             "choices": self.choices_,
             "chat": self.chat,
@@ -299,6 +325,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                     "written by another version of ia3"
                 )
             labels, choices = list(task["labels"]), list(task["choices"])
+            fields = [str(name) for name in task["fields"]]
+            if not task["model"] and model is None:
+                raise IA3Error(f"{path} names no model: give the one it was fitted on as model=")
             classifier = cls(
                 model=task["model"] if model is None else model,
                 template=list(task["templates"]),
@@ -322,6 +351,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         classifier.classes_ = np.array(labels)
         classifier.choices_ = choices
         classifier.templates_ = list(task["templates"])
+        classifier.fields_ = fields
         classifier.history_ = []
         return classifier
 

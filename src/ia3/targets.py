@@ -69,7 +69,7 @@ def with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
     model_config = getattr(model, "config", None)
     if values["base_model_name_or_path"] is None:
         values["base_model_name_or_path"] = getattr(model_config, "_name_or_path", None) or None
-    model_type = getattr(model_config, "model_type", None)
+    model_type = _model_type(model)
     if values["target_modules"] is None:
         if model_type not in ARCHITECTURES:
             raise IA3Error(
@@ -80,7 +80,7 @@ def with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
         if values["feedforward_modules"] is None:
             values["feedforward_modules"] = list(ARCHITECTURES[model_type][1])
     if values["feedforward_modules"] is None:
-        default = ARCHITECTURES.get(str(model_type), ((), ()))[1]
+        default = ARCHITECTURES.get(model_type, ((), ()))[1]
         if isinstance(values["target_modules"], str):
             names = [name for name, _ in model.named_modules()]
             values["feedforward_modules"] = [
@@ -146,6 +146,10 @@ def find_targets(model: nn.Module, config: IA3Config, *, strict: bool = True) ->
     return targets
 
 
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", None))
+
+
 def _features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -186,5 +190,6 @@ def _check_all_match(
     for module in sorted(modules):
         if not any(rule(name, [module]) for name in names):
             last_parts = {name.rsplit(".", 1)[-1] for name in names} | set(names)
-            hint = did_you_mean(module, sorted(last_parts))
+            usual = ARCHITECTURES.get(_model_type(model), ((), ()))[0]
+            hint = did_you_mean(module, usual) or did_you_mean(module, sorted(last_parts))
             raise IA3Error(f"{field}: module {module!r} matches nothing in {kind}{hint}")

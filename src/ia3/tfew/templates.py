@@ -18,7 +18,22 @@ except ImportError as error:
 ANSWER_CHOICES = "answer_choices"
 ALL_FIELDS = "fields"
 
-_environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+# A prompt's largest part that arithmetic may make: templates come with adapters from anywhere, and
+# `'a' * 10**10` would take the machine's memory.
+_LARGEST = 100_000
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(x) if isinstance(x, str | list | tuple) else abs(x) for x in (left, right)]
+        if operator == "**" or sizes[0] * sizes[1] > _LARGEST:
+            raise SecurityError(f"{operator!r} makes too much")
+        return super().call_binop(context, operator, left, right)
+
+
+_environment = _Environment(undefined=StrictUndefined, autoescape=False)
 
 
 class Template:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -50,8 +51,10 @@ class TFewConfig:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise IA3Error(f"{name} is {getattr(self, name)}, expected at least 1")
-        if not self.learning_rate > 0:
-            raise IA3Error(f"learning_rate is {self.learning_rate}, expected more than 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise IA3Error(f"learning_rate is {self.learning_rate}, expected a number above 0")
+        if not 0 <= self.seed < 2**32:
+            raise IA3Error(f"seed is {self.seed}, expected 0 to 2**32 - 1")
 
 
 @dataclass(frozen=True)
