@@ -213,12 +213,14 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
+    expected = "expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ..."
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise IA3Error(
-            f"device {name!r} is unknown: expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ..."
-        ) from error
+        raise IA3Error(f"device {name!r} is unknown: {expected}") from error
+    if device.type == "meta":
+        raise IA3Error(f"device {name!r} computes nothing: {expected}")
+    return device
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | str:
