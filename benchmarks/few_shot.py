@@ -23,6 +23,11 @@ from splits import TASKS, few_shot_split
 HERE = Path(__file__).parent
 SETFIT_PYTHON = HERE.parent / ".venv-setfit" / "bin" / "python"
 METHODS = ("untuned", "tfew", "setfit")
+# What a user would write: what the text is, and the word that asks for the label.
+TEMPLATES = {
+    "sst2": "Review: {{ text }}\nSentiment:",
+    "trec": "Question: {{ text }}\nType:",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,8 +65,8 @@ def run(method: str, task: str, seed: int, data: Path) -> dict[str, Any]:
     from ia3 import FewShotClassifier
 
     split = few_shot_split(task, seed, data)
-    # The estimator's defaults, whatever the task.
-    classifier = FewShotClassifier(seed=seed)
+    # But for the template, the estimator's defaults whatever the task.
+    classifier = FewShotClassifier(template=TEMPLATES[task], seed=seed)
     if method == "untuned":
         classifier.set_params(steps=0)
     _ = classifier.base

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from sklearn.metrics import accuracy_score, confusion_matrix
+from torch import nn
 
 from .base_model import EMBEDDED_MODEL, embedded_model_folder
 from .cli import counting_bar, print_confusion, training_bar
@@ -74,7 +75,7 @@ def run_demo(out: Path, model: str, screen: Console) -> dict[str, Any]:
         f"({model_bytes / adapter_bytes:,.0f} times as much)"
     )
 
-    checks = _check(adapter, model, test_texts, after.tolist())
+    checks = _check(adapter, model, tuned.base.model, test_texts, after.tolist())
     seconds = time.perf_counter() - started
     for name, promise in (
         ("reloaded_equal", "the adapter from disk on a fresh model predicts the same"),
@@ -115,23 +116,23 @@ def run_demo(out: Path, model: str, screen: Console) -> dict[str, Any]:
     }
 
 
-def _check(adapter: Path, model: str, texts: list[str], expected: list[str]) -> dict[str, bool]:
+def _check(
+    adapter: Path, model: str, trained_on: Any, texts: list[str], expected: list[str]
+) -> dict[str, bool]:
     """What is promised of every adapter, tried on a second copy of the model."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     source = str(embedded_model_folder()) if model == EMBEDDED_MODEL else model
-    fresh = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    parameter = next(trained_on.parameters())
+    fresh = type(trained_on).from_pretrained(source, dtype=parameter.dtype)
+    fresh.eval().to(parameter.device)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    # Against the file, so that training must have left no trace on the first copy either.
+    untouched = _same_bits(fresh, trained_on)
     reloaded = FewShotClassifier.load(adapter, model=fresh, tokenizer=tokenizer)
     same = _predict(reloaded, texts, "reloaded").tolist() == expected
-
     IA3Model.from_pretrained(fresh, adapter).unload()
-    after = fresh.state_dict()
-    bitwise = before.keys() == after.keys() and all(
-        torch.equal(before[name], after[name]) for name in before
-    )
-
+    bitwise = untouched and _same_bits(fresh, trained_on)
     merged = IA3Model.from_pretrained(fresh, adapter).merge_and_unload(safe_merge=True)
     plain = FewShotClassifier(
         merged,
@@ -145,6 +146,11 @@ def _check(adapter: Path, model: str, texts: list[str], expected: list[str]) -> 
         "merged_equal": _predict(plain, texts, "merged").tolist() == expected,
         "unloaded_bitwise": bitwise,
     }
+
+
+def _same_bits(one: nn.Module, other: nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def _predict(classifier: FewShotClassifier, texts: list[str], what: str) -> Any:

@@ -49,8 +49,7 @@ def token_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenSc
     """
     if base.is_encoder_decoder:
         return _encoder_decoder_scores(base, examples)
-    longest = max(len(e.prompt) + max(map(len, e.choices)) for e in examples)
-    if longest <= _attention_window(base.model) and shares_prompt(base):
+    if all(_takes_tree(base, e) for e in examples):
         return _shared_scores(base, examples)
     return _expanded_scores(base, examples)
 
@@ -80,7 +79,7 @@ def choice_scores(
     base.model.eval()
     try:
         with torch.no_grad():
-            for batch in _batches(examples, max_tokens):
+            for batch in _batches([_tokens(base, e) for e in examples], max_tokens):
                 scores = token_scores(base, [examples[i] for i in batch])
                 results[batch] = scores.mean_log_probs().float().cpu()
                 if progress is not None:
@@ -361,12 +360,23 @@ def _padded(
     return ids, mask
 
 
-def _batches(examples: Sequence[EncodedExample], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of examples, longest first, in groups of at most `max_tokens`."""
+def _takes_tree(base: BaseModel, example: EncodedExample) -> bool:
+    longest = len(example.prompt) + max(map(len, example.choices))
+    return longest <= _attention_window(base.model) and shares_prompt(base)
+
+
+def _tokens(base: BaseModel, example: EncodedExample) -> int:
+    """How many tokens are computed for one example."""
+    once = base.is_encoder_decoder or _takes_tree(base, example)
+    prompts = 1 if once else len(example.choices)
+    return len(example.prompt) * prompts + sum(map(len, example.choices))
+
+
+def _batches(sizes: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of sizes, largest first, in groups whose sum is at most `max_tokens`."""
     batch: list[int] = []
     tokens = 0
-    sizes = [len(e.prompt) + sum(map(len, e.choices)) for e in examples]
-    for i in sorted(range(len(examples)), key=lambda i: -sizes[i]):
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         if batch and tokens + sizes[i] > max_tokens:
             yield batch
             batch, tokens = [], 0
