@@ -93,8 +93,8 @@ def read_tasks(data: Path) -> dict[str, tuple[str, list[Example]]]:
         banking = [(row["text"], row["category"].replace("_", " ")) for row in csv.DictReader(file)]
     intents = set(random.Random(0).sample(sorted({label for _, label in banking}), 8))
     return {
-        "sst2": (TEMPLATES["sst2"], read_sst2(data / "sst2" / "train.tsv")),
-        "trec": (TEMPLATES["trec"], read_trec(data / "trec" / "train.txt")),
+        "sst2": (TEMPLATES["sst2"][0], read_sst2(data / "sst2" / "train.tsv")),
+        "trec": (TEMPLATES["trec"][1], read_trec(data / "trec" / "train.txt")),
         "banking77, 8 intents": (BANKING, [row for row in banking if row[1] in intents]),
     }
 

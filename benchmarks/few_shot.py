@@ -23,11 +23,25 @@ from splits import TASKS, few_shot_split
 HERE = Path(__file__).parent
 SETFIT_PYTHON = HERE.parent / ".venv-setfit" / "bin" / "python"
 METHODS = ("untuned", "tfew", "setfit")
-# What a user would write: what the text is, and the word that asks for the label.
+# What a user would write: what the text is, and words that ask for the label. One template, or
+# three to draw from and to average; written and chosen on rows of the training files.
 TEMPLATES = {
-    "sst2": "Review: {{ text }}\nSentiment:",
-    "trec": "Question: {{ text }}\nType:",
+    "sst2": ["Review: {{ text }}\nSentiment:"],
+    "trec": [
+        "Question: {{ text }}\nThe answer is a",
+        "Question: {{ text }}\nType:",
+        "{{ text }}\nThis asks for a",
+    ],
 }
+TREC_WORDS = {
+    "abbreviation": "abbreviation",
+    "description": "explanation",
+    "entity": "thing",
+    "location": "place",
+    "number": "number",
+    "person": "person",
+}
+CHOICES = {"sst2": None, "trec": TREC_WORDS}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,8 +79,8 @@ def run(method: str, task: str, seed: int, data: Path) -> dict[str, Any]:
     from ia3 import FewShotClassifier
 
     split = few_shot_split(task, seed, data)
-    # But for the template, the estimator's defaults whatever the task.
-    classifier = FewShotClassifier(template=TEMPLATES[task], seed=seed)
+    # But for these words, the estimator's defaults whatever the task.
+    classifier = FewShotClassifier(template=TEMPLATES[task], choices=CHOICES[task], seed=seed)
     if method == "untuned":
         classifier.set_params(steps=0)
     _ = classifier.base

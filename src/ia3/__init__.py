@@ -1,4 +1,4 @@
-"""(IA)³: adapt a frozen pretrained model with three learned vectors a block."""
+"""(IA)³: adapt a frozen pretrained model with learned vectors on its inner activations."""
 
 from __future__ import annotations
 

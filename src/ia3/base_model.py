@@ -6,7 +6,6 @@ import importlib.util
 import os
 import shutil
 import sys
-import tempfile
 import threading
 import weakref
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from .errors import IA3Error, MissingExtraError
+from .files import new_folder_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +71,9 @@ def load_base_model(
 ) -> BaseModel:
     """The base model, from memory where the same one was loaded before.
 
+    It is shared: what merges into its weights or puts adapters on it for good does so for everybody
+    who names it. For a copy of your own, use transformers' `from_pretrained`.
+
     Args:
         model: `"smollm2-135m-instruct"`, a folder, a hub id, or a loaded transformers model.
         tokenizer: needed with a loaded model whose config does not say where it came from.
@@ -122,7 +125,7 @@ def embedded_model_folder() -> Path:
         raise MissingExtraError("gguf", "smollm2", f"converting {EMBEDDED_MODEL!r}")
     gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED_MODEL}.", dir=folder.parent))
+    staging = new_folder_beside(folder)
     try:
         _convert(gguf, staging)
         try:
@@ -190,6 +193,8 @@ def _load(
 def _wrap_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> BaseModel:
     from transformers import AutoTokenizer
 
+    # A compiled model's names are not those that adapters are saved under.
+    model = getattr(model, "_orig_mod", model)
     with _loading:
         base = _wrapped.get(id(model))
         if base is not None and tokenizer in (None, base.tokenizer):

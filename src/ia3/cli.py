@@ -7,8 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +17,9 @@ from .files import check_folder, write_stdout
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
     from rich.text import Text
+
+    from .console import counting_bar, print_confusion, screen, training_bar
 except ImportError as error:
     raise SystemExit(
         f"error: the ia3 command needs {error.name!r}: pip install 'ia3[cli]'"
@@ -28,18 +27,15 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from .estimator import FewShotClassifier
-    from .tfew.training import TrainingStep
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 app = typer.Typer(
-    help="Few-shot classification with (IA)³: three learned vectors a block of a frozen model.",
+    help="Few-shot classification with (IA)³: learned vectors on a frozen model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# Progress and remarks; results go to standard output.
-screen = Console(stderr=True, emoji=False)
 
 
 def _positive(value: float | None) -> float | None:
@@ -247,11 +243,13 @@ def demo(
     """Learn to route support tickets from 32 examples, and check what is promised."""
     check_folder(out)
     _silence_loading()
-    from .demo import run_demo
+    from .demo import PROMISES, run_demo
 
     result = run_demo(out, model, screen)
     if as_json:
         _print_json(**result)
+    if not all(result[promise] for promise in PROMISES):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -276,72 +274,6 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-@contextmanager
-def training_bar(steps: int) -> Iterator[Any]:
-    """A progress bar of training, with loss and rate; yields the `on_step` that moves it."""
-    progress = Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[rate]} steps/s"),
-        TimeElapsedColumn(),
-        console=screen,
-    )
-    task = progress.add_task("training", total=steps, loss="-", rate="-")
-
-    def on_step(step: TrainingStep) -> None:
-        speed = progress.tasks[task].speed
-        progress.update(
-            task,
-            completed=step.step,
-            loss=f"{step.loss:.3f}",
-            rate=f"{speed:.2f}" if speed else "-",
-        )
-
-    with _shown(progress):
-        yield on_step
-
-
-@contextmanager
-def counting_bar(what: str, total: int) -> Iterator[Any]:
-    """A progress bar over examples; yields the callback that advances it."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=screen)
-    task = progress.add_task(what, total=total)
-    with _shown(progress):
-        yield lambda done: progress.advance(task, done)
-
-
-@contextmanager
-def _shown(progress: Progress) -> Iterator[None]:
-    if not screen.is_interactive:
-        # In a log, a bar would be there when all is done, and no earlier.
-        yield
-        return
-    with progress:
-        try:
-            yield
-        except BaseException:
-            # What went wrong is said in one line: half a bar above it says nothing more.
-            progress.live.transient = True
-            raise
-
-
-def print_confusion(console: Console, classes: list[Any], matrix: list[list[int]]) -> None:
-    """The confusion matrix as a table: true labels in rows, predictions in columns."""
-    if len(classes) > 12:
-        console.print(f"(confusion matrix of {len(classes)} classes: see --json)")
-        return
-    table = Table(title="rows: true label, columns: prediction")
-    table.add_column("")
-    for label in classes:
-        table.add_column(Text(str(label)), justify="right")
-    for i, (label, row) in enumerate(zip(classes, matrix, strict=True)):
-        cells = [f"[bold]{n}[/]" if i == j else str(n) for j, n in enumerate(row)]
-        table.add_row(Text(str(label)), *cells)
-    console.print(table)
 
 
 def _check_out(out: Path, force: bool) -> None:

@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix
 from torch import nn
 
 from .base_model import EMBEDDED_MODEL, embedded_model_folder
-from .cli import counting_bar, print_confusion, training_bar
+from .console import counting_bar, print_confusion, training_bar
 from .errors import IA3Error
 from .estimator import FewShotClassifier
 from .files import write_file
@@ -23,6 +23,11 @@ from .store import WEIGHTS_NAME
 from .tables import Row, read_table
 
 EXAMPLE = "support-tickets"
+PROMISES = {
+    "reloaded_equal": "the adapter from disk on a fresh model predicts the same",
+    "merged_equal": "merged into the weights it predicts the same",
+    "unloaded_bitwise": "unloading gives back the base model, bit for bit",
+}
 
 
 def run_demo(out: Path, model: str, screen: Console) -> dict[str, Any]:
@@ -43,8 +48,9 @@ def run_demo(out: Path, model: str, screen: Console) -> dict[str, Any]:
     train_texts, train_labels = _columns(training)
     test_texts, test_labels = _columns(test)
     screen.print(
-        f"[bold]Support tickets[/]: {len(training)} to learn from, {len(test)} to be tested on, "
-        f"{len(set(train_labels))} queues; model {model}"
+        f"Support tickets: {len(training)} to learn from, {len(test)} to be tested on, "
+        f"{len(set(train_labels))} queues; model {model}",
+        markup=False,
     )
 
     untuned = FewShotClassifier(model, steps=0).fit(train_texts, train_labels)
@@ -77,11 +83,7 @@ def run_demo(out: Path, model: str, screen: Console) -> dict[str, Any]:
 
     checks = _check(adapter, model, tuned.base.model, test_texts, after.tolist())
     seconds = time.perf_counter() - started
-    for name, promise in (
-        ("reloaded_equal", "the adapter from disk on a fresh model predicts the same"),
-        ("merged_equal", "merged into the weights it predicts the same"),
-        ("unloaded_bitwise", "unloading gives back the base model, bit for bit"),
-    ):
+    for name, promise in PROMISES.items():
         screen.print(f"{'[green]yes[/]' if checks[name] else '[red]NO[/]'}  {promise}")
 
     report = out / "report.html"
@@ -104,7 +106,10 @@ def run_demo(out: Path, model: str, screen: Console) -> dict[str, Any]:
         vectors=tuned.vectors_,
     )
     write_file(report, html.encode())
-    screen.print(f"\n{seconds:.0f} s in all. The adapter is in {adapter}, the report in {report}")
+    screen.print(
+        f"\n{seconds:.0f} s in all. The adapter is in {adapter}, the report in {report}",
+        markup=False,
+    )
     return {
         "accuracy_before": accuracy_before,
         "accuracy_after": accuracy_after,

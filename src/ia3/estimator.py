@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 TASK_NAME = "ia3_task.json"
 TASK_FORMAT = 1
 TEXT = "text"
+SETTINGS = ("chat", "steps", "learning_rate", "seed")
 # Every linear layer's output, and the feed-forward input of the architectures that name theirs. A
 # small model learns more from more sites, and in fewer steps (docs/benchmarks.md).
 SITES = "all-linear"
@@ -75,6 +77,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         choices_: the words ranked for each of them.
         templates_: the templates' sources.
         fields_: the names of the examples' fields.
+        settings_: `chat`, `steps`, `learning_rate` and `seed`, as they were in `fit`.
         config_: the `IA3Config` of the adapter.
         vectors_: module name -> vector, float32 on the CPU.
         history_: one `TrainingStep` a step.
@@ -183,6 +186,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.choices_ = answers
         self.templates_ = [template.source for template in templates]
         self.fields_ = list(examples[0])
+        self.settings_ = {name: getattr(self, name) for name in SETTINGS}
         self.config_ = fitted
         self.vectors_ = vectors
         self.history_ = history
@@ -213,7 +217,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                     f"classifier was fitted on {self.fields_}"
                 )
         base = self.base
-        encoder = Encoder(base, self.choices_, chat=self.chat)
+        encoder = Encoder(base, self.choices_, chat=self.settings_["chat"])
         encoded = _encode(encoder, examples, [Template(source) for source in self.templates_])
         with _adapted(base, self.config_, self.vectors_):
             probabilities = [
@@ -280,13 +284,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             "fields": self.fields_,
             "labels": self.classes_.tolist(),
             "choices": self.choices_,
-            "chat": self.chat,
-            "steps": self.steps,
-            "learning_rate": self.learning_rate,
-            "seed": self.seed,
+            **self.settings_,
         }
-        saved = IA3Config.from_dict(self.config_.to_dict())
-        saved.inference_mode = True
+        saved = replace(self.config_, inference_mode=True)
         files = store.adapter_files(saved, self.vectors_)
         files[TASK_NAME] = (json.dumps(task, indent=2, ensure_ascii=False) + "\n").encode()
         write_files(folder, files)
@@ -325,12 +325,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                     "written by another version of ia3"
                 )
             labels, choices = list(task["labels"]), list(task["choices"])
-            fields = [str(name) for name in task["fields"]]
+            templates, fields = list(task["templates"]), list(task["fields"])
+            if not all(isinstance(x, str) for x in (*choices, *templates, *fields)) or isinstance(
+                task["templates"], str
+            ):
+                raise TypeError("choices, templates and fields are lists of strings")
             if not task["model"] and model is None:
                 raise IA3Error(f"{path} names no model: give the one it was fitted on as model=")
             classifier = cls(
                 model=task["model"] if model is None else model,
-                template=list(task["templates"]),
+                template=templates,
                 choices=dict(zip(labels, choices, strict=True)),
                 steps=int(task["steps"]),
                 seed=int(task["seed"]),
@@ -350,8 +354,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         classifier.vectors_ = store.read_vectors(folder)
         classifier.classes_ = np.array(labels)
         classifier.choices_ = choices
-        classifier.templates_ = list(task["templates"])
+        classifier.templates_ = templates
         classifier.fields_ = fields
+        classifier.settings_ = {name: getattr(classifier, name) for name in SETTINGS}
         classifier.history_ = []
         return classifier
 
@@ -436,7 +441,7 @@ def _order(label: Label) -> tuple[str, Any]:
 
 def _answer_choices(classes: Sequence[Label], choices: Mapping[Any, str] | None) -> list[str]:
     if choices is None:
-        if any(isinstance(label, int) for label in classes):
+        if any(str(label).lstrip("-").isdecimal() or isinstance(label, bool) for label in classes):
             warnings.warn(
                 f"the labels {list(classes)} are ranked as these words; what they mean, said in "
                 "choices={label: words}, helps the model",
@@ -447,6 +452,9 @@ def _answer_choices(classes: Sequence[Label], choices: Mapping[Any, str] | None)
     if missing:
         hint = did_you_mean(str(missing[0]), [str(label) for label in choices])
         raise IA3Error(f"choices has no words for the label {missing[0]!r}{hint}")
+    for label in classes:
+        if not isinstance(choices[label], str) or not choices[label].strip():
+            raise IA3Error(f"choices[{label!r}] is {choices[label]!r}, expected words")
     return [choices[label] for label in classes]
 
 
@@ -471,7 +479,8 @@ def default_template(fields: Sequence[str]) -> str:
     """The prompt used where none is given: the fields, and a word that asks for the label."""
     if len(fields) == 1:
         return f"{{{{ fields[{fields[0]!r}] }}}}\nCategory:"
-    lines = [f"{field}: {{{{ fields[{field!r}] }}}}" for field in fields]
+    # The name as a Jinja string, so that braces in it are no template.
+    lines = [f"{{{{ {field!r} }}}}: {{{{ fields[{field!r}] }}}}" for field in fields]
     return "\n".join([*lines, "Category:"])
 
 

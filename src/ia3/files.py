@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import sys
-import tempfile
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -45,7 +45,7 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
 
     A folder that does not exist is written beside its place and renamed into it. In one that
     exists, all files are first written to a temporary folder inside it, then each is renamed into
-    place; other files in it stay.
+    place, one after the other; other files in it stay.
 
     Raises:
         OSError: the disk is full or may not be written; nothing has changed.
@@ -64,7 +64,7 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
     created = [parent for parent in (beside, *beside.parents) if not parent.exists()]
     try:
         beside.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=beside))
+        staging = new_folder_beside(folder / "files" if exists else folder)
         try:
             for name, content in files.items():
                 _write_through(staging / name, content, folder / name)
@@ -72,10 +72,6 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
                 for name in files:
                     os.replace(staging / name, folder / name)
             else:
-                # mkdtemp makes folders that only their owner can read.
-                umask = os.umask(0)
-                os.umask(umask)
-                staging.chmod(0o777 & ~umask)
                 staging.rename(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -84,6 +80,14 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
             with suppress(OSError):
                 parent.rmdir()
         raise
+
+
+def new_folder_beside(path: Path) -> Path:
+    """A new folder with a name of its own, to be renamed to `path`, with the usual permissions."""
+    # Not mkdtemp: only its maker could read the result.
+    folder = path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}"
+    folder.mkdir()
+    return folder
 
 
 def write_stdout(content: bytes) -> None:

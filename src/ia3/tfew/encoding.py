@@ -60,6 +60,8 @@ class Encoder:
         """
         text = self._prompt_text(example, template)
         prompt = self._prompt_ids(text)
+        if not prompt:
+            raise IA3Error(f"the prompt {text!r} has no token: there is nothing to answer")
         choices = self._choices_after(text)
         room = self._max_length
         if not self._encoder_decoder:

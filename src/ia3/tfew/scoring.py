@@ -22,6 +22,7 @@ from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -49,9 +50,20 @@ def token_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenSc
     """
     if base.is_encoder_decoder:
         return _encoder_decoder_scores(base, examples)
-    if all(_takes_tree(base, e) for e in examples):
+    together = [i for i, e in enumerate(examples) if _takes_tree(base, e)]
+    apart = [i for i in range(len(examples)) if i not in set(together)]
+    if not apart:
         return _shared_scores(base, examples)
-    return _expanded_scores(base, examples)
+    expanded = _expanded_scores(base, [examples[i] for i in apart])
+    if not together:
+        return expanded
+    # A few long examples must not repeat the prompts of all.
+    shared = _shared_scores(base, [examples[i] for i in together])
+    back = torch.tensor([*together, *apart], device=expanded.mask.device).argsort()
+    return TokenScores(
+        _stacked(shared.log_probs, expanded.log_probs)[back],
+        _stacked(shared.mask, expanded.mask)[back],
+    )
 
 
 def choice_scores(
@@ -97,11 +109,15 @@ def shares_prompt(base: BaseModel) -> bool:
     linear-attention models fail it, or raise.
     """
     if base.model not in _verdicts:
-        _verdicts[base.model] = _probe(base)
+        verdict = _probe(base)
+        if verdict is None:
+            return False
+        _verdicts[base.model] = verdict
     return _verdicts[base.model]
 
 
-def _probe(base: BaseModel) -> bool:
+def _probe(base: BaseModel) -> bool | None:
+    """The verdict, or `None` where the model's state allows none: it is tried again next time."""
     vocabulary = int(_output_layer(base.model).get_parameter("weight").shape[0])
 
     def ids(start: int, count: int) -> tuple[int, ...]:
@@ -116,6 +132,7 @@ def _probe(base: BaseModel) -> bool:
     try:
         with torch.no_grad():
             expanded = _expanded_scores(base, examples).log_probs
+            _check_causal(base, ids(97, 4))
             try:
                 shared = _shared_scores(base, examples).log_probs
                 leaky = _shared_scores(base, examples, hide_other_choices=False).log_probs
@@ -127,7 +144,23 @@ def _probe(base: BaseModel) -> bool:
         base.model.train(was_training)
     error = (shared - expanded).abs().max()
     wrong = (leaky - expanded).abs().max()
+    if not torch.isfinite(error + wrong) or wrong == 0:
+        return None
     return bool(error <= PROBE_TOLERANCE * wrong)
+
+
+def _check_causal(base: BaseModel, ids: tuple[int, ...]) -> None:
+    """Raise where a token's score depends on what follows it: such a model sees the answer."""
+    a, b, c, d = ids
+    example = EncodedExample((d, c, b), ((a, b, b), (a, c, c)))
+    first = _expanded_scores(base, [example]).log_probs[0, :, 0]
+    # In half precision the two rows may round apart.
+    tolerance = 1e-3 if _compute_dtype(base.model) == torch.float32 else 0.25
+    if (first[0] - first[1]).abs() > tolerance:
+        raise IA3Error(
+            f"{type(base.model).__name__} is not causal: it sees an answer before it scores it; "
+            "expected a decoder-only or encoder-decoder language model"
+        )
 
 
 # -- one sequence for all choices ------------------------------------------------------------------
@@ -304,8 +337,7 @@ def _scores(
     targets: _Targets,
     **inputs: Tensor | tuple[Tensor] | bool,
 ) -> TokenScores:
-    device = base.device
-    positions = torch.tensor(targets.positions, device=device)
+    positions = torch.tensor(targets.positions, device=base.device)
     with _project_only(base.model, positions):
         logits = base.model(**inputs).logits
     if logits.shape[:-1] != positions.shape:
@@ -313,10 +345,13 @@ def _scores(
             f"{type(base.model).__name__} does not project its output layer's input: logits are "
             f"{list(logits.shape)}, expected [{len(positions)}, vocabulary]"
         )
-    logits = logits.float()
+    # A model over several devices answers on its last one.
+    device = logits.device
     prediction = torch.tensor(targets.prediction, device=device)
     token = torch.tensor(targets.token, device=device)
-    scored = logits[prediction, token] - logits.logsumexp(-1)[prediction]
+    # By parts: in float32 a large vocabulary's logits would take twice their own memory again.
+    normalisers = torch.cat([part.float().logsumexp(-1) for part in logits.split(512)])
+    scored = logits[prediction, token].float() - normalisers[prediction]
     slots = torch.tensor(targets.slot, device=device).unbind(1)
     shape = (
         len(examples),
@@ -334,7 +369,7 @@ def _project_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
     """Within the context the output layer sees only these positions of the flattened batch."""
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (args[0].flatten(0, -2).index_select(0, positions),)
+        return (args[0].flatten(0, -2).index_select(0, positions.to(args[0].device)),)
 
     handle = _output_layer(model).register_forward_pre_hook(gather)
     try:
@@ -366,10 +401,17 @@ def _takes_tree(base: BaseModel, example: EncodedExample) -> bool:
 
 
 def _tokens(base: BaseModel, example: EncodedExample) -> int:
-    """How many tokens are computed for one example."""
-    once = base.is_encoder_decoder or _takes_tree(base, example)
-    prompts = 1 if once else len(example.choices)
-    return len(example.prompt) * prompts + sum(map(len, example.choices))
+    """How many tokens are held for one example; an encoder's output is repeated for each choice."""
+    if not base.is_encoder_decoder and _takes_tree(base, example):
+        return len(example.prompt) + sum(map(len, example.choices))
+    return len(example.choices) * (len(example.prompt) + max(map(len, example.choices)))
+
+
+def _stacked(one: Tensor, other: Tensor) -> Tensor:
+    """`[batch, choices, length]` of both, filled up with zeros to one size."""
+    choices, length = (max(a, b) for a, b in zip(one.shape[1:], other.shape[1:], strict=True))
+    filled = [F.pad(t, (0, length - t.shape[2], 0, choices - t.shape[1])) for t in (one, other)]
+    return torch.cat(filled)
 
 
 def _batches(sizes: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
@@ -405,5 +447,8 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _pad_token(base: BaseModel) -> int:
+    # A padding token added to the tokenizer alone is none the model has; masked, any other will do.
     pad = base.tokenizer.pad_token_id
-    return int(pad if pad is not None else base.tokenizer.eos_token_id or 0)
+    model: Any = base.model
+    known = model.get_input_embeddings().weight.shape[0]
+    return int(pad) if pad is not None and pad < known else 0

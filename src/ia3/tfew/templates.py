@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import IA3Error, MissingExtraError, did_you_mean
 
 try:
-    from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta
+    from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta
     from jinja2.exceptions import SecurityError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 except ImportError as error:
@@ -18,22 +18,43 @@ except ImportError as error:
 ANSWER_CHOICES = "answer_choices"
 ALL_FIELDS = "fields"
 
-# A prompt's largest part that arithmetic may make: templates come with adapters from anywhere, and
-# `'a' * 10**10` would take the machine's memory.
+# Templates come with adapters from anywhere, and `'a' * 10**10` would take the machine's memory.
+# The plain ways to make something that large are bounded or left out.
 _LARGEST = 100_000
+_PADDING_METHODS = frozenset(
+    ("center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill")
+)
+_PADDING_FILTERS = ("center", "format", "indent", "wordwrap")
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("*", "**", "%", "+"))
+
+    def __init__(self) -> None:
+        # Not optimised: constants would be folded when a template is compiled, past the bounds.
+        super().__init__(undefined=StrictUndefined, autoescape=False, optimized=False)
+        del self.globals["lipsum"]
+        for name in _PADDING_FILTERS:
+            del self.filters[name]
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        pads = isinstance(obj, str) and attr in _PADDING_METHODS
+        return not pads and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         sizes = [len(x) if isinstance(x, str | list | tuple) else abs(x) for x in (left, right)]
-        if operator == "**" or sizes[0] * sizes[1] > _LARGEST:
-            raise SecurityError(f"{operator!r} makes too much")
+        text = isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple)
+        if (
+            operator == "**"
+            or (operator == "%" and text)
+            or (operator == "*" and sizes[0] * sizes[1] > _LARGEST)
+            or (operator == "+" and text and sum(sizes) > _LARGEST)
+        ):
+            raise SecurityError(f"{operator!r} could make too much")
         return super().call_binop(context, operator, left, right)
 
 
-_environment = _Environment(undefined=StrictUndefined, autoescape=False)
+_environment = _Environment()
 
 
 class Template:
@@ -57,6 +78,8 @@ class Template:
             variables = meta.find_undeclared_variables(_environment.parse(source))
         except TemplateSyntaxError as error:
             raise IA3Error(f"template {source!r}: {error.message} (line {error.lineno})") from error
+        except RecursionError as error:
+            raise IA3Error(f"template {source[:80]!r}... is nested too deep") from error
         self._variables = frozenset(variables - _environment.globals.keys())
 
     def reads(self, field: str) -> bool:
@@ -71,7 +94,7 @@ class Template:
         """
         try:
             rendered: str = self._compiled.render(
-                {ALL_FIELDS: dict(example), ANSWER_CHOICES: list(answer_choices), **example}
+                {**example, ALL_FIELDS: dict(example), ANSWER_CHOICES: list(answer_choices)}
             )
             return rendered.rstrip()
         except UndefinedError as error:
@@ -85,6 +108,8 @@ class Template:
             raise IA3Error(f"template {self.source!r} is refused: {error}") from error
         except (
             ArithmeticError,
+            AttributeError,
+            TemplateError,
             TypeError,
             ValueError,
             LookupError,

@@ -110,6 +110,10 @@ def train(
     Raises:
         DivergedError: the loss is not finite. The vectors are then those before that step.
     """
+    if base.device.type == "cuda" and base.device.index not in (None, 0):
+        raise IA3Error(
+            f"training on {base.device} is not supported: choose the GPU with CUDA_VISIBLE_DEVICES"
+        )
     history: list[TrainingStep] = []
     with tempfile.TemporaryDirectory() as folder, _random_state_kept():
         arguments = TrainingArguments(
@@ -132,6 +136,8 @@ def train(
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )
+        # On a machine of several GPUs the Trainer would multiply the batch and split the model.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = TFewTrainer(base, ia3_model, arguments, list(examples), history)
         if on_step is not None:
             trainer.add_callback(_OnStep(history, on_step))

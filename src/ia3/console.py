@@ -1,0 +1,84 @@
+"""What a person watches: progress bars with loss and rate, the confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .tfew.training import TrainingStep
+
+# Progress and remarks; results go to standard output.
+screen = Console(stderr=True, emoji=False)
+
+
+@contextmanager
+def training_bar(steps: int) -> Iterator[Any]:
+    """A progress bar of training, with loss and rate; yields the `on_step` that moves it."""
+    progress = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}  {task.fields[rate]} steps/s"),
+        TimeElapsedColumn(),
+        console=screen,
+    )
+    task = progress.add_task("training", total=steps, loss="-", rate="-")
+
+    def on_step(step: TrainingStep) -> None:
+        speed = progress.tasks[task].speed
+        progress.update(
+            task,
+            completed=step.step,
+            loss=f"{step.loss:.3f}",
+            rate=f"{speed:.2f}" if speed else "-",
+        )
+
+    with _shown(progress):
+        yield on_step
+
+
+@contextmanager
+def counting_bar(what: str, total: int) -> Iterator[Any]:
+    """A progress bar over examples; yields the callback that advances it."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    progress = Progress(*columns, console=screen)
+    task = progress.add_task(what, total=total)
+    with _shown(progress):
+        yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def _shown(progress: Progress) -> Iterator[None]:
+    if not screen.is_interactive:
+        # In a log, a bar would be there when all is done, and no earlier.
+        yield
+        return
+    with progress:
+        try:
+            yield
+        except BaseException:
+            # What went wrong is said in one line: half a bar above it says nothing more.
+            progress.live.transient = True
+            raise
+
+
+def print_confusion(console: Console, classes: list[Any], matrix: list[list[int]]) -> None:
+    """The confusion matrix as a table: true labels in rows, predictions in columns."""
+    if len(classes) > 12:
+        console.print(f"(confusion matrix of {len(classes)} classes: see --json)")
+        return
+    table = Table(title="rows: true label, columns: prediction")
+    table.add_column("")
+    for label in classes:
+        table.add_column(Text(str(label)), justify="right")
+    for i, (label, row) in enumerate(zip(classes, matrix, strict=True)):
+        cells = [f"[bold]{n}[/]" if i == j else str(n) for j, n in enumerate(row)]
+        table.add_row(Text(str(label)), *cells)
+    console.print(table)
