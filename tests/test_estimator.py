@@ -643,6 +643,33 @@ def test_chat(make):
     make(steps=1, chat=True).fit(TEXTS, LABELS)
 
 
+def test_settings_changed_after_the_fit_change_no_prediction(make, tmp_path):
+    classifier = make(steps=1).fit(TEXTS, LABELS)
+    before = classifier.predict_proba(NEW)
+    classifier.set_params(chat=True, steps=7)
+    assert np.array_equal(classifier.predict_proba(NEW), before)
+    classifier.save(tmp_path / "saved")
+    task = json.loads((tmp_path / "saved" / "ia3_task.json").read_text())
+    assert (task["chat"], task["steps"]) == (False, 1)
+
+
+def test_fields_may_have_any_name(make):
+    rows = [{"fields": "hello", "answer_choices": text, "{{ x }}": "braces"} for text in TEXTS]
+    classifier = make(steps=0).fit(rows, LABELS)
+    assert classifier.predict(rows[:2]).shape == (2,)
+
+
+def test_labels_that_are_digits_in_a_file_warn_too(make):
+    with pytest.warns(UserWarning, match="what they mean"):
+        make(steps=0).fit(TEXTS, [str(len(label)) for label in LABELS])
+
+
+def test_choices_are_words(make):
+    for words in (1, " ", None):
+        with pytest.raises(IA3Error, match="expected words"):
+            make(choices=dict.fromkeys(set(LABELS), words)).fit(TEXTS, LABELS)
+
+
 # -- the real model --------------------------------------------------------------------------------
 
 FOOD = [

@@ -18,6 +18,7 @@ from tfew_fixtures import (
 from torch import nn
 from transformers import (
     BartConfig,
+    BertConfig,
     BloomConfig,
     FalconConfig,
     Gemma3TextConfig,
@@ -425,3 +426,44 @@ def test_t5_tied_and_scaled_head_is_taken_as_it_is():
     examples = random_examples([(9, (1, 4)), (140, (2, 2))])
     with torch.no_grad():
         assert_plain(base, examples, token_scores(base, examples))
+
+
+def test_long_examples_among_short_ones_repeat_only_their_own_prompts():
+    base = random_base(WINDOWED["mistral"])
+    short, long = random_examples([(6, (2, 1)), (9, (1, 3))]), random_examples([(30, (2, 2, 1))])
+    examples = [short[0], long[0], short[1]]
+    tokens = []
+    handle = base.model.register_forward_pre_hook(
+        lambda module, args, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    with torch.no_grad():
+        assert shares_prompt(base)
+        tokens.clear()
+        scores = token_scores(base, examples)
+        handle.remove()
+        assert_plain(base, examples, scores)
+    assert sum(tokens) < 3 * 33 + 2 * 15
+
+
+def test_a_model_that_sees_the_answer_is_refused():
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        initializer_range=0.2,
+    )
+    with pytest.raises(IA3Error, match="BertLMHeadModel is not causal"):
+        token_scores(random_base(config), random_examples(SHAPES))
+
+
+def test_the_verdict_on_a_broken_model_is_not_kept():
+    base = random_base(SHARING["llama"])
+    weight = next(iter(base.model.parameters()))
+    whole = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+        assert not shares_prompt(base)
+        weight.copy_(whole)
+    assert shares_prompt(base)

@@ -146,3 +146,22 @@ def test_reads_says_what_a_prompt_depends_on():
     assert not template.reads("body")
     assert Template("{{ fields['body'] }}").reads("body")
     assert not Template("{% for text in answer_choices %}{{ text }}{% endfor %}").reads("text")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 10**9 }}",
+        "{{ 'a' * 1000000000 }}",
+        "{{ 9 ** 99999999 }}",
+        "{{ '%01000000000d' % 1 }}",
+        "{{ 'a'.ljust(1000000000) }}",
+        "{{ 'a'|center(1000000000) }}",
+        "{{ lipsum(1000000) }}",
+        "{% set n = namespace(x='aaaa') %}"
+        "{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    ],
+)
+def test_what_would_take_the_machines_memory_is_refused(source: str) -> None:
+    with pytest.raises(IA3Error):
+        Template(source).render({"text": "x"}, ["a", "b"])
