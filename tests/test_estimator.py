@@ -47,10 +47,7 @@ NEW = ["The bill is wrong.", "Where is the van?", "Refund me, please, at once."]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    try:
-        return load_base_model(EMBEDDED_MODEL).tokenizer
-    except IA3Error as error:
-        pytest.skip(f"the embedded model is not there: {error}")
+    return load_base_model(EMBEDDED_MODEL).tokenizer
 
 
 @pytest.fixture

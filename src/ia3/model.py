@@ -17,8 +17,8 @@ from . import store
 from .config import IA3Config
 from .errors import IA3Error, did_you_mean
 from .files import write_files
-from .sites import Site, displace, place, site_of
-from .targets import Target, find_targets, with_defaults
+from .sites import Site, check_side, displace, place, site_of
+from .targets import Target, find_targets, vector_shape, with_defaults
 
 
 class IA3Model(nn.Module):
@@ -53,7 +53,6 @@ class IA3Model(nn.Module):
                 "its IA3Model, or unload() that first"
             )
         self.peft_config: dict[str, IA3Config] = {}
-        self._targets: dict[str, list[Target]] = {}
         self._active: tuple[str, ...] = ()
         self._enabled = True
         self.model = model
@@ -101,14 +100,12 @@ class IA3Model(nn.Module):
         config = with_defaults(self.model, config)
         targets = find_targets(self.model, config, strict=vectors is None)
         for target in targets:
-            site = site_of(self.model.get_submodule(target.name))
-            if site is not None and site.side != target.side:
-                place(self.model.get_submodule(target.name), target.name, target.side, target.dim)
+            check_side(self.model.get_submodule(target.name), target)
         if vectors is not None:
             _check_vectors(vectors, targets, type(self.model).__name__)
         for target in targets:
             module = self.model.get_submodule(target.name)
-            site = place(module, target.name, target.side, target.dim)
+            site = place(module, target)
             device = module.get_parameter("weight").device
             if vectors is not None:
                 vector = vectors[target.name].to(device, torch.float32, copy=True)
@@ -116,20 +113,17 @@ class IA3Model(nn.Module):
                 vector = torch.ones(site.vector_shape, device=device)
             else:
                 vector = torch.randn(site.vector_shape, device=device)
-            site.add(adapter_name, vector, requires_grad=False)
+            site.add(adapter_name, vector)
         self.peft_config[adapter_name] = config
-        self._targets[adapter_name] = targets
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; it is no longer active either."""
         self._check_known([adapter_name])
         if any(adapter_name in site.merged for _, _, site in self._sites()):
             raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
-        for target in self._targets.pop(adapter_name):
-            module = self.model.get_submodule(target.name)
-            site = site_of(module)
-            assert site is not None
-            site.remove(adapter_name)
+        for _, module, site in self._sites():
+            if adapter_name in site.vectors:
+                site.remove(adapter_name)
             if not site.vectors:
                 displace(module)
         del self.peft_config[adapter_name]
@@ -285,7 +279,6 @@ class IA3Model(nn.Module):
         for name in self._trained_before:
             self.model.get_parameter(name).requires_grad_(True)
         self.peft_config.clear()
-        self._targets.clear()
         self._active = ()
         return self.model
 
@@ -422,7 +415,7 @@ def _check_vectors(vectors: Mapping[str, Tensor], targets: list[Target], model_n
             f"{len(extra)} not expected); is this the model it was trained on?"
         )
     for name, target in expected.items():
-        shape = (1, target.dim) if target.side == "input" else (target.dim, 1)
+        shape = vector_shape(target.side, target.dim)
         if tuple(vectors[name].shape) != shape or not vectors[name].is_floating_point():
             raise IA3Error(
                 f"the adapter does not fit {model_name}: vector {name!r} is "

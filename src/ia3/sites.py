@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import IA3Error
 from .rescale import rescale
-from .targets import ATTRIBUTE, Side
+from .targets import ATTRIBUTE, Side, Target, vector_shape
 
 
 class Site(nn.Module):
@@ -43,12 +43,12 @@ class Site(nn.Module):
     @property
     def vector_shape(self) -> tuple[int, int]:
         """The shape of one vector in memory and on disk."""
-        return (1, self.dim) if self.side == "input" else (self.dim, 1)
+        return vector_shape(self.side, self.dim)
 
-    def add(self, adapter: str, vector: Tensor, *, requires_grad: bool) -> None:
-        """Store a vector of `vector_shape` under an adapter's name."""
+    def add(self, adapter: str, vector: Tensor) -> None:
+        """Store a vector of `vector_shape` under an adapter's name, not to be trained yet."""
         # Not register_parameter: it refuses names that are also methods of this class ("product").
-        self._parameters[adapter] = nn.Parameter(vector, requires_grad=requires_grad)
+        self._parameters[adapter] = nn.Parameter(vector, requires_grad=False)
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter's vector."""
@@ -141,21 +141,22 @@ def site_of(module: nn.Module) -> Site | None:
     return site if isinstance(site, Site) else None
 
 
-def place(module: nn.Module, name: str, side: Side, dim: int) -> Site:
-    """The module's site, registered on it now if it has none.
+def check_side(module: nn.Module, target: Target) -> None:
+    """Raise `IA3Error` where another adapter rescales the module's other side."""
+    site = site_of(module)
+    if site is not None and site.side != target.side:
+        raise IA3Error(
+            f"module {target.name!r}: this adapter rescales its {target.side}, another one on this "
+            f"model its {site.side}; adapters of one model must agree on feedforward_modules"
+        )
 
-    Raises:
-        IA3Error: another adapter rescales the module's other side.
-    """
+
+def place(module: nn.Module, target: Target) -> Site:
+    """The module's site, registered on it now if it has none."""
     site = site_of(module)
     if site is None:
-        site = Site(side, dim)
+        site = Site(target.side, target.dim)
         module.add_module(ATTRIBUTE, site)
-    elif site.side != side:
-        raise IA3Error(
-            f"module {name!r}: this adapter rescales its {side}, another one on this model its "
-            f"{site.side}; adapters of one model must agree on feedforward_modules"
-        )
     return site
 
 

@@ -50,6 +50,11 @@ ARCHITECTURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+def vector_shape(side: Side, dim: int) -> tuple[int, int]:
+    """PEFT's shape of a vector, in memory and on disk: a column on an output, a row on an input."""
+    return (1, dim) if side == "input" else (dim, 1)
+
+
 @dataclass(frozen=True)
 class Target:
     """A module to rescale: its name, which side of it, and how many values that side has."""

@@ -50,8 +50,9 @@ def token_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenSc
     """
     if base.is_encoder_decoder:
         return _encoder_decoder_scores(base, examples)
-    together = [i for i, e in enumerate(examples) if _takes_tree(base, e)]
-    apart = [i for i in range(len(examples)) if i not in set(together)]
+    limit = _longest_shared(base)
+    together = [i for i, e in enumerate(examples) if _longest(e) <= limit]
+    apart = [i for i, e in enumerate(examples) if _longest(e) > limit]
     if not apart:
         return _shared_scores(base, examples)
     expanded = _expanded_scores(base, [examples[i] for i in apart])
@@ -87,11 +88,12 @@ def choice_scores(
     if not examples:
         return torch.empty(0, 0)
     results = torch.empty(len(examples), len(examples[0].choices))
+    limit = _longest_shared(base)
     was_training = base.model.training
     base.model.eval()
     try:
         with torch.no_grad():
-            for batch in _batches([_tokens(base, e) for e in examples], max_tokens):
+            for batch in _batches([_tokens(e, limit) for e in examples], max_tokens):
                 scores = token_scores(base, [examples[i] for i in batch])
                 results[batch] = scores.mean_log_probs().float().cpu()
                 if progress is not None:
@@ -395,16 +397,23 @@ def _padded(
     return ids, mask
 
 
-def _takes_tree(base: BaseModel, example: EncodedExample) -> bool:
-    longest = len(example.prompt) + max(map(len, example.choices))
-    return longest <= _attention_window(base.model) and shares_prompt(base)
+def _longest_shared(base: BaseModel) -> float:
+    """The longest prompt with a choice whose prompt may be shared; 0 where none may."""
+    if base.is_encoder_decoder or not shares_prompt(base):
+        return 0
+    return _attention_window(base.model)
 
 
-def _tokens(base: BaseModel, example: EncodedExample) -> int:
+def _longest(example: EncodedExample) -> int:
+    """The length of the prompt with its longest choice."""
+    return len(example.prompt) + max(map(len, example.choices))
+
+
+def _tokens(example: EncodedExample, longest_shared: float) -> int:
     """How many tokens are held for one example; an encoder's output is repeated for each choice."""
-    if not base.is_encoder_decoder and _takes_tree(base, example):
+    if _longest(example) <= longest_shared:
         return len(example.prompt) + sum(map(len, example.choices))
-    return len(example.choices) * (len(example.prompt) + max(map(len, example.choices)))
+    return len(example.choices) * _longest(example)
 
 
 def _stacked(one: Tensor, other: Tensor) -> Tensor:
