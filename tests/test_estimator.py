@@ -67,8 +67,8 @@ def make(model, tokenizer):
 
 
 def vectors_equal(a: FewShotClassifier, b: FewShotClassifier) -> bool:
-    return a.vectors_.keys() == b.vectors_.keys() and all(
-        torch.equal(a.vectors_[name], b.vectors_[name]) for name in a.vectors_
+    return a.adapter_.vectors.keys() == b.adapter_.vectors.keys() and all(
+        torch.equal(a.adapter_.vectors[name], b.adapter_.vectors[name]) for name in a.adapter_.vectors
     )
 
 
@@ -123,9 +123,9 @@ def test_rows_sum_to_one_and_predict_takes_the_largest(make):
 def test_training_changes_the_predictions_of_the_vectors_alone(make):
     bare = make(steps=0).fit(TEXTS, LABELS)
     tuned = make(steps=5).fit(TEXTS, LABELS)
-    assert all((vector == 1).all() for vector in bare.vectors_.values())
+    assert all((vector == 1).all() for vector in bare.adapter_.vectors.values())
     assert bare.history_ == []
-    assert any((vector != 1).any() for vector in tuned.vectors_.values())
+    assert any((vector != 1).any() for vector in tuned.adapter_.vectors.values())
     assert not np.allclose(bare.predict_proba(NEW), tuned.predict_proba(NEW))
 
 
@@ -498,11 +498,11 @@ def test_vectors_are_float32_on_a_bfloat16_base(make, model):
     model.to(torch.bfloat16)
     before = snapshot(model)
     classifier = make(steps=4).fit(TEXTS, LABELS)
-    assert {vector.dtype for vector in classifier.vectors_.values()} == {torch.float32}
+    assert {vector.dtype for vector in classifier.adapter_.vectors.values()} == {torch.float32}
     # Changes finer than bfloat16 holds near 1 (2**-8 below it, 2**-7 above).
     assert any(
         (vector.to(torch.bfloat16).float() != vector).any()
-        for vector in classifier.vectors_.values()
+        for vector in classifier.adapter_.vectors.values()
     )
     np.testing.assert_allclose(classifier.predict_proba(NEW).sum(1), 1)
     assert_untouched(model, before)
@@ -624,7 +624,7 @@ def test_encoder_decoder(tmp_path):
     before = snapshot(model)
     classifier = FewShotClassifier(model, steps=4, tokenizer=tokenizer).fit(TEXTS, LABELS)
     assert_untouched(model, before)
-    assert classifier.config_.task_type == "SEQ_2_SEQ_LM"
+    assert classifier.adapter_.config.task_type == "SEQ_2_SEQ_LM"
     probabilities = classifier.predict_proba(NEW)
     np.testing.assert_allclose(probabilities.sum(1), 1)
     bare = FewShotClassifier(model, steps=0, tokenizer=tokenizer).fit(TEXTS, LABELS)

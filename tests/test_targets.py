@@ -172,10 +172,19 @@ def test_defaults_are_written_into_the_adapters_config(tiny_t5: PreTrainedModel)
         (
             "llama",
             {"target_modules": ["mlp"]},
-            "'model.layers.0.mlp' is a LlamaMLP, which cannot be rescaled: expected Linear",
+            "'model.layers.0.mlp' is a LlamaMLP, whose output cannot be rescaled: expected Linear",
         ),
-        ("llama", {"target_modules": ["embed_tokens"]}, "is a Embedding, which cannot be rescaled"),
-        ("llama", {"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
+        (
+            "llama",
+            {"target_modules": ["embed_tokens"], "feedforward_modules": ["embed_tokens"]},
+            "is a Embedding, whose input cannot be rescaled",
+        ),
+        (
+            "llama",
+            {"modules_to_save": ["lm_heat"]},
+            "module 'lm_heat' matches nothing in LlamaForCausalLM; did you mean 'lm_head'",
+        ),
+        ("llama", {"modules_to_save": ["mlp", "gate_proj"]}, "is saved whole"),
     ],
 )
 def test_errors_say_what_is_wrong_and_leave_the_model_alone(
@@ -189,12 +198,11 @@ def test_errors_say_what_is_wrong_and_leave_the_model_alone(
     assert snapshot(model) == before
 
 
-def test_unknown_model_type(tiny_llama: LlamaForCausalLM) -> None:
+def test_unknown_model_type_gets_the_papers_sites(tiny_llama: LlamaForCausalLM) -> None:
     tiny_llama.config.model_type = "camel"
-    before = snapshot(tiny_llama)
-    with pytest.raises(IA3Error, match=r"model type 'camel'.*target_modules=\[\.\.\.\]"):
-        IA3Model(tiny_llama, IA3Config())
-    assert snapshot(tiny_llama) == before
+    config = IA3Model(tiny_llama, IA3Config()).peft_config["default"]
+    assert config.target_modules == {"k_proj", "v_proj", "down_proj"}
+    assert config.feedforward_modules == {"down_proj"}
 
 
 def test_model_without_a_config() -> None:

@@ -7,14 +7,35 @@ import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from .errors import IA3Error
+from .errors import IA3Error, did_you_mean
+from .files import write_files
+from .hub import CONFIG_NAME, HubOptions, adapter_folder
 
-CONFIG_NAME = "adapter_config.json"
+if TYPE_CHECKING:
+    from torch import nn
 
 Modules = str | list[str] | set[str] | tuple[str, ...] | None
+
+
+class TaskType(StrEnum):
+    """What a model is for, in PEFT's words."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(StrEnum):
+    """The kinds of adapters this library knows, in PEFT's words."""
+
+    IA3 = "IA3"
 
 
 def _as_set(modules: Modules, field_name: str) -> str | set[str] | None:
@@ -30,24 +51,30 @@ class IA3Config:
     """Which activations of a model get a learned vector.
 
     Args:
-        task_type: PEFT's task type, e.g. `"CAUSAL_LM"` or `"SEQ_2_SEQ_LM"`; only recorded.
+        task_type: a `TaskType`, e.g. `"CAUSAL_LM"`: which class `get_peft_model` returns. For
+            sequence and token classification the classifier is trained and saved too.
         base_model_name_or_path: the base model's name or folder; filled in from the model.
         revision: the base model's revision on the hub.
         inference_mode: the adapter's vectors do not require gradients.
         target_modules: the modules to rescale. A list matches whole names or dotted suffixes
             (`"k"` matches `block.0.attn.k`), a string is a regular expression that must match the
             whole name, `"all-linear"` is every linear layer but the output layer, and `None`
-            chooses by architecture.
+            chooses by architecture: PEFT's defaults for the types PEFT knows, the paper's sites,
+            found from the model's structure, for the others.
         exclude_modules: modules to leave out, in the same forms.
         feedforward_modules: those of the targets whose *input* is rescaled (the feed-forward inner
             activation of the paper) rather than their output, in the same forms.
         fan_in_fan_out: the weight is stored `[in, out]`; recorded for PEFT, found from the module.
-        modules_to_save: further modules to train and save in full.
+        modules_to_save: further modules to train and save in full, by the ends of their names.
         init_ia3_weights: start from ones (the identity). Otherwise from a normal distribution.
         auto_mapping: PEFT's hint for finding the base model's class.
+        paper_sites: the sites of the paper (section 3.3) on any architecture: keys, values and the
+            feed-forward inner activation. PEFT's defaults rescale the queries of several
+            architectures, and all of a fused q-k-v projection, whose query part stays one here.
 
     Raises:
-        IA3Error: `feedforward_modules` names modules that are not among `target_modules`.
+        IA3Error: `feedforward_modules` names modules that are not among `target_modules`,
+            `paper_sites` comes with modules, or `task_type` is not one.
     """
 
     task_type: str | None = None
@@ -62,15 +89,29 @@ class IA3Config:
     init_ia3_weights: bool = True
     auto_mapping: dict[str, Any] | None = None
     peft_type: str = "IA3"
+    paper_sites: bool = False
     unknown: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.peft_type != "IA3":
             raise IA3Error(f"peft_type is {self.peft_type!r}, expected 'IA3'")
+        self.peft_type = PeftType.IA3.value
+        if self.task_type is not None:
+            self.task_type = _task_type(self.task_type)
+        if isinstance(self.modules_to_save, str):
+            raise IA3Error(
+                f"modules_to_save is {self.modules_to_save!r}, expected a list of names: "
+                f"[{self.modules_to_save!r}]"
+            )
         self.target_modules = _as_set(self.target_modules, "target_modules")
         self.exclude_modules = _as_set(self.exclude_modules, "exclude_modules")
         self.feedforward_modules = _as_set(self.feedforward_modules, "feedforward_modules")
         targets, feedforward = self.target_modules, self.feedforward_modules
+        if self.paper_sites and (targets is not None or feedforward is not None):
+            raise IA3Error(
+                "paper_sites=True chooses target_modules and feedforward_modules itself: leave "
+                "them out"
+            )
         if isinstance(targets, set) and isinstance(feedforward, set):
             outside = sorted(feedforward - targets)
             if outside:
@@ -79,9 +120,19 @@ class IA3Config:
                     f"{sorted(targets)}: add them there too"
                 )
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        """False: the Trainer asks every config of PEFT's."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields as they stand in `adapter_config.json`, sets as sorted lists."""
+        """The fields as they stand in `adapter_config.json`, sets as sorted lists.
+
+        `paper_sites` is among them only while it has not been resolved into modules.
+        """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
+        if not self.paper_sites:
+            del values["paper_sites"]
         values.update(self.unknown)
         return {
             key: sorted(value) if isinstance(value, set) else value
@@ -135,6 +186,58 @@ class IA3Config:
         if not isinstance(values, dict):
             raise IA3Error(f"{path} holds {type(values).__name__}, expected a JSON object")
         return cls.from_dict(values, source=str(path))
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `adapter_config.json` into a folder.
+
+        Raises:
+            OSError: the disk is full or may not be written.
+        """
+        write_files(save_directory, {CONFIG_NAME: self.to_json().encode()})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **hub: Unpack[HubOptions]
+    ) -> IA3Config:
+        """Read an adapter's config from its folder or from the hub.
+
+        Raises:
+            FileNotFoundError: there is none.
+            IA3Error: it is not the config of an (IA)³ adapter.
+        """
+        folder = adapter_folder(pretrained_model_name_or_path, [CONFIG_NAME], **hub)
+        if not (folder / CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"no adapter in {folder}: {CONFIG_NAME} is not there")
+        return cls.from_json(folder / CONFIG_NAME)
+
+    def explain(self: IA3Config | nn.Module, model: nn.Module | None = None) -> None:
+        """Print what this config would rescale on a model, how many values, and why.
+
+        Also `IA3Config.explain(model)`, for the defaults. The model may be on the meta device, and
+        is not changed.
+
+        Raises:
+            IA3Error: the config does not fit the model.
+        """
+        from .explanation import explanation
+
+        if model is not None:
+            assert isinstance(self, IA3Config)
+            print(explanation(model, self))
+        else:
+            assert not isinstance(self, IA3Config), "explain() needs the model"
+            print(explanation(self, IA3Config()))
+
+
+def _task_type(value: str) -> str:
+    known = [task.value for task in TaskType]
+    name = value.value if isinstance(value, Enum) else value
+    if name not in known:
+        raise IA3Error(
+            f"task_type is {value!r}, expected one of {', '.join(known)}"
+            f"{did_you_mean(str(name), known)}"
+        )
+    return str(name)
 
 
 def matches(name: str, modules: Iterable[str] | str) -> bool:

@@ -103,7 +103,7 @@ def run_demo(out: Path, model: str, screen: Console) -> dict[str, Any]:
         classes=classes,
         confusion_before=matrices[0],
         confusion_after=matrices[1],
-        vectors=tuned.vectors_,
+        vectors=tuned.adapter_.vectors,
     )
     write_file(report, html.encode())
     screen.print(

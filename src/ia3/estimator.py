@@ -7,12 +7,11 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import store
 from .base_model import EMBEDDED_MODEL, BaseModel, load_base_model
@@ -78,8 +77,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         templates_: the templates' sources.
         fields_: the names of the examples' fields.
         settings_: `chat`, `steps`, `learning_rate` and `seed`, as they were in `fit`.
-        config_: the `IA3Config` of the adapter.
-        vectors_: module name -> vector, float32 on the CPU.
+        adapter_: the `Adapter`: its config, and its vectors, float32 on the CPU.
         history_: one `TrainingStep` a step.
     """
 
@@ -177,18 +175,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                     recipe,
                     on_step,
                 )
-            vectors = {
-                name: vector.detach().cpu().clone()
-                for name, vector in ia3_model.vectors("default").items()
-            }
-            fitted = ia3_model.peft_config["default"]
+            adapter = ia3_model.adapter("default")
+        adapter.vectors = {name: v.cpu().clone() for name, v in adapter.vectors.items()}
         self.classes_ = np.array(classes)
         self.choices_ = answers
         self.templates_ = [template.source for template in templates]
         self.fields_ = list(examples[0])
         self.settings_ = {name: getattr(self, name) for name in SETTINGS}
-        self.config_ = fitted
-        self.vectors_ = vectors
+        self.adapter_ = adapter
         self.history_ = history
         return self
 
@@ -219,7 +213,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         base = self.base
         encoder = Encoder(base, self.choices_, chat=self.settings_["chat"])
         encoded = _encode(encoder, examples, [Template(source) for source in self.templates_])
-        with _adapted(base, self.config_, self.vectors_):
+        with _adapted(base, self.adapter_.config, self.adapter_):
             probabilities = [
                 choice_scores(base, list(of_template), progress=progress).double().softmax(-1)
                 for of_template in zip(*encoded, strict=True)
@@ -286,8 +280,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             "choices": self.choices_,
             **self.settings_,
         }
-        saved = replace(self.config_, inference_mode=True)
-        files = store.adapter_files(saved, self.vectors_)
+        files = store.adapter_files(self.adapter_)
         files[TASK_NAME] = (json.dumps(task, indent=2, ensure_ascii=False) + "\n").encode()
         write_files(folder, files)
 
@@ -350,8 +343,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise IA3Error(
                 f"{path} is not a saved classifier: {type(error).__name__}: {error}"
             ) from error
-        classifier.config_ = store.read_config(folder)
-        classifier.vectors_ = store.read_vectors(folder)
+        classifier.adapter_ = store.read_adapter(folder)
         classifier.classes_ = np.array(labels)
         classifier.choices_ = choices
         classifier.templates_ = templates
@@ -380,18 +372,21 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     # -- private ----------------------------------------------------------------------------------
 
     def _check_fitted(self) -> None:
-        if not hasattr(self, "vectors_"):
+        if not hasattr(self, "adapter_"):
             raise NotFittedError("this FewShotClassifier is not fitted yet: call fit first")
 
 
 @contextmanager
 def _adapted(
-    base: BaseModel, config: IA3Config, vectors: Mapping[str, Tensor] | None
+    base: BaseModel, config: IA3Config, adapter: store.Adapter | None
 ) -> Iterator[IA3Model]:
     """The base model with one adapter on it, for as long as the context lasts."""
     with base.lock:
         modes = [(module, module.training) for module in base.model.modules()]
-        ia3_model = IA3Model(base.model, config, vectors=vectors)
+        if adapter is None:
+            ia3_model = IA3Model(base.model, config)
+        else:
+            ia3_model = IA3Model.from_adapter(base.model, adapter)
         try:
             yield ia3_model
         finally:

@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Iterator, Mapping
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import store
-from .config import IA3Config
+from .activations import device_of
+from .config import IA3Config, TaskType
+from .copies import (
+    Copies,
+    check_copies,
+    copies_of,
+    find_modules_to_save,
+    hold,
+    load_copy,
+    release,
+    settle,
+)
 from .errors import IA3Error, did_you_mean
 from .files import write_files
-from .sites import Site, check_side, displace, place, site_of
-from .targets import Target, find_targets, vector_shape, with_defaults
+from .fingerprint import fingerprint
+from .hub import HubOptions, adapter_folder
+from .merging import Merge
+from .sites import Site, check_free, displace, place, site_of, sites
+from .store import Adapter
+from .targets import ATTRIBUTE, check_vectors, resolve
+
+# The heads that PEFT trains and saves with an adapter, by task.
+HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+
+# PEFT's folder for the adapter of this name is the one given, for others one inside it.
+DEFAULT_ADAPTER = "default"
 
 
 class IA3Model(nn.Module):
@@ -26,11 +53,13 @@ class IA3Model(nn.Module):
 
     No module is wrapped or replaced: the base model's own modules get a hook each, and `unload`
     gives back the very model that was passed in. The base's parameters are frozen while adapters
-    are on it. Attributes that are not this class's own come from the base model.
+    are on it, and keep their names. Attributes that are not this class's own come from the base
+    model.
 
     Args:
         model: the base model; any module with linear layers.
-        config: what to rescale.
+        config: what to rescale, or a mapping that has it under the adapter's name. Model and config
+            may also come in the other order.
         adapter_name: the first adapter's name, active at once.
         vectors: its vectors, as in `add_adapter`; ones where not given.
 
@@ -38,29 +67,34 @@ class IA3Model(nn.Module):
         IA3Error: the config or the vectors do not fit the model, which is then unchanged.
     """
 
+    # The Trainer trains a quantized model only if it has adapters, and asks for this.
+    _hf_peft_config_loaded = True
+
+    model: nn.Module
+    peft_config: dict[str, IA3Config]
+    _active: tuple[str, ...]
+    _enabled: bool
+    _merge: Merge
+    _trained_before: list[str]
+    _ignored_before: set[str] | list[str] | None
+    _requires_input_grads: bool
+
     def __init__(
         self,
         model: nn.Module,
-        config: IA3Config,
-        adapter_name: str = "default",
+        config: IA3Config | Mapping[str, IA3Config],
+        adapter_name: str = DEFAULT_ADAPTER,
         vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
+        if isinstance(config, nn.Module):
+            model, config = config, model
+        if isinstance(config, Mapping):
+            config = config[adapter_name]
         super().__init__()
-        taken = next((n for n, module in model.named_modules() if site_of(module)), None)
-        if taken is not None:
-            raise IA3Error(
-                f"{type(model).__name__} has adapters already (at {taken!r}): use add_adapter on "
-                "its IA3Model, or unload() that first"
-            )
-        self.peft_config: dict[str, IA3Config] = {}
-        self._active: tuple[str, ...] = ()
-        self._enabled = True
-        self.model = model
-        self._trained_before = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.add_adapter(adapter_name, config, vectors)
-        for name in self._trained_before:
-            model.get_parameter(name).requires_grad_(False)
-        self.set_adapter(adapter_name)
+        self._begin(model)
+        self._add(adapter_name, config, None if vectors is None else Adapter(config, dict(vectors)))
+        self._freeze_base()
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     # -- adapters ---------------------------------------------------------------------------------
 
@@ -75,73 +109,137 @@ class IA3Model(nn.Module):
         Args:
             adapter_name: a name without dots or slashes, new to this model.
             config: what it rescales.
-            vectors: module name -> `[dim, 1]` (output side) or `[1, dim]` (input side), any
-                floating dtype. Ones if not given, as `init_ia3_weights` says. With vectors, entries
-                of the config's lists may match nothing.
+            vectors: module name -> vector (`Activation.shape`: `[dim, 1]` on a linear layer's
+                output, `[1, dim]` on its input), any floating dtype. Ones if not given, as
+                `init_ia3_weights` says. With vectors, entries of the config's lists may match
+                nothing.
 
         Raises:
             IA3Error: the name is taken or malformed, the config or the vectors do not fit the
                 model; the model is then unchanged.
         """
-        if adapter_name in self.peft_config:
-            raise IA3Error(f"adapter {adapter_name!r} exists already: delete it or choose another")
-        if not re.fullmatch(r"[^./\\\s]+", adapter_name):
-            raise IA3Error(f"adapter name {adapter_name!r} must have no dot, slash or white space")
-        if adapter_name in {*dir(nn.Module()), *vars(Site("output", 1))}:
-            # Setting the attribute ("training") would set the vector of that name.
+        self._add(adapter_name, config, None if vectors is None else Adapter(config, dict(vectors)))
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+    ) -> None:
+        """Add an adapter whose vectors are the weighted sums of others', as PEFT computes them.
+
+        An adapter without a vector at a site adds nothing there. The new one is not active.
+
+        Args:
+            adapters: the names to sum over.
+            weights: one for each.
+            adapter_name: the new name.
+
+        Raises:
+            IA3Error: the names or weights do not fit, two of the adapters have a copy of the same
+                module (`modules_to_save`), or one names its modules in a list and one by an
+                expression.
+        """
+        self._check_known(adapters)
+        if not adapters or len(adapters) != len(weights):
             raise IA3Error(
-                f"adapter name {adapter_name!r} is also an attribute of the modules that hold the "
-                "vectors: choose another"
+                f"{len(weights)} weights for {len(adapters)} adapters: expected one each"
             )
-        if config.modules_to_save:
-            raise IA3Error(
-                f"modules_to_save={config.modules_to_save} is not supported yet: leave it out"
-            )
-        config = with_defaults(self.model, config)
-        targets = find_targets(self.model, config, strict=vectors is None)
-        for target in targets:
-            check_side(self.model.get_submodule(target.name), target)
-        if vectors is not None:
-            _check_vectors(vectors, targets, type(self.model).__name__)
-        for target in targets:
-            module = self.model.get_submodule(target.name)
-            site = place(module, target)
-            device = module.get_parameter("weight").device
-            if vectors is not None:
-                vector = vectors[target.name].to(device, torch.float32, copy=True)
-            elif config.init_ia3_weights:
-                vector = torch.ones(site.vector_shape, device=device)
-            else:
-                vector = torch.randn(site.vector_shape, device=device)
-            site.add(adapter_name, vector)
-        self.peft_config[adapter_name] = config
+        summed: dict[str, Tensor] = {}
+        frozen = {}
+        for name, _, site in self._sites():
+            having = [adapter for adapter in adapters if adapter in site]
+            if not having:
+                continue
+            summed[name] = torch.zeros(site.vector_shape, device=site[having[0]].device)
+            for adapter, weight in zip(adapters, weights, strict=True):
+                if adapter in having:
+                    summed[name] += weight * site.vector(adapter).detach()
+            if all(site.frozen.get(adapter) == site.frozen.get(having[0]) for adapter in having):
+                frozen[name] = site.frozen.get(having[0], ())
+        copied: dict[str, Tensor] = {}
+        for adapter in adapters:
+            copies = self._copied_values(adapter)
+            twice = sorted(copied.keys() & copies.keys())
+            if twice:
+                raise IA3Error(
+                    f"{twice[0]!r} is in the modules_to_save of two of the adapters "
+                    f"{list(adapters)}: a weighted sum takes it from one at most"
+                )
+            copied.update(copies)
+        configs = [self.peft_config[adapter] for adapter in adapters]
+        config = dataclasses.replace(
+            configs[0],
+            target_modules=_union([c.target_modules for c in configs], "target_modules"),
+            feedforward_modules=_union([c.feedforward_modules for c in configs], "feedforward"),
+            modules_to_save=sorted({m for c in configs for m in c.modules_to_save or ()}) or None,
+        )
+        self._add(adapter_name, config, Adapter(config, summed, copied, frozen))
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; it is no longer active either."""
+        """Remove an adapter. If no other is active then, the first that is left becomes so."""
         self._check_known([adapter_name])
         if any(adapter_name in site.merged for _, _, site in self._sites()):
             raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
         for _, module, site in self._sites():
-            if adapter_name in site.vectors:
+            if adapter_name in site:
                 site.remove(adapter_name)
             if not site.vectors:
                 displace(module)
+        for _, module, copies in self._copies():
+            if adapter_name in copies:
+                copies.remove(adapter_name)
+            if not copies.adapters:
+                release(module)
         del self.peft_config[adapter_name]
-        self._activate(tuple(name for name in self._active if name != adapter_name))
+        self._hide_from_checkpoints()
+        remaining = tuple(name for name in self._active if name != adapter_name)
+        if self._active and not remaining and self.peft_config:
+            first = next(iter(self.peft_config))
+            warnings.warn(
+                f"adapter {adapter_name!r} was active; {first!r} is active now", stacklevel=2
+            )
+            self.set_adapter(first)
+        else:
+            self._activate(remaining)
 
-    def set_adapter(self, adapter_name: str | list[str]) -> None:
-        """Make these adapters the active ones; several multiply. Only they require gradients."""
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones; several multiply. Only they require gradients.
+
+        Args:
+            adapter_name: one name, or several.
+            inference_mode: they do not require gradients either.
+
+        Raises:
+            IA3Error: a name is unknown, or two of them have a copy of one module
+                (`modules_to_save`).
+        """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_known(names)
-        for _, _, site in self._sites():
-            for name, vector in site.vectors.items():
-                vector.requires_grad_(name in names and not self.peft_config[name].inference_mode)
+        for name, _, copies in self._copies():
+            having = [adapter for adapter in names if adapter in copies]
+            if len(having) > 1:
+                raise IA3Error(
+                    f"adapters {having} each have a copy of {name!r} (modules_to_save): only one "
+                    "of them can be active"
+                )
+        if self._merge.adapters:
+            warnings.warn("adapters are merged; they are unmerged first", stacklevel=2)
+            self.unmerge_adapter()
+        self._require_grad(names, inference_mode)
         self._activate(tuple(names))
 
     @property
     def active_adapters(self) -> list[str]:
         """The names of the active adapters."""
         return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the names if there are several."""
+        return self._active[0] if len(self._active) == 1 else list(self._active)
+
+    @property
+    def active_peft_config(self) -> IA3Config:
+        """The (first) active adapter's config."""
+        return self.peft_config[self._active[0]]
 
     def disable_adapter_layers(self) -> None:
         """Compute as the base model does, until `enable_adapter_layers`.
@@ -172,17 +270,13 @@ class IA3Model(nn.Module):
             self._activate(self._active)
 
     def vectors(self, adapter_name: str) -> dict[str, Tensor]:
-        """Module name -> vector, `[dim, 1]` (output side) or `[1, dim]` (input side)."""
+        """Module name -> the vector that trains, of `Activation.shape`."""
         self._check_known([adapter_name])
-        return {
-            name: site.vectors[adapter_name]
-            for name, _, site in self._sites()
-            if adapter_name in site.vectors
-        }
+        return {name: site[adapter_name] for name, _, site in self._sites() if adapter_name in site}
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(values that require gradients, all values)."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        sizes = [(_values(p), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
@@ -199,6 +293,35 @@ class IA3Model(nn.Module):
         """The base model's forward, with the active adapters."""
         return self.model(*args, **kwargs)
 
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Recompute activations in the backward pass, as the base model does it.
+
+        Reentrant checkpointing gives gradients only where a block's input requires them, and
+        nothing before the first site does, so that the embeddings' output is made to.
+        """
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)  # type: ignore[operator]
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant", True):
+            self._require_input_grads()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The newer name of `gradient_checkpointing_enable` in transformers."""
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)  # type: ignore[operator]
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant", True):
+            self._require_input_grads()
+
+    @property
+    def base_model(self) -> IA3Model:
+        """This model: PEFT keeps its tuner in a wrapper's `base_model`."""
+        return self
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with the adapters on it."""
+        return self.model
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -210,65 +333,72 @@ class IA3Model(nn.Module):
     # -- merging ----------------------------------------------------------------------------------
 
     def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
     ) -> None:
         """Fold adapters into the base weights; the originals are kept for `unmerge_adapter`.
 
-        The product is taken in float32 and rounded once to the base's dtype.
+        The product is taken in float32 and rounded once to the base's dtype; bitsandbytes and
+        torchao weights have their quantization constants scaled instead. Adapters may be merged on
+        top of others. Copies of whole modules (`modules_to_save`) stay beside the original.
 
         Args:
             adapter_names: the active adapters if not given.
             safe_merge: refuse a result that is not finite.
 
         Raises:
-            IA3Error: something is merged already, a weight is packed or shared with a module that
-                would change with it, or (with `safe_merge`) a merged weight is not finite; the
-                model is then unchanged.
+            IA3Error: a weight cannot take the vector exactly, it is shared with a module that would
+                change with it, or (with `safe_merge`) a merged weight is not finite; the model is
+                then unchanged.
         """
         names = tuple(self._active if adapter_names is None else adapter_names)
         self._check_known(names)
-        if any(site.merged for _, _, site in self._sites()):
-            raise IA3Error("adapters are merged already: unmerge_adapter() first")
-        owners = _owners(self.model)
-        merged = []
-        for name, module, site in self._sites():
-            adapters = tuple(adapter for adapter in names if adapter in site.vectors)
-            if not adapters:
-                continue
-            weights = site.merged_weights(module, adapters)
-            for kind, tensor in weights.items():
-                others = [o for o in owners[id(module.get_parameter(kind))] if o != name]
-                if others:
-                    raise IA3Error(
-                        f"cannot merge into {name}.{kind}: {others[0]!r} shares it and would "
-                        "change too"
-                    )
-                if safe_merge and not torch.isfinite(tensor).all():
-                    raise IA3Error(
-                        f"merging {list(adapters)} into {name}.{kind} gives values that are not "
-                        "finite; nothing was merged"
-                    )
-            merged.append((site, module, adapters, weights))
-        for site, module, adapters, weights in merged:
-            site.merge(module, adapters, weights)
+        already = self._merge.adapters
+        if already and not set(names) - already:
+            warnings.warn(f"adapters {sorted(already)} are merged already", stacklevel=2)
+            return
+        # In the order in which they would multiply, unmerged.
+        order = dict.fromkeys([*self._active, *self.peft_config])
+        self._merge.make(tuple(name for name in order if name in already.union(names)), safe_merge)
+        self._activate(self._active)
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit."""
-        for _, module, site in self._sites():
-            if site.merged:
-                site.unmerge(module)
+        self._merge.undo()
+        self._activate(self._active)
 
     def merge_and_unload(
-        self, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        dequantise: bool = False,
+        progressbar: bool = False,
     ) -> nn.Module:
         """Fold the adapters into the base weights for good and return the plain base model.
 
-        What is merged already stays merged; naming adapters on top of that is an error.
+        What is merged already stays merged. Modules in `modules_to_save` take the values of the
+        active adapter's copy, or the named one's.
+
+        Args:
+            safe_merge: refuse a result that is not finite.
+            adapter_names: the active adapters if not given.
+            dequantise: where a quantized weight cannot take a vector exactly, put an ordinary
+                linear layer in its place.
+            progressbar: taken for PEFT's sake; merging is over before one could be read.
+
+        Raises:
+            IA3Error: as `merge_adapter`.
         """
-        if adapter_names is not None or not any(site.merged for _, _, site in self._sites()):
-            self.merge_adapter(adapter_names, safe_merge)
-        for _, _, site in self._sites():
-            site.forget_unmerged()
+        names = tuple(self._active if adapter_names is None else adapter_names)
+        self._check_known(names)
+        if adapter_names is not None or not self._merge.adapters:
+            if dequantise:
+                self._merge.dequantise(names)
+            self.merge_adapter(names, safe_merge)
+        self._merge.keep()
+        for _, module, copies in self._copies():
+            having = [name for name in names if name in copies]
+            if having:
+                settle(module, having[-1])
         return self.unload()
 
     def unload(self) -> nn.Module:
@@ -276,42 +406,100 @@ class IA3Model(nn.Module):
         self.unmerge_adapter()
         for _, module, _ in self._sites():
             displace(module)
+        for _, module, _ in self._copies():
+            release(module)
         for name in self._trained_before:
             self.model.get_parameter(name).requires_grad_(True)
+        if self._requires_input_grads:
+            self.model.disable_input_require_grads()  # type: ignore[operator]
+            self._requires_input_grads = False
         self.peft_config.clear()
         self._active = ()
+        self._hide_from_checkpoints()
         return self.model
 
     # -- files ------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
-        """Write an adapter's `adapter_config.json` and `adapter_model.safetensors`, atomically.
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        *,
+        adapter_name: str | None = None,
+        is_main_process: bool = True,
+        **peft_options: Any,
+    ) -> None:
+        """Write adapters' `adapter_config.json` and `adapter_model.safetensors`, atomically.
+
+        As PEFT does, the adapter `"default"` goes into the folder itself, others into a folder of
+        their name inside it.
 
         Args:
             save_directory: made if absent; files of these names in it are replaced.
-            adapter_name: the one active adapter if not given.
+            safe_serialization: only True: pickled files can run code when they are read.
+            selected_adapters: all adapters if not given.
+            adapter_name: this adapter alone, into the folder itself.
+            is_main_process: False writes nothing, for all processes but one of a parallel run.
+            peft_options: what PEFT takes for other kinds of adapters; no effect.
 
         Raises:
             OSError: the disk is full or may not be written; what was there before stays.
         """
-        if adapter_name is None:
-            if len(self._active) != 1:
-                raise IA3Error(
-                    f"active adapters are {list(self._active)}: name the one to save with "
-                    "adapter_name="
-                )
-            adapter_name = self._active[0]
+        if safe_serialization is not True:
+            raise IA3Error(
+                f"safe_serialization is {safe_serialization!r}, expected True: a pickle could run "
+                "code when it is read, so that only safetensors files are written"
+            )
+        if adapter_name is not None:
+            folders = {adapter_name: Path(save_directory)}
+        else:
+            names = list(self.peft_config) if selected_adapters is None else selected_adapters
+            folders = {
+                name: Path(save_directory) / ("" if name == DEFAULT_ADAPTER else name)
+                for name in names
+            }
+        self._check_known(list(folders))
+        if is_main_process:
+            files = {name: store.adapter_files(self.adapter(name)) for name in folders}
+            for name, folder in folders.items():
+                write_files(folder, files[name])
+
+    def adapter(self, adapter_name: str) -> Adapter:
+        """An adapter as it is saved: its config, its vectors and copies, and what its base is."""
         self._check_known([adapter_name])
-        saved = dataclasses.replace(self.peft_config[adapter_name], inference_mode=True)
-        write_files(save_directory, store.adapter_files(saved, self.vectors(adapter_name)))
+        config = dataclasses.replace(self.peft_config[adapter_name], inference_mode=True)
+        if config.task_type is None and config.auto_mapping is None:
+            base_class = type(self.model)
+            config.auto_mapping = {
+                "base_model_class": base_class.__name__,
+                "parent_library": base_class.__module__,
+            }
+        having = [(name, site) for name, _, site in self._sites() if adapter_name in site]
+        return Adapter(
+            config,
+            {name: site.vector(adapter_name).detach() for name, site in having},
+            self._copied_values(adapter_name),
+            {
+                name: site.frozen[adapter_name]
+                for name, site in having
+                if adapter_name in site.frozen
+            },
+            fingerprint(self.model),
+        )
 
     @classmethod
     def from_pretrained(
         cls,
         model: nn.Module,
         model_id: str | Path,
-        adapter_name: str = "default",
+        adapter_name: str = DEFAULT_ADAPTER,
         is_trainable: bool = False,
+        config: IA3Config | None = None,
+        *,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **hub: Unpack[HubOptions],
     ) -> IA3Model:
         """Load an adapter, written by this library or by PEFT, onto a base model.
 
@@ -320,37 +508,219 @@ class IA3Model(nn.Module):
             model_id: the adapter's folder, or its id on the hub.
             adapter_name: the name it gets.
             is_trainable: its vectors require gradients.
+            config: instead of the adapter's own.
+            autocast_adapter_dtype, low_cpu_mem_usage: taken for PEFT's sake; vectors are always
+                float32 and made once.
+            hub: `revision`, `subfolder`, `token`, `cache_dir`, ...
+
+        Returns:
+            The class that the adapter's task type asks for, as `get_peft_model` does.
 
         Raises:
             FileNotFoundError: there is no adapter.
             IA3Error: its files are broken or do not fit the model, which is then unchanged.
         """
-        config, vectors = _read_adapter(model_id, is_trainable)
-        with _naming(model_id):
-            return cls(model, config, adapter_name, vectors)
+        adapter = _read_adapter(model_id, config, is_trainable, **hub)
+        return cls.from_adapter(model, adapter, adapter_name, source=str(model_id))
+
+    @classmethod
+    def from_adapter(
+        cls,
+        model: nn.Module,
+        adapter: Adapter,
+        adapter_name: str = DEFAULT_ADAPTER,
+        *,
+        source: str = "adapter",
+    ) -> IA3Model:
+        """Put an adapter that has been read onto a base model; raises as `from_pretrained`."""
+        if cls is IA3Model:
+            from .task_models import model_class
+
+            cls = model_class(adapter.config)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._begin(model)
+        with _naming(source):
+            self._add(adapter_name, adapter.config, adapter)
+        self._freeze_base()
+        self.set_adapter(adapter_name, inference_mode=adapter.config.inference_mode)
+        return self
 
     def load_adapter(
-        self, model_id: str | Path, adapter_name: str, is_trainable: bool = False
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **hub: Unpack[HubOptions],
     ) -> None:
         """Load a further adapter, not yet active; raises as `from_pretrained` does."""
-        config, vectors = _read_adapter(model_id, is_trainable)
-        with _naming(model_id):
-            self.add_adapter(adapter_name, config, vectors)
+        adapter = _read_adapter(model_id, None, is_trainable, **hub)
+        with _naming(str(model_id)):
+            self._add(adapter_name, adapter.config, adapter)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        adapter_name: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload (IA)³ adapter",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what `save_pretrained` writes, with a model card, and return the address.
+
+        Args:
+            repo_id: the repository on the hub, made if absent.
+            adapter_name: this adapter alone; all if not given.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, adapter_name=adapter_name)
+            names = [adapter_name] if adapter_name else list(self.peft_config)
+            base = self.peft_config[names[0]].base_model_name_or_path
+            card = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft"]
+            card += ["tags:", "- ia3", "---", ""]
+            write_files(folder, {"README.md": "\n".join(card).encode()})
+            commit = api.upload_folder(
+                repo_id=repo.repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+        return str(commit)
 
     # -- private ----------------------------------------------------------------------------------
 
+    def _begin(self, model: nn.Module) -> None:
+        taken = next(
+            (name for name, module in model.named_modules() if ATTRIBUTE in module._modules), None
+        )
+        if taken is not None:
+            raise IA3Error(
+                f"{type(model).__name__} has adapters already (at {taken!r}): use add_adapter on "
+                "its IA3Model, or unload() that first"
+            )
+        self.peft_config = {}
+        self._active = ()
+        self._enabled = True
+        self._merge = Merge(model)
+        self._requires_input_grads = False
+        self.model = model
+        self._trained_before = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._ignored_before = getattr(model, "_keys_to_ignore_on_save", None)
+
+    def _freeze_base(self) -> None:
+        for name in self._trained_before:
+            self.model.get_parameter(name).requires_grad_(False)
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+            self._require_input_grads()
+
+    def _require_input_grads(self) -> None:
+        if hasattr(self.model, "enable_input_require_grads") and not self._requires_input_grads:
+            self.model.enable_input_require_grads()  # type: ignore[operator]
+            self._requires_input_grads = True
+
+    def _add(self, adapter_name: str, config: IA3Config, stored: Adapter | None) -> None:
+        """Add an adapter, its values from `stored` or new; all checks come before any change."""
+        if adapter_name in self.peft_config:
+            raise IA3Error(f"adapter {adapter_name!r} exists already: delete it or choose another")
+        _check_name(adapter_name)
+        config = dataclasses.replace(config, modules_to_save=_with_head(self.model, config))
+        resolved, targets = resolve(self.model, config, None if stored is None else stored.frozen)
+        saved = find_modules_to_save(self.model, resolved.modules_to_save, strict=stored is None)
+        for target in targets:
+            check_free(self.model.get_submodule(target.name), target)
+        for name in saved:
+            if site_of(self.model.get_submodule(name)) is not None:
+                raise IA3Error(f"modules_to_save: another adapter on this model rescales {name!r}")
+        if stored is not None:
+            check_vectors(stored.vectors, targets, type(self.model).__name__)
+            check_copies(stored.copies, saved, self.model)
+            difference = stored.base.difference(self.model) if stored.base else None
+            if difference is not None:
+                warnings.warn(
+                    f"this may be the wrong base model for adapter {adapter_name!r}: {difference}",
+                    stacklevel=4,
+                )
+        for target in targets:
+            module = self.model.get_submodule(target.name)
+            device = device_of(module)
+            shape = target.activation.shape
+            if stored is not None:
+                vector = stored.vectors[target.name].to(device, torch.float32, copy=True)
+            elif resolved.init_ia3_weights:
+                vector = torch.ones(shape, device=device)
+            else:
+                vector = torch.randn(shape, device=device)
+            place(module, target).add(adapter_name, vector, target.frozen)
+        for name in saved:
+            module = self.model.get_submodule(name)
+            copies = hold(module)
+            copies.add(adapter_name, module)
+            if stored is not None:
+                load_copy(copies[adapter_name], name, stored.copies)
+        self.peft_config[adapter_name] = resolved
+        self._hide_from_checkpoints()
+
     def _sites(self) -> Iterator[tuple[str, nn.Module, Site]]:
+        return sites(self.model)
+
+    def _copies(self) -> Iterator[tuple[str, nn.Module, Copies]]:
         for name, module in list(self.model.named_modules()):
-            site = site_of(module)
-            if site is not None:
-                yield name, module, site
+            copies = copies_of(module)
+            if copies is not None:
+                yield name, module, copies
+
+    def _copied_values(self, adapter: str) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": value
+            for name, _, copies in self._copies()
+            if adapter in copies
+            for key, value in copies[adapter].state_dict().items()
+        }
 
     def _activate(self, names: tuple[str, ...]) -> None:
         self._active = names
+        active = names if self._enabled else ()
         for _, module, site in self._sites():
-            site.activate(module, names if self._enabled else ())
+            site.activate(module, active)
+        for _, _, copies in self._copies():
+            copies.active = next((name for name in active if name in copies), None)
 
-    def _check_known(self, names: list[str] | tuple[str, ...]) -> None:
+    def _require_grad(self, names: Sequence[str], inference_mode: bool) -> None:
+        for _, _, site in self._sites():
+            for name, vector in site.vectors.items():
+                vector.requires_grad_(name in names and not inference_mode)
+        for _, _, copies in self._copies():
+            for name in copies.adapters:
+                for parameter in copies[name].parameters():
+                    if parameter.is_floating_point():
+                        parameter.requires_grad_(name in names and not inference_mode)
+
+    def _hide_from_checkpoints(self) -> None:
+        """Have the base model's own `save_pretrained` leave out what adapters hold."""
+        if not isinstance(self.model, PreTrainedModel):
+            return
+        held = {
+            f"{prefix}{ATTRIBUTE}.{key}"
+            for name, module in self.model.named_modules()
+            if ATTRIBUTE in module._modules
+            for prefix in (f"{name}." if name else "",)
+            for key in module.get_submodule(ATTRIBUTE).state_dict()
+        }
+        before = self._ignored_before
+        self.model._keys_to_ignore_on_save = set(before or ()) | held if held else before
+
+    def _check_known(self, names: Sequence[str]) -> None:
         for name in names:
             if name not in self.peft_config:
                 raise IA3Error(
@@ -359,75 +729,67 @@ class IA3Model(nn.Module):
                 )
 
 
-def get_peft_model(
-    model: nn.Module, peft_config: IA3Config, adapter_name: str = "default"
-) -> IA3Model:
-    """PEFT's way to write `IA3Model(model, peft_config, adapter_name)`."""
-    return IA3Model(model, peft_config, adapter_name)
-
-
-def _read_adapter(model_id: str | Path, is_trainable: bool) -> tuple[IA3Config, dict[str, Tensor]]:
-    folder = Path(model_id)
-    if not folder.is_dir():
-        folder = _download(str(model_id))
-    config = store.read_config(folder)
-    config.inference_mode = not is_trainable
-    return config, store.read_vectors(folder)
+def _read_adapter(
+    model_id: str | Path,
+    config: IA3Config | None,
+    is_trainable: bool,
+    **hub: Unpack[HubOptions],
+) -> Adapter:
+    adapter = store.read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config)
+    adapter.config.inference_mode = not is_trainable
+    return adapter
 
 
 @contextmanager
-def _naming(model_id: str | Path) -> Iterator[None]:
+def _naming(source: str) -> Iterator[None]:
     """Errors within the context say which adapter they are about."""
     try:
         yield
     except IA3Error as error:
-        raise IA3Error(f"{model_id}: {error}") from error
+        raise IA3Error(f"{source}: {error}") from error
 
 
-def _download(model_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return Path(snapshot_download(model_id, allow_patterns=["adapter_*"]))
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"no adapter at {model_id!r}: no such folder, and not a hub id"
-        ) from error
-    except (LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"no adapter at {model_id!r}: no such folder, and not to be had from the hub: {error}"
-        ) from error
-
-
-def _check_vectors(vectors: Mapping[str, Tensor], targets: list[Target], model_name: str) -> None:
-    expected = {target.name: target for target in targets}
-    missing = sorted(expected.keys() - vectors.keys())
-    extra = sorted(vectors.keys() - expected.keys())
-    if missing or extra:
-        which = f"has no vector for {missing[0]!r}" if missing else f"has a vector for {extra[0]!r}"
+def _check_name(adapter_name: str) -> None:
+    if not re.fullmatch(r"[^./\\\s]+", adapter_name):
+        raise IA3Error(f"adapter name {adapter_name!r} must have no dot, slash or white space")
+    if adapter_name in {*dir(nn.Module()), "active", "merged", "_handle"}:
+        # Setting the attribute ("training") would set the vector of that name.
         raise IA3Error(
-            f"the adapter does not fit {model_name}: it {which} ({len(missing)} missing, "
-            f"{len(extra)} not expected); is this the model it was trained on?"
+            f"adapter name {adapter_name!r} is also an attribute of the modules that hold the "
+            "vectors: choose another"
         )
-    for name, target in expected.items():
-        shape = vector_shape(target.side, target.dim)
-        if tuple(vectors[name].shape) != shape or not vectors[name].is_floating_point():
-            raise IA3Error(
-                f"the adapter does not fit {model_name}: vector {name!r} is "
-                f"{list(vectors[name].shape)} {vectors[name].dtype}, expected {list(shape)} "
-                f"({math.prod(shape)} values on the {target.side} side)"
-            )
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    return owners
+def _with_head(model: nn.Module, config: IA3Config) -> list[str] | None:
+    """`modules_to_save` with the head that the task trains: PEFT's names, or what is not the body.
+
+    PEFT leaves a head of another name untrained without a word.
+    """
+    names = list(config.modules_to_save or ())
+    if config.task_type not in HEADS:
+        return names or None
+    heads = [name for name in HEADS[TaskType(config.task_type)] if hasattr(model, name)]
+    if not heads and isinstance(model, PreTrainedModel):
+        heads = [
+            name
+            for name, child in model.named_children()
+            if name != model.base_model_prefix and next(child.parameters(), None) is not None
+        ]
+    return [*names, *(head for head in heads if head not in names)] or None
+
+
+def _union(modules: Sequence[Any], field: str) -> Any:
+    if all(isinstance(each, str) for each in modules):
+        return "|".join(f"({each})" for each in modules)
+    if any(isinstance(each, str) for each in modules):
+        raise IA3Error(
+            f"{field}: one adapter names its modules in a list, another by an expression; a "
+            "weighted sum needs the same form"
+        )
+    return sorted({name for each in modules for name in each})
+
+
+def _values(parameter: nn.Parameter) -> int:
+    # bitsandbytes packs two 4-bit values into a byte of storage.
+    packed = type(parameter).__name__ == "Params4bit"
+    return parameter.numel() * (2 * parameter.element_size() if packed else 1)

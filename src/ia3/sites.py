@@ -1,4 +1,4 @@
-"""The vectors at one activation: attach, detach, merge, unmerge.
+"""The vectors at one activation: attach and detach.
 
 A `Site` is a small module registered on the base module as `ia3_l`; it never replaces or wraps it.
 Its vectors are its parameters, one per adapter, so that they move, save and train with the model.
@@ -6,63 +6,116 @@ Its vectors are its parameters, one per adapter, so that they move, save and tra
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
+from . import experts
+from .activations import device_of
+from .copies import allow_plain_checkpoint, copies_of
 from .errors import IA3Error
 from .rescale import rescale
-from .targets import ATTRIBUTE, Side, Target, vector_shape
+from .targets import ATTRIBUTE, Frozen, Target
 
 
 class Site(nn.Module):
     """Every adapter's vector at one activation of one base module.
 
-    Vectors have PEFT's shapes: `[dim, 1]` on a module's output, `[1, dim]` on its input; float32
-    whatever the base's dtype.
+    Vectors have PEFT's shapes (`Activation.shape`) and are float32 whatever the base's dtype.
     """
 
-    def __init__(self, side: Side, dim: int) -> None:
+    def __init__(self, target: Target) -> None:
         super().__init__()
-        self.side = side
-        self.dim = dim
+        self.side = target.side
+        self.dim = target.activation.dim
+        self.vector_shape = target.activation.shape
+        # A vector as it multiplies the activation: its last axes, or one vector an expert.
+        self.factor_shape = (
+            self.vector_shape if self.side == "inner" else (-1, *[1] * target.activation.trailing)
+        )
+        self.frozen: dict[str, Frozen] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
-        self._unmerged: dict[str, Tensor] = {}
-        self._handle: RemovableHandle | None = None
+        self._handle: RemovableHandle | experts.Handle | None = None
+        self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
     @property
     def vectors(self) -> dict[str, nn.Parameter]:
         """Adapter name -> vector."""
         return {name: p for name, p in self._parameters.items() if p is not None}
 
-    @property
-    def vector_shape(self) -> tuple[int, int]:
-        """The shape of one vector in memory and on disk."""
-        return vector_shape(self.side, self.dim)
+    def __contains__(self, adapter: object) -> bool:
+        return self._parameters.get(adapter) is not None  # type: ignore[call-overload]
 
-    def add(self, adapter: str, vector: Tensor) -> None:
-        """Store a vector of `vector_shape` under an adapter's name, not to be trained yet."""
+    def __getitem__(self, adapter: str) -> nn.Parameter:
+        vector = self._parameters[adapter]
+        assert vector is not None
+        return vector
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Site:
+        # Casting the base to half precision leaves the vectors float32: steps of training are
+        # smaller than half precision's around one.
+        def never_narrower(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrower = tensor.is_floating_point() and moved.itemsize < tensor.itemsize
+            return tensor.to(moved.device) if narrower else moved
+
+        super()._apply(never_narrower, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def add(self, adapter: str, vector: Tensor, frozen: Frozen = ()) -> None:
+        """Store a vector of `vector_shape` under an adapter's name, not to be trained yet.
+
+        Args:
+            frozen: half-open ranges of it that count as one whatever the vector holds.
+        """
         # Not register_parameter: it refuses names that are also methods of this class ("product").
         self._parameters[adapter] = nn.Parameter(vector, requires_grad=False)
+        if frozen:
+            mask = torch.zeros(self.dim, dtype=torch.bool)
+            for start, end in frozen:
+                mask[start:end] = True
+            self.frozen[adapter] = frozen
+            name = _mask_name(adapter)
+            self._buffers[name] = mask.reshape(self.vector_shape).to(vector.device)
+            self._non_persistent_buffers_set.add(name)
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter's vector."""
         del self._parameters[adapter]
+        if self.frozen.pop(adapter, None):
+            name = _mask_name(adapter)
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+
+    def vector(self, adapter: str) -> Tensor:
+        """An adapter's vector, `vector_shape`, with its frozen values one."""
+        vector: Tensor = self[adapter]
+        if adapter in self.frozen:
+            mask = self._buffers[_mask_name(adapter)]
+            assert mask is not None
+            # Not the gradient alone: weight decay would move the values too.
+            vector = vector.masked_fill(mask, 1.0)
+        return vector
 
     def activate(self, module: nn.Module, adapters: tuple[str, ...]) -> None:
         """Rescale by the product of these adapters' vectors from now on.
 
         Adapters without a vector here are left out; with none left, no hook stays installed.
         """
-        self.active = tuple(name for name in adapters if self._parameters.get(name) is not None)
-        wanted = bool(self.active) and not self.merged
+        here = tuple(name for name in adapters if name in self)
+        # What is merged takes the place of what is active, or is part of it.
+        among = set(self.merged) <= set(here)
+        self.active = tuple(name for name in here if name not in self.merged) if among else ()
+        wanted = bool(self.active)
         if wanted and self._handle is None:
-            if self.side == "input":
+            if self.side == "inner":
+                self._handle = experts.attach(module, self.active_product)
+            elif self.side == "input":
                 self._handle = module.register_forward_pre_hook(self._rescale_input)
             else:
                 self._handle = module.register_forward_hook(self._rescale_output)
@@ -71,12 +124,18 @@ class Site(nn.Module):
             self._handle = None
 
     def product(self, adapters: tuple[str, ...]) -> Tensor:
-        """`[dim]`: the product of the adapters' vectors."""
-        vectors = [self.vectors[name].flatten() for name in adapters if name in self.vectors]
-        product = vectors[0]
-        for vector in vectors[1:]:
-            product = product * vector
-        return product
+        """The product of the adapters' vectors, shaped to multiply the activation.
+
+        `[dim]` for a linear layer, `[dim, 1, ...]` for a convolution, `[experts, dim]` for experts.
+        """
+        product = self.vector(adapters[0])
+        for name in adapters[1:]:
+            product = product * self.vector(name)
+        return product.reshape(self.factor_shape)
+
+    def active_product(self) -> Tensor:
+        """The product of the active adapters' vectors."""
+        return self.product(self.active)
 
     def _rescale_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return rescale(output, self.product(self.active), in_place=_is_fresh(module))
@@ -85,55 +144,6 @@ class Site(nn.Module):
         # Never in place: siblings may read the same input, and a ReLU before it keeps it.
         return (rescale(args[0], self.product(self.active)), *args[1:])
 
-    def merged_weights(self, module: nn.Module, adapters: tuple[str, ...]) -> dict[str, Tensor]:
-        """The module's weight and bias with the vectors folded in, computed in float32.
-
-        Returns:
-            `{"weight": ..., "bias": ...}` in the base's dtypes, rounded once; the module is not
-            changed. The bias is absent where folding leaves it as it is.
-
-        Raises:
-            IA3Error: the weight is packed, so that its values cannot be scaled.
-        """
-        scale = self.product(adapters).detach()
-        weight = module.get_parameter("weight")
-        if not weight.is_floating_point():
-            raise IA3Error(
-                f"cannot merge into a {type(module).__name__} with {weight.dtype} weights: "
-                "expected floating-point weights"
-            )
-        out_axis_first = not isinstance(module, Conv1D)
-        along_rows = (self.side == "output") == out_axis_first
-        merged = {"weight": _scaled(weight, scale[:, None] if along_rows else scale)}
-        if self.side == "output" and getattr(module, "bias", None) is not None:
-            merged["bias"] = _scaled(module.get_parameter("bias"), scale)
-        return merged
-
-    def merge(
-        self, module: nn.Module, adapters: tuple[str, ...], merged: dict[str, Tensor]
-    ) -> None:
-        """Put `merged_weights` in place; the original tensors are kept for `unmerge`."""
-        for name, tensor in merged.items():
-            parameter = module.get_parameter(name)
-            self._unmerged[name] = parameter.data
-            parameter.data = tensor
-        self.merged = adapters
-        self.activate(module, self.active)
-
-    def unmerge(self, module: nn.Module) -> None:
-        """Put the original tensors back: the very bits that were there before."""
-        for name, tensor in self._unmerged.items():
-            parameter = module.get_parameter(name)
-            # The model may have been moved or cast since.
-            parameter.data = tensor.to(parameter.device, parameter.dtype)
-        self.forget_unmerged()
-        self.activate(module, self.active)
-
-    def forget_unmerged(self) -> None:
-        """Let the original tensors go: what is merged stays merged."""
-        self._unmerged = {}
-        self.merged = ()
-
 
 def site_of(module: nn.Module) -> Site | None:
     """The site registered on a module, if it has one."""
@@ -141,13 +151,26 @@ def site_of(module: nn.Module) -> Site | None:
     return site if isinstance(site, Site) else None
 
 
-def check_side(module: nn.Module, target: Target) -> None:
-    """Raise `IA3Error` where another adapter rescales the module's other side."""
+def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
+    """Every site on a model: the base module's name, the module and the site."""
+    for name, module in list(model.named_modules()):
+        site = site_of(module)
+        if site is not None:
+            yield name, module, site
+
+
+def check_free(module: nn.Module, target: Target) -> None:
+    """Raise `IA3Error` where another adapter's use of the module rules this one out."""
     site = site_of(module)
     if site is not None and site.side != target.side:
         raise IA3Error(
             f"module {target.name!r}: this adapter rescales its {target.side}, another one on this "
             f"model its {site.side}; adapters of one model must agree on feedforward_modules"
+        )
+    if copies_of(module) is not None:
+        raise IA3Error(
+            f"module {target.name!r} is in another adapter's modules_to_save: it cannot be "
+            "rescaled as well"
         )
 
 
@@ -155,7 +178,7 @@ def place(module: nn.Module, target: Target) -> Site:
     """The module's site, registered on it now if it has none."""
     site = site_of(module)
     if site is None:
-        site = Site(target.side, target.dim)
+        site = Site(target).to(device_of(module))
         module.add_module(ATTRIBUTE, site)
     return site
 
@@ -168,9 +191,9 @@ def displace(module: nn.Module) -> None:
         del module._modules[ATTRIBUTE]
 
 
-def _scaled(parameter: Tensor, scale: Tensor) -> Tensor:
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    return (parameter.detach().to(wide) * scale.to(wide)).to(parameter.dtype)
+def _mask_name(adapter: str) -> str:
+    # No adapter's name has white space.
+    return f"{adapter} frozen"
 
 
 def _is_fresh(module: nn.Module) -> bool:

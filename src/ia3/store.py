@@ -2,59 +2,110 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from .config import CONFIG_NAME, IA3Config
+from .config import IA3Config
 from .errors import IA3Error
+from .fingerprint import Fingerprint
+from .hub import CONFIG_NAME
+from .targets import ATTRIBUTE, Frozen
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+# What PEFT wrote before safetensors; read, never written.
+PICKLED_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
-KEY_SUFFIX = ".ia3_l"
+KEY_SUFFIX = f".{ATTRIBUTE}"
+
+# What PEFT's config cannot say stands in the header of the safetensors file, which PEFT ignores.
+FROZEN_KEY = "ia3_frozen"
+BASE_KEY = "ia3_base_model"
 
 
-def adapter_files(config: IA3Config, vectors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """The contents of an adapter's files, by file name.
+@dataclass
+class Adapter:
+    """An adapter off its model.
+
+    Attributes:
+        config: with its modules named.
+        vectors: module name -> vector, float32, `Activation.shape`.
+        copies: parameter name in the base model -> its value in this adapter's copy
+            (`modules_to_save`).
+        frozen: module name -> the ranges of its vector that stay one.
+        base: the model it was trained on; `None` where nobody wrote it down.
+    """
+
+    config: IA3Config
+    vectors: dict[str, Tensor]
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    frozen: dict[str, Frozen] = field(default_factory=dict)
+    base: Fingerprint | None = None
+
+
+def adapter_files(adapter: Adapter) -> dict[str, bytes]:
+    """The contents of an adapter's files, by file name."""
+    named = {f"{name}{KEY_SUFFIX}": vector for name, vector in adapter.vectors.items()}
+    named.update(adapter.copies)
+    tensors = {
+        # A copy, as safetensors refuses tensors that share memory.
+        f"{KEY_PREFIX}{name}": tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in named.items()
+    }
+    metadata = {"format": "pt"}
+    if adapter.frozen:
+        metadata[FROZEN_KEY] = json.dumps(adapter.frozen)
+    if adapter.base is not None:
+        metadata[BASE_KEY] = adapter.base.to_json()
+    return {
+        WEIGHTS_NAME: save(tensors, metadata=metadata),
+        CONFIG_NAME: adapter.config.to_json().encode(),
+    }
+
+
+def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter:
+    """An adapter from its folder.
 
     Args:
-        config: with its defaults filled in.
-        vectors: module name -> `[dim, 1]` or `[1, dim]`.
-    """
-    tensors = {
-        f"{KEY_PREFIX}{name}{KEY_SUFFIX}": vector.detach().cpu().contiguous()
-        for name, vector in vectors.items()
-    }
-    weights = save(tensors, metadata={"format": "pt"})
-    return {WEIGHTS_NAME: weights, CONFIG_NAME: config.to_json().encode()}
-
-
-def read_vectors(folder: str | Path) -> dict[str, Tensor]:
-    """Module name -> vector, from a folder's `adapter_model.safetensors`.
+        config: instead of the folder's own.
 
     Raises:
-        FileNotFoundError: the folder or the file is not there.
-        IA3Error: the file is truncated or not safetensors, or holds other tensors than vectors.
+        FileNotFoundError: the folder or a file is not there.
+        IA3Error: a file is truncated or not what it should be.
     """
-    path = Path(folder) / WEIGHTS_NAME
-    if not path.is_file():
+    folder = Path(folder)
+    config = config or read_config(folder)
+    if (folder / WEIGHTS_NAME).is_file():
+        path = folder / WEIGHTS_NAME
+        tensors, metadata = _read_safetensors(path)
+    elif (folder / PICKLED_NAME).is_file():
+        path = folder / PICKLED_NAME
+        tensors, metadata = _read_pickled(path), {}
+    else:
         raise FileNotFoundError(f"no adapter in {folder}: {WEIGHTS_NAME} is not there")
-    try:
-        tensors = load(path.read_bytes())
-    except SafetensorError as error:
-        raise IA3Error(f"{path} is not a whole safetensors file: {error}") from error
-    vectors = {}
+    adapter = Adapter(config, {}, {}, _read_frozen(metadata, path))
+    if BASE_KEY in metadata:
+        adapter.base = Fingerprint.from_json(metadata[BASE_KEY], str(path))
     for key, tensor in tensors.items():
-        if not (key.startswith(KEY_PREFIX) and key.endswith(KEY_SUFFIX)):
+        name = key.removeprefix(KEY_PREFIX)
+        if name.endswith(KEY_SUFFIX):
+            adapter.vectors[name.removesuffix(KEY_SUFFIX)] = tensor
+        elif config.modules_to_save:
+            adapter.copies[name] = tensor
+        else:
             raise IA3Error(
                 f"{path}: tensor {key!r} is not an (IA)³ vector: expected names like "
                 f"'{KEY_PREFIX}<module>{KEY_SUFFIX}'"
             )
-        vectors[key.removeprefix(KEY_PREFIX).removesuffix(KEY_SUFFIX)] = tensor
-    return vectors
+    return adapter
 
 
 def read_config(folder: str | Path) -> IA3Config:
@@ -68,3 +119,38 @@ def read_config(folder: str | Path) -> IA3Config:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter in {folder}: {CONFIG_NAME} is not there")
     return IA3Config.from_json(path)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copies, as the file may be replaced while it is mapped.
+            keys = list(file.keys())
+            return {key: file.get_tensor(key).clone() for key in keys}, file.metadata() or {}
+    except SafetensorError as error:
+        raise IA3Error(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise IA3Error(f"{path} is not a whole file of tensors alone: {error}") from error
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
+    ):
+        raise IA3Error(f"{path} does not hold named tensors")
+    return dict(tensors)
+
+
+def _read_frozen(metadata: Mapping[str, str], path: Path) -> dict[str, Frozen]:
+    if FROZEN_KEY not in metadata:
+        return {}
+    try:
+        read: Any = json.loads(metadata[FROZEN_KEY])
+        return {
+            str(name): tuple((int(start), int(end)) for start, end in ranges)
+            for name, ranges in read.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise IA3Error(f"{path}: the header's {FROZEN_KEY!r} is malformed: {error}") from error

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .config import IA3Config, feedforward_among, matches, matches_feedforward
+from .activations import SUPPORTED, Activation, Side, activation_of, linear_features
+from .config import IA3Config, TaskType, feedforward_among, matches, matches_feedforward
 from .errors import IA3Error, did_you_mean
-
-Side = Literal["output", "input"]
+from .structure import PaperTarget, feedforward_targets, names_or_suffixes, paper_targets
 
 # The name under which a module's vectors are registered on it.
 ATTRIBUTE = "ia3_l"
+
+# Half-open ranges of a vector that stay exactly one: the query part of a fused q-k-v projection.
+Frozen = tuple[tuple[int, int], ...]
+
+# Where a sequence classifier keeps its output layer, in PEFT's order.
+CLASSIFIERS = ("score", "classifier")
 
 # model_type -> (target_modules, feedforward_modules), equal to PEFT 0.21's defaults.
 ARCHITECTURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -50,87 +58,222 @@ ARCHITECTURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def vector_shape(side: Side, dim: int) -> tuple[int, int]:
-    """PEFT's shape of a vector, in memory and on disk: a column on an output, a row on an input."""
-    return (1, dim) if side == "input" else (dim, 1)
-
-
 @dataclass(frozen=True)
 class Target:
-    """A module to rescale: its name, which side of it, and how many values that side has."""
+    """A module to rescale: its name, which side of it, and the activation there."""
 
     name: str
     side: Side
-    dim: int
+    activation: Activation
+    frozen: Frozen = ()
+    why: str = ""
 
 
-def with_defaults(model: nn.Module, config: IA3Config) -> IA3Config:
-    """A copy of the config whose `None` fields are filled in for this model.
-
-    Raises:
-        IA3Error: no `target_modules` were given and the model's type has no defaults.
-    """
-    values = config.to_dict()
-    model_config = getattr(model, "config", None)
-    if values["base_model_name_or_path"] is None:
-        values["base_model_name_or_path"] = getattr(model_config, "_name_or_path", None) or None
-    model_type = _model_type(model)
-    if values["target_modules"] is None:
-        if model_type not in ARCHITECTURES:
-            raise IA3Error(
-                f"no default target_modules for model type {model_type!r} "
-                f"({type(model).__name__}): name them in IA3Config(target_modules=[...])"
-            )
-        values["target_modules"] = list(ARCHITECTURES[model_type][0])
-        if values["feedforward_modules"] is None:
-            values["feedforward_modules"] = list(ARCHITECTURES[model_type][1])
-    if values["feedforward_modules"] is None:
-        default = ARCHITECTURES.get(model_type, ((), ()))[1]
-        if isinstance(values["target_modules"], str):
-            names = [name for name, _ in model.named_modules()]
-            values["feedforward_modules"] = [
-                module
-                for module in default
-                if any(matches_feedforward(name, [module]) for name in names)
-            ]
-        else:
-            values["target_modules"], values["feedforward_modules"] = feedforward_among(
-                values["target_modules"], default
-            )
-    # Both are recorded in the forms PEFT reads; unknown keys were named when the file was read.
-    known = {key: value for key, value in values.items() if key not in config.unknown}
-    return IA3Config(**known, unknown=dict(config.unknown))
-
-
-def find_targets(model: nn.Module, config: IA3Config, *, strict: bool = True) -> list[Target]:
-    """The modules that a config with its defaults filled in rescales, in the model's order.
+def resolve(
+    model: nn.Module, config: IA3Config, frozen: Mapping[str, Frozen] | None = None
+) -> tuple[IA3Config, list[Target]]:
+    """What a config rescales on this model.
 
     Args:
-        model: the base model; sites already on it are passed over.
-        config: with its defaults filled in.
-        strict: every entry of a list must match a module. Adapters trained with PEFT may hold
-            entries that match nothing; their vectors say what they rescale.
+        model: the base model, possibly with sites of other adapters on it.
+        config: `None` fields are filled in: PEFT's defaults where it knows the model's type,
+            otherwise the paper's sites.
+        frozen: for an adapter that is loaded, module name -> the ranges that stay one. Its entries
+            may match nothing: adapters trained with PEFT hold such, and their vectors say what
+            they rescale.
+
+    Returns:
+        A copy of the config with its modules named in the forms PEFT reads, and the targets in the
+        model's order.
 
     Raises:
         IA3Error: a name or pattern matches nothing, or a match cannot be rescaled.
     """
+    for field in ("target_modules", "exclude_modules", "feedforward_modules"):
+        _check_expression(getattr(config, field), field)
+    values = config.to_dict()
+    values.pop("paper_sites", None)
+    if values["base_model_name_or_path"] is None:
+        model_config = getattr(model, "config", None)
+        values["base_model_name_or_path"] = getattr(model_config, "_name_or_path", None) or None
+    why: dict[str, str] = {}
+    ranges = dict(frozen or {})
+    found: list[PaperTarget] = []
+    model_type = model_type_of(model)
+    if config.target_modules is None:
+        if config.paper_sites or model_type not in ARCHITECTURES:
+            found = _paper_targets(model, config)
+            values["target_modules"], values["feedforward_modules"] = _entries(model, found)
+        else:
+            values["target_modules"], default, found = _peft_defaults(model, model_type)
+            if config.feedforward_modules is None:
+                values["feedforward_modules"] = default
+        why = {site.name: site.why for site in found}
+        ranges.update({site.name: site.frozen for site in found if site.frozen})
+    elif _is_all_linear(config.target_modules):
+        linear = [name for name, module in model.named_modules() if linear_features(module)]
+        chosen = [name for name in linear if name not in _output_layer(model, config.task_type)]
+        values["target_modules"] = names_or_suffixes(model, chosen)
+    if values["feedforward_modules"] is None:
+        values["target_modules"], values["feedforward_modules"] = _default_feedforward(
+            model, values["target_modules"]
+        )
+    # Unknown keys were named when the file was read.
+    known = {key: value for key, value in values.items() if key not in config.unknown}
+    resolved = IA3Config(**known, unknown=dict(config.unknown))
+    targets = [
+        Target(
+            name,
+            side,
+            activation,
+            ranges.get(name, ()),
+            why.get(name) or _why(resolved, name, side),
+        )
+        for name, side, activation in _matching(model, resolved, strict=frozen is None)
+    ]
+    for target in targets:
+        _check_ranges(target)
+    # PEFT warns where its loading has to mend this.
+    resolved.fan_in_fan_out = any(
+        isinstance(model.get_submodule(target.name), Conv1D) for target in targets
+    )
+    return resolved, targets
+
+
+def check_vectors(
+    vectors: Mapping[str, Tensor], targets: Sequence[Target], model_name: str
+) -> None:
+    """Check that an adapter's vectors are those that its targets want.
+
+    Args:
+        vectors: module name -> vector.
+
+    Raises:
+        IA3Error: a vector is missing, is not expected, or has another shape.
+    """
+    expected = {target.name: target for target in targets}
+    missing = sorted(expected.keys() - vectors.keys())
+    extra = sorted(vectors.keys() - expected.keys())
+    if missing or extra:
+        which = f"has no vector for {missing[0]!r}" if missing else f"has a vector for {extra[0]!r}"
+        raise IA3Error(
+            f"the adapter does not fit {model_name}: it {which} ({len(missing)} missing, "
+            f"{len(extra)} not expected); is this the model it was trained on?"
+        )
+    for name, target in expected.items():
+        shape = target.activation.shape
+        if tuple(vectors[name].shape) != shape or not vectors[name].is_floating_point():
+            raise IA3Error(
+                f"the adapter does not fit {model_name}: vector {name!r} is "
+                f"{list(vectors[name].shape)} {vectors[name].dtype}, expected {list(shape)} "
+                f"({math.prod(shape)} values on the {target.side} side)"
+            )
+
+
+def model_type_of(model: nn.Module) -> str:
+    """The architecture, as its config names it: `"llama"`."""
+    return str(getattr(getattr(model, "config", None), "model_type", None))
+
+
+def base_modules(model: nn.Module) -> list[str]:
+    """The names of the model's own modules: not what adapters have put on them."""
+    return [name for name, _ in model.named_modules() if name and ATTRIBUTE not in name.split(".")]
+
+
+def _paper_targets(model: nn.Module, config: IA3Config) -> list[PaperTarget]:
+    try:
+        return paper_targets(model)
+    except IA3Error as error:
+        if config.paper_sites:
+            raise
+        raise IA3Error(
+            f"no default target_modules for model type {model_type_of(model)!r} "
+            f"({type(model).__name__}): name them in IA3Config(target_modules=[...]); {error}"
+        ) from error
+
+
+def _peft_defaults(
+    model: nn.Module, model_type: str
+) -> tuple[list[str], list[str], list[PaperTarget]]:
+    """PEFT's targets and feed-forward modules, and what stands in for those that match nothing."""
+    targets, feedforward = (list(modules) for modules in ARCHITECTURES[model_type])
+    names = base_modules(model)
+    stale = [entry for entry in targets if not any(matches(name, [entry]) for name in names)]
+    if not stale:
+        return targets, feedforward, []
+    gone = [entry for entry in stale if entry in feedforward]
+    if gone != stale:
+        raise IA3Error(
+            f"PEFT's default target_modules for {model_type!r} are {targets}, but {stale} match "
+            f"nothing in {type(model).__name__}: name them in IA3Config(target_modules=[...])"
+        )
+    found = feedforward_targets(model)
+    _, entries = _entries(model, found)
+    warnings.warn(
+        f"PEFT's default {gone} for {model_type!r} matches nothing in {type(model).__name__}; "
+        f"{entries} ({found[0].why}) is rescaled instead",
+        stacklevel=4,
+    )
+    return (
+        [entry for entry in targets if entry not in stale] + entries,
+        [entry for entry in feedforward if entry not in stale] + entries,
+        found,
+    )
+
+
+def _entries(model: nn.Module, found: Iterable[PaperTarget]) -> tuple[list[str], list[str]]:
+    """The sites as PEFT's `target_modules` and `feedforward_modules` name them."""
+    outputs = [site.name for site in found if site.side == "output"]
+    inputs = [site.name for site in found if site.side != "output"]
+    feedforward = names_or_suffixes(model, inputs, outputs)
+    return names_or_suffixes(model, outputs) + feedforward, feedforward
+
+
+def _default_feedforward(
+    model: nn.Module, targets: str | list[str]
+) -> tuple[str | list[str], list[str]]:
+    """The targets, and those of them that are a feed-forward's down projection."""
+    model_type = model_type_of(model)
+    names = base_modules(model)
+    if model_type in ARCHITECTURES:
+        default = list(ARCHITECTURES[model_type][1])
+        # Experts have no module of PEFT's names.
+        default += [
+            name
+            for name in names
+            if matches(name, targets) and activation_of(model.get_submodule(name), "inner")
+        ]
+    else:
+        try:
+            default = [site.name for site in feedforward_targets(model)]
+        except IA3Error:
+            default = []
+        default = [name for name in default if matches(name, targets)]
+    if isinstance(targets, str):
+        return targets, [
+            entry for entry in default if any(matches_feedforward(name, [entry]) for name in names)
+        ]
+    return feedforward_among(targets, default)
+
+
+def _matching(
+    model: nn.Module, config: IA3Config, *, strict: bool
+) -> list[tuple[str, Side, Activation]]:
     assert config.target_modules is not None
     assert config.feedforward_modules is not None
-    names = [name for name, _ in model.named_modules() if name and name.split(".")[-1] != ATTRIBUTE]
+    names = base_modules(model)
 
     def check(
         modules: str | Iterable[str], field: str, rule: Callable[[str, list[str]], bool] = matches
     ) -> None:
-        _check_expression(modules, field)
         if strict:
             _check_all_match(modules, names, field, model, rule)
 
-    linear = {name for name, module in model.named_modules() if _features(module) is not None}
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        chosen = sorted(linear - _output_layer(model), key=names.index)
-    else:
-        check(config.target_modules, "target_modules")
-        chosen = [name for name in names if matches(name, config.target_modules)]
+    check(config.target_modules, "target_modules")
+    chosen = [name for name in names if matches(name, config.target_modules)]
+    # Saved whole, they need no vector; PEFT's rule.
+    saved = [f".{entry}." for entry in config.modules_to_save or ()]
+    chosen = [name for name in chosen if not any(entry in f".{name}." for entry in saved)]
     if config.exclude_modules:
         check(config.exclude_modules, "exclude_modules")
         chosen = [name for name in chosen if not matches(name, config.exclude_modules)]
@@ -138,40 +281,63 @@ def find_targets(model: nn.Module, config: IA3Config, *, strict: bool = True) ->
         raise IA3Error(f"no module of {type(model).__name__} is left to rescale")
     if config.feedforward_modules:
         check(config.feedforward_modules, "feedforward_modules", matches_feedforward)
-    targets = []
+    matching = []
     for name in chosen:
-        features = _features(model.get_submodule(name))
-        if features is None:
+        module = model.get_submodule(name)
+        feedforward = matches_feedforward(name, config.feedforward_modules)
+        side: Side = "output"
+        if feedforward:
+            side = "inner" if activation_of(module, "inner") else "input"
+        activation = activation_of(module, side)
+        if activation is None:
             raise IA3Error(
-                f"module {name!r} is a {type(model.get_submodule(name)).__name__}, which cannot "
-                "be rescaled: expected Linear or Conv1D"
+                f"module {name!r} is a {type(module).__name__}, whose {side} cannot be rescaled: "
+                f"expected {SUPPORTED}{_hint(module, side)}"
             )
-        side: Side = "input" if matches_feedforward(name, config.feedforward_modules) else "output"
-        targets.append(Target(name, side, features[0] if side == "input" else features[1]))
-    return targets
+        matching.append((name, side, activation))
+    return matching
 
 
-def _model_type(model: nn.Module) -> str:
-    return str(getattr(getattr(model, "config", None), "model_type", None))
+def _hint(module: nn.Module, side: Side) -> str:
+    if activation_of(module, "inner"):
+        return "; experts have an inner activation only: name them in feedforward_modules too"
+    if isinstance(module, nn.Linear) and activation_of(module, side) is None:
+        return "; nn.MultiheadAttention reads its weight without calling it"
+    return ""
 
 
-def _features(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
-    return None
+def _check_ranges(target: Target) -> None:
+    for start, end in target.frozen:
+        if not 0 <= start < end <= target.activation.dim:
+            raise IA3Error(
+                f"module {target.name!r}: values {start} to {end} are to stay one, but its "
+                f"{target.side} has {target.activation.dim}"
+            )
 
 
-def _output_layer(model: nn.Module) -> set[str]:
-    """Names of the output layer: the language model's head or a classifier's."""
-    get_output = getattr(model, "get_output_embeddings", None)
-    head = get_output() if get_output is not None else None
-    names = {name for name, module in model.named_modules() if head is not None and module is head}
-    return names or {name for name in ("score", "classifier") if hasattr(model, name)}
+def _why(config: IA3Config, name: str, side: Side) -> str:
+    modules = config.target_modules if side == "output" else config.feedforward_modules
+    if isinstance(modules, str):
+        return f"matches {modules!r}"
+    rule = matches if side == "output" else matches_feedforward
+    return f"named by {next(entry for entry in sorted(modules or ()) if rule(name, [entry]))!r}"
 
 
-def _check_expression(modules: str | Iterable[str], field: str) -> None:
+def _is_all_linear(modules: object) -> bool:
+    return isinstance(modules, str) and modules.lower() == "all-linear"
+
+
+def _output_layer(model: nn.Module, task_type: str | None) -> set[str]:
+    """Names of the output layer: the language model's head, or a sequence classifier's."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if head is None and task_type == TaskType.SEQ_CLS:
+        head = next((getattr(model, name) for name in CLASSIFIERS if hasattr(model, name)), None)
+    if head is None:
+        return set()
+    return {name for name, module in model.named_modules() if module is head}
+
+
+def _check_expression(modules: object, field: str) -> None:
     if isinstance(modules, str):
         try:
             re.compile(modules)
@@ -195,6 +361,6 @@ def _check_all_match(
     for module in sorted(modules):
         if not any(rule(name, [module]) for name in names):
             last_parts = {name.rsplit(".", 1)[-1] for name in names} | set(names)
-            usual = ARCHITECTURES.get(_model_type(model), ((), ()))[0]
+            usual = ARCHITECTURES.get(model_type_of(model), ((), ()))[0]
             hint = did_you_mean(module, usual) or did_you_mean(module, sorted(last_parts))
             raise IA3Error(f"{field}: module {module!r} matches nothing in {kind}{hint}")

@@ -1,0 +1,88 @@
+"""Which modules have an activation that a vector can rescale, and that vector's shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from .experts import experts_shape, is_experts
+
+# "inner": within a module of experts, no submodule of which carries the activation.
+Side = Literal["output", "input", "inner"]
+
+SUPPORTED = "Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding (output) or a module of 3-D experts"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One side of a module.
+
+    Attributes:
+        dim: how many channels it has, or values an expert.
+        shape: a vector's shape in memory and on disk, PEFT's: `[dim, 1]` on a linear layer's
+            output, `[1, dim]` on its input, `[1, dim, 1, ...]` on a convolution, and
+            `[experts, dim]` within experts.
+        trailing: how many axes of the activation come after its channels.
+    """
+
+    dim: int
+    shape: tuple[int, ...]
+    trailing: int = 0
+
+
+def activation_of(module: nn.Module, side: Side) -> Activation | None:
+    """The module's activation on that side; `None` if it has none that can be rescaled."""
+    if is_experts(module):
+        if side != "inner":
+            return None
+        experts, inner = experts_shape(module)
+        return Activation(inner, (experts, inner))
+    if side == "inner":
+        return None
+    if isinstance(module, nn.Embedding):
+        # An embedding's input is token ids.
+        return (
+            Activation(module.embedding_dim, (module.embedding_dim, 1))
+            if side == "output"
+            else None
+        )
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        axes = len(module.kernel_size)
+        dim = module.out_channels if side == "output" else module.in_channels
+        return Activation(dim, (1, dim, *[1] * axes), trailing=axes)
+    features = linear_features(module)
+    if features is None:
+        return None
+    dim = features[1] if side == "output" else features[0]
+    return Activation(dim, (dim, 1) if side == "output" else (1, dim))
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """`(in, out)` of a linear layer, quantized or not; `None` for anything else."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        # nn.MultiheadAttention reads its weight and never calls it.
+        return None
+    # Quantized linear layers (GPTQ, AWQ, HQQ) are classes of their own.
+    if not isinstance(module, nn.Linear) and "Linear" not in type(module).__name__:
+        return None
+    inputs = getattr(module, "in_features", None)
+    outputs = getattr(module, "out_features", None)
+    return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes; `cpu` for one without tensors."""
+    tensors = [*module.parameters(), *module.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    # Under accelerate's offloading the weights wait on the meta device between two calls.
+    executes_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device.type == "meta" and executes_on is not None:
+        return torch.device(executes_on)
+    return device

@@ -1,0 +1,134 @@
+"""Telling one base model from another: an adapter is of no use on the wrong one."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .activations import linear_features
+from .errors import IA3Error
+from .targets import ATTRIBUTE, model_type_of
+
+# Differences of this size, relative to a parameter's sampled values, come from loading in another
+# dtype; another model's parameters differ by more than half of their values' size.
+TOLERANCE = 0.05
+PARAMETERS = 8
+VALUES = 8
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What was seen of a base model.
+
+    Attributes:
+        model_type: the architecture, as its config names it.
+        samples: parameter name -> (its shape, some of its values, evenly spaced).
+    """
+
+    model_type: str
+    samples: dict[str, tuple[list[int], list[float]]]
+
+    def to_json(self) -> str:
+        """The text in an adapter's safetensors header."""
+        return json.dumps({"model_type": self.model_type, "samples": self.samples})
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Fingerprint:
+        """Read it back.
+
+        Raises:
+            IA3Error: the text is malformed.
+        """
+        try:
+            read: Any = json.loads(text)
+            samples = {
+                str(name): ([int(size) for size in shape], [float(value) for value in values])
+                for name, (shape, values) in read["samples"].items()
+            }
+            return cls(str(read["model_type"]), samples)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise IA3Error(
+                f"{source}: the base model's fingerprint is malformed: {error}"
+            ) from error
+
+    def difference(self, model: nn.Module) -> str | None:
+        """In words, how a model differs from the one this was taken of; `None` where it does not.
+
+        Values that cannot be compared (another shape after new tokens, quantized, not loaded yet)
+        are passed over.
+        """
+        found = model_type_of(model)
+        if found != self.model_type:
+            return f"its model type is {found!r}, the adapter's base model is {self.model_type!r}"
+        parameters = dict(model.named_parameters())
+        for name, (shape, expected) in self.samples.items():
+            parameter = parameters.get(name)
+            if parameter is None or not _can_be_sampled(parameter):
+                continue
+            if (
+                list(parameter.shape) == shape
+                and _distance(_sample(parameter), expected) > TOLERANCE
+            ):
+                return f"the values of its {name!r} are not those of the adapter's base model"
+        return None
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Look at a base model: its type, and a few values of a few parameters.
+
+    Parameters of linear layers are left out where there are others: these may be quantized or have
+    adapters merged into them.
+    """
+    names = [
+        (f"{prefix}.{name}" if prefix else name, parameter, linear_features(module) is not None)
+        for prefix, module in model.named_modules()
+        if ATTRIBUTE not in prefix.split(".")
+        for name, parameter in module._parameters.items()
+        if parameter is not None and _can_be_sampled(parameter)
+    ]
+    # Norms start as ones, so that they tell nothing before training.
+    told = [(n, p, linear) for n, p, linear in names if p.dim() > 1 or not _is_constant(p)]
+    other = [(name, parameter) for name, parameter, linear in told if not linear]
+    chosen = other or [(name, parameter) for name, parameter, _ in told]
+    step = max(1, math.ceil(len(chosen) / PARAMETERS))
+    return Fingerprint(
+        model_type_of(model),
+        {name: (list(parameter.shape), _sample(parameter)) for name, parameter in chosen[::step]},
+    )
+
+
+def _can_be_sampled(parameter: Tensor) -> bool:
+    return (
+        parameter.is_floating_point()
+        and parameter.device.type != "meta"
+        and parameter.numel() > 0
+        and type(parameter.data) is Tensor
+    )
+
+
+def _is_constant(parameter: Tensor) -> bool:
+    values = _sample(parameter)
+    return all(value == values[0] for value in values)
+
+
+def _sample(parameter: Tensor) -> list[float]:
+    flat = parameter.detach().reshape(-1)
+    # Not from the very start: rows of padding are zeros.
+    places = torch.arange(1, VALUES + 1, device=flat.device) * (flat.numel() // (VALUES + 1))
+    values: list[float] = flat[places].float().tolist()
+    return values
+
+
+def _distance(values: list[float], expected: list[float]) -> float:
+    if len(values) != len(expected):
+        return math.inf
+    size = math.hypot(*expected)
+    apart = math.hypot(*(a - b for a, b in zip(values, expected, strict=True)))
+    if not math.isfinite(apart):
+        return math.inf
+    return apart / size if size else (0.0 if apart == 0 else math.inf)

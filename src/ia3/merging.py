@@ -1,0 +1,139 @@
+"""What is merged into a base model, and what was there before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import quantized
+from .activations import Side
+from .errors import IA3Error
+from .folding import Change, fold, owner_of, read, write
+from .sites import displace, sites
+from .targets import ATTRIBUTE
+
+
+class Merge:
+    """The adapters merged into one base model; none at first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        # Module and slot -> what stood there before.
+        self._originals: dict[tuple[str, str], Any] = {}
+
+    @property
+    def adapters(self) -> set[str]:
+        """The names of the merged adapters."""
+        return {name for _, _, site in sites(self.model) for name in site.merged}
+
+    def make(self, adapters: tuple[str, ...], safe: bool) -> None:
+        """Have just these adapters merged, all from the original weights.
+
+        Args:
+            adapters: in the order in which they multiply.
+            safe: refuse a result that is not finite.
+
+        Raises:
+            IA3Error: a weight cannot take a vector exactly, is shared with another module, or (with
+                `safe`) would not be finite; nothing has changed then.
+        """
+        before = {spot: read(*self._slot(spot)) for spot in self._originals}
+        self._write(self._originals)
+        try:
+            changes = self._changes(adapters)
+            if safe:
+                _check_finite(changes, adapters)
+        except IA3Error:
+            self._write(before)
+            raise
+        for change in changes:
+            spot = change.name, change.slot
+            self._originals.setdefault(spot, read(*self._slot(spot)))
+        self._write({(change.name, change.slot): change.value for change in changes})
+        for _, _, site in sites(self.model):
+            site.merged = tuple(name for name in adapters if name in site)
+
+    def undo(self) -> None:
+        """Put the original weights back, bit for bit."""
+        self._write(self._originals)
+        self.keep()
+
+    def keep(self) -> None:
+        """Let the original weights go: what is merged stays."""
+        self._originals = {}
+        for _, _, site in sites(self.model):
+            site.merged = ()
+
+    def dequantise(self, adapters: tuple[str, ...]) -> None:
+        """Put ordinary linear layers where quantized ones cannot take these adapters exactly."""
+        for name, module, site in sites(self.model):
+            here = tuple(adapter for adapter in adapters if adapter in site)
+            if not here or not quantized.is_quantized(module):
+                continue
+            try:
+                owner, side = owner_of(self.model, name, site.side)
+                fold(self.model, owner, {side: site.product(here).detach().flatten()})
+            except IA3Error:
+                plain = quantized.dequantised(module)
+                active = site.active
+                displace(module)
+                plain.add_module(ATTRIBUTE, site)
+                site.activate(plain, active)
+                parent, _, last = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), last, plain)
+
+    def _changes(self, adapters: tuple[str, ...]) -> list[Change]:
+        scales: dict[str, dict[Side, Tensor]] = {}
+        for name, _, site in sites(self.model):
+            here = tuple(adapter for adapter in adapters if adapter in site)
+            if here:
+                owner, side = owner_of(self.model, name, site.side)
+                product = site.product(here).detach()
+                product = product if side == "inner" else product.flatten()
+                sides = scales.setdefault(owner, {})
+                sides[side] = sides[side] * product if side in sides else product
+        owners = _owners(self.model)
+        changes = []
+        for name, sides in scales.items():
+            for change in fold(self.model, name, sides):
+                parameter = self.model.get_submodule(name)._parameters.get(
+                    change.slot.split(".")[0]
+                )
+                others = [other for other in owners.get(id(parameter), []) if other != name]
+                if others:
+                    raise IA3Error(
+                        f"cannot merge into {name}.{change.slot}: {others[0]!r} shares it and "
+                        "would change too"
+                    )
+                changes.append(change)
+        return changes
+
+    def _slot(self, spot: tuple[str, str]) -> tuple[nn.Module, str]:
+        return self.model.get_submodule(spot[0]), spot[1]
+
+    def _write(self, values: Mapping[tuple[str, str], Any]) -> None:
+        for spot, value in values.items():
+            write(*self._slot(spot), value)
+
+
+def _check_finite(changes: Sequence[Change], adapters: Sequence[str]) -> None:
+    for change in changes:
+        parts = [change.value] if isinstance(change.value, Tensor) else vars(change.value).values()
+        tensors = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+            raise IA3Error(
+                f"merging {list(adapters)} into {change.name}.{change.slot} gives values that are "
+                "not finite; nothing was merged"
+            )
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners

@@ -1,0 +1,324 @@
+"""PEFT's classes by task: what `get_peft_model` and `AutoPeftModelFor…` return."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from .config import IA3Config, TaskType
+from .errors import IA3Error
+from .hub import CONFIG_NAME, adapter_folder
+from .model import DEFAULT_ADAPTER, IA3Model
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: IA3Config,
+    adapter_name: str = DEFAULT_ADAPTER,
+    *,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> IA3Model:
+    """Put a first adapter on a model.
+
+    Args:
+        model: the base model.
+        peft_config: what to rescale.
+        adapter_name: the adapter's name.
+        autocast_adapter_dtype, low_cpu_mem_usage: taken for PEFT's sake; vectors are always float32
+            and made once.
+        revision: the base model's revision on the hub, for the config.
+
+    Returns:
+        The `PeftModelFor…` of the config's task type, or an `IA3Model` where it has none.
+
+    Raises:
+        IA3Error: the config does not fit the model, which is then unchanged.
+    """
+    if isinstance(model, IA3Config) and isinstance(peft_config, nn.Module):
+        model, peft_config = peft_config, model
+    if revision is not None:
+        peft_config.revision = revision
+    return model_class(peft_config)(model, peft_config, adapter_name)
+
+
+def model_class(config: IA3Config) -> type[IA3Model]:
+    """The class for a config's task type."""
+    return MODEL_CLASSES[TaskType(config.task_type)] if config.task_type else IA3Model
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+# The Trainer drops the columns of a dataset that a model's forward does not name, so that each
+# class names what models of its task take; what is None is not passed on.
+
+
+class PeftModelForCausalLM(IA3Model):
+    """A decoder-only language model with adapters."""
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, with the active adapters."""
+        named = _given(
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "inputs_embeds": inputs_embeds,
+                "labels": labels,
+            }
+        )
+        return self.model(**named, **kwargs)
+
+
+class PeftModelForSeq2SeqLM(IA3Model):
+    """An encoder-decoder language model with adapters."""
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        decoder_input_ids: Any = None,
+        decoder_attention_mask: Any = None,
+        decoder_inputs_embeds: Any = None,
+        labels: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, with the active adapters."""
+        named = _given(
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "inputs_embeds": inputs_embeds,
+                "decoder_input_ids": decoder_input_ids,
+                "decoder_attention_mask": decoder_attention_mask,
+                "decoder_inputs_embeds": decoder_inputs_embeds,
+                "labels": labels,
+            }
+        )
+        return self.model(**named, **kwargs)
+
+
+class PeftModelForSequenceClassification(IA3Model):
+    """A sequence classifier with adapters; its head trains and is saved with them."""
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, with the active adapters."""
+        named = _given(
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "token_type_ids": token_type_ids,
+                "position_ids": position_ids,
+                "inputs_embeds": inputs_embeds,
+                "labels": labels,
+            }
+        )
+        return self.model(**named, **kwargs)
+
+
+class PeftModelForTokenClassification(PeftModelForSequenceClassification):
+    """A token classifier with adapters; its head trains and is saved with them."""
+
+
+class PeftModelForFeatureExtraction(PeftModelForSequenceClassification):
+    """A model whose hidden states are wanted, with adapters."""
+
+
+class PeftModelForQuestionAnswering(IA3Model):
+    """An extractive question answerer with adapters; its head trains and is saved with them."""
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        start_positions: Any = None,
+        end_positions: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, with the active adapters."""
+        named = _given(
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "token_type_ids": token_type_ids,
+                "position_ids": position_ids,
+                "inputs_embeds": inputs_embeds,
+                "start_positions": start_positions,
+                "end_positions": end_positions,
+            }
+        )
+        return self.model(**named, **kwargs)
+
+
+MODEL_CLASSES: dict[TaskType, type[IA3Model]] = {
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+class AutoPeftModel:
+    """An adapter together with its base model, which its config names.
+
+    The base model's class is the one its config recorded (`auto_mapping`), or the one its task type
+    asks for.
+    """
+
+    task_type: TaskType | None = None
+
+    def __init__(self) -> None:
+        raise IA3Error(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained()")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        adapter_name: str = DEFAULT_ADAPTER,
+        is_trainable: bool = False,
+        config: IA3Config | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        **base_options: Any,
+    ) -> IA3Model:
+        """Load an adapter and, before it, its base model.
+
+        Args:
+            pretrained_model_name_or_path: the adapter's folder or its id on the hub.
+            adapter_name: the name it gets.
+            is_trainable: its vectors require gradients.
+            config: instead of the adapter's own.
+            revision: the adapter's, on the hub.
+            subfolder: where in the folder or repository the adapter lies.
+            base_options: for the base model's `from_pretrained`, e.g. `dtype`, `device_map`.
+
+        Raises:
+            FileNotFoundError: there is no adapter.
+            IA3Error: its config names no base model, or one of another task.
+            OSError: the base model is not to be had.
+        """
+        folder = adapter_folder(
+            pretrained_model_name_or_path, ["*"], revision=revision, subfolder=subfolder
+        )
+        config = config or IA3Config.from_pretrained(folder)
+        if config.base_model_name_or_path is None:
+            raise IA3Error(
+                f"{folder / CONFIG_NAME} names no base model: load it yourself, then "
+                "PeftModel.from_pretrained(model, ...)"
+            )
+        if cls.task_type is not None and config.task_type not in (None, cls.task_type.value):
+            raise IA3Error(
+                f"{pretrained_model_name_or_path} is an adapter for {config.task_type}, expected "
+                f"{cls.task_type.value}: use AutoPeftModel"
+            )
+        base = _base_class(cls.task_type, config).from_pretrained(
+            config.base_model_name_or_path, revision=config.revision, **base_options
+        )
+        _fit_vocabulary(base, folder)
+        kind = IA3Model if cls.task_type is None else MODEL_CLASSES[cls.task_type]
+        return kind.from_pretrained(base, folder, adapter_name, is_trainable, config)
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """An adapter with its decoder-only language model."""
+
+    task_type = TaskType.CAUSAL_LM
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """An adapter with its encoder-decoder language model."""
+
+    task_type = TaskType.SEQ_2_SEQ_LM
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """An adapter with its sequence classifier."""
+
+    task_type = TaskType.SEQ_CLS
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """An adapter with its token classifier."""
+
+    task_type = TaskType.TOKEN_CLS
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """An adapter with its question answerer."""
+
+    task_type = TaskType.QUESTION_ANS
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """An adapter with its model of hidden states."""
+
+    task_type = TaskType.FEATURE_EXTRACTION
+
+
+AUTO_CLASSES = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+}
+
+
+def _base_class(task_type: TaskType | None, config: IA3Config) -> Any:
+    if task_type is None and config.task_type is not None:
+        task_type = TaskType(config.task_type)
+    if task_type is not None:
+        return getattr(transformers, AUTO_CLASSES[task_type])
+    mapping = config.auto_mapping or {}
+    library, name = mapping.get("parent_library"), mapping.get("base_model_class")
+    # An adapter's file must not choose which module is run.
+    if not isinstance(library, str) or library.split(".")[0] != "transformers":
+        raise IA3Error(
+            f"the adapter's config has no task_type, and its auto_mapping {mapping} names no class "
+            "of transformers: load the base model yourself, then PeftModel.from_pretrained"
+        )
+    found = getattr(importlib.import_module(library), str(name), None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise IA3Error(f"auto_mapping: {library} has no model class {name!r}")
+    return found
+
+
+def _fit_vocabulary(base: nn.Module, folder: Path) -> None:
+    """Make room for the tokens of a tokenizer that was saved beside the adapter."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert isinstance(base, transformers.PreTrainedModel)
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer))
