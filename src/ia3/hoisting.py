@@ -1,0 +1,162 @@
+"""Which layer can take a feed-forward vector in place of the down projection's input.
+
+In a gated MLP, l ⊙ (act(gate) ⊙ up) = act(gate) ⊙ (l ⊙ up): the vector on the down projection's
+input may as well stand on the up projection's output, where the product saves what the backward
+pass needs anyway, and where a merge scales rows instead of columns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .activations import device_of, linear_features
+
+TOKENS = 3
+
+
+def up_projection(model: nn.Module, down_name: str) -> str | None:
+    """The layer whose output can be rescaled instead of a down projection's input.
+
+    Proven, not read off names: the MLP's own forward is run with its linear layers replaced by
+    random values, once as they are and once for each layer beside the down projection of the right
+    width, that layer's values multiplied by a vector of both signs. The one found multiplies the
+    down projection's input by that very vector and reaches the MLP's result by no other way. No
+    weight is read, so that quantized layers and the meta device are no obstacle. The model is left
+    as it was, and no global random state is touched.
+
+    Args:
+        model: the model, or the MLP itself.
+        down_name: the name of the down projection in it.
+
+    Returns:
+        The layer's name, or `None`: an activation or a normalisation stands between the two, both
+        halves are one layer (Phi-3's `gate_up_proj`, where only half of the rows would be meant),
+        the MLP takes more than one tensor `[1, tokens, hidden]`, or `down_name` is no linear layer.
+
+    Raises:
+        AttributeError: the model has no module of that name.
+    """
+    down = model.get_submodule(down_name)
+    parent_name = down_name.rpartition(".")[0]
+    parent = model.get_submodule(parent_name)
+    features = linear_features(down)
+    if features is None or not _takes_one_tensor(parent):
+        return None
+    for name, module in parent.named_children():
+        beside = linear_features(module)
+        if module is not down and beside is not None and beside[1] == features[0]:
+            with _probing(parent):
+                if _commutes(parent, module, down, hidden=beside[0]):
+                    return f"{parent_name}.{name}" if parent_name else name
+    return None
+
+
+def _takes_one_tensor(parent: nn.Module) -> bool:
+    return len(inspect.signature(parent.forward).parameters) == 1
+
+
+def _commutes(parent: nn.Module, up: nn.Module, down: nn.Module, hidden: int) -> bool:
+    """Whether a vector on `up`'s output is the same as one on `down`'s input."""
+    dtype, device = _computes_in(parent)
+    generator = torch.Generator().manual_seed(0)
+    features = linear_features(down)
+    assert features is not None
+    vector = torch.rand(features[0], generator=generator) + 0.5
+    # Both signs, even for a width of one: a ReLU lets positive factors through.
+    vector[::2] *= -1
+    vector = vector.to(device)
+    values = torch.randn(1, TOKENS, hidden, generator=generator).to(device, dtype)
+    try:
+        plain_input, plain_output = _run(parent, up, down, values, None)
+        input_, output = _run(parent, up, down, values, vector)
+    except Exception:
+        # Somebody else's forward: whatever it cannot do with such values, nothing is proven.
+        return False
+    tolerance = 4 * torch.finfo(dtype).eps
+    return _close(input_, plain_input.double() * vector, tolerance) and _close(
+        output, plain_output.double(), tolerance
+    )
+
+
+def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    if actual.shape != expected.shape or actual.numel() == 0:
+        return False
+    size = expected.norm()
+    # False for NaN, and for zeros, which prove nothing.
+    return bool(((actual.double() - expected).norm() <= tolerance * size) & (size > 0))
+
+
+def _run(
+    parent: nn.Module, up: nn.Module, down: nn.Module, values: Tensor, vector: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(`down`'s input, the MLP's output), with random values for each linear layer's output."""
+    generator = torch.Generator().manual_seed(1)
+    inputs: list[Tensor] = []
+    calls: list[nn.Module] = []
+
+    def stand_in(module: nn.Module, wide: int, features: int) -> Callable[[Tensor], Tensor]:
+        def forward(activation: Tensor) -> Tensor:
+            calls.append(module)
+            if activation.shape[-1] != wide:
+                raise ValueError(f"{activation.shape[-1]} values, expected {wide}")
+            if module is down:
+                inputs.append(activation.clone())
+            result = torch.randn(*activation.shape[:-1], features, generator=generator)
+            if module is up and vector is not None:
+                result = result.to(vector.device) * vector
+            return result.to(values.device, values.dtype)
+
+        return forward
+
+    linear = [(module, linear_features(module)) for module in parent.modules()]
+    with _forwards({m: stand_in(m, *f) for m, f in linear if f is not None}):
+        # Not parent(values): it may be compiled.
+        output = parent.forward(values)
+    if calls.count(up) != 1 or calls.count(down) != 1 or not isinstance(output, Tensor):
+        raise ValueError("the MLP calls a layer more than once or never, or returns no tensor")
+    return inputs[0], output
+
+
+def _computes_in(parent: nn.Module) -> tuple[torch.dtype, torch.device]:
+    device = device_of(parent)
+    # The constants of quantized weights may be floating numbers of one byte.
+    dtypes = (p.dtype for p in parent.parameters() if p.is_floating_point() and p.itemsize > 1)
+    return next(dtypes, torch.float32), torch.device("cpu") if device.type == "meta" else device
+
+
+@contextmanager
+def _probing(parent: nn.Module) -> Iterator[None]:
+    """Without dropout, without gradients."""
+    modes = [(module, module.training) for module in parent.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _forwards(forwards: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Modules with another forward for a while."""
+    before: list[tuple[dict[str, Any], Any]] = [
+        (module.__dict__, module.__dict__.get("forward")) for module in forwards
+    ]
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for attributes, forward in before:
+            if forward is None:
+                del attributes["forward"]
+            else:
+                attributes["forward"] = forward
