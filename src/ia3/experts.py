@@ -43,14 +43,15 @@ Way = Literal["up", "inner", "weight"]
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds experts as 3-D parameters.
 
-    That is, `gate_up_proj` (or `up_proj`) and `down_proj` with as many experts on the first axis.
+    That is, `gate_up_proj` (or `up_proj`) and `down_proj`, the experts on the first axis. There may
+    be more of the former: identity experts have no use for a `down_proj`.
     """
     up, down = _up_weight(module), module._parameters.get("down_proj")
     return (
         up is not None
         and down is not None
         and up.dim() == down.dim() == 3
-        and up.shape[0] == down.shape[0]
+        and up.shape[0] >= down.shape[0]
     )
 
 
@@ -206,6 +207,8 @@ class _RescaledForward:
         way = _way(module, vectors)
         # The copy's own attribute comes before the parameter of that name.
         if way == "up":
+            if torch.is_grad_enabled():
+                vectors = _without_zeros(vectors)
             # gate_up_proj puts out what down_proj takes in: there the axis is the other one.
             weight = module.get_parameter("gate_up_proj")
             copy.__dict__["gate_up_proj"] = _ScaledWeight(weight, vectors, -3 - axis, upper=True)
@@ -435,26 +438,31 @@ class _ScaleUpper(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int
     ) -> Tensor:
-        divisor = vectors.masked_fill(vectors.abs() < SMALLEST_DIVISOR, SMALLEST_DIVISOR)
-        _upper(values, axis).mul_(_factor(divisor, rows, values.dim(), axis))
+        _upper(values, axis).mul_(_factor(vectors, rows, values.dim(), axis))
         ctx.mark_dirty(values)
         ctx.axis = axis
-        ctx.save_for_backward(values if ctx.needs_input_grad[1] else None, divisor, rows)
+        ctx.save_for_backward(values if ctx.needs_input_grad[1] else None, vectors, rows)
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        scaled, divisor, rows = ctx.saved_tensors
+        scaled, vectors, rows = ctx.saved_tensors
         grad_values = grad_vectors = None
         if ctx.needs_input_grad[0]:
             grad_values = grad.clone()
-            _upper(grad_values, ctx.axis).mul_(_factor(divisor, rows, grad.dim(), ctx.axis))
+            _upper(grad_values, ctx.axis).mul_(_factor(vectors, rows, grad.dim(), ctx.axis))
         if ctx.needs_input_grad[1]:
             grad_up, up = _upper(grad, ctx.axis), _upper(scaled, ctx.axis)
-            grad_vectors = _sum_by_expert(grad_up, up, divisor, rows, ctx.axis) / divisor
+            grad_vectors = _sum_by_expert(grad_up, up, vectors, rows, ctx.axis) / vectors
         return grad_values, grad_vectors, None, None
+
+
+def _without_zeros(vectors: Tensor) -> Tensor:
+    """The vectors with what is too near zero to divide by moved a little away from it."""
+    near_zero = vectors.detach().abs() < SMALLEST_DIVISOR
+    return vectors + near_zero * (2 * SMALLEST_DIVISOR)
 
 
 def _factor(vectors: Tensor, rows: Tensor | None, dims: int, axis: int) -> Tensor:

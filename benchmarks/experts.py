@@ -1,0 +1,157 @@
+"""What vectors on mixture-of-experts blocks cost, by where they are put.
+
+    python benchmarks/experts.py [--repeats 25] [--tokens 1 32 512]
+
+The block alone, frozen, then with its vectors attached in each of the three ways: on up, on the
+input of `down_proj`, multiplied into `down_proj`. All variants take turns within one run; the
+figures are medians of each turn's ratio to the frozen block. A training step is a forward and a
+backward pass to the input and the vectors. Saved memory is what autograd keeps between the two,
+parameters left out, a storage counted once. One JSON line for each block, implementation and batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import MixtralConfig, Qwen3MoeConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from ia3 import experts
+
+WAYS: tuple[experts.Way, ...] = ("up", "inner", "weight")
+
+
+class Vectors(nn.Module):
+    """One vector for each expert, near one."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(0.8 + 0.4 * torch.rand(shape))
+
+    def forward(self) -> Tensor:
+        return self.vectors
+
+
+def blocks() -> dict[str, tuple[nn.Module, int]]:
+    """Name -> a frozen block in the proportions of a known one, and its experts per token."""
+    few = MixtralExperts(
+        MixtralConfig(hidden_size=512, intermediate_size=1792, num_local_experts=8)
+    )
+    many = Qwen3MoeExperts(
+        Qwen3MoeConfig(hidden_size=512, moe_intermediate_size=192, num_experts=64)
+    )
+    for block in (few, many):
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.05)
+            parameter.requires_grad_(False)
+    return {"Mixtral / 8": (few, 2), "Qwen3-MoE / 4": (many, 8)}
+
+
+def with_vectors(block: nn.Module, way: experts.Way) -> nn.Module:
+    """A copy whose vectors are put where `way` says, whatever would be chosen."""
+    block = copy.deepcopy(block)
+    block.add_module("vectors", Vectors(experts.experts_shape(block)))
+    handle = experts.attach(block, block.get_submodule("vectors"))
+    run = handle.forward
+
+    def forced(*args: Tensor) -> Tensor:
+        chosen, experts._way = experts._way, lambda module, vectors: way
+        try:
+            result: Tensor = run(*args)
+        finally:
+            experts._way = chosen
+        return result
+
+    block.__dict__["forward"] = forced
+    return block
+
+
+def saved_bytes(block: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> int:
+    """What a forward keeps for the backward pass."""
+    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = block(*inputs)
+    del output
+    return sum(saved.values())
+
+
+def medians(
+    variants: dict[str, nn.Module], step: Callable[[nn.Module], object], repeats: int
+) -> dict[str, float]:
+    """Each variant's median ratio to the first; the first's median in milliseconds."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    order = list(variants)
+    for turn in range(repeats + 2):
+        order = order[1:] + order[:1]  # who comes after whom shows in the times
+        for name in order:
+            start = time.perf_counter()
+            step(variants[name])
+            if turn >= 2:  # the first two warm up
+                times[name].append(time.perf_counter() - start)
+    frozen = times[next(iter(times))]
+    ratios = {
+        name: statistics.median(own / base for own, base in zip(taken, frozen, strict=True))
+        for name, taken in times.items()
+    }
+    ratios[next(iter(times))] = 1e3 * statistics.median(frozen)
+    return {name: round(ratio, 3) for name, ratio in ratios.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 512])
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    for name, (block, chosen) in blocks().items():
+        variants = {"frozen_ms": block} | {way: with_vectors(block, way) for way in WAYS}
+        for implementation in ("eager", "batched_mm", "grouped_mm"):
+            for variant in variants.values():
+                variant.config._experts_implementation = implementation
+            for tokens in arguments.tokens:
+                if implementation == "batched_mm" and tokens > 32:
+                    continue  # it copies a weight for each row: made for small batches
+                hidden, count = block.down_proj.shape[1], block.down_proj.shape[0]
+                states = torch.randn(tokens, hidden, requires_grad=True)
+                weights, index = torch.rand(tokens, count).softmax(-1).topk(chosen)
+                inputs = (states, index, weights)
+
+                def forward(block: nn.Module, inputs: tuple[Tensor, ...] = inputs) -> None:
+                    with torch.no_grad():
+                        block(*inputs)
+
+                def train(block: nn.Module, inputs: tuple[Tensor, ...] = inputs) -> None:
+                    block(*inputs).square().sum().backward()
+
+                line = {
+                    "block": name,
+                    "implementation": implementation,
+                    "tokens": tokens,
+                    "forward": medians(variants, forward, arguments.repeats),
+                    "training": medians(variants, train, arguments.repeats),
+                    "saved_mb": {
+                        key.removesuffix("_ms"): round(saved_bytes(variant, inputs) / 2**20, 2)
+                        for key, variant in variants.items()
+                    },
+                }
+                print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
