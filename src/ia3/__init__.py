@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     )
     from .task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from .task_models import get_peft_model as get_peft_model
-    from .config import IA3Config as PeftConfig
-    from .model import IA3Model as PeftModel
+
+    PeftConfig = IA3Config
+    PeftModel = IA3Model
 
 __version__ = "0.1.0"
 

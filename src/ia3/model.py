@@ -656,7 +656,9 @@ class IA3Model(nn.Module):
             device = device_of(module)
             shape = target.activation.shape
             if stored is not None:
-                vector = stored.vectors[target.name].to(device, torch.float32, copy=True)
+                # A model on the meta device has no values to lose; the adapter has.
+                kept = torch.device("cpu") if device.type == "meta" else device
+                vector = stored.vectors[target.name].to(kept, torch.float32, copy=True)
             elif resolved.init_ia3_weights:
                 vector = torch.ones(shape, device=device)
             else:

@@ -19,7 +19,8 @@ from .activations import device_of
 from .copies import allow_plain_checkpoint, copies_of
 from .errors import IA3Error
 from .rescale import rescale
-from .targets import ATTRIBUTE, Frozen, Target
+from .structure import Frozen
+from .targets import ATTRIBUTE, Target
 
 
 class Site(nn.Module):

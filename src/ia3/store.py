@@ -6,6 +6,7 @@ import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from .config import IA3Config
 from .errors import IA3Error
 from .fingerprint import Fingerprint
 from .hub import CONFIG_NAME
-from .targets import ATTRIBUTE, Frozen
+from .structure import Frozen
+from .targets import ATTRIBUTE
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 # What PEFT wrote before safetensors; read, never written.
@@ -105,6 +107,11 @@ def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter
                 f"{path}: tensor {key!r} is not an (IA)³ vector: expected names like "
                 f"'{KEY_PREFIX}<module>{KEY_SUFFIX}'"
             )
+    without = sorted(adapter.frozen.keys() - adapter.vectors.keys())
+    if without:
+        raise IA3Error(
+            f"{path}: the header's {FROZEN_KEY!r} names {without[0]!r}, which has no vector"
+        )
     return adapter
 
 
@@ -133,7 +140,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise IA3Error(f"{path} is not a whole file of tensors alone: {error}") from error
     if not isinstance(tensors, Mapping) or not all(
@@ -148,9 +155,12 @@ def _read_frozen(metadata: Mapping[str, str], path: Path) -> dict[str, Frozen]:
         return {}
     try:
         read: Any = json.loads(metadata[FROZEN_KEY])
-        return {
-            str(name): tuple((int(start), int(end)) for start, end in ranges)
-            for name, ranges in read.items()
+        frozen = {
+            name: tuple((start, end) for start, end in ranges) for name, ranges in read.items()
         }
+        places = [place for ranges in frozen.values() for both in ranges for place in both]
+        if not all(type(place) is int for place in places):
+            raise TypeError("expected whole numbers")
+        return frozen
     except (ValueError, TypeError, AttributeError) as error:
         raise IA3Error(f"{path}: the header's {FROZEN_KEY!r} is malformed: {error}") from error

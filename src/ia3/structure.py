@@ -20,7 +20,8 @@ from .activations import Side, activation_of
 from .errors import IA3Error
 from .experts import is_experts
 
-Ranges = tuple[tuple[int, int], ...]
+# Half-open ranges of a vector that stay exactly one: the query part of a fused projection.
+Frozen = tuple[tuple[int, int], ...]
 Role = Literal["query", "key", "value", "keys and values", "latent", "fused", "shared"]
 
 
@@ -38,7 +39,7 @@ class PaperTarget:
 
     name: str
     side: Side
-    frozen: Ranges
+    frozen: Frozen
     why: str
 
 
@@ -61,9 +62,9 @@ def paper_targets(model: nn.Module) -> list[PaperTarget]:
     _refuse_unknown_attention(tree)
     if not targets:
         raise IA3Error(
-            f"{type(model).__name__} has no attention with query, key and value projections, which "
-            "the paper's sites belong to (a recurrent or state-space model has none): name what "
-            "to rescale in target_modules"
+            f"no attention with query, key and value projections was found in "
+            f"{type(model).__name__}, and the paper's sites are theirs (a recurrent or state-space "
+            "model has none): name what to rescale in target_modules"
         )
     return tree.in_order([*targets, *_feedforward(tree)])
 
@@ -116,9 +117,8 @@ def names_or_suffixes(
         )
         if entry is None:
             raise IA3Error(
-                f"module {name!r} of {type(model).__name__} cannot be selected by name alone, which "
-                "is not there or ends another module's name: give target_modules as a regular "
-                "expression"
+                f"module {name!r} of {type(model).__name__} cannot be selected by its name, which "
+                "is not there or ends another module's: give target_modules as a regular expression"
             )
         entries.add(entry)
     return sorted(entries)
@@ -159,7 +159,7 @@ _WRAPPED_NAMES = ("dense", "linear", "base_layer")
 
 
 def _is_called_attention(module: nn.Module) -> bool:
-    return _ATTENTION_CLASS.search(type(module).__name__) is not None
+    return any(_ATTENTION_CLASS.search(kind.__name__) for kind in type(module).__mro__)
 
 
 def _role(name: str, attention: nn.Module) -> Role | None:
@@ -283,7 +283,9 @@ def _keys_and_values(tree: _Tree, attention: str) -> list[PaperTarget]:
     targets = []
     for child, role in roles.items():
         name = f"{attention}.{child}" if attention else child
-        if role == "query" or name in tree.attentions:
+        # An attention may be one of another's parts; and of a module that two share, there is only
+        # the first name.
+        if role == "query" or name in tree.attentions or name not in tree.modules:
             continue
         projection = tree.projection(name)
         if projection is None or role == "shared":
@@ -292,7 +294,7 @@ def _keys_and_values(tree: _Tree, attention: str) -> list[PaperTarget]:
                 f"{name!r} ({type(tree.modules[name]).__name__}) {reason}, so that its keys cannot "
                 f"be rescaled alone: name what to rescale in target_modules"
             )
-        frozen: Ranges = ()
+        frozen: Frozen = ()
         why = {"key": "keys", "value": "values"}.get(role, "keys and values")
         size = _size(tree.modules[projection], "output")
         if role == "latent":
@@ -300,8 +302,14 @@ def _keys_and_values(tree: _Tree, attention: str) -> list[PaperTarget]:
             if size == latent:
                 continue
             frozen, why = ((0, latent),), "rotary keys: the latent stays one"
-        elif role == "fused" and "query" not in roles.values():
-            frozen, why = _queries(tree, attention, name, size), "fused q-k-v: queries stay one"
+        elif role == "fused":
+            layout = _layout(tree, attention, name)
+            # In cross-attention the same name may stand for keys and values alone.
+            if "query" not in roles.values():
+                groups, ranges = layout(tree.modules[attention], size)
+                starts = range(0, size, size // groups)
+                frozen = tuple((at + start, at + end) for at in starts for start, end in ranges)
+                why = "fused q-k-v: queries stay one"
         targets.append(PaperTarget(projection, "output", frozen, why))
     return targets
 
@@ -355,10 +363,10 @@ def _refuse_unknown_attention(tree: _Tree) -> None:
 
 # Of an attention and the size of its fused output: how many equal groups the output consists of,
 # and which values of each group are neither keys nor values.
-Layout = Callable[[Any, int], tuple[int, Ranges]]
+Layout = Callable[[Any, int], tuple[int, Frozen]]
 
 
-def _first_third(attention: Any, size: int) -> tuple[int, Ranges]:
+def _first_third(attention: Any, size: int) -> tuple[int, Frozen]:
     """All queries, then all keys, then all values (or values, then keys)."""
     return 1, ((0, size // 3),)
 
@@ -373,20 +381,20 @@ def _by_groups(groups: Callable[[Any], int]) -> Layout:
     return lambda attention, size: (groups(attention), ((0, size // groups(attention) // 3),))
 
 
-def _falcon(attention: Any, size: int) -> tuple[int, Ranges]:
+def _falcon(attention: Any, size: int) -> tuple[int, Frozen]:
     heads, head_dim = attention.num_heads, attention.head_dim
     if attention.new_decoder_architecture:
         return attention.num_kv_heads, ((0, heads // attention.num_kv_heads * head_dim),)
     return (1, ((0, heads * head_dim),)) if attention.multi_query else (heads, ((0, head_dim),))
 
 
-def _gpt_bigcode(attention: Any, size: int) -> tuple[int, Ranges]:
+def _gpt_bigcode(attention: Any, size: int) -> tuple[int, Frozen]:
     if attention.multi_query:
         return 1, ((0, attention.embed_dim),)
     return attention.num_heads, ((0, attention.head_dim),)
 
 
-def _qwen3_next(attention: Any, size: int) -> tuple[int, Ranges]:
+def _qwen3_next(attention: Any, size: int) -> tuple[int, Frozen]:
     """Groups of queries, keys, values and the output's gate."""
     queries = attention.head_k_dim
     values = attention.num_v_heads // attention.num_k_heads * attention.head_v_dim
@@ -442,25 +450,15 @@ _LAYOUTS: dict[str, Layout] = {
 }  # fmt: skip
 
 
-def _queries(tree: _Tree, attention: str, name: str, size: int) -> Ranges:
-    """Where the queries are in a fused projection's output."""
-    module = tree.modules[attention]
-    layout = next(
-        (
-            _LAYOUTS[kind.__name__]
-            for kind in type(module).__mro__
-            if kind.__name__ in _LAYOUTS and kind.__module__.startswith("transformers.")
-        ),
-        None,
+def _layout(tree: _Tree, attention: str, name: str) -> Layout:
+    """The order of queries, keys and values in a fused projection's output."""
+    for kind in type(tree.modules[attention]).__mro__:
+        if kind.__name__ in _LAYOUTS and kind.__module__.startswith("transformers."):
+            return _LAYOUTS[kind.__name__]
+    raise IA3Error(
+        f"{name!r} gives queries, keys and values at once, in an order that is not known for "
+        f"{type(tree.modules[attention]).__name__}: name what to rescale in target_modules"
     )
-    if layout is None:
-        raise IA3Error(
-            f"{name!r} gives queries, keys and values at once, in an order that is not known for "
-            f"{type(module).__name__}: name what to rescale in target_modules"
-        )
-    groups, ranges = layout(module, size)
-    step = size // groups
-    return tuple((g * step + start, g * step + end) for g in range(groups) for start, end in ranges)
 
 
 # -- feed-forward layers ---------------------------------------------------------------------------
@@ -534,16 +532,16 @@ def _down_projection(tree: _Tree, name: str) -> str | None:
 
 
 def _plain_down_projection(tree: _Tree, name: str) -> str | None:
-    """The last of a module's children, if all of them are one feed-forward layer's by their sizes."""
+    """The last of a module's children, if by their sizes all are one feed-forward layer."""
     if any(above in tree.attentions for above in (name, *_above(name))):
         return None
-    projections = [child for child in tree.children(name) if _is_projection(tree.modules[child])]
-    inside = [
-        child for child, m in tree.modules[name].named_modules() if child and _is_projection(m)
-    ]
-    if len(projections) < 2 or len(inside) != len(projections):
+    children = [child for child in tree.children(name) if _is_projection(tree.modules[child])]
+    inside = [other for other in tree.projections(name) if other != name]
+    if len(children) < 2 or inside != children:
         return None
-    *ups, down = projections
+    *ups, down = children
+    if isinstance(tree.modules[down], nn.Conv2d | nn.Conv3d):
+        return None  # of images, not of tokens
     widens = _size(tree.modules[down], "input") > _size(tree.modules[down], "output")
     return down if widens and all(_undoes(tree, down, up) for up in ups) else None
 

@@ -15,13 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from .activations import SUPPORTED, Activation, Side, activation_of, linear_features
 from .config import IA3Config, TaskType, feedforward_among, matches, matches_feedforward
 from .errors import IA3Error, did_you_mean
-from .structure import PaperTarget, feedforward_targets, names_or_suffixes, paper_targets
+from .structure import Frozen, PaperTarget, feedforward_targets, names_or_suffixes, paper_targets
 
 # The name under which a module's vectors are registered on it.
 ATTRIBUTE = "ia3_l"
-
-# Half-open ranges of a vector that stay exactly one: the query part of a fused q-k-v projection.
-Frozen = tuple[tuple[int, int], ...]
 
 # Where a sequence classifier keeps its output layer, in PEFT's order.
 CLASSIFIERS = ("score", "classifier")
