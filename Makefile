@@ -2,6 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 SETFIT := .venv-setfit/.ready
+TORCHAO := .venv-torchao/.ready
 
 .PHONY: setup demo test lint bench-few-shot
 
@@ -24,8 +25,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/pytest
+# Beside the environment: transformers imports torchao wherever it finds it, which takes seconds and
+# prints warnings.
+$(TORCHAO): $(READY)
+	$(BIN)/pip install --quiet --no-deps --target .venv-torchao torchao==0.18.0
+	touch $(TORCHAO)
+
+test: lint $(TORCHAO)
+	$(BIN)/pytest --ignore=tests/test_quantized.py
+	PYTHONPATH=.venv-torchao $(BIN)/pytest tests/test_quantized.py
 
 # SetFit runs in an environment of its own.
 $(SETFIT): benchmarks/setfit-requirements.txt

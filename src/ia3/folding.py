@@ -6,6 +6,7 @@ restores the very bits (dividing by the vector, as is often done, does not).
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,11 @@ def fold(model: nn.Module, name: str, scales: Mapping[Side, Tensor]) -> list[Cha
             raise IA3Error(
                 f"cannot merge into {name!r}: {error}; merge with dequantise=True"
             ) from error
-    elif "inner" in scales:
-        values = experts.fold(module, scales["inner"])
+    elif _is_offloaded(module):
+        from accelerate.utils import align_module_device  # type: ignore[import-untyped]
+
+        with align_module_device(module):
+            values = _fold(module, name, scales)
     else:
         values = _fold(module, name, scales)
     return [Change(name, slot, value) for slot, value in values.items()]
@@ -78,31 +82,64 @@ def fold(model: nn.Module, name: str, scales: Mapping[Side, Tensor]) -> list[Cha
 
 def read(module: nn.Module, slot: str) -> Any:
     """What stands in a slot now."""
-    if slot in module._parameters:
-        return module.get_parameter(slot).data
-    return quantized.read_slot(module, slot)
+    if slot not in module._parameters:
+        return quantized.read_slot(module, slot)
+    if _is_offloaded(module):
+        hook: Any = module._hf_hook
+        return hook.weights_map[slot]
+    return module.get_parameter(slot).data
 
 
 def write(module: nn.Module, slot: str, value: Any) -> None:
     """Put a value in a slot."""
-    if slot in module._parameters:
+    if slot not in module._parameters:
+        quantized.write_slot(module, slot, value)
+    elif _is_offloaded(module):
+        _write_offloaded(module._hf_hook, slot, value)
+    else:
         parameter = module.get_parameter(slot)
         # The model may have been moved or cast since the value was read.
         parameter.data = value.to(parameter.device, parameter.dtype)
+        if slot == "weight" and hasattr(getattr(module, "state", None), "reset_grads"):
+            # bitsandbytes computes with a quantized copy that it keeps of an ordinary weight.
+            module.state.reset_grads()  # type: ignore[operator, union-attr]
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the module's weights for each call and takes them away again."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
+def _write_offloaded(hook: Any, slot: str, value: Tensor) -> None:
+    """Lay a value over the one that accelerate keeps, which may be on a disk and stays there."""
+    if not isinstance(hook.weights_map, ChainMap):
+        hook.weights_map = ChainMap({}, hook.weights_map)
+    over, kept = hook.weights_map.maps
+    if torch.equal(kept[slot], value):
+        over.pop(slot, None)
     else:
-        quantized.write_slot(module, slot, value)
+        over[slot] = value.to("cpu")
+    if not over:
+        hook.weights_map = kept
 
 
 def _fold(module: nn.Module, name: str, scales: Mapping[Side, Tensor]) -> dict[str, Tensor]:
+    if any(
+        parameter.device.type == "meta"
+        for parameter in module._parameters.values()
+        if parameter is not None
+    ):
+        raise IA3Error(f"cannot merge into {name!r}: its weights are not there (meta device)")
+    if "inner" in scales:
+        return experts.fold(module, scales["inner"])
     weight = module._parameters.get("weight")
-    if weight is None or not weight.is_floating_point():
+    # Numbers of one byte would have to be rounded to so few bits that little is left of the vector.
+    if weight is None or not weight.is_floating_point() or weight.itemsize < 2:
         kind = "no" if weight is None else f"{weight.dtype}"
         raise IA3Error(
             f"cannot merge into {name!r}, a {type(module).__name__} with {kind} weights: expected "
-            "floating-point weights"
+            "floating-point weights of 16 bits or more"
         )
-    if weight.device.type == "meta":
-        raise IA3Error(f"cannot merge into {name!r}: its weights are not there (meta device)")
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
             raise IA3Error(f"cannot merge into {name!r}: max_norm would undo the vector")

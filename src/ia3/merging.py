@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class Merge:
                 owner, side = owner_of(self.model, name, site.side)
                 fold(self.model, owner, {side: site.product(here).detach().flatten()})
             except IA3Error:
-                plain = quantized.dequantised(module)
+                plain = quantized.dequantised(module, getattr(self.model, "dtype", None))
                 active = site.active
                 displace(module)
                 plain.add_module(ATTRIBUTE, site)
@@ -121,13 +121,21 @@ class Merge:
 
 def _check_finite(changes: Sequence[Change], adapters: Sequence[str]) -> None:
     for change in changes:
-        parts = [change.value] if isinstance(change.value, Tensor) else vars(change.value).values()
-        tensors = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+        tensors = [tensor for tensor in _tensors(change.value) if tensor.is_floating_point()]
         if not all(torch.isfinite(tensor).all() for tensor in tensors):
             raise IA3Error(
                 f"merging {list(adapters)} into {change.name}.{change.slot} gives values that are "
                 "not finite; nothing was merged"
             )
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in a value: itself, or those of a quantized weight's state."""
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for part in vars(value).values() if hasattr(value, "__dict__") else ():
+            yield from _tensors(part)
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

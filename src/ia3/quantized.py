@@ -33,12 +33,14 @@ class FourBit:
     Together, as bitsandbytes' forward on a CPU may repack both.
 
     Attributes:
-        data: packed integers.
+        data: packed integers, uint8.
+        storage: the dtype the module holds them as; FSDP wants that of its other weights.
         state: a `bitsandbytes.functional.QuantState` that no module holds.
         may_repack: whether the forward may repack them.
     """
 
     data: Tensor
+    storage: torch.dtype
     state: Any
     may_repack: bool
 
@@ -84,7 +86,8 @@ def read_slot(module: nn.Module, slot: str) -> Any:
     weight: Any = module.weight
     if slot == STATE:
         # A copy, as bitsandbytes changes the state in place when it repacks.
-        return FourBit(weight.data, copy.copy(_state(module)), _may_repack(module))
+        data = weight.data.view(torch.uint8)
+        return FourBit(data, weight.dtype, copy.copy(_state(module)), _may_repack(module))
     if slot == ROW_MAXIMA:
         return _row_maxima(module)
     assert slot == SCALE, slot
@@ -179,10 +182,9 @@ def _clean(module: nn.Module) -> tuple[Tensor, Any]:
     if state.nested:
         constants = library.functional.dequantize_blockwise(constants, state.state2) + state.offset
     elif getattr(state, "packing_format_for_cpu", False):
-        repacked = copy.copy(state)
-        # Its inverse quantizes such constants again.
-        repacked.original_nested = False
-        data, _ = library.functional._convert_weight_packed_for_cpu_inverse(data, repacked)
+        # Its inverse for the constants quantizes them again, or leaves them in the new order.
+        unpack = library.functional._convert_weight_packed_for_cpu_inverse
+        data, _ = unpack(data, copy.copy(state))
         dtype, constants = state.original_dtype, constants.T
     return data, type(state)(
         absmax=constants.float().reshape(-1),
@@ -210,7 +212,7 @@ def _fold_four_bit(module: nn.Module, scale: Tensor) -> FourBit:
     state.absmax = (state.absmax.reshape(rows, -1) * scale[:, None]).reshape(-1)
     # Repacked, the constants would be rounded to bfloat16, and a state dict taken afterwards would
     # hold them in the wrong order (bitsandbytes 0.50).
-    return FourBit(data, state, may_repack=False)
+    return FourBit(data.view(torch.uint8), data.dtype, state, may_repack=False)
 
 
 def _write_four_bit(module: nn.Module, value: FourBit) -> None:
@@ -218,7 +220,7 @@ def _write_four_bit(module: nn.Module, value: FourBit) -> None:
     # A copy, so that the value can be written once more.
     state = copy.copy(value.state)
     state.to(weight.device)
-    weight.data = value.data.to(weight.device)
+    weight.data = value.data.to(weight.device).view(value.storage)
     weight.quant_state = state
     holder: Any = module
     if getattr(module, "quant_state", None) is not None:

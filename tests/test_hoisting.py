@@ -1,0 +1,323 @@
+"""Which layer can take a feed-forward vector: on real MLPs and on ones made to mislead."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from conftest import VOCABULARY, MakeModel
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma3TextConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from ia3.hoisting import up_projection
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+LLAMA_MLP = "model.layers.0.mlp"
+
+
+def t5(projection: str) -> PreTrainedModel:
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=1,
+            num_heads=4,
+            feed_forward_proj=projection,
+        )
+    )
+
+
+GATED: dict[str, tuple[Callable[[], PreTrainedModel], str, str, str]] = {
+    "qwen2": (
+        lambda: AutoModelForCausalLM.from_config(Qwen2Config(**SIZES)),
+        LLAMA_MLP,
+        "down_proj",
+        "up_proj",
+    ),
+    "gemma3": (
+        lambda: AutoModelForCausalLM.from_config(Gemma3TextConfig(**SIZES)),
+        LLAMA_MLP,
+        "down_proj",
+        "up_proj",
+    ),
+    "t5-encoder": (
+        lambda: t5("gated-gelu"),
+        "encoder.block.0.layer.1.DenseReluDense",
+        "wo",
+        "wi_1",
+    ),
+    # A ReLU lets positive factors through, so that its gate would do for them.
+    "t5-decoder-relu": (
+        lambda: t5("gated-relu"),
+        "decoder.block.0.layer.2.DenseReluDense",
+        "wo",
+        "wi_1",
+    ),
+}
+
+NOT_GATED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "t5-relu": (lambda: t5("relu"), "encoder.block.0.layer.1.DenseReluDense.wo"),
+    "falcon": (
+        lambda: AutoModelForCausalLM.from_config(
+            FalconConfig(
+                vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+            )
+        ),
+        "transformer.h.0.mlp.dense_4h_to_h",
+    ),
+    # fc1 and fc2 stand in the decoder layer itself.
+    "opt": (
+        lambda: AutoModelForCausalLM.from_config(
+            OPTConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                word_embed_proj_dim=32,
+                ffn_dim=48,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                activation_function="relu",
+            )
+        ),
+        "model.decoder.layers.0.fc2",
+    ),
+    # Half of gate_up_proj's rows would do, but no module has them as its output.
+    "phi3": (
+        lambda: AutoModelForCausalLM.from_config(Phi3Config(**SIZES)),
+        f"{LLAMA_MLP}.down_proj",
+    ),
+    "mixtral": (
+        lambda: AutoModelForCausalLM.from_config(MixtralConfig(**SIZES)),
+        f"{LLAMA_MLP}.experts",
+    ),
+    "attention": (
+        lambda: AutoModelForCausalLM.from_config(Qwen2Config(**SIZES | {"num_key_value_heads": 4})),
+        "model.layers.0.self_attn.o_proj",
+    ),
+}
+
+
+def with_vector(module: nn.Module, side: str, vector: Tensor, mlp: nn.Module, x: Tensor) -> Tensor:
+    if side == "output":
+        handle = module.register_forward_hook(lambda _m, _a, output: output * vector)
+    else:
+        handle = module.register_forward_pre_hook(lambda _m, args: (args[0] * vector,))
+    try:
+        with torch.no_grad():
+            return mlp(x)
+    finally:
+        handle.remove()
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("kind", GATED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    make, mlp_name, down, up = GATED[kind]
+    model = make().to(dtype).eval()
+    assert up_projection(model, f"{mlp_name}.{down}") == f"{mlp_name}.{up}"
+    mlp = model.get_submodule(mlp_name)
+    vector = torch.randn(48, dtype=dtype)
+    x = torch.randn(2, 5, 32, dtype=dtype)
+    wanted = with_vector(mlp.get_submodule(down), "input", vector, mlp, x)
+    hoisted = with_vector(mlp.get_submodule(up), "output", vector, mlp, x)
+    assert relative(hoisted, wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("kind", NOT_GATED)
+def test_not_gated(kind: str) -> None:
+    make, name = NOT_GATED[kind]
+    assert up_projection(make(), name) is None
+
+
+def test_conv1d_is_linear_but_not_gated(make_model: MakeModel) -> None:
+    assert up_projection(make_model("gpt2"), "transformer.h.0.mlp.c_proj") is None
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "act_fn"])
+def test_only_the_down_projection(tiny_llama: PreTrainedModel, name: str) -> None:
+    assert up_projection(tiny_llama, f"{LLAMA_MLP}.{name}") is None
+
+
+def test_no_such_module(tiny_llama: PreTrainedModel) -> None:
+    with pytest.raises(AttributeError, match="downproj"):
+        up_projection(tiny_llama, f"{LLAMA_MLP}.downproj")
+
+
+def test_the_mlp_itself(tiny_llama: PreTrainedModel) -> None:
+    assert up_projection(tiny_llama.get_submodule(LLAMA_MLP), "down_proj") == "up_proj"
+
+
+def test_meta_device() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES))
+    assert up_projection(model, f"{LLAMA_MLP}.down_proj") == f"{LLAMA_MLP}.up_proj"
+
+
+def test_offloaded(tiny_llama: PreTrainedModel) -> None:
+    model = cpu_offload(tiny_llama, torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    assert up_projection(model, f"{LLAMA_MLP}.down_proj") == f"{LLAMA_MLP}.up_proj"
+    model(torch.tensor([[3, 4]]))  # the forwards accelerate put there are there again
+
+
+def test_weights_of_zero_prove_as_much(tiny_llama: PreTrainedModel) -> None:
+    for parameter in tiny_llama.parameters():
+        nn.init.zeros_(parameter)
+    assert up_projection(tiny_llama, f"{LLAMA_MLP}.down_proj") == f"{LLAMA_MLP}.up_proj"
+
+
+def test_changes_nothing(tiny_llama: PreTrainedModel) -> None:
+    tiny_llama.train()
+    tiny_llama.get_submodule(LLAMA_MLP).get_submodule("act_fn").eval()
+    before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    attributes = {name: dict(vars(module)) for name, module in tiny_llama.named_modules()}
+    hooks = {name: copy.copy(m._forward_hooks) for name, m in tiny_llama.named_modules()}
+    random_state = torch.get_rng_state()
+    for name in ("down_proj", "up_proj"):  # one found, one not
+        up_projection(tiny_llama, f"{LLAMA_MLP}.{name}")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.is_grad_enabled()
+    for name, value in tiny_llama.state_dict().items():
+        assert torch.equal(value, before[name])
+    for name, module in tiny_llama.named_modules():
+        assert vars(module) == attributes[name]
+        assert module._forward_hooks == hooks[name]
+
+
+class Gated(nn.Module):
+    """What each of the MLPs below changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The names are the wrong way round: nothing may be read off them.
+        self.up_proj = nn.Linear(8, 12)
+        self.gate_proj = nn.Linear(8, 12)
+        self.down_proj = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(functional.silu(self.up_proj(x)) * self.gate_proj(x))
+
+
+class Dropped(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        inner = functional.silu(self.up_proj(x)) * self.gate_proj(x)
+        return self.down_proj(functional.dropout(inner, 0.5, self.training))
+
+
+class Normed(Gated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.norm(functional.silu(self.up_proj(x)) * self.gate_proj(x)))
+
+
+class LeaksToTheOutput(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.gate_proj(x)
+        return self.down_proj(functional.silu(self.up_proj(x)) * value) + value.mean()
+
+
+class Shifted(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(functional.silu(self.up_proj(x)) * (self.gate_proj(x) + 1))
+
+
+class TwiceThrough(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        once = self.down_proj(functional.silu(self.up_proj(x)) * self.gate_proj(x))
+        return self.down_proj(functional.silu(self.up_proj(once)) * self.gate_proj(once))
+
+
+class WithAResidual(Gated):
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return super().forward(x) + residual
+
+
+class ShiftedAtTimes(Gated):
+    def forward(self, x: Tensor, shift: float = 0.0) -> Tensor:
+        return self.down_proj(functional.silu(self.up_proj(x)) * (self.gate_proj(x) + shift))
+
+
+class ZeroAtFirst(Gated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = functional.silu(self.up_proj(x)) * self.gate_proj(x)
+        return self.down_proj(inner * self.gain)
+
+
+class Absolute(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.gate_proj(x).abs())
+
+
+class ReadsTheWeight(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        value = functional.linear(x, self.gate_proj.weight, self.gate_proj.bias)
+        return self.down_proj(functional.silu(self.up_proj(x)) * value)
+
+
+class Broken(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("only on Tuesdays")
+
+
+@pytest.mark.parametrize("mlp", [Gated, Dropped])
+def test_names_do_not_matter(mlp: type[Gated]) -> None:
+    assert up_projection(nn.Sequential(mlp()), "0.down_proj") == "0.gate_proj"
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        Normed,
+        LeaksToTheOutput,
+        Shifted,
+        TwiceThrough,
+        WithAResidual,
+        ShiftedAtTimes,
+        ZeroAtFirst,
+        Absolute,
+        ReadsTheWeight,
+        Broken,
+    ],
+)
+def test_misleading(mlp: type[Gated]) -> None:
+    module = mlp().train()
+    assert up_projection(nn.Sequential(module), "0.down_proj") is None
+    assert all(part.training for part in module.modules())
+    assert not any("forward" in vars(part) for part in module.modules())
