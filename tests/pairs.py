@@ -81,8 +81,8 @@ def assert_equal_to_peft(
 ) -> None:
     """What is measured on ours is within `bound` of what it is on PEFT's.
 
-    In bfloat16, where both round at every step, it is within a hundredth of PEFT's or no further
-    from the float32 run than that.
+    In bfloat16, where both round at every step, it is within a hundredth of PEFT's or of the
+    float32 run, or no further from that than PEFT's.
     """
     ours, theirs, *float32 = (measure(model) for model in models)
     assert theirs
@@ -96,4 +96,4 @@ def assert_equal_to_peft(
             assert error < bound, name
         elif error >= 1e-2:
             exact = float32[0][name]
-            assert relative(found, exact) <= relative(expected, exact), name
+            assert relative(found, exact) <= max(1e-2, relative(expected, exact)), name

@@ -136,6 +136,23 @@ def test_files_load_in_both_directions(kind: str, dtype: torch.dtype, tmp_path: 
     assert not any(p.requires_grad for p in read_by_us.parameters())
 
 
+def test_files_of_several_adapters_load_in_both_directions(tmp_path: Path) -> None:
+    kind = "llama"
+    ours, theirs = pair(kind, torch.float32, ("default", "second"))
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    read_by_peft = peft.PeftModel.from_pretrained(build(kind), str(tmp_path / "ours"))
+    read_by_us = ia3.PeftModel.from_pretrained(build(kind), tmp_path / "theirs")
+    read_by_peft.load_adapter(str(tmp_path / "ours" / "second"), "second")
+    read_by_us.load_adapter(tmp_path / "theirs" / "second", "second")
+    for adapter in ("default", "second"):
+        for model in (theirs, read_by_peft, read_by_us):
+            model.set_adapter(adapter)
+        expected = outputs(kind)(theirs)["logits"]
+        assert torch.equal(outputs(kind)(read_by_peft)["logits"], expected)
+        assert relative(outputs(kind)(read_by_us)["logits"], expected) < 1e-6
+
+
 @EVERY_ARCHITECTURE
 @EVERY_DTYPE
 def test_several_active_adapters(kind: str, dtype: torch.dtype) -> None:

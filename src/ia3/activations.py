@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -27,39 +28,40 @@ class Activation:
         shape: a vector's shape in memory and on disk, PEFT's: `[dim, 1]` on a linear layer's
             output, `[1, dim]` on its input, `[1, dim, 1, ...]` on a convolution, and
             `[experts, dim]` within experts.
-        trailing: how many axes of the activation come after its channels.
+        factor_shape: a vector's shape as it multiplies the last axes of the activation: `[dim]`,
+            `[dim, 1, ...]` where axes come after the channels, `[experts, dim]` within experts.
     """
 
     dim: int
     shape: tuple[int, ...]
-    trailing: int = 0
+    factor_shape: tuple[int, ...]
 
 
 def activation_of(module: nn.Module, side: Side) -> Activation | None:
     """The module's activation on that side; `None` if it has none that can be rescaled."""
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        # Its size is not known before its first call.
+        return None
     if is_experts(module):
         if side != "inner":
             return None
         experts, inner = experts_shape(module)
-        return Activation(inner, (experts, inner))
+        return Activation(inner, (experts, inner), (experts, inner))
     if side == "inner":
         return None
     if isinstance(module, nn.Embedding):
+        dim = module.embedding_dim
         # An embedding's input is token ids.
-        return (
-            Activation(module.embedding_dim, (module.embedding_dim, 1))
-            if side == "output"
-            else None
-        )
+        return Activation(dim, (dim, 1), (dim,)) if side == "output" else None
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         axes = len(module.kernel_size)
         dim = module.out_channels if side == "output" else module.in_channels
-        return Activation(dim, (1, dim, *[1] * axes), trailing=axes)
+        return Activation(dim, (1, dim, *[1] * axes), (dim, *[1] * axes))
     features = linear_features(module)
     if features is None:
         return None
     dim = features[1] if side == "output" else features[0]
-    return Activation(dim, (dim, 1) if side == "output" else (1, dim))
+    return Activation(dim, (dim, 1) if side == "output" else (1, dim), (dim,))
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:

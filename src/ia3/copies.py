@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .activations import device_of
 from .errors import IA3Error, did_you_mean
 from .targets import ATTRIBUTE, base_modules
 
@@ -42,9 +45,24 @@ class Copies(nn.Module):
     def add(self, adapter: str, module: nn.Module) -> None:
         """Store a copy of the base module's own weights under an adapter's name."""
         memo: dict[int, Any] = {id(self): None}
-        twin = copy.deepcopy(module, memo)
+        hooked = [part for part in module.modules() if hasattr(part, "_hf_hook")]
+        for part in hooked:
+            # It may hold all weights of the base model.
+            memo[id(part._hf_hook)] = None
+        with ExitStack() as loaded:
+            if hooked:
+                from accelerate.utils import align_module_device  # type: ignore[import-untyped]
+
+                for part in hooked:
+                    loaded.enter_context(align_module_device(part, device_of(part)))
+            twin = copy.deepcopy(module, memo)
+        _put_back(twin)
         twin._modules.pop(ATTRIBUTE, None)
-        twin.__dict__.pop("forward", None)
+        for part in twin.modules():
+            if "_hf_hook" in part.__dict__:
+                # The base module's own hook brings the input to where the copy is.
+                for attribute in ("_hf_hook", "_old_forward", "forward"):
+                    part.__dict__.pop(attribute, None)
         # Not add_module: it refuses names that are also attributes of this class.
         self._modules[adapter] = twin.requires_grad_(False)
 
@@ -95,19 +113,17 @@ def hold(module: nn.Module) -> Copies:
     if copies is None:
         copies = Copies()
         module.add_module(ATTRIBUTE, copies)
-        # An instance's forward may have been replaced already, by accelerate's hooks for one.
-        module.__dict__["forward"] = partial(_forward, module, module.__dict__.get("forward"))
+        # Inside accelerate's hook, so that it may be removed, or put on later.
+        slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+        module.__dict__[slot] = partial(_forward, module, module.__dict__.get(slot))
     return copies
 
 
 def release(module: nn.Module) -> None:
     """Take the copies off a module, which is then what it was before `hold`."""
-    if copies_of(module) is None:
-        return
-    _, before = module.__dict__.pop("forward").args
-    if before is not None:
-        module.__dict__["forward"] = before
-    del module._modules[ATTRIBUTE]
+    if copies_of(module) is not None:
+        _put_back(module)
+        del module._modules[ATTRIBUTE]
 
 
 def settle(module: nn.Module, adapter: str) -> None:
@@ -171,6 +187,20 @@ def allow_plain_checkpoint(module: nn.Module, incompatible_keys: Any) -> None:
     """A load hook: the base model's own checkpoint is complete without what adapters hold."""
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if ATTRIBUTE not in key.split(".")]
+
+
+def _put_back(module: nn.Module) -> None:
+    """Take `_forward` out of the slot it is in."""
+    for slot in ("forward", "_old_forward"):
+        ours = module.__dict__.get(slot)
+        if isinstance(ours, partial) and ours.func is _forward:
+            before = ours.args[1]
+            if before is None and slot == "_old_forward":
+                before = MethodType(type(module).forward, module)
+            if before is None:
+                del module.__dict__[slot]
+            else:
+                module.__dict__[slot] = before
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:

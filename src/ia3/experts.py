@@ -389,7 +389,7 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
 
 def _scale(values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int) -> Tensor:
     """values ⊙ vectors, in the dtype of the values."""
-    if torch.is_grad_enabled() and not _traced():
+    if rows is not None and torch.is_grad_enabled() and not _traced():
         return _Scale.apply(values, vectors, rows, axis)  # type: ignore[no-any-return, no-untyped-call]
     return (values * _factor(vectors, rows, values.dim(), axis)).to(values.dtype)
 
@@ -410,9 +410,7 @@ class _Scale(torch.autograd.Function):
     """Saves the values, and not the vectors gathered for them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, vectors: Tensor, rows: Tensor, axis: int) -> Tensor:
         ctx.axis = axis
         ctx.save_for_backward(values if ctx.needs_input_grad[1] else None, vectors, rows)
         return (values * _factor(vectors, rows, values.dim(), axis)).to(values.dtype)
@@ -470,7 +468,7 @@ def _factor(vectors: Tensor, rows: Tensor | None, dims: int, axis: int) -> Tenso
     if vectors.dim() == 1:
         return vectors if axis == -1 else vectors.unsqueeze(-1)
     if rows is not None:
-        vectors = _with_nobody(vectors)[rows]
+        vectors = _with_nobody(vectors).index_select(0, rows)
         if dims == 2:
             return vectors
     return vectors.unsqueeze(-3 - axis)

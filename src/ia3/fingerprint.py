@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .activations import linear_features
 from .errors import IA3Error
+from .sites import site_of
 from .targets import ATTRIBUTE, model_type_of
 
 # Differences of this size, relative to a parameter's sampled values, come from loading in another
@@ -47,10 +49,12 @@ class Fingerprint:
         try:
             read: Any = json.loads(text)
             samples = {
-                str(name): ([int(size) for size in shape], [float(value) for value in values])
+                name: ([int(size) for size in shape], [float(value) for value in values])
                 for name, (shape, values) in read["samples"].items()
             }
-            return cls(str(read["model_type"]), samples)
+            if not isinstance(read["model_type"], str):
+                raise TypeError(f"model_type is {read['model_type']!r}")
+            return cls(read["model_type"], samples)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise IA3Error(
                 f"{source}: the base model's fingerprint is malformed: {error}"
@@ -59,19 +63,18 @@ class Fingerprint:
     def difference(self, model: nn.Module) -> str | None:
         """In words, how a model differs from the one this was taken of; `None` where it does not.
 
-        Values that cannot be compared (another shape after new tokens, quantized, not loaded yet)
-        are passed over.
+        Values that cannot be compared (another shape after new tokens, quantized, not loaded yet,
+        an adapter merged into them) are passed over.
         """
         found = model_type_of(model)
         if found != self.model_type:
             return f"its model type is {found!r}, the adapter's base model is {self.model_type!r}"
-        parameters = dict(model.named_parameters())
+        parameters = {name: parameter for name, parameter, _ in _parameters(model)}
         for name, (shape, expected) in self.samples.items():
             parameter = parameters.get(name)
-            if parameter is None or not _can_be_sampled(parameter):
-                continue
             if (
-                list(parameter.shape) == shape
+                parameter is not None
+                and list(parameter.shape) == shape
                 and _distance(_sample(parameter), expected) > TOLERANCE
             ):
                 return f"the values of its {name!r} are not those of the adapter's base model"
@@ -81,18 +84,15 @@ class Fingerprint:
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Look at a base model: its type, and a few values of a few parameters.
 
-    Parameters of linear layers are left out where there are others: these may be quantized or have
-    adapters merged into them.
+    Parameters of linear layers are left out where there are others: these may be quantized, or new
+    with every model that is loaded, as heads are.
     """
-    names = [
-        (f"{prefix}.{name}" if prefix else name, parameter, linear_features(module) is not None)
-        for prefix, module in model.named_modules()
-        if ATTRIBUTE not in prefix.split(".")
-        for name, parameter in module._parameters.items()
-        if parameter is not None and _can_be_sampled(parameter)
-    ]
     # Norms start as ones, so that they tell nothing before training.
-    told = [(n, p, linear) for n, p, linear in names if p.dim() > 1 or not _is_constant(p)]
+    told = [
+        (name, parameter, linear)
+        for name, parameter, linear in _parameters(model)
+        if parameter.dim() > 1 or not _is_constant(parameter)
+    ]
     other = [(name, parameter) for name, parameter, linear in told if not linear]
     chosen = other or [(name, parameter) for name, parameter, _ in told]
     step = max(1, math.ceil(len(chosen) / PARAMETERS))
@@ -100,6 +100,18 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         model_type_of(model),
         {name: (list(parameter.shape), _sample(parameter)) for name, parameter in chosen[::step]},
     )
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """The base model's parameters that can be looked at: name, value, whether a linear layer's."""
+    for prefix, module in model.named_modules():
+        site = site_of(module)
+        if ATTRIBUTE in prefix.split(".") or (site is not None and site.merged):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and _can_be_sampled(parameter):
+                full = f"{prefix}.{name}" if prefix else name
+                yield full, parameter, linear_features(module) is not None
 
 
 def _can_be_sampled(parameter: Tensor) -> bool:

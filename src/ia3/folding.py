@@ -51,18 +51,17 @@ def owner_of(model: nn.Module, name: str, side: Side) -> tuple[str, Side]:
     return before, "output"
 
 
-def fold(model: nn.Module, name: str, scales: Mapping[Side, Tensor]) -> list[Change]:
+def fold(module: nn.Module, name: str, scales: Mapping[Side, Tensor]) -> list[Change]:
     """What merging into a module would change; nothing is changed yet.
 
     Args:
-        model: the base model.
-        name: the module, as `owner_of` gives it.
+        module: the module, as `owner_of` names it.
+        name: its name in its model.
         scales: `[dim]` a side, or `[experts, dim]` within experts.
 
     Raises:
         IA3Error: the weights cannot take the vector exactly.
     """
-    module = model.get_submodule(name)
     if quantized.is_quantized(module):
         try:
             values: Mapping[str, Any] = quantized.fold_rows(module, scales["output"])
@@ -78,6 +77,13 @@ def fold(model: nn.Module, name: str, scales: Mapping[Side, Tensor]) -> list[Cha
     else:
         values = _fold(module, name, scales)
     return [Change(name, slot, value) for slot, value in values.items()]
+
+
+def is_finite(value: object) -> bool:
+    """Whether a slot's value is: a tensor, or what a quantized weight keeps its constants in."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    return all(is_finite(part) for part in getattr(value, "__dict__", {}).values())
 
 
 def read(module: nn.Module, slot: str) -> Any:

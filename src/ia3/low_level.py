@@ -32,7 +32,7 @@ def inject_adapter_in_model(
     Args:
         peft_config: what to rescale.
         model: the model; a second call with another name adds a second adapter.
-        adapter_name: the adapter's name; the first one is active.
+        adapter_name: the adapter's name; the last one to be put on the model is active.
         low_cpu_mem_usage: taken for PEFT's sake.
         state_dict: `<module>.ia3_l` -> vector: the sites are those it names, as in PEFT; its values
             are not loaded (`set_peft_model_state_dict` does that).
@@ -47,6 +47,7 @@ def inject_adapter_in_model(
         model.__dict__[HANDLE] = IA3Model(model, peft_config, adapter_name)
     else:
         handle.add_adapter(adapter_name, peft_config)
+        handle.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
 
 
@@ -54,24 +55,38 @@ def get_peft_model_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor] | None = None,
     adapter_name: str = DEFAULT_ADAPTER,
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
     """An adapter's tensors under the keys they have in its file.
 
     Args:
         model: an `IA3Model`, whose keys begin with `base_model.model.`, or a model with injected
-            adapters, whose keys do not.
+            adapters, whose keys do not; compiled or not.
         state_dict: the model's state dict, if it has been gathered already.
         adapter_name: which adapter.
+        unwrap_compiled, save_embedding_layers: taken for PEFT's sake; a compiled model is always
+            unwrapped, and embeddings are saved where `modules_to_save` names them.
 
     Raises:
         IA3Error: the model has no such adapter.
     """
+    model = _uncompiled(model)
     base, prefix = _base_and_prefix(model)
-    values = state_dict if state_dict is not None else model.state_dict()
+    values = model.state_dict() if state_dict is None else state_dict
     before = "model." if isinstance(model, IA3Model) else ""
-    found = {}
-    for name, key in _keys(base, adapter_name).items():
-        found[f"{prefix}{key}"] = values[f"{before}{name}"]
+    if state_dict is not None and any(name.startswith("_orig_mod.") for name in state_dict):
+        before = f"_orig_mod.{before}"
+    found = {
+        f"{prefix}{key}": values[f"{before}{name}"]
+        for name, key in _keys(base, adapter_name).items()
+    }
+    for name, _, site in sites(base):
+        if adapter_name in site.frozen:
+            key = f"{prefix}{name}.{ATTRIBUTE}"
+            found[key] = found[key].clone()
+            for start, end in site.frozen[adapter_name]:
+                found[key].view(-1)[start:end] = 1.0
     if not found:
         raise IA3Error(f"no adapter {adapter_name!r} on this {type(base).__name__}")
     return found
@@ -87,7 +102,8 @@ def set_peft_model_state_dict(
     """Load an adapter's tensors, as `get_peft_model_state_dict` gives them, into an adapter.
 
     Args:
-        model: an `IA3Model`, or a model with injected adapters, that has the adapter.
+        model: an `IA3Model`, or a model with injected adapters, that has the adapter; compiled or
+            not.
         peft_model_state_dict: the tensors; a leading `base_model.model.` may be absent.
         adapter_name: which adapter.
         ignore_mismatched_sizes: leave out tensors of another shape instead of raising.
@@ -99,7 +115,7 @@ def set_peft_model_state_dict(
     Raises:
         IA3Error: the model has no such adapter, or a shape does not fit; nothing is loaded then.
     """
-    base, prefix = _base_and_prefix(model)
+    base, prefix = _base_and_prefix(_uncompiled(model))
     keys = {key: name for name, key in _keys(base, adapter_name).items()}
     if not keys:
         raise IA3Error(f"no adapter {adapter_name!r} on this {type(base).__name__}")
@@ -120,6 +136,11 @@ def set_peft_model_state_dict(
         sorted(f"{prefix}{key}" for key in keys.keys() - given.keys()),
         sorted(f"{prefix}{key}" for key in given.keys() - keys.keys()),
     )
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    # An IA3Model's attributes are its base model's too, which may be the one that is compiled.
+    return model if isinstance(model, IA3Model) else getattr(model, "_orig_mod", model)
 
 
 def _base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:

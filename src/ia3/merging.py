@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import quantized
 from .activations import Side
 from .errors import IA3Error
-from .folding import Change, fold, owner_of, read, write
+from .folding import Change, fold, is_finite, owner_of, read, write
 from .sites import displace, sites
 from .targets import ATTRIBUTE
 
@@ -75,7 +74,7 @@ class Merge:
                 continue
             try:
                 owner, side = owner_of(self.model, name, site.side)
-                fold(self.model, owner, {side: site.product(here).detach().flatten()})
+                self._fold(owner, {side: site.product(here).detach().flatten()})
             except IA3Error:
                 plain = quantized.dequantised(module, getattr(self.model, "dtype", None))
                 active = site.active
@@ -98,7 +97,7 @@ class Merge:
         owners = _owners(self.model)
         changes = []
         for name, sides in scales.items():
-            for change in fold(self.model, name, sides):
+            for change in self._fold(name, sides):
                 parameter = self.model.get_submodule(name)._parameters.get(
                     change.slot.split(".")[0]
                 )
@@ -111,6 +110,9 @@ class Merge:
                 changes.append(change)
         return changes
 
+    def _fold(self, name: str, scales: Mapping[Side, Tensor]) -> list[Change]:
+        return fold(self.model.get_submodule(name), name, scales)
+
     def _slot(self, spot: tuple[str, str]) -> tuple[nn.Module, str]:
         return self.model.get_submodule(spot[0]), spot[1]
 
@@ -121,21 +123,11 @@ class Merge:
 
 def _check_finite(changes: Sequence[Change], adapters: Sequence[str]) -> None:
     for change in changes:
-        tensors = [tensor for tensor in _tensors(change.value) if tensor.is_floating_point()]
-        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        if not is_finite(change.value):
             raise IA3Error(
                 f"merging {list(adapters)} into {change.name}.{change.slot} gives values that are "
                 "not finite; nothing was merged"
             )
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    """The tensors in a value: itself, or those of a quantized weight's state."""
-    if isinstance(value, Tensor):
-        yield value
-    else:
-        for part in vars(value).values() if hasattr(value, "__dict__") else ():
-            yield from _tensors(part)
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

@@ -34,10 +34,7 @@ class Site(nn.Module):
         self.side = target.side
         self.dim = target.activation.dim
         self.vector_shape = target.activation.shape
-        # A vector as it multiplies the activation: its last axes, or one vector an expert.
-        self.factor_shape = (
-            self.vector_shape if self.side == "inner" else (-1, *[1] * target.activation.trailing)
-        )
+        self.factor_shape = target.activation.factor_shape
         self.frozen: dict[str, Frozen] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
@@ -60,12 +57,12 @@ class Site(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Site:
         # Casting the base to half precision leaves the vectors float32: steps of training are
         # smaller than half precision's around one.
-        def never_narrower(tensor: Tensor) -> Tensor:
+        def at_least_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            narrower = tensor.is_floating_point() and moved.itemsize < tensor.itemsize
-            return tensor.to(moved.device) if narrower else moved
+            narrow = moved.is_floating_point() and moved.itemsize < 4
+            return tensor.to(moved.device, torch.float32) if narrow else moved
 
-        super()._apply(never_narrower, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(at_least_float32, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def add(self, adapter: str, vector: Tensor, frozen: Frozen = ()) -> None:
@@ -125,10 +122,7 @@ class Site(nn.Module):
             self._handle = None
 
     def product(self, adapters: tuple[str, ...]) -> Tensor:
-        """The product of the adapters' vectors, shaped to multiply the activation.
-
-        `[dim]` for a linear layer, `[dim, 1, ...]` for a convolution, `[experts, dim]` for experts.
-        """
+        """The product of the adapters' vectors, `Activation.factor_shape`."""
         product = self.vector(adapters[0])
         for name in adapters[1:]:
             product = product * self.vector(name)
@@ -139,7 +133,7 @@ class Site(nn.Module):
         return self.product(self.active)
 
     def _rescale_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return rescale(output, self.product(self.active), in_place=_is_fresh(module))
+        return rescale(output, self.product(self.active), in_place=is_fresh(module, own_hooks=1))
 
     def _rescale_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         # Never in place: siblings may read the same input, and a ReLU before it keeps it.
@@ -179,6 +173,9 @@ def place(module: nn.Module, target: Target) -> Site:
     """The module's site, registered on it now if it has none."""
     site = site_of(module)
     if site is None:
+        # By default compiled code does not look whether hooks were added or removed since, and
+        # would go on with the adapters that were active when it was compiled.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         site = Site(target).to(device_of(module))
         module.add_module(ATTRIBUTE, site)
     return site
@@ -197,11 +194,15 @@ def _mask_name(adapter: str) -> str:
     return f"{adapter} frozen"
 
 
-def _is_fresh(module: nn.Module) -> bool:
-    """Whether nobody else can hold the output: a plain linear layer with no other hook on it."""
+def is_fresh(module: nn.Module, own_hooks: int) -> bool:
+    """Whether nobody else can hold a module's output: a plain linear layer with no other hook.
+
+    Args:
+        own_hooks: how many of its forward hooks are the caller's.
+    """
     return (
         type(module) is nn.Linear
         and "forward" not in module.__dict__
-        and len(module._forward_hooks) == 1
+        and len(module._forward_hooks) == own_hooks
         and not torch_module._global_forward_hooks
     )

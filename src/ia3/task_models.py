@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,130 +53,28 @@ def model_class(config: IA3Config) -> type[IA3Model]:
     return MODEL_CLASSES[TaskType(config.task_type)] if config.task_type else IA3Model
 
 
-def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
-# The Trainer drops the columns of a dataset that a model's forward does not name, so that each
-# class names what models of its task take; what is None is not passed on.
-
-
 class PeftModelForCausalLM(IA3Model):
     """A decoder-only language model with adapters."""
-
-    def forward(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        inputs_embeds: Any = None,
-        labels: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The base model's forward, with the active adapters."""
-        named = _given(
-            {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "position_ids": position_ids,
-                "inputs_embeds": inputs_embeds,
-                "labels": labels,
-            }
-        )
-        return self.model(**named, **kwargs)
 
 
 class PeftModelForSeq2SeqLM(IA3Model):
     """An encoder-decoder language model with adapters."""
 
-    def forward(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        inputs_embeds: Any = None,
-        decoder_input_ids: Any = None,
-        decoder_attention_mask: Any = None,
-        decoder_inputs_embeds: Any = None,
-        labels: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The base model's forward, with the active adapters."""
-        named = _given(
-            {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "inputs_embeds": inputs_embeds,
-                "decoder_input_ids": decoder_input_ids,
-                "decoder_attention_mask": decoder_attention_mask,
-                "decoder_inputs_embeds": decoder_inputs_embeds,
-                "labels": labels,
-            }
-        )
-        return self.model(**named, **kwargs)
-
 
 class PeftModelForSequenceClassification(IA3Model):
     """A sequence classifier with adapters; its head trains and is saved with them."""
 
-    def forward(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        token_type_ids: Any = None,
-        position_ids: Any = None,
-        inputs_embeds: Any = None,
-        labels: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The base model's forward, with the active adapters."""
-        named = _given(
-            {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "token_type_ids": token_type_ids,
-                "position_ids": position_ids,
-                "inputs_embeds": inputs_embeds,
-                "labels": labels,
-            }
-        )
-        return self.model(**named, **kwargs)
 
-
-class PeftModelForTokenClassification(PeftModelForSequenceClassification):
+class PeftModelForTokenClassification(IA3Model):
     """A token classifier with adapters; its head trains and is saved with them."""
 
 
-class PeftModelForFeatureExtraction(PeftModelForSequenceClassification):
+class PeftModelForFeatureExtraction(IA3Model):
     """A model whose hidden states are wanted, with adapters."""
 
 
 class PeftModelForQuestionAnswering(IA3Model):
     """An extractive question answerer with adapters; its head trains and is saved with them."""
-
-    def forward(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        token_type_ids: Any = None,
-        position_ids: Any = None,
-        inputs_embeds: Any = None,
-        start_positions: Any = None,
-        end_positions: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The base model's forward, with the active adapters."""
-        named = _given(
-            {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "token_type_ids": token_type_ids,
-                "position_ids": position_ids,
-                "inputs_embeds": inputs_embeds,
-                "start_positions": start_positions,
-                "end_positions": end_positions,
-            }
-        )
-        return self.model(**named, **kwargs)
 
 
 MODEL_CLASSES: dict[TaskType, type[IA3Model]] = {
@@ -186,6 +85,13 @@ MODEL_CLASSES: dict[TaskType, type[IA3Model]] = {
     TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
+
+
+# Whose classes an adapter's config may name as its base model's, unless the user says otherwise.
+LIBRARIES = ("transformers", "diffusers")
+# What says how to fetch files from the hub, both the adapter's and the base model's.
+FOR_BOTH = ("token", "cache_dir", "force_download", "local_files_only")
+TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model", "chat_template*")
 
 
 class AutoPeftModel:
@@ -209,6 +115,7 @@ class AutoPeftModel:
         config: IA3Config | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
+        import_allowlist: Sequence[str] = LIBRARIES,
         **base_options: Any,
     ) -> IA3Model:
         """Load an adapter and, before it, its base model.
@@ -220,15 +127,23 @@ class AutoPeftModel:
             config: instead of the adapter's own.
             revision: the adapter's, on the hub.
             subfolder: where in the folder or repository the adapter lies.
-            base_options: for the base model's `from_pretrained`, e.g. `dtype`, `device_map`.
+            import_allowlist: the libraries that the adapter's config may choose the base model's
+                class from.
+            base_options: for the base model's `from_pretrained`, e.g. `dtype`, `device_map`. What
+                says how to fetch from the hub (`token`, `cache_dir`, ...) holds for both.
 
         Raises:
             FileNotFoundError: there is no adapter.
             IA3Error: its config names no base model, or one of another task.
             OSError: the base model is not to be had.
         """
+        for_both: Any = {key: base_options[key] for key in FOR_BOTH if key in base_options}
         folder = adapter_folder(
-            pretrained_model_name_or_path, ["*"], revision=revision, subfolder=subfolder
+            pretrained_model_name_or_path,
+            ["adapter_*", *TOKENIZER_FILES],
+            revision=revision,
+            subfolder=subfolder,
+            **for_both,
         )
         config = config or IA3Config.from_pretrained(folder)
         if config.base_model_name_or_path is None:
@@ -241,10 +156,10 @@ class AutoPeftModel:
                 f"{pretrained_model_name_or_path} is an adapter for {config.task_type}, expected "
                 f"{cls.task_type.value}: use AutoPeftModel"
             )
-        base = _base_class(cls.task_type, config).from_pretrained(
+        base = _base_class(cls.task_type, config, import_allowlist).from_pretrained(
             config.base_model_name_or_path, revision=config.revision, **base_options
         )
-        _fit_vocabulary(base, folder)
+        _fit_vocabulary(base, folder, base_options.get("trust_remote_code", False))
         kind = IA3Model if cls.task_type is None else MODEL_CLASSES[cls.task_type]
         return kind.from_pretrained(base, folder, adapter_name, is_trainable, config)
 
@@ -295,30 +210,33 @@ AUTO_CLASSES = {
 }
 
 
-def _base_class(task_type: TaskType | None, config: IA3Config) -> Any:
+def _base_class(task_type: TaskType | None, config: IA3Config, allowed: Sequence[str]) -> Any:
     if task_type is None and config.task_type is not None:
         task_type = TaskType(config.task_type)
     if task_type is not None:
         return getattr(transformers, AUTO_CLASSES[task_type])
     mapping = config.auto_mapping or {}
     library, name = mapping.get("parent_library"), mapping.get("base_model_class")
-    # An adapter's file must not choose which module is run.
-    if not isinstance(library, str) or library.split(".")[0] != "transformers":
+    # An adapter's file must not choose which code is run.
+    if not isinstance(library, str) or not any(f"{library}.".startswith(f"{a}.") for a in allowed):
         raise IA3Error(
             f"the adapter's config has no task_type, and its auto_mapping {mapping} names no class "
-            "of transformers: load the base model yourself, then PeftModel.from_pretrained"
+            f"of {', '.join(allowed)}: load the base model yourself, then "
+            "PeftModel.from_pretrained(model, ...), or name the library in import_allowlist, if it "
+            "is to be trusted"
         )
     found = getattr(importlib.import_module(library), str(name), None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise IA3Error(f"auto_mapping: {library} has no model class {name!r}")
     return found
 
 
-def _fit_vocabulary(base: nn.Module, folder: Path) -> None:
+def _fit_vocabulary(base: Any, folder: Path, trust_remote_code: bool) -> None:
     """Make room for the tokens of a tokenizer that was saved beside the adapter."""
     if not (folder / "tokenizer_config.json").is_file():
         return
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert isinstance(base, transformers.PreTrainedModel)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=trust_remote_code
+    )
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer))
