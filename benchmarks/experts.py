@@ -3,10 +3,10 @@
     python benchmarks/experts.py [--repeats 25] [--tokens 1 32 512]
 
 The block alone, frozen, then with its vectors attached in each of the three ways: on up, on the
-input of `down_proj`, multiplied into `down_proj`. All variants take turns within one run; the
-figures are medians of each turn's ratio to the frozen block. A training step is a forward and a
-backward pass to the input and the vectors. Saved memory is what autograd keeps between the two,
-parameters left out, a storage counted once. One JSON line for each block, implementation and batch.
+input of `down_proj`, multiplied into `down_proj`. Each takes turns with the frozen block; figures
+are medians of a turn's ratio. A training step is a forward and a backward pass to
+the input and the vectors. Saved memory is what autograd keeps between the two, parameters left out,
+a storage counted once. One JSON line for each block, implementation and batch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -91,26 +92,20 @@ def saved_bytes(block: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> int:
     return sum(saved.values())
 
 
-def medians(
-    variants: dict[str, nn.Module], step: Callable[[nn.Module], object], repeats: int
-) -> dict[str, float]:
-    """Each variant's median ratio to the first; the first's median in milliseconds."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    order = list(variants)
+def ratio(
+    frozen: nn.Module, block: nn.Module, step: Callable[[nn.Module], object], repeats: int
+) -> float:
+    """The median of the time of a step to that of the frozen block's step beside it."""
+    ratios = []
     for turn in range(repeats + 2):
-        order = order[1:] + order[:1]  # who comes after whom shows in the times
-        for name in order:
+        seconds = {}
+        for own in random.sample((frozen, block), 2):  # either may be the first
             start = time.perf_counter()
-            step(variants[name])
-            if turn >= 2:  # the first two warm up
-                times[name].append(time.perf_counter() - start)
-    frozen = times[next(iter(times))]
-    ratios = {
-        name: statistics.median(own / base for own, base in zip(taken, frozen, strict=True))
-        for name, taken in times.items()
-    }
-    ratios[next(iter(times))] = 1e3 * statistics.median(frozen)
-    return {name: round(ratio, 3) for name, ratio in ratios.items()}
+            step(own)
+            seconds[own] = time.perf_counter() - start
+        if turn >= 2:  # the first two warm up
+            ratios.append(seconds[block] / seconds[frozen])
+    return round(statistics.median(ratios), 3)
 
 
 def main() -> None:
@@ -119,10 +114,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 512])
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    for name, (block, chosen) in blocks().items():
-        variants = {"frozen_ms": block} | {way: with_vectors(block, way) for way in WAYS}
+    for title, (block, chosen) in blocks().items():
+        rescaled = {way: with_vectors(block, way) for way in WAYS}
         for implementation in ("eager", "batched_mm", "grouped_mm"):
-            for variant in variants.values():
+            for variant in (block, *rescaled.values()):
                 variant.config._experts_implementation = implementation
             for tokens in arguments.tokens:
                 if implementation == "batched_mm" and tokens > 32:
@@ -140,14 +135,20 @@ def main() -> None:
                     block(*inputs).square().sum().backward()
 
                 line = {
-                    "block": name,
+                    "block": title,
                     "implementation": implementation,
                     "tokens": tokens,
-                    "forward": medians(variants, forward, arguments.repeats),
-                    "training": medians(variants, train, arguments.repeats),
+                    "forward": {
+                        way: ratio(block, own, forward, arguments.repeats)
+                        for way, own in rescaled.items()
+                    },
+                    "training": {
+                        way: ratio(block, own, train, arguments.repeats)
+                        for way, own in rescaled.items()
+                    },
                     "saved_mb": {
-                        key.removesuffix("_ms"): round(saved_bytes(variant, inputs) / 2**20, 2)
-                        for key, variant in variants.items()
+                        name: round(saved_bytes(own, inputs) / 2**20, 2)
+                        for name, own in {"frozen": block, **rescaled}.items()
                     },
                 }
                 print(json.dumps(line), flush=True)

@@ -27,7 +27,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -261,6 +261,31 @@ def test_unknown_operations_get_a_multiplied_weight() -> None:
     assert_equals_reference(block, routed())
 
 
+@use_experts_implementation(has_bias=True)
+class BiasedExperts(nn.Module):
+    """The usual gate over biases: what is added to up after the product is scaled too."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.num_experts = EXPERTS
+        self.gate_up_proj = nn.Parameter(torch.empty(EXPERTS, 2 * INNER, HIDDEN))
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(EXPERTS, 2 * INNER))
+        self.down_proj = nn.Parameter(torch.empty(EXPERTS, HIDDEN, INNER))
+        self.down_proj_bias = nn.Parameter(torch.empty(EXPERTS, HIDDEN))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        result = torch.zeros_like(states)
+        for expert in range(EXPERTS):
+            up_bias, down_bias = self.gate_up_proj_bias[expert], self.down_proj_bias[expert]
+            gated = nn.functional.linear(states, self.gate_up_proj[expert], up_bias)
+            part = nn.functional.linear(
+                self._apply_gate(gated), self.down_proj[expert], bias=down_bias
+            )
+            result = result + part * (weights * (index == expert)).sum(1, keepdim=True)
+        return result
+
+
 def _block(kind: type[nn.Module], implementation: str) -> nn.Module:
     """A block alone, from the few settings that its class reads."""
     config = SimpleNamespace(
@@ -290,6 +315,7 @@ UNCOMMON = {
     GptOssExperts: True,  # biases, a gate that clamps and adds one
     AriaExperts: True,
     DeepseekV4Experts: False,  # a gate that clamps
+    BiasedExperts: False,
     NemotronHExperts: False,  # no gate
     LongcatFlashExperts: False,  # experts that do nothing, implemented in one way
 }
@@ -550,10 +576,14 @@ def test_compiled_model_equals_eager(implementation: str) -> None:
     assert torch.equal(compiled(*inputs), base)
 
 
-def test_transforms_of_torch_func() -> None:
-    block = blocks_of(make_model("mixtral", "batched_mm"))[0]
+@pytest.mark.usefixtures("_nan_in_new_memory")
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_transforms_of_torch_func(implementation: str) -> None:
+    block = blocks_of(make_model("mixtral", implementation))[0]
+    block._is_expert_parallel = True
     rescaled(block)
     inputs = routed()
+    inputs[1][:, 1] = EXPERTS
 
     def loss(vectors: Tensor) -> Tensor:
         return functional_call(block, {"vectors.values": vectors}, inputs).square().sum()
