@@ -285,6 +285,28 @@ def test_fused_transformer_layers_are_rescaled_where_pefts_are_not() -> None:
         torch.testing.assert_close(ours(values), expected)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+def test_encoder_layers_that_leave_out_padding() -> None:
+    """In evaluation torch's encoder hands nested tensors to its layers where there is padding."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    base = nn.TransformerEncoder(layer, 2).eval()
+    config = IA3Config(
+        target_modules=["linear1", "linear2"],
+        feedforward_modules=["linear2"],
+        init_ia3_weights=False,
+    )
+    model = IA3Model(base, config).eval()
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    values = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        found = model(values, src_key_padding_mask=padding)
+        alone = model(values[:1, :2])
+        model.merge_adapter()
+        torch.testing.assert_close(found, model(values, src_key_padding_mask=padding))
+    torch.testing.assert_close(found[0, :2], alone[0])
+
+
 # -- dtypes and devices ----------------------------------------------------------------------------
 
 

@@ -38,6 +38,20 @@ class PeftType(StrEnum):
     IA3 = "IA3"
 
 
+OPTIONAL_STRING = ((str, type(None)), "a string")
+BOOLEAN = (bool, "True or False")
+# What a file may get wrong; other fields have checks of their own.
+FIELD_TYPES: list[tuple[str, Any, str]] = [
+    ("base_model_name_or_path", *OPTIONAL_STRING),
+    ("revision", *OPTIONAL_STRING),
+    ("inference_mode", *BOOLEAN),
+    ("fan_in_fan_out", *BOOLEAN),
+    ("init_ia3_weights", *BOOLEAN),
+    ("paper_sites", *BOOLEAN),
+    ("auto_mapping", (dict, type(None)), "a mapping"),
+]
+
+
 def _as_set(modules: Modules, field_name: str) -> str | set[str] | None:
     if modules is None or isinstance(modules, str):
         return modules
@@ -93,16 +107,20 @@ class IA3Config:
     unknown: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        for name, kinds, expected in FIELD_TYPES:
+            if not isinstance(getattr(self, name), kinds):
+                raise IA3Error(f"{name} is {getattr(self, name)!r}, expected {expected}")
         if self.peft_type != "IA3":
             raise IA3Error(f"peft_type is {self.peft_type!r}, expected 'IA3'")
         self.peft_type = PeftType.IA3.value
         if self.task_type is not None:
             self.task_type = _task_type(self.task_type)
-        if isinstance(self.modules_to_save, str):
-            raise IA3Error(
-                f"modules_to_save is {self.modules_to_save!r}, expected a list of names: "
-                f"[{self.modules_to_save!r}]"
-            )
+        if self.modules_to_save is not None:
+            names = self.modules_to_save
+            listed = isinstance(names, list | tuple | set)
+            if not listed or not all(isinstance(name, str) and name for name in names):
+                raise IA3Error(f"modules_to_save is {names!r}, expected a list of names")
+            self.modules_to_save = sorted(names) if isinstance(names, set) else list(names)
         self.target_modules = _as_set(self.target_modules, "target_modules")
         self.exclude_modules = _as_set(self.exclude_modules, "exclude_modules")
         self.feedforward_modules = _as_set(self.feedforward_modules, "feedforward_modules")

@@ -3,52 +3,42 @@
 from __future__ import annotations
 
 import json
-import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import store
-from .base_model import EMBEDDED_MODEL, BaseModel, load_base_model
+from .base_model import EMBEDDED_MODEL, BaseModel
 from .config import IA3Config
-from .errors import IA3Error, MissingExtraError, did_you_mean
+from .errors import IA3Error
 from .files import write_files
+from .hub import adapter_folder
 from .model import IA3Model
-from .tfew.encoding import EncodedExample, Encoder
-from .tfew.scoring import choice_scores
+from .ranking import RankingClassifier, Text, encode_all
+from .tfew.encoding import Encoder
+from .tfew.scoring import MAX_TOKENS, choice_scores
 from .tfew.templates import Template
 
-try:
-    import numpy as np
-    from sklearn.base import BaseEstimator, ClassifierMixin
-    from sklearn.exceptions import NotFittedError
-except ImportError as error:
-    raise MissingExtraError("scikit-learn", "tfew", "FewShotClassifier") from error
-
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
     from .tfew.training import TrainingStep
 
 TASK_NAME = "ia3_task.json"
 TASK_FORMAT = 1
-TEXT = "text"
 SETTINGS = ("chat", "steps", "learning_rate", "seed")
 # Every linear layer's output, and the feed-forward input of the architectures that name theirs. A
 # small model learns more from more sites, and in fewer steps (docs/benchmarks.md).
 SITES = "all-linear"
 
-Text = str | Mapping[str, Any]
-Label = str | int | bool
 
-
-class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class FewShotClassifier(RankingClassifier):
     """Text classification from a few labelled examples, by ranking answer choices.
 
     A frozen language model reads each text in a prompt, and the label whose words it finds most
@@ -70,6 +60,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             this one (docs/benchmarks.md).
         chat: put the prompt into the tokenizer's chat template.
         tokenizer: for a loaded model whose config does not say where it came from.
+        init_from: an adapter's folder or hub id, or an `Adapter`, such as another task's or one
+            trained on many tasks: `fit` begins with its vectors, at its sites, instead of ones.
+        max_tokens: computed at once, in training and in prediction; what has more is computed in
+            parts, with the same results but for rounding. Lower it where memory runs out.
 
     Attributes:
         classes_: the labels, `[classes]`, sorted.
@@ -94,6 +88,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         learning_rate: float = 1e-2,
         chat: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        init_from: str | Path | store.Adapter | None = None,
+        max_tokens: int = MAX_TOKENS,
     ) -> None:
         self.model = model
         self.template = template
@@ -105,15 +101,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.learning_rate = learning_rate
         self.chat = chat
         self.tokenizer = tokenizer
-
-    @property
-    def base(self) -> BaseModel:
-        """The model and its tokenizer, loaded when first used, shared with others of its name."""
-        # Held, so that the model stays in memory as long as a classifier uses it.
-        self._base = load_base_model(
-            self.model, tokenizer=self.tokenizer, device=self.device, dtype=self.dtype
-        )
-        return self._base
+        self.init_from = init_from
+        self.max_tokens = max_tokens
 
     def fit(
         self,
@@ -121,6 +110,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         labels: ArrayLike,
         *,
         on_step: Callable[[TrainingStep], None] | None = None,
+        checkpoints: str | Path | None = None,
     ) -> FewShotClassifier:
         """Train on labelled texts.
 
@@ -128,9 +118,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             texts: strings, or mappings from field names to values, `[examples]`.
             labels: strings, integers or booleans, `[examples]`.
             on_step: called after every optimizer step.
+            checkpoints: a folder in which the training is kept as it goes. The same call after a
+                break goes on from there, and ends as it would have without it.
 
         Raises:
-            IA3Error: the data, a template or the choices are unusable (the message says which).
+            IA3Error: the data, a template or the choices are unusable (the message says which),
+                `init_from` does not fit the model, or the checkpoints are those of another run.
+            FileNotFoundError: there is no adapter at `init_from`.
             DivergedError: the loss is not finite. What was fitted before stays.
         """
         # Brings transformers' Trainer, which prediction does without.
@@ -140,125 +134,60 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise IA3Error(f"steps is {self.steps}, expected at least 0")
         # The untuned model takes no step, but its settings are checked all the same.
         recipe = TFewConfig(
-            steps=max(self.steps, 1), learning_rate=self.learning_rate, seed=self.seed
+            steps=max(self.steps, 1),
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            max_tokens=self.max_tokens,
         )
-        examples = _examples(texts)
-        targets = _labels(labels, len(examples))
-        classes = sorted({*targets, *(self.choices or {})}, key=_order)
-        if len(classes) < 2:
-            raise IA3Error(
-                f"all labels are {classes[0]!r}: name at least two, in labels or in choices"
-            )
-        answers = _answer_choices(classes, self.choices)
-        if len({isinstance(label, str) for label in classes}) > 1:
-            raise IA3Error(f"the labels {classes} mix strings and numbers: expected one kind")
-        templates = _templates(self.template, examples[0])
-        for template in templates:
-            template.render(examples[0], answers)
+        task = self._read_task(texts, labels)
         base = self.base
-        encoder = Encoder(base, answers, chat=self.chat)
-        encoded = _encode(encoder, examples, templates)
+        encoder = Encoder(base, task.choices, chat=self.chat)
+        encoded = encode_all(encoder, task.examples, task.templates)
         config = IA3Config(
             task_type="SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM",
             target_modules=SITES,
         )
-        with _adapted(base, config, None) as ia3_model:
+        start = None if self.init_from is None else _start(self.init_from)
+        with _adapted(base, config, start, source="init_from") as ia3_model:
             history = []
             if self.steps > 0:
                 history = train(
                     base,
                     ia3_model,
                     [
-                        TrainingExample(e, classes.index(label))
-                        for e, label in zip(encoded, targets, strict=True)
+                        TrainingExample(e, task.classes.index(label))
+                        for e, label in zip(encoded, task.labels, strict=True)
                     ],
                     recipe,
                     on_step,
+                    checkpoints=checkpoints,
                 )
             adapter = ia3_model.adapter("default")
         adapter.vectors = {name: v.cpu().clone() for name, v in adapter.vectors.items()}
-        self.classes_ = np.array(classes)
-        self.choices_ = answers
-        self.templates_ = [template.source for template in templates]
-        self.fields_ = list(examples[0])
+        self._keep_task(
+            task.classes, task.choices, [t.source for t in task.templates], list(task.examples[0])
+        )
         self.settings_ = {name: getattr(self, name) for name in SETTINGS}
         self.adapter_ = adapter
         self.history_ = history
         return self
 
-    def predict_proba(
-        self, texts: Sequence[Text], *, progress: Callable[[int], None] | None = None
-    ) -> NDArray[np.float64]:
-        """The softmax of the choices' length-normalised log-probabilities.
-
-        Args:
-            texts: as in `fit`.
-            progress: called with the number of examples done since the last call, once a template.
-
-        Returns:
-            `[examples, classes]`, in the order of `classes_`; averaged over the templates.
-
-        Raises:
-            IA3Error: the model's scores are not finite.
-        """
-        self._check_fitted()
-        examples = _examples(texts)
-        for row, example in enumerate(examples):
-            missing = [name for name in self.fields_ if name not in example]
-            if missing:
-                raise IA3Error(
-                    f"text {row} has no field {missing[0]!r}: it has {list(example)}, the "
-                    f"classifier was fitted on {self.fields_}"
-                )
+    def _probabilities(
+        self, examples: list[Mapping[str, Any]], progress: Callable[[int], None] | None
+    ) -> Tensor:
         base = self.base
         encoder = Encoder(base, self.choices_, chat=self.settings_["chat"])
-        encoded = _encode(encoder, examples, [Template(source) for source in self.templates_])
+        encoded = encode_all(encoder, examples, [Template(source) for source in self.templates_])
         with _adapted(base, self.adapter_.config, self.adapter_):
             probabilities = [
-                choice_scores(base, list(of_template), progress=progress).double().softmax(-1)
+                choice_scores(
+                    base, list(of_template), max_tokens=self.max_tokens, progress=progress
+                )
+                .double()
+                .softmax(-1)
                 for of_template in zip(*encoded, strict=True)
             ]
-        averaged: NDArray[np.float64] = torch.stack(probabilities).mean(0).numpy()
-        for row in np.flatnonzero(~np.isfinite(averaged).all(1))[:1]:
-            raise IA3Error(
-                f"the model's scores of text {row} are not finite: its weights or the trained "
-                "vectors are broken, or its dtype is too narrow"
-            )
-        return averaged
-
-    def predict(
-        self, texts: Sequence[Text], *, progress: Callable[[int], None] | None = None
-    ) -> NDArray[Any]:
-        """The most probable label of each text, `[examples]`."""
-        return self.classes_at(self.predict_proba(texts, progress=progress))
-
-    def classes_at(self, probabilities: NDArray[np.float64]) -> NDArray[Any]:
-        """The labels of the highest probabilities, `[examples]`, from `predict_proba`'s result."""
-        most_probable: NDArray[Any] = self.classes_[probabilities.argmax(1)]
-        return most_probable
-
-    def score(
-        self, texts: Sequence[Text], labels: ArrayLike, sample_weight: ArrayLike | None = None
-    ) -> float:
-        """Accuracy.
-
-        Raises:
-            IA3Error: a label is not among `classes_`.
-        """
-        self._check_fitted()
-        self.check_labels(_labels(labels, len(texts)))
-        return float(super().score(texts, labels, sample_weight))
-
-    def check_labels(self, labels: Sequence[Label]) -> None:
-        """Raise `IA3Error` for the first label that is not among `classes_`."""
-        known = set(self.classes_.tolist())
-        for row, label in enumerate(labels):
-            if label not in known:
-                hint = did_you_mean(str(label), [str(c) for c in known])
-                raise IA3Error(
-                    f"label {label!r} (row {row}) is not among the choices "
-                    f"{self.classes_.tolist()}{hint}"
-                )
+        return torch.stack(probabilities).mean(0)
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -344,41 +273,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 f"{path} is not a saved classifier: {type(error).__name__}: {error}"
             ) from error
         classifier.adapter_ = store.read_adapter(folder)
-        classifier.classes_ = np.array(labels)
-        classifier.choices_ = choices
-        classifier.templates_ = templates
-        classifier.fields_ = fields
+        classifier._keep_task(labels, choices, templates, fields)
         classifier.settings_ = {name: getattr(classifier, name) for name in SETTINGS}
         classifier.history_ = []
         return classifier
 
-    # -- scikit-learn -----------------------------------------------------------------------------
-
-    def __sklearn_clone__(self) -> FewShotClassifier:
-        # scikit-learn would copy a loaded model, weights and all.
-        return type(self)(**self.get_params(deep=False))
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.string = True
-        tags.input_tags.two_d_array = False
-        return tags
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = dict(super().__getstate__())
-        state.pop("_base", None)
-        return state
-
-    # -- private ----------------------------------------------------------------------------------
-
-    def _check_fitted(self) -> None:
-        if not hasattr(self, "adapter_"):
-            raise NotFittedError("this FewShotClassifier is not fitted yet: call fit first")
-
 
 @contextmanager
 def _adapted(
-    base: BaseModel, config: IA3Config, adapter: store.Adapter | None
+    base: BaseModel, config: IA3Config, adapter: store.Adapter | None, source: str = "adapter"
 ) -> Iterator[IA3Model]:
     """The base model with one adapter on it, for as long as the context lasts."""
     with base.lock:
@@ -386,7 +289,7 @@ def _adapted(
         if adapter is None:
             ia3_model = IA3Model(base.model, config)
         else:
-            ia3_model = IA3Model.from_adapter(base.model, adapter)
+            ia3_model = IA3Model.from_adapter(base.model, adapter, source=source)
         try:
             yield ia3_model
         finally:
@@ -395,99 +298,11 @@ def _adapted(
                 module.training = training
 
 
-def _examples(texts: Sequence[Text]) -> list[Mapping[str, Any]]:
-    """Every text as a mapping from field names to values."""
-    if isinstance(texts, str | Mapping):
-        raise IA3Error(f"texts is one {type(texts).__name__}, expected a list of texts")
-    if hasattr(texts, "to_dict") and hasattr(texts, "columns"):
-        texts = texts.to_dict("records")
-    examples: list[Mapping[str, Any]] = []
-    for row, text in enumerate(texts):
-        if isinstance(text, str):
-            examples.append({TEXT: str(text)})
-        elif isinstance(text, Mapping):
-            examples.append(text)
-        else:
-            raise IA3Error(
-                f"text {row} is {text!r} ({type(text).__name__}), expected a string or a mapping "
-                "from field names to values"
-            )
-    if not examples:
-        raise IA3Error("there are no texts: expected at least one")
-    return examples
-
-
-def _labels(labels: ArrayLike, count: int) -> list[Label]:
-    plain: list[Any] = np.asarray(labels).tolist() if hasattr(labels, "dtype") else list(labels)  # type: ignore[arg-type]
-    plain = [label.item() if isinstance(label, np.generic) else label for label in plain]
-    if len(plain) != count:
-        raise IA3Error(f"there are {count} texts and {len(plain)} labels: expected one each")
-    for row, label in enumerate(plain):
-        if not isinstance(label, str | int | bool):
-            raise IA3Error(
-                f"label {row} is {label!r} ({type(label).__name__}), expected a string or integer"
-            )
-    return plain
-
-
-def _order(label: Label) -> tuple[str, Any]:
-    return ("", label) if isinstance(label, int) else ("str", label)
-
-
-def _answer_choices(classes: Sequence[Label], choices: Mapping[Any, str] | None) -> list[str]:
-    if choices is None:
-        if any(str(label).lstrip("-").isdecimal() or isinstance(label, bool) for label in classes):
-            warnings.warn(
-                f"the labels {list(classes)} are ranked as these words; what they mean, said in "
-                "choices={label: words}, helps the model",
-                stacklevel=3,
-            )
-        return [readable(label) for label in classes]
-    missing = [label for label in classes if label not in choices]
-    if missing:
-        hint = did_you_mean(str(missing[0]), [str(label) for label in choices])
-        raise IA3Error(f"choices has no words for the label {missing[0]!r}{hint}")
-    for label in classes:
-        if not isinstance(choices[label], str) or not choices[label].strip():
-            raise IA3Error(f"choices[{label!r}] is {choices[label]!r}, expected words")
-    return [choices[label] for label in classes]
-
-
-def readable(label: Label) -> str:
-    """A label's name as words: `card_arrival` and `cardArrival` are "card arrival"."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", str(label))
-    if words != str(label):
-        words = words.lower()
-    return " ".join(words.replace("_", " ").split()) or str(label)
-
-
-def _templates(template: str | Sequence[str] | None, example: Mapping[str, Any]) -> list[Template]:
-    if template is None:
-        return [Template(default_template(list(example)))]
-    sources = [template] if isinstance(template, str) else list(template)
-    if not sources:
-        raise IA3Error("template is an empty list: expected at least one template")
-    return [Template(source) for source in sources]
-
-
-def default_template(fields: Sequence[str]) -> str:
-    """The prompt used where none is given: the fields, and a word that asks for the label."""
-    if len(fields) == 1:
-        return f"{{{{ fields[{fields[0]!r}] }}}}\nCategory:"
-    # The name as a Jinja string, so that braces in it are no template.
-    lines = [f"{{{{ {field!r} }}}}: {{{{ fields[{field!r}] }}}}" for field in fields]
-    return "\n".join([*lines, "Category:"])
-
-
-def _encode(
-    encoder: Encoder, examples: Sequence[Mapping[str, Any]], templates: Sequence[Template]
-) -> list[tuple[EncodedExample, ...]]:
-    """Every example with every template, `[examples][templates]`, with one warning for all cut."""
-    encoded = [tuple(encoder.encode(e, template) for template in templates) for e in examples]
-    if encoder.truncated:
-        warnings.warn(
-            f"{encoder.truncated} of {len(examples) * len(templates)} prompts are longer than the "
-            "model's context: their texts were cut at the end",
-            stacklevel=3,
-        )
-    return encoded
+def _start(init_from: str | Path | store.Adapter) -> store.Adapter:
+    """The adapter to begin with, to be trained, as an adapter of the model it is put on."""
+    if isinstance(init_from, store.Adapter):
+        adapter = init_from
+    else:
+        adapter = store.read_adapter(adapter_folder(init_from, ["adapter_*"]))
+    config = replace(adapter.config, inference_mode=False, base_model_name_or_path=None)
+    return replace(adapter, config=config)

@@ -345,9 +345,10 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
         IA3Error: it contracts the axis that is not the inner one.
     """
     name = func.__name__
-    if name not in (*PRODUCTS, *GROUPED_PRODUCTS) or len(args) < 2:
+    ours = [isinstance(arg, _ScaledWeight) for arg in args[:2]]
+    if name not in (*PRODUCTS, *GROUPED_PRODUCTS) or len(args) < 2 or sum(ours) != 1:
         return None
-    at = 1 if isinstance(args[1], _ScaledWeight) else 0
+    at = ours.index(True)
     weight, other = args[at], args[1 - at]
     dims, rows = weight.weight.dim(), weight.rows
     options = [option for option in (*args[2:], *kwargs.values()) if option is not None]
@@ -370,6 +371,8 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     operands = list(args)
     operands[at] = weight.weight
     if weight.upper:
+        if weight.axis == contracted:
+            return None
         return _scale_upper(func(*operands, **kwargs), weight.vectors, rows, place)
     if weight.axis != contracted:
         raise IA3Error(

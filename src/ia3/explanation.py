@@ -25,7 +25,8 @@ def explanation(model: nn.Module, config: IA3Config) -> str:
     first = {_kind(target): target for target in reversed(targets)}
     for kind in dict.fromkeys(_kind(target) for target in targets):
         target, times = first[kind], kinds[kind]
-        rows.append((kind[0], target.side, str(times), f"{_values(target):,}", kind[4]))
+        name = kind[0] if times > 1 else target.name
+        rows.append((name, target.side, str(times), f"{_values(target):,}", target.why))
     total = sum(_values(target) for target in targets)
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
@@ -33,12 +34,12 @@ def explanation(model: nn.Module, config: IA3Config) -> str:
         f"{row[3]:>{widths[3]}}  {row[4]}"
         for row in rows
     ]
-    title = f"{type(model).__name__} ({model_type_of(model)})"
+    model_type = model_type_of(model)
+    title = type(model).__name__ + (f" ({model_type})" if model_type != "None" else "")
+    modules = "1 module" if len(targets) == 1 else f"{len(targets)} modules"
     frozen = sum(end - start for target in targets for start, end in target.frozen)
     stay = f", {frozen:,} of them stay one" if frozen else ""
-    return "\n".join(
-        [title, *lines, f"{len(targets)} modules, {total:,} values, {4 * total:,} bytes{stay}"]
-    )
+    return "\n".join([title, *lines, f"{modules}, {total:,} values, {4 * total:,} bytes{stay}"])
 
 
 def _kind(target: Target) -> tuple[str, str, tuple[int, ...], object, str]:

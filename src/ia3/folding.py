@@ -112,8 +112,14 @@ def write(module: nn.Module, slot: str, value: Any) -> None:
 
 
 def _is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate brings the module's weights for each call and takes them away again."""
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+    """Whether accelerate has taken the module's weights away until its next call."""
+    offloads = getattr(getattr(module, "_hf_hook", None), "offload", False)
+    return bool(offloads) and _is_empty(module)
+
+
+def _is_empty(module: nn.Module) -> bool:
+    parameters = (p for p in module._parameters.values() if p is not None)
+    return any(parameter.device.type == "meta" for parameter in parameters)
 
 
 def _write_offloaded(hook: Any, slot: str, value: Tensor) -> None:
@@ -130,11 +136,7 @@ def _write_offloaded(hook: Any, slot: str, value: Tensor) -> None:
 
 
 def _fold(module: nn.Module, name: str, scales: Mapping[Side, Tensor]) -> dict[str, Tensor]:
-    if any(
-        parameter.device.type == "meta"
-        for parameter in module._parameters.values()
-        if parameter is not None
-    ):
+    if _is_empty(module):
         raise IA3Error(f"cannot merge into {name!r}: its weights are not there (meta device)")
     if "inner" in scales:
         return experts.fold(module, scales["inner"])

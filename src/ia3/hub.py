@@ -72,7 +72,7 @@ def _snapshot(
     force_download: bool,
     local_files_only: bool,
 ) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
         LocalEntryNotFoundError,
@@ -89,7 +89,8 @@ def _snapshot(
                 token=token,
                 cache_dir=cache_dir,
                 force_download=force_download,
-                local_files_only=local_files_only,
+                # Some versions ask for the files of a commit even so, and fail.
+                local_files_only=local_files_only or is_offline_mode(),
             )
         )
     except HFValidationError as error:

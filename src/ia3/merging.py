@@ -94,18 +94,15 @@ class Merge:
                 product = product if side == "inner" else product.flatten()
                 sides = scales.setdefault(owner, {})
                 sides[side] = sides[side] * product if side in sides else product
-        owners = _owners(self.model)
+        sharing = _sharing(self.model)
         changes = []
         for name, sides in scales.items():
             for change in self._fold(name, sides):
-                parameter = self.model.get_submodule(name)._parameters.get(
-                    change.slot.split(".")[0]
-                )
-                others = [other for other in owners.get(id(parameter), []) if other != name]
-                if others:
+                other = sharing.get((name, change.slot.split(".")[0]))
+                if other is not None:
                     raise IA3Error(
-                        f"cannot merge into {name}.{change.slot}: {others[0]!r} shares it and "
-                        "would change too"
+                        f"cannot merge into {name}.{change.slot}: {other!r} shares it and would "
+                        "change too"
                     )
                 changes.append(change)
         return changes
@@ -130,10 +127,16 @@ def _check_finite(changes: Sequence[Change], adapters: Sequence[str]) -> None:
             )
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    owners: dict[int, list[str]] = {}
+def _sharing(model: nn.Module) -> dict[tuple[str, str], str]:
+    """Module and parameter name -> another module that has the very same parameter."""
+    owners: dict[int, list[tuple[str, str]]] = {}
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
+        for slot, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    return owners
+                owners.setdefault(id(parameter), []).append((name, slot))
+    return {
+        spot: next(name for name, _ in spots if name != spot[0])
+        for spots in owners.values()
+        if len({name for name, _ in spots}) > 1
+        for spot in spots
+    }

@@ -32,6 +32,7 @@ from .errors import IA3Error, did_you_mean
 from .files import write_files
 from .fingerprint import fingerprint
 from .hub import HubOptions, adapter_folder
+from .integrations.transformers import known_to_trainer
 from .merging import Merge
 from .sites import Site, check_free, displace, place, site_of, sites
 from .store import Adapter
@@ -48,6 +49,7 @@ HEADS = {
 DEFAULT_ADAPTER = "default"
 
 
+@known_to_trainer
 class IA3Model(nn.Module):
     """A base model with (IA)³ adapters on it (paper section 3.3).
 
@@ -148,7 +150,7 @@ class IA3Model(nn.Module):
             having = [adapter for adapter in adapters if adapter in site]
             if not having:
                 continue
-            summed[name] = torch.zeros(site.vector_shape, device=site[having[0]].device)
+            summed[name] = torch.zeros(site.activation.shape, device=site[having[0]].device)
             for adapter, weight in zip(adapters, weights, strict=True):
                 if adapter in having:
                     summed[name] += weight * site.vector(adapter).detach()
@@ -176,7 +178,7 @@ class IA3Model(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If no other is active then, the first that is left becomes so."""
         self._check_known([adapter_name])
-        if any(adapter_name in site.merged for _, _, site in self._sites()):
+        if adapter_name in self._merge.adapters:
             raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
         for _, module, site in self._sites():
             if adapter_name in site:
@@ -507,7 +509,8 @@ class IA3Model(nn.Module):
             model: the base model.
             model_id: the adapter's folder, or its id on the hub.
             adapter_name: the name it gets.
-            is_trainable: its vectors require gradients.
+            is_trainable: its vectors require gradients. Otherwise the model is put into evaluation
+                mode, as PEFT does.
             config: instead of the adapter's own.
             autocast_adapter_dtype, low_cpu_mem_usage: taken for PEFT's sake; vectors are always
                 float32 and made once.
@@ -521,7 +524,8 @@ class IA3Model(nn.Module):
             IA3Error: its files are broken or do not fit the model, which is then unchanged.
         """
         adapter = _read_adapter(model_id, config, is_trainable, **hub)
-        return cls.from_adapter(model, adapter, adapter_name, source=str(model_id))
+        self = cls.from_adapter(model, adapter, adapter_name, source=str(model_id))
+        return self if is_trainable else self.eval()
 
     @classmethod
     def from_adapter(
@@ -556,10 +560,19 @@ class IA3Model(nn.Module):
         low_cpu_mem_usage: bool = False,
         **hub: Unpack[HubOptions],
     ) -> None:
-        """Load a further adapter, not yet active; raises as `from_pretrained` does."""
+        """Load a further adapter, not yet active; raises as `from_pretrained` does.
+
+        Under the name of one that is there, its values are loaded into that one, in place: an
+        optimizer that holds its parameters goes on with them.
+        """
         adapter = _read_adapter(model_id, None, is_trainable, **hub)
         with _naming(str(model_id)):
-            self._add(adapter_name, adapter.config, adapter)
+            if adapter_name in self.peft_config:
+                self._load_into(adapter_name, adapter)
+            else:
+                self._add(adapter_name, adapter.config, adapter)
+        if not is_trainable:
+            self.eval()
 
     def push_to_hub(
         self,
@@ -585,10 +598,12 @@ class IA3Model(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, adapter_name=adapter_name)
             names = [adapter_name] if adapter_name else list(self.peft_config)
-            base = self.peft_config[names[0]].base_model_name_or_path
-            card = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft"]
-            card += ["tags:", "- ia3", "---", ""]
-            write_files(folder, {"README.md": "\n".join(card).encode()})
+            if not api.file_exists(repo.repo_id, "README.md", revision=revision):
+                base = self.peft_config[names[0]].base_model_name_or_path
+                # A folder of this machine means nothing on the hub.
+                known = [f"base_model: {base}"] if base and not Path(base).exists() else []
+                card = ["---", *known, "library_name: peft", "tags:", "- ia3", "---", ""]
+                write_files(folder, {"README.md": "\n".join(card).encode()})
             commit = api.upload_folder(
                 repo_id=repo.repo_id,
                 folder_path=folder,
@@ -672,6 +687,27 @@ class IA3Model(nn.Module):
                 load_copy(copies[adapter_name], name, stored.copies)
         self.peft_config[adapter_name] = resolved
         self._hide_from_checkpoints()
+
+    def _load_into(self, adapter_name: str, stored: Adapter) -> None:
+        if adapter_name in self._merge.adapters:
+            raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
+        having = [(name, site) for name, _, site in self._sites() if adapter_name in site]
+        held = [(name, copies) for name, _, copies in self._copies() if adapter_name in copies]
+        kind = type(self.model).__name__
+        check_vectors(stored.vectors, [site.target(name) for name, site in having], kind)
+        check_copies(stored.copies, [name for name, _ in held], self.model)
+        for name, site in having:
+            here, there = site.frozen.get(adapter_name, ()), stored.frozen.get(name, ())
+            if here != there:
+                raise IA3Error(
+                    f"the adapter does not fit {adapter_name!r}: of the vector of {name!r} the "
+                    f"values {list(there)} stay one, expected {list(here)}"
+                )
+        with torch.no_grad():
+            for name, site in having:
+                site[adapter_name].copy_(stored.vectors[name])
+        for name, copies in held:
+            load_copy(copies[adapter_name], name, stored.copies)
 
     def _sites(self) -> Iterator[tuple[str, nn.Module, Site]]:
         return sites(self.model)

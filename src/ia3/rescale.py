@@ -59,6 +59,9 @@ def rescale(activation: Tensor, vector: Tensor, *, in_place: bool = False) -> Te
     Returns:
         `[..., dim]` in the activation's dtype; the same tensor object when written in place.
     """
+    if activation.is_nested:
+        parts = [rescale(part, vector) for part in activation.unbind()]
+        return torch.nested.as_nested_tensor(parts)
     if (
         not in_place
         or torch.compiler.is_compiling()

@@ -32,9 +32,7 @@ class Site(nn.Module):
     def __init__(self, target: Target) -> None:
         super().__init__()
         self.side = target.side
-        self.dim = target.activation.dim
-        self.vector_shape = target.activation.shape
-        self.factor_shape = target.activation.factor_shape
+        self.activation = target.activation
         self.frozen: dict[str, Frozen] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
@@ -66,7 +64,7 @@ class Site(nn.Module):
         return self
 
     def add(self, adapter: str, vector: Tensor, frozen: Frozen = ()) -> None:
-        """Store a vector of `vector_shape` under an adapter's name, not to be trained yet.
+        """Store a vector of `Activation.shape` under an adapter's name, not to be trained yet.
 
         Args:
             frozen: half-open ranges of it that count as one whatever the vector holds.
@@ -74,13 +72,25 @@ class Site(nn.Module):
         # Not register_parameter: it refuses names that are also methods of this class ("product").
         self._parameters[adapter] = nn.Parameter(vector, requires_grad=False)
         if frozen:
-            mask = torch.zeros(self.dim, dtype=torch.bool)
+            mask = torch.zeros(self.activation.dim, dtype=torch.bool)
             for start, end in frozen:
                 mask[start:end] = True
             self.frozen[adapter] = frozen
             name = _mask_name(adapter)
-            self._buffers[name] = mask.reshape(self.vector_shape).to(vector.device)
+            self._buffers[name] = mask.reshape(self.activation.shape).to(vector.device)
             self._non_persistent_buffers_set.add(name)
+
+    def target(self, name: str) -> Target:
+        """What this site rescales, `name` being its module's."""
+        return Target(name, self.side, self.activation)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        with torch.no_grad():
+            for adapter in self.frozen:
+                self[adapter].copy_(self.vector(adapter))
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter's vector."""
@@ -91,8 +101,12 @@ class Site(nn.Module):
             self._non_persistent_buffers_set.discard(name)
 
     def vector(self, adapter: str) -> Tensor:
-        """An adapter's vector, `vector_shape`, with its frozen values one."""
+        """An adapter's vector, `Activation.shape`, with its frozen values one."""
         vector: Tensor = self[adapter]
+        if vector.is_meta and hasattr(self, "_hf_hook"):
+            # accelerate brings a module's tensors for its forward, and a site has none.
+            hook: Any = self._hf_hook
+            vector = hook.weights_map[adapter].to(hook.execution_device)
         if adapter in self.frozen:
             mask = self._buffers[_mask_name(adapter)]
             assert mask is not None
@@ -114,7 +128,9 @@ class Site(nn.Module):
             if self.side == "inner":
                 self._handle = experts.attach(module, self.active_product)
             elif self.side == "input":
-                self._handle = module.register_forward_pre_hook(self._rescale_input)
+                self._handle = module.register_forward_pre_hook(
+                    self._rescale_input, with_kwargs=True
+                )
             else:
                 self._handle = module.register_forward_hook(self._rescale_output)
         elif not wanted and self._handle is not None:
@@ -126,7 +142,7 @@ class Site(nn.Module):
         product = self.vector(adapters[0])
         for name in adapters[1:]:
             product = product * self.vector(name)
-        return product.reshape(self.factor_shape)
+        return product.reshape(self.activation.factor_shape)
 
     def active_product(self) -> Tensor:
         """The product of the active adapters' vectors."""
@@ -135,9 +151,15 @@ class Site(nn.Module):
     def _rescale_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return rescale(output, self.product(self.active), in_place=is_fresh(module, own_hooks=1))
 
-    def _rescale_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _rescale_input(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Never in place: siblings may read the same input, and a ReLU before it keeps it.
-        return (rescale(args[0], self.product(self.active)), *args[1:])
+        product = self.product(self.active)
+        if args:
+            return (rescale(args[0], product), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return (), {**kwargs, name: rescale(kwargs[name], product)}
 
 
 def site_of(module: nn.Module) -> Site | None:

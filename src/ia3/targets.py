@@ -105,12 +105,19 @@ def resolve(
             values["target_modules"], default, found = _peft_defaults(model, model_type)
             if config.feedforward_modules is None:
                 values["feedforward_modules"] = default
-        why = {site.name: site.why for site in found}
+            why = {
+                name: f"PEFT's default {entry!r}"
+                for entry in values["target_modules"]
+                for name in base_modules(model)
+                if matches(name, [entry])
+            }
+        why.update({site.name: site.why for site in found})
         ranges.update({site.name: site.frozen for site in found if site.frozen})
     elif _is_all_linear(config.target_modules):
         linear = [name for name, module in model.named_modules() if linear_features(module)]
         chosen = [name for name in linear if name not in _output_layer(model, config.task_type)]
         values["target_modules"] = names_or_suffixes(model, chosen)
+        why = dict.fromkeys(chosen, "linear layer")
     if values["feedforward_modules"] is None:
         values["target_modules"], values["feedforward_modules"] = _default_feedforward(
             model, values["target_modules"]

@@ -1,0 +1,627 @@
+"""`modules_to_save`: whole modules that train and are saved with an adapter."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
+
+import ia3
+from ia3 import IA3Config, IA3Error, IA3Model, PeftModel, get_peft_model
+
+VOCABULARY = 48
+LABELS = 3
+BERT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+def _llama_classifier() -> PreTrainedModel:
+    return LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            pad_token_id=0,
+            num_labels=LABELS,
+        )
+    )
+
+
+# Task type -> (a model, the name of its head).
+TASKS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "SEQ_CLS": (
+        lambda: BertForSequenceClassification(BertConfig(**BERT, num_labels=LABELS)),
+        "classifier",
+    ),
+    "SEQ_CLS of a decoder": (_llama_classifier, "score"),
+    "TOKEN_CLS": (
+        lambda: BertForTokenClassification(BertConfig(**BERT, num_labels=LABELS)),
+        "classifier",
+    ),
+    "QUESTION_ANS": (lambda: BertForQuestionAnswering(BertConfig(**BERT)), "qa_outputs"),
+}
+EVERY_TASK = pytest.mark.parametrize("task", TASKS)
+
+
+def make(task: str) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return TASKS[task][0]().eval()
+
+
+def inputs(task: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, VOCABULARY, (4, 7), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if task == "QUESTION_ANS":
+        return {**batch, "start_positions": ids[:, 0] % 7, "end_positions": ids[:, 1] % 7}
+    return {**batch, "labels": ids % LABELS if task == "TOKEN_CLS" else ids[:, 0] % LABELS}
+
+
+def config_of(library: Any, task: str, **more: Any) -> Any:
+    return library.IA3Config(task_type=task.split()[0], **more)
+
+
+def adapted(task: str, seed: int = 0) -> IA3Model:
+    model = get_peft_model(make(task), config_of(ia3, task))
+    disturb(model, seed)
+    return model
+
+
+def disturb(model: nn.Module, seed: int) -> None:
+    """New values for all that trains."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.mul_(1 + 0.3 * noise).add_(0.1 * noise)
+
+
+def result(model: Any, task: str) -> Tensor:
+    with torch.no_grad():
+        out = model(**inputs(task))
+    scores = out.start_logits if task == "QUESTION_ANS" else out.logits
+    assert isinstance(scores, Tensor)
+    return scores
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All there is to a module: its tensors, hooks, instance attributes and what trains."""
+    return {
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "forward": [name for name, part in model.named_modules() if "forward" in part.__dict__],
+        "hooks": [
+            name
+            for name, part in model.named_modules()
+            if part._forward_hooks or part._forward_pre_hooks
+        ],
+        "modules": [id(part) for part in model.modules()],
+        "trained": [name for name, p in model.named_parameters() if p.requires_grad],
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    now = state(model)
+    assert {name: now[name] for name in now if name != "tensors"} == {
+        name: before[name] for name in before if name != "tensors"
+    }
+    torch.testing.assert_close(now["tensors"], before["tensors"], rtol=0, atol=0, equal_nan=True)
+
+
+# -- equal to PEFT ---------------------------------------------------------------------------------
+
+
+@EVERY_TASK
+def test_both_libraries_train_the_same(task: str) -> None:
+    models = []
+    for library in (ia3, peft):
+        model = library.get_peft_model(make(task), config_of(library, task))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        for _ in range(4):
+            model(**inputs(task)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+    ours, theirs = (result(model, task) for model in models)
+    assert (ours - result(make(task), task)).norm() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    merged, peft_merged = (model.merge_and_unload() for model in models)
+    torch.testing.assert_close(
+        result(merged, task), result(peft_merged, task), rtol=1e-5, atol=1e-6
+    )
+
+
+@EVERY_TASK
+def test_peft_reads_our_files_and_we_read_pefts(task: str, tmp_path: Path) -> None:
+    model = adapted(task)
+    expected = result(model, task)
+    model.save_pretrained(tmp_path / "ours")
+    peft_model = peft.PeftModel.from_pretrained(make(task), tmp_path / "ours").eval()
+    torch.testing.assert_close(result(peft_model, task), expected, rtol=1e-5, atol=1e-6)
+    peft_model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (
+        load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "theirs")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    again = PeftModel.from_pretrained(make(task), tmp_path / "theirs")
+    assert torch.equal(result(again, task), expected)
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+@EVERY_TASK
+def test_parameters_are_counted_as_peft_counts_them(
+    task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = get_peft_model(make(task), config_of(ia3, task))
+    peft_model = peft.get_peft_model(make(task), config_of(peft, task))
+    assert model.get_nb_trainable_parameters() == peft_model.get_nb_trainable_parameters()
+    model.print_trainable_parameters()
+    peft_model.print_trainable_parameters()
+    ours, theirs = capsys.readouterr().out.splitlines()
+    assert ours == theirs
+
+
+@pytest.mark.filterwarnings("ignore:.*tie:UserWarning", "ignore:.*fan_in_fan_out:UserWarning")
+def test_a_copied_output_layer_shares_no_weights(
+    tiny_gpt2: PreTrainedModel,
+) -> None:
+    """A copy of the output layer is its own; the embedding keeps the shared weights."""
+    base = copy.deepcopy(tiny_gpt2)
+    ids = torch.randint(3, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
+    outs = []
+    for library in (ia3, peft):
+        config = library.IA3Config(
+            target_modules=["c_attn"], feedforward_modules=[], modules_to_save=["lm_head"]
+        )
+        model = library.get_peft_model(copy.deepcopy(base), config)
+        disturb(model, 0)
+        embedding = model.get_base_model().get_input_embeddings().weight
+        assert torch.equal(embedding, base.get_input_embeddings().weight)
+        outs.append(model(input_ids=ids).logits.detach())
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-6)
+
+
+# -- several adapters ------------------------------------------------------------------------------
+
+
+@EVERY_TASK
+def test_each_adapter_has_its_head(task: str) -> None:
+    plain = result(make(task), task)
+    first, second = adapted(task, seed=1), adapted(task, seed=2)
+    expected = {"default": result(first, task), "other": result(second, task)}
+    first.add_adapter("other", config_of(ia3, task))
+    assert torch.equal(result(first, task), expected["default"])
+    first.set_adapter("other")
+    fresh = result(first, task)
+    # A new head starts as the base model's, as a new vector starts from one.
+    assert torch.equal(fresh, plain)
+    disturb(first, seed=2)
+    for name in ("default", "other", "default"):
+        first.set_adapter(name)
+        assert torch.equal(result(first, task), expected[name])
+        trained = [n for n, p in first.named_parameters() if p.requires_grad]
+        assert all(f".ia3_l.{name}" in n for n in trained)
+        head = TASKS[task][1]
+        assert any(f"{head}.ia3_l.{name}." in n for n in trained)
+    with first.disable_adapter():
+        assert torch.equal(result(first, task), plain)
+    assert torch.equal(result(first, task), expected["default"])
+
+
+def test_only_one_of_two_heads_can_be_active() -> None:
+    model = adapted("SEQ_CLS", seed=1)
+    expected = result(model, "SEQ_CLS")
+    model.add_adapter("other", IA3Config(task_type="SEQ_CLS"))
+    with pytest.raises(IA3Error, match=r"\['default', 'other'\].*'classifier'.*only one"):
+        model.set_adapter(["default", "other"])
+    assert model.active_adapters == ["default"]
+    assert torch.equal(result(model, "SEQ_CLS"), expected)
+
+
+def test_a_head_and_an_adapter_without_one_are_active_together() -> None:
+    task = "SEQ_CLS"
+    model = adapted(task, seed=1)
+    without = IA3Config(target_modules=["query"], feedforward_modules=[])
+    model.add_adapter("without", without)
+    model.set_adapter(["default", "without"])
+    assert torch.equal(result(model, task), result(adapted(task, seed=1), task))
+    model.set_adapter("without")
+    # The base model's head.
+    assert torch.equal(result(model, task), result(make(task), task))
+
+
+def test_deleting_an_adapter_deletes_its_head() -> None:
+    task = "SEQ_CLS"
+    base = make(task)
+    before = state(base)
+    model = get_peft_model(base, IA3Config(task_type=task))
+    model.add_adapter("other", IA3Config(task_type=task))
+    model.set_adapter("other")
+    disturb(model, 2)
+    expected = result(model, task)
+    model.delete_adapter("default")
+    assert torch.equal(result(model, task), expected)
+    assert not any(".default" in name for name in model.state_dict())
+    model.delete_adapter("other")
+    model.unload()
+    assert_unchanged(base, before)
+
+
+def test_several_heads_in_one_folder_are_read_by_both_libraries(tmp_path: Path) -> None:
+    task = "SEQ_CLS"
+    model = adapted(task, seed=1)
+    model.add_adapter("other", IA3Config(task_type=task))
+    model.set_adapter("other")
+    disturb(model, 2)
+    expected = result(model, task)
+    model.save_pretrained(tmp_path / "ours")
+    peft_model = peft.PeftModel.from_pretrained(make(task), tmp_path / "ours")
+    peft_model.load_adapter(tmp_path / "ours" / "other", "other")
+    peft_model.set_adapter("other")
+    torch.testing.assert_close(result(peft_model.eval(), task), expected, rtol=1e-5, atol=1e-6)
+    peft_model.save_pretrained(tmp_path / "theirs")
+    again = PeftModel.from_pretrained(make(task), tmp_path / "theirs")
+    again.load_adapter(tmp_path / "theirs" / "other", "other")
+    again.set_adapter("other")
+    assert torch.equal(result(again, task), expected)
+
+
+# -- merging, unloading, copying -------------------------------------------------------------------
+
+
+@EVERY_TASK
+def test_merging_puts_the_values_into_the_very_module(task: str) -> None:
+    base = make(task)
+    head = base.get_submodule(TASKS[task][1])
+    parameters = {id(p) for p in base.parameters()}
+    model = get_peft_model(base, config_of(ia3, task))
+    disturb(model, 3)
+    expected = result(model, task)
+    merged = model.merge_and_unload()
+    assert merged is base
+    assert base.get_submodule(TASKS[task][1]) is head
+    assert {id(p) for p in base.parameters()} == parameters
+    torch.testing.assert_close(result(base, task), expected, rtol=1e-5, atol=1e-6)
+    assert not any("ia3_l" in name for name, _ in base.named_modules())
+    assert all("forward" not in part.__dict__ for part in base.modules())
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+@EVERY_TASK
+def test_unloading_restores_everything(task: str) -> None:
+    base = make(task)
+    before = state(base)
+    model = get_peft_model(base, config_of(ia3, task))
+    disturb(model, 3)
+    model.merge_adapter()
+    assert model.unload() is base
+    assert_unchanged(base, before)
+
+
+def test_base_checkpoints_stay_plain(tmp_path: Path) -> None:
+    task = "SEQ_CLS"
+    base = make(task)
+    plain = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = get_peft_model(base, IA3Config(task_type=task))
+    disturb(model, 3)
+    base.load_state_dict(plain, strict=True)
+    base.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == plain.keys()
+    again, info = BertForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(result(again, task), result(make(task), task))
+
+
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_are_independent(twin: Callable[[IA3Model], IA3Model]) -> None:
+    task = "SEQ_CLS"
+    model = adapted(task)
+    expected = result(model, task)
+    other = twin(model)
+    assert torch.equal(result(other, task), expected)
+    disturb(other, 5)
+    assert not torch.equal(result(other, task), expected)
+    assert torch.equal(result(model, task), expected)
+    with other.disable_adapter():
+        assert torch.equal(result(other, task), result(make(task), task))
+    assert all("forward" not in part.__dict__ for part in other.unload().modules())
+    assert torch.equal(result(model, task), expected)
+
+
+def test_casting_and_moving_take_the_copies_along() -> None:
+    task = "SEQ_CLS"
+    model = adapted(task).to(torch.bfloat16)
+    copies = [p for n, p in model.named_parameters() if "classifier.ia3_l.default" in n]
+    assert copies
+    assert all(p.dtype == torch.bfloat16 for p in copies)
+    assert result(model, task).dtype == torch.bfloat16
+
+
+def test_compiles_to_one_graph() -> None:
+    task = "SEQ_CLS"
+    model = adapted(task)
+    expected = result(model, task)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(result(compiled, task), expected, rtol=1e-5, atol=1e-6)
+
+
+# -- modules of every kind -------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """A trunk, and a head of several layers with a state of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.head = nn.ModuleDict(
+            {"norm": nn.BatchNorm1d(8), "out": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.head["norm"](self.trunk(x))
+        scores: Tensor = self.head["out"](hidden)
+        return scores
+
+
+TRUNK = {"target_modules": ["trunk.0", "trunk.2"], "feedforward_modules": ["trunk.2"]}
+
+
+def make_net() -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Net()
+
+
+def train_net(model: nn.Module, steps: int = 3) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(steps):
+        model(torch.randn(5, 6, generator=generator)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def test_buffers_of_a_copy_are_its_own(tmp_path: Path) -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    base = make_net()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    saved = ["head.norm", "head.out.1"]
+    model = get_peft_model(base, IA3Config(**TRUNK, modules_to_save=saved))
+    peft_model = peft.get_peft_model(make_net(), peft.IA3Config(**TRUNK, modules_to_save=saved))
+    train_net(model)
+    train_net(peft_model)
+    expected = model(x)
+    torch.testing.assert_close(expected, peft_model(x), rtol=1e-5, atol=1e-6)
+    own = {name: t for name, t in base.state_dict().items() if "ia3_l" not in name}
+    torch.testing.assert_close(own, before, rtol=0, atol=0)
+    model.save_pretrained(tmp_path / "ours")
+    peft_model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (
+        load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "theirs")
+    )
+    assert "base_model.model.head.norm.running_mean" in ours
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for folder in ("ours", "theirs"):
+        again = PeftModel.from_pretrained(make_net().eval(), tmp_path / folder)
+        torch.testing.assert_close(again(x), expected, rtol=1e-5, atol=1e-6)
+    merged = model.merge_and_unload()
+    assert merged is base
+    torch.testing.assert_close(merged.eval()(x), expected, rtol=1e-5, atol=1e-6)
+    assert base.head["norm"].num_batches_tracked == 3
+
+
+def test_a_container_is_saved_whole(tmp_path: Path) -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    model = get_peft_model(make_net().eval(), IA3Config(**TRUNK, modules_to_save=["out"]))
+    trained = {
+        n.split("ia3_l.default.")[-1] for n, p in model.named_parameters() if p.requires_grad
+    }
+    assert {"0.weight", "0.bias", "1.weight", "1.bias"} <= trained
+    disturb(model, 1)
+    model.save_pretrained(tmp_path)
+    peft_model = peft.PeftModel.from_pretrained(make_net().eval(), tmp_path)
+    torch.testing.assert_close(model(x), peft_model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_targets_inside_a_saved_module_are_trained_with_it() -> None:
+    """They need no vector: PEFT's rule."""
+    model = get_peft_model(
+        make_net(),
+        IA3Config(
+            target_modules=["trunk.0", "out.0"],
+            feedforward_modules=[],
+            modules_to_save=["head.out"],
+        ),
+    )
+    assert model.vectors("default").keys() == {"trunk.0"}
+
+
+# -- under accelerate's hooks ----------------------------------------------------------------------
+
+
+class Shift(AlignDevicesHook):  # type: ignore[misc]
+    """A hook whose work can be seen."""
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = super().pre_forward(module, *args, **kwargs)
+        return (args[0] + 1, *args[1:]), kwargs
+
+
+def net_results(hook_first: bool | None) -> tuple[Tensor, Tensor]:
+    """(with the adapter, without) for a net whose last layer is hooked before, after or never."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    base = make_net().eval()
+    if hook_first is True:
+        add_hook_to_module(base.head["out"][1], Shift(execution_device="cpu"))
+    model = get_peft_model(base, IA3Config(**TRUNK, modules_to_save=["out.1"]))
+    disturb(model, 1)
+    if hook_first is False:
+        add_hook_to_module(base.head["out"][1], Shift(execution_device="cpu"))
+    adapted = model(x).detach()
+    return adapted, model.unload()(x).detach()
+
+
+def test_a_hook_works_whether_it_was_there_before_or_comes_after() -> None:
+    (before, base_before), (after, base_after) = net_results(True), net_results(False)
+    assert torch.equal(before, after)
+    assert torch.equal(base_before, base_after)
+    never, base_never = net_results(None)
+    assert not torch.allclose(before, never)
+    assert not torch.allclose(base_before, base_never)
+
+
+@pytest.mark.parametrize("hook_first", [True, False])
+def test_removing_a_hook_leaves_the_copy(hook_first: bool) -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    base = make_net().eval()
+    layer = base.head["out"][1]
+    if hook_first:
+        add_hook_to_module(layer, Shift(execution_device="cpu"))
+    model = get_peft_model(base, IA3Config(**TRUNK, modules_to_save=["out.1"]))
+    disturb(model, 1)
+    if not hook_first:
+        add_hook_to_module(layer, Shift(execution_device="cpu"))
+    remove_hook_from_module(layer)
+    never, base_never = net_results(None)
+    assert torch.equal(model(x), never)
+    assert torch.equal(model.unload()(x), base_never)
+
+
+def test_offloaded_weights_are_copied_from_where_they_are() -> None:
+    """accelerate keeps them aside and leaves the module on the meta device between two calls."""
+    base = make_net().eval()
+    layer = base.head["out"][1]
+    weights = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    add_hook_to_module(
+        layer, AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights)
+    )
+    assert layer.weight.device.type == "meta"
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    model = get_peft_model(base, IA3Config(**TRUNK, modules_to_save=["out.1"]))
+    plain = make_net().eval()
+    assert torch.equal(model(x), plain(x))
+    disturb(model, 1)
+    never, _ = net_results(None)
+    assert torch.equal(model(x), never)
+    with model.disable_adapter():
+        assert torch.equal(model(x), plain(x))
+    assert layer.weight.device.type == "meta"
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+def test_a_name_that_matches_nothing_is_an_error() -> None:
+    base = make("SEQ_CLS")
+    before = state(base)
+    with pytest.raises(IA3Error, match=r"'clasifier' matches nothing.*did you mean 'classifier'"):
+        get_peft_model(base, IA3Config(modules_to_save=["clasifier"]))
+    assert_unchanged(base, before)
+
+
+def test_a_module_within_a_saved_one_is_an_error() -> None:
+    base = make_net()
+    before = state(base)
+    with pytest.raises(IA3Error, match=r"'head.out.1' is part of 'head.out'"):
+        get_peft_model(base, IA3Config(**TRUNK, modules_to_save=["head.out", "head.out.1"]))
+    assert_unchanged(base, before)
+
+
+def test_a_module_without_parameters_is_an_error() -> None:
+    base = make_net()
+    before = state(base)
+    with pytest.raises(IA3Error, match=r"'trunk.1' has no parameters"):
+        get_peft_model(base, IA3Config(**TRUNK, modules_to_save=["trunk.1"]))
+    assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("saved_first", [True, False])
+def test_what_one_adapter_rescales_another_cannot_save(saved_first: bool) -> None:
+    base = make_net()
+    rescales = IA3Config(target_modules=["trunk.0"], feedforward_modules=[])
+    saves = IA3Config(
+        target_modules=["trunk.2"], feedforward_modules=[], modules_to_save=["trunk.0"]
+    )
+    first, second = (saves, rescales) if saved_first else (rescales, saves)
+    model = get_peft_model(base, first)
+    before = state(base)
+    with pytest.raises(IA3Error, match=r"'trunk.0'"):
+        model.add_adapter("second", second)
+    assert_unchanged(base, before)
+    assert list(model.peft_config) == ["default"]
+
+
+def _change(tensors: dict[str, Tensor], what: str) -> str:
+    """Spoil a file's tensors and return what the error should name."""
+    key = "base_model.model.classifier.weight"
+    if what == "missing":
+        del tensors[key]
+        return r"lacks 'classifier.weight'"
+    if what == "extra":
+        tensors["base_model.model.pooler.weight"] = torch.ones(2)
+        return r"holds 'pooler.weight'"
+    tensors[key] = torch.ones(LABELS + 2, 16)
+    return r"'classifier.weight' is \[5, 16\], expected \[3, 16\]"
+
+
+@pytest.mark.parametrize("what", ["missing", "extra", "shape"])
+def test_a_head_that_does_not_fit_leaves_the_model_unchanged(tmp_path: Path, what: str) -> None:
+    adapted("SEQ_CLS").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    message = _change(tensors, what)
+    save_file(tensors, file, metadata={"format": "pt"})
+    base = make("SEQ_CLS")
+    before = state(base)
+    with pytest.raises(IA3Error, match=message):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert_unchanged(base, before)
+    model = get_peft_model(base, IA3Config(task_type="SEQ_CLS"))
+    before = state(base)
+    with pytest.raises(IA3Error, match=message):
+        model.load_adapter(tmp_path, "other")
+    assert_unchanged(base, before)
+
+
+def test_a_head_for_another_number_of_labels_is_an_error(tmp_path: Path) -> None:
+    adapted("SEQ_CLS").save_pretrained(tmp_path)
+    base = BertForSequenceClassification(BertConfig(**BERT, num_labels=LABELS + 1))
+    before = state(base)
+    with pytest.raises(IA3Error, match=r"classifier.*\[3.*\[4"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert_unchanged(base, before)
