@@ -700,8 +700,8 @@ class IA3Model(nn.Module):
             here, there = site.frozen.get(adapter_name, ()), stored.frozen.get(name, ())
             if here != there:
                 raise IA3Error(
-                    f"the adapter does not fit {adapter_name!r}: of the vector of {name!r} the "
-                    f"values {list(there)} stay one, expected {list(here)}"
+                    f"the adapter does not fit {adapter_name!r}: other values of its vectors stay "
+                    f"one: of {name!r} {list(there)}, expected {list(here)}"
                 )
         with torch.no_grad():
             for name, site in having:
