@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from conftest import MakeModel
+from conftest import VOCABULARY, MakeInputs, MakeModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ia3 import IA3Config, IA3Error, IA3Model
 
@@ -307,3 +308,31 @@ def test_a_failed_write_changes_nothing(tmp_path: Path, limit: int) -> None:
     assert [tuple(vector.shape) for vector in vectors.values()] == [(4000, 1), (1, 4000)]
     assert all(torch.equal(vector, torch.ones_like(vector)) for vector in vectors.values())
     assert IA3Config.from_json(tmp_path / "before" / CONFIG).target_modules == {"0", "1"}
+
+
+@pytest.mark.parametrize("rescaled", ["k_proj", "lm_head"])
+def test_pefts_files_with_embeddings_in_them(
+    make_model: MakeModel, make_inputs: MakeInputs, tmp_path: Path, rescaled: str
+) -> None:
+    """PEFT puts embeddings beside the vectors where tokens were added or the head is rescaled."""
+
+    def base() -> PreTrainedModel:
+        make_model("llama").save_pretrained(tmp_path / "base")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+        if rescaled != "lm_head":
+            torch.manual_seed(1)
+            model.resize_token_embeddings(VOCABULARY + 3)
+        return model
+
+    config = peft.IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=[rescaled],
+        feedforward_modules=[],
+        init_ia3_weights=False,
+    )
+    theirs = peft.get_peft_model(base(), config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = IA3Model.from_pretrained(base(), tmp_path / "adapter")
+    inputs = make_inputs("llama")
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)

@@ -112,7 +112,7 @@ class IA3Config:
                 raise IA3Error(f"{name} is {getattr(self, name)!r}, expected {expected}")
         if self.peft_type != "IA3":
             raise IA3Error(f"peft_type is {self.peft_type!r}, expected 'IA3'")
-        self.peft_type = PeftType.IA3.value
+        self.peft_type = PeftType.IA3
         if self.task_type is not None:
             self.task_type = _task_type(self.task_type)
         if self.modules_to_save is not None:
@@ -247,7 +247,7 @@ class IA3Config:
             print(explanation(self, IA3Config()))
 
 
-def _task_type(value: str) -> str:
+def _task_type(value: str) -> TaskType:
     known = [task.value for task in TaskType]
     name = value.value if isinstance(value, Enum) else value
     if name not in known:
@@ -255,7 +255,7 @@ def _task_type(value: str) -> str:
             f"task_type is {value!r}, expected one of {', '.join(known)}"
             f"{did_you_mean(str(name), known)}"
         )
-    return str(name)
+    return TaskType(name)
 
 
 def matches(name: str, modules: Iterable[str] | str) -> bool:

@@ -28,6 +28,17 @@ PICKLED_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 KEY_SUFFIX = f".{ATTRIBUTE}"
 
+# The names that models give to their embeddings and output layers.
+EMBEDDINGS = (
+    "embed_tokens",
+    "lm_head",
+    "shared",
+    "wte",
+    "word_embeddings",
+    "embed_in",
+    "embed_out",
+)
+
 # What PEFT's config cannot say stands in the header of the safetensors file, which PEFT ignores.
 FROZEN_KEY = "ia3_frozen"
 BASE_KEY = "ia3_base_model"
@@ -100,7 +111,10 @@ def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter
         name = key.removeprefix(KEY_PREFIX)
         if name.endswith(KEY_SUFFIX):
             adapter.vectors[name.removesuffix(KEY_SUFFIX)] = tensor
-        elif config.modules_to_save:
+        elif name.endswith(".base_layer.weight"):
+            # The base model's own, which PEFT saves where it rescales an output layer.
+            continue
+        elif config.modules_to_save or _is_embedding(name):
             adapter.copies[name] = tensor
         else:
             raise IA3Error(
@@ -112,7 +126,18 @@ def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter
         raise IA3Error(
             f"{path}: the header's {FROZEN_KEY!r} names {without[0]!r}, which has no vector"
         )
+    embeddings = {name.rpartition(".")[0] for name in adapter.copies if _is_embedding(name)}
+    saved = config.modules_to_save or []
+    # Their own names, where the config does not cover them already.
+    new = [name for name in sorted(embeddings) if not any(name.endswith(entry) for entry in saved)]
+    config.modules_to_save = [*saved, *new] or None
     return adapter
+
+
+def _is_embedding(name: str) -> bool:
+    """Whether this is an embedding: PEFT puts them into the file where tokens were added."""
+    module = name.rpartition(".")[0]
+    return module.rpartition(".")[2] in EMBEDDINGS
 
 
 def read_config(folder: str | Path) -> IA3Config:
