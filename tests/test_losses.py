@@ -1,25 +1,19 @@
-"""The three loss terms: hand-computed, by property, and against the T-Few authors' own code."""
+"""The three loss terms: hand-computed, by property, from logits. The authors': test_golden.py."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from tfew_fixtures import word_tokenizer
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM
 
-from ia3 import IA3Config, IA3Model
-from ia3.base_model import BaseModel
-from ia3.tfew.encoding import EncodedExample
-from ia3.tfew.losses import TFewLoss, TokenScores, token_loss
-from ia3.tfew.scoring import token_scores
+import ia3.tfew
+from ia3.errors import IA3Error
+from ia3.tfew import tfew_loss
+from ia3.tfew.losses import Counts, TFewLoss, TokenScores, token_loss
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+TERMS = ("lm", "length_norm", "unlikelihood", "total")
 
 
 def scores_of(probabilities: list[list[list[float]]]) -> TokenScores:
@@ -147,89 +141,229 @@ def test_every_term_falls_when_the_right_answer_is_likelier(batch):
         assert getattr(after, term) <= getattr(before, term) + 1e-6
 
 
-# -- against the authors' code ---------------------------------------------------------------------
+# -- parts of a batch ------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["lm+ln+ul", "lm only scored", "lm+ln"])
-def golden(request):
-    """A case's figures, its inputs, and the loss of ours, with gradients on the vectors."""
-    path = GOLDEN / "tfew_losses.json"
-    if not path.is_file():
-        pytest.skip(f"the authors' figures are not there: {path}")
-    case = next(c for c in json.loads(path.read_text())["cases"] if c["name"] == request.param)
-    model = AutoModelForSeq2SeqLM.from_pretrained(GOLDEN / "tiny-t5-gated").eval()
-    tensors = load_file(GOLDEN / case["vectors"])
-    suffix = ".multi_lora_b"
-    vectors = {
-        name.removeprefix("init.").removesuffix(suffix): tensor[:, None]
-        for name, tensor in tensors.items()
-        if name.startswith("init.")
-    }
-    config = IA3Config(target_modules=["k", "v", "wi_1"], feedforward_modules=[])
-    ia3_model = IA3Model(model, config, vectors=vectors)
-    prompts = [tuple(t for t in row if t != 0) for row in case["input_ids"]]
-    examples = [
-        EncodedExample(prompt, tuple(tuple(t for t in choice if t != 0) for choice in choices))
-        for prompt, choices in zip(prompts, case["answer_choices_ids"], strict=True)
-    ]
-    scores = token_scores(BaseModel(model, word_tokenizer(), "tiny-t5-gated"), examples)
-    loss = token_loss(scores, torch.tensor(case["labels"]))
-    return case, tensors, examples, ia3_model, scores, loss
-
-
-def test_terms_equal_the_authors(golden):
-    case, _, examples, _, _, loss = golden
-    figures, config = case["losses"], case["config"]
-    rows = sum(len(e.choices) for e in examples)
-    positions = rows * len(case["answer_choices_ids"][0][0])
-    counted = sum(
-        len(choice)
-        for e, label in zip(examples, case["labels"], strict=True)
-        for c, choice in enumerate(e.choices)
-        if c != label
+@given(batches(), st.data())
+@settings(max_examples=50, deadline=None)
+def test_the_terms_of_parts_add_up(batch, data):
+    scores, labels = batch
+    cut = data.draw(st.integers(0, len(labels)))
+    right = torch.nn.functional.one_hot(labels, scores.mask.shape[1]).bool()[:, :, None]
+    counts = Counts(
+        len(labels), int((scores.mask & right).sum()), int((scores.mask & ~right).sum())
     )
-    # Their sum runs over padding and the right answers too, where p is 0: −log(1.01) each.
-    constant = (positions - counted) / counted * math.log(1.01)
-    assert loss.lm.item() == pytest.approx(figures["lm_loss"], abs=1e-5)
-    expected = figures["loss"]
-    total = loss.lm
-    if config["mc_loss"]:
-        assert loss.length_norm.item() == pytest.approx(figures["mc_loss"], abs=1e-5)
-        total = total + loss.length_norm
-    if config["unlikely_loss"]:
-        theirs = figures["unlikely_loss"] + constant
-        assert loss.unlikelihood.item() == pytest.approx(theirs, abs=1e-5)
-        total = total + loss.unlikelihood
-        expected += constant
-    assert total.item() == pytest.approx(expected, abs=1e-5)
-    if all(config.values()):
-        assert loss.total.item() == pytest.approx(expected, abs=1e-5)
+    whole = token_loss(scores, labels, lm=0.5, unlikelihood=2.0)
+    parts = [
+        token_loss(
+            TokenScores(scores.log_probs[part], scores.mask[part]),
+            labels[part],
+            lm=0.5,
+            unlikelihood=2.0,
+            counts=counts,
+        )
+        for part in (slice(0, cut), slice(cut, None))
+    ]
+    for term in TERMS:
+        summed = sum(getattr(part, term) for part in parts)
+        torch.testing.assert_close(summed, getattr(whole, term))
 
 
-def test_gradients_equal_the_authors(golden):
-    case, tensors, _, ia3_model, _, loss = golden
-    config = case["config"]
-    total = loss.lm
-    if config["mc_loss"]:
-        total = total + loss.length_norm
-    if config["unlikely_loss"]:
-        total = total + loss.unlikelihood
-    vectors = ia3_model.vectors("default")
-    gradients = torch.autograd.grad(total, list(vectors.values()))
-    for name, gradient in zip(vectors, gradients, strict=True):
-        theirs = tensors[f"grad.{name}.multi_lora_b"]
-        torch.testing.assert_close(gradient.flatten(), theirs, atol=1e-5, rtol=1e-4)
+# -- from logits -----------------------------------------------------------------------------------
+
+PAD = 0
 
 
-def test_ranking_equals_the_authors(golden):
-    case, _, _, _, scores, _ = golden
-    # Without length normalisation they rank by the plain sum. Their scores are negated.
-    normalised = case["config"]["length_norm"]
-    ranked = scores.mean_log_probs() if normalised else scores.log_probs.sum(-1)
-    assert ranked.argmax(1).tolist() == case["prediction"]
-    labels = torch.tensor(case["labels"])[:, None]
-    ours = -ranked.gather(1, labels)[:, 0]
-    torch.testing.assert_close(ours, torch.tensor(case["score_of_label"]), atol=1e-5, rtol=1e-5)
-    others = -ranked.scatter(1, labels, -torch.inf).amax(1)
-    theirs = torch.tensor(case["best_score_of_others"])
-    torch.testing.assert_close(others, theirs, atol=1e-5, rtol=1e-5)
+@st.composite
+def logit_batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits float64, targets padded with 0, labels; some rows have fewer choices."""
+    batch, choices, length, vocabulary = (draw(st.integers(1, n)) for n in (3, 4, 3, 5))
+    vocabulary += 1
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    logits = 4 * torch.randn(
+        batch, choices, length, vocabulary, generator=generator, dtype=torch.float64
+    )
+    targets = torch.zeros(batch, choices, length, dtype=torch.int64)
+    labels = [draw(st.integers(0, choices - 1)) for _ in range(batch)]
+    for i in range(batch):
+        for c in range(choices):
+            count = draw(st.integers(1 if c == labels[i] else 0, length))
+            ids = st.lists(st.integers(1, vocabulary - 1), min_size=count, max_size=count)
+            targets[i, c, :count] = torch.tensor(draw(ids), dtype=torch.int64)
+    return logits, targets, torch.tensor(labels)
+
+
+def by_definition(logits: Tensor, targets: Tensor, labels: Tensor) -> dict[str, float]:
+    """The paper's formulas, one number after the other."""
+    right, wrong, length_norms = [], [], []
+    for i, label in enumerate(labels.tolist()):
+        means = {}
+        for c in range(targets.shape[1]):
+            log_probs = []
+            for t, token in enumerate(targets[i, c].tolist()):
+                if token != PAD:
+                    e = [math.exp(x) for x in logits[i, c, t].tolist()]
+                    log_probs.append(math.log(e[token] / sum(e)))
+            (right if c == label else wrong).extend(log_probs)
+            if log_probs:
+                means[c] = sum(log_probs) / len(log_probs)
+        normaliser = sum(math.exp(mean) for mean in means.values())
+        length_norms.append(-math.log(math.exp(means[label]) / normaliser))
+    unlikely = [-math.log(1 - math.exp(p) + 1e-2) for p in wrong]
+    return {
+        "lm": -sum(right) / len(right),
+        "length_norm": sum(length_norms) / len(length_norms),
+        "unlikelihood": sum(unlikely) / max(1, len(unlikely)),
+    }
+
+
+@given(logit_batches())
+@settings(max_examples=60, deadline=None)
+def test_terms_from_logits_are_those_of_the_paper(batch):
+    loss = tfew_loss(*batch, pad_token_id=PAD)
+    expected = by_definition(*batch)
+    for term, value in expected.items():
+        assert getattr(loss, term).item() == pytest.approx(value, rel=1e-9, abs=1e-12), term
+    assert loss.total.item() == pytest.approx(sum(expected.values()), rel=1e-9)
+    assert loss.total.dtype == torch.float64
+
+
+@given(logit_batches(), st.floats(0, 3), st.floats(0, 3), st.floats(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_the_total_is_weighted(batch, lm, length_norm, unlikelihood):
+    weights = {"lm": lm, "length_norm": length_norm, "unlikelihood": unlikelihood}
+    loss = tfew_loss(*batch, pad_token_id=PAD, **weights)
+    plain = tfew_loss(*batch, pad_token_id=PAD)
+    expected = sum(weight * getattr(plain, term) for term, weight in weights.items())
+    torch.testing.assert_close(loss.total, torch.as_tensor(expected, dtype=torch.float64))
+    for term in weights:
+        assert torch.equal(getattr(loss, term), getattr(plain, term))
+
+
+@given(logit_batches(), st.integers(0, 2), st.integers(0, 2), st.sampled_from([0, -100, 10**9]))
+@settings(max_examples=60, deadline=None)
+def test_padding_changes_nothing(batch, longer, further, filler):
+    """More length, more choices that are none, any ids and broken logits there."""
+    logits, targets, labels = batch
+    mask = targets != PAD
+    wide = torch.nn.functional.pad(mask, (0, longer, 0, further))
+    padded = torch.full(wide.shape, filler)
+    padded[wide] = targets[mask]
+    broken = torch.full((*wide.shape, logits.shape[-1]), torch.nan, dtype=torch.float64)
+    broken[wide] = logits[mask]
+    logits = logits.clone().requires_grad_()
+    broken.requires_grad_()
+    before = tfew_loss(logits, targets, labels, pad_token_id=PAD)
+    after = tfew_loss(broken, padded, labels, target_mask=wide)
+    for term in TERMS:
+        torch.testing.assert_close(getattr(after, term), getattr(before, term))
+    before.total.backward()
+    after.total.backward()
+    torch.testing.assert_close(broken.grad[wide], logits.grad[mask])
+    assert not broken.grad[~wide].any()
+
+
+@given(logit_batches(), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_the_order_of_choices_and_of_rows_does_not_matter(batch, random):
+    logits, targets, labels = batch
+    columns, rows = list(range(targets.shape[1])), list(range(len(labels)))
+    random.shuffle(columns)
+    random.shuffle(rows)
+    moved = torch.tensor([columns.index(label) for label in labels.tolist()])
+    before = tfew_loss(logits, targets, labels, pad_token_id=PAD)
+    after = tfew_loss(
+        logits[rows][:, columns], targets[rows][:, columns], moved[rows], pad_token_id=PAD
+    )
+    for term in TERMS:
+        torch.testing.assert_close(getattr(after, term), getattr(before, term))
+
+
+@given(logit_batches())
+@settings(max_examples=40, deadline=None)
+def test_what_the_logits_have_in_common_does_not_matter(batch):
+    logits, targets, labels = batch
+    before = tfew_loss(logits, targets, labels, pad_token_id=PAD)
+    after = tfew_loss(logits + 7.0, targets, labels, pad_token_id=PAD)
+    torch.testing.assert_close(after.total, before.total)
+
+
+def test_gradcheck():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 2, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([[[1, 2], [3, 0], [0, 0]], [[2, 0], [1, 1], [3, 2]]])
+    labels = torch.tensor([1, 2])
+    for term in TERMS:
+        assert torch.autograd.gradcheck(
+            lambda x, term=term: getattr(tfew_loss(x, targets, labels, pad_token_id=PAD), term),
+            (logits,),
+        )
+
+
+def test_half_precision_is_computed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 2, 50, generator=generator).bfloat16()
+    targets = torch.randint(1, 50, (2, 3, 2), generator=generator)
+    labels = torch.tensor([0, 2])
+    half = tfew_loss(logits, targets, labels, pad_token_id=PAD)
+    assert half.total.dtype == torch.float32
+    torch.testing.assert_close(
+        half.total, tfew_loss(logits.float(), targets, labels, pad_token_id=PAD).total
+    )
+
+
+def test_a_mask_where_padding_and_the_end_share_an_id():
+    """Id 0 ends every choice and pads it: the mask counts the first, the id could not."""
+    logits = torch.randn(1, 2, 3, 4, dtype=torch.float64)
+    targets = torch.tensor([[[2, 0, 0], [3, 1, 0]]])
+    mask = torch.tensor([[[1, 1, 0], [1, 1, 1]]])
+    log_probs = logits.log_softmax(-1)
+    loss = tfew_loss(logits, targets, torch.tensor([0]), target_mask=mask)
+    expected = -(log_probs[0, 0, 0, 2] + log_probs[0, 0, 1, 0]) / 2
+    torch.testing.assert_close(loss.lm, expected)
+
+
+def test_every_public_name_is_there():
+    assert "tfew_loss" in ia3.tfew.__all__
+    assert set(ia3.tfew.__all__) <= set(dir(ia3.tfew))
+    for name in ia3.tfew.__all__:
+        assert getattr(ia3.tfew, name).__name__ == name
+    with pytest.raises(AttributeError, match="nosuch"):
+        ia3.tfew.nosuch  # noqa: B018
+
+
+LOGITS = torch.zeros(2, 3, 4, 5)
+TARGETS = torch.ones(2, 3, 4, dtype=torch.int64)
+LABELS = torch.tensor([0, 2])
+HOLE = torch.ones(2, 3, 4).index_fill(1, torch.tensor([2]), 0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"logits": LOGITS[0]}, r"logits are \[3, 4, 5\] torch.float32, expected floating"),
+        ({"logits": LOGITS.long()}, r"torch.int64, expected floating"),
+        ({"target_ids": TARGETS[:, :2]}, r"target_ids are \[2, 2, 4\].*expected.*\[2, 3, 4\]"),
+        ({"target_ids": TARGETS.float()}, r"target_ids are .*torch.float32, expected integers"),
+        ({"target_ids": TARGETS + 4}, r"target_ids has 5 .*expected 0 to 4: mask"),
+        ({"target_ids": TARGETS - 2}, r"target_ids has -1 .*expected 0 to 4: mask"),
+        ({"labels": LABELS[:, None]}, r"labels are \[2, 1\].*expected integers \[2\]"),
+        ({"labels": LABELS[:1]}, r"labels are \[1\].*expected integers \[2\]"),
+        ({"labels": LABELS.float()}, r"labels are .*torch.float32, expected integers"),
+        ({"labels": LABELS + 1}, r"labels\[1\] is 3, expected 0 to 2"),
+        ({"labels": LABELS - 1}, r"labels\[0\] is -1, expected 0 to 2"),
+        ({"target_mask": HOLE}, r"labels\[1\] is 2, a choice with no token.*\[0, 1\]"),
+        ({"target_mask": HOLE[..., 0]}, r"target_mask is \[2, 3\].*expected \[2, 3, 4\]"),
+        ({"target_mask": None}, "expected one of pad_token_id and target_mask, neither given"),
+        ({"pad_token_id": 0}, "expected one of pad_token_id and target_mask, both given"),
+        (
+            {"logits": LOGITS[:0], "target_ids": TARGETS[:0], "labels": LABELS[:0]}
+            | {"target_mask": TARGETS[:0]},
+            "no examples",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(changed, message):
+    given = {"logits": LOGITS, "target_ids": TARGETS, "labels": LABELS, "target_mask": TARGETS}
+    with pytest.raises(IA3Error, match=message):
+        tfew_loss(**(given | changed))

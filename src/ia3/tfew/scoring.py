@@ -10,21 +10,26 @@ vocabulary.
 Not every architecture takes a tree mask. `shares_prompt` tries it out on the model itself; where
 the scores differ, every choice gets a row of its own, with the prompt repeated. An encoder-decoder
 encodes each prompt once, and decodes every choice in a row of its own.
+
+What is computed at once is bounded by a number of tokens: a batch of examples is computed in parts,
+and the choices of one example too where they alone are more. Scores and gradients stay the same.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from ..base_model import BaseModel
 from ..errors import IA3Error
@@ -36,23 +41,121 @@ from .losses import TokenScores
 # leave more padding at their ends.
 ONE_ROW = 384
 PACKED_LENGTH = 192
+# How many tokens are computed at once, unless more memory is given, or less.
+MAX_TOKENS = 4096
 # How far shared scores may be from expanded ones, against what a wrong mask makes of them.
 PROBE_TOLERANCE = 0.1
 
 _verdicts: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-def token_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
-    """Score all choices of a batch in one forward pass, with gradients where they are enabled.
+def token_scores(
+    base: BaseModel, examples: Sequence[EncodedExample], *, max_tokens: float = math.inf
+) -> TokenScores:
+    """Score all choices of a batch, with gradients where they are enabled.
+
+    Args:
+        base: the model, with the adapter to score with active on it.
+        examples: their choices may differ in number.
+        max_tokens: computed at once, unless one choice after its prompt has more; what packed rows
+            leave free at their ends is not counted. Where a batch has more, each part's activations
+            are computed once more for the gradients.
 
     Raises:
         IA3Error: the model's output layer cannot be found.
     """
+    limit = _longest_shared(base)
+    parts = [
+        (batch, choices)
+        for batch in example_batches(base, examples, max_tokens)
+        for choices in _choice_groups([examples[i] for i in batch], limit, max_tokens)
+    ]
+    if len(parts) == 1:
+        return _scores_at_once(base, examples, limit)
+    scored = []
+    for batch, choices in parts:
+        of_part = [EncodedExample(examples[i].prompt, examples[i].choices[choices]) for i in batch]
+        if torch.is_grad_enabled():
+            # One part's activations are held at a time, in the backward pass too.
+            part = checkpoint(_scores_at_once, base, of_part, limit, use_reentrant=False)
+        else:
+            part = _scores_at_once(base, of_part, limit)
+        scored.append(part)
+    shape = _shape(examples)
+    log_probs = scored[0].log_probs.new_zeros(shape)
+    mask = torch.zeros(shape, dtype=torch.bool, device=log_probs.device)
+    for (batch, choices), part in zip(parts, scored, strict=True):
+        rows = torch.tensor(batch, device=log_probs.device)[:, None]
+        start = choices.start or 0
+        columns = torch.arange(start, start + part.mask.shape[1], device=log_probs.device)
+        length = part.mask.shape[2]
+        log_probs[rows, columns, :length] = part.log_probs
+        mask[rows, columns, :length] = part.mask
+    return TokenScores(log_probs, mask)
+
+
+def example_batches(
+    base: BaseModel, examples: Sequence[EncodedExample], max_tokens: float
+) -> Iterator[list[int]]:
+    """Indices of the examples, longest first, in parts of at most so many tokens.
+
+    An example of more tokens is a part of its own.
+    """
+    limit = _longest_shared(base)
+    sizes = [_Size.of(example) for example in examples]
+    part: list[int] = []
+    for i in sorted(range(len(examples)), key=lambda i: -sizes[i].longest):
+        if part and _tokens([sizes[j] for j in (*part, i)], limit) > max_tokens:
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
+
+
+def choice_scores(
+    base: BaseModel,
+    examples: Sequence[EncodedExample],
+    *,
+    max_tokens: float = MAX_TOKENS,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Length-normalised log-probabilities of all choices, batch by batch, without gradients.
+
+    Args:
+        base: the model, with the adapter to score with active on it.
+        examples: all with the same number of choices.
+        max_tokens: computed at once, unless one choice after its prompt has more.
+        progress: called with the number of examples done since the last call.
+
+    Returns:
+        `[examples, choices]`, float32, on the CPU.
+    """
+    if not examples:
+        return torch.empty(0, 0)
+    results = torch.empty(len(examples), len(examples[0].choices))
+    was_training = base.model.training
+    base.model.eval()
+    try:
+        with torch.no_grad():
+            for batch in example_batches(base, examples, max_tokens):
+                scores = token_scores(base, [examples[i] for i in batch], max_tokens=max_tokens)
+                results[batch] = scores.mean_log_probs().float().cpu()
+                if progress is not None:
+                    progress(len(batch))
+    finally:
+        base.model.train(was_training)
+    return results
+
+
+def _scores_at_once(
+    base: BaseModel, examples: Sequence[EncodedExample], longest_shared: float
+) -> TokenScores:
+    """All choices in one forward pass, or in two where only some prompts are short enough."""
     if base.is_encoder_decoder:
         return _encoder_decoder_scores(base, examples)
-    limit = _longest_shared(base)
-    together = [i for i, e in enumerate(examples) if _longest(e) <= limit]
-    apart = [i for i, e in enumerate(examples) if _longest(e) > limit]
+    together = [i for i, e in enumerate(examples) if _longest(e) <= longest_shared]
+    apart = [i for i, e in enumerate(examples) if _longest(e) > longest_shared]
     if not apart:
         return _shared_scores(base, examples)
     expanded = _expanded_scores(base, [examples[i] for i in apart])
@@ -65,42 +168,6 @@ def token_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenSc
         _stacked(shared.log_probs, expanded.log_probs)[back],
         _stacked(shared.mask, expanded.mask)[back],
     )
-
-
-def choice_scores(
-    base: BaseModel,
-    examples: Sequence[EncodedExample],
-    *,
-    max_tokens: int = 4096,
-    progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Length-normalised log-probabilities of all choices, batch by batch, without gradients.
-
-    Args:
-        base: the model, with the adapter to score with active on it.
-        examples: all with the same number of choices.
-        max_tokens: computed in one forward pass, unless one example alone is longer.
-        progress: called with the number of examples done since the last call.
-
-    Returns:
-        `[examples, choices]`, float32, on the CPU.
-    """
-    if not examples:
-        return torch.empty(0, 0)
-    results = torch.empty(len(examples), len(examples[0].choices))
-    limit = _longest_shared(base)
-    was_training = base.model.training
-    base.model.eval()
-    try:
-        with torch.no_grad():
-            for batch in _batches([_tokens(e, limit) for e in examples], max_tokens):
-                scores = token_scores(base, [examples[i] for i in batch])
-                results[batch] = scores.mean_log_probs().float().cpu()
-                if progress is not None:
-                    progress(len(batch))
-    finally:
-        base.model.train(was_training)
-    return results
 
 
 def shares_prompt(base: BaseModel) -> bool:
@@ -355,11 +422,7 @@ def _scores(
     normalisers = torch.cat([part.float().logsumexp(-1) for part in logits.split(512)])
     scored = logits[prediction, token].float() - normalisers[prediction]
     slots = torch.tensor(targets.slot, device=device).unbind(1)
-    shape = (
-        len(examples),
-        max(len(e.choices) for e in examples),
-        max(len(c) for e in examples for c in e.choices),
-    )
+    shape = _shape(examples)
     log_probs = scored.new_zeros(shape).index_put(slots, scored)
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
     mask[slots] = True
@@ -409,11 +472,53 @@ def _longest(example: EncodedExample) -> int:
     return len(example.prompt) + max(map(len, example.choices))
 
 
-def _tokens(example: EncodedExample, longest_shared: float) -> int:
-    """How many tokens are held for one example; an encoder's output is repeated for each choice."""
-    if _longest(example) <= longest_shared:
-        return len(example.prompt) + sum(map(len, example.choices))
-    return len(example.choices) * _longest(example)
+class _Size(NamedTuple):
+    """Of an example: its prompt with the longest choice, with all of them, and their number."""
+
+    longest: int
+    tokens: int
+    choices: int
+
+    @classmethod
+    def of(cls, example: EncodedExample) -> _Size:
+        tokens = len(example.prompt) + sum(map(len, example.choices))
+        return cls(_longest(example), tokens, len(example.choices))
+
+
+def _tokens(sizes: Sequence[_Size], longest_shared: float) -> int:
+    """How many tokens are computed at once for a batch, with the padding of rows of one choice.
+
+    Packed rows are counted without theirs. An encoder's output is repeated for each choice.
+    """
+    apart = [size for size in sizes if size.longest > longest_shared]
+    width = max((size.longest for size in apart), default=0)
+    together = sum(size.tokens for size in sizes if size.longest <= longest_shared)
+    return together + sum(size.choices for size in apart) * width
+
+
+def _shape(examples: Sequence[EncodedExample]) -> tuple[int, int, int]:
+    """`[batch, choices, length]` of the scores."""
+    return (
+        len(examples),
+        max(len(e.choices) for e in examples),
+        max(len(c) for e in examples for c in e.choices),
+    )
+
+
+def _choice_groups(
+    batch: Sequence[EncodedExample], longest_shared: float, max_tokens: float
+) -> Iterator[slice]:
+    """All choices of a batch that fits, or those of one example in groups that do."""
+    if len(batch) > 1 or _tokens([_Size.of(batch[0])], longest_shared) <= max_tokens:
+        yield slice(None)
+        return
+    prompt, choices = batch[0].prompt, batch[0].choices
+    start = 0
+    for stop in range(1, len(choices) + 1):
+        with_next = _Size.of(EncodedExample(prompt, choices[start : stop + 1]))
+        if stop == len(choices) or _tokens([with_next], longest_shared) > max_tokens:
+            yield slice(start, stop)
+            start = stop
 
 
 def _stacked(one: Tensor, other: Tensor) -> Tensor:
@@ -421,19 +526,6 @@ def _stacked(one: Tensor, other: Tensor) -> Tensor:
     choices, length = (max(a, b) for a, b in zip(one.shape[1:], other.shape[1:], strict=True))
     filled = [F.pad(t, (0, length - t.shape[2], 0, choices - t.shape[1])) for t in (one, other)]
     return torch.cat(filled)
-
-
-def _batches(sizes: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of sizes, largest first, in groups whose sum is at most `max_tokens`."""
-    batch: list[int] = []
-    tokens = 0
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if batch and tokens + sizes[i] > max_tokens:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(i)
-        tokens += sizes[i]
-    yield batch
 
 
 def _attention_window(model: Any) -> float:
