@@ -30,7 +30,8 @@ class Encoder:
 
     Args:
         base: the model and its tokenizer.
-        answer_choices: the words to rank, in the order of the labels.
+        answer_choices: the words to rank, in the order of the labels; none where each example
+            brings its own.
         chat: put the prompt into the tokenizer's chat template, as the user's message.
 
     Raises:
@@ -38,7 +39,7 @@ class Encoder:
             that has no chat template.
     """
 
-    def __init__(self, base: BaseModel, answer_choices: Sequence[str], *, chat: bool) -> None:
+    def __init__(self, base: BaseModel, answer_choices: Sequence[str] = (), *, chat: bool) -> None:
         if chat and not base.tokenizer.chat_template:
             raise IA3Error(f"the tokenizer of {base.name!r} has no chat template: use chat=False")
         self.answer_choices = list(answer_choices)
@@ -49,32 +50,48 @@ class Encoder:
         self._max_length = _context_length(base)
         self._choice_ids: dict[str, tuple[tuple[int, ...], ...]] = {}
 
-    def encode(self, example: Mapping[str, Any], template: Template) -> EncodedExample:
+    def encode(
+        self,
+        example: Mapping[str, Any],
+        template: Template,
+        answer_choices: Sequence[str] | None = None,
+    ) -> EncodedExample:
         """Token ids of one example.
 
         A prompt longer than the model's context is shortened by cutting the end of its longest
-        field; `truncated` counts the examples that were cut.
+        field; `truncated` counts the examples that were cut. The choices are never cut.
+
+        Args:
+            example: field name -> value.
+            template: of the prompt.
+            answer_choices: this example's own; by default the encoder's.
 
         Raises:
-            IA3Error: the template does not render, or does not fit even with empty fields.
+            IA3Error: the template does not render, does not fit even with empty fields, or there
+                is no choice to rank.
         """
-        text = self._prompt_text(example, template)
+        words = tuple(self.answer_choices if answer_choices is None else answer_choices)
+        if not words:
+            raise IA3Error(f"template {template.name!r} has no answer choices to rank")
+        text = self._prompt_text(example, template, words)
         prompt = self._prompt_ids(text)
         if not prompt:
             raise IA3Error(f"the prompt {text!r} has no token: there is nothing to answer")
-        choices = self._choices_after(text)
+        choices = self._choices_after(text, words)
         room = self._max_length
         if not self._encoder_decoder:
             room -= max(len(choice) for choice in choices)
         if len(prompt) > room:
             self.truncated += 1
-            prompt = self._truncated_prompt(dict(example), template, len(prompt), room)
+            prompt = self._truncated_prompt(dict(example), template, words, len(prompt), room)
         return EncodedExample(prompt, choices)
 
-    def _prompt_text(self, example: Mapping[str, Any], template: Template) -> str:
-        text = template.render(example, self.answer_choices)
+    def _prompt_text(
+        self, example: Mapping[str, Any], template: Template, words: tuple[str, ...]
+    ) -> str:
+        text = template.render(example, words)
         if not text.strip():
-            raise IA3Error(f"template {template.source!r} renders nothing for {dict(example)!r}")
+            raise IA3Error(f"template {template.name!r} renders nothing for {dict(example)!r}")
         if not self._chat:
             return text
         rendered: str = self._tokenizer.apply_chat_template(
@@ -91,30 +108,39 @@ class Encoder:
             ids = ids if self._chat else ids[:-1]
         return tuple(ids)
 
-    def _choices_after(self, prompt: str) -> tuple[tuple[int, ...], ...]:
+    def _choices_after(self, prompt: str, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Token ids of the choices: with the separating space, and what follows a prompt's end."""
         tail = prompt[-_TAIL_CHARACTERS:]
+        if words != tuple(self.answer_choices):
+            # An example's own choices hardly come again.
+            return self._choice_ids_after(tail, words)
         if tail not in self._choice_ids:
-            if self._encoder_decoder:
-                ids = [tuple(self._tokenizer(c)["input_ids"]) for c in self.answer_choices]
-            else:
-                separator = "" if tail[-1].isspace() else " "
-                ids = [
-                    _ids_after(self._tokenizer, tail, separator + c) for c in self.answer_choices
-                ]
-            for index, choice in enumerate(ids):
-                if not choice:
-                    raise IA3Error(f"choice {self.answer_choices[index]!r} has no token")
-                if choice in ids[:index]:
-                    raise IA3Error(
-                        f"choices {self.answer_choices[ids.index(choice)]!r} and "
-                        f"{self.answer_choices[index]!r} are the same tokens: give one other words"
-                    )
-            self._choice_ids[tail] = tuple(ids)
+            self._choice_ids[tail] = self._choice_ids_after(tail, words)
         return self._choice_ids[tail]
 
+    def _choice_ids_after(self, tail: str, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        if self._encoder_decoder:
+            ids = [tuple(self._tokenizer(word)["input_ids"]) for word in words]
+        else:
+            separator = "" if tail[-1].isspace() else " "
+            ids = [_ids_after(self._tokenizer, tail, separator + word) for word in words]
+        for index, choice in enumerate(ids):
+            if not choice:
+                raise IA3Error(f"choice {words[index]!r} has no token")
+            if choice in ids[:index]:
+                raise IA3Error(
+                    f"choices {words[ids.index(choice)]!r} and {words[index]!r} are the same "
+                    "tokens: give one other words"
+                )
+        return tuple(ids)
+
     def _truncated_prompt(
-        self, example: dict[str, Any], template: Template, length: int, room: int
+        self,
+        example: dict[str, Any],
+        template: Template,
+        words: tuple[str, ...],
+        length: int,
+        room: int,
     ) -> tuple[int, ...]:
         prompt: tuple[int, ...] = ()
         while length > room:
@@ -126,11 +152,11 @@ class Encoder:
             )
             if longest is None:
                 raise IA3Error(
-                    f"template {template.source!r} needs {length} tokens without any text; the "
+                    f"template {template.name!r} needs {length} tokens without any text; the "
                     f"model's context has room for {room}"
                 )
             example[longest] = self._without_last_tokens(texts[longest], length - room)
-            prompt = self._prompt_ids(self._prompt_text(example, template))
+            prompt = self._prompt_ids(self._prompt_text(example, template, words))
             length = len(prompt)
         return prompt
 
