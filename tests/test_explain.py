@@ -327,6 +327,22 @@ def test_sums_and_further_adapters_keep_the_queries(kind: str) -> None:
     assert not torch.equal(projected(kind, model.model, first)[..., queries], plain)
 
 
+def test_values_of_queries_are_not_loaded_where_they_stay_one(tmp_path: Path) -> None:
+    """They would be taken for ones without a word."""
+    whole = IA3Model(build("gpt2"), IA3Config())
+    randomize(vectors(whole))
+    whole.save_pretrained(tmp_path)
+    model = IA3Model(build("gpt2"), IA3Config(paper_sites=True))
+    before = snapshot(model)
+    with pytest.raises(IA3Error, match=r"values of its vectors stay one: of .*c_attn"):
+        model.load_adapter(tmp_path, "default")
+    assert_unchanged(model, before)
+    model.load_adapter(tmp_path, "whole")
+    model.set_adapter("whole")
+    with torch.no_grad():
+        assert torch.equal(output("gpt2", model), output("gpt2", whole))
+
+
 # PEFT cannot rescale experts.
 @pytest.mark.parametrize("kind", sorted(ARCHITECTURES.keys() - {"mixtral"}))
 def test_the_papers_sites_load_in_peft(kind: str, tmp_path: Path) -> None:

@@ -335,7 +335,7 @@ class IA3Model(nn.Module):
     # -- merging ----------------------------------------------------------------------------------
 
     def merge_adapter(
-        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
+        self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False
     ) -> None:
         """Fold adapters into the base weights; the originals are kept for `unmerge_adapter`.
 
@@ -348,20 +348,13 @@ class IA3Model(nn.Module):
             safe_merge: refuse a result that is not finite.
 
         Raises:
-            IA3Error: a weight cannot take the vector exactly, it is shared with a module that would
-                change with it, or (with `safe_merge`) a merged weight is not finite; the model is
-                then unchanged.
+            IA3Error: adapters are disabled, a weight cannot take the vector exactly, it is shared
+                with a module that would change with it, or (with `safe_merge`) a merged weight is
+                not finite; the model is then unchanged.
         """
-        names = tuple(self._active if adapter_names is None else adapter_names)
-        self._check_known(names)
-        already = self._merge.adapters
-        if already and not set(names) - already:
-            warnings.warn(f"adapters {sorted(already)} are merged already", stacklevel=2)
-            return
-        # In the order in which they would multiply, unmerged.
-        order = dict.fromkeys([*self._active, *self.peft_config])
-        self._merge.make(tuple(name for name in order if name in already.union(names)), safe_merge)
-        self._activate(self._active)
+        if not self._enabled:
+            raise IA3Error("adapters are disabled: enable_adapter_layers() before merging them")
+        self._make_merged(self._named(adapter_names), safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit."""
@@ -371,7 +364,7 @@ class IA3Model(nn.Module):
     def merge_and_unload(
         self,
         safe_merge: bool = False,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: str | Sequence[str] | None = None,
         dequantise: bool = False,
         progressbar: bool = False,
     ) -> nn.Module:
@@ -390,12 +383,11 @@ class IA3Model(nn.Module):
         Raises:
             IA3Error: as `merge_adapter`.
         """
-        names = tuple(self._active if adapter_names is None else adapter_names)
-        self._check_known(names)
+        names = self._named(adapter_names)
         if adapter_names is not None or not self._merge.adapters:
             if dequantise:
                 self._merge.dequantise(names)
-            self.merge_adapter(names, safe_merge)
+            self._make_merged(names, safe_merge)
         self._merge.keep()
         for _, module, copies in self._copies():
             having = [name for name in names if name in copies]
@@ -708,6 +700,24 @@ class IA3Model(nn.Module):
                 site[adapter_name].copy_(stored.vectors[name])
         for name, copies in held:
             load_copy(copies[adapter_name], name, stored.copies)
+
+    def _named(self, adapter_names: str | Sequence[str] | None) -> tuple[str, ...]:
+        """The adapters of these names; the active ones for `None`."""
+        if isinstance(adapter_names, str):
+            adapter_names = (adapter_names,)
+        names = tuple(self._active if adapter_names is None else adapter_names)
+        self._check_known(names)
+        return names
+
+    def _make_merged(self, names: tuple[str, ...], safe: bool) -> None:
+        already = self._merge.adapters
+        if already and not set(names) - already:
+            warnings.warn(f"adapters {sorted(already)} are merged already", stacklevel=3)
+            return
+        # In the order in which they would multiply, unmerged.
+        order = dict.fromkeys([*self._active, *self.peft_config])
+        self._merge.make(tuple(name for name in order if name in already.union(names)), safe)
+        self._activate(self._active)
 
     def _sites(self) -> Iterator[tuple[str, nn.Module, Site]]:
         return sites(self.model)
