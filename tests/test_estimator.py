@@ -68,7 +68,8 @@ def make(model, tokenizer):
 
 def vectors_equal(a: FewShotClassifier, b: FewShotClassifier) -> bool:
     return a.adapter_.vectors.keys() == b.adapter_.vectors.keys() and all(
-        torch.equal(a.adapter_.vectors[name], b.adapter_.vectors[name]) for name in a.adapter_.vectors
+        torch.equal(a.adapter_.vectors[name], b.adapter_.vectors[name])
+        for name in a.adapter_.vectors
     )
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from .task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from .task_models import get_peft_model as get_peft_model
+    from .tfew.in_context import InContextClassifier as InContextClassifier
 
     PeftConfig = IA3Config
     PeftModel = IA3Model
@@ -57,6 +58,7 @@ _HOME = {
     "IA3Config": "config",
     "IA3Error": "errors",
     "IA3Model": "model",
+    "InContextClassifier": "tfew.in_context",
     "MissingExtraError": "errors",
     "PeftModelForCausalLM": "task_models",
     "PeftModelForFeatureExtraction": "task_models",
