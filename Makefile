@@ -31,8 +31,9 @@ $(TORCHAO): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target .venv-torchao torchao==0.18.0
 	touch $(TORCHAO)
 
+# A process a core, each with one thread.
 test: lint $(TORCHAO)
-	$(BIN)/pytest --ignore=tests/test_quantized.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --ignore=tests/test_quantized.py
 	PYTHONPATH=.venv-torchao $(BIN)/pytest tests/test_quantized.py
 
 # SetFit runs in an environment of its own.
