@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 SETFIT := .venv-setfit/.ready
-TORCHAO := .venv-torchao/.ready
+QUANTIZED := .venv-quantized/.ready
 
 .PHONY: setup demo test lint bench-few-shot
 
@@ -25,16 +25,17 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Beside the environment: transformers imports torchao wherever it finds it, which takes seconds and
+# Beside the environment: transformers imports both wherever it finds them, which takes seconds and
 # prints warnings.
-$(TORCHAO): $(READY)
-	$(BIN)/pip install --quiet --no-deps --target .venv-torchao torchao==0.18.0
-	touch $(TORCHAO)
+$(QUANTIZED): $(READY)
+	$(BIN)/pip install --quiet --no-deps --target .venv-quantized bitsandbytes==0.50.2 torchao==0.18.0
+	touch $(QUANTIZED)
 
 # A process a core, each with one thread.
-test: lint $(TORCHAO)
+test: lint $(QUANTIZED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --ignore=tests/test_quantized.py
-	PYTHONPATH=.venv-torchao $(BIN)/pytest tests/test_quantized.py
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv-quantized $(BIN)/pytest -n auto \
+		tests/test_quantized.py tests/test_kbit.py tests/test_integration_peft.py
 
 # SetFit runs in an environment of its own.
 $(SETFIT): benchmarks/setfit-requirements.txt

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import peft
 import pytest
 import torch
@@ -36,9 +35,9 @@ from ia3.quantized import (
     write_slot,
 )
 
-ao = pytest.importorskip(
-    "torchao.quantization", reason="torchao lies beside the environment: see `test` in the Makefile"
-)
+BESIDE = "lies beside the environment: see `test` in the Makefile"
+bnb = pytest.importorskip("bitsandbytes", reason=f"bitsandbytes {BESIDE}")
+ao = pytest.importorskip("torchao.quantization", reason=f"torchao {BESIDE}")
 
 IN, OUT = 128, 96
 FOUR_BIT = {
