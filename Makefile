@@ -35,7 +35,8 @@ $(QUANTIZED): $(READY)
 test: lint $(QUANTIZED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --ignore=tests/test_quantized.py
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv-quantized $(BIN)/pytest -n auto \
-		tests/test_quantized.py tests/test_kbit.py tests/test_integration_peft.py
+		tests/test_quantized.py tests/test_kbit.py tests/test_integration_peft.py \
+		tests/test_training.py::test_a_quantized_base_trains
 
 # SetFit runs in an environment of its own.
 $(SETFIT): benchmarks/setfit-requirements.txt

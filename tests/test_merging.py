@@ -611,3 +611,40 @@ def test_optimizers_keep_the_parameters_they_have(three: IA3Model) -> None:
     assert {name: id(parameter) for name, parameter in three.named_parameters()} == before
     three.unmerge_adapter()
     assert {name: id(parameter) for name, parameter in three.named_parameters()} == before
+
+
+def test_unloading_a_merge_keeps_what_is_active_beside_it(
+    three: IA3Model, inputs: dict[str, Tensor]
+) -> None:
+    expected = unmerged(three, ["a", "b"], inputs)
+    three.set_adapter(["a", "b"])
+    three.merge_adapter(["a"])
+    assert relative(logits(three.merge_and_unload(), inputs), expected) < 1e-6
+
+
+def test_a_merge_that_runs_out_of_memory_changes_nothing(
+    three: IA3Model, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three.set_adapter(["a"])
+    three.merge_adapter(["a"])
+    expected = logits(three, inputs)
+
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("ia3.folding._scaled", fail)
+    with pytest.raises(MemoryError):
+        three.merge_adapter(["b"])
+    assert torch.equal(logits(three, inputs), expected)
+
+
+def test_unloading_twice_leaves_the_next_adapter_alone(
+    three: IA3Model, inputs: dict[str, Tensor]
+) -> None:
+    base = three.unload()
+    after = IA3Model(base, IA3Config(init_ia3_weights=False))
+    expected = logits(after, inputs)
+    assert three.unload() is base
+    assert torch.equal(logits(after, inputs), expected)
+    with pytest.raises(IA3Error, match="was unloaded"):
+        three.add_adapter("more", IA3Config())

@@ -625,3 +625,50 @@ def test_a_head_for_another_number_of_labels_is_an_error(tmp_path: Path) -> None
     with pytest.raises(IA3Error, match=r"classifier.*\[3.*\[4"):
         PeftModel.from_pretrained(base, tmp_path)
     assert_unchanged(base, before)
+
+
+def test_a_tied_head_of_its_own_leaves_the_embeddings_alone(tiny_gpt2: PreTrainedModel) -> None:
+    """GPT-2 ties its output layer to its embeddings; the adapter trained the output layer alone."""
+    model = IA3Model(
+        tiny_gpt2, IA3Config(target_modules=["c_attn"], modules_to_save=["lm_head"])
+    ).eval()
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+        expected = model(ids).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert merged.config.tie_word_embeddings is False
+
+
+def test_hooks_on_a_saved_module_run_once() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    calls = []
+    net[1].register_forward_hook(lambda module, args, output: calls.append(module))
+    model = IA3Model(net, IA3Config(target_modules=["0"], modules_to_save=["1"]))
+    model(torch.ones(1, 3))
+    assert calls == [net[1]]
+
+
+@pytest.mark.parametrize("first_saves", [True, False])
+def test_a_copy_and_vectors_do_not_nest(first_saves: bool) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 2)))
+    configs = [
+        IA3Config(target_modules=["0"], modules_to_save=["1"]),
+        IA3Config(target_modules=["1.0"]),
+    ]
+    first, second = configs if first_saves else reversed(configs)
+    model = IA3Model(net, first)
+    before = list(model.state_dict())
+    with pytest.raises(IA3Error, match="another adapter"):
+        model.add_adapter("second", second)
+    assert list(model.state_dict()) == before
+
+
+def test_a_list_of_modules_cannot_be_saved() -> None:
+    net = nn.Sequential(nn.Linear(3, 3))
+    net.parts = nn.ModuleList([nn.Linear(3, 3)])
+    with pytest.raises(IA3Error, match="ModuleList, which is never called"):
+        IA3Model(net, IA3Config(target_modules=["0"], modules_to_save=["parts"]))

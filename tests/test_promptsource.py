@@ -136,9 +136,11 @@ def test_its_files_of_trec_and_ag_news():
 
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=20)
+# A bar at the end of a choice runs into the three that separate choices.
+barless = words.filter(lambda text: "|" not in text)
 
 
-@given(text=words, bars=st.booleans(), choices=st.lists(words, min_size=2, max_size=5))
+@given(text=words, bars=st.booleans(), choices=st.lists(barless, min_size=2, max_size=5))
 def test_any_text_renders_as_in_promptsource(text, bars, choices):
     row = {"text": f"{text}|||{text}" if bars else text, "words": choices, "label": 0}
     template = of(

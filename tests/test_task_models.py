@@ -395,8 +395,7 @@ def test_the_signatures_take_pefts_arguments() -> None:
         theirs = inspect.signature(getattr(peft, name)).parameters
         ours = inspect.signature(getattr(ia3, name)).parameters
         missing = [argument for argument in theirs if argument not in ours]
-        # Adapters of several kinds on one model.
-        assert missing == (["mixed"] if name == "get_peft_model" else []), name
+        assert missing == [], name
 
 
 def test_saved_vectors_are_the_same_for_every_class(saved_base: Any, tmp_path: Path) -> None:

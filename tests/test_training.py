@@ -454,6 +454,7 @@ def test_a_term_of_weight_zero_does_not_train(left_out: str) -> None:
 
 
 def test_a_quantized_base_trains(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
     settings = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,

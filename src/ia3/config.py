@@ -199,7 +199,7 @@ class IA3Config:
         """
         try:
             values = json.loads(Path(path).read_text("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise IA3Error(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise IA3Error(f"{path} holds {type(values).__name__}, expected a JSON object")

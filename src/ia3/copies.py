@@ -7,18 +7,31 @@ A module named there keeps its weights and its place. Each adapter gets a copy o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .activations import device_of
 from .errors import IA3Error, did_you_mean
+from .folding import write
 from .targets import ATTRIBUTE, base_modules
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+# They are never called themselves, so that a copy of one would train nothing.
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class Copies(nn.Module):
@@ -58,6 +71,9 @@ class Copies(nn.Module):
             twin = copy.deepcopy(module, memo)
         _put_back(twin)
         twin._modules.pop(ATTRIBUTE, None)
+        # The base module's own hooks run when it is called, and lead here.
+        for hooks in HOOKS:
+            getattr(twin, hooks).clear()
         for part in twin.modules():
             if "_hf_hook" in part.__dict__:
                 # The base module's own hook brings the input to where the copy is.
@@ -102,6 +118,11 @@ def find_modules_to_save(
         inside = next((other for other in found if other.startswith(f"{name}.")), None)
         if inside is not None:
             raise IA3Error(f"modules_to_save: {inside!r} is part of {name!r}, which is saved whole")
+        if isinstance(model.get_submodule(name), CONTAINERS):
+            raise IA3Error(
+                f"modules_to_save: {name!r} is a {type(model.get_submodule(name)).__name__}, which "
+                "is never called: name the modules in it"
+            )
         if next(model.get_submodule(name).parameters(), None) is None:
             raise IA3Error(f"modules_to_save: module {name!r} has no parameters to train")
     return list(found)
@@ -126,14 +147,32 @@ def release(module: nn.Module) -> None:
         del module._modules[ATTRIBUTE]
 
 
-def settle(module: nn.Module, adapter: str) -> None:
-    """Give the module itself the values of an adapter's copy, for good."""
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of the parameters that several modules have."""
+    counts = Counter(
+        id(parameter) for module in model.modules() for parameter in module._parameters.values()
+    )
+    return {identity for identity, count in counts.items() if count > 1}
+
+
+def settle(module: nn.Module, adapter: str, shared: Collection[int] = ()) -> None:
+    """Give the module itself the values of an adapter's copy, for good.
+
+    Args:
+        shared: the ids of parameters that other modules have too, and which must not change there.
+    """
     copies = copies_of(module)
     assert copies is not None
     twin = copies[adapter]
-    with torch.no_grad():
-        for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-            _tensor(module, name).data = tensor.detach().clone()
+    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
+        path, _, last = name.rpartition(".")
+        owner, value = module.get_submodule(path), tensor.detach().clone()
+        if owner._buffers.get(last) is not None:
+            owner._buffers[last] = value
+        elif id(owner.get_parameter(last)) in shared and not owner.get_parameter(last).is_meta:
+            owner._parameters[last] = nn.Parameter(value, requires_grad=False)
+        else:
+            write(owner, last, value)
 
 
 def check_copies(values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module) -> None:
@@ -201,13 +240,6 @@ def _put_back(module: nn.Module) -> None:
                 del module.__dict__[slot]
             else:
                 module.__dict__[slot] = before
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    owner, _, last = name.rpartition(".")
-    tensor = getattr(module.get_submodule(owner), last)
-    assert isinstance(tensor, Tensor)
-    return tensor
 
 
 def _forward(module: nn.Module, before: Any, *args: Any, **kwargs: Any) -> Any:

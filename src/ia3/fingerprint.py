@@ -55,7 +55,14 @@ class Fingerprint:
             if not isinstance(read["model_type"], str):
                 raise TypeError(f"model_type is {read['model_type']!r}")
             return cls(read["model_type"], samples)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            OverflowError,
+        ) as error:
             raise IA3Error(
                 f"{source}: the base model's fingerprint is malformed: {error}"
             ) from error

@@ -11,7 +11,7 @@ from . import quantized
 from .activations import Side
 from .errors import IA3Error
 from .folding import Change, fold, is_finite, owner_of, read, write
-from .sites import displace, sites
+from .sites import displace, site_of, sites
 from .targets import ATTRIBUTE
 
 
@@ -40,17 +40,19 @@ class Merge:
                 `safe`) would not be finite; nothing has changed then.
         """
         before = {spot: read(*self._slot(spot)) for spot in self._originals}
-        self._write(self._originals)
         try:
+            self._write(self._originals)
             changes = self._changes(adapters)
             if safe:
                 _check_finite(changes, adapters)
-        except IA3Error:
+            originals = {
+                (change.name, change.slot): read(*self._slot((change.name, change.slot)))
+                for change in changes
+            }
+        except BaseException:  # memory may run out
             self._write(before)
             raise
-        for change in changes:
-            spot = change.name, change.slot
-            self._originals.setdefault(spot, read(*self._slot(spot)))
+        self._originals = {**originals, **self._originals}
         self._write({(change.name, change.slot): change.value for change in changes})
         for _, _, site in sites(self.model):
             site.merged = tuple(name for name in adapters if name in site)
@@ -66,8 +68,13 @@ class Merge:
         for _, _, site in sites(self.model):
             site.merged = ()
 
-    def dequantise(self, adapters: tuple[str, ...]) -> None:
-        """Put ordinary linear layers where quantized ones cannot take these adapters exactly."""
+    def dequantise(self, adapters: tuple[str, ...]) -> dict[str, nn.Module]:
+        """Put ordinary linear layers where quantized ones cannot take these adapters exactly.
+
+        Returns:
+            The quantized layers, for `requantise`.
+        """
+        replaced: dict[str, nn.Module] = {}
         for name, module, site in sites(self.model):
             here = tuple(adapter for adapter in adapters if adapter in site)
             if not here or not quantized.is_quantized(module):
@@ -76,13 +83,26 @@ class Merge:
                 owner, side = owner_of(self.model, name, site.side)
                 self._fold(owner, {side: site.product(here).detach().flatten()})
             except IA3Error:
-                plain = quantized.dequantised(module, getattr(self.model, "dtype", None))
-                active = site.active
-                displace(module)
-                plain.add_module(ATTRIBUTE, site)
-                site.activate(plain, active)
-                parent, _, last = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), last, plain)
+                self._put(name, quantized.dequantised(module, getattr(self.model, "dtype", None)))
+                replaced[name] = module
+        return replaced
+
+    def requantise(self, replaced: Mapping[str, nn.Module]) -> None:
+        """Put back the layers that `dequantise` took out."""
+        for name, module in replaced.items():
+            self._put(name, module)
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        """Put a module in another one's place, and its site on it."""
+        before = self.model.get_submodule(name)
+        site = site_of(before)
+        assert site is not None
+        active = site.active
+        displace(before)
+        module.add_module(ATTRIBUTE, site)
+        site.activate(module, active)
+        parent, _, last = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), last, module)
 
     def _changes(self, adapters: tuple[str, ...]) -> list[Change]:
         scales: dict[str, dict[Side, Tensor]] = {}

@@ -27,9 +27,10 @@ from .copies import (
     load_copy,
     release,
     settle,
+    shared_parameters,
 )
 from .errors import IA3Error, did_you_mean
-from .files import write_files
+from .files import check_folder, write_files
 from .fingerprint import fingerprint
 from .hub import HubOptions, adapter_folder
 from .integrations.transformers import known_to_trainer
@@ -72,10 +73,14 @@ class IA3Model(nn.Module):
     # The Trainer trains a quantized model only if it has adapters, and asks for this.
     _hf_peft_config_loaded = True
 
+    # The task of a subclass, whose head trains and is saved with the adapters.
+    task: TaskType | None = None
+
     model: nn.Module
     peft_config: dict[str, IA3Config]
     _active: tuple[str, ...]
     _enabled: bool
+    _unloaded: bool
     _merge: Merge
     _trained_before: list[str]
     _ignored_before: set[str] | list[str] | None
@@ -92,6 +97,8 @@ class IA3Model(nn.Module):
             model, config = config, model
         if isinstance(config, Mapping):
             config = config[adapter_name]
+        if config.task_type is None and self.task is not None:
+            config = dataclasses.replace(config, task_type=self.task)
         super().__init__()
         self._begin(model)
         self._add(adapter_name, config, None if vectors is None else Adapter(config, dict(vectors)))
@@ -170,9 +177,20 @@ class IA3Model(nn.Module):
         config = dataclasses.replace(
             configs[0],
             target_modules=_union([c.target_modules for c in configs], "target_modules"),
-            feedforward_modules=_union([c.feedforward_modules for c in configs], "feedforward"),
+            feedforward_modules=_union(
+                [c.feedforward_modules for c in configs], "feedforward_modules"
+            ),
             modules_to_save=sorted({m for c in configs for m in c.modules_to_save or ()}) or None,
         )
+        if any(c.exclude_modules for c in configs):
+            # What one leaves out another may have: the modules by their own names.
+            inputs = [name for name, _, site in self._sites() if site.side != "output"]
+            config = dataclasses.replace(
+                config,
+                target_modules=sorted(summed),
+                feedforward_modules=sorted(summed.keys() & set(inputs)),
+                exclude_modules=None,
+            )
         self._add(adapter_name, config, Adapter(config, summed, copied, frozen))
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -213,15 +231,8 @@ class IA3Model(nn.Module):
             IA3Error: a name is unknown, or two of them have a copy of one module
                 (`modules_to_save`).
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._check_known(names)
-        for name, _, copies in self._copies():
-            having = [adapter for adapter in names if adapter in copies]
-            if len(having) > 1:
-                raise IA3Error(
-                    f"adapters {having} each have a copy of {name!r} (modules_to_save): only one "
-                    "of them can be active"
-                )
+        names = self._named(adapter_name)
+        self._check_one_copy(names)
         if self._merge.adapters:
             warnings.warn("adapters are merged; they are unmerged first", stacklevel=2)
             self.unmerge_adapter()
@@ -370,7 +381,8 @@ class IA3Model(nn.Module):
     ) -> nn.Module:
         """Fold the adapters into the base weights for good and return the plain base model.
 
-        What is merged already stays merged. Modules in `modules_to_save` take the values of the
+        What is merged already stays merged; the result computes what the model computes now, and
+        the adapters named, if any. Modules in `modules_to_save` take the values of the
         active adapter's copy, or the named one's.
 
         Args:
@@ -383,20 +395,36 @@ class IA3Model(nn.Module):
         Raises:
             IA3Error: as `merge_adapter`.
         """
+        merged = self._merge.adapters
         names = self._named(adapter_names)
-        if adapter_names is not None or not self._merge.adapters:
-            if dequantise:
-                self._merge.dequantise(names)
-            self._make_merged(names, safe_merge)
-        self._merge.keep()
+        # What is merged takes the place of what is active, or is part of it.
+        replaces = adapter_names is None and not merged <= set(names)
+        names = tuple(merged) if replaces else tuple(dict.fromkeys([*names, *merged]))
+        self._check_one_copy(names)
+        replaced = self._merge.dequantise(names) if dequantise else {}
+        try:
+            if set(names) - self._merge.adapters:
+                self._make_merged(names, safe_merge)
+        except BaseException:
+            self._merge.requantise(replaced)
+            raise
+        shared = shared_parameters(self.model)
         for _, module, copies in self._copies():
-            having = [name for name in names if name in copies]
-            if having:
-                settle(module, having[-1])
-        return self.unload()
+            for name in set(names).intersection(copies.adapters):
+                settle(module, name, shared)
+        self._merge.keep()
+        model = self.unload()
+        _untie(model)
+        return model
 
     def unload(self) -> nn.Module:
-        """Take everything off and return the very model that was passed in, bit for bit."""
+        """Take everything off and return the very model that was passed in, bit for bit.
+
+        This object is of no further use; a second call changes nothing.
+        """
+        if self._unloaded:
+            return self.model
+        self._unloaded = True
         self.unmerge_adapter()
         for _, module, _ in self._sites():
             displace(module)
@@ -422,7 +450,8 @@ class IA3Model(nn.Module):
         *,
         adapter_name: str | None = None,
         is_main_process: bool = True,
-        **peft_options: Any,
+        state_dict: Mapping[str, Tensor] | None = None,
+        save_embedding_layers: bool | str = "auto",
     ) -> None:
         """Write adapters' `adapter_config.json` and `adapter_model.safetensors`, atomically.
 
@@ -435,11 +464,17 @@ class IA3Model(nn.Module):
             selected_adapters: all adapters if not given.
             adapter_name: this adapter alone, into the folder itself.
             is_main_process: False writes nothing, for all processes but one of a parallel run.
-            peft_options: what PEFT takes for other kinds of adapters; no effect.
+            state_dict: this model's, where its values had to be gathered from several processes.
+            save_embedding_layers: not True: name the embeddings in `modules_to_save` instead.
 
         Raises:
             OSError: the disk is full or may not be written; what was there before stays.
         """
+        if save_embedding_layers is True:
+            raise IA3Error(
+                "save_embedding_layers=True: embeddings are saved where they are trained, by "
+                "naming them in modules_to_save"
+            )
         if safe_serialization is not True:
             raise IA3Error(
                 f"safe_serialization is {safe_serialization!r}, expected True: a pickle could run "
@@ -454,8 +489,13 @@ class IA3Model(nn.Module):
                 for name in names
             }
         self._check_known(list(folders))
+        if not folders:
+            raise IA3Error("there is no adapter to save")
         if is_main_process:
-            files = {name: store.adapter_files(self.adapter(name)) for name in folders}
+            gathered = {} if state_dict is None else state_dict
+            files = {name: store.adapter_files(self._with(gathered, name)) for name in folders}
+            for folder in folders.values():
+                check_folder(folder)
             for name, folder in folders.items():
                 write_files(folder, files[name])
 
@@ -619,6 +659,7 @@ class IA3Model(nn.Module):
         self.peft_config = {}
         self._active = ()
         self._enabled = True
+        self._unloaded = False
         self._merge = Merge(model)
         self._requires_input_grads = False
         self.model = model
@@ -638,6 +679,8 @@ class IA3Model(nn.Module):
 
     def _add(self, adapter_name: str, config: IA3Config, stored: Adapter | None) -> None:
         """Add an adapter, its values from `stored` or new; all checks come before any change."""
+        if self._unloaded:
+            raise IA3Error("this model was unloaded: make a new one")
         if adapter_name in self.peft_config:
             raise IA3Error(f"adapter {adapter_name!r} exists already: delete it or choose another")
         _check_name(adapter_name)
@@ -646,9 +689,16 @@ class IA3Model(nn.Module):
         saved = find_modules_to_save(self.model, resolved.modules_to_save, strict=stored is None)
         for target in targets:
             check_free(self.model.get_submodule(target.name), target)
+            self._check_outside_copies(target.name)
         for name in saved:
-            if site_of(self.model.get_submodule(name)) is not None:
-                raise IA3Error(f"modules_to_save: another adapter on this model rescales {name!r}")
+            self._check_outside_copies(name)
+            module = self.model.get_submodule(name)
+            for part_name, part in module.named_modules(prefix=name):
+                if site_of(part) is not None or (part is not module and copies_of(part)):
+                    raise IA3Error(
+                        f"modules_to_save: another adapter on this model has vectors or a copy in "
+                        f"{part_name!r}, which is part of {name!r}"
+                    )
         if stored is not None:
             check_vectors(stored.vectors, targets, type(self.model).__name__)
             check_copies(stored.copies, saved, self.model)
@@ -680,6 +730,18 @@ class IA3Model(nn.Module):
         self.peft_config[adapter_name] = resolved
         self._hide_from_checkpoints()
 
+    def _with(self, state_dict: Mapping[str, Tensor], adapter_name: str) -> Adapter:
+        """An adapter with the values that a gathered state dict has for it."""
+        adapter = self.adapter(adapter_name)
+        end = f"{ATTRIBUTE}.{adapter_name}"
+        for name, vector in adapter.vectors.items():
+            adapter.vectors[name] = state_dict.get(f"model.{name}.{end}", vector)
+        for name, _, copies in self._copies():
+            for key in copies[adapter_name].state_dict() if adapter_name in copies else ():
+                value = adapter.copies[f"{name}.{key}"]
+                adapter.copies[f"{name}.{key}"] = state_dict.get(f"model.{name}.{end}.{key}", value)
+        return adapter
+
     def _load_into(self, adapter_name: str, stored: Adapter) -> None:
         if adapter_name in self._merge.adapters:
             raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
@@ -705,9 +767,18 @@ class IA3Model(nn.Module):
         """The adapters of these names; the active ones for `None`."""
         if isinstance(adapter_names, str):
             adapter_names = (adapter_names,)
-        names = tuple(self._active if adapter_names is None else adapter_names)
+        names = tuple(dict.fromkeys(self._active if adapter_names is None else adapter_names))
         self._check_known(names)
         return names
+
+    def _check_one_copy(self, names: Sequence[str]) -> None:
+        for name, _, copies in self._copies():
+            having = sorted(set(names).intersection(copies.adapters))
+            if len(having) > 1:
+                raise IA3Error(
+                    f"adapters {having} each have a copy of {name!r} (modules_to_save): only one "
+                    "of them can be active"
+                )
 
     def _make_merged(self, names: tuple[str, ...], safe: bool) -> None:
         already = self._merge.adapters
@@ -718,6 +789,16 @@ class IA3Model(nn.Module):
         order = dict.fromkeys([*self._active, *self.peft_config])
         self._merge.make(tuple(name for name in order if name in already.union(names)), safe)
         self._activate(self._active)
+
+    def _check_outside_copies(self, name: str) -> None:
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            around = ".".join(parts[:end])
+            if copies_of(self.model.get_submodule(around)) is not None:
+                raise IA3Error(
+                    f"module {name!r} is part of {around!r}, which another adapter on this model "
+                    "has in its modules_to_save"
+                )
 
     def _sites(self) -> Iterator[tuple[str, nn.Module, Site]]:
         return sites(self.model)
@@ -798,7 +879,7 @@ def _naming(source: str) -> Iterator[None]:
 
 
 def _check_name(adapter_name: str) -> None:
-    if not re.fullmatch(r"[^./\\\s]+", adapter_name):
+    if not re.fullmatch(r"[^./\\\s\x00]+", adapter_name):
         raise IA3Error(f"adapter name {adapter_name!r} must have no dot, slash or white space")
     if adapter_name in {*dir(nn.Module()), "active", "merged", "_handle"}:
         # Setting the attribute ("training") would set the vector of that name.
@@ -835,6 +916,15 @@ def _union(modules: Sequence[Any], field: str) -> Any:
             "weighted sum needs the same form"
         )
     return sorted({name for each in modules for name in each})
+
+
+def _untie(model: nn.Module) -> None:
+    """Say in the config that the output layer has weights of its own, if merging gave it some."""
+    config: Any = getattr(model, "config", None)
+    if isinstance(model, PreTrainedModel) and getattr(config, "tie_word_embeddings", False):
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        if outputs is not None and outputs.weight is not inputs.weight:
+            config.tie_word_embeddings = False
 
 
 def _values(parameter: nn.Parameter) -> int:

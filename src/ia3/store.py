@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter
         IA3Error: a file is truncated or not what it should be.
     """
     folder = Path(folder)
-    config = config or read_config(folder)
+    config = replace(config) if config is not None else read_config(folder)
     if (folder / WEIGHTS_NAME).is_file():
         path = folder / WEIGHTS_NAME
         tensors, metadata = _read_safetensors(path)
@@ -166,7 +165,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickled(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # what a damaged pickle raises has no end
         raise IA3Error(f"{path} is not a whole file of tensors alone: {error}") from error
     if not isinstance(tensors, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()

@@ -274,7 +274,7 @@ def _matching(
             _check_all_match(modules, names, field, model, rule)
 
     check(config.target_modules, "target_modules")
-    chosen = [name for name in names if matches(name, config.target_modules)]
+    chosen = matched = [name for name in names if matches(name, config.target_modules)]
     # Saved whole, they need no vector; PEFT's rule.
     saved = [f".{entry}." for entry in config.modules_to_save or ()]
     chosen = [name for name in chosen if not any(entry in f".{name}." for entry in saved)]
@@ -285,6 +285,11 @@ def _matching(
         raise IA3Error(f"no module of {type(model).__name__} is left to rescale")
     if config.feedforward_modules:
         check(config.feedforward_modules, "feedforward_modules", matches_feedforward)
+        if strict and not any(matches_feedforward(n, config.feedforward_modules) for n in matched):
+            raise IA3Error(
+                f"feedforward_modules {config.feedforward_modules!r} match none of the targets, of "
+                f"which {matched[0]!r} is the first: they must be among target_modules"
+            )
     matching = []
     for name in chosen:
         module = model.get_submodule(name)

@@ -20,7 +20,7 @@ def get_peft_model(
     model: nn.Module,
     peft_config: IA3Config,
     adapter_name: str = DEFAULT_ADAPTER,
-    *,
+    mixed: bool = False,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
@@ -31,6 +31,7 @@ def get_peft_model(
         model: the base model.
         peft_config: what to rescale.
         adapter_name: the adapter's name.
+        mixed: only False: there is one kind of adapter here.
         autocast_adapter_dtype, low_cpu_mem_usage: taken for PEFT's sake; vectors are always float32
             and made once.
         revision: the base model's revision on the hub, for the config.
@@ -43,6 +44,8 @@ def get_peft_model(
     """
     if isinstance(model, IA3Config) and isinstance(peft_config, nn.Module):
         model, peft_config = peft_config, model
+    if mixed:
+        raise IA3Error("mixed=True: there is only one kind of adapter here")
     if revision is not None:
         peft_config.revision = revision
     return model_class(peft_config)(model, peft_config, adapter_name)
@@ -56,25 +59,37 @@ def model_class(config: IA3Config) -> type[IA3Model]:
 class PeftModelForCausalLM(IA3Model):
     """A decoder-only language model with adapters."""
 
+    task = TaskType.CAUSAL_LM
+
 
 class PeftModelForSeq2SeqLM(IA3Model):
     """An encoder-decoder language model with adapters."""
+
+    task = TaskType.SEQ_2_SEQ_LM
 
 
 class PeftModelForSequenceClassification(IA3Model):
     """A sequence classifier with adapters; its head trains and is saved with them."""
 
+    task = TaskType.SEQ_CLS
+
 
 class PeftModelForTokenClassification(IA3Model):
     """A token classifier with adapters; its head trains and is saved with them."""
+
+    task = TaskType.TOKEN_CLS
 
 
 class PeftModelForFeatureExtraction(IA3Model):
     """A model whose hidden states are wanted, with adapters."""
 
+    task = TaskType.FEATURE_EXTRACTION
+
 
 class PeftModelForQuestionAnswering(IA3Model):
     """An extractive question answerer with adapters; its head trains and is saved with them."""
+
+    task = TaskType.QUESTION_ANS
 
 
 MODEL_CLASSES: dict[TaskType, type[IA3Model]] = {
