@@ -110,14 +110,14 @@ class IA3Model(nn.Module):
     def add_adapter(
         self,
         adapter_name: str,
-        config: IA3Config,
+        peft_config: IA3Config,
         vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add an adapter, not yet active: its vectors do not require gradients until it is.
 
         Args:
             adapter_name: a name without dots or slashes, new to this model.
-            config: what it rescales.
+            peft_config: what it rescales.
             vectors: module name -> vector (`Activation.shape`: `[dim, 1]` on a linear layer's
                 output, `[1, dim]` on its input), any floating dtype. Ones if not given, as
                 `init_ia3_weights` says. With vectors, entries of the config's lists may match
@@ -127,7 +127,8 @@ class IA3Model(nn.Module):
             IA3Error: the name is taken or malformed, the config or the vectors do not fit the
                 model; the model is then unchanged.
         """
-        self._add(adapter_name, config, None if vectors is None else Adapter(config, dict(vectors)))
+        stored = None if vectors is None else Adapter(peft_config, dict(vectors))
+        self._add(adapter_name, peft_config, stored)
 
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
@@ -533,6 +534,7 @@ class IA3Model(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        torch_device: str | None = None,
         **hub: Unpack[HubOptions],
     ) -> IA3Model:
         """Load an adapter, written by this library or by PEFT, onto a base model.
@@ -544,8 +546,8 @@ class IA3Model(nn.Module):
             is_trainable: its vectors require gradients. Otherwise the model is put into evaluation
                 mode, as PEFT does.
             config: instead of the adapter's own.
-            autocast_adapter_dtype, low_cpu_mem_usage: taken for PEFT's sake; vectors are always
-                float32 and made once.
+            autocast_adapter_dtype, low_cpu_mem_usage, torch_device: taken for PEFT's sake; vectors
+                are always float32, made once, and go to where their modules are.
             hub: `revision`, `subfolder`, `token`, `cache_dir`, ...
 
         Returns:
@@ -590,6 +592,7 @@ class IA3Model(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        torch_device: str | None = None,
         **hub: Unpack[HubOptions],
     ) -> None:
         """Load a further adapter, not yet active; raises as `from_pretrained` does.
