@@ -254,8 +254,9 @@ def _default_feedforward(
             default = []
         default = [name for name in default if matches(name, targets)]
     if isinstance(targets, str):
+        chosen = [name for name in names if matches(name, targets)]
         return targets, [
-            entry for entry in default if any(matches_feedforward(name, [entry]) for name in names)
+            entry for entry in default if any(matches_feedforward(name, [entry]) for name in chosen)
         ]
     return feedforward_among(targets, default)
 
