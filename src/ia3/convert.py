@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from .activations import activation_of
 from .config import IA3Config
 from .errors import IA3Error, did_you_mean
+from .store import unpickle_tensors
 from .structure import names_or_suffixes, paper_targets
 
 SUFFIX = ".multi_lora_b"
@@ -33,14 +32,7 @@ def read_tfew_authors(path: str | Path) -> dict[str, Tensor]:
         IA3Error: it is broken, holds more than tensors, or other tensors than (IA)³ vectors.
     """
     expected = f"expected vectors named like 'encoder.block.0.layer.0.SelfAttention.k{SUFFIX}'"
-    content = Path(path).read_bytes()
-    try:
-        # From memory, where a truncated file is not an OSError.
-        tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken pickle can raise anything
-        raise IA3Error(
-            f"{path} is not a whole file of tensors alone ({type(error).__name__}): {expected}"
-        ) from error
+    tensors = unpickle_tensors(Path(path), expected)
     if not isinstance(tensors, dict) or not tensors:
         raise IA3Error(f"{path} holds {_described(tensors)}, {expected}")
     for key, tensor in tensors.items():

@@ -162,11 +162,28 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise IA3Error(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _read_pickled(path: Path) -> dict[str, Tensor]:
+def unpickle_tensors(path: Path, expected: str) -> Any:
+    """What a pickled file holds, read so that it cannot run code.
+
+    Args:
+        expected: what it should hold, for the message.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        IA3Error: it is damaged, or holds more than tensors and plain containers.
+    """
+    content = path.read_bytes()
     try:
-        tensors = torch.load(BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged pickle raises has no end
-        raise IA3Error(f"{path} is not a whole file of tensors alone: {error}") from error
+        # From memory, where a truncated file is not an OSError.
+        return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken pickle can raise anything
+        raise IA3Error(
+            f"{path} is not a whole file of tensors alone ({type(error).__name__}): {expected}"
+        ) from error
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    tensors = unpickle_tensors(path, "expected an adapter's named tensors")
     if not isinstance(tensors, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
     ):
