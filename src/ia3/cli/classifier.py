@@ -1,63 +1,38 @@
-"""The `ia3` command. Nothing heavy is imported before a command runs."""
+"""`ia3 fit`, `predict` and `evaluate`: a classifier from and for files of texts."""
 
 from __future__ import annotations
 
-import json
-import math
-import sys
 import time
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from .errors import IA3Error, MissingExtraError, did_you_mean
-from .files import check_folder, write_stdout
+import typer
+from rich.console import Console
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.text import Text
-
-    from .console import counting_bar, print_confusion, screen, training_bar
-except ImportError as error:
-    raise SystemExit(
-        f"error: the ia3 command needs {error.name!r}: pip install 'ia3[cli]'"
-    ) from error
-
-if TYPE_CHECKING:
-    from .estimator import FewShotClassifier
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
-
-app = typer.Typer(
-    help="Few-shot classification with (IA)³: learned vectors on a frozen model.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+from ..console import counting_bar, print_confusion, training_bar
+from ..errors import IA3Error, did_you_mean
+from ..files import check_folder
+from .options import (
+    DEFAULT_MODEL,
+    Data,
+    Device,
+    DType,
+    Json,
+    LabelColumn,
+    Model,
+    TextColumns,
+    check_out,
+    positive,
+    print_json,
+    say,
+    silence_loading,
 )
 
-
-def _positive(value: float | None) -> float | None:
-    if value is not None and not 0 < value < math.inf:
-        raise typer.BadParameter(f"{value} is not a number above 0")
-    return value
+if TYPE_CHECKING:
+    from ..estimator import FewShotClassifier
 
 
-Data = Annotated[Path, typer.Option("--data", help="CSV, TSV or JSON Lines file, in UTF-8.")]
-TextColumns = Annotated[
-    list[str], typer.Option("--text", help="Column with the text; give several for several fields.")
-]
-LabelColumn = Annotated[str, typer.Option("--label", help="Column with the label.")]
-Model = Annotated[
-    str | None, typer.Option(help="Model name, folder or hub id; the adapter's own by default.")
-]
-Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', ...")]
-DType = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16', ...")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-
-
-@app.command()
 def fit(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
@@ -76,7 +51,7 @@ def fit(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.", min=0)] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate.", callback=_positive)
+        float | None, typer.Option(help="Peak learning rate.", callback=positive)
     ] = None,
     seed: Annotated[
         int, typer.Option(help="Of the order of the examples.", min=0, max=2**32 - 1)
@@ -90,20 +65,20 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Train an adapter on labelled examples."""
-    from .tables import fields_of, read_table
+    from ..tables import fields_of, read_table
 
     if label in text:
         raise typer.BadParameter(
             f"{label!r} is the text and the label at once", param_hint="--label"
         )
-    _check_out(out, force)
+    check_out(out, force)
     check_folder(out)
     rows = read_table(data, text, label)
     labels = [row[label] for row in rows]
     choices = _choices(choice, labels)
-    _silence_loading()
-    from .estimator import FewShotClassifier
-    from .store import WEIGHTS_NAME
+    silence_loading()
+    from ..estimator import FewShotClassifier
+    from ..store import WEIGHTS_NAME
 
     given: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
     classifier = FewShotClassifier(
@@ -123,7 +98,7 @@ def fit(
     classifier.save(out)
     size = (out / WEIGHTS_NAME).stat().st_size
     if as_json:
-        _print_json(
+        print_json(
             adapter=str(out),
             classes=classifier.classes_.tolist(),
             examples=len(rows),
@@ -133,13 +108,12 @@ def fit(
             seconds=round(seconds, 2),
         )
     else:
-        _say(
+        say(
             f"Trained on {len(rows)} examples of {len(classifier.classes_)} classes in "
             f"{seconds:.0f} s; {size / 1024:.0f} KiB in {out}"
         )
 
 
-@app.command()
 def predict(
     adapter: Annotated[Path, typer.Argument(help="Folder written by 'ia3 fit'.")],
     data: Data,
@@ -160,12 +134,12 @@ def predict(
     ] = False,
 ) -> None:
     """Label texts: every row of the data with `prediction` and `probability` added."""
-    from .tables import delimiter_of, fields_of, read_table, write_table
+    from ..tables import delimiter_of, fields_of, read_table, write_table
 
     if out is not None:
         if delimiter_of(out) is not None and as_json:
             raise typer.BadParameter(f"{out} would not be JSON Lines", param_hint="--json")
-        _check_out(out, force)
+        check_out(out, force)
         check_folder(out.parent)
     rows = read_table(data, text)
     for column in ("prediction", "probability"):
@@ -185,7 +159,6 @@ def predict(
     write_table(labelled, out, as_json=as_json)
 
 
-@app.command()
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="Folder written by 'ia3 fit'.")],
     data: Data,
@@ -197,7 +170,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score an adapter on labelled texts: accuracy, macro F1 and the confusion matrix."""
-    from .tables import fields_of, read_table
+    from ..tables import fields_of, read_table
 
     rows = read_table(data, text, label)
     classifier = _load(adapter, model, device, dtype)
@@ -217,7 +190,7 @@ def evaluate(
     macro_f1 = float(f1_score(truth, predicted, average="macro", labels=sorted(set(truth))))
     matrix = confusion_matrix(truth, predicted, labels=classes).tolist()
     if as_json:
-        _print_json(
+        print_json(
             accuracy=accuracy,
             macro_f1=macro_f1,
             examples=len(rows),
@@ -232,58 +205,9 @@ def evaluate(
         )
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the adapter and the report.")] = Path(
-        "ia3-demo"
-    ),
-    model: Annotated[str, typer.Option(help="Model name, folder or hub id.")] = DEFAULT_MODEL,
-    as_json: Json = False,
-) -> None:
-    """Learn to route support tickets from 32 examples, and check what is promised."""
-    check_folder(out)
-    _silence_loading()
-    from .demo import PROMISES, run_demo
-
-    result = run_demo(out, model, screen)
-    if as_json:
-        _print_json(**result)
-    if not all(result[promise] for promise in PROMISES):
-        raise typer.Exit(1)
-
-
-@app.command()
-def prepare() -> None:
-    """Convert the embedded model into the cache (IA3_HOME), once."""
-    from .base_model import embedded_model_folder
-
-    _say(f"the embedded model is in {embedded_model_folder()}")
-
-
-def main() -> None:
-    """Run the command.
-
-    Mistakes a user can mend are one line on standard error and exit code 1, 2 where the command
-    line itself is wrong; Ctrl-C is exit code 130.
-    """
-    warnings.showwarning = _show_warning
-    try:
-        app()
-    except (IA3Error, MissingExtraError, OSError) as error:
-        _say(_message(error), "error:", "bold red")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _check_out(out: Path, force: bool) -> None:
-    if out.exists() and not force:
-        raise IA3Error(f"{out} exists already: choose another --out, or give --force")
-
-
 def _load(adapter: Path, model: str | None, device: str, dtype: str) -> FewShotClassifier:
-    _silence_loading()
-    from .estimator import FewShotClassifier
+    silence_loading()
+    from ..estimator import FewShotClassifier
 
     return FewShotClassifier.load(adapter, model=model, device=device, dtype=dtype)
 
@@ -291,20 +215,6 @@ def _load(adapter: Path, model: str | None, device: str, dtype: str) -> FewShotC
 def _probabilities(classifier: FewShotClassifier, examples: list[dict[str, Any]]) -> Any:
     with counting_bar("scoring", len(examples) * len(classifier.templates_)) as progress:
         return classifier.predict_proba(examples, progress=progress)
-
-
-def _silence_loading() -> None:
-    """Keep transformers from drawing a bar for every model it loads from the disk.
-
-    Downloads keep theirs where somebody watches: they take minutes.
-    """
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
-
-    downloads = screen.is_terminal and not are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    if downloads:
-        enable_progress_bars()
 
 
 def _by_name(labels: Iterable[Any]) -> dict[str, Any]:
@@ -337,23 +247,3 @@ def _choices(pairs: list[str] | None, labels: list[Any]) -> dict[Any, str] | Non
             raise typer.BadParameter(f"{name!r} is given more than once", param_hint="--choice")
         choices[label] = words.strip()
     return choices
-
-
-def _print_json(**values: Any) -> None:
-    write_stdout(f"{json.dumps(values, ensure_ascii=False)}\n".encode())
-
-
-def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    _say(str(message), "warning:", "yellow")
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
-
-
-def _say(message: str, kind: str = "", style: str = "") -> None:
-    """One line on standard error."""
-    line = " ".join(message.splitlines())
-    screen.print(Text.assemble((kind, style), " " if kind else "", line), soft_wrap=True)

@@ -1,0 +1,55 @@
+"""The `ia3` command. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+from ..errors import IA3Error, MissingExtraError
+
+try:
+    import typer
+
+    from .classifier import evaluate, fit, predict
+    from .demo import demo, prepare
+    from .options import say
+except ImportError as error:
+    raise SystemExit(
+        f"error: the ia3 command needs {error.name!r}: pip install 'ia3[cli]'"
+    ) from error
+
+app = typer.Typer(
+    help="Few-shot classification with (IA)³: learned vectors on a frozen model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for _command in (fit, predict, evaluate, demo, prepare):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command.
+
+    Mistakes a user can mend are one line on standard error and exit code 1, 2 where the command
+    line itself is wrong; Ctrl-C is exit code 130.
+    """
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except (IA3Error, MissingExtraError, OSError) as error:
+        say(_message(error), "error:", "bold red")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    say(str(message), "warning:", "yellow")
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)

@@ -1,0 +1,68 @@
+"""What commands have in common: their options, and how they speak."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from ..console import screen
+from ..errors import IA3Error
+from ..files import write_stdout
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+def positive(value: float | None) -> float | None:
+    """Refuse a number that is not above 0."""
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value} is not a number above 0")
+    return value
+
+
+Data = Annotated[Path, typer.Option("--data", help="CSV, TSV or JSON Lines file, in UTF-8.")]
+TextColumns = Annotated[
+    list[str], typer.Option("--text", help="Column with the text; give several for several fields.")
+]
+LabelColumn = Annotated[str, typer.Option("--label", help="Column with the label.")]
+Model = Annotated[
+    str | None, typer.Option(help="Model name, folder or hub id; the adapter's own by default.")
+]
+Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', ...")]
+DType = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16', ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def check_out(out: Path, force: bool) -> None:
+    """Refuse to replace what exists, unless told to."""
+    if out.exists() and not force:
+        raise IA3Error(f"{out} exists already: choose another --out, or give --force")
+
+
+def silence_loading() -> None:
+    """Keep transformers from drawing a bar for every model it loads from the disk.
+
+    Downloads keep theirs where somebody watches: they take minutes.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    downloads = screen.is_terminal and not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
+
+
+def print_json(**values: Any) -> None:
+    """One JSON object on standard output."""
+    write_stdout(f"{json.dumps(values, ensure_ascii=False)}\n".encode())
+
+
+def say(message: str, kind: str = "", style: str = "") -> None:
+    """One line on standard error."""
+    line = " ".join(message.splitlines())
+    screen.print(Text.assemble((kind, style), " " if kind else "", line), soft_wrap=True)
