@@ -25,12 +25,8 @@ from tfew_fixtures import (
 from ia3.base_model import EMBEDDED_MODEL, BaseModel, load_base_model
 from ia3.errors import IA3Error
 from ia3.tfew.encoding import EncodedExample
-from ia3.tfew.in_context import (
-    InContextClassifier,
-    cached_prefix,
-    caches_prefix,
-    choice_scores_after,
-)
+from ia3.tfew.in_context import InContextClassifier
+from ia3.tfew.prefix import cached_prefix, caches_prefix, choice_scores_after
 
 TEXTS = [
     "charged twice this month",

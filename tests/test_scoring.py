@@ -38,13 +38,8 @@ from ia3.base_model import BaseModel
 from ia3.errors import IA3Error
 from ia3.tfew.encoding import EncodedExample
 from ia3.tfew.losses import TokenScores, token_loss
-from ia3.tfew.scoring import (
-    _expanded_scores,
-    _shared_scores,
-    choice_scores,
-    shares_prompt,
-    token_scores,
-)
+from ia3.tfew.passes import expanded_scores, shared_scores
+from ia3.tfew.scoring import choice_scores, shares_prompt, token_scores
 
 WIDTH = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
 LLAMA = {**WIDTH, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.2}
@@ -227,8 +222,8 @@ def test_the_tree_mask_would_be_wrong_beyond_the_window(name):
     base = base_of(name)
     examples = random_examples([(40, (3, 2, 4, 4, 4, 4))])
     with torch.no_grad():
-        shared = _shared_scores(base, examples).log_probs
-        expanded = _expanded_scores(base, examples)
+        shared = shared_scores(base, examples).log_probs
+        expanded = expanded_scores(base, examples)
         assert_plain(base, examples, expanded)
     assert (shared - expanded.log_probs).abs().max() > 1e-2
 
@@ -251,7 +246,7 @@ def test_shared_and_expanded_agree_in_scores_and_gradients(name):
     ia3_model = with_random_vectors(base)
     try:
         vectors = list(ia3_model.vectors("default").values())
-        shared, expanded = _shared_scores(base, examples), _expanded_scores(base, examples)
+        shared, expanded = shared_scores(base, examples), expanded_scores(base, examples)
         torch.testing.assert_close(shared.log_probs, expanded.log_probs, atol=1e-4, rtol=0)
         assert torch.equal(shared.mask, expanded.mask)
         ours = torch.autograd.grad(token_loss(shared, labels).total, vectors)

@@ -290,7 +290,7 @@ class IA3Model(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(values that require gradients, all values)."""
-        sizes = [(_values(p), p.requires_grad) for p in self.parameters()]
+        sizes = [(value_count(p), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
@@ -930,7 +930,7 @@ def _untie(model: nn.Module) -> None:
             config.tie_word_embeddings = False
 
 
-def _values(parameter: nn.Parameter) -> int:
+def value_count(parameter: nn.Parameter) -> int:
     # bitsandbytes packs two 4-bit values into a byte of storage.
     packed = type(parameter).__name__ == "Params4bit"
     return parameter.numel() * (2 * parameter.element_size() if packed else 1)

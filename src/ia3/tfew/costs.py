@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..experts import is_experts
-from ..model import _values
+from ..model import value_count
 from .encoding import EncodedExample
 
 # A stored token is an integer of 4 bytes, a stored value of a vector a float32 (table 1).
@@ -80,7 +80,7 @@ def model_size(model: nn.Module) -> ModelSize:
     parameters those are counted that a token is sent to.
     """
     config: Any = getattr(model, "config", None)
-    total = float(sum(_values(parameter) for parameter in model.parameters()))
+    total = float(sum(value_count(parameter) for parameter in model.parameters()))
     for module in model.modules():
         if is_experts(module):
             weights = [p for p in module.parameters() if p.dim() == 3]

@@ -47,7 +47,7 @@ class Encoder:
         self._tokenizer = base.tokenizer
         self._chat = chat
         self._encoder_decoder = base.is_encoder_decoder
-        self._max_length = _context_length(base)
+        self._max_length = context_length(base)
         self._choice_ids: dict[str, tuple[tuple[int, ...], ...]] = {}
 
     def encode(
@@ -182,7 +182,7 @@ def _ids_after(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> tu
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _context_length(base: BaseModel) -> int:
+def context_length(base: BaseModel) -> int:
     """Tokens the model takes: what its positions allow, else what its tokenizer says."""
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
         value = getattr(base.model.config, name, None)

@@ -9,37 +9,20 @@ encoder-decoder, whose encoder lets the demonstrations see the text, whole promp
 from __future__ import annotations
 
 import random
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise, takewhile
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ..base_model import EMBEDDED_MODEL, BaseModel
 from ..errors import IA3Error
 from ..ranking import LabelledTexts, RankingClassifier, Text, warn_of_cut_texts
-from .encoding import EncodedExample, Encoder, _context_length
-from .losses import TokenScores
-from .scoring import (
-    PROBE_TOLERANCE,
-    _common_prefix,
-    _compute_dtype,
-    _expanded_scores,
-    _longest,
-    _longest_shared,
-    _output_layer,
-    _project_only,
-    _scores,
-    _Targets,
-    _tree_mask,
-    choice_scores,
-)
+from .encoding import Encoder, context_length
+from .prefix import Prefix, cached_prefix, caches_prefix, choice_scores_after
+from .scoring import choice_scores, longest_sequence
 from .templates import Template
 
 if TYPE_CHECKING:
@@ -53,12 +36,8 @@ ENSEMBLES: tuple[Ensemble, ...] = ("none", "orderings", "one-shot")
 BREAK = "\n\n"
 # What stands for a text without content, in calibration.
 CONTENT_FREE = "N/A"
-# So many tokens follow a cached prefix at once. More would spend attention on what the mask hides.
-ROW = 512
 # So many prompts are held as token ids at a time: with demonstrations they are long.
 ENCODED_AT_ONCE = 256
-
-_verdicts: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 class InContextClassifier(RankingClassifier):
@@ -186,8 +165,10 @@ class InContextClassifier(RankingClassifier):
         """The number of tokens of each member's demonstrations; an error where one is too long."""
         asked = [encoder.encode(example, template) for example in task.examples]
         # An encoder's input has no answer in it.
-        longest = max(len(e.prompt) if self.base.is_encoder_decoder else _longest(e) for e in asked)
-        context = _context_length(self.base)
+        longest = max(
+            len(e.prompt) if self.base.is_encoder_decoder else longest_sequence(e) for e in asked
+        )
+        context = context_length(self.base)
         room = context - longest
         counts = _token_counts(self.base, members)
         if max(counts) > room:
@@ -282,202 +263,3 @@ def _written(task: LabelledTexts, template: Template) -> list[str]:
 def _token_counts(base: BaseModel, texts: Sequence[str]) -> list[int]:
     ids = base.tokenizer(list(texts), add_special_tokens=False, truncation=False)["input_ids"]
     return [len(of_text) for of_text in ids]
-
-
-# -- scores after a cached prefix ------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Prefix:
-    """What prompts begin with, as a model has computed it.
-
-    Attributes:
-        ids: its tokens.
-        layers: each layer's keys and values, `[1, heads, len(ids), head_dim]`.
-        model: that has computed them.
-    """
-
-    ids: tuple[int, ...]
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    model: nn.Module
-
-    def belongs_to(self, base: BaseModel) -> bool:
-        """Whether the keys and values are this model's, and on the device that it is on now."""
-        parameter = _output_layer(base.model).get_parameter("weight")
-        keys = self.layers[-1][0]
-        return self.model is base.model and keys.device == parameter.device
-
-    def shared_with(self, examples: Sequence[EncodedExample]) -> int:
-        """The number of tokens that all prompts begin with, less the last, which predicts."""
-        common = zip(self.ids, _common_prefix(examples), strict=False)
-        return sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], common))
-
-
-def cached_prefix(base: BaseModel, ids: Sequence[int]) -> Prefix:
-    """Compute the keys and values of the tokens that prompts begin with, without gradients."""
-    from transformers import DynamicCache
-
-    # Not the cache that the model would make: a sliding window's forgets what lies behind it.
-    cache = DynamicCache()
-    last = torch.tensor([len(ids) - 1], device=base.device)
-    with _evaluating(base.model), _project_only(base.model, last):
-        base.model(
-            input_ids=torch.tensor([list(ids)], device=base.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-    layers = tuple((layer.keys, layer.values) for layer in cache.layers)
-    return Prefix(tuple(ids), layers, base.model)
-
-
-def choice_scores_after(
-    base: BaseModel,
-    prefix: Prefix,
-    examples: Sequence[EncodedExample],
-    *,
-    progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """`choice_scores`, with what the prompts share with the prefix not computed again.
-
-    Args:
-        base: a model that `caches_prefix`, as it was when the prefix was computed.
-        prefix: of most of the prompts, in whole or in part.
-        examples: all with the same number of choices.
-        progress: called with the number of examples done since the last call.
-
-    Returns:
-        `[examples, choices]`, float32, on the CPU.
-    """
-    results = torch.empty(len(examples), len(examples[0].choices))
-    limit = _longest_shared(base)
-    near = [i for i, e in enumerate(examples) if _longest(e) <= limit and prefix.shared_with([e])]
-    far = sorted({*range(len(examples))} - {*near})
-    if far:
-        results[far] = choice_scores(base, [examples[i] for i in far], progress=progress)
-    with _evaluating(base.model):
-        for batch in _rows(prefix, examples, near):
-            scores = _scores_after(base, prefix, [examples[i] for i in batch])
-            results[batch] = scores.mean_log_probs().float().cpu()
-            if progress is not None:
-                progress(len(batch))
-    return results
-
-
-def caches_prefix(base: BaseModel) -> bool:
-    """Whether the model computes the same scores after a cached prefix as with whole prompts.
-
-    Tried out once on every model that shares prompts: against whole prompts, and, for scale,
-    against the keys and values of another prefix.
-    """
-    if _longest_shared(base) == 0:
-        return False
-    if base.model not in _verdicts:
-        verdict = _probe(base)
-        if verdict is None:
-            return False
-        _verdicts[base.model] = verdict
-    return _verdicts[base.model]
-
-
-def _probe(base: BaseModel) -> bool | None:
-    """The verdict, or `None` where the model's state allows none: it is tried again next time."""
-    vocabulary = int(_output_layer(base.model).get_parameter("weight").shape[0])
-    ids = [(13 + 7919 * i) % vocabulary for i in range(20)]
-    start, other = tuple(ids[:4]), tuple(ids[4:8])
-    examples = [
-        EncodedExample((*start, *ids[8:10]), (tuple(ids[10:12]), (ids[12],))),
-        EncodedExample((*start, ids[13]), ((ids[14],), tuple(ids[15:17]))),
-    ]
-    with _evaluating(base.model):
-        whole = _expanded_scores(base, examples).log_probs
-        try:
-            prefix = cached_prefix(base, start)
-            after = _scores_after(base, prefix, examples).log_probs
-            wrong = replace(prefix, layers=cached_prefix(base, other).layers)
-            astray = _scores_after(base, wrong, examples).log_probs
-        except Exception:
-            # As with the mask: whatever a model raises that keeps no plain keys and values.
-            return False
-    error, scale = (after - whole).abs().max(), (astray - whole).abs().max()
-    if not torch.isfinite(error + scale) or scale == 0:
-        return None
-    return bool(error <= PROBE_TOLERANCE * scale)
-
-
-def _scores_after(
-    base: BaseModel, prefix: Prefix, examples: Sequence[EncodedExample]
-) -> TokenScores:
-    """All examples in one row behind the prefix; each sees it, itself and none of the others."""
-    from transformers import DynamicCache
-
-    shared = prefix.shared_with(examples)
-    ids: list[int] = []
-    positions: list[int] = []
-    owner: list[int] = []
-    branch: list[int] = []
-    targets = _Targets()
-    for i, example in enumerate(examples):
-        end = len(example.prompt)
-        ids += example.prompt[shared:]
-        positions += range(shared, end)
-        branch += [0] * (end - shared)
-        first = targets.project(len(ids) - 1)
-        for c, choice in enumerate(example.choices):
-            targets.score(first, choice[0], (i, c, 0))
-            for t, (token, following) in enumerate(pairwise(choice)):
-                ids.append(token)
-                positions.append(end + t)
-                branch.append(c + 1)
-                targets.score(targets.project(len(ids) - 1), following, (i, c, t + 1))
-        owner += [i] * (len(ids) - len(owner))
-    device = base.device
-    mask = _tree_mask(
-        torch.tensor([owner], device=device),
-        torch.tensor([branch], device=device),
-        _compute_dtype(base.model),
-        hide_other_choices=True,
-    )
-    # A cache of its own: the model appends to it.
-    cache = DynamicCache()
-    for index, (keys, values) in enumerate(prefix.layers):
-        cache.update(keys[:, :, :shared], values[:, :, :shared], index)
-    return _scores(
-        base,
-        examples,
-        targets,
-        input_ids=torch.tensor([ids], device=device),
-        attention_mask=F.pad(mask, (shared, 0)),
-        position_ids=torch.tensor([positions], device=device),
-        past_key_values=cache,
-        use_cache=True,
-    )
-
-
-def _rows(
-    prefix: Prefix, examples: Sequence[EncodedExample], indices: Sequence[int]
-) -> Iterator[list[int]]:
-    """The indices in groups whose tokens behind the prefix are at most `ROW`, or of one."""
-    row: list[int] = []
-    length = 0
-    for i in indices:
-        example = examples[i]
-        new = len(example.prompt) - prefix.shared_with([example]) + sum(map(len, example.choices))
-        if row and length + new > ROW:
-            yield row
-            row, length = [], 0
-        row.append(i)
-        length += new
-    if row:
-        yield row
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the context a model has no dropout, and no gradients are kept."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

@@ -1,0 +1,367 @@
+"""How a batch of examples becomes one forward pass, and its logits scores.
+
+Three layouts: one sequence for a prompt and all its choices, a row for each choice, and an
+encoder-decoder. In all of them only the positions that predict an answer token are projected to the
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ..base_model import BaseModel
+from ..errors import IA3Error
+from .encoding import EncodedExample
+from .losses import TokenScores
+
+# A batch of this many tokens or fewer is one row, without any padding; a longer one is packed into
+# rows of the second length. Longer rows would spend attention on what the mask hides, shorter ones
+# leave more padding at their ends.
+ONE_ROW = 384
+PACKED_LENGTH = 192
+
+# Owners of the positions that belong to no example: the common prefix, and the padding.
+_EVERYBODY = -1
+_NOBODY = -2
+
+
+@dataclass
+class Targets:
+    """Which tokens are scored, from which positions' predictions, and where the scores go.
+
+    Attributes:
+        projected: position in the flattened batch -> its number among those that are projected to
+            the vocabulary.
+        prediction: of each score, the number of the position that predicts its token.
+        token: of each score, the token.
+        slot: of each score, (example, choice, place).
+    """
+
+    projected: dict[int, int] = field(default_factory=dict)
+    prediction: list[int] = field(default_factory=list)
+    token: list[int] = field(default_factory=list)
+    slot: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def score(self, position: int, token: int, slot: tuple[int, int, int]) -> None:
+        """Score a token by what a position (in the flattened batch) predicts."""
+        self.prediction.append(self.projected.setdefault(position, len(self.projected)))
+        self.token.append(token)
+        self.slot.append(slot)
+
+
+# -- one sequence for all choices ------------------------------------------------------------------
+
+
+class TreeRow:
+    """A row of examples in which every choice sees its prompt and itself, and no other sees it.
+
+    Args:
+        start: the row's first position in the flattened batch.
+        prefix: begins all prompts, and is in the row once.
+
+    Attributes:
+        ids: token ids, `[length]`.
+        positions: where each would stand in a row of its own.
+        owner: the example a token belongs to.
+        branch: 0 in a prompt, else the number of the choice.
+    """
+
+    def __init__(self, start: int, prefix: Sequence[int] = ()) -> None:
+        self.ids = list(prefix)
+        self.positions = list(range(len(prefix)))
+        self.owner = [_EVERYBODY] * len(prefix)
+        self.branch = [0] * len(prefix)
+        self._start = start
+
+    def append(self, index: int, example: EncodedExample, shared: int, targets: Targets) -> None:
+        """Put an example into the row, less the first tokens of its prompt, which are elsewhere."""
+        prompt = example.prompt
+        self._extend(prompt[shared:], shared, index, 0)
+        end = self._last
+        for c, choice in enumerate(example.choices):
+            targets.score(end, choice[0], (index, c, 0))
+            # A choice's last token predicts nothing that is scored.
+            for t, (token, following) in enumerate(pairwise(choice)):
+                self._extend((token,), len(prompt) + t, index, c + 1)
+                targets.score(self._last, following, (index, c, t + 1))
+
+    def pad(self, length: int, token: int) -> None:
+        """Fill the row up with tokens that nobody sees."""
+        count = length - len(self.ids)
+        self.ids += [token] * count
+        self.positions += [0] * count
+        self.owner += [_NOBODY] * count
+        self.branch += [0] * count
+
+    @property
+    def _last(self) -> int:
+        return self._start + len(self.ids) - 1
+
+    def _extend(self, ids: Sequence[int], position: int, owner: int, branch: int) -> None:
+        self.ids += ids
+        self.positions += range(position, position + len(ids))
+        self.owner += [owner] * len(ids)
+        self.branch += [branch] * len(ids)
+
+
+def tree_inputs(
+    base: BaseModel, rows: Sequence[TreeRow], *, hide_other_choices: bool = True
+) -> dict[str, Tensor]:
+    """The model's arguments for rows of one length: ids, a mask of four dimensions, positions.
+
+    Args:
+        base: the model.
+        rows: `[rows]`.
+        hide_other_choices: false only to find out whether a model heeds the mask.
+    """
+
+    def stacked(part: list[list[int]]) -> Tensor:
+        return torch.tensor(part, device=base.device)
+
+    return {
+        "input_ids": stacked([row.ids for row in rows]),
+        "attention_mask": _tree_mask(
+            stacked([row.owner for row in rows]),
+            stacked([row.branch for row in rows]),
+            compute_dtype(base.model),
+            hide_other_choices,
+        ),
+        "position_ids": stacked([row.positions for row in rows]),
+    }
+
+
+def shared_scores(
+    base: BaseModel, examples: Sequence[EncodedExample], *, hide_other_choices: bool = True
+) -> TokenScores:
+    """Every prompt once, with all its choices; what all prompts begin with once a row.
+
+    Args:
+        base: a decoder-only model that takes the mask.
+        examples: of any number of choices.
+        hide_other_choices: false only to find out whether a model heeds the mask.
+    """
+    prefix = common_prefix(examples)
+    shared = len(prefix)
+    lengths = [len(e.prompt) - shared + sum(len(c) - 1 for c in e.choices) for e in examples]
+    one_row = shared + sum(lengths) <= ONE_ROW
+    filled = _fill_rows(lengths, sum(lengths) if one_row else max(PACKED_LENGTH + shared, *lengths))
+    length = shared + max(sum(lengths[i] for i in row) for row in filled)
+    targets = Targets()
+    rows = []
+    for r, indices in enumerate(filled):
+        row = TreeRow(r * length, prefix)
+        for i in indices:
+            row.append(i, examples[i], shared, targets)
+        row.pad(length, _pad_token(base))
+        rows.append(row)
+    inputs = tree_inputs(base, rows, hide_other_choices=hide_other_choices)
+    return scores(base, examples, targets, **inputs, use_cache=False)
+
+
+def _tree_mask(
+    owner: Tensor, branch: Tensor, dtype: torch.dtype, hide_other_choices: bool
+) -> Tensor:
+    """The additive mask `[rows, 1, length, length]`: 0 where a position sees, else the minimum.
+
+    Args:
+        owner: `[rows, length]`, the example a position belongs to, or one of the two below.
+        branch: `[rows, length]`, 0 in a prompt, else the number of the choice.
+        dtype: of the mask.
+        hide_other_choices: as in `tree_inputs`.
+    """
+    length = owner.shape[1]
+    sees = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == _EVERYBODY)
+    sees &= torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()
+    if hide_other_choices:
+        sees &= (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    mask = torch.zeros(sees.shape, dtype=dtype, device=owner.device)
+    return mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+
+
+def common_prefix(examples: Sequence[EncodedExample]) -> tuple[int, ...]:
+    """What all prompts begin with, less the last token of the shortest, which predicts answers."""
+    first = min(e.prompt for e in examples)
+    last = max(e.prompt for e in examples)
+    limit = min(len(e.prompt) for e in examples) - 1
+    # Whatever the least and the greatest sequence share, every one between them shares.
+    return tuple(
+        a for a, _ in takewhile(lambda ab: ab[0] == ab[1], zip(first, last, strict=False))
+    )[:limit]
+
+
+def _fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """First-fit decreasing: indices of the examples in each row."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, room in enumerate(free) if room >= lengths[i]), None)
+        if row is None:
+            rows.append([])
+            free.append(capacity)
+            row = len(rows) - 1
+        rows[row].append(i)
+        free[row] -= lengths[i]
+    return rows
+
+
+# -- one row a choice ------------------------------------------------------------------------------
+
+
+def expanded_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
+    """Every choice in a row of its own, with its prompt."""
+    flat = [(i, c) for i, e in enumerate(examples) for c in range(len(e.choices))]
+    sequences = [examples[i].prompt + examples[i].choices[c][:-1] for i, c in flat]
+    ids, mask = _padded(sequences, _pad_token(base), base.device)
+    targets = Targets()
+    for row, (i, c) in enumerate(flat):
+        start = row * ids.shape[1] + len(examples[i].prompt) - 1
+        for t, token in enumerate(examples[i].choices[c]):
+            targets.score(start + t, token, (i, c, t))
+    return scores(base, examples, targets, input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+def encoder_decoder_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
+    """Every prompt through the encoder once, every choice in a row of the decoder."""
+    prompts, prompt_mask = _padded([e.prompt for e in examples], _pad_token(base), base.device)
+    model: Any = base.model
+    encoded = model.get_encoder()(input_ids=prompts, attention_mask=prompt_mask)[0]
+    flat = [(i, c) for i, e in enumerate(examples) for c in range(len(e.choices))]
+    start = int(model.config.decoder_start_token_id)
+    sequences = [(start, *examples[i].choices[c][:-1]) for i, c in flat]
+    ids, mask = _padded(sequences, _pad_token(base), base.device)
+    targets = Targets()
+    for row, (i, c) in enumerate(flat):
+        for t, token in enumerate(examples[i].choices[c]):
+            targets.score(row * ids.shape[1] + t, token, (i, c, t))
+    of_example = torch.tensor([i for i, _ in flat], device=base.device)
+    return scores(
+        base,
+        examples,
+        targets,
+        encoder_outputs=(encoded[of_example],),
+        attention_mask=prompt_mask[of_example],
+        decoder_input_ids=ids,
+        decoder_attention_mask=mask,
+        use_cache=False,
+    )
+
+
+# -- common to all ---------------------------------------------------------------------------------
+
+
+def scores(
+    base: BaseModel,
+    examples: Sequence[EncodedExample],
+    targets: Targets,
+    **inputs: Tensor | tuple[Tensor] | bool,
+) -> TokenScores:
+    """Run the model, and score the targets.
+
+    Args:
+        base: the model.
+        examples: that the targets' slots are of.
+        targets: what to score.
+        inputs: the model's arguments.
+
+    Raises:
+        IA3Error: the model's output layer is not where its logits come from.
+    """
+    positions = torch.tensor(list(targets.projected), device=base.device)
+    with project_only(base.model, positions):
+        logits = base.model(**inputs).logits
+    if logits.shape[:-1] != positions.shape:
+        raise IA3Error(
+            f"{type(base.model).__name__} does not project its output layer's input: logits are "
+            f"{list(logits.shape)}, expected [{len(positions)}, vocabulary]"
+        )
+    # A model over several devices answers on its last one.
+    device = logits.device
+    prediction = torch.tensor(targets.prediction, device=device)
+    token = torch.tensor(targets.token, device=device)
+    # By parts: in float32 a large vocabulary's logits would take twice their own memory again.
+    normalisers = torch.cat([part.float().logsumexp(-1) for part in logits.split(512)])
+    scored = logits[prediction, token].float() - normalisers[prediction]
+    slots = torch.tensor(targets.slot, device=device).unbind(1)
+    shape = shape_of(examples)
+    log_probs = scored.new_zeros(shape).index_put(slots, scored)
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
+    mask[slots] = True
+    return TokenScores(log_probs, mask)
+
+
+@contextmanager
+def project_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Within the context the output layer sees only these positions of the flattened batch."""
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (args[0].flatten(0, -2).index_select(0, positions.to(args[0].device)),)
+
+    handle = output_layer(model).register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the context a model has no dropout, and no gradients are kept."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def output_layer(model: Any) -> nn.Module:
+    """The layer that projects to the vocabulary.
+
+    Raises:
+        IA3Error: the model has none that it says.
+    """
+    head: nn.Module | None = model.get_output_embeddings()
+    if head is None:
+        raise IA3Error(f"{type(model).__name__} has no output embeddings to score tokens with")
+    return head
+
+
+def shape_of(examples: Sequence[EncodedExample]) -> tuple[int, int, int]:
+    """`[batch, choices, length]` of the scores."""
+    return (
+        len(examples),
+        max(len(e.choices) for e in examples),
+        max(len(c) for e in examples for c in e.choices),
+    )
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """Of the model's first floating-point parameter."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _padded(
+    sequences: Iterable[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`[rows, length]` ids padded on the right, and their mask."""
+    tensors = [torch.tensor(s, device=device) for s in sequences]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad)
+    mask = pad_sequence([torch.ones_like(t) for t in tensors], batch_first=True)
+    return ids, mask
+
+
+def _pad_token(base: BaseModel) -> int:
+    # A padding token added to the tokenizer alone is none the model has; masked, any other will do.
+    pad = base.tokenizer.pad_token_id
+    model: Any = base.model
+    known = model.get_input_embeddings().weight.shape[0]
+    return int(pad) if pad is not None and pad < known else 0

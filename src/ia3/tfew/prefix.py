@@ -1,0 +1,192 @@
+"""Scores after a prefix that is computed once: the demonstrations of in-context learning."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from ..base_model import BaseModel
+from .encoding import EncodedExample
+from .losses import TokenScores
+from .passes import (
+    Targets,
+    TreeRow,
+    common_prefix,
+    evaluating,
+    expanded_scores,
+    output_layer,
+    project_only,
+    scores,
+    tree_inputs,
+)
+from .scoring import PROBE_TOLERANCE, choice_scores, longest_sequence, longest_shared
+
+# So many tokens follow a cached prefix at once. More would spend attention on what the mask hides.
+ROW = 512
+
+_verdicts: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What prompts begin with, as a model has computed it.
+
+    Attributes:
+        ids: its tokens.
+        layers: each layer's keys and values, `[1, heads, len(ids), head_dim]`.
+        model: that has computed them.
+    """
+
+    ids: tuple[int, ...]
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    model: nn.Module
+
+    def belongs_to(self, base: BaseModel) -> bool:
+        """Whether the keys and values are this model's, and on the device that it is on now."""
+        parameter = output_layer(base.model).get_parameter("weight")
+        keys = self.layers[-1][0]
+        return self.model is base.model and keys.device == parameter.device
+
+    def shared_with(self, examples: Sequence[EncodedExample]) -> int:
+        """The number of tokens that all prompts begin with, less the last, which predicts."""
+        common = zip(self.ids, common_prefix(examples), strict=False)
+        return sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], common))
+
+
+def cached_prefix(base: BaseModel, ids: Sequence[int]) -> Prefix:
+    """Compute the keys and values of the tokens that prompts begin with, without gradients."""
+    from transformers import DynamicCache
+
+    # Not the cache that the model would make: a sliding window's forgets what lies behind it.
+    cache = DynamicCache()
+    last = torch.tensor([len(ids) - 1], device=base.device)
+    with evaluating(base.model), project_only(base.model, last):
+        base.model(
+            input_ids=torch.tensor([list(ids)], device=base.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    layers = tuple((layer.keys, layer.values) for layer in cache.layers)
+    return Prefix(tuple(ids), layers, base.model)
+
+
+def choice_scores_after(
+    base: BaseModel,
+    prefix: Prefix,
+    examples: Sequence[EncodedExample],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """`choice_scores`, with what the prompts share with the prefix not computed again.
+
+    Args:
+        base: a model that `caches_prefix`, as it was when the prefix was computed.
+        prefix: of most of the prompts, in whole or in part.
+        examples: all with the same number of choices.
+        progress: called with the number of examples done since the last call.
+
+    Returns:
+        `[examples, choices]`, float32, on the CPU.
+    """
+    results = torch.empty(len(examples), len(examples[0].choices))
+    limit = longest_shared(base)
+    near = [
+        i
+        for i, e in enumerate(examples)
+        if longest_sequence(e) <= limit and prefix.shared_with([e])
+    ]
+    far = sorted({*range(len(examples))} - {*near})
+    if far:
+        results[far] = choice_scores(base, [examples[i] for i in far], progress=progress)
+    with evaluating(base.model):
+        for batch in _rows(prefix, examples, near):
+            after = _scores_after(base, prefix, [examples[i] for i in batch])
+            results[batch] = after.mean_log_probs().float().cpu()
+            if progress is not None:
+                progress(len(batch))
+    return results
+
+
+def caches_prefix(base: BaseModel) -> bool:
+    """Whether the model computes the same scores after a cached prefix as with whole prompts.
+
+    Tried out once on every model that shares prompts: against whole prompts, and, for scale,
+    against the keys and values of another prefix.
+    """
+    if longest_shared(base) == 0:
+        return False
+    if base.model not in _verdicts:
+        verdict = _probe(base)
+        if verdict is None:
+            return False
+        _verdicts[base.model] = verdict
+    return _verdicts[base.model]
+
+
+def _probe(base: BaseModel) -> bool | None:
+    """The verdict, or `None` where the model's state allows none: it is tried again next time."""
+    vocabulary = int(output_layer(base.model).get_parameter("weight").shape[0])
+    ids = [(13 + 7919 * i) % vocabulary for i in range(20)]
+    start, other = tuple(ids[:4]), tuple(ids[4:8])
+    examples = [
+        EncodedExample((*start, *ids[8:10]), (tuple(ids[10:12]), (ids[12],))),
+        EncodedExample((*start, ids[13]), ((ids[14],), tuple(ids[15:17]))),
+    ]
+    with evaluating(base.model):
+        whole = expanded_scores(base, examples).log_probs
+        try:
+            prefix = cached_prefix(base, start)
+            after = _scores_after(base, prefix, examples).log_probs
+            wrong = replace(prefix, layers=cached_prefix(base, other).layers)
+            astray = _scores_after(base, wrong, examples).log_probs
+        except Exception:
+            # As with the mask: whatever a model raises that keeps no plain keys and values.
+            return False
+    error, scale = (after - whole).abs().max(), (astray - whole).abs().max()
+    if not torch.isfinite(error + scale) or scale == 0:
+        return None
+    return bool(error <= PROBE_TOLERANCE * scale)
+
+
+def _scores_after(
+    base: BaseModel, prefix: Prefix, examples: Sequence[EncodedExample]
+) -> TokenScores:
+    """All examples in one row behind the prefix; each sees it, itself and none of the others."""
+    from transformers import DynamicCache
+
+    shared = prefix.shared_with(examples)
+    targets = Targets()
+    row = TreeRow(0)
+    for i, example in enumerate(examples):
+        row.append(i, example, shared, targets)
+    inputs = tree_inputs(base, [row])
+    inputs["attention_mask"] = F.pad(inputs["attention_mask"], (shared, 0))
+    # A cache of its own: the model appends to it.
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(prefix.layers):
+        cache.update(keys[:, :, :shared], values[:, :, :shared], index)
+    return scores(base, examples, targets, **inputs, past_key_values=cache, use_cache=True)
+
+
+def _rows(
+    prefix: Prefix, examples: Sequence[EncodedExample], indices: Sequence[int]
+) -> Iterator[list[int]]:
+    """The indices in groups whose tokens behind the prefix are at most `ROW`, or of one."""
+    row: list[int] = []
+    length = 0
+    for i in indices:
+        example = examples[i]
+        new = len(example.prompt) - prefix.shared_with([example]) + sum(map(len, example.choices))
+        if row and length + new > ROW:
+            yield row
+            row, length = [], 0
+        row.append(i)
+        length += new
+    if row:
+        yield row
