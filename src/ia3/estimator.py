@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import store
-from .base_model import EMBEDDED_MODEL, BaseModel
+from .adapted import SITES, adapted
+from .base_model import EMBEDDED_MODEL
 from .config import IA3Config
 from .errors import IA3Error
 from .files import write_files
 from .hub import adapter_folder
-from .model import IA3Model
 from .ranking import RankingClassifier, Text, encode_all
 from .tfew.encoding import Encoder
 from .tfew.scoring import MAX_TOKENS, choice_scores
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
 TASK_NAME = "ia3_task.json"
 TASK_FORMAT = 1
 SETTINGS = ("chat", "steps", "learning_rate", "seed")
-# Every linear layer's output, and the feed-forward input of the architectures that name theirs. A
-# small model learns more from more sites, and in fewer steps (docs/benchmarks.md).
-SITES = "all-linear"
 
 
 class FewShotClassifier(RankingClassifier):
@@ -148,7 +144,7 @@ class FewShotClassifier(RankingClassifier):
             target_modules=SITES,
         )
         start = None if self.init_from is None else _start(self.init_from)
-        with _adapted(base, config, start, source="init_from") as ia3_model:
+        with adapted(base, config, start, source="init_from") as ia3_model:
             history = []
             if self.steps > 0:
                 history = train(
@@ -178,7 +174,7 @@ class FewShotClassifier(RankingClassifier):
         base = self.base
         encoder = Encoder(base, self.choices_, chat=self.settings_["chat"])
         encoded = encode_all(encoder, examples, [Template(source) for source in self.templates_])
-        with _adapted(base, self.adapter_.config, self.adapter_):
+        with adapted(base, self.adapter_.config, self.adapter_):
             probabilities = [
                 choice_scores(
                     base, list(of_template), max_tokens=self.max_tokens, progress=progress
@@ -277,25 +273,6 @@ class FewShotClassifier(RankingClassifier):
         classifier.settings_ = {name: getattr(classifier, name) for name in SETTINGS}
         classifier.history_ = []
         return classifier
-
-
-@contextmanager
-def _adapted(
-    base: BaseModel, config: IA3Config, adapter: store.Adapter | None, source: str = "adapter"
-) -> Iterator[IA3Model]:
-    """The base model with one adapter on it, for as long as the context lasts."""
-    with base.lock:
-        modes = [(module, module.training) for module in base.model.modules()]
-        if adapter is None:
-            ia3_model = IA3Model(base.model, config)
-        else:
-            ia3_model = IA3Model.from_adapter(base.model, adapter, source=source)
-        try:
-            yield ia3_model
-        finally:
-            ia3_model.unload()
-            for module, training in modes:
-                module.training = training
 
 
 def _start(init_from: str | Path | store.Adapter) -> store.Adapter:

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import tempfile
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import Adafactor, get_linear_schedule_with_warmup
 from transformers.trainer_utils import (
@@ -131,10 +133,25 @@ class TrainingExample:
     label: int
 
 
+class DrawnExamples(Dataset[TrainingExample]):
+    """A training set whose items are drawn when they are asked for: item i is always the same.
+
+    It may be as long as the training, at no cost of memory.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many items may be asked for."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Of all that its items depend on: a checkpoint of another training set is refused."""
+
+
 def train(
     base: BaseModel,
     ia3_model: IA3Model,
-    examples: Sequence[TrainingExample],
+    examples: Sequence[TrainingExample] | DrawnExamples,
     config: TFewConfig,
     on_step: Callable[[TrainingStep], None] | None = None,
     *,
@@ -273,7 +290,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         self,
         base: BaseModel,
         ia3_model: IA3Model,
-        examples: Sequence[TrainingExample],
+        examples: Sequence[TrainingExample] | DrawnExamples,
         config: TFewConfig,
         arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
@@ -294,7 +311,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         super().__init__(
             model=ia3_model,
             args=arguments,
-            train_dataset=list(examples),
+            train_dataset=examples if isinstance(examples, DrawnExamples) else list(examples),
             data_collator=_as_they_are,
             callbacks=list(callbacks),
             optimizer_cls_and_kwargs=(
@@ -503,13 +520,18 @@ def _counts(examples: Sequence[EncodedExample], labels: Sequence[int]) -> Counts
 
 
 def _described_run(
-    ia3_model: IA3Model, examples: Sequence[TrainingExample], config: TFewConfig
+    ia3_model: IA3Model,
+    examples: Sequence[TrainingExample] | DrawnExamples,
+    config: TFewConfig,
 ) -> dict[str, Any]:
     """What makes a run this one: its recipe, and digests of what it begins with."""
     recipe = asdict(config)
     # Memory is the machine's matter: a run that lacked it may go on in smaller parts.
     del recipe["max_tokens"]
-    data = hashlib.sha256(repr([astuple(example) for example in examples]).encode())
+    if isinstance(examples, DrawnExamples):
+        data = examples.digest()
+    else:
+        data = hashlib.sha256(repr([astuple(e) for e in examples]).encode()).hexdigest()
     start = hashlib.sha256()
     for name in ia3_model.active_adapters:
         for module, vector in ia3_model.vectors(name).items():
@@ -518,7 +540,7 @@ def _described_run(
     base = hashlib.sha256(fingerprint(ia3_model.model).to_json().encode())
     return {
         **recipe,
-        "examples": data.hexdigest(),
+        "examples": data,
         "base model": base.hexdigest(),
         "first vectors": start.hexdigest(),
     }

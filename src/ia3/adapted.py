@@ -1,0 +1,46 @@
+"""A base model with an adapter on it, for as long as a call lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .base_model import BaseModel
+from .config import IA3Config
+from .model import IA3Model
+from .store import Adapter
+
+# Every linear layer's output, and the feed-forward input of the architectures that name theirs. A
+# small model learns more from more sites, and in fewer steps (docs/benchmarks.md).
+SITES = "all-linear"
+
+
+@contextmanager
+def adapted(
+    base: BaseModel, config: IA3Config, adapter: Adapter | None, source: str = "adapter"
+) -> Iterator[IA3Model]:
+    """The base model with one adapter on it; afterwards it is as it was found.
+
+    The model's lock is held meanwhile.
+
+    Args:
+        base: the model.
+        config: of a new adapter, whose vectors are ones.
+        adapter: put on instead of a new one.
+        source: what messages call it.
+
+    Raises:
+        IA3Error: the config or the adapter does not fit the model.
+    """
+    with base.lock:
+        modes = [(module, module.training) for module in base.model.modules()]
+        if adapter is None:
+            ia3_model = IA3Model(base.model, config)
+        else:
+            ia3_model = IA3Model.from_adapter(base.model, adapter, source=source)
+        try:
+            yield ia3_model
+        finally:
+            ia3_model.unload()
+            for module, training in modes:
+                module.training = training

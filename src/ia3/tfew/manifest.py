@@ -1,0 +1,348 @@
+"""Manifests: YAML files that name tasks, for the commands that take many."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import IA3Error, did_you_mean
+from ..ranking import readable
+from ..tables import DELIMITERS, Row
+from .promptsource import PromptTemplate, read_promptsource
+from .tasks import HELD_OUT_TASKS, RAFT_TASKS, Task, few_shot, load_templates, read_rows
+from .templates import SEPARATOR, Template
+
+# More is no list of tasks, but data.
+LARGEST = 1 << 20
+
+KEYS = (
+    "data",
+    "split",
+    "subset",
+    "test",
+    "test_split",
+    "k",
+    "seed",
+    "templates",
+    "template",
+    "label",
+    "choices",
+)
+_NEEDS = {
+    "seed": "k",
+    "label": "template",
+    "choices": "template",
+    "test_split": "test",
+}
+_FILES = (*DELIMITERS, ".parquet")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def read_manifest(path: str | Path) -> list[Task]:
+    """The tasks that a manifest names, in its order.
+
+    ::
+
+        tasks:
+          copa:
+            data: copa.jsonl
+          rte:
+            data: rte.jsonl
+            templates: promptsource/rte
+            k: 32
+            seed: 42
+          tickets:
+            data: tickets.csv
+            template: "{{ text }}\\nCategory:"
+            label: queue
+            choices: {acct: account, ship: delivery}
+            test: test.csv
+
+    | key | meaning | by default |
+    |---|---|---|
+    | `data` | what is trained on, as `read_rows` takes it | |
+    | `split`, `subset` | of a folder or a data set of the hub | `train`, none |
+    | `test` | what is evaluated on, of the same subset | nothing |
+    | `test_split` | its split | `test` |
+    | `k` | so many examples of `data`, drawn by `few_shot` | all |
+    | `seed` | of that draw | 0 |
+    | `templates` | the name of own templates (`load_templates`); a promptsource file or folder | the task's name |
+    | `template` | instead of `templates`: the prompt, or a list of prompts | |
+    | `label` | with `template`: the column of the right answer | `label` |
+    | `choices` | with `template`: label -> words | the labels, made readable |
+
+    Files are relative to the manifest. A name of the hub has no suffix of a data file and at most
+    one slash, and is no file here. Of a promptsource file those templates are taken that pose the
+    data set's own task and have answer choices. Labels are compared as text, as CSV has nothing
+    else; JSON's true is `true`.
+
+    Raises:
+        FileNotFoundError: the manifest or a file that it names is not there.
+        IA3Error: it is not such a file, or a task's data or templates cannot be used; the message
+            names the manifest, the task and the key.
+        MissingExtraError: the package that reads a task's data is not installed.
+    """  # noqa: E501
+    path = Path(path)
+    tasks = []
+    for name, entry in _entries(path).items():
+        with _naming(f"{path}: task {name!r}"):
+            tasks.append(_task(path.parent, name, entry))
+    return tasks
+
+
+# -- the file --------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]
+    """Every value is the text that is written: the label `no` is no false, and 01 is not 1."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+            seen.add(key)
+        return mapping
+
+
+def _entries(path: Path) -> dict[str, dict[str, Any]]:
+    """Task name -> its keys and values."""
+    if not path.is_file():
+        kind = "is not a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"manifest {path} {kind}")
+    if path.stat().st_size > LARGEST:
+        raise IA3Error(f"{path} is larger than {LARGEST} bytes, expected a YAML file of tasks")
+    try:
+        content = yaml.load(path.read_text("utf-8"), Loader=_Loader)
+    except RecursionError as error:
+        raise IA3Error(f"{path} is nested too deep, expected a YAML file of tasks") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        unquoted = "unhashable" in str(error)
+        hint = "; a template that begins with '{' needs quotes around it" if unquoted else ""
+        raise IA3Error(f"{path} is not YAML: {error}{hint}") from error
+    expected = "expected 'tasks:' and under it a mapping from names to tasks"
+    if not isinstance(content, dict):
+        raise IA3Error(f"{path} is {_shown(content)}, {expected}")
+    for key in content:
+        if key != "tasks":
+            raise IA3Error(
+                f"{path}: unknown key {_shown(key)}, {expected}{did_you_mean(str(key), ['tasks'])}"
+            )
+    tasks = content.get("tasks")
+    if not isinstance(tasks, dict) or not tasks:
+        raise IA3Error(f"{path}: tasks is {_shown(tasks)}, {expected}")
+    for name, entry in tasks.items():
+        if not isinstance(name, str) or not name.strip():
+            raise IA3Error(f"{path}: a task's name is {_shown(name)}, expected a text")
+        if not isinstance(entry, dict):
+            raise IA3Error(
+                f"{path}: task {name!r} is {_shown(entry)}, expected a mapping with the key 'data'"
+            )
+    return tasks
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Errors that say where."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}: {error}") from error
+    except IA3Error as error:
+        raise IA3Error(f"{where}: {error}") from error
+
+
+# -- a task ----------------------------------------------------------------------------------------
+
+
+def _task(folder: Path, name: str, entry: dict[str, Any]) -> Task:
+    for key in entry:
+        if key not in KEYS:
+            raise IA3Error(
+                f"unknown key {_shown(key)}, expected some of {', '.join(KEYS)}"
+                f"{did_you_mean(str(key), KEYS)}"
+            )
+    for key, needed in _NEEDS.items():
+        if key in entry and needed not in entry:
+            raise IA3Error(f"there is {key!r} without {needed!r}, which it belongs to")
+    if "template" in entry and "templates" in entry:
+        raise IA3Error("there are 'template' and 'templates', expected one of them")
+    data, test = _text(entry, "data"), _text(entry, "test")
+    if data is None:
+        raise IA3Error("there is no 'data', expected a file, a folder or a name of the hub")
+    split, subset = _text(entry, "split") or "train", _text(entry, "subset")
+    k, seed = _whole_number(entry, "k"), _whole_number(entry, "seed")
+    written = None if "template" in entry else _written_templates(folder, name, entry)
+    with _naming("data"):
+        train_rows = read_rows(_source(folder, data), split=split, subset=subset)
+    test_rows: list[Row] = []
+    if test is not None:
+        test_split = _text(entry, "test_split") or "test"
+        with _naming("test"):
+            test_rows = read_rows(_source(folder, test), split=test_split, subset=subset)
+    templates = written or _inline_templates(entry, train_rows, test_rows)
+    if k is not None:
+        with _naming("k"):
+            train_rows = few_shot(train_rows, k, seed or 0)
+    return Task(name, templates, train_rows, test_rows)
+
+
+def _source(folder: Path, named: str) -> str | Path:
+    """The file or folder of this name, or the name where it is the hub's."""
+    path = folder / named
+    if path.exists():
+        return path
+    if path.suffix.lower() in _FILES or not _HUB_NAME.fullmatch(named):
+        raise FileNotFoundError(f"{path} does not exist")
+    return named
+
+
+def _written_templates(folder: Path, name: str, entry: dict[str, Any]) -> list[PromptTemplate]:
+    """Those of a promptsource file, or this project's own."""
+    named = _text(entry, "templates")
+    own = (*HELD_OUT_TASKS, *RAFT_TASKS)
+    if named is None and name not in own:
+        raise IA3Error(
+            "there are no templates of this name: expected 'templates' or 'template'"
+            f"{did_you_mean(name, own)}"
+        )
+    named = named or name
+    with _naming("templates"):
+        if named in own:
+            found = load_templates(named)
+        elif (folder / named).exists():
+            found = read_promptsource(folder / named)
+        elif "/" in named or Path(named).suffix:
+            raise FileNotFoundError(f"{folder / named} does not exist")
+        else:
+            # Says which there are.
+            found = load_templates(named)
+        templates = [t for t in found if t.original_task and t.choices is not None]
+        if not templates:
+            raise IA3Error(
+                f"none of the {len(found)} in {named} has original_task: true and answer_choices"
+            )
+    return templates
+
+
+def _inline_templates(
+    entry: dict[str, Any], train: Sequence[Row], test: Sequence[Row]
+) -> list[PromptTemplate]:
+    given = entry["template"]
+    sources = [given] if isinstance(given, str) else given
+    if (
+        not isinstance(sources, list)
+        or not sources
+        or not all(isinstance(source, str) and source.strip() for source in sources)
+    ):
+        raise IA3Error(f"template is {_shown(given)}, expected a text or a list of texts")
+    for source in sources:
+        if SEPARATOR in source:
+            raise IA3Error(
+                f"template {source!r} holds {SEPARATOR!r}: expected the prompt alone; the answer "
+                "is made from 'label' and 'choices'"
+            )
+        if sources.count(source) > 1:
+            raise IA3Error(f"template {source!r} is there twice")
+    column = _text(entry, "label") or "label"
+    words = _words(entry, column, train, test)
+    # Python writes a text as Jinja reads it, so that braces in a label are no template.
+    choices = f" {SEPARATOR} ".join(f"{{{{ {text!r} }}}}" for text in words.values())
+    order = {label: index for index, label in enumerate(words)}
+    as_rendered = {str(row[column]): order[_label(row, column)] for row in (*train, *test)} | order
+    target = f"{{{{ answer_choices[{as_rendered!r}[fields[{column!r}] | string]] }}}}"
+    return [
+        PromptTemplate(
+            source,
+            Template(f"{source} {SEPARATOR} {target}", source),
+            Template(choices, source),
+        )
+        for source in sources
+    ]
+
+
+def _words(
+    entry: dict[str, Any], column: str, train: Sequence[Row], test: Sequence[Row]
+) -> dict[str, str]:
+    """Label -> the words that are ranked for it."""
+    given = entry.get("choices")
+    if given is None:
+        words = {label: readable(label) for label in sorted({_label(r, column) for r in train})}
+    elif isinstance(given, dict):
+        words = given
+    else:
+        raise IA3Error(f"choices is {_shown(given)}, expected a mapping from labels to words")
+    for label, text in words.items():
+        if not isinstance(text, str) or not text.strip():
+            raise IA3Error(f"choices: the words of {label!r} are {_shown(text)}, expected a text")
+        if SEPARATOR in text:
+            raise IA3Error(f"choices: the words {text!r} hold {SEPARATOR!r}, which separates them")
+    words = {label: text.strip() for label, text in words.items()}
+    if len(words) < 2:
+        raise IA3Error(f"the labels are {list(words)}, expected at least two")
+    for text in words.values():
+        same = [other for other in words if words[other] == text]
+        if len(same) > 1:
+            raise IA3Error(
+                f"the labels {same[0]!r} and {same[1]!r} have the same words {text!r}: give other "
+                "words in 'choices'"
+            )
+    for row in (*train, *test):
+        label = _label(row, column)
+        if label not in words:
+            raise IA3Error(
+                f"{row.where}: the label {label!r} is not among the choices {list(words)}"
+                f"{did_you_mean(label, words)}"
+            )
+    return words
+
+
+def _label(row: Row, column: str) -> str:
+    """A row's label as text."""
+    if column not in row:
+        raise IA3Error(
+            f"{row.where}: no column {column!r} among {list(row)}{did_you_mean(column, row)}"
+        )
+    value = row[column]
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise IA3Error(
+            f"{row.where}: the label {column!r} is {value!r}, expected a text or a whole number"
+        )
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+def _text(entry: dict[str, Any], key: str) -> str | None:
+    value = entry.get(key)
+    if value is not None and (not isinstance(value, str) or not value.strip()):
+        raise IA3Error(f"{key} is {_shown(value)}, expected a text")
+    return value
+
+
+def _whole_number(entry: dict[str, Any], key: str) -> int | None:
+    value = entry.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not re.fullmatch("[0-9]{1,10}", value):
+        raise IA3Error(f"{key} is {_shown(value)}, expected a whole number")
+    return int(value)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; never a whole structure, which may refer to itself a thousandfold."""
+    if value is None or value == "":
+        return "empty"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else f"{value[:57]}...")
+    return "a mapping" if isinstance(value, dict) else "a list"
