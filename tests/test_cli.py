@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
+import datetime
+import io
 import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ia3.base_model import embedded_model_folder
@@ -25,6 +30,19 @@ TRAIN = (
     '\ufefftext,label,note\r\n"late, again",slow,\r\n"on time,\r\nthank you",fast,x\r\n'
     "still waiting,slow,\r\nquick as ever,fast,y\r\n"
 )
+
+
+# Runs the command several times: most of a run's time is spent on importing torch.
+ONE_AFTER_THE_OTHER = """
+import json, sys
+from ia3.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["ia3", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code, file=sys.stderr)
+"""
 
 
 class Place:
@@ -66,6 +84,20 @@ class Place:
     ) -> subprocess.CompletedProcess[str]:
         """`ia3 fit` of the tiny model."""
         return self.run("fit", "--model", self.model, *command, under=under)
+
+    def killed_when(self, seen: str, *command: Any) -> None:
+        """`ia3 fit` of the tiny model, killed as soon as a path is there."""
+        process = subprocess.Popen(
+            [str(IA3), "fit", "--model", str(self.model), *map(str, command)],
+            cwd=self.folder,
+            env=self.environment,
+        )
+        try:
+            while process.poll() is None and not list(self.folder.glob(seen)):
+                time.sleep(0.01)
+        finally:
+            process.kill()
+        assert process.wait(60) == -signal.SIGKILL
 
     def names(self) -> set[str]:
         """What is in the folder; nothing may be left in the temporary one."""
@@ -134,12 +166,15 @@ def assert_refused(
     assert message in done.stderr
 
 
+COMMANDS = ("fit", "predict", "evaluate", "demo", "prepare", "pretrain", "convert")
+
+
 # -- what is loaded --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "code",
-    ["import ia3", *(f"--help {c}" for c in ("", "fit", "predict", "evaluate", "demo", "prepare"))],
+    ["import ia3", *(f"--help {c}" for c in ("", *COMMANDS))],
 )
 def test_help_loads_nothing_heavy(place: Place, code: str) -> None:
     if code.startswith("--help"):
@@ -269,6 +304,117 @@ def test_integer_labels_several_columns_choices_and_templates(model_place: Place
     assert "rows: true label" in " ".join(done.stdout.split())
 
 
+def test_a_killed_fit_goes_on_from_its_checkpoint(model_place: Place) -> None:
+    place = model_place
+    command = ("--data", "train.csv", "--steps", 60, "--json", "--out")
+    unbroken = place.fit(*command, "unbroken")
+    assert unbroken.returncode == 0, unbroken.stderr
+    place.killed_when("run/checkpoint-25", *command, "broken", "--checkpoints", "run")
+    # A killed process leaves its temporary files.
+    shutil.rmtree(place.temporary)
+    place.temporary.mkdir()
+    assert place.names() == {"train.csv", "unbroken", "run"}
+    done = place.fit(*command, "broken", "--checkpoints", "run")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = [json.loads(run.stdout) for run in (unbroken, done)]
+    assert said[0]["final_loss"] == said[1]["final_loss"]
+    for name in ("adapter_model.safetensors", "adapter_config.json", "ia3_task.json"):
+        written = [(place.folder / run / name).read_bytes() for run in ("unbroken", "broken")]
+        assert written[0] == written[1], name
+    # Another run does not go on from it.
+    done = place.fit(*command, "other", "--checkpoints", "run", "--learning-rate", "0.5")
+    assert_refused(done, "learning_rate")
+    assert "other" not in place.names()
+
+
+def test_fit_begins_with_another_adapter(fitted: Any, model_place: Place) -> None:
+    before = fitted[0].folder / "my-adapter"
+    place = model_place
+    command = ("--data", "train.csv", "--steps", 0, "--out")
+    for name, options in (("same", ("--init-from", before)), ("ones", ())):
+        done = place.fit(*command, name, *options)
+        assert done.returncode == 0, done.stderr
+    first, same, ones = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (before, place.folder / "same", place.folder / "ones")
+    )
+    assert first.keys() == same.keys() == ones.keys()
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert all((vector == 1).all() for vector in ones.values())
+    assert not any((vector == 1).all() for vector in first.values())
+    done = place.fit(*command, "x", "--init-from", "no/adapter")
+    assert_refused(done, "no adapter at 'no/adapter'")
+    assert "x" not in place.names()
+
+
+def test_few_tokens_at_once_change_nothing_but_rounding(fitted: Any) -> None:
+    place, trained = fitted
+    command = ("my-adapter", "--data", "train.csv", "--json")
+    answers = []
+    for options in ((), ("--max-tokens", 1)):
+        done = place.run("predict", *command, *options)
+        assert (done.returncode, done.stderr) == (0, "")
+        answers.append([json.loads(line) for line in done.stdout.splitlines()])
+    for at_once, in_parts in zip(*answers, strict=True):
+        assert at_once["prediction"] == in_parts["prediction"]
+        assert at_once["probability"] == pytest.approx(in_parts["probability"], abs=1e-4)
+    scores = [
+        json.loads(place.run("evaluate", *command, *options).stdout)
+        for options in ((), ("--max-tokens", 1))
+    ]
+    assert scores[0] == scores[1]
+    again = ("--data", "train.csv", "--out", "in-parts", "--steps", 3, "--max-tokens", 1)
+    done = place.fit(*again, "--json")
+    assert done.returncode == 0, done.stderr
+    loss = json.loads(trained.stdout)["final_loss"]
+    assert json.loads(done.stdout)["final_loss"] == pytest.approx(loss, rel=1e-4)
+    shutil.rmtree(place.folder / "in-parts")
+
+
+def test_data_in_parquet_and_in_folders_of_datasets(fitted: Any, model_place: Place) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    from_csv, place = fitted[0].folder / "my-adapter", model_place
+    rows = list(csv.DictReader(io.StringIO(TRAIN.removeprefix("\ufeff"), newline="")))
+    for row in rows:
+        row["day"] = datetime.date(2026, 1, 2)
+    data = datasets.Dataset.from_list(rows)
+    data.to_parquet(place.folder / "train.parquet")
+    datasets.DatasetDict({"train": data, "test": data.select([0, 3])}).save_to_disk(
+        place.folder / "several"
+    )
+    before = place.names()
+    for source in ("train.parquet", "several"):
+        done = place.fit("--data", source, "--out", f"of-{source}", "--steps", 3)
+        assert done.returncode == 0, done.stderr
+        written = [
+            (folder / "adapter_model.safetensors").read_bytes()
+            for folder in (place.folder / f"of-{source}", from_csv)
+        ]
+        assert written[0] == written[1]
+    for options, count in (((), 2), (("--split", "train"), 4)):
+        done = place.run("evaluate", "of-several", "--data", "several", "--json", *options)
+        assert json.loads(done.stdout)["examples"] == count, done.stderr
+    done = place.run("predict", "of-several", "--data", "train.parquet", "--json")
+    labelled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["text"] for row in labelled] == [row["text"] for row in rows]
+    assert {row["day"] for row in labelled} == {"2026-01-02"}
+    done = place.run("predict", "of-several", "--data", "several")
+    (first, _) = csv.DictReader(io.StringIO(done.stdout))
+    assert (first["text"], first["day"]) == ("late, again", "2026-01-02")
+
+    refused = {
+        "several has no split 'dev', only train, test": ("several", "--split", "dev"),
+        "train.parquet: no column 'txt' among": ("train.parquet", "--text", "txt"),
+        "row 0: the label 'day' is \"2026-01-02\", expected": ("several", "--label", "day"),
+    }
+    fits = [["fit", "--model", "x", "--out", "x", "--data", *o] for o in refused.values()]
+    done = place.run(json.dumps(fits), under=[sys.executable, "-c", ONE_AFTER_THE_OTHER])
+    for message, line in zip(refused, done.stderr.splitlines()[::2], strict=True):
+        assert line.startswith("error: ")
+        assert message in line
+    assert place.names() == {*before, "of-train.parquet", "of-several"}
+
+
 def test_stdout_closed_early(fitted: Any) -> None:
     place, _ = fitted
     place.write("many.csv", "text\n" + "late again\n" * 20)
@@ -322,6 +468,7 @@ def test_output_is_refused_before_the_data_is_read(place: Place) -> None:
     assert_refused(place.run(*fit, "folder"), "folder exists already: choose another --out, or")
     assert_refused(place.run(*fit, "file", "--force"), "file: Not a directory")
     assert_refused(place.run(*fit, "file/x"), "file: Not a directory")
+    assert_refused(place.run(*fit, "x", "--checkpoints", "file/x"), "file: Not a directory")
     assert_refused(place.run(*fit, "x"), "data file none.csv does not exist")
     predict = ("predict", "folder", "--data", "none.csv", "--out")
     assert_refused(place.run(*predict, "x.txt"), "x.txt ends in '.txt'")
@@ -344,6 +491,7 @@ def test_columns_that_predict_adds(place: Place, column: str) -> None:
         (("--learning-rate", "-0.1"), "-0.1 is not a number above 0"),
         (("--learning-rate", "nan"), "nan is not a number above 0"),
         (("--seed", "-1"), "--seed"),
+        (("--max-tokens", "0"), "--max-tokens"),
         (("--choice", "a"), "'a', expected LABEL=WORDS"),
         (("--choice", "a=x", "--choice", "a=y"), "'a' is given more than once"),
         (("--label", "text"), "'text' is the text and the label at once"),
@@ -372,18 +520,6 @@ def test_choice_for_a_label_of_another_type(place: Place) -> None:
 
 
 # -- what is refused later -------------------------------------------------------------------------
-
-# Runs the command several times: most of a run's time is spent on importing torch.
-ONE_AFTER_THE_OTHER = """
-import json, sys
-from ia3.cli import main
-for arguments in json.loads(sys.argv[1]):
-    sys.argv = ["ia3", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        print(end.code, file=sys.stderr)
-"""
 
 
 def test_refused_with_one_line(fitted: Any) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,13 @@ import peft
 import pytest
 import torch
 from conftest import MakeInputs, MakeModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from ia3 import IA3Error, IA3Model
-from ia3.convert import convert_tfew_authors, read_tfew_authors
+from ia3 import IA3Config, IA3Error, IA3Model
+from ia3.convert import convert_tfew_authors, read_tfew_authors, structure_of
 from ia3.structure import paper_targets
 
 T03B = Path(__file__).resolve().parents[2] / "shared" / "golden" / "t03b_ia3_finish.pt"
@@ -121,6 +125,127 @@ def test_half_precision_file_gives_float32(tiny_t5: PreTrainedModel, tmp_path: P
     torch.save({name: vector.half() for name, vector in vectors_of(tiny_t5).items()}, path)
     _, vectors = convert_tfew_authors(path, tiny_t5)
     assert {vector.dtype for vector in vectors.values()} == {torch.float32}
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+IA3 = Path(sys.executable).parent / "ia3"
+
+
+def convert(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(IA3), "convert", *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def place(tiny_t5: PreTrainedModel, their_file: Path) -> Path:
+    """A folder with the authors' file and the model's config, whose weights are elsewhere."""
+    folder = their_file.parent
+    tiny_t5.config.save_pretrained(folder / "only-config")
+    return folder
+
+
+def test_a_converted_adapter_computes_what_the_authors_did(
+    place: Path, tiny_t5: PreTrainedModel, make_model: MakeModel, make_inputs: MakeInputs
+) -> None:
+    done = convert(place, "finish.pt", "--model", "only-config", "--out", "new/adapter", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = vectors_of(tiny_t5)
+    weights = place / "new/adapter/adapter_model.safetensors"
+    assert json.loads(done.stdout) == {
+        "adapter": "new/adapter",
+        "vectors": len(expected),
+        "values": sum(vector.numel() for vector in expected.values()),
+        "adapter_bytes": weights.stat().st_size,
+    }
+    assert {path.name for path in weights.parent.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors")
+    }
+    config = IA3Config.from_pretrained(place / "new/adapter")
+    assert config.base_model_name_or_path == "only-config"
+    assert config.inference_mode
+    with safe_open(weights, framework="pt") as file:
+        # Nobody saw the base model's values.
+        assert file.metadata() == {"format": "pt"}
+
+    theirs = make_model("t5")
+    for name, vector in expected.items():
+        module = theirs.get_submodule(name.removesuffix(".multi_lora_b"))
+        with torch.no_grad():
+            module.weight.mul_(vector)
+    inputs = make_inputs("t5")
+    for library in (IA3Model, peft.PeftModel):
+        adapted = library.from_pretrained(make_model("t5"), place / "new/adapter")
+        with torch.no_grad():
+            found, scaled = adapted(**inputs).logits, theirs(**inputs).logits
+            plain = make_model("t5")(**inputs).logits
+        torch.testing.assert_close(found, scaled, rtol=1e-5, atol=1e-5)
+        assert (scaled - plain).abs().max() > 1e-2
+
+
+def test_a_folder_is_replaced_only_when_told(place: Path) -> None:
+    (place / "adapter").mkdir()
+    command = ("finish.pt", "--model", "only-config", "--out", "adapter")
+    done = convert(place, *command)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: adapter exists already")
+    assert not list((place / "adapter").iterdir())
+    done = convert(place, *command, "--force")
+    # Keys and values of 6 attentions, 32 each, and the inner activations of 4 layers, 48 each.
+    assert done.returncode == 0
+    assert done.stderr.startswith("16 vectors of 576 values; ")
+    assert len(list((place / "adapter").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "message"),
+    [
+        ("absent.pt", "only-config", "absent.pt: No such file"),
+        ("broken.pt", "only-config", "broken.pt is not a whole file"),
+        ("finish.pt", "wider", "'encoder.block.0.layer.0.SelfAttention.k.multi_lora_b' is [32, 1]"),
+    ],
+)
+def test_refused_with_one_line(place: Path, file: str, model: str, message: str) -> None:
+    (place / "broken.pt").write_bytes((place / "finish.pt").read_bytes()[:500])
+    T5Config.from_pretrained(place / "only-config", d_kv=16).save_pretrained(place / "wider")
+    done = convert(place, file, "--model", model, "--out", "adapter")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert message in done.stderr
+    assert not (place / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "no model '.*': it is neither a folder with a config.json"),
+        ("{", "no model '.*'"),
+        ('{"model_type": "no-such-type"}', "no model '.*'"),
+        ('{"model_type": "llama"}', "is a llama, expected a T5 with gated feed-forward layers"),
+        (
+            '{"model_type": "t5", "d_model": 32, "num_layers": "two"}',
+            "'.*'.*'num_layers' expected int",
+        ),
+        ('{"model_type": "t5", "d_model": -1}', "the config of '.*' describes no model"),
+    ],
+)
+def test_configs_of_no_t5(tmp_path: Path, config: str | None, message: str) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(IA3Error, match=message):
+        structure_of(tmp_path)
+
+
+def test_a_structure_has_no_weights(place: Path, tiny_t5: PreTrainedModel) -> None:
+    structure = structure_of(place / "only-config")
+    assert {parameter.device.type for parameter in structure.parameters()} == {"meta"}
+    shapes = {name: parameter.shape for name, parameter in structure.named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in tiny_t5.named_parameters()}
 
 
 # -- vectors that do not fit -----------------------------------------------------------------------

@@ -183,6 +183,54 @@ def test_no_text_field_to_cut_is_an_error():
         )
 
 
+def limited(tokens: int, base: BaseModel = BASE) -> Encoder:
+    return Encoder(base, CHOICES, chat=False, max_prompt_tokens=tokens)
+
+
+@given(text=words.map(lambda text: f"{text} " * 12), tokens=st.integers(8, 60))
+@settings(max_examples=60, deadline=None)
+def test_a_prompt_is_cut_to_a_limit_below_the_context(text, tokens):
+    whole = encoder().encode({"text": text}, TEMPLATE)
+    cutting = limited(tokens)
+    encoded = cutting.encode({"text": text}, TEMPLATE)
+    assert encoded.choices == whole.choices
+    assert len(encoded.prompt) <= tokens
+    kept = TOKENIZER.decode(encoded.prompt)
+    assert kept.endswith("\nCategory:")
+    assert text.startswith(kept.removesuffix("\nCategory:"))
+    assert cutting.truncated == (len(whole.prompt) > tokens)
+    if not cutting.truncated:
+        assert encoded == whole
+
+
+def test_the_limit_is_on_the_prompt_alone():
+    prompt = ids_of("word word word\nCategory:")
+    exact, less = limited(len(prompt)), limited(len(prompt) - 1)
+    assert exact.encode({"text": "word word word"}, TEMPLATE).prompt == prompt
+    assert exact.truncated == 0
+    assert len(less.encode({"text": "word word word"}, TEMPLATE).prompt) == len(prompt) - 1
+    assert less.truncated == 1
+
+
+def test_the_smaller_of_limit_and_context_holds():
+    text = {"text": "word " * 400}
+    narrow = base_of(64)
+    by_context = encoder(base=narrow).encode(text, TEMPLATE)
+    assert limited(300, narrow).encode(text, TEMPLATE) == by_context
+    assert len(limited(20, narrow).encode(text, TEMPLATE).prompt) == 20
+
+
+def test_a_limit_that_the_template_alone_exceeds_is_named():
+    with pytest.raises(IA3Error, match=r"without any text; max_prompt_tokens is 20"):
+        limited(20).encode({"text": "hello"}, Template("word " * 50 + "{{ text }}:"))
+
+
+@pytest.mark.parametrize("tokens", [0, -3])
+def test_a_limit_below_one_is_an_error(tokens):
+    with pytest.raises(IA3Error, match=f"max_prompt_tokens is {tokens}, expected at least 1"):
+        limited(tokens)
+
+
 # -- chat ------------------------------------------------------------------------------------------
 
 

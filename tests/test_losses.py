@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import ia3.tfew
 from ia3.errors import IA3Error
 from ia3.tfew import tfew_loss
 from ia3.tfew.losses import Counts, TFewLoss, TokenScores, token_loss
@@ -321,15 +320,6 @@ def test_a_mask_where_padding_and_the_end_share_an_id():
     loss = tfew_loss(logits, targets, torch.tensor([0]), target_mask=mask)
     expected = -(log_probs[0, 0, 0, 2] + log_probs[0, 0, 1, 0]) / 2
     torch.testing.assert_close(loss.lm, expected)
-
-
-def test_every_public_name_is_there():
-    assert "tfew_loss" in ia3.tfew.__all__
-    assert set(ia3.tfew.__all__) <= set(dir(ia3.tfew))
-    for name in ia3.tfew.__all__:
-        assert getattr(ia3.tfew, name).__name__ == name
-    with pytest.raises(AttributeError, match="nosuch"):
-        ia3.tfew.nosuch  # noqa: B018
 
 
 LOGITS = torch.zeros(2, 3, 4, 5)

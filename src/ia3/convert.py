@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from .activations import activation_of
+from .base_model import first_line
 from .config import IA3Config
 from .errors import IA3Error, did_you_mean
 from .store import unpickle_tensors
@@ -110,6 +112,41 @@ def convert_tfew_authors(path: str | Path, model: nn.Module) -> tuple[IA3Config,
         feedforward_modules=feedforward,
     )
     return config, converted
+
+
+def structure_of(name: str | Path) -> nn.Module:
+    """A model without its weights, on the meta device: its config is all that is read.
+
+    Args:
+        name: a folder or a hub id of an encoder-decoder.
+
+    Raises:
+        IA3Error: there is no such model, or it is no encoder-decoder.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    unusable = f"the config of {str(name)!r} describes no model"
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise IA3Error(
+            f"no model {str(name)!r}: it is neither a folder with a config.json, nor an id that "
+            f"the hub knows ({first_line(error)})"
+        ) from error
+    except StrictDataclassError as error:
+        raise IA3Error(f"{unusable}: {' '.join(str(error).split())}") from error
+    if not config.is_encoder_decoder:
+        raise IA3Error(
+            f"the model {str(name)!r} is a {config.model_type}, expected a T5 with gated "
+            "feed-forward layers, such as T0"
+        )
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForSeq2SeqLM.from_config(config)
+            return model
+    except Exception as error:  # numbers that do not go together fail anywhere
+        raise IA3Error(f"{unusable}: {first_line(error)}") from error
 
 
 def _described(value: object) -> str:

@@ -218,6 +218,7 @@ class FewShotClassifier(RankingClassifier):
         device: str = "auto",
         dtype: str = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        max_tokens: int = MAX_TOKENS,
     ) -> FewShotClassifier:
         """Read what `save` wrote.
 
@@ -227,6 +228,7 @@ class FewShotClassifier(RankingClassifier):
             device: as in the constructor.
             dtype: as in the constructor.
             tokenizer: as in the constructor.
+            max_tokens: as in the constructor.
 
         Raises:
             FileNotFoundError: the folder or one of its three files is not there.
@@ -261,6 +263,7 @@ class FewShotClassifier(RankingClassifier):
                 learning_rate=float(task["learning_rate"]),
                 chat=bool(task["chat"]),
                 tokenizer=tokenizer,
+                max_tokens=max_tokens,
             )
         except IA3Error:
             raise

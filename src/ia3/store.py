@@ -78,9 +78,20 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
     if adapter.base is not None:
         metadata[BASE_KEY] = adapter.base.to_json()
     return {
-        WEIGHTS_NAME: save(tensors, metadata=metadata),
+        WEIGHTS_NAME: _metadata_in_order(save(tensors, metadata=metadata)),
         CONFIG_NAME: adapter.config.to_json().encode(),
     }
+
+
+def _metadata_in_order(content: bytes) -> bytes:
+    """A safetensors file whose metadata stand in one order: the library's differs by process."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    # The tensors begin at a multiple of 8 bytes.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter:

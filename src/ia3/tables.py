@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,8 +67,26 @@ def read_table(path: str | Path, text: Sequence[str] = (), label: str | None = N
         rows = list(_csv_rows(path, content, delimiter))
     if not rows:
         raise IA3Error(f"data file {path} {'has no rows' if content.strip() else 'is empty'}")
+    check_rows(path, rows, text, label)
+    return rows
+
+
+def check_rows(
+    source: str | Path, rows: Sequence[Row], text: Sequence[str], label: str | None = None
+) -> None:
+    """Refuse rows without a text or a label; one whose text is empty brings a warning.
+
+    Args:
+        source: where all of them are from, for messages.
+        rows: at least one.
+        text: as in `read_table`.
+        label: as in `read_table`.
+
+    Raises:
+        IA3Error: a column is not there, or a value in it is no text or no label.
+    """
     for column in (*text, *(() if label is None else (label,))):
-        _check_column(path, rows, column, delimiter)
+        _check_column(source, rows, column)
     for row in rows:
         for column in text:
             _check_text(row, column)
@@ -77,7 +96,6 @@ def read_table(path: str | Path, text: Sequence[str] = (), label: str | None = N
     if empty:
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         warnings.warn(f"{empty[0].where}: the text is empty{more}", stacklevel=2)
-    return rows
 
 
 def fields_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -189,14 +207,15 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON: write null, or a number")
 
 
-def _check_column(path: Path, rows: list[Row], column: str, delimiter: str | None) -> None:
+def _check_column(source: str | Path, rows: Sequence[Row], column: str) -> None:
     lacking = [row for row in rows if column not in row]
     if not lacking:
         return
     # In JSON Lines, each row has columns of its own.
-    where = path if len(lacking) == len(rows) else lacking[0].where
+    where = source if len(lacking) == len(rows) else lacking[0].where
     columns = list(lacking[0])
     hint = did_you_mean(column, columns)
+    delimiter = DELIMITERS.get(Path(source).suffix.lower())
     for other in (",", ";", "\t"):
         if delimiter not in (None, other) and len(columns) == 1 and other in columns[0]:
             hint = f"; the file looks separated by {other!r}, expected {delimiter!r}"
@@ -226,7 +245,7 @@ def _check_label(row: Row, column: str, kind: type) -> None:
 
 def _shown(value: Any) -> str:
     """A value as its file has it, cut short."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = _json(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -234,7 +253,9 @@ def _shown(value: Any) -> str:
 
 
 def _jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(
+        _json({column: _finite(value) for column, value in row.items()}) + "\n" for row in rows
+    )
 
 
 def _csv(rows: Sequence[Mapping[str, Any]], delimiter: str) -> str:
@@ -248,6 +269,13 @@ def _csv(rows: Sequence[Mapping[str, Any]], delimiter: str) -> str:
 
 def _cell(value: Any) -> Any:
     """What JSON has and CSV has not is written as JSON."""
-    if value is None or isinstance(value, str | float):
-        return value
-    return json.dumps(value, ensure_ascii=False)
+    return _json(value) if isinstance(value, bool | int | list | dict) else value
+
+
+def _json(value: Any) -> str:
+    """As JSON; what Parquet has and JSON has not, such as dates, as a string."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,8 +12,12 @@ try:
     import typer
 
     from .classifier import evaluate, fit, predict
+    from .compare import compare
+    from .convert import convert
     from .demo import demo, prepare
     from .options import say
+    from .pretrain import pretrain
+    from .raft import raft
 except ImportError as error:
     raise SystemExit(
         f"error: the ia3 command needs {error.name!r}: pip install 'ia3[cli]'"
@@ -25,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (fit, predict, evaluate, demo, prepare):
+for _command in (fit, predict, evaluate, demo, prepare, pretrain, compare, raft, convert):
     app.command()(_command)
 
 

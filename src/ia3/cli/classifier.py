@@ -15,12 +15,15 @@ from ..errors import IA3Error, did_you_mean
 from ..files import check_folder
 from .options import (
     DEFAULT_MODEL,
-    Data,
     Device,
     DType,
     Json,
     LabelColumn,
+    MaxTokens,
     Model,
+    Source,
+    Split,
+    Subset,
     TextColumns,
     check_out,
     positive,
@@ -31,13 +34,16 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..estimator import FewShotClassifier
+    from ..tables import Row
 
 
 def fit(
-    data: Data,
+    data: Source,
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
     text: TextColumns = ["text"],  # noqa: B006
     label: LabelColumn = "label",
+    split: Split = "train",
+    subset: Subset = None,
     model: Annotated[str, typer.Option(help="Model name, folder or hub id.")] = DEFAULT_MODEL,
     template: Annotated[
         list[str] | None,
@@ -57,6 +63,15 @@ def fit(
         int, typer.Option(help="Of the order of the examples.", min=0, max=2**32 - 1)
     ] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    init_from: Annotated[
+        str | None,
+        typer.Option(help="Adapter to begin with, a folder or hub id, instead of ones."),
+    ] = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(help="Folder for checkpoints; the same command goes on from the last one."),
+    ] = None,
+    max_tokens: MaxTokens = None,
     device: Device = "auto",
     dtype: DType = "auto",
     force: Annotated[
@@ -65,7 +80,7 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Train an adapter on labelled examples."""
-    from ..tables import fields_of, read_table
+    from ..tables import fields_of
 
     if label in text:
         raise typer.BadParameter(
@@ -73,14 +88,20 @@ def fit(
         )
     check_out(out, force)
     check_folder(out)
-    rows = read_table(data, text, label)
+    if checkpoints is not None:
+        check_folder(checkpoints)
+    rows = _rows(data, split, subset, text, label)
     labels = [row[label] for row in rows]
     choices = _choices(choice, labels)
     silence_loading()
     from ..estimator import FewShotClassifier
     from ..store import WEIGHTS_NAME
 
-    given: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
+    given: dict[str, Any] = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "max_tokens": max_tokens,
+    }
     classifier = FewShotClassifier(
         model=model,
         template=template or None,
@@ -89,11 +110,12 @@ def fit(
         device=device,
         dtype=dtype,
         chat=chat,
+        init_from=init_from,
         **{name: value for name, value in given.items() if value is not None},
     )
     started = time.perf_counter()
     with training_bar(classifier.steps) as on_step:
-        classifier.fit(fields_of(rows, text), labels, on_step=on_step)
+        classifier.fit(fields_of(rows, text), labels, on_step=on_step, checkpoints=checkpoints)
     seconds = time.perf_counter() - started
     classifier.save(out)
     size = (out / WEIGHTS_NAME).stat().st_size
@@ -116,8 +138,10 @@ def fit(
 
 def predict(
     adapter: Annotated[Path, typer.Argument(help="Folder written by 'ia3 fit'.")],
-    data: Data,
+    data: Source,
     text: TextColumns = ["text"],  # noqa: B006
+    split: Split = "test",
+    subset: Subset = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -126,6 +150,7 @@ def predict(
         ),
     ] = None,
     model: Model = None,
+    max_tokens: MaxTokens = None,
     device: Device = "auto",
     dtype: DType = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
@@ -134,14 +159,14 @@ def predict(
     ] = False,
 ) -> None:
     """Label texts: every row of the data with `prediction` and `probability` added."""
-    from ..tables import delimiter_of, fields_of, read_table, write_table
+    from ..tables import delimiter_of, fields_of, write_table
 
     if out is not None:
         if delimiter_of(out) is not None and as_json:
             raise typer.BadParameter(f"{out} would not be JSON Lines", param_hint="--json")
         check_out(out, force)
         check_folder(out.parent)
-    rows = read_table(data, text)
+    rows = _rows(data, split, subset, text)
     for column in ("prediction", "probability"):
         for row in rows:
             if column in row:
@@ -149,7 +174,7 @@ def predict(
                     f"{row.where}: there is a column {column!r} already, which predict adds: "
                     "rename it"
                 )
-    classifier = _load(adapter, model, device, dtype)
+    classifier = _load(adapter, model, max_tokens, device, dtype)
     probabilities = _probabilities(classifier, fields_of(rows, text))
     labels = classifier.classes_at(probabilities).tolist()
     labelled = [
@@ -161,19 +186,22 @@ def predict(
 
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="Folder written by 'ia3 fit'.")],
-    data: Data,
+    data: Source,
     text: TextColumns = ["text"],  # noqa: B006
     label: LabelColumn = "label",
+    split: Split = "test",
+    subset: Subset = None,
     model: Model = None,
+    max_tokens: MaxTokens = None,
     device: Device = "auto",
     dtype: DType = "auto",
     as_json: Json = False,
 ) -> None:
     """Score an adapter on labelled texts: accuracy, macro F1 and the confusion matrix."""
-    from ..tables import fields_of, read_table
+    from ..tables import fields_of
 
-    rows = read_table(data, text, label)
-    classifier = _load(adapter, model, device, dtype)
+    rows = _rows(data, split, subset, text, label)
+    classifier = _load(adapter, model, max_tokens, device, dtype)
     classes = classifier.classes_.tolist()
     by_name = _by_name(classes)
     for row in rows:
@@ -205,11 +233,29 @@ def evaluate(
         )
 
 
-def _load(adapter: Path, model: str | None, device: str, dtype: str) -> FewShotClassifier:
+def _rows(
+    data: str, split: str, subset: str | None, text: list[str], label: str | None = None
+) -> list[Row]:
+    from ..tables import DELIMITERS, check_rows, read_table
+
+    if Path(data).suffix.lower() in DELIMITERS:
+        return read_table(data, text, label)
+    # Brings torch, before which mistakes in a file of texts are found.
+    from ..tfew.tasks import read_rows
+
+    rows = read_rows(data, split=split, subset=subset)
+    check_rows(data, rows, text, label)
+    return rows
+
+
+def _load(
+    adapter: Path, model: str | None, max_tokens: int | None, device: str, dtype: str
+) -> FewShotClassifier:
     silence_loading()
     from ..estimator import FewShotClassifier
 
-    return FewShotClassifier.load(adapter, model=model, device=device, dtype=dtype)
+    given = {} if max_tokens is None else {"max_tokens": max_tokens}
+    return FewShotClassifier.load(adapter, model=model, device=device, dtype=dtype, **given)
 
 
 def _probabilities(classifier: FewShotClassifier, examples: list[dict[str, Any]]) -> Any:

@@ -11,10 +11,11 @@ import typer
 from rich.text import Text
 
 from ..console import screen
+from ..embedded_model import EMBEDDED_MODEL
 from ..errors import IA3Error
 from ..files import write_stdout
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_MODEL = EMBEDDED_MODEL
 
 
 def positive(value: float | None) -> float | None:
@@ -25,6 +26,20 @@ def positive(value: float | None) -> float | None:
 
 
 Data = Annotated[Path, typer.Option("--data", help="CSV, TSV or JSON Lines file, in UTF-8.")]
+Source = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="CSV, TSV or JSON Lines file in UTF-8, Parquet file, folder of the datasets library, "
+        "or name on the hub.",
+    ),
+]
+Split = Annotated[
+    str, typer.Option(help="Split of the data, of such a folder or name that has several.")
+]
+Subset = Annotated[
+    str | None, typer.Option(help="Subset of the data, of a name on the hub that has several.")
+]
 TextColumns = Annotated[
     list[str], typer.Option("--text", help="Column with the text; give several for several fields.")
 ]
@@ -34,6 +49,9 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', ...")]
 DType = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16', ...")]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Computed at once; lower it where memory runs out.", min=1)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 

@@ -6,8 +6,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .encoding import Encoder as Encoder
+    from .evaluation import Evaluation as Evaluation
+    from .evaluation import Spread as Spread
+    from .evaluation import evaluate as evaluate
+    from .evaluation import predict_choices as predict_choices
+    from .evaluation import spread as spread
+    from .in_context import InContextClassifier as InContextClassifier
     from .losses import TFewLoss as TFewLoss
     from .losses import tfew_loss as tfew_loss
+    from .promptsource import PromptTemplate as PromptTemplate
+    from .promptsource import read_promptsource as read_promptsource
+    from .tasks import HELD_OUT_TASKS as HELD_OUT_TASKS
+    from .tasks import RAFT_TASKS as RAFT_TASKS
+    from .tasks import SEEDS as SEEDS
+    from .tasks import Task as Task
+    from .tasks import few_shot as few_shot
+    from .tasks import load_templates as load_templates
+    from .tasks import read_rows as read_rows
     from .training import DivergedError as DivergedError
     from .training import TFewConfig as TFewConfig
     from .training import TFewTrainer as TFewTrainer
@@ -19,11 +35,27 @@ if TYPE_CHECKING:
 # Loaded when first used: transformers' Trainer takes seconds to import.
 _HOME = {
     "DivergedError": "training",
+    "Encoder": "encoding",
+    "Evaluation": "evaluation",
+    "HELD_OUT_TASKS": "tasks",
+    "InContextClassifier": "in_context",
+    "PromptTemplate": "promptsource",
+    "RAFT_TASKS": "tasks",
+    "SEEDS": "tasks",
+    "Spread": "evaluation",
     "TFewConfig": "training",
     "TFewLoss": "losses",
     "TFewTrainer": "training",
+    "Task": "tasks",
     "TrainingExample": "training",
     "TrainingStep": "training",
+    "evaluate": "evaluation",
+    "few_shot": "tasks",
+    "load_templates": "tasks",
+    "predict_choices": "evaluation",
+    "read_promptsource": "promptsource",
+    "read_rows": "tasks",
+    "spread": "evaluation",
     "tfew_loss": "losses",
     "train": "training",
     "training_arguments": "training",

@@ -33,21 +33,33 @@ class Encoder:
         answer_choices: the words to rank, in the order of the labels; none where each example
             brings its own.
         chat: put the prompt into the tokenizer's chat template, as the user's message.
+        max_prompt_tokens: a prompt of more is shortened as one is that exceeds the model's context;
+            by default only that one is.
 
     Raises:
-        IA3Error: two choices are the same tokens, one is empty, or `chat` is asked of a tokenizer
-            that has no chat template.
+        IA3Error: `max_prompt_tokens` is below 1, or `chat` is asked of a tokenizer that has no chat
+            template.
     """
 
-    def __init__(self, base: BaseModel, answer_choices: Sequence[str] = (), *, chat: bool) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        answer_choices: Sequence[str] = (),
+        *,
+        chat: bool,
+        max_prompt_tokens: int | None = None,
+    ) -> None:
         if chat and not base.tokenizer.chat_template:
             raise IA3Error(f"the tokenizer of {base.name!r} has no chat template: use chat=False")
+        if max_prompt_tokens is not None and max_prompt_tokens < 1:
+            raise IA3Error(f"max_prompt_tokens is {max_prompt_tokens}, expected at least 1")
         self.answer_choices = list(answer_choices)
         self.truncated = 0
         self._tokenizer = base.tokenizer
         self._chat = chat
         self._encoder_decoder = base.is_encoder_decoder
         self._max_length = context_length(base)
+        self._max_prompt_tokens = max_prompt_tokens
         self._choice_ids: dict[str, tuple[tuple[int, ...], ...]] = {}
 
     def encode(
@@ -58,8 +70,9 @@ class Encoder:
     ) -> EncodedExample:
         """Token ids of one example.
 
-        A prompt longer than the model's context is shortened by cutting the end of its longest
-        field; `truncated` counts the examples that were cut. The choices are never cut.
+        A prompt longer than the model's context, or than `max_prompt_tokens`, is shortened by
+        cutting the end of its longest field; `truncated` counts the examples that were cut. The
+        choices are never cut.
 
         Args:
             example: field name -> value.
@@ -67,8 +80,8 @@ class Encoder:
             answer_choices: this example's own; by default the encoder's.
 
         Raises:
-            IA3Error: the template does not render, does not fit even with empty fields, or there
-                is no choice to rank.
+            IA3Error: the template does not render, does not fit even with empty fields, there is no
+                choice to rank, two choices are the same tokens, or one has none.
         """
         words = tuple(self.answer_choices if answer_choices is None else answer_choices)
         if not words:
@@ -81,9 +94,15 @@ class Encoder:
         room = self._max_length
         if not self._encoder_decoder:
             room -= max(len(choice) for choice in choices)
+        limit = f"the model's context has room for {room}"
+        if self._max_prompt_tokens is not None and self._max_prompt_tokens < room:
+            room = self._max_prompt_tokens
+            limit = f"max_prompt_tokens is {room}"
         if len(prompt) > room:
             self.truncated += 1
-            prompt = self._truncated_prompt(dict(example), template, words, len(prompt), room)
+            prompt = self._truncated_prompt(
+                dict(example), template, words, len(prompt), room, limit
+            )
         return EncodedExample(prompt, choices)
 
     def _prompt_text(
@@ -141,6 +160,7 @@ class Encoder:
         words: tuple[str, ...],
         length: int,
         room: int,
+        limit: str,
     ) -> tuple[int, ...]:
         prompt: tuple[int, ...] = ()
         while length > room:
@@ -152,8 +172,7 @@ class Encoder:
             )
             if longest is None:
                 raise IA3Error(
-                    f"template {template.name!r} needs {length} tokens without any text; the "
-                    f"model's context has room for {room}"
+                    f"template {template.name!r} needs {length} tokens without any text; {limit}"
                 )
             example[longest] = self._without_last_tokens(texts[longest], length - room)
             prompt = self._prompt_ids(self._prompt_text(example, template, words))

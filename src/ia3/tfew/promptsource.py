@@ -62,7 +62,7 @@ class PromptTemplate:
         try:
             choices = tuple(self.choices.parts(example, ()))
         except IA3Error as error:
-            raise IA3Error(f"{error}, in its answer choices for {_shown(example)}") from error
+            raise IA3Error(f"{error}, in its answer choices for {shown(example)}") from error
         if not any(choices):
             raise self._error("renders no answer choices", example)
         for index, choice in enumerate(choices):
@@ -95,7 +95,7 @@ class PromptTemplate:
                 return Rendered(prompt, choices, None) if prompt else None
             parts = self.prompt.parts(example, choices)
         except IA3Error as error:
-            raise IA3Error(f"{error}, for {_shown(example)}") from error
+            raise IA3Error(f"{error}, for {shown(example)}") from error
         if not parts[0]:
             return None
         if len(parts) != 2:
@@ -114,7 +114,7 @@ class PromptTemplate:
         return Rendered(prompt, choices, choices.index(target))
 
     def _error(self, problem: str, example: Mapping[str, Any]) -> IA3Error:
-        return IA3Error(f"template {self.name!r} {problem}, for {_shown(example)}")
+        return IA3Error(f"template {self.name!r} {problem}, for {shown(example)}")
 
 
 def read_promptsource(path: str | Path) -> list[PromptTemplate]:
@@ -194,7 +194,7 @@ def _template(path: Path, key: Any, entry: Any) -> PromptTemplate:
         raise IA3Error(f"{path}: {error}") from error
 
 
-def _shown(example: Mapping[str, Any]) -> str:
+def shown(example: Mapping[str, Any]) -> str:
     """The example for a message: where it stands, if it says so, and its fields, cut short."""
     where = getattr(example, "where", None)
     text = repr(dict(example))

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import IA3Error, MissingExtraError, did_you_mean
 from ..tables import DELIMITERS, Row, read_table
 from .encoding import EncodedExample, Encoder
-from .promptsource import PromptTemplate, read_promptsource
+from .promptsource import PromptTemplate, read_promptsource, shown
 
 if TYPE_CHECKING:
     from .training import TrainingExample
@@ -117,17 +117,20 @@ def encode_labelled(
         `None` where the template asks nothing of this example.
 
     Raises:
-        IA3Error: the example has no answer, or see `PromptTemplate.render` and `Encoder.encode`.
+        IA3Error: the example has no answer, or see `PromptTemplate.render` and `Encoder.encode`;
+            the message names the template and the example.
     """
     rendered = template.render(row)
     if rendered is None:
         return None
+    named = f"template {template.name!r}"
     if rendered.answer is None:
-        raise IA3Error(
-            f"template {template.name!r} renders no target for {dict(row)!r}: expected a labelled "
-            "example"
-        )
-    return encoder.encode(row, template.prompt, rendered.choices), rendered.answer
+        raise IA3Error(f"{named} renders no target for {shown(row)}: expected a labelled example")
+    try:
+        return encoder.encode(row, template.prompt, rendered.choices), rendered.answer
+    except IA3Error as error:
+        problem = str(error) if str(error).startswith(named) else f"{named}: {error}"
+        raise IA3Error(f"{problem}, for {shown(row)}") from error
 
 
 def _right_choice_first(encoded: EncodedExample, answer: int) -> EncodedExample:
@@ -238,7 +241,11 @@ def _hub_rows(name: str, split: str, subset: str | None) -> list[dict[str, Any]]
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise MissingExtraError("datasets", "datasets", f"reading {name!r} from the hub") from error
+        raise MissingExtraError(
+            "datasets",
+            "datasets",
+            f"{name!r} is neither a file nor a folder: reading it from the hub",
+        ) from error
     try:
         return list(load_dataset(name, subset, split=split))
     except (OSError, ValueError) as error:

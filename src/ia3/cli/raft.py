@@ -1,0 +1,262 @@
+"""`ia3 raft`: the RAFT benchmark, cross-validated and submitted."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..console import counting_bar
+from ..errors import MissingExtraError
+from ..files import check_folder, write_file
+from .options import (
+    DEFAULT_MODEL,
+    Device,
+    DType,
+    Json,
+    positive,
+    print_json,
+    say,
+    silence_loading,
+)
+
+if TYPE_CHECKING:
+    from ..tfew.raft import PublicScore, RaftScore
+
+BANKING = "banking_77"
+MEAN = "mean"
+
+
+class _Method(StrEnum):
+    MAJORITY = "majority"
+    UNTUNED = "untuned"
+    IN_CONTEXT = "in-context"
+    TFEW = "tfew"
+
+
+class _Sites(StrEnum):
+    ALL_LINEAR = "all-linear"
+    PAPER = "paper"
+
+
+def raft(
+    data: Annotated[Path, typer.Option(help="Folder with a folder for each task.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for the results; the same command again goes on where it was."),
+    ] = Path("ia3-raft"),
+    model: Annotated[str, typer.Option(help="Model name, folder or hub id.")] = DEFAULT_MODEL,
+    methods: Annotated[
+        list[_Method] | None, typer.Option(help="May be given several times; all if absent.")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="May be given several times; all if absent.")
+    ] = None,
+    folds: Annotated[
+        int, typer.Option(help="Of 10 examples that are held out; 5 are all.", min=1, max=5)
+    ] = 5,
+    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.", min=1)] = 8,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate.", callback=positive)
+    ] = 3e-3,
+    sites: Annotated[
+        _Sites, typer.Option(help="What is rescaled: all linear layers, or the paper's sites.")
+    ] = _Sites.ALL_LINEAR,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Longer prompts are cut; by the model if absent.", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all draws.", min=0, max=2**32 - 1)] = 0,
+    submit: Annotated[
+        bool, typer.Option(help="Predict the test sets too, with tfew, in the benchmark's form.")
+    ] = True,
+    banking77: Annotated[
+        Path | None,
+        typer.Option(help="Folder with Banking77's test.csv and train.csv, to score its test set."),
+    ] = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score T-Few and its rivals on RAFT, and write a submission."""
+    # Not after hours.
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "report", "drawing the scores")
+    check_folder(out)
+    silence_loading()
+    from ..tables import write_table
+    from ..tfew import TFewConfig
+    from ..tfew.raft import (
+        METHODS,
+        RaftSettings,
+        cross_validate,
+        public_labels,
+        public_score,
+        read_raft,
+        submission,
+        work,
+    )
+
+    settings = RaftSettings(
+        TFewConfig(steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
+        sites.value,
+        max_prompt_tokens,
+    )
+    chosen = [method for method in METHODS if not methods or method in methods]
+    submit = submit and "tfew" in chosen
+    tasks = read_raft(data, task or ())
+    truth: Sequence[str | None] = ()
+    if banking77 is not None:
+        submitted = [one for one in tasks if submit and one.name == BANKING]
+        if not submitted:
+            raise typer.BadParameter(
+                f"scores tfew's submission of {BANKING}, which this run does not make",
+                param_hint="--banking77",
+            )
+        truth = public_labels(submitted[0], banking77)
+    from ..base_model import load_base_model
+
+    base = load_base_model(model, device=device, dtype=dtype)
+    scores: list[RaftScore] = []
+    for one in tasks:
+        with counting_bar(one.name, work(one, settings, chosen, folds)) as progress:
+            of_task = cross_validate(
+                base, one, settings, methods=chosen, folds=folds, results=out, progress=progress
+            )
+        scores += of_task
+        if not as_json:
+            say(f"{one.name}: {', '.join(f'{s.method} {s.macro_f1:.1%}' for s in of_task)}")
+    write_file(out / "table.md", _markdown(scores, None).encode())
+    write_file(out / "raft.png", _figure(scores))
+    public: PublicScore | None = None
+    for one in tasks if submit else ():
+        with counting_bar(f"{one.name}, submission", steps + len(one.test)) as progress:
+            predicted = submission(base, one, settings, results=out, progress=progress)
+        rows = [
+            {"ID": row["ID"], "Label": label}
+            for row, label in zip(one.test, predicted, strict=True)
+        ]
+        path = out / "submission" / one.name / "predictions.csv"
+        write_table(rows, path, as_json=False)
+        if not as_json:
+            say(f"{one.name}: {len(rows)} predictions in {path}")
+        if one.name == BANKING and truth:
+            public = public_score(truth, predicted)
+            write_file(out / "table.md", _markdown(scores, public).encode())
+    if as_json:
+        print_json(
+            scores=[_as_json(score) for score in scores],
+            mean={m: _mean(scores, m, "macro_f1") for m in chosen},
+            submission=str(out / "submission") if submit else None,
+            banking77=None if public is None else vars(public),
+        )
+        return
+    results = Console(emoji=False)
+    results.print(_table(scores))
+    if public is not None:
+        results.print(Text(_said(public)))
+
+
+def _as_json(score: RaftScore) -> dict[str, Any]:
+    said: dict[str, Any] = dict(vars(score))
+    if not score.demonstrations:
+        del said["demonstrations"]
+    return said
+
+
+def _rows(scores: Sequence[RaftScore], what: str) -> list[list[str]]:
+    """A header, one row a task, and their mean, in percent."""
+    methods = list(dict.fromkeys(score.method for score in scores))
+    by_place = {(score.task, score.method): score for score in scores}
+    names = list(dict.fromkeys(score.task for score in scores))
+    body = [[name, *(_cell(by_place[name, m], what) for m in methods)] for name in names]
+    means = [f"{100 * _mean(scores, m, what):.1f}" for m in methods]
+    return [["task", *methods], *body, [MEAN, *means]]
+
+
+def _cell(score: RaftScore, what: str) -> str:
+    shown = f"{100 * getattr(score, what):.1f}"
+    if score.method != "in-context":
+        return shown
+    fewest, most = min(score.demonstrations), max(score.demonstrations)
+    return f"{shown} ({fewest if fewest == most else f'{fewest}-{most}'})"
+
+
+def _mean(scores: Sequence[RaftScore], method: str, what: str) -> float:
+    of_method = [getattr(score, what) for score in scores if score.method == method]
+    return float(sum(of_method) / len(of_method))
+
+
+def _caption(scores: Sequence[RaftScore]) -> str:
+    held = sorted({score.examples for score in scores})
+    counts = f"{held[0]} to {held[-1]}" if len(held) > 1 else str(held[0])
+    shown = " In brackets: demonstrations in the prompt." if _any_demonstrations(scores) else ""
+    return f"In percent, over {counts} held-out examples a task.{shown}"
+
+
+def _any_demonstrations(scores: Sequence[RaftScore]) -> bool:
+    return any(score.method == "in-context" for score in scores)
+
+
+def _said(public: PublicScore) -> str:
+    return (
+        f"{BANKING}, test set: macro F1 {public.macro_f1:.1%}, accuracy {public.accuracy:.1%}, "
+        f"{public.matched} of {public.rows} labels known"
+    )
+
+
+def _table(scores: Sequence[RaftScore]) -> Table:
+    header, *body, means = _rows(scores, "macro_f1")
+    table = Table(title="RAFT, macro F1", caption=_caption(scores))
+    table.add_column(header[0])
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for row in body:
+        table.add_row(*map(Text, row))
+    table.add_section()
+    table.add_row(*map(Text, means))
+    return table
+
+
+def _markdown(scores: Sequence[RaftScore], public: PublicScore | None) -> str:
+    parts = ["# RAFT", _caption(scores)]
+    for title, what in (("Macro F1", "macro_f1"), ("Accuracy", "accuracy")):
+        header, *body = _rows(scores, what)
+        rule = ["---", *("---:" for _ in header[1:])]
+        lines = [f"| {' | '.join(row)} |" for row in (header, rule, *body)]
+        parts += [f"## {title}", "\n".join(lines)]
+    if public is not None:
+        parts += ["## Public labels", f"{_said(public)}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _figure(scores: Sequence[RaftScore]) -> bytes:
+    """A bar for each task and method, as a PNG."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(score.task for score in scores))
+    methods = list(dict.fromkeys(score.method for score in scores))
+    figure = Figure(figsize=(2.5 + 1.1 * len(names), 4.5), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(methods)
+    for number, method in enumerate(methods):
+        heights = [100 * score.macro_f1 for score in scores if score.method == method]
+        places = [i + (number - (len(methods) - 1) / 2) * width for i in range(len(names))]
+        axes.bar(places, heights, width, label=method)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("macro F1, %")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    return content.getvalue()
