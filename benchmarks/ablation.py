@@ -59,8 +59,8 @@ METHODS: dict[str, dict[str, float]] = {
 STEPS = 40
 BATCH = 8
 TEST_ROWS = 150
-# (IA)³'s rate is FewShotClassifier's; the peers' were the best of those below on rows of SST-2's and
-# TREC's training files, on a sample of its own (`--choose-rates`).
+# (IA)³'s rate is FewShotClassifier's; the peers' were the best of those below on rows of SST-2's
+# and TREC's training files, on a sample of its own (`--choose-rates`).
 RATES = {"ia3": 1e-2, "lora": 5e-3, "bitfit": 3e-3}
 CANDIDATES = {"lora": (5e-4, 2e-3, 5e-3, 1e-2), "bitfit": (1e-3, 3e-3, 1e-2)}
 # Of no run that is reported.

@@ -308,7 +308,7 @@ def plain_prediction(base: BaseModel, task: RaftTask, prompt: str) -> str:
 def test_the_untuned_model_ranks_the_choices(tmp_path):
     task = task_of(tmp_path, "one_stop_english", ENGLISH, some_labels(ENGLISH, 10))
     base = base_of()
-    cross_validate(base, task, methods=["untuned"], results=tmp_path / "out")
+    cross_validate(base, task, methods=["zero-shot"], results=tmp_path / "out")
     for record in records(tmp_path / "out"):
         prompts = [task.template.render(task.train[int(i)]).prompt for i in record["ids"]]
         assert record["predictions"] == [plain_prediction(base, task, p) for p in prompts]
@@ -318,7 +318,7 @@ def test_the_untuned_model_ranks_the_choices(tmp_path):
 def test_as_many_demonstrations_as_the_context_holds(tmp_path, context):
     task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
     base = base_of(context)
-    (score,) = cross_validate(base, task, methods=["in-context"], results=tmp_path / "out")
+    (score,) = cross_validate(base, task, methods=["icl"], results=tmp_path / "out")
     answers = [len(TOKENIZER(choice)["input_ids"]) for choice in task.choices]
     prompts = [task.template.render(row).prompt for row in task.train]
 
@@ -357,7 +357,7 @@ def test_an_encoder_decoder(tmp_path):
     base = BaseModel(random_model(config), tokenizer(end=True), "t5")
     task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
     scores = cross_validate(base, task, settings(), folds=1, results=tmp_path / "out")
-    assert [score.method for score in scores] == ["majority", "untuned", "in-context", "tfew"]
+    assert [score.method for score in scores] == ["majority", "zero-shot", "icl", "tfew"]
     prompts = [task.template.render(row).prompt for row in task.train]
     in_context = records(tmp_path / "out")[2]
     written = "".join(
@@ -372,9 +372,9 @@ def test_an_encoder_decoder(tmp_path):
 
 def test_without_room_for_a_demonstration_the_untuned_model_is_asked(tmp_path):
     task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
-    untuned, in_context = cross_validate(base_of(80), task, methods=["in-context", "untuned"])
+    untuned, in_context = cross_validate(base_of(80), task, methods=["icl", "zero-shot"])
     assert in_context.demonstrations == (0,) * 5
-    assert (untuned.method, in_context.method) == ("untuned", "in-context")
+    assert (untuned.method, in_context.method) == ("zero-shot", "icl")
     assert untuned.macro_f1 == in_context.macro_f1
 
 
@@ -406,7 +406,7 @@ def test_all_77_topics_are_in_the_prompt_and_in_the_loss(tmp_path):
     labels = topics()
     task = task_of(tmp_path, "banking_77", labels, labels[:7])
     scores = cross_validate(base_of(), task, settings(steps=1), folds=1)
-    assert [score.method for score in scores] == ["majority", "untuned", "in-context", "tfew"]
+    assert [score.method for score in scores] == ["majority", "zero-shot", "icl", "tfew"]
     assert {score.examples for score in scores} == {1}
     predicted = submission(base_of(), task, settings(steps=1))
     assert len(predicted) == len(task.test)
@@ -429,7 +429,7 @@ def test_the_model_is_left_as_it_was(tmp_path, sites):
 
 def test_work_is_what_progress_counts(tmp_path):
     task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 11))
-    given, chosen = settings(steps=4), ("majority", "untuned", "in-context", "tfew")
+    given, chosen = settings(steps=4), ("majority", "zero-shot", "icl", "tfew")
     out = tmp_path / "out"
     for _ in range(2):  # computed, and read
         done: list[int] = []
@@ -445,14 +445,14 @@ def test_long_texts_are_cut_to_the_limit(tmp_path):
     base = base_of(512)
     with pytest.warns(UserWarning, match="10 of 10 prompts are longer than 70 tokens"):
         (score,) = cross_validate(
-            base, task, settings(max_prompt_tokens=70), methods=["in-context"], folds=1
+            base, task, settings(max_prompt_tokens=70), methods=["icl"], folds=1
         )
-    (whole,) = cross_validate(base, task, methods=["in-context"], folds=1)
+    (whole,) = cross_validate(base, task, methods=["icl"], folds=1)
     assert score.demonstrations[0] > whole.demonstrations[0]
     with pytest.warns(UserWarning, match="7 of 7 prompts are longer than 70 tokens"):
         submission(base, task, settings(max_prompt_tokens=70, steps=1))
     with pytest.raises(IA3Error, match="without any text; max_prompt_tokens is 5"):
-        cross_validate(base, task, settings(max_prompt_tokens=5), methods=["untuned"])
+        cross_validate(base, task, settings(max_prompt_tokens=5), methods=["zero-shot"])
 
 
 @pytest.mark.parametrize(
@@ -466,7 +466,7 @@ def test_settings_out_of_range(given, message):
 
 def test_an_unknown_method_is_an_error(tmp_path):
     task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
-    with pytest.raises(IA3Error, match="method is 'lora', expected one of"):
+    with pytest.raises(IA3Error, match="no method 'lora': expected some of"):
         cross_validate(base_of(), task, methods=["lora"])
 
 
@@ -503,7 +503,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
         (settings(steps=4), "of tfew have steps=3, this run 4"),
         (settings(learning_rate=0.1), "of tfew have learning_rate=0.05, this run 0.1"),
         (settings(sites="paper"), "of tfew have sites='all-linear', this run 'paper'"),
-        (settings(max_prompt_tokens=99), "of untuned have max_prompt_tokens=None, this run 99"),
+        (settings(max_prompt_tokens=99), "of zero-shot have max_prompt_tokens=None, this run 99"),
         (settings(seed=1), "of majority have seed=0, this run 1"),
     ]:
         with pytest.raises(IA3Error, match=f"results.jsonl: its results {named}"):
@@ -514,7 +514,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
         cross_validate(base_of(name="other"), task, settings(), folds=1, results=out)
     assert (out / "results.jsonl").read_bytes() == content
     # What does not depend on a setting does not mind it.
-    rivals = ["majority", "untuned", "in-context"]
+    rivals = ["majority", "zero-shot", "icl"]
     cross_validate(base_of(), task, settings(steps=4), methods=rivals, folds=1, results=out)
     assert (out / "results.jsonl").read_bytes() == content
 
@@ -535,15 +535,15 @@ def test_other_data_is_refused(tmp_path):
 def test_half_a_line_is_dropped_and_a_broken_one_is_not(tmp_path):
     task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
     out = tmp_path / "out"
-    first = cross_validate(base_of(), task, methods=["untuned"], results=out)
+    first = cross_validate(base_of(), task, methods=["zero-shot"], results=out)
     path = out / "results.jsonl"
     content = path.read_bytes()
     path.write_bytes(content[:-40])
-    assert cross_validate(base_of(), task, methods=["untuned"], results=out) == first
+    assert cross_validate(base_of(), task, methods=["zero-shot"], results=out) == first
     assert path.read_bytes() == content
     path.write_bytes(b'{"task": 1}\n' + content)
     with pytest.raises(IA3Error, match=r"results.jsonl, line 1: not a result of RAFT"):
-        cross_validate(base_of(), task, methods=["untuned"], results=out)
+        cross_validate(base_of(), task, methods=["zero-shot"], results=out)
 
 
 # -- Banking77's public labels ---------------------------------------------------------------------
@@ -661,7 +661,7 @@ def unbroken(place: Path) -> dict[str, Any]:
 
 
 def test_what_the_command_says(place, unbroken):
-    methods = ["majority", "untuned", "in-context", "tfew"]
+    methods = ["majority", "zero-shot", "icl", "tfew"]
     tasks = read_raft(place / "data")
     for task in tasks:
         of_task = [score for score in unbroken["scores"] if score["task"] == task.name]
@@ -699,7 +699,7 @@ def test_table_and_figure(place, unbroken):
         column = [name.strip("| ") for name in macro_f1["task"]].index(score["method"])
         shown = macro_f1[score["task"]][column].strip("| ")
         expected = f"{100 * score['macro_f1']:.1f}"
-        if score["method"] == "in-context":
+        if score["method"] == "icl":
             assert shown.startswith(f"{expected} (")
         else:
             assert shown == expected
@@ -784,11 +784,13 @@ def test_refused_before_anything_is_computed(place):
     cases = [
         (("--task", "ade_corpus"), 1, "did you mean 'ade_corpus_v2'"),
         (("--data", "nowhere"), 1, "folder nowhere with the tasks of RAFT does not exist"),
-        (("--methods", "lora"), 2, "'lora' is not one of"),
+        (("--methods", "lora"), 1, "no method 'lora'"),
+        (("--methods", "zero-shop,tfew"), 1, "did you mean 'zero-shot'"),
+        (("--methods", ","), 1, "there are no methods"),
         (("--folds", "6"), 2, "--folds"),
         (("--task", "ade_corpus_v2", "--banking77", "public"), 2, "this run does not make"),
         (("--no-submit", "--banking77", "public"), 2, "this run does not make"),
-        (("--methods", "untuned", "--banking77", "public"), 2, "this run does not make"),
+        (("--methods", "zero-shot", "--banking77", "public"), 2, "this run does not make"),
         (("--banking77", "data"), 1, "they are Banking77's"),
         (("--out", "data/ade_corpus_v2/task.json"), 1, "task.json: Not a directory"),
     ]

@@ -35,13 +35,6 @@ BANKING = "banking_77"
 MEAN = "mean"
 
 
-class _Method(StrEnum):
-    MAJORITY = "majority"
-    UNTUNED = "untuned"
-    IN_CONTEXT = "in-context"
-    TFEW = "tfew"
-
-
 class _Sites(StrEnum):
     ALL_LINEAR = "all-linear"
     PAPER = "paper"
@@ -55,8 +48,8 @@ def raft(
     ] = Path("ia3-raft"),
     model: Annotated[str, typer.Option(help="Model name, folder or hub id.")] = DEFAULT_MODEL,
     methods: Annotated[
-        list[_Method] | None, typer.Option(help="May be given several times; all if absent.")
-    ] = None,
+        str, typer.Option(help="Of majority, zero-shot, icl and tfew, with commas between.")
+    ] = "majority,zero-shot,icl,tfew",
     task: Annotated[
         list[str] | None, typer.Option(help="May be given several times; all if absent.")
     ] = None,
@@ -95,9 +88,9 @@ def raft(
     from ..tables import write_table
     from ..tfew import TFewConfig
     from ..tfew.raft import (
-        METHODS,
         RaftSettings,
         cross_validate,
+        parse_methods,
         public_labels,
         public_score,
         read_raft,
@@ -110,7 +103,7 @@ def raft(
         sites.value,
         max_prompt_tokens,
     )
-    chosen = [method for method in METHODS if not methods or method in methods]
+    chosen = parse_methods(methods)
     submit = submit and "tfew" in chosen
     tasks = read_raft(data, task or ())
     truth: Sequence[str | None] = ()
@@ -184,7 +177,7 @@ def _rows(scores: Sequence[RaftScore], what: str) -> list[list[str]]:
 
 def _cell(score: RaftScore, what: str) -> str:
     shown = f"{100 * getattr(score, what):.1f}"
-    if score.method != "in-context":
+    if score.method != "icl":
         return shown
     fewest, most = min(score.demonstrations), max(score.demonstrations)
     return f"{shown} ({fewest if fewest == most else f'{fewest}-{most}'})"
@@ -203,7 +196,7 @@ def _caption(scores: Sequence[RaftScore]) -> str:
 
 
 def _any_demonstrations(scores: Sequence[RaftScore]) -> bool:
-    return any(score.method == "in-context" for score in scores)
+    return any(score.method == "icl" for score in scores)
 
 
 def _said(public: PublicScore) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import statistics
 import time
@@ -25,6 +24,7 @@ from ..errors import IA3Error, did_you_mean
 from ..estimator import FewShotClassifier
 from ..fingerprint import fingerprint
 from ..ranking import TEXT, Label, RankingClassifier, Text
+from ..records import append_record, read_records
 from ..store import adapter_files
 from .costs import Cost, answer_tokens, in_context_cost, model_size, tfew_cost, zero_shot_cost
 from .encoding import Encoder
@@ -286,7 +286,7 @@ def compare(
     """
     settings = settings or Settings()
     _check(samples, methods, settings)
-    done = [] if results is None or anew else _read(Path(results))
+    done = [] if results is None or anew else _records(results)
     base = None
     if any(method != "setfit" for method in methods):
         base = load_base_model(
@@ -314,7 +314,7 @@ def compare(
         if run is None:
             run = _run(method, sample, settings, base, bar)
             if results is not None:
-                _append(Path(results), {**asdict(run), "conditions": conditions})
+                append_record(results, {**asdict(run), "conditions": conditions})
         runs.append(run)
     return runs
 
@@ -567,35 +567,5 @@ def _found(
     return None
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The runs in a results file. A last line that was cut off while it was written is dropped."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
-    records = []
-    names = {*Run.__dataclass_fields__, "conditions"}
-    for number, line in enumerate(whole.splitlines(), 1):
-        record: Any
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            record = error
-        if not isinstance(record, dict) or record.keys() != names:
-            raise IA3Error(
-                f"{path}, line {number} is not a run of a comparison: remove the file, or give "
-                "another folder"
-            )
-        records.append(record)
-    return records
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _records(path: str | Path) -> list[dict[str, Any]]:
+    return read_records(path, {*Run.__dataclass_fields__, "conditions"}, "a run of a comparison")

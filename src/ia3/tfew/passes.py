@@ -152,7 +152,9 @@ def shared_scores(
     shared = len(prefix)
     lengths = [len(e.prompt) - shared + sum(len(c) - 1 for c in e.choices) for e in examples]
     one_row = shared + sum(lengths) <= ONE_ROW
-    filled = _fill_rows(lengths, sum(lengths) if one_row else max(PACKED_LENGTH + shared, *lengths))
+    # Where much is shared, every row computes it again: fewer and longer ones then.
+    capacity = sum(lengths) if one_row else max(PACKED_LENGTH + 2 * shared, *lengths)
+    filled = _fill_rows(lengths, capacity)
     length = shared + max(sum(lengths[i] for i in row) for row in filled)
     targets = Targets()
     rows = []

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -29,7 +28,8 @@ from ..adapted import SITES, adapted
 from ..base_model import BaseModel
 from ..config import IA3Config
 from ..errors import IA3Error, MissingExtraError, did_you_mean
-from ..files import check_folder, write_file
+from ..files import check_folder
+from ..records import append_record, read_records
 from ..tables import Row, read_table
 from .encoding import EncodedExample, Encoder, context_length
 from .evaluation import predict_choices
@@ -45,7 +45,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("scikit-learn", "tfew", "scoring RAFT") from error
 
-Method = Literal["majority", "untuned", "in-context", "tfew"]
+Method = Literal["majority", "zero-shot", "icl", "tfew"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Sites = Literal["all-linear", "paper"]
 
@@ -54,6 +54,7 @@ PARTS = 5
 LABEL = "Label"
 ID = "ID"
 RESULTS_NAME = "results.jsonl"
+RECORD_KEYS = {"task", "method", "split", "part", "predictions", "settings"}
 # A killed run predicts at most so many test examples a second time.
 PREDICTED_AT_ONCE = 100
 TEST = "test"
@@ -360,7 +361,7 @@ def cross_validate(
     """Score methods on a task's labelled rows, of which a fifth is held out in each fold.
 
     `"majority"` predicts the most frequent label of the others, and the first in the benchmark's
-    order where several are; `"untuned"` ranks the choices with the model as it is; `"in-context"`
+    order where several are; `"zero-shot"` ranks the choices with the model as it is; `"icl"`
     puts as many of the others before the prompt as its context holds, in an order drawn by the
     seed; `"tfew"` trains new vectors on them (paper section 3.5). The base model is left as it was
     found.
@@ -385,9 +386,7 @@ def cross_validate(
             template exceeds `max_prompt_tokens`, or the model's scores are not finite.
         OSError: the results cannot be written.
     """
-    for method in methods:
-        if method not in METHODS:
-            raise IA3Error(f"method is {method!r}, expected one of {list(METHODS)}")
+    _check_methods(methods)
     run = _Run(base, task, settings or RaftSettings(), results, progress)
     parts = held_out(len(task.train), folds, run.settings.config.seed)
     wanted = [method for method in METHODS if method in methods]
@@ -404,6 +403,28 @@ def cross_validate(
             RaftScore(task.name, method, macro_f1, accuracy, len(truth), tuple(demonstrations))
         )
     return scores
+
+
+def parse_methods(names: str) -> list[Method]:
+    """The methods in a text such as "majority,tfew", in the order of `METHODS`.
+
+    Raises:
+        IA3Error: one is unknown, or there is none.
+    """
+    given = [name.strip() for name in names.split(",") if name.strip()]
+    _check_methods(given)
+    return [method for method in METHODS if method in given]
+
+
+def _check_methods(methods: Sequence[str]) -> None:
+    if not methods:
+        raise IA3Error(f"there are no methods: expected some of {', '.join(METHODS)}")
+    for method in methods:
+        if method not in METHODS:
+            raise IA3Error(
+                f"no method {method!r}: expected some of {', '.join(METHODS)}"
+                f"{did_you_mean(method, METHODS)}"
+            )
 
 
 def submission(
@@ -472,10 +493,10 @@ class _Run:
             counts = Counter(self._answers[i] for i in others)
             predicted = [max(range(len(self.task.labels)), key=counts.__getitem__)] * len(held)
             self._count(len(held))
-        elif method == "untuned":
+        elif method == "zero-shot":
             with self.base.lock:
                 predicted = self._predict([self._encoded[i] for i in held])
-        elif method == "in-context":
+        elif method == "icl":
             with self.base.lock:
                 predicted, demonstrations = self._after_demonstrations(number, held, others)
             shown["demonstrations"] = [self.task.train[i][ID] for i in demonstrations]
@@ -670,15 +691,8 @@ class _Kept:
             return
         check_folder(self._folder)
         self._path = self._folder / RESULTS_NAME
-        if not self._path.exists():
-            return
-        content = self._path.read_bytes()
-        # A run that was killed may have written half a line.
-        whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
-            self._keep(self._parsed(line, number))
-        if whole != content:
-            write_file(self._path, whole)
+        for record in read_records(self._path, RECORD_KEYS, "a result of RAFT"):
+            self._keep(record)
 
     def check(self, method: Method, task: str, settings: Mapping[str, Any]) -> None:
         """Refuse to mix a method's results with those of other settings."""
@@ -708,21 +722,8 @@ class _Kept:
     def add(self, record: dict[str, Any]) -> None:
         """Keep a record, on the disk when this returns."""
         self._keep(record)
-        if self._folder is None:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        line = f"{json.dumps(record, ensure_ascii=False)}\n".encode()
-        before = self._path.stat().st_size if self._path.exists() else 0
-        try:
-            with open(self._path, "ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            # A disk that fills up may have taken a part.
-            if self._path.exists():
-                os.truncate(self._path, before)
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        if self._folder is not None:
+            append_record(self._path, record)
 
     def checkpoints(self, task: str, split: int | str) -> Path | None:
         """Where a training is kept as it goes."""
@@ -739,16 +740,3 @@ class _Kept:
     def _keep(self, record: dict[str, Any]) -> None:
         key = tuple(record[name] for name in ("task", "method", "split", "part"))
         self._records[key] = record
-
-    def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            record: dict[str, Any] = json.loads(line)
-            for name in ("task", "method", "split", "part", "predictions"):
-                record[name]
-            record["settings"].keys()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IA3Error(
-                f"{self._path}, line {number}: not a result of RAFT; remove the line to compute "
-                "it again"
-            ) from error
-        return record
