@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +10,9 @@ import typer
 from rich.console import Console
 
 from ..console import counting_bar, print_confusion, training_bar
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error
 from ..files import check_folder
+from .labelled import labels_among, parse_choices, read_source
 from .options import (
     DEFAULT_MODEL,
     Device,
@@ -34,7 +34,6 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..estimator import FewShotClassifier
-    from ..tables import Row
 
 
 def fit(
@@ -90,9 +89,9 @@ def fit(
     check_folder(out)
     if checkpoints is not None:
         check_folder(checkpoints)
-    rows = _rows(data, split, subset, text, label)
+    rows = read_source(data, split, subset, text, label)
     labels = [row[label] for row in rows]
-    choices = _choices(choice, labels)
+    choices = parse_choices(choice, labels)
     silence_loading()
     from ..estimator import FewShotClassifier
     from ..store import WEIGHTS_NAME
@@ -166,7 +165,7 @@ def predict(
             raise typer.BadParameter(f"{out} would not be JSON Lines", param_hint="--json")
         check_out(out, force)
         check_folder(out.parent)
-    rows = _rows(data, split, subset, text)
+    rows = read_source(data, split, subset, text)
     for column in ("prediction", "probability"):
         for row in rows:
             if column in row:
@@ -200,17 +199,10 @@ def evaluate(
     """Score an adapter on labelled texts: accuracy, macro F1 and the confusion matrix."""
     from ..tables import fields_of
 
-    rows = _rows(data, split, subset, text, label)
+    rows = read_source(data, split, subset, text, label)
     classifier = _load(adapter, model, max_tokens, device, dtype)
     classes = classifier.classes_.tolist()
-    by_name = _by_name(classes)
-    for row in rows:
-        if str(row[label]) not in by_name:
-            hint = did_you_mean(str(row[label]), by_name)
-            raise IA3Error(
-                f"{row.where}: the label {row[label]!r} is not among the choices {classes}{hint}"
-            )
-    truth = [by_name[str(row[label])] for row in rows]
+    truth = labels_among(rows, label, classes)
     predicted = classifier.classes_at(_probabilities(classifier, fields_of(rows, text))).tolist()
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
@@ -233,21 +225,6 @@ def evaluate(
         )
 
 
-def _rows(
-    data: str, split: str, subset: str | None, text: list[str], label: str | None = None
-) -> list[Row]:
-    from ..tables import DELIMITERS, check_rows, read_table
-
-    if Path(data).suffix.lower() in DELIMITERS:
-        return read_table(data, text, label)
-    # Brings torch, before which mistakes in a file of texts are found.
-    from ..tfew.tasks import read_rows
-
-    rows = read_rows(data, split=split, subset=subset)
-    check_rows(data, rows, text, label)
-    return rows
-
-
 def _load(
     adapter: Path, model: str | None, max_tokens: int | None, device: str, dtype: str
 ) -> FewShotClassifier:
@@ -261,35 +238,3 @@ def _load(
 def _probabilities(classifier: FewShotClassifier, examples: list[dict[str, Any]]) -> Any:
     with counting_bar("scoring", len(examples) * len(classifier.templates_)) as progress:
         return classifier.predict_proba(examples, progress=progress)
-
-
-def _by_name(labels: Iterable[Any]) -> dict[str, Any]:
-    """Labels by how CSV and the command line, which have only strings, write them."""
-    by_name = {str(label): label for label in labels}
-    # Python's True is JSON's true.
-    by_name |= {str(label).lower(): label for label in labels if isinstance(label, bool)}
-    return by_name
-
-
-def _choices(pairs: list[str] | None, labels: list[Any]) -> dict[Any, str] | None:
-    """The words of `--choice LABEL=WORDS`, by label; the labels are of one type."""
-    if not pairs:
-        return None
-    by_name = _by_name(labels)
-    choices: dict[Any, str] = {}
-    for pair in pairs:
-        name, equals, words = pair.partition("=")
-        if not equals or not words.strip():
-            raise typer.BadParameter(
-                f"{pair!r}, expected LABEL=WORDS, e.g. 'pos=great'", param_hint="--choice"
-            )
-        label = by_name.get(name, name)
-        # A label may be without any example, and is then of the type of the others.
-        if label == name and type(labels[0]) is int and name.lstrip("-").isdecimal():
-            label = int(name)
-        if type(label) is not type(labels[0]):
-            raise IA3Error(f"--choice {pair!r}: no label {name!r} among {sorted(by_name)}")
-        if label in choices:
-            raise typer.BadParameter(f"{name!r} is given more than once", param_hint="--choice")
-        choices[label] = words.strip()
-    return choices

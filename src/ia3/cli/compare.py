@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,16 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ..console import counting_bar
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error
 from ..files import check_folder, write_files
-from .classifier import _by_name, _choices
+from .labelled import labels_among, parse_choices, read_source
 from .options import (
     DEFAULT_MODEL,
-    Data,
     Device,
     DType,
     Json,
     LabelColumn,
+    Source,
+    Split,
+    Subset,
     TextColumns,
     positive,
     print_json,
@@ -31,14 +33,13 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..tables import Row
     from ..tfew.comparison import Summary
 
 RESULTS = "results.jsonl"
 
 
 def compare(
-    data: Data,
+    data: Source,
     out: Annotated[
         Path,
         typer.Option(
@@ -47,11 +48,14 @@ def compare(
         ),
     ],
     test: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Labelled texts to answer; what --shots leaves over of the data if absent."
         ),
     ] = None,
+    split: Split = "train",
+    test_split: Annotated[str, typer.Option(help="Split of the test data, likewise.")] = "test",
+    subset: Subset = None,
     text: TextColumns = ["text"],  # noqa: B006
     label: LabelColumn = "label",
     methods: Annotated[
@@ -97,7 +101,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare zero-shot, in-context learning, T-Few and SetFit on the same samples."""
-    from ..tables import fields_of, read_table
+    from ..tables import fields_of
 
     if label in text:
         raise typer.BadParameter(
@@ -112,22 +116,22 @@ def compare(
             "--force"
         )
     check_folder(out)
-    rows = read_table(data, text, label)
+    rows = read_source(data, split, subset, text, label)
     labels = [row[label] for row in rows]
-    choices = _choices(choice, labels)
-    test_rows = None if test is None else read_table(test, text, label)
+    choices = parse_choices(choice, labels)
+    test_rows = None if test is None else read_source(test, test_split, subset, text, label)
     silence_loading()
     from ..report.comparison import markdown, notes, picture
     from ..tfew.comparison import Settings, draw_samples, summaries
     from ..tfew.comparison import compare as run_methods
     from ..tfew.setfit_peer import SetFit
 
-    known = {*labels, *(choices or ())}
+    known = sorted({*labels, *(choices or ())}, key=str)
     samples = draw_samples(
         fields_of(rows, text),
         labels,
         None if test_rows is None else fields_of(test_rows, text),
-        None if test_rows is None else _test_labels(test_rows, label, known),
+        None if test_rows is None else labels_among(test_rows, label, known),
         shots=shots,
         seeds=seeds,
     )
@@ -171,18 +175,6 @@ def compare(
 
 def _entries(out: Path) -> list[Path]:
     return list(out.iterdir()) if out.is_dir() else [out]
-
-
-def _test_labels(rows: Sequence[Row], column: str, known: set[Any]) -> list[Any]:
-    """The labels of test rows, as the training data has them: CSV and JSON Lines may differ."""
-    by_name = _by_name(known)
-    for row in rows:
-        if str(row[column]) not in by_name:
-            raise IA3Error(
-                f"{row.where}: the label {row[column]!r} is not among the choices "
-                f"{sorted(by_name)}{did_you_mean(str(row[column]), by_name)}"
-            )
-    return [by_name[str(row[column])] for row in rows]
 
 
 def _print_table(summaries: Sequence[Summary], notes: Sequence[str]) -> None:

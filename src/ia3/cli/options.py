@@ -25,7 +25,6 @@ def positive(value: float | None) -> float | None:
     return value
 
 
-Data = Annotated[Path, typer.Option("--data", help="CSV, TSV or JSON Lines file, in UTF-8.")]
 Source = Annotated[
     str,
     typer.Option(

@@ -1,0 +1,74 @@
+"""Labelled texts and answer choices, as the command line names them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..errors import IA3Error, did_you_mean
+
+if TYPE_CHECKING:
+    from ..tables import Row
+
+
+def read_source(
+    data: str, split: str, subset: str | None, text: list[str], label: str | None = None
+) -> list[Row]:
+    """The rows of a file, a folder or a name on the hub, with the columns that are needed."""
+    from ..tables import DELIMITERS, check_rows, read_table
+
+    if Path(data).suffix.lower() in DELIMITERS:
+        return read_table(data, text, label)
+    # Brings torch, before which mistakes in a file of texts are found.
+    from ..tfew.tasks import read_rows
+
+    rows = read_rows(data, split=split, subset=subset)
+    check_rows(data, rows, text, label)
+    return rows
+
+
+def by_name(labels: Iterable[Any]) -> dict[str, Any]:
+    """Labels by how CSV and the command line, which have only strings, write them."""
+    named = {str(label): label for label in labels}
+    # Python's True is JSON's true.
+    named |= {str(label).lower(): label for label in labels if isinstance(label, bool)}
+    return named
+
+
+def labels_among(rows: Sequence[Row], column: str, known: Sequence[Any]) -> list[Any]:
+    """The rows' labels, as the known ones are: CSV and JSON Lines may differ in their types."""
+    named = by_name(known)
+    for row in rows:
+        if str(row[column]) not in named:
+            raise IA3Error(
+                f"{row.where}: the label {row[column]!r} is not among the choices "
+                f"{list(known)}{did_you_mean(str(row[column]), named)}"
+            )
+    return [named[str(row[column])] for row in rows]
+
+
+def parse_choices(pairs: list[str] | None, labels: list[Any]) -> dict[Any, str] | None:
+    """The words of `--choice LABEL=WORDS`, by label; the labels are of one type."""
+    if not pairs:
+        return None
+    named = by_name(labels)
+    choices: dict[Any, str] = {}
+    for pair in pairs:
+        name, equals, words = pair.partition("=")
+        if not equals or not words.strip():
+            raise typer.BadParameter(
+                f"{pair!r}, expected LABEL=WORDS, e.g. 'pos=great'", param_hint="--choice"
+            )
+        label = named.get(name, name)
+        # A label may be without any example, and is then of the type of the others.
+        if label == name and type(labels[0]) is int and name.lstrip("-").isdecimal():
+            label = int(name)
+        if type(label) is not type(labels[0]):
+            raise IA3Error(f"--choice {pair!r}: no label {name!r} among {sorted(named)}")
+        if label in choices:
+            raise typer.BadParameter(f"{name!r} is given more than once", param_hint="--choice")
+        choices[label] = words.strip()
+    return choices
