@@ -327,7 +327,7 @@ def test_other_test_texts_are_answered_anew(tmp_path):
 def test_a_results_file_of_something_else_is_refused_and_kept(tmp_path, line):
     results = tmp_path / "results.jsonl"
     results.write_text(line + "\n")
-    with pytest.raises(IA3Error, match="line 1 is not a run"):
+    with pytest.raises(IA3Error, match="line 1: not a run"):
         compare(the_samples(), ["zero-shot"], settings_of(tiny_llama()), results=results)
     assert results.read_text() == line + "\n"
 

@@ -1,0 +1,75 @@
+"""The programs in docs/tfew.md, run as they stand there, on a small model and data."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tfew_fixtures import tiny_llama, word_tokenizer
+
+from ia3.tfew import load_templates
+from ia3.tfew.manifest import read_manifest
+
+PAGE = (Path(__file__).parent.parent / "docs" / "tfew.md").read_text("utf-8")
+ROWS = [
+    {"premise": "It rained all day .", "hypothesis": "It was wet .", "label": 0},
+    {"premise": "The shop is open .", "hypothesis": "The shop is closed .", "label": 1},
+    {"premise": "He ran home .", "hypothesis": "He went home .", "label": 0},
+]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.S)
+
+
+def run(program: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_recipe_trains_evaluates_and_saves(tmp_path: Path) -> None:
+    texts = [
+        *(part for t in load_templates("rte") for part in (t.prompt.source, t.choices.source)),
+        *(text for row in ROWS for text in (row["premise"], row["hypothesis"])),
+    ]
+    words = re.findall(r"\w+|[^\w\s]+", " ".join(texts))
+    tokenizer = word_tokenizer(words)
+    tiny_llama(vocabulary=len(tokenizer)).save_pretrained(tmp_path / "my-model-folder")
+    tokenizer.save_pretrained(tmp_path / "my-model-folder")
+    for name in ("train", "test"):
+        lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    # 1,000 steps say no more than 20 here.
+    recipe = blocks("python")[0].replace("TFewConfig()", "TFewConfig(steps=20)")
+    assert "median=" in run(recipe, tmp_path)
+    assert (tmp_path / "rte-adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_loss_has_gradients(tmp_path: Path) -> None:
+    program = blocks("python")[1] + "\nprint(bool((logits.grad != 0).any()), float(loss.total))"
+    gradients, total = run(program, tmp_path).split()
+    assert gradients == "True"
+    assert float(total) > 0
+
+
+def test_the_manifest_names_three_tasks(tmp_path: Path) -> None:
+    (manifest,) = blocks("yaml")
+    # What this page cannot bring along: a Parquet file and promptsource's templates.
+    manifest = manifest.replace("boolq.parquet", "boolq.jsonl")
+    manifest = manifest.replace("promptsource/boolq ", "wic ")
+    (tmp_path / "mixture.yaml").write_text(manifest)
+    (tmp_path / "rte.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "boolq.jsonl").write_text('{"word": "a", "label": 1}\n')
+    (tmp_path / "tickets.csv").write_text("text,queue\nlate,van\ntwice,bill\n")
+    tasks = read_manifest(tmp_path / "mixture.yaml")
+    assert [task.name for task in tasks] == ["rte", "boolq", "tickets"]
+    (template,) = tasks[2].templates
+    rendered = template.render(tasks[2].train[1])
+    assert rendered is not None
+    assert (rendered.prompt, rendered.choices[rendered.answer]) == ("twice\nCategory:", "bill")
