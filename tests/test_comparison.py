@@ -159,9 +159,11 @@ def test_the_costs_are_those_of_the_paper_by_hand(compared):
             len(text["text"].split()) + TEMPLATE_WORDS + len(CHOICES[label].split())
             for text, label in zip(sample.texts, sample.labels, strict=True)
         )
+        shown = [text["text"].split() for text in sample.texts]
+        trained = sum(map(len, shown)) / len(shown) + TEMPLATE_WORDS + CHOICE_WORDS
         tfew, icl = (run_of(compared, method, sample.seed) for method in ("tfew", "icl"))
         assert tfew["flops_an_answer"] == pytest.approx(2 * parameters * tokens)
-        assert tfew["flops_before"] == pytest.approx(6 * parameters * tokens * STEPS * batch)
+        assert tfew["flops_before"] == pytest.approx(6 * parameters * trained * STEPS * batch)
         assert icl["flops_an_answer"] == pytest.approx(2 * parameters * tokens)
         assert icl["flops_before"] == pytest.approx(2 * parameters * demonstrations)
         assert icl["flops_uncached"] == pytest.approx(2 * parameters * (tokens + demonstrations))
@@ -346,8 +348,11 @@ def test_an_answer_costs_as_many_prompts_as_there_are_templates():
     assert zero_shot.flops_an_answer == pytest.approx(2 * parameters * tokens)
     assert icl.flops_an_answer == pytest.approx(len(TRAIN[0]) * 2 * parameters * tokens)
     assert tfew.flops_an_answer == pytest.approx(2 * parameters * tokens)
-    # In training a text meets one template, in a batch of 8.
-    assert tfew.flops_before == pytest.approx(6 * parameters * tokens / 2 * STEPS * 8)
+    # In training a text meets one template, in a batch of 8 or of what is left.
+    shown = sum(len(text.split()) for text in TRAIN[0]) / len(TRAIN[0])
+    trained = shown + CHOICE_WORDS + TEMPLATE_WORDS + 0.5
+    batch = len(TRAIN[0]) / -(-len(TRAIN[0]) // 8)
+    assert tfew.flops_before == pytest.approx(6 * parameters * trained * STEPS * batch)
 
 
 def test_an_encoder_decoder_reads_its_demonstrations_for_every_answer():
@@ -366,6 +371,25 @@ def shown(context: int, **changed: Any) -> InContextClassifier:
     model = tiny_llama(max_position_embeddings=context)
     arguments = {"template": TEMPLATE, "choices": CHOICES, "tokenizer": TOKENIZER, **changed}
     return InContextClassifier(model, **arguments, leave_out=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_long_demonstration_does_not_keep_the_short_ones_out(seed):
+    texts = [*["it was late"] * 9, "it was late " * 50]
+    labels = [["bill", "van"][i % 2] for i in range(10)]
+    classifier = shown(200, seed=seed, choices=None).fit(texts, labels)
+    assert classifier.examples_used_ == 9
+
+
+def test_training_costs_what_training_texts_and_part_batches_have():
+    # Nine examples are batches of 8 and 1, and their texts are shorter than those to answer.
+    texts, labels = ["late"] * 9, ["bill", "van"] * 4 + ["bill"]
+    samples = draw_samples(texts, labels, ["late " * 20], ["van"], seeds=1)
+    settings = settings_of(tiny_llama(), choices=None, steps=2)
+    (run,) = compare(samples, ["tfew"], settings)
+    parameters = sum(p.numel() for p in tiny_llama().parameters())
+    tokens = 1 + TEMPLATE_WORDS + 2
+    assert run.flops_before == pytest.approx(6 * parameters * tokens * 9)
 
 
 @pytest.mark.parametrize("ensemble", ["none", "orderings", "one-shot"])

@@ -241,6 +241,12 @@ INLINE = "data: tickets.csv, label: queue, template: '{{ body }}'"
         ("tasks: {a: !!python/object/apply:os.getcwd []}", "task 'a' is a list"),
         ("tasks: {a: {data: a.csv}}", "task 'a': there are no templates of this name: expected"),
         ("tasks: {copa: {}}", "task 'copa': there is no 'data'"),
+        ('tasks: {copa: {data: "\\uD800"}}', "not Unicode text"),
+        (
+            "tasks: {a: {data: tickets.csv, label: queue, "
+            "template: '{% set answer_choices = [1] %}{{ text }}'}}",
+            "task 'a': template .* sets 'answer_choices'",
+        ),
         ("tasks: {copa: {dta: a.csv}}", "task 'copa': unknown key 'dta'.*did you mean 'data'"),
         ("tasks: {copa: {data: [a.csv]}}", "task 'copa': data is a list, expected a text"),
         ("tasks: {copa: {data: }}", "task 'copa': data is empty, expected a text"),

@@ -191,8 +191,9 @@ def test_an_item_depends_on_the_seed_and_its_number_alone() -> None:
         mixture[1000]
 
 
-def test_the_digest_is_of_tasks_rates_and_examples() -> None:
+def test_the_digest_is_of_tasks_rates_examples_and_seed() -> None:
     first = Mixture(SETS, RATES, 1000, seed=5).digest()
+    assert Mixture(SETS, RATES, 1000, seed=6).digest() != first
     assert Mixture(SETS, RATES, 10**9, seed=5).digest() == first
     other_rates = mixing_rates({name: len(examples) for name, examples in SETS.items()})
     other_name = {("d" if name == "c" else name): value for name, value in SETS.items()}

@@ -244,7 +244,7 @@ def test_folders_that_are_not_the_benchmark(tmp_path):
     with pytest.raises(IA3Error, match=r"no task 'ade_corpus'.*did you mean 'ade_corpus_v2'"):
         read_raft(tmp_path, ["ade_corpus"])
     (tmp_path / "ade_corpus_v2").rename(tmp_path / "mine")
-    with pytest.raises(IA3Error, match="no templates for a task 'mine'"):
+    with pytest.raises(IA3Error, match="mine is no task of RAFT"):
         read_raft(tmp_path)
 
 
@@ -479,14 +479,17 @@ def test_what_is_kept_is_not_computed_again(tmp_path):
     scores = cross_validate(base_of(), task, settings(), folds=2, results=out)
     predicted = submission(base_of(), task, settings(), results=out)
     content = (out / "results.jsonl").read_bytes()
-    broken = base_of()
-    for parameter in broken.model.parameters():
-        parameter.data.fill_(torch.nan)
-    assert cross_validate(broken, task, settings(), folds=2, results=out) == scores
-    assert submission(broken, task, settings(), results=out) == predicted
+    unable = base_of()
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("computed again")
+
+    unable.model.forward = refuse  # type: ignore[method-assign]
+    assert cross_validate(unable, task, settings(), folds=2, results=out) == scores
+    assert submission(unable, task, settings(), results=out) == predicted
     assert (out / "results.jsonl").read_bytes() == content
-    with pytest.raises(IA3Error, match="not finite"):
-        cross_validate(broken, task, settings(), folds=3, results=out)
+    with pytest.raises(RuntimeError, match="computed again"):
+        cross_validate(unable, task, settings(), folds=3, results=out)
     # Further folds are added to those before.
     more = cross_validate(base_of(), task, settings(), folds=3, results=out)
     assert (out / "results.jsonl").read_bytes().startswith(content)
@@ -544,6 +547,32 @@ def test_half_a_line_is_dropped_and_a_broken_one_is_not(tmp_path):
     path.write_bytes(b'{"task": 1}\n' + content)
     with pytest.raises(IA3Error, match=r"results.jsonl, line 1: not a result of RAFT"):
         cross_validate(base_of(), task, methods=["zero-shot"], results=out)
+
+
+def test_results_of_another_model_or_other_rows_are_refused(tmp_path):
+    task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
+    out = tmp_path / "out"
+    cross_validate(base_of(), task, methods=["zero-shot"], results=out)
+    other = BaseModel(tiny_llama(seed=1, vocabulary=len(TOKENIZER)), TOKENIZER, "tiny")
+    with pytest.raises(IA3Error, match="of zero-shot have base model="):
+        cross_validate(other, task, methods=["zero-shot"], results=out)
+    path = out / "results.jsonl"
+    content = path.read_text()
+    for old, new in (('"ids": ["', '"ids": ["x'), ('"predictions": ["', '"predictions": ["x')):
+        path.write_text(content.replace(old, new, 1))
+        with pytest.raises(IA3Error, match="are not of its rows and labels"):
+            cross_validate(base_of(), task, methods=["zero-shot"], results=out)
+    path.write_text(content.replace('"settings": {', '"settings": null, "x": {', 1))
+    with pytest.raises(IA3Error, match="line 1: not a result of RAFT"):
+        cross_validate(base_of(), task, methods=["zero-shot"], results=out)
+
+
+def test_a_folder_of_another_task_is_refused(tmp_path):
+    write_task(tmp_path, "ade_corpus_v2", ADE, [("a b", ADE[0])] * 10, ["c"])
+    (tmp_path / "rte").mkdir()
+    (tmp_path / "rte" / "task.json").write_text("{}")
+    with pytest.raises(IA3Error, match="rte is no task of RAFT"):
+        read_raft(tmp_path)
 
 
 # -- Banking77's public labels ---------------------------------------------------------------------

@@ -6,13 +6,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .base_model import BaseModel
-from .config import IA3Config
+from .config import IA3Config, TaskType
 from .model import IA3Model
 from .store import Adapter
 
 # Every linear layer's output, and the feed-forward input of the architectures that name theirs. A
 # small model learns more from more sites, and in fewer steps (docs/benchmarks.md).
 SITES = "all-linear"
+
+
+def all_linear(base: BaseModel) -> IA3Config:
+    """The config that rescales `SITES` of this model."""
+    return IA3Config(task_type=_task_type(base), target_modules=SITES)
+
+
+def paper_sites(base: BaseModel) -> IA3Config:
+    """The config that rescales the paper's sites (section 3.3) of this model."""
+    return IA3Config(task_type=_task_type(base), paper_sites=True)
+
+
+def _task_type(base: BaseModel) -> TaskType:
+    return TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM
 
 
 @contextmanager

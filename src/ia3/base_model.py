@@ -79,7 +79,7 @@ def load_base_model(
     """
     if isinstance(model, nn.Module):
         return _wrap_loaded(model, tokenizer)
-    torch_device = _device(device)
+    torch_device = device_named(device)
     torch_dtype = _dtype(dtype, torch_device)
     folder = str(embedded_model_folder()) if str(model) == EMBEDDED_MODEL else str(model)
     key = (folder, str(torch_device), str(torch_dtype), id(tokenizer) if tokenizer else None)
@@ -151,7 +151,8 @@ def _wrap_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) ->
         return base
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device of torch's name, or for `"auto"` the best there is."""
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")

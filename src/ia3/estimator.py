@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from . import store
-from .adapted import SITES, adapted
+from .adapted import adapted, all_linear
 from .base_model import EMBEDDED_MODEL
-from .config import IA3Config
 from .errors import IA3Error
 from .files import write_files
 from .hub import adapter_folder
@@ -139,10 +138,7 @@ class FewShotClassifier(RankingClassifier):
         base = self.base
         encoder = Encoder(base, task.choices, chat=self.chat)
         encoded = encode_all(encoder, task.examples, task.templates)
-        config = IA3Config(
-            task_type="SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM",
-            target_modules=SITES,
-        )
+        config = all_linear(base)
         start = None if self.init_from is None else _start(self.init_from)
         with adapted(base, config, start, source="init_from") as ia3_model:
             history = []

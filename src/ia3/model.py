@@ -931,6 +931,7 @@ def _untie(model: nn.Module) -> None:
 
 
 def value_count(parameter: nn.Parameter) -> int:
+    """The number of values a parameter holds, whatever they are packed into."""
     # bitsandbytes packs two 4-bit values into a byte of storage.
     packed = type(parameter).__name__ == "Params4bit"
     return parameter.numel() * (2 * parameter.element_size() if packed else 1)

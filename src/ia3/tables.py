@@ -269,7 +269,7 @@ def _csv(rows: Sequence[Mapping[str, Any]], delimiter: str) -> str:
 
 def _cell(value: Any) -> Any:
     """What JSON has and CSV has not is written as JSON."""
-    return _json(value) if isinstance(value, bool | int | list | dict) else value
+    return _json(_finite(value)) if isinstance(value, bool | int | list | dict) else value
 
 
 def _json(value: Any) -> str:
@@ -278,4 +278,9 @@ def _json(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
+    """The value, with null for what JSON has no number for."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,6 +19,7 @@ from .options import (
     Device,
     DType,
     Json,
+    MaxTokens,
     check_out,
     positive,
     print_json,
@@ -51,9 +52,7 @@ def pretrain(
         Path | None,
         typer.Option(help="Folder for checkpoints; the same command goes on from the last one."),
     ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Computed at once; lower it where memory runs out.", min=1)
-    ] = None,
+    max_tokens: MaxTokens = None,
     device: Device = "auto",
     dtype: DType = "auto",
     force: Annotated[

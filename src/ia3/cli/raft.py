@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..console import counting_bar
-from ..errors import MissingExtraError
+from ..errors import IA3Error, MissingExtraError
 from ..files import check_folder, write_file
 from .options import (
     DEFAULT_MODEL,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..tfew.raft import PublicScore, RaftScore
 
 BANKING = "banking_77"
+RESULTS = "results.jsonl"
 MEAN = "mean"
 
 
@@ -83,6 +84,8 @@ def raft(
     # Not after hours.
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "report", "drawing the scores")
+    if out.is_dir() and any(out.iterdir()) and not (out / RESULTS).is_file():
+        raise IA3Error(f"{out} exists already, and is not a RAFT run's: choose another --out")
     check_folder(out)
     silence_loading()
     from ..tables import write_table

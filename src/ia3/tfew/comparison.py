@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..base_model import EMBEDDED_MODEL, BaseModel, load_base_model
+from ..base_model import EMBEDDED_MODEL, BaseModel, device_named, load_base_model
 from ..errors import IA3Error, did_you_mean
 from ..estimator import FewShotClassifier
 from ..fingerprint import fingerprint
@@ -27,10 +28,11 @@ from ..ranking import TEXT, Label, RankingClassifier, Text
 from ..records import append_record, read_records
 from ..store import adapter_files
 from .costs import Cost, answer_tokens, in_context_cost, model_size, tfew_cost, zero_shot_cost
-from .encoding import Encoder
+from .encoding import EncodedExample, Encoder
 from .evaluation import Spread, spread
 from .in_context import ENSEMBLES, Ensemble, InContextClassifier
 from .prefix import caches_prefix
+from .scoring import longest_sequence, longest_shared
 from .setfit_peer import SetFit, check_setfit, run_setfit
 from .templates import Template
 
@@ -383,7 +385,12 @@ def _check(samples: Sequence[Sample], methods: Sequence[str], settings: Settings
 
 
 def _same_test(one: Sample, other: Sample) -> bool:
-    return one.test_texts == other.test_texts and one.test_labels == other.test_labels
+    """Whether the untuned model has the same texts to answer, with the same labels to choose."""
+    return (
+        one.test_texts == other.test_texts
+        and one.test_labels == other.test_labels
+        and {*one.labels} == {*other.labels}
+    )
 
 
 def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None, bar: Bar) -> Run:
@@ -395,7 +402,9 @@ def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None
     untuned = FewShotClassifier(**common, steps=0).fit(sample.texts, sample.labels)
     untuned.predict(sample.test_texts[:1])
     prompts = len(untuned.templates_)
-    size, tokens = model_size(base.model), _tokens(base, untuned, sample)
+    size = model_size(base.model)
+    asked = _encoded(base, untuned, sample.test_texts)
+    tokens = answer_tokens(asked)
     used, uncached, answered = 0, None, prompts
     classifier: RankingClassifier
     if method == "zero-shot":
@@ -407,7 +416,7 @@ def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None
             started = time.perf_counter()
             trained.fit(sample.texts, sample.labels, on_step=lambda step: advance(1))
             train_seconds = time.perf_counter() - started
-        classifier, cost = trained, _tfew_cost(trained, base, sample, tokens)
+        classifier, cost = trained, _tfew_cost(trained, base, sample, prompts * tokens)
         used = len(sample.texts)
     else:
         shown = InContextClassifier(
@@ -417,7 +426,6 @@ def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None
             leave_out=True,
             seed=sample.seed,
         )
-        cached = caches_prefix(base)
         started = time.perf_counter()
         shown.fit(sample.texts, sample.labels)
         # The first answer has the demonstrations computed.
@@ -425,8 +433,13 @@ def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None
         train_seconds = time.perf_counter() - started
         demonstrations = sum(map(sum, shown.demonstration_tokens_))
         answered = sum(map(len, shown.demonstrations_))
+        longest = max(map(max, shown.demonstration_tokens_)) + max(map(longest_sequence, asked))
+        cached = caches_prefix(base) and longest <= longest_shared(base)
         each_time = in_context_cost(size, tokens, demonstrations, members=answered)
         cost = in_context_cost(size, tokens, demonstrations, members=answered, cached=cached)
+        if settings.calibrate:
+            # A text without content is asked about, too.
+            cost = replace(cost, flops_before=cost.flops_before + cost.flops_an_answer)
         classifier, used, uncached = shown, shown.examples_used_, each_time.flops_an_answer
     with bar(f"{name}: answering", answered * len(sample.test_texts)) as advance:
         started = time.perf_counter()
@@ -448,30 +461,34 @@ def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None
     )
 
 
-def _tokens(base: BaseModel, classifier: RankingClassifier, sample: Sample) -> float:
-    """The mean number of tokens of a test text in a prompt, with all its choices."""
+def _encoded(
+    base: BaseModel, classifier: RankingClassifier, texts: Sequence[Text]
+) -> list[EncodedExample]:
+    """Every text in every template."""
     encoder = Encoder(base, classifier.choices_, chat=False)
     templates = [Template(source) for source in classifier.templates_]
-    fields = [{TEXT: t} if isinstance(t, str) else t for t in sample.test_texts]
-    return answer_tokens([encoder.encode(f, template) for f in fields for template in templates])
+    fields = [{TEXT: t} if isinstance(t, str) else t for t in texts]
+    return [encoder.encode(f, template) for f in fields for template in templates]
 
 
 def _tfew_cost(
     classifier: FewShotClassifier, base: BaseModel, sample: Sample, tokens: float
 ) -> Cost:
+    """The cost of training on a sample, and of an answer of so many tokens."""
     from .training import TFewConfig
 
-    cost = tfew_cost(
-        model_size(base.model),
-        tokens,
+    size, examples = model_size(base.model), len(sample.texts)
+    # The last batch of an epoch has what is left.
+    batches = math.ceil(examples / TFewConfig().batch_size)
+    training = tfew_cost(
+        size,
+        answer_tokens(_encoded(base, classifier, sample.texts)),
         steps=classifier.steps,
-        # There is no batch of more examples than there are.
-        batch_size=min(TFewConfig().batch_size, len(sample.texts)),
+        batch_size=examples / batches,
         stored_bytes=sum(map(len, adapter_files(classifier.adapter_).values())),
     )
-    # A training example is put into one template, a text to answer into all.
-    prompts = len(classifier.templates_)
-    return Cost(prompts * cost.flops_an_answer, cost.flops_before, cost.stored_bytes)
+    answering = zero_shot_cost(size, tokens)
+    return replace(training, flops_an_answer=answering.flops_an_answer)
 
 
 def _setfit_run(sample: Sample, settings: Settings, base: BaseModel | None, bar: Bar) -> Run:
@@ -530,11 +547,14 @@ def _conditions(
         "device": _device_type(settings, base),
     }
     if method == "setfit" or base is None:
-        return {**conditions, "model": None if settings.setfit is None else settings.setfit.model}
-    template = settings.template
+        assert settings.setfit is not None
+        return {**conditions, "model": settings.setfit.model, "python": str(settings.setfit.python)}
+    template = settings.template or None
+    tokenizer = base.tokenizer
     conditions |= {
         "model": _digest(fingerprint(base.model).to_json()),
         "dtype": str(next(base.model.parameters()).dtype),
+        "tokenizer": _digest([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]),
         "template": [template] if isinstance(template, str) else template and list(template),
         "choices": settings.choices and {str(k): words for k, words in settings.choices.items()},
     }
@@ -547,7 +567,7 @@ def _conditions(
 
 
 def _device_type(settings: Settings, base: BaseModel | None) -> str:
-    return settings.device.partition(":")[0] if base is None else base.device.type
+    return (device_named(settings.device) if base is None else base.device).type
 
 
 def _digest(values: Any) -> str:
@@ -563,9 +583,10 @@ def _found(
             method,
             sample.seed,
         ):
-            return Run(**values)
+            return Run(**{name: values[name] for name in Run.__dataclass_fields__})
     return None
 
 
 def _records(path: str | Path) -> list[dict[str, Any]]:
-    return read_records(path, {*Run.__dataclass_fields__, "conditions"}, "a run of a comparison")
+    names = {*Run.__dataclass_fields__, "conditions"}
+    return read_records(path, lambda record: names <= record.keys(), "a run of a comparison")

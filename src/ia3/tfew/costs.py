@@ -112,7 +112,7 @@ def tfew_cost(
     tokens: float,
     *,
     steps: int = 1000,
-    batch_size: int = 8,
+    batch_size: float = 8,
     stored_bytes: int,
 ) -> Cost:
     """T-Few: an answer is one forward pass; training is steps · batch · tokens · 6N, or 3N.
@@ -123,7 +123,7 @@ def tfew_cost(
         size: of the model.
         tokens: of a text with all choices.
         steps: of the optimizer; 1,000 in the paper (section 3.5).
-        batch_size: texts a step; 8 in the paper.
+        batch_size: texts a step, in the mean; 8 in the paper.
         stored_bytes: of the adapter, e.g. the sum over `ia3.store.adapter_files(adapter)`, or
             `VALUE_BYTES` a value.
     """

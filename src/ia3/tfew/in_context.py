@@ -9,7 +9,6 @@ encoder-decoder, whose encoder lets the demonstrations see the text, whole promp
 from __future__ import annotations
 
 import random
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, zip_longest
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..errors import IA3Error
 from ..ranking import Label, LabelledTexts, RankingClassifier, Text, warn_of_cut_texts
 from .encoding import Encoder, context_length
 from .prefix import Prefix, cached_prefix, caches_prefix, choice_scores_after
-from .scoring import choice_scores, longest_sequence
+from .scoring import choice_scores, longest_sequence, longest_shared
 from .templates import Template
 
 if TYPE_CHECKING:
@@ -186,9 +185,18 @@ class InContextClassifier(RankingClassifier):
         order = _labels_in_turn(labels, self.seed)
         if self.ensemble == "one-shot":
             return sorted(i for i in order if fit([i]))
-        # By their tokens when joined, which are not the sum of each one's.
-        counts = range(1, len(order) + 1)
-        return sorted(order[: bisect_left(counts, True, key=lambda n: not fit(order[:n]))])
+        tokens = [_token_counts(self.base, of_template) for of_template in written]
+        room = [context - text for text in longest]
+        kept: list[int] = []
+        for i in order:
+            left = [space - counts[i] for space, counts in zip(room, tokens, strict=True)]
+            if min(left) >= 0:
+                room = left
+                kept.append(i)
+        # Joined they may have a few tokens more than the sum of each one's.
+        while kept and not fit(sorted(kept)):
+            kept.pop()
+        return sorted(kept)
 
     def _longest(self, encoder: Encoder, task: LabelledTexts, template: Template) -> int:
         """The tokens of the longest of the texts, with its answer where the model reads that."""
@@ -253,7 +261,8 @@ class InContextClassifier(RankingClassifier):
         parts = []
         for start in range(0, len(examples), ENCODED_AT_ONCE):
             encoded = [encoder.encode(e, member) for e in examples[start : start + ENCODED_AT_ONCE]]
-            if not caches_prefix(base):
+            near = min(map(longest_sequence, encoded)) <= longest_shared(base)
+            if not (near and caches_prefix(base)):
                 parts.append(choice_scores(base, encoded, progress=progress))
                 continue
             key = (member.source, member.demonstrations)

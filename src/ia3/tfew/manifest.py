@@ -15,7 +15,7 @@ from ..ranking import readable
 from ..tables import DELIMITERS, Row
 from .promptsource import PromptTemplate, read_promptsource
 from .tasks import HELD_OUT_TASKS, RAFT_TASKS, Task, few_shot, load_templates, read_rows
-from .templates import SEPARATOR, Template
+from .templates import ALL_FIELDS, ANSWER_CHOICES, SEPARATOR, Template
 
 # More is no list of tasks, but data.
 LARGEST = 1 << 20
@@ -100,6 +100,16 @@ def read_manifest(path: str | Path) -> list[Task]:
 
 class _Loader(yaml.BaseLoader):  # type: ignore[misc]
     """Every value is the text that is written: the label `no` is no false, and 01 is not 1."""
+
+    def construct_scalar(self, node: Any) -> str:
+        text: str = super().construct_scalar(node)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{text!r} is not Unicode text", node.start_mark
+            ) from error
+        return text
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
@@ -253,6 +263,12 @@ def _inline_templates(
             )
         if sources.count(source) > 1:
             raise IA3Error(f"template {source!r} is there twice")
+        for name in (ANSWER_CHOICES, ALL_FIELDS):
+            if Template(source).assigns(name):
+                raise IA3Error(
+                    f"template {source!r} sets {name!r}, which the answer is made from: expected "
+                    "another name"
+                )
     column = _text(entry, "label") or "label"
     words = _words(entry, column, train, test)
     # Python writes a text as Jinja reads it, so that braces in a label are no template.

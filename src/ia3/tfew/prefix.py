@@ -94,6 +94,8 @@ def choice_scores_after(
     Returns:
         `[examples, choices]`, float32, on the CPU.
     """
+    if not examples:
+        return torch.empty(0, 0)
     results = torch.empty(len(examples), len(examples[0].choices))
     limit = longest_shared(base)
     near = [

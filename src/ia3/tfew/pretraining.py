@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ..adapted import SITES, adapted
+from ..adapted import adapted, all_linear
 from ..base_model import BaseModel
 from ..config import IA3Config
 from ..errors import IA3Error
@@ -26,7 +26,9 @@ from .training import (
     train,
 )
 
-# T0's, for whose mixture the paper's vectors were trained (Sanh et al. 2022, arXiv 2110.08207).
+# T0's (Sanh et al. 2022, arXiv 2110.08207), for whose mixture the paper's vectors were trained. T0
+# besides counts an example of a smaller data set once for each template; here templates weigh
+# nothing.
 CAP = 500_000
 # A checkpoint has a record of every step before it: a long run writes fewer of them.
 _CHECKPOINTS = 200
@@ -92,8 +94,8 @@ class Mixture(DrawnExamples):
         return draws.choice(self._examples[name])
 
     def digest(self) -> str:
-        """Of the tasks, their rates and their examples."""
-        digest = hashlib.sha256()
+        """Of the tasks, their rates, their examples and the seed."""
+        digest = hashlib.sha256(repr(self._seed).encode())
         for name, rate in self._rates.items():
             digest.update(repr((name, rate, len(self._examples[name]))).encode())
             for example in self._examples[name]:
@@ -154,10 +156,7 @@ def pretrain(
     warn_of_cut_texts(encoder, prompts, stacklevel=3)
     mixture = Mixture(examples, rates, config.steps * config.batch_size, config.seed)
     if sites is None:
-        sites = IA3Config(
-            task_type="SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM",
-            target_modules=SITES,
-        )
+        sites = all_linear(base)
     saving: dict[str, Any] = {}
     if checkpoints is not None:
         saving["save_steps"] = max(CHECKPOINT_STEPS, config.steps // _CHECKPOINTS)

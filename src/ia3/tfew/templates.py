@@ -130,11 +130,18 @@ class Template:
         # Whatever else is done with `fields` may read them all.
         uses = [name for name in parsed.find_all(nodes.Name) if name.name == ALL_FIELDS]
         self._reads_all = len(uses) > len(lookups)
+        self._assigned = frozenset(
+            name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"
+        )
 
     @property
     def is_constant(self) -> bool:
         """Whether it renders the same for every example."""
         return not self._variables
+
+    def assigns(self, name: str) -> bool:
+        """Whether the template gives this name a value of its own somewhere."""
+        return name in self._assigned
 
     def reads(self, field: str) -> bool:
         """Whether what is rendered depends on an example's field."""
