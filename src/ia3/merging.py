@@ -26,6 +26,8 @@ class Merge:
     @property
     def adapters(self) -> set[str]:
         """The names of the merged adapters."""
+        if not self._originals:
+            return set()
         return {name for _, _, site in sites(self.model) for name in site.merged}
 
     def make(self, adapters: tuple[str, ...], safe: bool) -> None:

@@ -35,7 +35,7 @@ from .fingerprint import fingerprint
 from .hub import HubOptions, adapter_folder
 from .integrations.transformers import known_to_trainer
 from .merging import Merge
-from .sites import Site, check_free, displace, place, site_of, sites
+from .sites import Attachments, Site, check_free, displace, place, site_of
 from .store import Adapter
 from .targets import ATTRIBUTE, check_vectors, resolve
 
@@ -82,6 +82,7 @@ class IA3Model(nn.Module):
     _enabled: bool
     _unloaded: bool
     _merge: Merge
+    _attachments: Attachments
     _trained_before: list[str]
     _ignored_before: set[str] | list[str] | None
     _requires_input_grads: bool
@@ -664,6 +665,7 @@ class IA3Model(nn.Module):
         self._enabled = True
         self._unloaded = False
         self._merge = Merge(model)
+        self._attachments = Attachments(model)
         self._requires_input_grads = False
         self.model = model
         self._trained_before = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -724,6 +726,7 @@ class IA3Model(nn.Module):
             else:
                 vector = torch.randn(shape, device=device)
             place(module, target).add(adapter_name, vector, target.frozen)
+        self._attachments.forget()
         for name in saved:
             module = self.model.get_submodule(name)
             copies = hold(module)
@@ -731,6 +734,7 @@ class IA3Model(nn.Module):
             if stored is not None:
                 load_copy(copies[adapter_name], name, stored.copies)
         self.peft_config[adapter_name] = resolved
+        self._attachments.forget()
         self._hide_from_checkpoints()
 
     def _with(self, state_dict: Mapping[str, Tensor], adapter_name: str) -> Adapter:
@@ -803,14 +807,16 @@ class IA3Model(nn.Module):
                     "has in its modules_to_save"
                 )
 
-    def _sites(self) -> Iterator[tuple[str, nn.Module, Site]]:
-        return sites(self.model)
+    def _sites(self) -> list[tuple[str, nn.Module, Site]]:
+        return [entry for entry in self._attached() if isinstance(entry[2], Site)]  # type: ignore[misc]
 
-    def _copies(self) -> Iterator[tuple[str, nn.Module, Copies]]:
-        for name, module in list(self.model.named_modules()):
-            copies = copies_of(module)
-            if copies is not None:
-                yield name, module, copies
+    def _copies(self) -> list[tuple[str, nn.Module, Copies]]:
+        return [entry for entry in self._attached() if isinstance(entry[2], Copies)]  # type: ignore[misc]
+
+    def _attached(self) -> Attachments:
+        if self._attachments.model is not self.model:
+            self._attachments = Attachments(self.model)
+        return self._attachments
 
     def _copied_values(self, adapter: str) -> dict[str, Tensor]:
         return {
@@ -829,14 +835,16 @@ class IA3Model(nn.Module):
             copies.active = next((name for name in active if name in copies), None)
 
     def _require_grad(self, names: Sequence[str], inference_mode: bool) -> None:
+        wanted = set() if inference_mode else set(names)
         for _, _, site in self._sites():
-            for name, vector in site.vectors.items():
-                vector.requires_grad_(name in names and not inference_mode)
+            for name, vector in site._parameters.items():
+                if vector is not None and vector.requires_grad is not (name in wanted):
+                    vector.requires_grad_(name in wanted)
         for _, _, copies in self._copies():
             for name in copies.adapters:
                 for parameter in copies[name].parameters():
                     if parameter.is_floating_point():
-                        parameter.requires_grad_(name in names and not inference_mode)
+                        parameter.requires_grad_(name in wanted)
 
     def _hide_from_checkpoints(self) -> None:
         """Have the base model's own `save_pretrained` leave out what adapters hold."""

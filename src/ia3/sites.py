@@ -119,11 +119,14 @@ class Site(nn.Module):
 
         Adapters without a vector here are left out; with none left, no hook stays installed.
         """
-        here = tuple(name for name in adapters if name in self)
-        # What is merged takes the place of what is active, or is part of it.
-        among = set(self.merged) <= set(here)
-        self.active = tuple(name for name in here if name not in self.merged) if among else ()
-        wanted = bool(self.active)
+        here = tuple([name for name in adapters if self._parameters.get(name) is not None])
+        if self.merged:
+            # What is merged takes the place of what is active, or is part of it.
+            among = set(self.merged) <= set(here)
+            here = tuple(name for name in here if name not in self.merged) if among else ()
+        # Not setattr: a module's looks through all that it holds.
+        self.__dict__["active"] = here
+        wanted = bool(here)
         if wanted and self._handle is None:
             if self.side == "inner":
                 self._handle = experts.attach(module, self.active_product)
@@ -166,6 +169,67 @@ def site_of(module: nn.Module) -> Site | None:
     """The site registered on a module, if it has one."""
     site = module._modules.get(ATTRIBUTE)
     return site if isinstance(site, Site) else None
+
+
+class Attachments:
+    """What adapters have put on a model's modules: found by one walk, and kept.
+
+    A model has many times more modules than sites. The walk is done again where a module on the way
+    to one was replaced, and after `forget`.
+
+    Args:
+        model: the base model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._found: list[tuple[str, nn.Module, nn.Module]] | None = None
+        # Each module on the way: the dict that holds it, its name there, itself.
+        self._held: list[dict[str, nn.Module | None]] = []
+        self._names: list[str] = []
+        self._children: list[nn.Module | None] = []
+
+    def forget(self) -> None:
+        """Walk again next time: something was put on a module that had nothing, or taken off."""
+        self._found = None
+
+    def __iter__(self) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+        """The base module's name, the module, and what is on it, in the model's order."""
+        found = self._found
+        # Lists compare by identity first, at the speed of C.
+        if found is None or [*map(dict.get, self._held, self._names)] != self._children:
+            found = self._walk()
+        return iter(found)
+
+    def _walk(self) -> list[tuple[str, nn.Module, nn.Module]]:
+        found = []
+        ways: dict[tuple[int, str], dict[str, nn.Module | None]] = {}
+        there = set()
+        for name, module in self.model.named_modules():
+            there.add(id(module._modules))
+            attached = module._modules.get(ATTRIBUTE)
+            if attached is None:
+                continue
+            found.append((name, module, attached))
+            parent = self.model
+            for part in (*(name.split(".") if name else ()), ATTRIBUTE):
+                ways[id(parent._modules), part] = parent._modules
+                child = parent._modules[part]
+                assert child is not None
+                parent = child
+        # Where there was something before, it may come back.
+        for held, part in zip(self._held, self._names, strict=True):
+            if id(held) in there:
+                ways[id(held), part] = held
+        self._found = found
+        self._held = list(ways.values())
+        self._names = [part for _, part in ways]
+        self._children = [held.get(part) for (_, part), held in ways.items()]
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy finds its own.
+        return {"model": self.model, "_found": None, "_held": [], "_names": [], "_children": []}
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
