@@ -692,9 +692,13 @@ class IA3Model(nn.Module):
         config = dataclasses.replace(config, modules_to_save=_with_head(self.model, config))
         resolved, targets = resolve(self.model, config, None if stored is None else stored.frozen)
         saved = find_modules_to_save(self.model, resolved.modules_to_save, strict=stored is None)
+        # One walk: looking each up by its name takes longer.
+        modules = dict(self.model.named_modules())
+        copied = bool(self._copies())
         for target in targets:
-            check_free(self.model.get_submodule(target.name), target)
-            self._check_outside_copies(target.name)
+            check_free(modules[target.name], target)
+            if copied:
+                self._check_outside_copies(target.name)
         for name in saved:
             self._check_outside_copies(name)
             module = self.model.get_submodule(name)
@@ -713,8 +717,10 @@ class IA3Model(nn.Module):
                     f"this may be the wrong base model for adapter {adapter_name!r}: {difference}",
                     stacklevel=4,
                 )
+        new = False
         for target in targets:
-            module = self.model.get_submodule(target.name)
+            module = modules[target.name]
+            new = new or site_of(module) is None
             device = device_of(module)
             shape = target.activation.shape
             if stored is not None:
@@ -726,7 +732,8 @@ class IA3Model(nn.Module):
             else:
                 vector = torch.randn(shape, device=device)
             place(module, target).add(adapter_name, vector, target.frozen)
-        self._attachments.forget()
+        if new or saved:
+            self._attachments.forget()
         for name in saved:
             module = self.model.get_submodule(name)
             copies = hold(module)
@@ -734,7 +741,6 @@ class IA3Model(nn.Module):
             if stored is not None:
                 load_copy(copies[adapter_name], name, stored.copies)
         self.peft_config[adapter_name] = resolved
-        self._attachments.forget()
         self._hide_from_checkpoints()
 
     def _with(self, state_dict: Mapping[str, Tensor], adapter_name: str) -> Adapter:
@@ -851,11 +857,9 @@ class IA3Model(nn.Module):
         if not isinstance(self.model, PreTrainedModel):
             return
         held = {
-            f"{prefix}{ATTRIBUTE}.{key}"
-            for name, module in self.model.named_modules()
-            if ATTRIBUTE in module._modules
-            for prefix in (f"{name}." if name else "",)
-            for key in module.get_submodule(ATTRIBUTE).state_dict()
+            f"{name}.{ATTRIBUTE}.{key}" if name else f"{ATTRIBUTE}.{key}"
+            for name, _, attached in self._attached()
+            for key in (attached.vectors if isinstance(attached, Site) else attached.state_dict())
         }
         before = self._ignored_before
         self.model._keys_to_ignore_on_save = set(before or ()) | held if held else before

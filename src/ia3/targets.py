@@ -138,9 +138,8 @@ def resolve(
     for target in targets:
         _check_ranges(target)
     # PEFT warns where its loading has to mend this.
-    resolved.fan_in_fan_out = any(
-        isinstance(model.get_submodule(target.name), Conv1D) for target in targets
-    )
+    modules = dict(model.named_modules())
+    resolved.fan_in_fan_out = any(isinstance(modules[t.name], Conv1D) for t in targets)
     return resolved, targets
 
 
@@ -292,8 +291,9 @@ def _matching(
                 f"which {matched[0]!r} is the first: they must be among target_modules"
             )
     matching = []
+    modules = dict(model.named_modules())
     for name in chosen:
-        module = model.get_submodule(name)
+        module = modules[name]
         feedforward = matches_feedforward(name, config.feedforward_modules)
         side: Side = "output"
         if feedforward:
