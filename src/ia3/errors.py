@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class IA3Error(ValueError):
@@ -24,3 +24,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'wo'?"` for the nearest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def check_methods(methods: Sequence[str], known: Sequence[str]) -> None:
+    """Raise `IA3Error` where there are no methods, or one is unknown."""
+    if not methods:
+        raise IA3Error(f"there are no methods: expected some of {', '.join(known)}")
+    for method in methods:
+        if method not in known:
+            raise IA3Error(
+                f"no method {method!r}: expected some of {', '.join(known)}"
+                f"{did_you_mean(method, known)}"
+            )

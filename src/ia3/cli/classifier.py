@@ -15,12 +15,14 @@ from ..files import check_folder
 from .labelled import labels_among, parse_choices, read_source
 from .options import (
     DEFAULT_MODEL,
+    Checkpoints,
     Device,
     DType,
     Json,
     LabelColumn,
     MaxTokens,
     Model,
+    ReplaceAdapter,
     Source,
     Split,
     Subset,
@@ -66,16 +68,11 @@ def fit(
         str | None,
         typer.Option(help="Adapter to begin with, a folder or hub id, instead of ones."),
     ] = None,
-    checkpoints: Annotated[
-        Path | None,
-        typer.Option(help="Folder for checkpoints; the same command goes on from the last one."),
-    ] = None,
+    checkpoints: Checkpoints = None,
     max_tokens: MaxTokens = None,
     device: Device = "auto",
     dtype: DType = "auto",
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the adapter in a folder that exists.")
-    ] = False,
+    force: ReplaceAdapter = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter on labelled examples."""

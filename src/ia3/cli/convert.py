@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..files import check_folder, write_files
-from .options import Json, check_out, print_json, say, silence_loading
+from .options import Json, ReplaceAdapter, check_out, print_json, say, silence_loading
 
 
 def convert(
@@ -22,9 +22,7 @@ def convert(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the adapter in a folder that exists.")
-    ] = False,
+    force: ReplaceAdapter = False,
     as_json: Json = False,
 ) -> None:
     """Convert an adapter of the T-Few authors' code into PEFT's two files."""

@@ -51,6 +51,13 @@ DType = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16', ...")]
 MaxTokens = Annotated[
     int | None, typer.Option(help="Computed at once; lower it where memory runs out.", min=1)
 ]
+Checkpoints = Annotated[
+    Path | None,
+    typer.Option(help="Folder for checkpoints; the same command goes on from the last one."),
+]
+ReplaceAdapter = Annotated[
+    bool, typer.Option("--force", help="Replace the adapter in a folder that exists.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 

@@ -16,10 +16,12 @@ from ..console import counting_bar, screen, training_bar
 from ..files import check_folder, write_files
 from .options import (
     DEFAULT_MODEL,
+    Checkpoints,
     Device,
     DType,
     Json,
     MaxTokens,
+    ReplaceAdapter,
     check_out,
     positive,
     print_json,
@@ -48,16 +50,11 @@ def pretrain(
         typer.Option(help="A task of more examples counts as one of so many; 500,000.", min=1),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.", min=0, max=2**32 - 1)] = 0,
-    checkpoints: Annotated[
-        Path | None,
-        typer.Option(help="Folder for checkpoints; the same command goes on from the last one."),
-    ] = None,
+    checkpoints: Checkpoints = None,
     max_tokens: MaxTokens = None,
     device: Device = "auto",
     dtype: DType = "auto",
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the adapter in a folder that exists.")
-    ] = False,
+    force: ReplaceAdapter = False,
     as_json: Json = False,
 ) -> None:
     """Train vectors on a mixture of tasks, for new tasks to begin with."""

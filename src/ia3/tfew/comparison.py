@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..base_model import EMBEDDED_MODEL, BaseModel, device_named, load_base_model
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, check_methods, did_you_mean
 from ..estimator import FewShotClassifier
 from ..fingerprint import fingerprint
 from ..ranking import TEXT, Label, RankingClassifier, Text
@@ -351,14 +351,7 @@ def summaries(runs: Sequence[Run]) -> list[Summary]:
 
 def _check(samples: Sequence[Sample], methods: Sequence[str], settings: Settings) -> None:
     """Refuse before anything takes minutes what would be refused after."""
-    if not methods:
-        raise IA3Error(f"there are no methods to compare: expected some of {', '.join(METHODS)}")
-    for method in methods:
-        if method not in METHODS:
-            raise IA3Error(
-                f"no method {method!r}: expected some of {', '.join(METHODS)}"
-                f"{did_you_mean(method, METHODS)}"
-            )
+    check_methods(methods, METHODS)
     if len({*methods}) < len(methods):
         raise IA3Error(f"a method is given more than once: {', '.join(methods)}")
     if "setfit" in methods and settings.setfit is None:

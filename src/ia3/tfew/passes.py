@@ -7,7 +7,7 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
@@ -311,6 +311,20 @@ def project_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def tried_out(
+    base: BaseModel,
+    probe: Callable[[BaseModel], bool | None],
+    verdicts: MutableMapping[nn.Module, bool],
+) -> bool:
+    """What a probe found of a model, probed once; `False` while it finds nothing out."""
+    if base.model not in verdicts:
+        verdict = probe(base)
+        if verdict is None:
+            return False
+        verdicts[base.model] = verdict
+    return verdicts[base.model]
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from .passes import (
     project_only,
     scores,
     tree_inputs,
+    tried_out,
 )
 from .scoring import PROBE_TOLERANCE, choice_scores, longest_sequence, longest_shared
 
@@ -123,12 +124,7 @@ def caches_prefix(base: BaseModel) -> bool:
     """
     if longest_shared(base) == 0:
         return False
-    if base.model not in _verdicts:
-        verdict = _probe(base)
-        if verdict is None:
-            return False
-        _verdicts[base.model] = verdict
-    return _verdicts[base.model]
+    return tried_out(base, _probe, _verdicts)
 
 
 def _probe(base: BaseModel) -> bool | None:

@@ -26,7 +26,7 @@ import torch
 
 from ..adapted import adapted, all_linear, paper_sites
 from ..base_model import BaseModel
-from ..errors import IA3Error, MissingExtraError, did_you_mean
+from ..errors import IA3Error, MissingExtraError, check_methods, did_you_mean
 from ..files import check_folder
 from ..fingerprint import fingerprint
 from ..records import append_record, read_records
@@ -393,7 +393,7 @@ def cross_validate(
             template exceeds `max_prompt_tokens`, or the model's scores are not finite.
         OSError: the results cannot be written.
     """
-    _check_methods(methods)
+    check_methods(methods, METHODS)
     run = _Run(base, task, settings or RaftSettings(), results, progress)
     parts = held_out(len(task.train), folds, run.settings.config.seed)
     wanted = [method for method in METHODS if method in methods]
@@ -419,19 +419,8 @@ def parse_methods(names: str) -> list[Method]:
         IA3Error: one is unknown, or there is none.
     """
     given = [name.strip() for name in names.split(",") if name.strip()]
-    _check_methods(given)
+    check_methods(given, METHODS)
     return [method for method in METHODS if method in given]
-
-
-def _check_methods(methods: Sequence[str]) -> None:
-    if not methods:
-        raise IA3Error(f"there are no methods: expected some of {', '.join(METHODS)}")
-    for method in methods:
-        if method not in METHODS:
-            raise IA3Error(
-                f"no method {method!r}: expected some of {', '.join(METHODS)}"
-                f"{did_you_mean(method, METHODS)}"
-            )
 
 
 def submission(

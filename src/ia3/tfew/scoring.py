@@ -38,6 +38,7 @@ from .passes import (
     output_layer,
     shape_of,
     shared_scores,
+    tried_out,
 )
 
 # How many tokens are computed at once, unless more memory is given, or less.
@@ -171,12 +172,7 @@ def shares_prompt(base: BaseModel) -> bool:
     scale, against those of a mask that lets choices see each other. ALiBi, state-space and
     linear-attention models fail it, or raise.
     """
-    if base.model not in _verdicts:
-        verdict = _probe(base)
-        if verdict is None:
-            return False
-        _verdicts[base.model] = verdict
-    return _verdicts[base.model]
+    return tried_out(base, _probe, _verdicts)
 
 
 def _probe(base: BaseModel) -> bool | None:
