@@ -36,6 +36,8 @@ class Site(nn.Module):
         self.frozen: dict[str, Frozen] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
+        # The fused layer that the module is in multiplies by the vectors (fusing.py).
+        self.in_block = False
         self._handle: RemovableHandle | experts.Handle | None = None
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
@@ -126,7 +128,7 @@ class Site(nn.Module):
             here = tuple(name for name in here if name not in self.merged) if among else ()
         # Not setattr: a module's looks through all that it holds.
         self.__dict__["active"] = here
-        wanted = bool(here)
+        wanted = bool(here) and not self.in_block
         if wanted and self._handle is None:
             if self.side == "inner":
                 self._handle = experts.attach(module, self.active_product)
