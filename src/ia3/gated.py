@@ -9,14 +9,13 @@ special case.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 GateActivation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -76,7 +75,7 @@ def gated_product(
     """act(gate) ⊙ up ⊙ vector, which keeps only gate, up and the vector for the backward pass.
 
     Half precision is computed in float32 and rounded once, where separate operations round after
-    each. Derivatives of first order only: a second backward pass through it raises.
+    each.
 
     Args:
         gate: `[..., dim]`, any floating dtype.
@@ -90,6 +89,10 @@ def gated_product(
     if _is_worth_it(gate, up, vector):
         product: Tensor = _GatedProduct.apply(gate, up, vector, activation)  # type: ignore[no-untyped-call]
         return product
+    return _formula(gate, up, vector, activation)
+
+
+def _formula(gate: Tensor, up: Tensor, vector: Tensor | None, activation: GateActivation) -> Tensor:
     wide = _wide(gate, up, vector)
     product = FUNCTIONS[activation].value(gate.to(wide)) * up.to(wide)
     product = product if vector is None else product * vector
@@ -136,12 +139,13 @@ class _GatedProduct(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         gate, up, vector = ctx.saved_tensors
-        wide = _wide(gate, up, vector)
         needed = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return *_differentiable(grad, (gate, up, vector), ctx.activation, needed), None
+        wide = _wide(gate, up, vector)
         of_gate = _empty(gate, gate.dtype) if needed[0] else None
         of_up = _empty(up, up.dtype) if needed[1] else None
         if _has_kernels(gate):
@@ -155,6 +159,25 @@ class _GatedProduct(torch.autograd.Function):
                 grad, gate, up, vector, ctx.activation, wide, of_gate, of_up, needed[2]
             )
         return of_gate, of_up, None if sums is None else sums.sum(0).to(vector.dtype), None
+
+
+def _differentiable(
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    activation: GateActivation,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients as a function that can be differentiated again."""
+    # Views: gate and up may be one tensor, whose gradients must be told apart.
+    gate, up, vector = (None if t is None else t.view_as(t) for t in inputs)
+    assert gate is not None
+    assert up is not None
+    product = _formula(gate, up, vector, activation)
+    wanted = [
+        t for t, need in zip((gate, up, vector), needed, strict=False) if need and t is not None
+    ]
+    found = iter(torch.autograd.grad(product, wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needed[:3]]
 
 
 @cache
