@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -269,52 +270,41 @@ def test_autocast() -> None:
 
 # -- kernels ---------------------------------------------------------------------------------------
 
-KERNELS = [
-    (function, dtype, with_vector)
-    for function in REFERENCE
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    for with_vector in (True, False)
-]
 
-
-def check_kernels(device: str) -> None:
+def check_kernels(device: str, dtypes: tuple[torch.dtype, ...]) -> None:
     """Every kernel against the definition, at sizes that its blocks do not divide."""
-    for function, dtype, with_vector in KERNELS:
-        for shape in ((3, 5, 48), (70, 300)):
-            gate = (3 * seeded(*shape)).to(dtype)
-            up, weight = seeded(*shape, dtype=dtype, seed=1), seeded(*shape, dtype=dtype, seed=2)
-            inputs = [gate, up]
-            if with_vector:
-                vector = seeded(shape[-1], seed=3)
-                vector[: len(AWKWARD)] = torch.tensor(AWKWARD)
-                inputs.append(vector if dtype == torch.float64 else vector.float())
-            wide = [t.double().requires_grad_() for t in inputs]
-            exact = definition(*wide[:2], wide[2] if with_vector else None, function)
-            want = [exact, *torch.autograd.grad((exact * weight.double()).sum(), wide)]
-            leaves = [t.to(device).requires_grad_() for t in inputs]
-            for _ in range(2):
-                vector_leaf = leaves[2] if with_vector else None
-                result = gated_product(leaves[0], leaves[1], vector_leaf, function)  # type: ignore[arg-type]
-                loss = (result * weight.to(device)).sum()
-                found = [result, *torch.autograd.grad(loss, leaves)]
-                case = (function, dtype, with_vector, shape)
-                for ours, expected in zip(found, want, strict=True):
-                    error = relative(ours.detach().cpu(), expected.detach())
-                    # Triton's interpreter cuts bfloat16 off instead of rounding it.
-                    assert error < max(2 * torch.finfo(ours.dtype).eps, 1e-15), (*case, error)
-            again = torch.autograd.grad(
-                (
-                    gated_product(leaves[0], leaves[1], vector_leaf, function) * weight.to(device)
-                ).sum(),  # type: ignore[arg-type]
-                leaves,
-            )
-            assert all(torch.equal(a, b) for a, b in zip(again, found[1:], strict=True))
+    cases = itertools.product(REFERENCE, dtypes, (True, False), ((2, 300), (3, 13, 48)))
+    for function, dtype, with_vector, shape in cases:
+        gate = (3 * seeded(*shape)).to(dtype)
+        up, weight = seeded(*shape, dtype=dtype, seed=1), seeded(*shape, dtype=dtype, seed=2)
+        inputs = [gate, up]
+        if with_vector:
+            vector = seeded(shape[-1], seed=3)
+            vector[: len(AWKWARD)] = torch.tensor(AWKWARD)
+            inputs.append(vector if dtype == torch.float64 else vector.float())
+        wide = [t.double().requires_grad_() for t in inputs]
+        exact = definition(*wide[:2], wide[2] if with_vector else None, function)
+        want = [exact, *torch.autograd.grad((exact * weight.double()).sum(), wide)]
+
+        leaves = [t.to(device).requires_grad_() for t in inputs]
+        vector_leaf = leaves[2] if with_vector else None
+        result = gated_product(leaves[0], leaves[1], vector_leaf, function)
+        loss = (result * weight.to(device)).sum()
+        grads = torch.autograd.grad(loss, leaves, retain_graph=True)
+        for ours, expected in zip([result, *grads], want, strict=True):
+            error = relative(ours.detach().cpu(), expected.detach())
+            # Triton's interpreter cuts bfloat16 off instead of rounding it.
+            limit = max(2 * torch.finfo(ours.dtype).eps, 1e-15)
+            assert error < limit, (function, dtype, with_vector, shape, error)
+        if device != "cpu":
+            again = torch.autograd.grad(loss, leaves)
+            assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_kernels_on_cuda() -> None:
     pytest.importorskip("triton")
-    check_kernels("cuda")
+    check_kernels("cuda", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
 def test_kernels_as_triton_interprets_them() -> None:
@@ -323,7 +313,8 @@ def test_kernels_as_triton_interprets_them() -> None:
     # The variable must be set before the kernels are imported.
     program = (
         "from ia3 import gated; gated._has_kernels = lambda gate: True\n"
-        "from test_gated import check_kernels; check_kernels('cpu')"
+        "from test_gated import check_kernels, torch\n"
+        "check_kernels('cpu', (torch.float64, torch.bfloat16))"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
