@@ -32,6 +32,7 @@ from .copies import (
 from .errors import IA3Error, did_you_mean
 from .files import check_folder, write_files
 from .fingerprint import fingerprint
+from .fusing import fuse, is_fused, site_in, unfuse
 from .hoisting import Carriers
 from .hub import HubOptions, adapter_folder
 from .integrations.transformers import known_to_trainer
@@ -84,6 +85,7 @@ class IA3Model(nn.Module):
     _unloaded: bool
     _merge: Merge
     _attachments: Attachments
+    _fused: list[str]
     _trained_before: list[str]
     _ignored_before: set[str] | list[str] | None
     _requires_input_grads: bool
@@ -345,6 +347,33 @@ class IA3Model(nn.Module):
         if (activation_checkpointing_kwargs or {}).get("use_reentrant", True):
             self._require_input_grads()
 
+    def fuse_mlp(self) -> int:
+        """Have gated feed-forward layers keep less for the backward pass.
+
+        In each of them, act(gate(x)) ⊙ up(x) ⊙ vector becomes one operation (`gated_product`) that
+        keeps gate and up, where the layer's own forward keeps act(gate) as well. Results differ in
+        their last bits. Layers that compute anything else are left alone, and so are those that
+        are put on the model later.
+
+        Returns:
+            How many layers are fused now.
+
+        Raises:
+            IA3Error: none can be; the message names one and says why.
+        """
+        if self._unloaded:
+            raise IA3Error("this model was unloaded: make a new one")
+        self._fused = fuse(self.model)
+        self._activate(self._active)
+        return len(self._fused)
+
+    def unfuse_mlp(self) -> None:
+        """Undo `fuse_mlp`."""
+        if self._fused:
+            self._fused = []
+            unfuse(self.model)
+            self._activate(self._active)
+
     @property
     def base_model(self) -> IA3Model:
         """This model: PEFT keeps its tuner in a wrapper's `base_model`."""
@@ -444,6 +473,7 @@ class IA3Model(nn.Module):
         if self._unloaded:
             return self.model
         self._unloaded = True
+        self.unfuse_mlp()
         self.unmerge_adapter()
         for _, module, _ in self._sites():
             displace(module)
@@ -686,6 +716,7 @@ class IA3Model(nn.Module):
         self._unloaded = False
         self._merge = Merge(model)
         self._attachments = Attachments(model)
+        self._fused = []
         self._requires_input_grads = False
         self._plain = False
         self.model = model
@@ -728,6 +759,10 @@ class IA3Model(nn.Module):
                     raise IA3Error(
                         f"modules_to_save: another adapter on this model has vectors or a copy in "
                         f"{part_name!r}, which is part of {name!r}"
+                    )
+                if is_fused(part):
+                    raise IA3Error(
+                        f"modules_to_save: {part_name!r} in {name!r} is fused: unfuse_mlp() first"
                     )
         if stored is not None:
             check_vectors(stored.vectors, targets, type(self.model).__name__)
@@ -859,6 +894,10 @@ class IA3Model(nn.Module):
     def _activate(self, names: tuple[str, ...]) -> None:
         self._active = names
         active = names if self._enabled else ()
+        for name in self._fused:
+            inner = site_in(self.model.get_submodule(name))
+            if inner is not None:
+                inner.in_block = True
         for _, module, site in self._sites():
             site.activate(module, active)
         for _, _, copies in self._copies():

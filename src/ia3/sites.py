@@ -44,6 +44,8 @@ class Site(nn.Module):
         self.frozen: dict[str, Frozen] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
+        # The fused layer that the module is in multiplies by the vectors (fusing.py).
+        self.in_block = False
         self.carrier: Carrier | None = None
         self.in_place = True
         self._handles: tuple[RemovableHandle | experts.Handle, ...] = ()
@@ -139,10 +141,11 @@ class Site(nn.Module):
         # Not setattr: a module's looks through all that it holds.
         self.__dict__["active"] = here
         self.__dict__["_kept"] = None
-        if bool(here) is not bool(self._handles):
+        wanted = bool(here) and not self.in_block
+        if wanted is not bool(self._handles):
             for handle in self._handles:
                 handle.remove()
-            self._handles = self._hooks(module) if here else ()
+            self._handles = self._hooks(module) if wanted else ()
 
     def _hooks(self, module: nn.Module) -> tuple[RemovableHandle | experts.Handle, ...]:
         if self.side == "inner":
