@@ -1,10 +1,10 @@
-"""AdapterHub's `adapters` and its (IA)³, measured by its own interpreter against its own base model.
+"""AdapterHub's `adapters` and its (IA)³, by its own interpreter, against its own base model.
 
     .venv-adapters/bin/python benchmarks/adapters_peer.py --model FOLDER [--repeats 9]
 
-`benchmarks/speed.py` calls it. The last line of what it prints is JSON: versions, and for each row a
-value and, where there is one, its ratio to the base model. Its library scales the keys, the values
-and the *output* of the down projection.
+`benchmarks/speed.py` calls it. The last line of what it prints is JSON: versions, and for each row
+a value and, where there is one, its ratio to the base model. That library scales the keys, the
+values and the *output* of the down projection.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM
 
 
 def load(folder: Path) -> Any:
-    """The model that newer transformers wrote, whose rotary settings this one looks for elsewhere."""
+    """The model as newer transformers wrote it: this one looks elsewhere for rotary settings."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     theta = config.get("rope_parameters", config).get("rope_theta", 10000.0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, rope_theta=theta)

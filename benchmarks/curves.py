@@ -164,8 +164,9 @@ def layer_curves(repeats: int) -> list[Curve]:
 
 def adapter_curves(repeats: int) -> list[Curve]:
     """Adapters loaded, one of them active."""
-    import ia3
     import peft
+
+    import ia3
 
     frozen = small()
     models: dict[str, Any] = {

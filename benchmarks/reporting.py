@@ -41,15 +41,8 @@ def circumstances() -> dict[str, Any]:
 
 def in_words(where: dict[str, Any]) -> str:
     """`circumstances` as a sentence."""
-    versions = ", ".join(
-        f"{title} {where[name]}"
-        for name, title in (
-            ("torch", "PyTorch"),
-            ("transformers", "transformers"),
-            ("peft", "PEFT"),
-        )
-        if name in where
-    )
+    titles = {"torch": "PyTorch", "transformers": "transformers", "peft": "PEFT"}
+    versions = ", ".join(f"{titles[name]} {where[name]}" for name in titles if name in where)
     return (
         f"{where['date']}, {where['processor']}, {where['cores']} cores, "
         f"{where['threads']} threads, {versions}."

@@ -3,9 +3,9 @@
     python benchmarks/speed.py [--data DIR] [--rows ROW ...] [--repeats 9]
 
 SmolLM2-135M in float32 on the CPU. All that a ratio compares takes turns in one process, with the
-same weights in the same place in memory; a ratio is the median over the turns. `adapters` runs in an
-environment of its own (`.venv-adapters`, made by `make bench`), so that its ratios are against its
-own base model there. A run of all rows writes `benchmarks/results/speed.json` and the table in
+same weights in the same place in memory; a ratio is the median over the turns. `adapters` runs in
+an environment of its own (`.venv-adapters`, made by `make bench`), so that its ratios are against
+its own base model there. A run of all rows writes `benchmarks/results/speed.json` and the table in
 `docs/benchmarks.md`; with `--rows` it only prints.
 """
 
@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
 from measuring import (
     batch_of,
     forward_pass,
@@ -52,6 +50,7 @@ from reporting import (
     write_between,
     write_json,
 )
+from torch import nn
 
 ADAPTERS_PYTHON = HERE.parent / ".venv-adapters" / "bin" / "python"
 CONTESTANTS = ("ia3", "ia3 fused", "PEFT", "adapters")
@@ -78,7 +77,7 @@ class Row:
         against: what that is, in words.
         values: contestant -> value.
         ratios: contestant -> value to `limit`, or empty.
-        reach: contestant -> the highest ratio aimed at; the highest value where there are no ratios.
+        reach: contestant -> the highest ratio aimed at, or value where there are no ratios.
         peer: what `adapters_peer.py` calls it.
     """
 
@@ -356,8 +355,9 @@ def attach_rows(bench: Bench) -> list[Row]:
 
 def adapter_rows(bench: Bench) -> list[Row]:
     """Load, switch and save an adapter on a model that has others."""
-    import ia3
     import peft
+
+    import ia3
 
     rows = []
     with tempfile.TemporaryDirectory() as place:
