@@ -10,6 +10,7 @@ values and the *output* of the down projection.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
 import json
 import logging
@@ -74,8 +75,8 @@ def compare(frozen: Any, rows: set[str], batch: tuple[int, int], repeats: int) -
         vocabulary = frozen.config.vocab_size
         timings = time_decoding({"adapters": model, "frozen": frozen}, vocabulary, 8 * repeats)
         found["decode unmerged"] = in_milliseconds(timings)
-        model = adapted(AutoModelForCausalLM.from_config(frozen.config).eval())
-        model.load_state_dict(frozen.state_dict(), strict=False)
+        # Weights of its own: merging writes into them.
+        model = adapted(copy.deepcopy(frozen))
         model.merge_adapter("a")
         timings = time_decoding({"adapters": model, "frozen": frozen}, vocabulary, 8 * repeats)
         found["decode merged"] = in_milliseconds(timings)

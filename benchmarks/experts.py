@@ -120,7 +120,9 @@ def main() -> None:
                         for way, own in rescaled.items()
                     },
                     "saved_mb": {
-                        name: round(saved_bytes(own, lambda own=own: own(*inputs)) / 2**20, 2)
+                        name: round(
+                            saved_bytes(own, lambda own=own, inputs=inputs: own(*inputs)) / 2**20, 2
+                        )
                         for name, own in {"frozen": block, **rescaled}.items()
                     },
                 }

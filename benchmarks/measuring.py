@@ -54,6 +54,9 @@ def take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = random.Random(0)
     collected = gc.isenabled()
+    # What is there already is not looked through again each turn: that takes up to a second.
+    gc.collect()
+    gc.freeze()
     try:
         for turn in range(warm_up + repeats):
             gc.collect()
@@ -69,6 +72,7 @@ def take_turns(
                     seconds[name].append(took)
             gc.enable()
     finally:
+        gc.unfreeze()
         (gc.enable if collected else gc.disable)()
     return Timings(seconds)
 
