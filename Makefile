@@ -4,8 +4,9 @@ READY := .venv/.ready
 SETFIT := .venv-setfit/.ready
 QUANTIZED := .venv-quantized/.ready
 DATASETS := .venv-datasets/.ready
+ADAPTERS := .venv-adapters/.ready
 
-.PHONY: setup demo test lint bench-few-shot
+.PHONY: setup demo test lint bench bench-curves bench-few-shot
 
 setup: $(READY)
 
@@ -57,6 +58,20 @@ $(SETFIT): benchmarks/setfit-requirements.txt
 	.venv-setfit/bin/pip install --quiet torch==2.13.0
 	.venv-setfit/bin/pip install --quiet -r benchmarks/setfit-requirements.txt
 	touch $(SETFIT)
+
+# AdapterHub's adapters want an older transformers.
+$(ADAPTERS): benchmarks/adapters-requirements.txt
+	$(PYTHON) -m venv .venv-adapters
+	.venv-adapters/bin/pip install --quiet torch==2.13.0
+	.venv-adapters/bin/pip install --quiet -r benchmarks/adapters-requirements.txt
+	touch $(ADAPTERS)
+
+# With DATA=folder the rows that need text are measured too.
+bench: $(READY) $(ADAPTERS)
+	$(BIN)/python benchmarks/speed.py $(if $(DATA),--data $(DATA))
+
+bench-curves: $(READY)
+	$(BIN)/python benchmarks/curves.py
 
 bench-few-shot: $(READY) $(SETFIT)
 	$(BIN)/python benchmarks/few_shot.py --data $(DATA)

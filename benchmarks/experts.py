@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import random
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from measuring import saved_bytes, take_turns
 from torch import Tensor, nn
 from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -75,37 +73,12 @@ def with_vectors(block: nn.Module, way: experts.Way) -> nn.Module:
     return block
 
 
-def saved_bytes(block: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> int:
-    """What a forward keeps for the backward pass."""
-    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = block(*inputs)
-    del output
-    return sum(saved.values())
-
-
 def ratio(
     frozen: nn.Module, block: nn.Module, step: Callable[[nn.Module], object], repeats: int
 ) -> float:
     """The median of the time of a step to that of the frozen block's step beside it."""
-    ratios = []
-    for turn in range(repeats + 2):
-        seconds = {}
-        for own in random.sample((frozen, block), 2):  # either may be the first
-            start = time.perf_counter()
-            step(own)
-            seconds[own] = time.perf_counter() - start
-        if turn >= 2:  # the first two warm up
-            ratios.append(seconds[block] / seconds[frozen])
-    return round(statistics.median(ratios), 3)
+    steps = {"frozen": lambda: step(frozen), "block": lambda: step(block)}
+    return round(take_turns(steps, repeats, warm_up=2).ratio("block", "frozen"), 3)
 
 
 def main() -> None:
@@ -147,7 +120,9 @@ def main() -> None:
                         for way, own in rescaled.items()
                     },
                     "saved_mb": {
-                        name: round(saved_bytes(own, inputs) / 2**20, 2)
+                        name: round(
+                            saved_bytes(own, lambda own=own, inputs=inputs: own(*inputs)) / 2**20, 2
+                        )
                         for name, own in {"frozen": block, **rescaled}.items()
                     },
                 }

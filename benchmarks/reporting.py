@@ -1,0 +1,103 @@
+"""What the benchmarks leave behind: JSON, and the part of docs/benchmarks.md that is theirs."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+DOCUMENT = HERE.parent / "docs" / "benchmarks.md"
+PICTURES = HERE.parent / "docs" / "pictures"
+
+
+def circumstances() -> dict[str, Any]:
+    """When a benchmark ran, on what, with which versions."""
+    versions = {}
+    for name in ("torch", "transformers", "peft"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def in_words(where: dict[str, Any]) -> str:
+    """`circumstances` as a sentence."""
+    titles = {"torch": "PyTorch", "transformers": "transformers", "peft": "PEFT"}
+    versions = ", ".join(f"{titles[name]} {where[name]}" for name in titles if name in where)
+    return (
+        f"{where['date']}, {where['processor']}, {where['cores']} cores, "
+        f"{where['threads']} threads, {versions}."
+    )
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a results file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".new")
+    staged.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    staged.replace(path)
+
+
+def write_between(document: Path, mark: str, text: str) -> None:
+    """Put text between two comments of a Markdown file, in place of what is there.
+
+    Args:
+        document: it has `<!-- mark -->` and after it `<!-- end of mark -->`.
+        mark: the comments' words.
+        text: Markdown.
+
+    Raises:
+        ValueError: the comments are not there.
+    """
+    before = document.read_text("utf-8")
+    first, last = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    pattern = re.compile(f"{re.escape(first)}.*?{re.escape(last)}", re.DOTALL)
+    if len(pattern.findall(before)) != 1:
+        raise ValueError(f"{document} has no {first} followed by {last}")
+    after = pattern.sub(lambda _: f"{first}\n\n{text.strip()}\n\n{last}", before)
+    staged = document.with_name(document.name + ".new")
+    staged.write_text(after, "utf-8")
+    staged.replace(document)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def digits(value: float) -> str:
+    """Three significant digits, never in powers of ten."""
+    if value == 0:
+        return "0"
+    places = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{places}f}"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,176 @@
+"""The benchmarks' programs: what they measure by, and that they run and leave what they should."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tfew_fixtures import word_tokenizer
+from torch import nn
+
+from ia3.base_model import BaseModel
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import curves  # noqa: E402
+import gpu  # noqa: E402
+import measuring  # noqa: E402
+import reporting  # noqa: E402
+import speed  # noqa: E402
+
+
+def test_everybody_has_as_many_turns_and_a_clean_up_each():
+    ran = []
+    steps = {name: lambda name=name: ran.append(name) for name in "ab"}
+    timings = measuring.take_turns(steps, 3, after={"a": lambda: ran.append("after a")}, warm_up=2)
+    assert [len(timings.seconds[name]) for name in "ab"] == [3, 3]
+    assert ran.count("a") == ran.count("b") == 5
+    assert all(ran[i + 1] == "after a" for i, name in enumerate(ran) if name == "a")
+
+
+def test_a_ratio_is_of_the_same_turn():
+    # A machine that is ten times slower for a while, in another turn of each order.
+    timings = measuring.Timings({"own": [2.0, 30.0, 2.0], "base": [1.0, 10.0, 1.0]})
+    assert timings.ratio("own", "base") == 2.0
+    assert timings.median("own") == 2.0
+
+
+def test_saved_bytes_are_storages_counted_once_without_parameters():
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU())
+    states = torch.randn(4, 8, requires_grad=True)
+
+    def twice() -> torch.Tensor:
+        result = model(states)
+        return result.view(2, 2, 16).square() + result.view(2, 2, 16).square()
+
+    frozen = model.requires_grad_(False)
+    # ReLU keeps its result, and both squares keep views of it.
+    assert measuring.saved_bytes(frozen, twice) == 4 * 16 * 4
+    model.requires_grad_(True)
+    # The weight's gradient needs the input besides.
+    assert measuring.saved_bytes(model, twice) == 4 * 16 * 4 + 4 * 8 * 4
+
+
+def test_an_adapter_on_a_copy_with_the_same_weights_is_not_on_the_model(tiny_llama):
+    copied = measuring.same_weights(tiny_llama)
+    adapted = measuring.on_ia3(copied)
+    for vector in adapted.vectors("default").values():
+        vector.data.fill_(2.0)
+    ids = torch.arange(6)[None]
+    before = tiny_llama(input_ids=ids).logits
+    assert not torch.allclose(adapted(input_ids=ids).logits, before)
+    adapted.unload()
+    torch.testing.assert_close(copied(input_ids=ids).logits, before, rtol=0, atol=0)
+    pairs = zip(tiny_llama.parameters(), copied.parameters(), strict=True)
+    assert all(one is other for one, other in pairs)
+
+
+@pytest.fixture
+def base(tiny_llama) -> BaseModel:
+    return BaseModel(tiny_llama, word_tokenizer(), "tiny")
+
+
+def test_the_table_has_every_contestant_and_is_json(base, monkeypatch):
+    monkeypatch.setattr(speed, "BATCH", (2, 16))
+    monkeypatch.setattr(speed, "OTHERS", (2, 4))
+    monkeypatch.setattr(speed, "META_LAYERS", (1, 2))
+    monkeypatch.setattr(measuring.Decoding.__init__, "__defaults__", (16,))
+    groups = [name for name in speed.GROUPS if name != "start"]
+    rows, left_out = speed.measure(base, groups, 1, None)
+    assert list(left_out) == ["tfew"]
+    assert {row.name for row in rows} == {*groups} - {"tfew"}
+    for row in rows:
+        assert row.values["ia3"] > 0
+        assert "PEFT" in row.values or row.against == "PEFT"
+        assert set(row.ratios) <= set(row.values)
+    lines = speed.in_markdown(rows, list(left_out.values())).splitlines()
+    cells = {line.count(" | ") for line in lines if line.startswith("|")}
+    assert cells == {len(speed.CONTESTANTS) + 3}
+    assert lines[-1].startswith("Left out: T-Few")
+    json.dumps([vars(row) for row in rows], allow_nan=False)
+    (saved,) = (row for row in rows if row.name == "saved")
+    # The plain product keeps the scaled activation besides the one it scales.
+    assert saved.ratios["PEFT"] > 1
+
+
+def test_what_was_aimed_at_is_reached_by_ratios_where_there_are_any():
+    row = speed.Row("step", "", "ms", {"ia3": 50.0}, {"ia3": 1.02}, "", 49.5, {"ia3": 1.01})
+    assert row.reached is True
+    row.ratios["ia3"] = 1.03
+    assert row.reached is False
+    assert speed.Row("save", "", "ms", {"ia3": 3.0}, {"ia3": 2.0}).reached is False
+    assert speed.Row("save", "", "ms", {"PEFT": 3.0}, {"ia3": 2.0}).reached is None
+
+
+def test_the_hand_written_rest_of_a_document_stays(tmp_path):
+    document = tmp_path / "benchmarks.md"
+    document.write_text("above\n<!-- m -->\nold\n<!-- end of m -->\nbelow\n", "utf-8")
+    for text in ("new \\1", "newer"):
+        reporting.write_between(document, "m", text)
+        assert document.read_text("utf-8") == (
+            f"above\n<!-- m -->\n\n{text}\n\n<!-- end of m -->\nbelow\n"
+        )
+    document.write_text("nothing to be found\n", "utf-8")
+    with pytest.raises(ValueError, match="<!-- m -->"):
+        reporting.write_between(document, "m", "text")
+    assert document.read_text("utf-8") == "nothing to be found\n"
+
+
+def test_the_document_has_the_places_that_are_written():
+    text = reporting.DOCUMENT.read_text("utf-8")
+    for mark in (speed.MARK, curves.MARK):
+        assert text.count(f"<!-- {mark} -->") == text.count(f"<!-- end of {mark} -->") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.04321, "0.0432"), (1.5, "1.50"), (58196.2, "58,196"), (0, "0"), (99.96, "100.0")],
+)
+def test_three_digits(value, text):
+    assert reporting.digits(value) == text
+
+
+def test_curves_are_drawn_and_say_where_they_bend(tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "small", lambda layers=1: measuring.llama(**TINY, layers=layers))
+    monkeypatch.setattr(curves, "LAYERS", (1, 2))
+    monkeypatch.setattr(curves, "ADAPTERS", (1, 3))
+    drawn = [*curves.layer_curves(1), *curves.adapter_curves(1)]
+    assert {curve.name for curve in drawn} == {"layers", "adapters"}
+    for curve in drawn:
+        assert {"ia3", "PEFT"} <= set(curve.points)
+        assert all(len(points) == 2 and min(points)[1] > 0 for points in curve.points.values())
+    path = tmp_path / "pictures" / "curves.png"
+    curves.draw(drawn, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size < 150_000
+    bent = curves.Curve("tokens", "tokens", "ms", {"ia3": [(1, 1.0), (2, 2.0), (4, 8.0)]})
+    assert bent.last_power("ia3") == pytest.approx(2)
+    assert "2.00 (upward)" in curves.in_markdown([bent])
+
+
+TINY = {
+    "hidden": 32,
+    "inner": 48,
+    "heads": 4,
+    "key_value_heads": 2,
+    "vocabulary": 64,
+}
+
+
+def test_the_gpu_program_runs_without_one_and_says_so(monkeypatch):
+    monkeypatch.setattr(gpu, "SMALL", {**TINY, "layers": 2})
+    methods = {name: gpu.measured(name, 1, "cpu") for name in gpu.METHODS}
+    for name, figures in methods.items():
+        if figures:  # a version without the method
+            assert not figures["failed"], (name, figures)
+            assert figures["tokens_per_second"] > 0
+            assert figures["decode_ms"] > 0
+    assert methods["ia3"]["trained"] == methods["PEFT (IA)³"]["trained"] == 2 * (16 + 16 + 48)
+    text = gpu.in_markdown(
+        json.loads(json.dumps(methods)), {"card": None, **reporting.circumstances()}
+    )
+    assert "Without a GPU" in text
