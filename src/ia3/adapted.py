@@ -27,7 +27,11 @@ def all_linear(base: BaseModel, upper_blocks: int | None = None) -> IA3Config:
     Raises:
         IA3Error: the model has not so many blocks, or no one list of them.
     """
-    modules = SITES if upper_blocks is None else linear_in_upper_blocks(base.model, upper_blocks)
+    if upper_blocks is None:
+        return IA3Config(task_type=_task_type(base), target_modules=SITES)
+    # Another thread may be putting an adapter on, or off.
+    with base.lock:
+        modules = linear_in_upper_blocks(base.model, upper_blocks)
     return IA3Config(task_type=_task_type(base), target_modules=modules)
 
 

@@ -258,6 +258,8 @@ class FewShotClassifier(RankingClassifier):
                 task["templates"], str
             ):
                 raise TypeError("choices, templates and fields are lists of strings")
+            # Not in the files of earlier versions.
+            upper_blocks = task.get("upper_blocks")
             if not task["model"] and model is None:
                 raise IA3Error(f"{path} names no model: give the one it was fitted on as model=")
             classifier = cls(
@@ -272,8 +274,7 @@ class FewShotClassifier(RankingClassifier):
                 chat=bool(task["chat"]),
                 tokenizer=tokenizer,
                 max_tokens=max_tokens,
-                # Not in the files of earlier versions.
-                upper_blocks=task.get("upper_blocks"),
+                upper_blocks=None if upper_blocks is None else int(upper_blocks),
             )
         except IA3Error:
             raise
