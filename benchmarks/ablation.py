@@ -7,6 +7,7 @@ labelled examples train, the others test), and COPA (the T-Few authors' samples:
 others test). Every run is a process with one thread, so that several can share a machine. Results
 are appended to a JSON Lines file, and finished runs are not repeated; the table is printed last.
 
+`upper-15` and `upper-10` rescale only so many of the model's 30 blocks, the uppermost.
 `lm`, `lm+ln` and `lm+ul` leave loss terms out; `pretrained` begins with the vectors of an adapter;
 `+eos` scores an end-of-text token after every choice, in training and after it. LoRA and BitFit
 come from `peft`, train with the same three loss terms, and have AdamW, as Adafactor's steps in
@@ -51,6 +52,8 @@ METHODS: dict[str, dict[str, float]] = {
     "lm+ul": {"length_norm": 0.0},
     "tfew": {},
     "pretrained": {},
+    "upper-15": {},
+    "upper-10": {},
     "lora": {},
     "bitfit": {},
     "untuned+eos": {},
@@ -228,8 +231,8 @@ def _train_ia3(
     pretrained: Path | None,
     method: str,
 ) -> int:
-    from ia3 import IA3Config, IA3Model
-    from ia3.adapted import SITES
+    from ia3 import IA3Model
+    from ia3.adapted import all_linear
     from ia3.store import read_adapter
     from ia3.tfew.training import TFewConfig, train
 
@@ -239,7 +242,8 @@ def _train_ia3(
         config = replace(adapter.config, inference_mode=False, base_model_name_or_path=None)
         model = IA3Model.from_adapter(base.model, replace(adapter, config=config))
     else:
-        model = IA3Model(base.model, IA3Config(task_type="CAUSAL_LM", target_modules=SITES))
+        _, _, upper = method.partition("upper-")
+        model = IA3Model(base.model, all_linear(base, int(upper) if upper else None))
     config = TFewConfig(steps=STEPS, batch_size=BATCH, learning_rate=rate, seed=seed, **weights)
     train(base, model, examples, config)
     return sum(vector.numel() for vector in model.adapter("default").vectors.values())

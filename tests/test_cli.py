@@ -347,6 +347,18 @@ def test_fit_begins_with_another_adapter(fitted: Any, model_place: Place) -> Non
     assert "x" not in place.names()
 
 
+def test_fit_rescales_upper_blocks_only(model_place: Place) -> None:
+    place = model_place
+    command = ("--data", "train.csv", "--steps", 2, "--out")
+    done = place.fit(*command, "upper", "--upper-blocks", 1)
+    assert done.returncode == 0, done.stderr
+    vectors = load_file(place.folder / "upper" / "adapter_model.safetensors")
+    assert len(vectors) == 7
+    assert all(".layers.1." in name for name in vectors)
+    assert_refused(place.fit(*command, "x", "--upper-blocks", 3), "expected 1 to 2")
+    assert "x" not in place.names()
+
+
 def test_few_tokens_at_once_change_nothing_but_rounding(fitted: Any) -> None:
     place, trained = fitted
     command = ("my-adapter", "--data", "train.csv", "--json")

@@ -564,6 +564,9 @@ def test_unusable_settings(make):
         ({"template": "{{ text"}, "line 1"),
         ({"template": "{{ txt }}"}, "did you mean 'text'"),
         ({"steps": -1}, "steps is -1"),
+        ({"upper_blocks": 0}, "upper_blocks is 0, expected 1 to 2: .* has 2 blocks"),
+        ({"upper_blocks": 3}, "upper_blocks is 3, expected 1 to 2"),
+        ({"upper_blocks": 1, "init_from": "folder"}, "give one of them"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"learning_rate": float("nan")}, "learning_rate"),
     ]:
@@ -633,6 +636,29 @@ def test_encoder_decoder(tmp_path):
     classifier.save(tmp_path)
     loaded = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
     np.testing.assert_array_equal(loaded.predict_proba(NEW), probabilities)
+
+
+def test_upper_blocks(make, model, tokenizer, tmp_path):
+    classifier = make(upper_blocks=1).fit(TEXTS, LABELS)
+    vectors = classifier.adapter_.vectors
+    assert {name.split(".")[2] for name in vectors} == {"1"}
+    whole = make(upper_blocks=2).fit(TEXTS, LABELS)
+    assert vectors_equal(whole, make().fit(TEXTS, LABELS))
+    classifier.save(tmp_path)
+    loaded = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
+    assert loaded.upper_blocks == 1
+    np.testing.assert_array_equal(loaded.predict_proba(NEW), classifier.predict_proba(NEW))
+    assert vectors_equal(loaded.set_params(steps=3).fit(TEXTS, LABELS), classifier)
+
+
+def test_a_classifier_saved_before_there_were_upper_blocks(make, model, tokenizer, tmp_path):
+    make().fit(TEXTS, LABELS).save(tmp_path)
+    path = tmp_path / "ia3_task.json"
+    task = json.loads(path.read_text())
+    del task["upper_blocks"]
+    path.write_text(json.dumps(task))
+    loaded = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
+    assert loaded.upper_blocks is None
 
 
 def test_chat(make):

@@ -9,15 +9,30 @@ from .base_model import BaseModel
 from .config import IA3Config, TaskType
 from .model import IA3Model
 from .store import Adapter
+from .targets import linear_in_upper_blocks
 
 # Every linear layer's output, and the feed-forward input of the architectures that name theirs. A
 # small model learns more from more sites, and in fewer steps (docs/benchmarks.md).
 SITES = "all-linear"
 
 
-def all_linear(base: BaseModel) -> IA3Config:
-    """The config that rescales `SITES` of this model."""
-    return IA3Config(task_type=_task_type(base), target_modules=SITES)
+def all_linear(base: BaseModel, upper_blocks: int | None = None) -> IA3Config:
+    """The config that rescales `SITES` of this model.
+
+    Args:
+        base: the model.
+        upper_blocks: rescale only these many uppermost blocks, which the config then names module
+            by module.
+
+    Raises:
+        IA3Error: the model has not so many blocks, or no one list of them.
+    """
+    if upper_blocks is None:
+        return IA3Config(task_type=_task_type(base), target_modules=SITES)
+    # Another thread may be putting an adapter on, or off.
+    with base.lock:
+        modules = linear_in_upper_blocks(base.model, upper_blocks)
+    return IA3Config(task_type=_task_type(base), target_modules=modules)
 
 
 def paper_sites(base: BaseModel) -> IA3Config:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 TASK_NAME = "ia3_task.json"
 TASK_FORMAT = 1
-SETTINGS = ("chat", "steps", "learning_rate", "seed")
+SETTINGS = ("chat", "steps", "learning_rate", "seed", "upper_blocks")
 
 
 class FewShotClassifier(RankingClassifier):
@@ -59,13 +59,17 @@ class FewShotClassifier(RankingClassifier):
             trained on many tasks: `fit` begins with its vectors, at its sites, instead of ones.
         max_tokens: computed at once, in training and in prediction; what has more is computed in
             parts, with the same results but for rounding. Lower it where memory runs out.
+        upper_blocks: rescale only these many uppermost blocks of a decoder-only model instead of
+            all. What lies below is then computed once for each prompt of the training set, not at
+            every step, and needs no gradients.
 
     Attributes:
         classes_: the labels, `[classes]`, sorted.
         choices_: the words ranked for each of them.
         templates_: the templates' sources.
         fields_: the names of the examples' fields.
-        settings_: `chat`, `steps`, `learning_rate` and `seed`, as they were in `fit`.
+        settings_: `chat`, `steps`, `learning_rate`, `seed` and `upper_blocks`, as they were in
+            `fit`.
         adapter_: the `Adapter`: its config, and its vectors, float32 on the CPU.
         history_: one `TrainingStep` a step.
     """
@@ -85,6 +89,7 @@ class FewShotClassifier(RankingClassifier):
         tokenizer: PreTrainedTokenizerBase | None = None,
         init_from: str | Path | store.Adapter | None = None,
         max_tokens: int = MAX_TOKENS,
+        upper_blocks: int | None = None,
     ) -> None:
         self.model = model
         self.template = template
@@ -98,6 +103,7 @@ class FewShotClassifier(RankingClassifier):
         self.tokenizer = tokenizer
         self.init_from = init_from
         self.max_tokens = max_tokens
+        self.upper_blocks = upper_blocks
 
     def fit(
         self,
@@ -118,7 +124,8 @@ class FewShotClassifier(RankingClassifier):
 
         Raises:
             IA3Error: the data, a template or the choices are unusable (the message says which),
-                `init_from` does not fit the model, or the checkpoints are those of another run.
+                `init_from` does not fit the model, the model has not so many blocks, or the
+                checkpoints are those of another run.
             FileNotFoundError: there is no adapter at `init_from`.
             DivergedError: the loss is not finite. What was fitted before stays.
         """
@@ -127,6 +134,11 @@ class FewShotClassifier(RankingClassifier):
 
         if self.steps < 0:
             raise IA3Error(f"steps is {self.steps}, expected at least 0")
+        if self.upper_blocks is not None and self.init_from is not None:
+            raise IA3Error(
+                f"upper_blocks is {self.upper_blocks}, and init_from brings the sites of its "
+                "adapter: give one of them"
+            )
         # The untuned model takes no step, but its settings are checked all the same.
         recipe = TFewConfig(
             steps=max(self.steps, 1),
@@ -138,7 +150,7 @@ class FewShotClassifier(RankingClassifier):
         base = self.base
         encoder = Encoder(base, task.choices, chat=self.chat)
         encoded = encode_all(encoder, task.examples, task.templates)
-        config = all_linear(base)
+        config = all_linear(base, self.upper_blocks)
         start = None if self.init_from is None else _start(self.init_from)
         with adapted(base, config, start, source="init_from") as ia3_model:
             history = []
@@ -246,6 +258,8 @@ class FewShotClassifier(RankingClassifier):
                 task["templates"], str
             ):
                 raise TypeError("choices, templates and fields are lists of strings")
+            # Not in the files of earlier versions.
+            upper_blocks = task.get("upper_blocks")
             if not task["model"] and model is None:
                 raise IA3Error(f"{path} names no model: give the one it was fitted on as model=")
             classifier = cls(
@@ -260,6 +274,7 @@ class FewShotClassifier(RankingClassifier):
                 chat=bool(task["chat"]),
                 tokenizer=tokenizer,
                 max_tokens=max_tokens,
+                upper_blocks=None if upper_blocks is None else int(upper_blocks),
             )
         except IA3Error:
             raise

@@ -79,6 +79,24 @@ def feedforward_targets(model: nn.Module) -> list[PaperTarget]:
     return tree.in_order(_feedforward(tree))
 
 
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of a model's blocks, by name, in the model's order.
+
+    A block is a layer with an attention, among others in a list that is in no other such list. A
+    decoder-only model has one list, an encoder-decoder two.
+
+    Args:
+        model: any module; may be on the meta device.
+    """
+    tree = _Tree(model)
+    return {
+        name: stack
+        for name in sorted(tree.stacks, key=lambda name: tree.order[name])
+        if isinstance(stack := tree.modules[name], nn.ModuleList)
+        and not any(above in tree.stacks for above in _above(name))
+    }
+
+
 def names_or_suffixes(
     model: nn.Module, names: Sequence[str], apart_from: Collection[str] = ()
 ) -> list[str]:

@@ -15,7 +15,14 @@ from transformers.pytorch_utils import Conv1D
 from .activations import SUPPORTED, Activation, Side, activation_of, linear_features
 from .config import IA3Config, TaskType, feedforward_among, matches, matches_feedforward
 from .errors import IA3Error, did_you_mean
-from .structure import Frozen, PaperTarget, feedforward_targets, names_or_suffixes, paper_targets
+from .structure import (
+    Frozen,
+    PaperTarget,
+    block_lists,
+    feedforward_targets,
+    names_or_suffixes,
+    paper_targets,
+)
 
 # The name under which a module's vectors are registered on it.
 ATTRIBUTE = "ia3_l"
@@ -141,6 +148,37 @@ def resolve(
     modules = dict(model.named_modules())
     resolved.fan_in_fan_out = any(isinstance(modules[t.name], Conv1D) for t in targets)
     return resolved, targets
+
+
+def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
+    """The names of all linear layers in a model's uppermost blocks, in the model's order.
+
+    Args:
+        model: a decoder-only or encoder-only model; may be on the meta device.
+        count: how many blocks.
+
+    Raises:
+        IA3Error: the model has not so many blocks, or no one list of them.
+    """
+    lists = block_lists(model)
+    if len(lists) != 1:
+        there = f"has blocks in {', '.join(lists)}" if lists else "has no list of blocks"
+        raise IA3Error(
+            f"upper_blocks: {type(model).__name__} {there}, expected one list, as decoder-only "
+            "models have it: rescale all blocks"
+        )
+    ((name, blocks),) = lists.items()
+    if not 1 <= count <= len(blocks):
+        raise IA3Error(
+            f"upper_blocks is {count}, expected 1 to {len(blocks)}: {type(model).__name__} has "
+            f"{len(blocks)} blocks"
+        )
+    return [
+        f"{name}.{index}.{part}"
+        for index in range(len(blocks) - count, len(blocks))
+        for part, module in blocks[index].named_modules()
+        if linear_features(module)
+    ]
 
 
 def check_vectors(

@@ -68,6 +68,10 @@ def fit(
         str | None,
         typer.Option(help="Adapter to begin with, a folder or hub id, instead of ones."),
     ] = None,
+    upper_blocks: Annotated[
+        int | None,
+        typer.Option(help="Rescale only so many uppermost blocks: faster to train.", min=1),
+    ] = None,
     checkpoints: Checkpoints = None,
     max_tokens: MaxTokens = None,
     device: Device = "auto",
@@ -107,6 +111,7 @@ def fit(
         dtype=dtype,
         chat=chat,
         init_from=init_from,
+        upper_blocks=upper_blocks,
         **{name: value for name, value in given.items() if value is not None},
     )
     started = time.perf_counter()

@@ -8,10 +8,10 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from ..base_model import BaseModel
 from ..errors import IA3Error
 from .encoding import EncodedExample
 from .losses import TokenScores
+
+if TYPE_CHECKING:
+    from .kept_states import KeptStates
 
 # A batch of this many tokens or fewer is one row, without any padding; a longer one is packed into
 # rows of the second length. Longer rows would spend attention on what the mask hides, shorter ones
@@ -72,6 +75,8 @@ class TreeRow:
         positions: where each would stand in a row of its own.
         owner: the example a token belongs to.
         branch: 0 in a prompt, else the number of the choice.
+        shared: the length of the prefix.
+        members: the examples in the row, in their order.
     """
 
     def __init__(self, start: int, prefix: Sequence[int] = ()) -> None:
@@ -79,11 +84,14 @@ class TreeRow:
         self.positions = list(range(len(prefix)))
         self.owner = [_EVERYBODY] * len(prefix)
         self.branch = [0] * len(prefix)
+        self.shared = len(prefix)
+        self.members: list[int] = []
         self._start = start
 
     def append(self, index: int, example: EncodedExample, shared: int, targets: Targets) -> None:
         """Put an example into the row, less the first tokens of its prompt, which are elsewhere."""
         prompt = example.prompt
+        self.members.append(index)
         self._extend(prompt[shared:], shared, index, 0)
         end = self._last
         for c, choice in enumerate(example.choices):
@@ -139,7 +147,11 @@ def tree_inputs(
 
 
 def shared_scores(
-    base: BaseModel, examples: Sequence[EncodedExample], *, hide_other_choices: bool = True
+    base: BaseModel,
+    examples: Sequence[EncodedExample],
+    *,
+    hide_other_choices: bool = True,
+    kept: KeptStates | None = None,
 ) -> TokenScores:
     """Every prompt once, with all its choices; what all prompts begin with once a row.
 
@@ -147,6 +159,7 @@ def shared_scores(
         base: a decoder-only model that takes the mask.
         examples: of any number of choices.
         hide_other_choices: false only to find out whether a model heeds the mask.
+        kept: has the states of all of the examples; the blocks below are not computed.
     """
     prefix = common_prefix(examples)
     shared = len(prefix)
@@ -165,7 +178,8 @@ def shared_scores(
         row.pad(length, _pad_token(base))
         rows.append(row)
     inputs = tree_inputs(base, rows, hide_other_choices=hide_other_choices)
-    return scores(base, examples, targets, **inputs, use_cache=False)
+    with nullcontext() if kept is None else kept.instead_of_lower_blocks(rows, examples):
+        return scores(base, examples, targets, **inputs, use_cache=False)
 
 
 def _tree_mask(

@@ -19,7 +19,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -41,6 +42,9 @@ from .passes import (
     tried_out,
 )
 
+if TYPE_CHECKING:
+    from .kept_states import KeptStates
+
 # How many tokens are computed at once, unless more memory is given, or less.
 MAX_TOKENS = 4096
 # How far shared scores may be from expanded ones, against what a wrong mask makes of them.
@@ -50,7 +54,11 @@ _verdicts: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionar
 
 
 def token_scores(
-    base: BaseModel, examples: Sequence[EncodedExample], *, max_tokens: float = math.inf
+    base: BaseModel,
+    examples: Sequence[EncodedExample],
+    *,
+    max_tokens: float = math.inf,
+    kept: KeptStates | None = None,
 ) -> TokenScores:
     """Score all choices of a batch, with gradients where they are enabled.
 
@@ -60,6 +68,7 @@ def token_scores(
         max_tokens: computed at once, unless one choice after its prompt has more; what packed rows
             leave free at their ends is not counted. Where a batch has more, each part's activations
             are computed once more for the gradients.
+        kept: what enters the lowest block that is trained, of examples that come again.
 
     Raises:
         IA3Error: the model's output layer cannot be found.
@@ -71,15 +80,15 @@ def token_scores(
         for choices in _choice_groups([examples[i] for i in batch], limit, max_tokens)
     ]
     if len(parts) == 1:
-        return _scores_at_once(base, examples, limit)
+        return _scores_at_once(base, examples, limit, kept)
     scored = []
     for batch, choices in parts:
         of_part = [EncodedExample(examples[i].prompt, examples[i].choices[choices]) for i in batch]
         if torch.is_grad_enabled():
             # One part's activations are held at a time, in the backward pass too.
-            part = checkpoint(_scores_at_once, base, of_part, limit, use_reentrant=False)
+            part = checkpoint(_scores_at_once, base, of_part, limit, kept, use_reentrant=False)
         else:
-            part = _scores_at_once(base, of_part, limit)
+            part = _scores_at_once(base, of_part, limit, kept)
         scored.append(part)
     shape = shape_of(examples)
     log_probs = scored[0].log_probs.new_zeros(shape)
@@ -144,24 +153,35 @@ def choice_scores(
 
 
 def _scores_at_once(
-    base: BaseModel, examples: Sequence[EncodedExample], longest_shared: float
+    base: BaseModel,
+    examples: Sequence[EncodedExample],
+    longest_shared: float,
+    kept: KeptStates | None,
 ) -> TokenScores:
-    """All choices in one forward pass, or in two where only some prompts are short enough."""
+    """All choices in one forward pass, or in one for each way that some of the examples need.
+
+    A few long examples must not repeat the prompts of all, nor a few whose states are not kept
+    have the lower blocks computed for all.
+    """
     if base.is_encoder_decoder:
         return encoder_decoder_scores(base, examples)
-    together = [i for i, e in enumerate(examples) if longest_sequence(e) <= longest_shared]
-    apart = [i for i, e in enumerate(examples) if longest_sequence(e) > longest_shared]
-    if not apart:
-        return shared_scores(base, examples)
-    expanded = expanded_scores(base, [examples[i] for i in apart])
-    if not together:
-        return expanded
-    # A few long examples must not repeat the prompts of all.
-    shared = shared_scores(base, [examples[i] for i in together])
-    back = torch.tensor([*together, *apart], device=expanded.mask.device).argsort()
+    ways: dict[Callable[..., TokenScores], list[int]] = {}
+    from_kept = partial(shared_scores, kept=kept)
+    for i, example in enumerate(examples):
+        way: Callable[..., TokenScores] = shared_scores
+        if longest_sequence(example) > longest_shared:
+            way = expanded_scores
+        elif kept is not None and example in kept:
+            way = from_kept
+        ways.setdefault(way, []).append(i)
+    scored = [way(base, [examples[i] for i in indices]) for way, indices in ways.items()]
+    if len(scored) == 1:
+        return scored[0]
+    order = [i for indices in ways.values() for i in indices]
+    back = torch.tensor(order, device=scored[0].mask.device).argsort()
     return TokenScores(
-        _stacked(shared.log_probs, expanded.log_probs)[back],
-        _stacked(shared.mask, expanded.mask)[back],
+        _stacked([part.log_probs for part in scored])[back],
+        _stacked([part.mask for part in scored])[back],
     )
 
 
@@ -272,11 +292,10 @@ def _choice_groups(
             start = stop
 
 
-def _stacked(one: Tensor, other: Tensor) -> Tensor:
-    """`[batch, choices, length]` of both, filled up with zeros to one size."""
-    choices, length = (max(a, b) for a, b in zip(one.shape[1:], other.shape[1:], strict=True))
-    filled = [F.pad(t, (0, length - t.shape[2], 0, choices - t.shape[1])) for t in (one, other)]
-    return torch.cat(filled)
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """`[batch, choices, length]` of all parts, filled up with zeros to one size."""
+    choices, length = (max(part.shape[i] for part in parts) for i in (1, 2))
+    return torch.cat([F.pad(t, (0, length - t.shape[2], 0, choices - t.shape[1])) for t in parts])
 
 
 def _attention_window(model: Any) -> float:
