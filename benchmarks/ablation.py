@@ -107,6 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ThreadPoolExecutor(given.workers) as pool:
         running = [pool.submit(_process, key, given.data, given.pretrained) for key in missing]
         for future in as_completed(running):
+            if future.exception():
+                # The other runs are worth keeping all the same.
+                print(future.exception(), file=sys.stderr, flush=True)
+                continue
             result = future.result()
             done.append(result)
             with given.results.open("a") as file:
@@ -225,7 +229,7 @@ def _train_ia3(
     method: str,
 ) -> int:
     from ia3 import IA3Config, IA3Model
-    from ia3.estimator import SITES
+    from ia3.adapted import SITES
     from ia3.store import read_adapter
     from ia3.tfew.training import TFewConfig, train
 

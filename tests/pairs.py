@@ -25,13 +25,15 @@ def adapted_pair(
 ) -> list[Adapted]:
     """Ours, PEFT's and, for bfloat16, PEFT's on the same weights in float32.
 
-    All have the same random vectors; the first adapter is active.
+    All have the same random vectors; the first adapter is active. Ours rescales as PEFT does, by
+    the plain product.
 
     Args:
         make: the base model in a dtype, the same bits every time.
         modules: arguments of both `IA3Config`s.
     """
     ours = ia3.get_peft_model(make(dtype), ia3.IA3Config(**modules), adapters[0])
+    ours.use_plain_product()
     models: list[Adapted] = [ours, _pefts(make(dtype), modules, adapters[0])]
     if dtype != torch.float32:
         models.append(_pefts(make(dtype).float(), modules, adapters[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     Gemma3TextConfig,
+    LlamaConfig,
     MixtralConfig,
     OPTConfig,
     Phi3Config,
@@ -24,7 +26,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ia3.hoisting import up_projection
+from ia3 import IA3Config, IA3Model
+from ia3.hoisting import Carriers, up_projection
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -321,3 +324,186 @@ def test_misleading(mlp: type[Gated]) -> None:
     assert up_projection(nn.Sequential(module), "0.down_proj") is None
     assert all(part.training for part in module.modules())
     assert not any("forward" in vars(part) for part in module.modules())
+
+
+# -- rescaled there --------------------------------------------------------------------------------
+
+
+def llama() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "num_hidden_layers": 2})).eval()
+
+
+def adapted(base: nn.Module, **modules: object) -> IA3Model:
+    model = IA3Model(base, IA3Config(task_type="CAUSAL_LM", **modules))  # type: ignore[arg-type]
+    for seed, vector in enumerate(model.vectors("default").values()):
+        with torch.no_grad():
+            vector.copy_(1 + 0.5 * seeded(*vector.shape, seed=seed))
+    return model
+
+
+def seeded(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+IDS = torch.arange(1, 13).reshape(2, 6)
+
+
+def result(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=IDS).logits
+    return logits
+
+
+def plain_result(model: IA3Model) -> Tensor:
+    model.use_plain_product()
+    logits = result(model)
+    model.use_plain_product(False)
+    return logits
+
+
+def saved_bytes(model: nn.Module) -> int:
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            # Held, so that no address is used twice.
+            storages[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()  # type: ignore[operator]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(inputs_embeds=embedded, labels=IDS)
+    return sum(size for size, _ in storages.values())
+
+
+def test_no_feed_forward_activation_is_kept() -> None:
+    base = llama()
+    frozen = saved_bytes(base)
+    model = adapted(base)
+    least = saved_bytes(model)
+    model.use_plain_product()
+    plain = saved_bytes(model)
+    feed_forward = 2 * IDS.numel() * 48 * 4
+    keys_and_values = 2 * 2 * IDS.numel() * 16 * 4
+    divisors = 2 * (48 + 2 * 16) * 4
+    assert plain - least >= feed_forward - divisors
+    assert least - frozen <= keys_and_values + divisors
+
+
+def test_the_file_is_the_same_whichever_side_was_used(tmp_path: Path) -> None:
+    model = adapted(llama())
+    model.save_pretrained(tmp_path / "least")
+    model.use_plain_product()
+    model.save_pretrained(tmp_path / "plain")
+    names = sorted(path.name for path in (tmp_path / "least").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "plain").iterdir())
+    for name in names:
+        content = (tmp_path / "least" / name).read_bytes()
+        assert content == (tmp_path / "plain" / name).read_bytes()
+
+
+@pytest.mark.parametrize("modules", [{}, {"target_modules": "all-linear"}], ids=str)
+def test_gradients_are_the_plain_products(modules: dict[str, object]) -> None:
+    model = adapted(llama().double(), **modules)
+    gradients = []
+    for plain in (True, False):
+        model.use_plain_product(plain)
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append({n: v.grad.clone() for n, v in model.vectors("default").items()})  # type: ignore[union-attr]
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_adapters_added_later_are_rescaled_alike() -> None:
+    model = adapted(llama())
+    model.use_plain_product()
+    model.add_adapter("outputs", IA3Config(target_modules=["up_proj"], feedforward_modules=[]))
+    for seed, vector in enumerate(model.vectors("outputs").values()):
+        vector.data.copy_(1 + 0.5 * seeded(*vector.shape, seed=90 + seed))
+    model.set_adapter(["default", "outputs"])
+    torch.testing.assert_close(result(model), plain_result(model))
+    model.set_adapter("outputs")
+    torch.testing.assert_close(result(model), plain_result(model))
+    model.delete_adapter("default")
+    torch.testing.assert_close(result(model), plain_result(model))
+
+
+class Around(nn.Module):
+    """As other libraries put their adapters around a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.extra = nn.Linear(32, 48, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base_layer(x) + self.extra(x)
+        return result
+
+
+@pytest.mark.parametrize("how", ["around", "another"])
+def test_a_layer_replaced_later_does_not_lose_the_vector(how: str) -> None:
+    """Its output is not the one that was proven: the vector goes back to the down projection."""
+    base = llama()
+    model = adapted(base)
+    mlp = base.get_submodule(LLAMA_MLP)
+    torch.manual_seed(1)
+    up = mlp.get_submodule("up_proj")
+    mlp.up_proj = Around(up) if how == "around" else nn.Linear(32, 48, bias=False)
+    replaced = result(model)
+    assert not torch.allclose(replaced, result(model.unload()))
+    torch.testing.assert_close(replaced, plain_result(adapted_alike(base)))
+
+
+def adapted_alike(base: nn.Module) -> IA3Model:
+    return adapted(base, target_modules=["k_proj", "v_proj", "down_proj"])
+
+
+def test_changed_vectors_are_heeded_by_the_next_call() -> None:
+    """Products are kept between calls: a step, a load, a cast or an exchange must not be missed."""
+    model = adapted(llama())
+    vectors = model.vectors("default")
+    before = result(model)
+    with torch.no_grad():
+        for vector in vectors.values():
+            vector.mul_(1.1)
+    stepped = result(model)
+    assert not torch.allclose(stepped, before)
+    torch.testing.assert_close(stepped, plain_result(model))
+    for vector in vectors.values():
+        vector.data = torch.ones_like(vector)
+    torch.testing.assert_close(result(model), result(model.get_base_model()))
+    exchanged = result(model)
+    model.double()
+    torch.testing.assert_close(result(model).float(), exchanged)
+    model.unload()
+
+
+class Halving(nn.Module):
+    """Gated by a setting that no submodule shows."""
+
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.gated = gated
+        self.gate_proj = nn.Linear(32, 48, bias=False)
+        self.up_proj = nn.Linear(32, 48, bias=False)
+        self.down_proj = nn.Linear(48, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        inner = torch.sigmoid(gate) * (up if self.gated else torch.tanh(up))
+        result: Tensor = self.down_proj(inner)
+        return result
+
+
+def test_blocks_made_alike_are_tried_out_once_and_others_apart() -> None:
+    model = nn.Sequential(*[Halving(gated) for gated in (True, True, False, True, False)])
+    carriers = Carriers(model)
+    found = [carriers.of(f"{i}.down_proj") for i in range(5)]
+    assert [carrier is not None for carrier in found] == [True, True, False, True, False]
+    for i, carrier in enumerate(found):
+        assert carrier is None or carrier.module is model[i].up_proj

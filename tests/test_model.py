@@ -124,7 +124,7 @@ def test_logits_gradients_and_merge_are_pefts(
         expected = theirs[name].grad
         assert expected is not None
         assert vector.grad is not None
-        assert relative(vector.grad, expected) < 1e-6, name
+        assert relative(vector.grad, expected) < 2e-6, name
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [
         f"model.{name}.ia3_l.default" for name in model.vectors("default")
     ]

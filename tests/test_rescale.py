@@ -35,14 +35,14 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("form", [{}, {"keep_result": True}, {"in_place": True}], ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 8), (5, 8), (2, 2, 3, 8)])
-def test_gradient_is_the_derivative(in_place: bool, shape: tuple[int, ...]) -> None:
+def test_gradient_is_the_derivative(form: dict[str, bool], shape: tuple[int, ...]) -> None:
     activation = seeded(*shape).requires_grad_()
     vector = torch.tensor(AWKWARD, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         # The clone is the fresh output of some layer.
-        lambda a, v: rescale(a.clone(), v, in_place=in_place).sin(),
+        lambda a, v: rescale(a.clone(), v, **form).sin(),
         (activation, vector),
     )
 
@@ -115,8 +115,6 @@ def test_without_in_place_the_activation_is_left_alone() -> None:
 @pytest.mark.parametrize(
     "activation",
     [
-        pytest.param(seeded(2, 12).view(2, 3, 4), id="view"),
-        pytest.param(seeded(3, 8)[:, :4], id="slice"),
         pytest.param(seeded(3, 4, dtype=torch.float16), id="float16"),
         pytest.param(seeded(4), id="one axis"),
     ],
@@ -128,6 +126,20 @@ def test_what_cannot_be_exact_in_place_is_left_alone(activation: Tensor) -> None
     assert torch.equal(activation, before)
     assert torch.equal(result, (before * vector).to(before.dtype))
     assert result.dtype == before.dtype
+
+
+@pytest.mark.parametrize(
+    "activation", [seeded(2, 12).view(2, 3, 4), seeded(3, 8)[:, :4]], ids=["view", "slice"]
+)
+def test_a_view_is_not_written_over_in_training(activation: Tensor) -> None:
+    before = activation.clone()
+    vector = torch.tensor(AWKWARD[:4], dtype=torch.float64)
+    result = rescale(activation, vector.clone().requires_grad_(), in_place=True)
+    assert torch.equal(activation, before)
+    torch.testing.assert_close(result, before * vector, rtol=0, atol=1e-15)
+    assert torch.autograd.gradcheck(
+        lambda v: rescale(activation, v, in_place=True).sin(), (vector.requires_grad_(),)
+    )
 
 
 def test_float16_vector_has_a_finite_gradient() -> None:
@@ -178,11 +190,12 @@ def test_output_changed_afterwards_raises() -> None:
         result.sum().backward()
 
 
-def test_in_place_saves_no_second_copy() -> None:
+@pytest.mark.parametrize("form", [{"keep_result": True}, {"in_place": True}], ids=str)
+def test_keeping_the_result_saves_no_second_copy(form: dict[str, bool]) -> None:
     """A linear layer reading y′ keeps it anyway: with the operation itself, one tensor in all."""
     reader = nn.Linear(16, 16, bias=False, dtype=torch.float64)
 
-    def saved_bytes(in_place: bool) -> int:
+    def saved_bytes(**form: bool) -> int:
         storages: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -193,12 +206,12 @@ def test_in_place_saves_no_second_copy() -> None:
         activation = seeded(100, 16).requires_grad_()
         vector = torch.ones(16, dtype=torch.float64, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = reader(rescale(activation.clone(), vector, in_place=in_place)).sum()
+            loss = reader(rescale(activation.clone(), vector, **form)).sum()
         loss.backward()
         return sum(storages.values())
 
     activation_bytes = 100 * 16 * 8
-    assert saved_bytes(True) + activation_bytes <= saved_bytes(False) + 16 * 8
+    assert saved_bytes(**form) + activation_bytes <= saved_bytes() + 16 * 8
 
 
 @settings(max_examples=60, deadline=None)

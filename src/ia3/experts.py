@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers.integrations import moe
 
 from .errors import IA3Error
-from .rescale import IN_PLACE_DTYPES, SMALLEST_DIVISOR
+from .rescale import DIVIDING_DTYPES, SMALLEST_DIVISOR
 
 # These multiply by `module.gate_up_proj` and `module.down_proj` with the functions below; others
 # hand them to kernels of their own, which want tensors.
@@ -156,7 +156,7 @@ def _inner_axis(module: nn.Module) -> int:
     up, down = _up_weight(module), module.get_parameter("down_proj")
     assert up is not None
     for weight in (up, down):
-        if weight.dtype not in (*IN_PLACE_DTYPES, torch.float16):
+        if weight.dtype not in (*DIVIDING_DTYPES, torch.float16):
             raise IA3Error(
                 f"the experts of a {type(module).__name__} are {weight.dtype}, expected weights "
                 "of 16, 32 or 64-bit floats: load the model without quantizing its experts"
@@ -230,7 +230,7 @@ def _way(module: nn.Module, vectors: Tensor) -> Way:
         getattr(type(module), "_apply_gate", None) is moe._default_apply_gate
         and not getattr(module, "has_bias", False)
         and type(weight) is nn.Parameter
-        and vectors.dtype in IN_PLACE_DTYPES
+        and vectors.dtype in DIVIDING_DTYPES
         and not _traced()
     ):
         return "up"
@@ -400,7 +400,7 @@ def _scale(values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int) -> T
 def _scale_upper(values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int) -> Tensor:
     """The same for the second half of an axis twice as long, written into the values: these are
     the result of a product, which nobody holds."""
-    if type(values) is not Tensor or values.dtype not in IN_PLACE_DTYPES or values._is_view():
+    if type(values) is not Tensor or values.dtype not in DIVIDING_DTYPES or values._is_view():
         factor = _factor(vectors, rows, values.dim(), axis)
         return _upper_multiplied(values, factor, axis)
     if torch.is_grad_enabled() and (values.requires_grad or vectors.requires_grad):

@@ -8,16 +8,77 @@ pass needs anyway, and where a merge scales rows instead of columns.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .activations import device_of, linear_features
+from .targets import ATTRIBUTE
 
 TOKENS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Carrier:
+    """The layer whose output is rescaled instead of a down projection's input.
+
+    Attributes:
+        name: its name among the MLP's children.
+        module: the layer.
+        siblings: the MLP's children, as the MLP itself holds them.
+    """
+
+    name: str
+    module: nn.Module
+    siblings: dict[str, nn.Module | None]
+
+    def in_place(self) -> bool:
+        """Whether the MLP still has this very layer: somebody may have put another there."""
+        return self.siblings.get(self.name) is self.module
+
+
+class Carriers:
+    """The carriers of one model's down projections; MLPs that are made alike are tried out once.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._found: dict[Hashable, str | None] = {}
+
+    def of(self, down_name: str) -> Carrier | None:
+        """The carrier for a down projection's input; `None` where there is none."""
+        parent_name, _, down = down_name.rpartition(".")
+        parent = self._model.get_submodule(parent_name)
+        kind = (down, _kind(parent))
+        if kind not in self._found or kind[1] is None:
+            self._found[kind] = up_projection(parent, down)
+        name = self._found[kind]
+        return name and Carrier(name, parent.get_submodule(name), parent._modules)  # type: ignore[return-value]
+
+
+def _kind(parent: nn.Module) -> Hashable | None:
+    """Equal for MLPs of one class whose parts and settings are the same; `None`: like no other."""
+    parts: list[Hashable] = []
+    for name, module in parent.named_modules():
+        if name.endswith(ATTRIBUTE):
+            continue
+        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        settings = [
+            # What is no plain value is the same only if it is the same object.
+            (key, value if isinstance(value, int | float | str | None) else id(value))
+            for key, value in module.__dict__.items()
+            if key != "training" and not key.startswith("_")
+        ]
+        parts.append((name, type(module), *settings))
+    return tuple(parts)
 
 
 def up_projection(model: nn.Module, down_name: str) -> str | None:

@@ -33,6 +33,7 @@ from .errors import IA3Error, did_you_mean
 from .files import check_folder, write_files
 from .fingerprint import fingerprint
 from .fusing import fuse, is_fused, site_in, unfuse
+from .hoisting import Carriers
 from .hub import HubOptions, adapter_folder
 from .integrations.transformers import known_to_trainer
 from .merging import Merge
@@ -88,6 +89,7 @@ class IA3Model(nn.Module):
     _trained_before: list[str]
     _ignored_before: set[str] | list[str] | None
     _requires_input_grads: bool
+    _plain: bool
 
     def __init__(
         self,
@@ -306,6 +308,21 @@ class IA3Model(nn.Module):
 
     # -- computing --------------------------------------------------------------------------------
 
+    def use_plain_product(self, plain: bool = True) -> None:
+        """Rescale by activation ⊙ vector at the very module, as PEFT does, or where it costs least.
+
+        By default vectors are applied in place where nobody else holds the activation, and those of
+        a gated MLP's down projection on the up projection's output, where a probe has shown that
+        it is the same. That keeps no copy of an activation for the gradients. It rounds elsewhere:
+        in bfloat16 a vector's gradient comes from a rounded result.
+
+        Args:
+            plain: false to go back.
+        """
+        self._plain = plain
+        for _, _, site in self._sites():
+            site.in_place = not plain
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, with the active adapters."""
         return self.model(*args, **kwargs)
@@ -462,8 +479,11 @@ class IA3Model(nn.Module):
             displace(module)
         for _, module, _ in self._copies():
             release(module)
+        parameters = dict(self.model.named_parameters())
         for name in self._trained_before:
-            self.model.get_parameter(name).requires_grad_(True)
+            # Somebody may have put another module in its place.
+            if name in parameters:
+                parameters[name].requires_grad_(True)
         if self._requires_input_grads:
             self.model.disable_input_require_grads()  # type: ignore[operator]
             self._requires_input_grads = False
@@ -698,6 +718,7 @@ class IA3Model(nn.Module):
         self._attachments = Attachments(model)
         self._fused = []
         self._requires_input_grads = False
+        self._plain = False
         self.model = model
         self._trained_before = [name for name, p in model.named_parameters() if p.requires_grad]
         self._ignored_before = getattr(model, "_keys_to_ignore_on_save", None)
@@ -753,6 +774,7 @@ class IA3Model(nn.Module):
                     stacklevel=4,
                 )
         new = False
+        carriers = Carriers(self.model)
         for target in targets:
             module = modules[target.name]
             new = new or site_of(module) is None
@@ -766,7 +788,9 @@ class IA3Model(nn.Module):
                 vector = torch.ones(shape, device=device)
             else:
                 vector = torch.randn(shape, device=device)
-            place(module, target).add(adapter_name, vector, target.frozen)
+            site = place(module, target, carriers)
+            site.in_place = not self._plain
+            site.add(adapter_name, vector, target.frozen)
         if new or saved:
             self._attachments.forget()
         for name in saved:

@@ -1,10 +1,11 @@
 """The operation of (IA)³, activation ⊙ vector, and its gradient (paper section 3.3).
 
-The plain product keeps a copy of the activation for the backward pass. Where the activation is
-fresh (nobody else holds it), it can be scaled in place and the vector's gradient had from the
-scaled result y′ instead, which the next operation tends to save anyway:
+The plain product keeps the activation y for the backward pass. The vector's gradient can be had
+from the scaled result y′ instead, which the next operation tends to save anyway:
 
     ∂loss/∂l = Σ (g ⊙ y) = Σ (g ⊙ y′) / l
+
+And where the activation is fresh (nobody else holds it), y′ can be written over it.
 """
 
 from __future__ import annotations
@@ -19,22 +20,25 @@ from torch.autograd.function import once_differentiable
 # by it in the training forward: y · 1e-20 vanishes beside anything it is added to, and the gradient
 # stays exact. float16 cannot hold it and takes the plain product.
 SMALLEST_DIVISOR = 1e-20
-IN_PLACE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DIVIDING_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-class _RescaleInPlace(torch.autograd.Function):
+class _KeepResult(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, activation: Tensor, vector: Tensor) -> Tensor:
+    def forward(ctx: Any, activation: Tensor, vector: Tensor, in_place: bool) -> Tensor:
         near_zero = vector.abs() < SMALLEST_DIVISOR
         divisor = vector.masked_fill(near_zero, SMALLEST_DIVISOR)
-        activation.mul_(divisor)
-        ctx.mark_dirty(activation)
-        ctx.save_for_backward(activation, divisor)
-        return activation
+        if in_place:
+            scaled = activation.mul_(divisor)
+            ctx.mark_dirty(scaled)
+        else:
+            scaled = (activation * divisor).to(activation.dtype)
+        ctx.save_for_backward(scaled, divisor)
+        return scaled
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
         scaled, divisor = ctx.saved_tensors
         grad_activation = grad_vector = None
@@ -44,17 +48,24 @@ class _RescaleInPlace(torch.autograd.Function):
             wide = torch.promote_types(grad.dtype, divisor.dtype)
             product = grad.to(wide) * scaled.to(wide)
             grad_vector = product.flatten(0, -2).sum(0) / divisor
-        return grad_activation, grad_vector
+        return grad_activation, grad_vector, None
 
 
-def rescale(activation: Tensor, vector: Tensor, *, in_place: bool = False) -> Tensor:
+def rescale(
+    activation: Tensor, vector: Tensor, *, keep_result: bool = False, in_place: bool = False
+) -> Tensor:
     """Multiply the last axis of an activation by a vector.
+
+    Any other shapes that broadcast take the plain product.
 
     Args:
         activation: `[..., dim]`, any floating dtype.
         vector: `[dim]`. The product is taken in the wider of the two dtypes and rounded once.
-        in_place: the activation is fresh, so that it may be overwritten. Ignored where that would
-            not be exact or not be traceable (float16, views, `torch.compile`, `torch.func`).
+        keep_result: take the vector's gradient from the result, so that the activation need not be
+            kept. Values nearer to zero than 1e-20 then count as 1e-20. Ignored where that would not
+            be exact or not be traceable (float16, `torch.compile`, `torch.func`).
+        in_place: the activation is fresh: write over it; implies `keep_result`. A view is not
+            written over where gradients are wanted.
 
     Returns:
         `[..., dim]` in the activation's dtype; the same tensor object when written in place.
@@ -62,16 +73,19 @@ def rescale(activation: Tensor, vector: Tensor, *, in_place: bool = False) -> Te
     if activation.is_nested:
         parts = [rescale(part, vector) for part in activation.unbind()]
         return torch.nested.as_nested_tensor(parts)
-    if (
-        not in_place
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or activation.dtype not in IN_PLACE_DTYPES
-        or vector.dtype not in IN_PLACE_DTYPES
-        or activation._is_view()
-        or activation.dim() < 2
-    ):
-        return (activation * vector).to(activation.dtype)
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if torch.is_grad_enabled() and vector.requires_grad:
-        return _RescaleInPlace.apply(activation, vector)  # type: ignore[no-any-return, no-untyped-call]
-    return activation.mul_(vector)
+        if (
+            not (keep_result or in_place)
+            or traced
+            or activation.dtype not in DIVIDING_DTYPES
+            or vector.dtype not in DIVIDING_DTYPES
+            or activation.dim() < 2
+            or vector.dim() > 1
+        ):
+            return (activation * vector).to(activation.dtype)
+        in_place = in_place and not activation._is_view()
+        return _KeepResult.apply(activation, vector, in_place)  # type: ignore[no-any-return, no-untyped-call]
+    if in_place and not traced and not (activation.requires_grad and activation._is_view()):
+        return activation.mul_(vector)
+    return (activation * vector).to(activation.dtype)

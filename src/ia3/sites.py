@@ -6,7 +6,7 @@ Its vectors are its parameters, one per adapter, so that they move, save and tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from . import experts
 from .activations import device_of
 from .copies import allow_plain_checkpoint, copies_of
 from .errors import IA3Error
+from .hoisting import Carrier, Carriers
 from .rescale import rescale
 from .structure import Frozen
 from .targets import ATTRIBUTE, Target
@@ -27,6 +28,14 @@ class Site(nn.Module):
     """Every adapter's vector at one activation of one base module.
 
     Vectors have PEFT's shapes (`Activation.shape`) and are float32 whatever the base's dtype.
+
+    Attributes:
+        carrier: of a down projection's input, the layer whose output is rescaled instead.
+        in_place: rescale where it costs the least memory; else by the plain product, at the module
+            itself.
+        in_block: the fused layer that the module is part of multiplies by the vectors (fusing.py).
+        active: the adapters whose vectors multiply now.
+        merged: the adapters that are part of the weights.
     """
 
     def __init__(self, target: Target) -> None:
@@ -36,9 +45,12 @@ class Site(nn.Module):
         self.frozen: dict[str, Frozen] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
-        # The fused layer that the module is in multiplies by the vectors (fusing.py).
+        self.carrier: Carrier | None = None
+        self.in_place = True
         self.in_block = False
-        self._handle: RemovableHandle | experts.Handle | None = None
+        self._handles: tuple[RemovableHandle | experts.Handle, ...] = ()
+        # The product of the active vectors, and the state of the vectors that it is of.
+        self._kept: tuple[object, Tensor] | None = None
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
     @property
@@ -128,19 +140,22 @@ class Site(nn.Module):
             here = tuple(name for name in here if name not in self.merged) if among else ()
         # Not setattr: a module's looks through all that it holds.
         self.__dict__["active"] = here
+        self.__dict__["_kept"] = None
         wanted = bool(here) and not self.in_block
-        if wanted and self._handle is None:
-            if self.side == "inner":
-                self._handle = experts.attach(module, self.active_product)
-            elif self.side == "input":
-                self._handle = module.register_forward_pre_hook(
-                    self._rescale_input, with_kwargs=True
-                )
-            else:
-                self._handle = module.register_forward_hook(self._rescale_output)
-        elif not wanted and self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        if wanted is not bool(self._handles):
+            for handle in self._handles:
+                handle.remove()
+            self._handles = self._hooks(module) if wanted else ()
+
+    def _hooks(self, module: nn.Module) -> tuple[RemovableHandle | experts.Handle, ...]:
+        if self.side == "inner":
+            return (experts.attach(module, self.active_product),)
+        if self.side == "output":
+            return (module.register_forward_hook(self._rescale_output),)
+        at_input = module.register_forward_pre_hook(self._rescale_input, with_kwargs=True)
+        if self.carrier is None:
+            return (at_input,)
+        return at_input, self.carrier.module.register_forward_hook(self._rescale_carrier)
 
     def product(self, adapters: tuple[str, ...]) -> Tensor:
         """The product of the adapters' vectors, `Activation.factor_shape`."""
@@ -150,21 +165,67 @@ class Site(nn.Module):
         return product.reshape(self.activation.factor_shape)
 
     def active_product(self) -> Tensor:
-        """The product of the active adapters' vectors."""
-        return self.product(self.active)
+        """The product of the active adapters' vectors; computed once where no gradient is wanted.
 
-    def _rescale_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return rescale(output, self.product(self.active), in_place=is_fresh(module, own_hooks=1))
+        Not kept where values can change without a trace (meta device, inference mode), or are no
+        values at all (traced code).
+        """
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return self.product(self.active)
+        vectors = [self._parameters[name] for name in self.active]
+        if not all(
+            type(v) is nn.Parameter and not v.is_inference() and not v.is_meta for v in vectors
+        ):
+            return self.product(self.active)
+        state = [(v.data_ptr(), v._version) for v in vectors]  # type: ignore[union-attr]
+        kept = self._kept
+        if kept is None or kept[0] != state:
+            kept = state, self.product(self.active).detach()
+            self.__dict__["_kept"] = kept
+        return kept[1]
+
+    def _rescale_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if len(module._forward_hooks) > 1 and _carries(module):
+            return None
+        return rescale(
+            output,
+            self.active_product(),
+            keep_result=self.in_place,
+            in_place=self.in_place and is_fresh(module, own_hooks=1),
+        )
+
+    def _rescale_carrier(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not self._is_carried():
+            return None
+        product = self.active_product()
+        own = site_of(module)
+        hooks = 1
+        if own is not None and own.active:
+            # In place twice would overwrite what the first time is kept for the gradient.
+            product = product * own.active_product()
+            hooks = 2
+        return rescale(
+            output, product, keep_result=True, in_place=is_fresh(module, own_hooks=hooks)
+        )
 
     def _rescale_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._is_carried():
+            return None
         # Never in place: siblings may read the same input, and a ReLU before it keeps it.
-        product = self.product(self.active)
+        product = self.active_product()
         if args:
             return (rescale(args[0], product), *args[1:]), kwargs
         name = next(iter(kwargs))
         return (), {**kwargs, name: rescale(kwargs[name], product)}
+
+    def _is_carried(self) -> bool:
+        return self.in_place and self.carrier is not None and self.carrier.in_place()
 
 
 def site_of(module: nn.Module) -> Site | None:
@@ -242,6 +303,15 @@ def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
             yield name, module, site
 
 
+def _carries(module: nn.Module) -> bool:
+    """Whether a down projection's site rescales this module's output, by both vectors at once."""
+    hooks: Iterable[Any] = module._forward_hooks.values()
+    return any(
+        getattr(hook, "__func__", None) is Site._rescale_carrier and hook.__self__._is_carried()
+        for hook in hooks
+    )
+
+
 def check_free(module: nn.Module, target: Target) -> None:
     """Raise `IA3Error` where another adapter's use of the module rules this one out."""
     site = site_of(module)
@@ -257,7 +327,7 @@ def check_free(module: nn.Module, target: Target) -> None:
         )
 
 
-def place(module: nn.Module, target: Target) -> Site:
+def place(module: nn.Module, target: Target, carriers: Carriers) -> Site:
     """The module's site, registered on it now if it has none."""
     site = site_of(module)
     if site is None:
@@ -265,6 +335,8 @@ def place(module: nn.Module, target: Target) -> Site:
         # would go on with the adapters that were active when it was compiled.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         site = Site(target).to(device_of(module))
+        if site.side == "input":
+            site.carrier = carriers.of(target.name)
         module.add_module(ATTRIBUTE, site)
     return site
 
