@@ -66,7 +66,7 @@ FUNCTIONS: dict[GateActivation, _Function] = {
 
 # How many values of a tensor a CPU works on at a time: what one step of a chunk writes is in the
 # cache when the next one reads it.
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 
 
 def gated_product(

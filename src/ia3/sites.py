@@ -33,6 +33,7 @@ class Site(nn.Module):
         carrier: of a down projection's input, the layer whose output is rescaled instead.
         in_place: rescale where it costs the least memory; else by the plain product, at the module
             itself.
+        in_block: the fused layer that the module is part of multiplies by the vectors (fusing.py).
         active: the adapters whose vectors multiply now.
         merged: the adapters that are part of the weights.
     """
@@ -44,10 +45,9 @@ class Site(nn.Module):
         self.frozen: dict[str, Frozen] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
-        # The fused layer that the module is in multiplies by the vectors (fusing.py).
-        self.in_block = False
         self.carrier: Carrier | None = None
         self.in_place = True
+        self.in_block = False
         self._handles: tuple[RemovableHandle | experts.Handle, ...] = ()
         # The product of the active vectors, and the state of the vectors that it is of.
         self._kept: tuple[object, Tensor] | None = None
