@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -27,10 +27,6 @@ from .losses import TokenScores
 # leave more padding at their ends.
 ONE_ROW = 384
 PACKED_LENGTH = 192
-
-# Owners of the positions that belong to no example: the common prefix, and the padding.
-_EVERYBODY = -1
-_NOBODY = -2
 
 
 @dataclass
@@ -61,7 +57,10 @@ class Targets:
 
 
 class TreeRow:
-    """A row of examples in which every choice sees its prompt and itself, and no other sees it.
+    """A row of examples whose choices branch off from their prompts.
+
+    A token stands in it once for all choices that have the same tokens up to it. Whatever follows a
+    token stands behind it, one branch after the other (depth first).
 
     Args:
         start: the row's first position in the flattened batch.
@@ -70,87 +69,97 @@ class TreeRow:
     Attributes:
         ids: token ids, `[length]`.
         positions: where each would stand in a row of its own.
-        owner: the example a token belongs to.
-        branch: 0 in a prompt, else the number of the choice.
     """
 
     def __init__(self, start: int, prefix: Sequence[int] = ()) -> None:
         self.ids = list(prefix)
         self.positions = list(range(len(prefix)))
-        self.owner = [_EVERYBODY] * len(prefix)
-        self.branch = [0] * len(prefix)
         self._start = start
 
     def append(self, index: int, example: EncodedExample, shared: int, targets: Targets) -> None:
         """Put an example into the row, less the first tokens of its prompt, which are elsewhere."""
-        prompt = example.prompt
-        self._extend(prompt[shared:], shared, index, 0)
-        end = self._last
+        self._extend(example.prompt[shared:], shared)
+        predicts = {(): self._last}
+        for beginning in _beginnings(example.choices):
+            self._extend(beginning[-1:], len(example.prompt) + len(beginning) - 1)
+            predicts[beginning] = self._last
         for c, choice in enumerate(example.choices):
-            targets.score(end, choice[0], (index, c, 0))
-            # A choice's last token predicts nothing that is scored.
-            for t, (token, following) in enumerate(pairwise(choice)):
-                self._extend((token,), len(prompt) + t, index, c + 1)
-                targets.score(self._last, following, (index, c, t + 1))
+            for t, token in enumerate(choice):
+                targets.score(predicts[choice[:t]], token, (index, c, t))
 
     def pad(self, length: int, token: int) -> None:
         """Fill the row up with tokens that nobody sees."""
         count = length - len(self.ids)
         self.ids += [token] * count
         self.positions += [0] * count
-        self.owner += [_NOBODY] * count
-        self.branch += [0] * count
+
+    def ends(self) -> list[int]:
+        """Up to where each position is seen: all that follows it stands at later positions."""
+        ends = [len(self.ids)] * len(self.ids)
+        path: list[int] = []
+        for place, position in enumerate(self.positions):
+            while path and self.positions[path[-1]] >= position:
+                ends[path.pop()] = place
+            path.append(place)
+        return ends
 
     @property
     def _last(self) -> int:
         return self._start + len(self.ids) - 1
 
-    def _extend(self, ids: Sequence[int], position: int, owner: int, branch: int) -> None:
+    def _extend(self, ids: Sequence[int], position: int) -> None:
         self.ids += ids
         self.positions += range(position, position + len(ids))
-        self.owner += [owner] * len(ids)
-        self.branch += [branch] * len(ids)
+
+
+def tree_length(example: EncodedExample) -> int:
+    """How many positions an example takes up in a row of its own."""
+    return len(example.prompt) + len(_beginnings(example.choices))
+
+
+def _beginnings(choices: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """All that choices begin with, each once and before what goes on from it (sorted: depth first).
+
+    Not the choices themselves: their last tokens predict nothing that is scored.
+    """
+    return sorted({choice[:t] for choice in choices for t in range(1, len(choice))})
 
 
 def tree_inputs(
-    base: BaseModel, rows: Sequence[TreeRow], *, hide_other_choices: bool = True
+    base: BaseModel, rows: Sequence[TreeRow], *, hide_others: bool = True
 ) -> dict[str, Tensor]:
     """The model's arguments for rows of one length: ids, a mask of four dimensions, positions.
 
     Args:
         base: the model.
         rows: `[rows]`.
-        hide_other_choices: false only to find out whether a model heeds the mask.
+        hide_others: false only to find out whether a model heeds the mask.
     """
 
     def stacked(part: list[list[int]]) -> Tensor:
         return torch.tensor(part, device=base.device)
 
+    ends = [row.ends() if hide_others else [len(row.ids)] * len(row.ids) for row in rows]
     return {
         "input_ids": stacked([row.ids for row in rows]),
-        "attention_mask": _tree_mask(
-            stacked([row.owner for row in rows]),
-            stacked([row.branch for row in rows]),
-            compute_dtype(base.model),
-            hide_other_choices,
-        ),
+        "attention_mask": _tree_mask(stacked(ends), compute_dtype(base.model)),
         "position_ids": stacked([row.positions for row in rows]),
     }
 
 
 def shared_scores(
-    base: BaseModel, examples: Sequence[EncodedExample], *, hide_other_choices: bool = True
+    base: BaseModel, examples: Sequence[EncodedExample], *, hide_others: bool = True
 ) -> TokenScores:
     """Every prompt once, with all its choices; what all prompts begin with once a row.
 
     Args:
         base: a decoder-only model that takes the mask.
         examples: of any number of choices.
-        hide_other_choices: false only to find out whether a model heeds the mask.
+        hide_others: false only to find out whether a model heeds the mask.
     """
     prefix = common_prefix(examples)
     shared = len(prefix)
-    lengths = [len(e.prompt) - shared + sum(len(c) - 1 for c in e.choices) for e in examples]
+    lengths = [tree_length(e) - shared for e in examples]
     one_row = shared + sum(lengths) <= ONE_ROW
     # Where much is shared, every row computes it again: fewer and longer ones then.
     capacity = sum(lengths) if one_row else max(PACKED_LENGTH + 2 * shared, *lengths)
@@ -164,27 +173,20 @@ def shared_scores(
             row.append(i, examples[i], shared, targets)
         row.pad(length, _pad_token(base))
         rows.append(row)
-    inputs = tree_inputs(base, rows, hide_other_choices=hide_other_choices)
+    inputs = tree_inputs(base, rows, hide_others=hide_others)
     return scores(base, examples, targets, **inputs, use_cache=False)
 
 
-def _tree_mask(
-    owner: Tensor, branch: Tensor, dtype: torch.dtype, hide_other_choices: bool
-) -> Tensor:
+def _tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
     """The additive mask `[rows, 1, length, length]`: 0 where a position sees, else the minimum.
 
     Args:
-        owner: `[rows, length]`, the example a position belongs to, or one of the two below.
-        branch: `[rows, length]`, 0 in a prompt, else the number of the choice.
+        ends: `[rows, length]`, up to where a position is seen, from itself on.
         dtype: of the mask.
-        hide_other_choices: as in `tree_inputs`.
     """
-    length = owner.shape[1]
-    sees = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == _EVERYBODY)
-    sees &= torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()
-    if hide_other_choices:
-        sees &= (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    mask = torch.zeros(sees.shape, dtype=dtype, device=owner.device)
+    places = torch.arange(ends.shape[1], device=ends.device)
+    sees = (places[:, None] >= places) & (places[:, None] < ends[:, None, :])
+    mask = torch.zeros(sees.shape, dtype=dtype, device=ends.device)
     return mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
 
