@@ -375,11 +375,10 @@ def test_what_choices_begin_with_is_computed_once():
     with torch.no_grad():
         assert shares_prompt(base)
         tokens.clear()
-        # Groups that fit are larger, too: all 15 tokens are one.
         scores = token_scores(base, [example], max_tokens=15)
         handle.remove()
         assert_plain(base, [example], scores)
-    # The prompt, its four common tokens, and the 9 that two go on with.
+    # The prompt, what all begin with, and the 9 that two go on with; last tokens predict nothing.
     assert tokens == [10 + 4 + 1]
 
 

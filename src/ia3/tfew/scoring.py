@@ -2,9 +2,9 @@
 
 A decoder-only model gets the prompt and all its choices in one sequence: each choice sees the
 prompt and itself (a tree mask), at the positions it would have alone, so that the prompt is
-computed once, and so is what several choices begin with. Short examples are packed into rows of one length, so that no padding is computed
-either, and what all prompts of a batch begin with (an instruction, a chat template's opening) is
-computed once a row.
+computed once, and so is what several choices begin with. Short examples are packed into rows of one
+length, so that no padding is computed either, and what all prompts of a batch begin with (an
+instruction, a chat template's opening) is computed once a row.
 
 Not every architecture takes a tree mask. `shares_prompt` tries it out on the model itself; where
 the scores differ, every choice gets a row of its own, with the prompt repeated. An encoder-decoder
@@ -69,7 +69,7 @@ def token_scores(
     parts = [
         (batch, choices)
         for batch in example_batches(base, examples, max_tokens)
-        for choices in _choice_groups([examples[i] for i in batch], limit, max_tokens)
+        for choices in choice_groups([examples[i] for i in batch], limit, max_tokens)
     ]
     if len(parts) == 1:
         return _scores_at_once(base, examples, limit)
@@ -257,7 +257,7 @@ def _tokens(sizes: Sequence[_Size], longest_shared: float) -> int:
     return together + sum(size.choices for size in apart) * width
 
 
-def _choice_groups(
+def choice_groups(
     batch: Sequence[EncodedExample], longest_shared: float, max_tokens: float
 ) -> Iterator[slice]:
     """All choices of a batch that fits, or those of one example in groups that do."""
