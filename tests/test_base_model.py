@@ -84,3 +84,20 @@ def test_a_truncated_checkpoint_and_a_missing_tokenizer_are_named(
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(IA3Error, match="cannot be loaded"):
         load_base_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("hidden_size", "many", "hidden_size.*expected int.*many"),
+        ("num_attention_heads", 7, "not a multiple of the number of attention heads .7."),
+    ],
+)
+def test_a_config_with_a_wrong_value_is_named_with_its_field(
+    tmp_path: Path, tiny_llama: torch.nn.Module, field: str, value: object, says: str
+) -> None:
+    tiny_llama.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(IA3Error, match=f"{path} is broken: .*{says}"):
+        load_base_model(tmp_path)

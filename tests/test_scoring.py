@@ -318,6 +318,73 @@ def test_packing_never_changes_a_score(lengths, seed, max_tokens):
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
 
+# -- choices that begin alike ----------------------------------------------------------------------
+
+# Of three tokens, so that nearly all choices begin like another, or are the beginning of one.
+alike = st.lists(
+    st.lists(st.integers(3, 5), min_size=1, max_size=5).map(tuple),
+    min_size=2,
+    max_size=12,
+    unique=True,
+).map(tuple)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@given(
+    choices=st.lists(alike, min_size=1, max_size=4),
+    shared=st.sampled_from([0, 1, 20]),
+    own=st.sampled_from([1, 7, 150]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=15, deadline=None)
+def test_choices_that_begin_alike_score_as_each_in_a_row_of_its_own(
+    name, choices, shared, own, seed
+):
+    base = base_of(name)
+    prompts = random_examples([(own, ())] * len(choices), seed, shared)
+    # The first prompt a second time, with choices of its own.
+    prompts[-1] = prompts[0]
+    examples = [EncodedExample(e.prompt, c) for e, c in zip(prompts, choices, strict=True)]
+    ia3_model = with_random_vectors(base)
+    try:
+        vectors = list(ia3_model.vectors("default").values())
+        together, apart = shared_scores(base, examples), expanded_scores(base, examples)
+        torch.testing.assert_close(together.log_probs, apart.log_probs, atol=1e-4, rtol=0)
+        assert torch.equal(together.mask, apart.mask)
+        # A different weight for every token, so that none can stand in for another.
+        count = together.log_probs.numel()
+        weights = torch.linspace(1, 2, count).reshape(together.log_probs.shape)
+        ours = torch.autograd.grad((together.log_probs * weights).sum(), vectors)
+        plain = torch.autograd.grad((apart.log_probs * weights).sum(), vectors)
+    finally:
+        ia3_model.unload()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_what_choices_begin_with_is_computed_once():
+    base = base_of("llama")
+    begin = (5, 6, 7, 8)
+    choices = tuple((*begin, *end) for end in [(3,), (4,), (9, 3), (9, 4), ()])
+    (prompt,) = random_examples([(10, ())])
+    example = EncodedExample(prompt.prompt, choices)
+    tokens = []
+    handle = base.model.register_forward_pre_hook(
+        lambda module, args, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    with torch.no_grad():
+        assert shares_prompt(base)
+        tokens.clear()
+        scores = token_scores(base, [example], max_tokens=15)
+        handle.remove()
+        assert_plain(base, [example], scores)
+    # The prompt, what all begin with, and the 9 that two go on with; last tokens predict nothing.
+    assert tokens == [10 + 4 + 1]
+
+
+# -- choice scores ---------------------------------------------------------------------------------
+
+
 def test_choice_scores_are_mean_log_probabilities_in_the_order_given():
     base = base_of("gpt2")
     examples = random_examples([(9, (1, 4)), (60, (2, 2)), (3, (3, 1))])

@@ -99,6 +99,7 @@ def _load(
     device: torch.device,
     dtype: torch.dtype | str,
 ) -> BaseModel:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -109,6 +110,13 @@ def _load(
             f"no model {name!r}: it is neither {EMBEDDED_MODEL!r}, nor a folder with a "
             f"transformers model, nor an id that the hub knows; where it lies elsewhere now, say "
             f"so in model ({first_line(error)})"
+        ) from error
+    except StrictDataclassError as error:
+        # What caused it says which field has which value, and what is expected.
+        reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise IA3Error(
+            f"{folder}/config.json is broken: {first_line(reason)}; correct it there, or get the "
+            "model again"
         ) from error
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:

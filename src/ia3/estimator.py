@@ -19,7 +19,8 @@ from .files import write_files
 from .hub import adapter_folder
 from .ranking import RankingClassifier, Text, encode_all
 from .tfew.encoding import Encoder
-from .tfew.scoring import MAX_TOKENS, choice_scores
+from .tfew.prefix import ranking_scores
+from .tfew.scoring import MAX_TOKENS
 from .tfew.templates import Template
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class FewShotClassifier(RankingClassifier):
         encoded = encode_all(encoder, examples, [Template(source) for source in self.templates_])
         with adapted(base, self.adapter_.config, self.adapter_):
             probabilities = [
-                choice_scores(
+                ranking_scores(
                     base, list(of_template), max_tokens=self.max_tokens, progress=progress
                 )
                 .double()

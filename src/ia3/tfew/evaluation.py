@@ -12,7 +12,7 @@ import torch
 from ..base_model import BaseModel
 from ..errors import IA3Error, MissingExtraError
 from .encoding import EncodedExample, Encoder
-from .scoring import choice_scores
+from .prefix import ranking_scores
 from .tasks import Task, encode_labelled
 
 try:
@@ -145,7 +145,7 @@ def predict_choices(
     predicted = [0] * len(examples)
     for count in sorted({len(example.choices) for example in examples}):
         rows = [i for i, example in enumerate(examples) if len(example.choices) == count]
-        scores = choice_scores(
+        scores = ranking_scores(
             base, [examples[i] for i in rows], max_tokens=max_tokens, progress=progress
         )
         if not torch.isfinite(scores).all():

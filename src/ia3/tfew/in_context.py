@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..base_model import EMBEDDED_MODEL, BaseModel
 from ..errors import IA3Error
 from ..ranking import Label, LabelledTexts, RankingClassifier, Text, warn_of_cut_texts
-from .encoding import Encoder, context_length
+from .encoding import EncodedExample, Encoder, context_length
 from .prefix import Prefix, cached_prefix, caches_prefix, choice_scores_after
 from .scoring import choice_scores, longest_sequence, longest_shared
 from .templates import Template
@@ -129,7 +129,12 @@ class InContextClassifier(RankingClassifier):
         task = self._read_task(texts, labels)
         encoder = Encoder(self.base, task.choices, chat=self.chat)
         written = [_written(task, template) for template in task.templates]
-        longest = [self._longest(encoder, task, template) for template in task.templates]
+        longest = [
+            longest_input(
+                self.base, [encoder.encode(example, template) for example in task.examples]
+            )
+            for template in task.templates
+        ]
         kept: Sequence[int] = range(len(task.examples))
         if self.leave_out:
             # One very long text would leave no room for any: longer ones are cut.
@@ -178,42 +183,27 @@ class InContextClassifier(RankingClassifier):
         def fit(kept: Sequence[int]) -> bool:
             groups = self._groups(kept)
             return all(
-                max(_token_counts(self.base, _joined(of_template, groups))) <= context - text
+                max(token_counts(self.base, _joined(of_template, groups))) <= context - text
                 for of_template, text in zip(written, longest, strict=True)
             )
 
         order = _labels_in_turn(labels, self.seed)
         if self.ensemble == "one-shot":
             return sorted(i for i in order if fit([i]))
-        tokens = [_token_counts(self.base, of_template) for of_template in written]
-        room = [context - text for text in longest]
-        kept: list[int] = []
-        for i in order:
-            left = [space - counts[i] for space, counts in zip(room, tokens, strict=True)]
-            if min(left) >= 0:
-                room = left
-                kept.append(i)
-        # Joined they may have a few tokens more than the sum of each one's.
+        kept = fitting(self.base, written, [context - text for text in longest], order)
+        # In the order that is drawn they may have a few tokens more.
         while kept and not fit(sorted(kept)):
             kept.pop()
         return sorted(kept)
-
-    def _longest(self, encoder: Encoder, task: LabelledTexts, template: Template) -> int:
-        """The tokens of the longest of the texts, with its answer where the model reads that."""
-        asked = [encoder.encode(example, template) for example in task.examples]
-        # An encoder's input has no answer in it.
-        return max(
-            len(e.prompt) if self.base.is_encoder_decoder else longest_sequence(e) for e in asked
-        )
 
     def _check_fit(self, members: Sequence[str], written: Sequence[str], longest: int) -> list[int]:
         """The number of tokens of each member's demonstrations; an error where one is too long."""
         context = context_length(self.base)
         room = context - longest
-        counts = _token_counts(self.base, members)
+        counts = token_counts(self.base, members)
         if max(counts) > room:
             # So many fit whichever they are.
-            sums = accumulate(sorted(_token_counts(self.base, written), reverse=True))
+            sums = accumulate(sorted(token_counts(self.base, written), reverse=True))
             fitting = sum(total <= room for total in sums)
             advice = "give so many, or shorter ones" if fitting else "give shorter ones"
             if self.ensemble != "one-shot" and fitting:
@@ -295,6 +285,42 @@ class WithDemonstrations(Template):
         return self.demonstrations + super().render(example, answer_choices)
 
 
+def fitting(
+    base: BaseModel,
+    written: Sequence[Sequence[str]],
+    room: Sequence[int],
+    order: Sequence[int],
+) -> list[int]:
+    """As many demonstrations as fit, in the order given; one that does not is passed over.
+
+    Args:
+        base: the model.
+        written: the text of each demonstration, `[templates][demonstrations]`.
+        room: tokens for all of them together, `[templates]`.
+        order: the demonstrations' indices, in the order that they are tried and joined in.
+    """
+    alone = [token_counts(base, of_template) for of_template in written]
+    kept: list[int] = []
+    texts, tokens = [""] * len(written), [0] * len(written)
+    for i in order:
+        # A first look: what does not fit by the sum of tokens is not joined to be counted.
+        if any(t + a[i] > r for t, a, r in zip(tokens, alone, room, strict=True)):
+            continue
+        with_next = [text + w[i] for text, w in zip(texts, written, strict=True)]
+        # Counted together, because tokens may run across the break.
+        counts = token_counts(base, with_next)
+        if all(count <= r for count, r in zip(counts, room, strict=True)):
+            kept.append(i)
+            texts, tokens = with_next, counts
+    return kept
+
+
+def longest_input(base: BaseModel, examples: Sequence[EncodedExample]) -> int:
+    """The tokens of the longest prompt, with its longest answer where the model reads that."""
+    # An encoder's input has no answer in it.
+    return max(len(e.prompt) if base.is_encoder_decoder else longest_sequence(e) for e in examples)
+
+
 def _written(task: LabelledTexts, template: Template) -> list[str]:
     """Every example as a demonstration: its prompt and its answer."""
     words = dict(zip(task.classes, task.choices, strict=True))
@@ -320,6 +346,7 @@ def _labels_in_turn(labels: Sequence[Label], seed: int) -> list[int]:
     return [i for turn in zip_longest(*by_label.values()) for i in turn if i is not None]
 
 
-def _token_counts(base: BaseModel, texts: Sequence[str]) -> list[int]:
+def token_counts(base: BaseModel, texts: Sequence[str]) -> list[int]:
+    """The number of each text's tokens, without special ones."""
     ids = base.tokenizer(list(texts), add_special_tokens=False, truncation=False)["input_ids"]
     return [len(of_text) for of_text in ids]

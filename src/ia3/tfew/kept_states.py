@@ -29,6 +29,7 @@ from .passes import (
     project_only,
     shared_scores,
     tree_inputs,
+    tree_length,
 )
 from .scoring import PROBE_TOLERANCE, longest_sequence, longest_shared
 
@@ -246,7 +247,7 @@ def _rows(examples: Iterable[EncodedExample]) -> Iterator[list[EncodedExample]]:
     row: list[EncodedExample] = []
     length = 0
     for example in examples:
-        own = len(example.prompt) + sum(map(len, example.choices))
+        own = tree_length(example)
         if row and length + own > ONE_ROW:
             yield row
             row, length = [], 0

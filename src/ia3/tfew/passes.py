@@ -7,10 +7,11 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from ..base_model import BaseModel
 from ..errors import IA3Error
 from .encoding import EncodedExample
 from .losses import TokenScores
+from .vocabulary import is_plain, token_log_probs
 
 if TYPE_CHECKING:
     from .kept_states import KeptStates
@@ -31,9 +33,8 @@ if TYPE_CHECKING:
 ONE_ROW = 384
 PACKED_LENGTH = 192
 
-# Owners of the positions that belong to no example: the common prefix, and the padding.
-_EVERYBODY = -1
-_NOBODY = -2
+# Models that were seen to do something to their logits, or to read more than those asked for.
+_work_on_logits: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @dataclass
@@ -64,7 +65,10 @@ class Targets:
 
 
 class TreeRow:
-    """A row of examples in which every choice sees its prompt and itself, and no other sees it.
+    """A row of examples whose choices branch off from their prompts.
+
+    A token stands in it once for all choices that have the same tokens up to it. Whatever follows a
+    token stands behind it, one branch after the other (depth first).
 
     Args:
         start: the row's first position in the flattened batch.
@@ -73,8 +77,6 @@ class TreeRow:
     Attributes:
         ids: token ids, `[length]`.
         positions: where each would stand in a row of its own.
-        owner: the example a token belongs to.
-        branch: 0 in a prompt, else the number of the choice.
         shared: the length of the prefix.
         members: the examples in the row, in their order.
     """
@@ -82,66 +84,78 @@ class TreeRow:
     def __init__(self, start: int, prefix: Sequence[int] = ()) -> None:
         self.ids = list(prefix)
         self.positions = list(range(len(prefix)))
-        self.owner = [_EVERYBODY] * len(prefix)
-        self.branch = [0] * len(prefix)
         self.shared = len(prefix)
         self.members: list[int] = []
         self._start = start
 
     def append(self, index: int, example: EncodedExample, shared: int, targets: Targets) -> None:
         """Put an example into the row, less the first tokens of its prompt, which are elsewhere."""
-        prompt = example.prompt
         self.members.append(index)
-        self._extend(prompt[shared:], shared, index, 0)
-        end = self._last
+        self._extend(example.prompt[shared:], shared)
+        predicts: dict[tuple[int, ...], int] = {(): self._last}
+        for beginning in _beginnings(example.choices):
+            self._extend(beginning[-1:], len(example.prompt) + len(beginning) - 1)
+            predicts[beginning] = self._last
         for c, choice in enumerate(example.choices):
-            targets.score(end, choice[0], (index, c, 0))
-            # A choice's last token predicts nothing that is scored.
-            for t, (token, following) in enumerate(pairwise(choice)):
-                self._extend((token,), len(prompt) + t, index, c + 1)
-                targets.score(self._last, following, (index, c, t + 1))
+            for t, token in enumerate(choice):
+                targets.score(predicts[choice[:t]], token, (index, c, t))
 
     def pad(self, length: int, token: int) -> None:
         """Fill the row up with tokens that nobody sees."""
         count = length - len(self.ids)
         self.ids += [token] * count
         self.positions += [0] * count
-        self.owner += [_NOBODY] * count
-        self.branch += [0] * count
+
+    def ends(self) -> list[int]:
+        """Up to where each position is seen: all that follows it stands at later positions."""
+        ends = [len(self.ids)] * len(self.ids)
+        path: list[int] = []
+        for place, position in enumerate(self.positions):
+            while path and self.positions[path[-1]] >= position:
+                ends[path.pop()] = place
+            path.append(place)
+        return ends
 
     @property
     def _last(self) -> int:
         return self._start + len(self.ids) - 1
 
-    def _extend(self, ids: Sequence[int], position: int, owner: int, branch: int) -> None:
+    def _extend(self, ids: Sequence[int], position: int) -> None:
         self.ids += ids
         self.positions += range(position, position + len(ids))
-        self.owner += [owner] * len(ids)
-        self.branch += [branch] * len(ids)
+
+
+def tree_length(example: EncodedExample) -> int:
+    """How many positions an example takes up in a row of its own."""
+    return len(example.prompt) + len(_beginnings(example.choices))
+
+
+def _beginnings(choices: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """All that choices begin with, each once and before what goes on from it (sorted: depth first).
+
+    Not the choices themselves: their last tokens predict nothing that is scored.
+    """
+    return sorted({choice[:t] for choice in choices for t in range(1, len(choice))})
 
 
 def tree_inputs(
-    base: BaseModel, rows: Sequence[TreeRow], *, hide_other_choices: bool = True
+    base: BaseModel, rows: Sequence[TreeRow], *, hide_others: bool = True
 ) -> dict[str, Tensor]:
     """The model's arguments for rows of one length: ids, a mask of four dimensions, positions.
 
     Args:
         base: the model.
         rows: `[rows]`.
-        hide_other_choices: false only to find out whether a model heeds the mask.
+        hide_others: false only to find out whether a model heeds the mask.
     """
 
     def stacked(part: list[list[int]]) -> Tensor:
         return torch.tensor(part, device=base.device)
 
+    ends = [row.ends() if hide_others else [len(row.ids)] * len(row.ids) for row in rows]
     return {
         "input_ids": stacked([row.ids for row in rows]),
-        "attention_mask": _tree_mask(
-            stacked([row.owner for row in rows]),
-            stacked([row.branch for row in rows]),
-            compute_dtype(base.model),
-            hide_other_choices,
-        ),
+        "attention_mask": _tree_mask(stacked(ends), compute_dtype(base.model)),
         "position_ids": stacked([row.positions for row in rows]),
     }
 
@@ -150,7 +164,7 @@ def shared_scores(
     base: BaseModel,
     examples: Sequence[EncodedExample],
     *,
-    hide_other_choices: bool = True,
+    hide_others: bool = True,
     kept: KeptStates | None = None,
 ) -> TokenScores:
     """Every prompt once, with all its choices; what all prompts begin with once a row.
@@ -158,12 +172,12 @@ def shared_scores(
     Args:
         base: a decoder-only model that takes the mask.
         examples: of any number of choices.
-        hide_other_choices: false only to find out whether a model heeds the mask.
+        hide_others: false only to find out whether a model heeds the mask.
         kept: has the states of all of the examples; the blocks below are not computed.
     """
     prefix = common_prefix(examples)
     shared = len(prefix)
-    lengths = [len(e.prompt) - shared + sum(len(c) - 1 for c in e.choices) for e in examples]
+    lengths = [tree_length(e) - shared for e in examples]
     one_row = shared + sum(lengths) <= ONE_ROW
     # Where much is shared, every row computes it again: fewer and longer ones then.
     capacity = sum(lengths) if one_row else max(PACKED_LENGTH + 2 * shared, *lengths)
@@ -177,28 +191,21 @@ def shared_scores(
             row.append(i, examples[i], shared, targets)
         row.pad(length, _pad_token(base))
         rows.append(row)
-    inputs = tree_inputs(base, rows, hide_other_choices=hide_other_choices)
+    inputs = tree_inputs(base, rows, hide_others=hide_others)
     with nullcontext() if kept is None else kept.instead_of_lower_blocks(rows, examples):
         return scores(base, examples, targets, **inputs, use_cache=False)
 
 
-def _tree_mask(
-    owner: Tensor, branch: Tensor, dtype: torch.dtype, hide_other_choices: bool
-) -> Tensor:
+def _tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
     """The additive mask `[rows, 1, length, length]`: 0 where a position sees, else the minimum.
 
     Args:
-        owner: `[rows, length]`, the example a position belongs to, or one of the two below.
-        branch: `[rows, length]`, 0 in a prompt, else the number of the choice.
+        ends: `[rows, length]`, up to where a position is seen, from itself on.
         dtype: of the mask.
-        hide_other_choices: as in `tree_inputs`.
     """
-    length = owner.shape[1]
-    sees = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == _EVERYBODY)
-    sees &= torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()
-    if hide_other_choices:
-        sees &= (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    mask = torch.zeros(sees.shape, dtype=dtype, device=owner.device)
+    places = torch.arange(ends.shape[1], device=ends.device)
+    sees = (places[:, None] >= places) & (places[:, None] < ends[:, None, :])
+    mask = torch.zeros(sees.shape, dtype=dtype, device=ends.device)
     return mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
 
@@ -291,26 +298,72 @@ def scores(
         IA3Error: the model's output layer is not where its logits come from.
     """
     positions = torch.tensor(list(targets.projected), device=base.device)
-    with project_only(base.model, positions):
-        logits = base.model(**inputs).logits
-    if logits.shape[:-1] != positions.shape:
-        raise IA3Error(
-            f"{type(base.model).__name__} does not project its output layer's input: logits are "
-            f"{list(logits.shape)}, expected [{len(positions)}, vocabulary]"
-        )
+    scored = _without_logits(base.model, positions, targets, inputs)
+    if scored is None:
+        scored = _by_logits(base.model, positions, targets, inputs)
     # A model over several devices answers on its last one.
-    device = logits.device
-    prediction = torch.tensor(targets.prediction, device=device)
-    token = torch.tensor(targets.token, device=device)
-    # By parts: in float32 a large vocabulary's logits would take twice their own memory again.
-    normalisers = torch.cat([part.float().logsumexp(-1) for part in logits.split(512)])
-    scored = logits[prediction, token].float() - normalisers[prediction]
+    device = scored.device
     slots = torch.tensor(targets.slot, device=device).unbind(1)
     shape = shape_of(examples)
     log_probs = scored.new_zeros(shape).index_put(slots, scored)
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
     mask[slots] = True
     return TokenScores(log_probs, mask)
+
+
+def _without_logits(
+    model: nn.Module, positions: Tensor, targets: Targets, inputs: Mapping[str, Any]
+) -> Tensor | None:
+    """The log-probability of each target, or `None` where the logits are more than a projection."""
+    head = output_layer(model)
+    if model in _work_on_logits or not is_plain(head):
+        return None
+    caught: list[Tensor] = []
+
+    def catch(hidden: Tensor) -> Tensor:
+        caught.append(hidden.flatten(0, -2).index_select(0, positions.to(hidden.device)))
+        return caught[0]
+
+    vars(head)["forward"] = catch
+    try:
+        logits = model(**inputs).logits
+        # Whatever a model does to its logits gives another tensor, or another version of this one.
+        untouched = len(caught) == 1 and logits is caught[0] and not _is_written_over(logits)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        # It may miss the vocabulary; any other trouble comes again.
+        untouched = False
+    finally:
+        del vars(head)["forward"]
+    if not untouched:
+        _work_on_logits.add(model)
+        return None
+    prediction, token = torch.tensor(targets.prediction), torch.tensor(targets.token)
+    return token_log_probs(head, caught[0], prediction, token)  # type: ignore[arg-type]
+
+
+def _is_written_over(tensor: Tensor) -> bool:
+    return not tensor.is_inference() and tensor._version > 0
+
+
+def _by_logits(
+    model: nn.Module, positions: Tensor, targets: Targets, inputs: Mapping[str, Any]
+) -> Tensor:
+    """The log-probability of each target, from the logits of all positions that predict one."""
+    with project_only(model, positions):
+        logits = model(**inputs).logits
+    if logits.shape[:-1] != positions.shape:
+        raise IA3Error(
+            f"{type(model).__name__} does not project its output layer's input: logits are "
+            f"{list(logits.shape)}, expected [{len(positions)}, vocabulary]"
+        )
+    prediction = torch.tensor(targets.prediction, device=logits.device)
+    token = torch.tensor(targets.token, device=logits.device)
+    # By parts: in float32 a large vocabulary's logits would take twice their own memory again.
+    normalisers = torch.cat([part.float().logsumexp(-1) for part in logits.split(512)])
+    scored: Tensor = logits[prediction, token].float() - normalisers[prediction]
+    return scored
 
 
 @contextmanager

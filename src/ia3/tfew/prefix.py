@@ -1,7 +1,8 @@
-"""Scores after a prefix that is computed once: the demonstrations of in-context learning."""
+"""Scores after a prefix that is computed once: demonstrations, or what many prompts begin with."""
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +25,22 @@ from .passes import (
     project_only,
     scores,
     tree_inputs,
+    tree_length,
     tried_out,
 )
-from .scoring import PROBE_TOLERANCE, choice_scores, longest_sequence, longest_shared
+from .scoring import (
+    MAX_TOKENS,
+    PROBE_TOLERANCE,
+    choice_groups,
+    choice_scores,
+    longest_sequence,
+    longest_shared,
+)
 
 # So many tokens follow a cached prefix at once. More would spend attention on what the mask hides.
 ROW = 512
+# So many tokens that all prompts begin with are worth it, where rows are more than one.
+WORTH_CACHING = 32
 
 _verdicts: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -77,11 +88,33 @@ def cached_prefix(base: BaseModel, ids: Sequence[int]) -> Prefix:
     return Prefix(tuple(ids), layers, base.model)
 
 
+def ranking_scores(
+    base: BaseModel,
+    examples: Sequence[EncodedExample],
+    *,
+    max_tokens: float = MAX_TOKENS,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """`choice_scores`, with what all prompts begin with computed once where that saves time.
+
+    Its keys and values are forgotten afterwards: they are those of the adapter that is active now.
+
+    The arguments and the result are those of `choice_scores`.
+    """
+    prefix = common_prefix(examples) if examples else ()
+    behind = sum(tree_length(e) - len(prefix) for e in examples)
+    if len(prefix) < WORTH_CACHING or behind <= ROW or not caches_prefix(base):
+        return choice_scores(base, examples, max_tokens=max_tokens, progress=progress)
+    cached = cached_prefix(base, prefix)
+    return choice_scores_after(base, cached, examples, max_tokens=max_tokens, progress=progress)
+
+
 def choice_scores_after(
     base: BaseModel,
     prefix: Prefix,
     examples: Sequence[EncodedExample],
     *,
+    max_tokens: float = MAX_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """`choice_scores`, with what the prompts share with the prefix not computed again.
@@ -90,6 +123,8 @@ def choice_scores_after(
         base: a model that `caches_prefix`, as it was when the prefix was computed.
         prefix: of most of the prompts, in whole or in part.
         examples: all with the same number of choices.
+        max_tokens: computed at once where no prefix is seen, and fewer behind a long one, whose
+            part of the mask takes memory too; unless one choice after its prompt has more.
         progress: called with the number of examples done since the last call.
 
     Returns:
@@ -99,20 +134,23 @@ def choice_scores_after(
         return torch.empty(0, 0)
     results = torch.empty(len(examples), len(examples[0].choices))
     limit = longest_shared(base)
-    near = [
-        i
-        for i, e in enumerate(examples)
-        if longest_sequence(e) <= limit and prefix.shared_with([e])
-    ]
-    far = sorted({*range(len(examples))} - {*near})
+    shared = [prefix.shared_with([e]) if longest_sequence(e) <= limit else 0 for e in examples]
+    far = [i for i, count in enumerate(shared) if not count]
     if far:
-        results[far] = choice_scores(base, [examples[i] for i in far], progress=progress)
+        results[far] = choice_scores(
+            base, [examples[i] for i in far], max_tokens=max_tokens, progress=progress
+        )
+    # A row's mask, [room, prefix + room], is as large as [max_tokens, max_tokens].
+    room = (math.hypot(len(prefix.ids), 2 * max_tokens) - len(prefix.ids)) / 2
     with evaluating(base.model):
-        for batch in _rows(prefix, examples, near):
-            after = _scores_after(base, prefix, [examples[i] for i in batch])
-            results[batch] = after.mean_log_probs().float().cpu()
+        for row in _rows(examples, shared, min(ROW, room)):
+            of_row = [examples[i] for i in row]
+            for choices in choice_groups(of_row, limit, min(shared[i] for i in row) + room):
+                part = [EncodedExample(e.prompt, e.choices[choices]) for e in of_row]
+                after = _scores_after(base, prefix, part).mean_log_probs()
+                results[row, choices] = after.float().cpu()
             if progress is not None:
-                progress(len(batch))
+                progress(len(row))
     return results
 
 
@@ -173,18 +211,22 @@ def _scores_after(
 
 
 def _rows(
-    prefix: Prefix, examples: Sequence[EncodedExample], indices: Sequence[int]
+    examples: Sequence[EncodedExample], shared: Sequence[int], room: float
 ) -> Iterator[list[int]]:
-    """The indices in groups whose tokens behind the prefix are at most `ROW`, or of one."""
+    """Indices of the examples in rows of at most so many tokens behind the prefix, or of one.
+
+    Args:
+        examples: to fill the rows with.
+        shared: how many tokens each has in common with the prefix; those with none are left out.
+        room: of a row.
+    """
+    lengths = [tree_length(example) for example in examples]
     row: list[int] = []
-    length = 0
-    for i in indices:
-        example = examples[i]
-        new = len(example.prompt) - prefix.shared_with([example]) + sum(map(len, example.choices))
-        if row and length + new > ROW:
+    for i in sorted((i for i, count in enumerate(shared) if count), key=lambda i: -shared[i]):
+        # What the last one does not share with the prefix is computed for all.
+        if row and sum(lengths[j] - shared[i] for j in (*row, i)) > room:
             yield row
-            row, length = [], 0
+            row = []
         row.append(i)
-        length += new
     if row:
         yield row

@@ -22,8 +22,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-
 from ..adapted import adapted, all_linear, paper_sites
 from ..base_model import BaseModel
 from ..errors import IA3Error, MissingExtraError, check_methods, did_you_mean
@@ -33,10 +31,8 @@ from ..records import append_record, read_records
 from ..tables import Row, read_table
 from .encoding import EncodedExample, Encoder, context_length
 from .evaluation import predict_choices
-from .in_context import BREAK, WithDemonstrations
-from .prefix import cached_prefix, caches_prefix, choice_scores_after
+from .in_context import BREAK, WithDemonstrations, fitting, longest_input, token_counts
 from .promptsource import PromptTemplate
-from .scoring import longest_sequence
 from .tasks import RAFT_TASKS, few_shot, load_templates
 from .training import TFewConfig, TrainingExample, TrainingStep, train
 
@@ -637,37 +633,18 @@ class _Run:
     ) -> tuple[list[int], list[int]]:
         """In-context learning: the predictions, and the rows that stood before the prompts."""
         asked = [self._encoded[i] for i in held]
-        # An encoder's input has no answer in it.
-        longest = max(
-            len(e.prompt) if self.base.is_encoder_decoder else longest_sequence(e) for e in asked
-        )
-        room = context_length(self.base) - longest
+        room = context_length(self.base) - longest_input(self.base, asked)
         draw = random.Random(f"{self.settings.config.seed}/{self.task.name}/{fold}")
-        shown: list[int] = []
-        text, tokens = "", 0
-        for i in draw.sample(others, len(others)):
-            # Counted together, because tokens may run across the break.
-            with_next = text + self._demonstration(i)
-            count = self._token_count(with_next)
-            if count <= room:
-                shown.append(i)
-                text, tokens = with_next, count
+        written = [self._demonstration(i) for i in range(len(self.task.train))]
+        shown = fitting(self.base, [written], [room], draw.sample(others, len(others)))
         if not shown:
             return self._predict(asked), []
+        text = "".join(written[i] for i in shown)
         limit = self.settings.max_prompt_tokens
-        encoder = self._encoder(None if limit is None else tokens + limit)
+        encoder = self._encoder(limit and limit + token_counts(self.base, [text])[0])
         template = WithDemonstrations(self.task.template.prompt.source, text)
         encoded = [encoder.encode(self.task.example(self.task.train[i]), template) for i in held]
-        if not caches_prefix(self.base):
-            return self._predict(encoded), shown
-        prefix = cached_prefix(self.base, encoded[0].prompt)
-        scores = choice_scores_after(self.base, prefix, encoded, progress=self._progress)
-        if not torch.isfinite(scores).all():
-            raise IA3Error(
-                f"the model's scores of {self.task.name} are not finite: its weights are broken, "
-                "or its dtype is too narrow"
-            )
-        return scores.argmax(1).tolist(), shown
+        return self._predict(encoded), shown
 
     def _demonstration(self, i: int) -> str:
         """A labelled row's prompt and its answer."""
@@ -681,10 +658,6 @@ class _Run:
         else:
             prompt = self.task.template.prompt.render(self.task.example(row), choices)
         return f"{prompt} {choices[self._answers[i]]}{BREAK}"
-
-    def _token_count(self, text: str) -> int:
-        ids = self.base.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
-        return len(ids)
 
 
 # -- what is kept ----------------------------------------------------------------------------------

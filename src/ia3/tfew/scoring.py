@@ -2,9 +2,9 @@
 
 A decoder-only model gets the prompt and all its choices in one sequence: each choice sees the
 prompt and itself (a tree mask), at the positions it would have alone, so that the prompt is
-computed once. Short examples are packed into rows of one length, so that no padding is computed
-either, and what all prompts of a batch begin with (an instruction, a chat template's opening) is
-computed once a row.
+computed once, and so is what several choices begin with. Short examples are packed into rows of one
+length, so that no padding is computed either, and what all prompts of a batch begin with (an
+instruction, a chat template's opening) is computed once a row.
 
 Not every architecture takes a tree mask. `shares_prompt` tries it out on the model itself; where
 the scores differ, every choice gets a row of its own, with the prompt repeated. An encoder-decoder
@@ -39,6 +39,7 @@ from .passes import (
     output_layer,
     shape_of,
     shared_scores,
+    tree_length,
     tried_out,
 )
 
@@ -77,7 +78,7 @@ def token_scores(
     parts = [
         (batch, choices)
         for batch in example_batches(base, examples, max_tokens)
-        for choices in _choice_groups([examples[i] for i in batch], limit, max_tokens)
+        for choices in choice_groups([examples[i] for i in batch], limit, max_tokens)
     ]
     if len(parts) == 1:
         return _scores_at_once(base, examples, limit, kept)
@@ -211,13 +212,14 @@ def _probe(base: BaseModel) -> bool | None:
         _check_causal(base, ids(97, 4))
         try:
             shared = shared_scores(base, examples).log_probs
-            leaky = shared_scores(base, examples, hide_other_choices=False).log_probs
+            # One by one: choices are to see each other, not the other example.
+            alone = [shared_scores(base, [e], hide_others=False) for e in examples]
         except Exception:
             # Architectures that cannot take the mask refuse it in many ways; whatever they
             # raise, the expanded way remains.
             return False
     error = (shared - expanded).abs().max()
-    wrong = (leaky - expanded).abs().max()
+    wrong = (torch.cat([leaky.log_probs for leaky in alone]) - expanded).abs().max()
     if not torch.isfinite(error + wrong) or wrong == 0:
         return None
     return bool(error <= PROBE_TOLERANCE * wrong)
@@ -253,16 +255,15 @@ def longest_sequence(example: EncodedExample) -> int:
 
 
 class _Size(NamedTuple):
-    """Of an example: its prompt with the longest choice, with all of them, and their number."""
+    """Of an example: its prompt with the longest choice, with all as a tree, and their number."""
 
     longest: int
-    tokens: int
+    tree: int
     choices: int
 
     @classmethod
     def of(cls, example: EncodedExample) -> _Size:
-        tokens = len(example.prompt) + sum(map(len, example.choices))
-        return cls(longest_sequence(example), tokens, len(example.choices))
+        return cls(longest_sequence(example), tree_length(example), len(example.choices))
 
 
 def _tokens(sizes: Sequence[_Size], longest_shared: float) -> int:
@@ -272,11 +273,11 @@ def _tokens(sizes: Sequence[_Size], longest_shared: float) -> int:
     """
     apart = [size for size in sizes if size.longest > longest_shared]
     width = max((size.longest for size in apart), default=0)
-    together = sum(size.tokens for size in sizes if size.longest <= longest_shared)
+    together = sum(size.tree for size in sizes if size.longest <= longest_shared)
     return together + sum(size.choices for size in apart) * width
 
 
-def _choice_groups(
+def choice_groups(
     batch: Sequence[EncodedExample], longest_shared: float, max_tokens: float
 ) -> Iterator[slice]:
     """All choices of a batch that fits, or those of one example in groups that do."""
