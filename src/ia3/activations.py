@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -81,8 +82,9 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes; `cpu` for one without tensors."""
-    tensors = [*module.parameters(), *module.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
+    own = (parameter for parameter in module._parameters.values() if parameter is not None)
+    tensor = next(chain(own, module.parameters(), module.buffers()), None)
+    device = torch.device("cpu") if tensor is None else tensor.device
     # Under accelerate's offloading the weights wait on the meta device between two calls.
     executes_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if device.type == "meta" and executes_on is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 import tempfile
 import warnings
@@ -35,9 +36,9 @@ from .fingerprint import fingerprint
 from .hub import HubOptions, adapter_folder
 from .integrations.transformers import known_to_trainer
 from .merging import Merge
-from .sites import Attachments, Site, check_free, displace, place, site_of
+from .sites import Attachments, Found, Site, check_free, displace, place, site_of
 from .store import Adapter
-from .targets import ATTRIBUTE, check_vectors, resolve
+from .targets import ATTRIBUTE, check_vectors, resolve, selection
 
 # The heads that PEFT trains and saves with an adapter, by task.
 HEADS = {
@@ -48,6 +49,9 @@ HEADS = {
 
 # PEFT's folder for the adapter of this name is the one given, for others one inside it.
 DEFAULT_ADAPTER = "default"
+
+# The attributes of the modules that hold vectors: setting one ("training") would set the vector.
+TAKEN = {*dir(nn.Module()), "active", "merged", "_handle"}
 
 
 @known_to_trainer
@@ -85,6 +89,7 @@ class IA3Model(nn.Module):
     _attachments: Attachments
     _trained_before: list[str]
     _ignored_before: set[str] | list[str] | None
+    _hidden: set[str]
     _requires_input_grads: bool
 
     def __init__(
@@ -200,10 +205,11 @@ class IA3Model(nn.Module):
         self._check_known([adapter_name])
         if adapter_name in self._merge.adapters:
             raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
+        hidden = self._keys(adapter_name)
         for _, module, site in self._sites():
             if adapter_name in site:
                 site.remove(adapter_name)
-            if not site.vectors:
+            if not site._parameters:
                 displace(module)
         for _, module, copies in self._copies():
             if adapter_name in copies:
@@ -211,7 +217,7 @@ class IA3Model(nn.Module):
             if not copies.adapters:
                 release(module)
         del self.peft_config[adapter_name]
-        self._hide_from_checkpoints()
+        self._show_to_checkpoints(hidden)
         remaining = tuple(name for name in self._active if name != adapter_name)
         if self._active and not remaining and self.peft_config:
             first = next(iter(self.peft_config))
@@ -439,7 +445,7 @@ class IA3Model(nn.Module):
             self._requires_input_grads = False
         self.peft_config.clear()
         self._active = ()
-        self._hide_from_checkpoints()
+        self._show_to_checkpoints(set())
         return self.model
 
     # -- files ------------------------------------------------------------------------------------
@@ -606,8 +612,10 @@ class IA3Model(nn.Module):
             if adapter_name in self.peft_config:
                 self._load_into(adapter_name, adapter)
             else:
-                self._add(adapter_name, adapter.config, adapter)
-        if not is_trainable:
+                self._add(adapter_name, adapter.config, adapter, copy=False)
+        if not is_trainable and (
+            self.training or any(map(_is_training, self._found().modules.values()))
+        ):
             self.eval()
 
     def push_to_hub(
@@ -670,6 +678,7 @@ class IA3Model(nn.Module):
         self.model = model
         self._trained_before = [name for name, p in model.named_parameters() if p.requires_grad]
         self._ignored_before = getattr(model, "_keys_to_ignore_on_save", None)
+        self._hidden = set(self._ignored_before or ())
 
     def _freeze_base(self) -> None:
         for name in self._trained_before:
@@ -682,22 +691,29 @@ class IA3Model(nn.Module):
             self.model.enable_input_require_grads()  # type: ignore[operator]
             self._requires_input_grads = True
 
-    def _add(self, adapter_name: str, config: IA3Config, stored: Adapter | None) -> None:
-        """Add an adapter, its values from `stored` or new; all checks come before any change."""
+    def _add(
+        self, adapter_name: str, config: IA3Config, stored: Adapter | None, *, copy: bool = True
+    ) -> None:
+        """Add an adapter, its values from `stored` or new; all checks come before any change.
+
+        Without `copy` the stored vectors are the caller's to give away.
+        """
         if self._unloaded:
             raise IA3Error("this model was unloaded: make a new one")
         if adapter_name in self.peft_config:
             raise IA3Error(f"adapter {adapter_name!r} exists already: delete it or choose another")
         _check_name(adapter_name)
         config = dataclasses.replace(config, modules_to_save=_with_head(self.model, config))
-        resolved, targets = resolve(self.model, config, None if stored is None else stored.frozen)
+        found = self._found()
+        known = frozen = None
+        if stored is not None:
+            frozen = stored.frozen
+            known = found.targets.get(selection(config, frozen))
+        resolved, targets = resolve(self.model, config, frozen, found.modules, known)
         saved = find_modules_to_save(self.model, resolved.modules_to_save, strict=stored is None)
-        # One walk: looking each up by its name takes longer.
-        modules = dict(self.model.named_modules())
-        copied = bool(self._copies())
         for target in targets:
-            check_free(modules[target.name], target)
-            if copied:
+            check_free(found.modules[target.name], target)
+            if found.copies:
                 self._check_outside_copies(target.name)
         for name in saved:
             self._check_outside_copies(name)
@@ -717,23 +733,19 @@ class IA3Model(nn.Module):
                     f"this may be the wrong base model for adapter {adapter_name!r}: {difference}",
                     stacklevel=4,
                 )
-        new = False
         for target in targets:
-            module = modules[target.name]
-            new = new or site_of(module) is None
+            module = found.modules[target.name]
             device = device_of(module)
             shape = target.activation.shape
             if stored is not None:
                 # A model on the meta device has no values to lose; the adapter has.
                 kept = torch.device("cpu") if device.type == "meta" else device
-                vector = stored.vectors[target.name].to(kept, torch.float32, copy=True)
+                vector = stored.vectors[target.name].to(kept, torch.float32, copy=copy)
             elif resolved.init_ia3_weights:
                 vector = torch.ones(shape, device=device)
             else:
                 vector = torch.randn(shape, device=device)
             place(module, target).add(adapter_name, vector, target.frozen)
-        if new or saved:
-            self._attachments.forget()
         for name in saved:
             module = self.model.get_submodule(name)
             copies = hold(module)
@@ -741,7 +753,9 @@ class IA3Model(nn.Module):
             if stored is not None:
                 load_copy(copies[adapter_name], name, stored.copies)
         self.peft_config[adapter_name] = resolved
-        self._hide_from_checkpoints()
+        ranges = {target.name: target.frozen for target in targets}
+        self._found().targets[selection(resolved, ranges)] = targets
+        self._hide_from_checkpoints(self._keys(adapter_name))
 
     def _with(self, state_dict: Mapping[str, Tensor], adapter_name: str) -> Adapter:
         """An adapter with the values that a gathered state dict has for it."""
@@ -814,15 +828,15 @@ class IA3Model(nn.Module):
                 )
 
     def _sites(self) -> list[tuple[str, nn.Module, Site]]:
-        return [entry for entry in self._attached() if isinstance(entry[2], Site)]  # type: ignore[misc]
+        return self._found().sites
 
     def _copies(self) -> list[tuple[str, nn.Module, Copies]]:
-        return [entry for entry in self._attached() if isinstance(entry[2], Copies)]  # type: ignore[misc]
+        return self._found().copies
 
-    def _attached(self) -> Attachments:
+    def _found(self) -> Found:
         if self._attachments.model is not self.model:
             self._attachments = Attachments(self.model)
-        return self._attachments
+        return self._attachments.found()
 
     def _copied_values(self, adapter: str) -> dict[str, Tensor]:
         return {
@@ -835,34 +849,63 @@ class IA3Model(nn.Module):
     def _activate(self, names: tuple[str, ...]) -> None:
         self._active = names
         active = names if self._enabled else ()
-        for _, module, site in self._sites():
+        found = self._found()
+        for _, module, site in found.sites:
             site.activate(module, active)
-        for _, _, copies in self._copies():
+        for _, _, copies in found.copies:
             copies.active = next((name for name in active if name in copies), None)
 
     def _require_grad(self, names: Sequence[str], inference_mode: bool) -> None:
         wanted = set() if inference_mode else set(names)
-        for _, _, site in self._sites():
-            for name, vector in site._parameters.items():
-                if vector is not None and vector.requires_grad is not (name in wanted):
-                    vector.requires_grad_(name in wanted)
-        for _, _, copies in self._copies():
+        found = self._found()
+        held = [site._parameters for _, _, site in found.sites]
+        # All are looked at: somebody may have asked for gradients without `set_adapter`.
+        trained = [
+            (name, vector)
+            for vectors in held
+            for name, vector in vectors.items()
+            if vector is not None and vector.requires_grad
+        ]
+        for name, vector in trained:
+            if name not in wanted:
+                vector.requires_grad = False
+        for name in wanted:
+            for vectors in held:
+                if (mine := vectors.get(name)) is not None:
+                    mine.requires_grad = True
+        for _, _, copies in found.copies:
             for name in copies.adapters:
                 for parameter in copies[name].parameters():
                     if parameter.is_floating_point():
                         parameter.requires_grad_(name in wanted)
 
-    def _hide_from_checkpoints(self) -> None:
-        """Have the base model's own `save_pretrained` leave out what adapters hold."""
-        if not isinstance(self.model, PreTrainedModel):
-            return
-        held = {
-            f"{name}.{ATTRIBUTE}.{key}" if name else f"{ATTRIBUTE}.{key}"
-            for name, _, attached in self._attached()
-            for key in (attached.vectors if isinstance(attached, Site) else attached.state_dict())
-        }
-        before = self._ignored_before
-        self.model._keys_to_ignore_on_save = set(before or ()) | held if held else before
+    def _keys(self, adapter: str) -> set[str]:
+        """What the base model's state dict calls an adapter's vectors and copies."""
+        found = self._found()
+        held = [f"{name}.{ATTRIBUTE}.{adapter}" for name, _, site in found.sites if adapter in site]
+        held += [
+            f"{name}.{ATTRIBUTE}.{adapter}.{key}"
+            for name, _, copies in found.copies
+            if adapter in copies
+            for key in copies[adapter].state_dict()
+        ]
+        # The model itself may be the module.
+        return {key.removeprefix(".") for key in held}
+
+    def _hide_from_checkpoints(self, keys: set[str]) -> None:
+        """Have the base model's own `save_pretrained` leave these out too."""
+        self._hidden |= keys
+        self._ignore_on_save()
+
+    def _show_to_checkpoints(self, keys: set[str]) -> None:
+        """Undo `_hide_from_checkpoints`."""
+        self._hidden -= keys.difference(self._ignored_before or ())
+        self._ignore_on_save()
+
+    def _ignore_on_save(self) -> None:
+        if isinstance(self.model, PreTrainedModel):
+            ignored = self._hidden if self.peft_config else self._ignored_before
+            self.model._keys_to_ignore_on_save = ignored
 
     def _check_known(self, names: Sequence[str]) -> None:
         for name in names:
@@ -893,11 +936,13 @@ def _naming(source: str) -> Iterator[None]:
         raise IA3Error(f"{source}: {error}") from error
 
 
+_is_training = operator.attrgetter("training")
+
+
 def _check_name(adapter_name: str) -> None:
     if not re.fullmatch(r"[^./\\\s\x00]+", adapter_name):
         raise IA3Error(f"adapter name {adapter_name!r} must have no dot, slash or white space")
-    if adapter_name in {*dir(nn.Module()), "active", "merged", "_handle"}:
-        # Setting the attribute ("training") would set the vector of that name.
+    if adapter_name in TAKEN:
         raise IA3Error(
             f"adapter name {adapter_name!r} is also an attribute of the modules that hold the "
             "vectors: choose another"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from .config import IA3Config
@@ -164,13 +164,14 @@ def read_config(folder: str | Path) -> IA3Config:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    # Read, not mapped: the file may be replaced meanwhile.
+    content = path.read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            # Copies, as the file may be replaced while it is mapped.
-            keys = list(file.keys())
-            return {key: file.get_tensor(key).clone() for key in keys}, file.metadata() or {}
-    except SafetensorError as error:
+        tensors = load(content)
+    except (SafetensorError, KeyError) as error:  # the latter for a dtype that torch lacks
         raise IA3Error(f"{path} is not a whole safetensors file: {error}") from error
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return tensors, header.get("__metadata__") or {}
 
 
 def unpickle_tensors(path: Path, expected: str) -> Any:
