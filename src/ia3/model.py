@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -859,20 +860,15 @@ class IA3Model(nn.Module):
         wanted = set() if inference_mode else set(names)
         found = self._found()
         held = [site._parameters for _, _, site in found.sites]
-        # All are looked at: somebody may have asked for gradients without `set_adapter`.
-        trained = [
-            (name, vector)
-            for vectors in held
-            for name, vector in vectors.items()
-            if vector is not None and vector.requires_grad
-        ]
-        for name, vector in trained:
-            if name not in wanted:
-                vector.requires_grad = False
-        for name in wanted:
-            for vectors in held:
-                if (mine := vectors.get(name)) is not None:
-                    mine.requires_grad = True
+        changing = {*self._active, *names}
+        # Somebody may have asked for all gradients there are: it shows at any one site.
+        for vectors in held[:1]:
+            changing |= {name for name, v in vectors.items() if v is not None and v.requires_grad}
+        for name in changing:
+            wants = name in wanted
+            for vector in map(dict.get, held, repeat(name)):
+                if vector is not None:
+                    vector.requires_grad = wants
         for _, _, copies in found.copies:
             for name in copies.adapters:
                 for parameter in copies[name].parameters():
