@@ -82,11 +82,12 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes; `cpu` for one without tensors."""
-    own = (parameter for parameter in module._parameters.values() if parameter is not None)
-    tensor = next(chain(own, module.parameters(), module.buffers()), None)
+    own = next((p for p in module._parameters.values() if p is not None), None)
+    tensor = own if own is not None else next(chain(module.parameters(), module.buffers()), None)
     device = torch.device("cpu") if tensor is None else tensor.device
-    # Under accelerate's offloading the weights wait on the meta device between two calls.
-    executes_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if device.type == "meta" and executes_on is not None:
-        return torch.device(executes_on)
+    if device.type == "meta":
+        # Under accelerate's offloading the weights wait on the meta device between two calls.
+        executes_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if executes_on is not None:
+            return torch.device(executes_on)
     return device

@@ -106,7 +106,8 @@ def _telling(model: nn.Module, linear: bool) -> list[tuple[str, Tensor]]:
     return [
         (f"{prefix}.{name}" if prefix else name, parameter)
         for prefix, module in model.named_modules()
-        if _is_the_base_models(prefix.split("."), module)
+        if module._parameters
+        and _is_the_base_models(prefix.split("."), module)
         and (linear_features(module) is not None) is linear
         for name, parameter in module._parameters.items()
         if _can_be_sampled(parameter) and (parameter.dim() > 1 or not _is_constant(parameter))
@@ -126,9 +127,9 @@ def _parameter(model: nn.Module, name: str) -> Tensor | None:
 
 
 def _is_the_base_models(path: Sequence[str], module: nn.Module) -> bool:
-    """Whether a module with parameters is the base model's, and they are as they were."""
+    """Whether a module is the base model's own, and nothing is merged into it."""
     site = site_of(module)
-    return bool(module._parameters) and ATTRIBUTE not in path and not (site and site.merged)
+    return ATTRIBUTE not in path and (site is None or not site.merged)
 
 
 def _can_be_sampled(parameter: Tensor | None) -> TypeGuard[Tensor]:

@@ -33,7 +33,7 @@ from .copies import (
 )
 from .errors import IA3Error, did_you_mean
 from .files import check_folder, write_files
-from .fingerprint import fingerprint
+from .fingerprint import Fingerprint, fingerprint
 from .hub import HubOptions, adapter_folder
 from .integrations.transformers import known_to_trainer
 from .merging import Merge
@@ -502,7 +502,10 @@ class IA3Model(nn.Module):
             raise IA3Error("there is no adapter to save")
         if is_main_process:
             gathered = {} if state_dict is None else state_dict
-            files = {name: store.adapter_files(self._with(gathered, name)) for name in folders}
+            base = fingerprint(self.model)
+            files = {
+                name: store.adapter_files(self._with(gathered, name, base)) for name in folders
+            }
             for folder in folders.values():
                 check_folder(folder)
             for name, folder in folders.items():
@@ -511,6 +514,9 @@ class IA3Model(nn.Module):
     def adapter(self, adapter_name: str) -> Adapter:
         """An adapter as it is saved: its config, its vectors and copies, and what its base is."""
         self._check_known([adapter_name])
+        return self._adapter(adapter_name, fingerprint(self.model))
+
+    def _adapter(self, adapter_name: str, base: Fingerprint) -> Adapter:
         config = dataclasses.replace(self.peft_config[adapter_name], inference_mode=True)
         if config.task_type is None and config.auto_mapping is None:
             base_class = type(self.model)
@@ -528,7 +534,7 @@ class IA3Model(nn.Module):
                 for name, site in having
                 if adapter_name in site.frozen
             },
-            fingerprint(self.model),
+            base,
         )
 
     @classmethod
@@ -758,9 +764,11 @@ class IA3Model(nn.Module):
         self._found().targets[selection(resolved, ranges)] = targets
         self._hide_from_checkpoints(self._keys(adapter_name))
 
-    def _with(self, state_dict: Mapping[str, Tensor], adapter_name: str) -> Adapter:
+    def _with(
+        self, state_dict: Mapping[str, Tensor], adapter_name: str, base: Fingerprint
+    ) -> Adapter:
         """An adapter with the values that a gathered state dict has for it."""
-        adapter = self.adapter(adapter_name)
+        adapter = self._adapter(adapter_name, base)
         end = f"{ATTRIBUTE}.{adapter_name}"
         for name, vector in adapter.vectors.items():
             adapter.vectors[name] = state_dict.get(f"model.{name}.{end}", vector)
