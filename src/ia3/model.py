@@ -746,8 +746,8 @@ class IA3Model(nn.Module):
             shape = target.activation.shape
             if stored is not None:
                 # A model on the meta device has no values to lose; the adapter has.
-                kept = torch.device("cpu") if device.type == "meta" else device
-                vector = stored.vectors[target.name].to(kept, torch.float32, copy=copy)
+                values_on = torch.device("cpu") if device.type == "meta" else device
+                vector = stored.vectors[target.name].to(values_on, torch.float32, copy=copy)
             elif resolved.init_ia3_weights:
                 vector = torch.ones(shape, device=device)
             else:
@@ -761,7 +761,10 @@ class IA3Model(nn.Module):
                 load_copy(copies[adapter_name], name, stored.copies)
         self.peft_config[adapter_name] = resolved
         ranges = {target.name: target.frozen for target in targets}
-        self._found().targets[selection(resolved, ranges)] = targets
+        kept = self._found().targets
+        if len(kept) >= len(self.peft_config):  # of adapters that are gone
+            kept.clear()
+        kept[selection(resolved, ranges)] = targets
         self._hide_from_checkpoints(self._keys(adapter_name))
 
     def _with(

@@ -237,7 +237,8 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
     ):
         raise IA3Error(f"{path} does not hold named tensors")
-    return dict(tensors)
+    # A pickle may have two of them share their memory.
+    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
 
 
 def _read_frozen(metadata: Mapping[str, str], path: Path) -> dict[str, Frozen]:
