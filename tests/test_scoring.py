@@ -16,11 +16,14 @@ from tfew_fixtures import (
     word_tokenizer,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BartConfig,
     BertConfig,
     BloomConfig,
+    CohereConfig,
     FalconConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoConfig,
@@ -40,6 +43,7 @@ from ia3.tfew.encoding import EncodedExample
 from ia3.tfew.losses import TokenScores, token_loss
 from ia3.tfew.passes import expanded_scores, shared_scores
 from ia3.tfew.scoring import choice_scores, shares_prompt, token_scores
+from ia3.tfew.vocabulary import POSITIONS
 
 WIDTH = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
 LLAMA = {**WIDTH, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.2}
@@ -529,3 +533,43 @@ def test_the_verdict_on_a_broken_model_is_not_kept():
         assert not shares_prompt(base)
         weight.copy_(whole)
     assert shares_prompt(base)
+
+
+class WidestProjection(TorchDispatchMode):
+    """Notes the most rows of logits that any operation gives."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape[-1:] == (VOCABULARY,):
+            self.rows = max(self.rows, result.numel() // VOCABULARY)
+        return result
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_logits_of_a_batch_are_never_there_at_once(name):
+    base = base_of(name)
+    with_random_vectors(base)
+    examples = random_examples([(5, [4] * 12), (7, [3] * 12), (4, [5] * 12)])
+    shares_prompt(base)
+    with WidestProjection() as seen:
+        scores = token_scores(base, examples)
+        token_loss(scores, torch.tensor([0, 1, 2])).total.backward()
+    assert scores.mask.sum() > 2 * POSITIONS
+    assert 0 < seen.rows <= POSITIONS
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**LLAMA, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5),
+        CohereConfig(**LLAMA, num_key_value_heads=2, logit_scale=0.25, pad_token_id=0),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_what_a_model_does_to_its_logits_is_heeded(config):
+    base = random_base(config)
+    examples = random_examples([(5, [2, 1, 3]), (7, [1, 2])])
+    assert_plain(base, examples, token_scores(base, examples))
+    assert "forward" not in vars(base.model.get_output_embeddings())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -81,10 +82,12 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes; `cpu` for one without tensors."""
-    tensors = [*module.parameters(), *module.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    # Under accelerate's offloading the weights wait on the meta device between two calls.
-    executes_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if device.type == "meta" and executes_on is not None:
-        return torch.device(executes_on)
+    own = next((p for p in module._parameters.values() if p is not None), None)
+    tensor = own if own is not None else next(chain(module.parameters(), module.buffers()), None)
+    device = torch.device("cpu") if tensor is None else tensor.device
+    if device.type == "meta":
+        # Under accelerate's offloading the weights wait on the meta device between two calls.
+        executes_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if executes_on is not None:
+            return torch.device(executes_on)
     return device

@@ -104,7 +104,7 @@ def find_modules_to_save(
         IA3Error: with `strict`, an entry matches no module; or one module holds another.
     """
     found: dict[str, None] = {}
-    modules = base_modules(model)
+    modules = base_modules(model) if names else []
     for entry in names or ():
         matching = [name for name in modules if name.endswith(entry)]
         if not matching and strict:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
-import torch
 from torch import Tensor, nn
 
 from .activations import linear_features
@@ -76,9 +75,8 @@ class Fingerprint:
         found = model_type_of(model)
         if found != self.model_type:
             return f"its model type is {found!r}, the adapter's base model is {self.model_type!r}"
-        parameters = {name: parameter for name, parameter, _ in _parameters(model)}
         for name, (shape, expected) in self.samples.items():
-            parameter = parameters.get(name)
+            parameter = _parameter(model, name)
             if (
                 parameter is not None
                 and list(parameter.shape) == shape
@@ -94,14 +92,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     Parameters of linear layers are left out where there are others: these may be quantized, or new
     with every model that is loaded, as heads are.
     """
-    # Norms start as ones, so that they tell nothing before training.
-    told = [
-        (name, parameter, linear)
-        for name, parameter, linear in _parameters(model)
-        if parameter.dim() > 1 or not _is_constant(parameter)
-    ]
-    other = [(name, parameter) for name, parameter, linear in told if not linear]
-    chosen = other or [(name, parameter) for name, parameter, _ in told]
+    chosen = _telling(model, linear=False) or _telling(model, linear=True)
     step = max(1, math.ceil(len(chosen) / PARAMETERS))
     return Fingerprint(
         model_type_of(model),
@@ -109,21 +100,42 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     )
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """The base model's parameters that can be looked at: name, value, whether a linear layer's."""
-    for prefix, module in model.named_modules():
-        site = site_of(module)
-        if ATTRIBUTE in prefix.split(".") or (site is not None and site.merged):
-            continue
-        for name, parameter in module._parameters.items():
-            if parameter is not None and _can_be_sampled(parameter):
-                full = f"{prefix}.{name}" if prefix else name
-                yield full, parameter, linear_features(module) is not None
+def _telling(model: nn.Module, linear: bool) -> list[tuple[str, Tensor]]:
+    """The base model's parameters that tell it from others, of linear layers or of the rest."""
+    # Norms start as ones, so that they tell nothing before training.
+    return [
+        (f"{prefix}.{name}" if prefix else name, parameter)
+        for prefix, module in model.named_modules()
+        if module._parameters
+        and _is_the_base_models(prefix.split("."), module)
+        and (linear_features(module) is not None) is linear
+        for name, parameter in module._parameters.items()
+        if _can_be_sampled(parameter) and (parameter.dim() > 1 or not _is_constant(parameter))
+    ]
 
 
-def _can_be_sampled(parameter: Tensor) -> bool:
+def _parameter(model: nn.Module, name: str) -> Tensor | None:
+    """The base model's parameter of this name, if it is there and can be looked at."""
+    *path, last = name.split(".")
+    module: nn.Module | None = model
+    for part in path:
+        module = None if module is None else module._modules.get(part)
+    if module is None or not _is_the_base_models(path, module):
+        return None
+    parameter = module._parameters.get(last)
+    return parameter if _can_be_sampled(parameter) else None
+
+
+def _is_the_base_models(path: Sequence[str], module: nn.Module) -> bool:
+    """Whether a module is the base model's own, and nothing is merged into it."""
+    site = site_of(module)
+    return ATTRIBUTE not in path and (site is None or not site.merged)
+
+
+def _can_be_sampled(parameter: Tensor | None) -> TypeGuard[Tensor]:
     return (
-        parameter.is_floating_point()
+        parameter is not None
+        and parameter.is_floating_point()
         and parameter.device.type != "meta"
         and parameter.numel() > 0
         and type(parameter.data) is Tensor
@@ -138,8 +150,9 @@ def _is_constant(parameter: Tensor) -> bool:
 def _sample(parameter: Tensor) -> list[float]:
     flat = parameter.detach().reshape(-1)
     # Not from the very start: rows of padding are zeros.
-    places = torch.arange(1, VALUES + 1, device=flat.device) * (flat.numel() // (VALUES + 1))
-    values: list[float] = flat[places].float().tolist()
+    step = flat.numel() // (VALUES + 1)
+    sampled = flat[step : VALUES * step + 1 : step] if step else flat[:1].expand(VALUES)
+    values: list[float] = sampled.float().tolist()
     return values
 
 

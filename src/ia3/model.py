@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -31,15 +33,15 @@ from .copies import (
 )
 from .errors import IA3Error, did_you_mean
 from .files import check_folder, write_files
-from .fingerprint import fingerprint
+from .fingerprint import Fingerprint, fingerprint
 from .fusing import fuse, is_fused, site_in, unfuse
 from .hoisting import Carriers
 from .hub import HubOptions, adapter_folder
 from .integrations.transformers import known_to_trainer
 from .merging import Merge
-from .sites import Attachments, Site, check_free, displace, place, site_of
+from .sites import Attachments, Found, Site, check_free, displace, place, site_of
 from .store import Adapter
-from .targets import ATTRIBUTE, check_vectors, resolve
+from .targets import ATTRIBUTE, check_vectors, resolve, selection
 
 # The heads that PEFT trains and saves with an adapter, by task.
 HEADS = {
@@ -50,6 +52,12 @@ HEADS = {
 
 # PEFT's folder for the adapter of this name is the one given, for others one inside it.
 DEFAULT_ADAPTER = "default"
+
+# The attributes of the modules that hold vectors: setting one ("training") would set the vector.
+TAKEN = {
+    *dir(nn.Module()),
+    *("active", "merged", "carrier", "in_place", "in_block", "_handles", "_kept"),
+}
 
 
 @known_to_trainer
@@ -88,6 +96,7 @@ class IA3Model(nn.Module):
     _fused: list[str]
     _trained_before: list[str]
     _ignored_before: set[str] | list[str] | None
+    _hidden: set[str]
     _requires_input_grads: bool
     _plain: bool
 
@@ -204,10 +213,11 @@ class IA3Model(nn.Module):
         self._check_known([adapter_name])
         if adapter_name in self._merge.adapters:
             raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
+        hidden = self._keys(adapter_name)
         for _, module, site in self._sites():
             if adapter_name in site:
                 site.remove(adapter_name)
-            if not site.vectors:
+            if not site._parameters:
                 displace(module)
         for _, module, copies in self._copies():
             if adapter_name in copies:
@@ -215,7 +225,7 @@ class IA3Model(nn.Module):
             if not copies.adapters:
                 release(module)
         del self.peft_config[adapter_name]
-        self._hide_from_checkpoints()
+        self._show_to_checkpoints(hidden)
         remaining = tuple(name for name in self._active if name != adapter_name)
         if self._active and not remaining and self.peft_config:
             first = next(iter(self.peft_config))
@@ -489,7 +499,7 @@ class IA3Model(nn.Module):
             self._requires_input_grads = False
         self.peft_config.clear()
         self._active = ()
-        self._hide_from_checkpoints()
+        self._show_to_checkpoints(set())
         return self.model
 
     # -- files ------------------------------------------------------------------------------------
@@ -545,7 +555,10 @@ class IA3Model(nn.Module):
             raise IA3Error("there is no adapter to save")
         if is_main_process:
             gathered = {} if state_dict is None else state_dict
-            files = {name: store.adapter_files(self._with(gathered, name)) for name in folders}
+            base = fingerprint(self.model)
+            files = {
+                name: store.adapter_files(self._with(gathered, name, base)) for name in folders
+            }
             for folder in folders.values():
                 check_folder(folder)
             for name, folder in folders.items():
@@ -554,6 +567,9 @@ class IA3Model(nn.Module):
     def adapter(self, adapter_name: str) -> Adapter:
         """An adapter as it is saved: its config, its vectors and copies, and what its base is."""
         self._check_known([adapter_name])
+        return self._adapter(adapter_name, fingerprint(self.model))
+
+    def _adapter(self, adapter_name: str, base: Fingerprint) -> Adapter:
         config = dataclasses.replace(self.peft_config[adapter_name], inference_mode=True)
         if config.task_type is None and config.auto_mapping is None:
             base_class = type(self.model)
@@ -571,7 +587,7 @@ class IA3Model(nn.Module):
                 for name, site in having
                 if adapter_name in site.frozen
             },
-            fingerprint(self.model),
+            base,
         )
 
     @classmethod
@@ -656,8 +672,10 @@ class IA3Model(nn.Module):
             if adapter_name in self.peft_config:
                 self._load_into(adapter_name, adapter)
             else:
-                self._add(adapter_name, adapter.config, adapter)
-        if not is_trainable:
+                self._add(adapter_name, adapter.config, adapter, copy=False)
+        if not is_trainable and (
+            self.training or any(map(_is_training, self._found().modules.values()))
+        ):
             self.eval()
 
     def push_to_hub(
@@ -722,6 +740,7 @@ class IA3Model(nn.Module):
         self.model = model
         self._trained_before = [name for name, p in model.named_parameters() if p.requires_grad]
         self._ignored_before = getattr(model, "_keys_to_ignore_on_save", None)
+        self._hidden = set(self._ignored_before or ())
 
     def _freeze_base(self) -> None:
         for name in self._trained_before:
@@ -734,22 +753,29 @@ class IA3Model(nn.Module):
             self.model.enable_input_require_grads()  # type: ignore[operator]
             self._requires_input_grads = True
 
-    def _add(self, adapter_name: str, config: IA3Config, stored: Adapter | None) -> None:
-        """Add an adapter, its values from `stored` or new; all checks come before any change."""
+    def _add(
+        self, adapter_name: str, config: IA3Config, stored: Adapter | None, *, copy: bool = True
+    ) -> None:
+        """Add an adapter, its values from `stored` or new; all checks come before any change.
+
+        Without `copy` the stored vectors are the caller's to give away.
+        """
         if self._unloaded:
             raise IA3Error("this model was unloaded: make a new one")
         if adapter_name in self.peft_config:
             raise IA3Error(f"adapter {adapter_name!r} exists already: delete it or choose another")
         _check_name(adapter_name)
         config = dataclasses.replace(config, modules_to_save=_with_head(self.model, config))
-        resolved, targets = resolve(self.model, config, None if stored is None else stored.frozen)
+        found = self._found()
+        known = frozen = None
+        if stored is not None:
+            frozen = stored.frozen
+            known = found.targets.get(selection(config, frozen))
+        resolved, targets = resolve(self.model, config, frozen, found.modules, known)
         saved = find_modules_to_save(self.model, resolved.modules_to_save, strict=stored is None)
-        # One walk: looking each up by its name takes longer.
-        modules = dict(self.model.named_modules())
-        copied = bool(self._copies())
         for target in targets:
-            check_free(modules[target.name], target)
-            if copied:
+            check_free(found.modules[target.name], target)
+            if found.copies:
                 self._check_outside_copies(target.name)
         for name in saved:
             self._check_outside_copies(name)
@@ -773,17 +799,15 @@ class IA3Model(nn.Module):
                     f"this may be the wrong base model for adapter {adapter_name!r}: {difference}",
                     stacklevel=4,
                 )
-        new = False
         carriers = Carriers(self.model)
         for target in targets:
-            module = modules[target.name]
-            new = new or site_of(module) is None
+            module = found.modules[target.name]
             device = device_of(module)
             shape = target.activation.shape
             if stored is not None:
                 # A model on the meta device has no values to lose; the adapter has.
-                kept = torch.device("cpu") if device.type == "meta" else device
-                vector = stored.vectors[target.name].to(kept, torch.float32, copy=True)
+                values_on = torch.device("cpu") if device.type == "meta" else device
+                vector = stored.vectors[target.name].to(values_on, torch.float32, copy=copy)
             elif resolved.init_ia3_weights:
                 vector = torch.ones(shape, device=device)
             else:
@@ -791,8 +815,6 @@ class IA3Model(nn.Module):
             site = place(module, target, carriers)
             site.in_place = not self._plain
             site.add(adapter_name, vector, target.frozen)
-        if new or saved:
-            self._attachments.forget()
         for name in saved:
             module = self.model.get_submodule(name)
             copies = hold(module)
@@ -800,11 +822,18 @@ class IA3Model(nn.Module):
             if stored is not None:
                 load_copy(copies[adapter_name], name, stored.copies)
         self.peft_config[adapter_name] = resolved
-        self._hide_from_checkpoints()
+        ranges = {target.name: target.frozen for target in targets}
+        kept = self._found().targets
+        if len(kept) >= len(self.peft_config):  # of adapters that are gone
+            kept.clear()
+        kept[selection(resolved, ranges)] = targets
+        self._hide_from_checkpoints(self._keys(adapter_name))
 
-    def _with(self, state_dict: Mapping[str, Tensor], adapter_name: str) -> Adapter:
+    def _with(
+        self, state_dict: Mapping[str, Tensor], adapter_name: str, base: Fingerprint
+    ) -> Adapter:
         """An adapter with the values that a gathered state dict has for it."""
-        adapter = self.adapter(adapter_name)
+        adapter = self._adapter(adapter_name, base)
         end = f"{ATTRIBUTE}.{adapter_name}"
         for name, vector in adapter.vectors.items():
             adapter.vectors[name] = state_dict.get(f"model.{name}.{end}", vector)
@@ -873,15 +902,15 @@ class IA3Model(nn.Module):
                 )
 
     def _sites(self) -> list[tuple[str, nn.Module, Site]]:
-        return [entry for entry in self._attached() if isinstance(entry[2], Site)]  # type: ignore[misc]
+        return self._found().sites
 
     def _copies(self) -> list[tuple[str, nn.Module, Copies]]:
-        return [entry for entry in self._attached() if isinstance(entry[2], Copies)]  # type: ignore[misc]
+        return self._found().copies
 
-    def _attached(self) -> Attachments:
+    def _found(self) -> Found:
         if self._attachments.model is not self.model:
             self._attachments = Attachments(self.model)
-        return self._attachments
+        return self._attachments.found()
 
     def _copied_values(self, adapter: str) -> dict[str, Tensor]:
         return {
@@ -898,34 +927,58 @@ class IA3Model(nn.Module):
             inner = site_in(self.model.get_submodule(name))
             if inner is not None:
                 inner.in_block = True
-        for _, module, site in self._sites():
+        found = self._found()
+        for _, module, site in found.sites:
             site.activate(module, active)
-        for _, _, copies in self._copies():
+        for _, _, copies in found.copies:
             copies.active = next((name for name in active if name in copies), None)
 
     def _require_grad(self, names: Sequence[str], inference_mode: bool) -> None:
         wanted = set() if inference_mode else set(names)
-        for _, _, site in self._sites():
-            for name, vector in site._parameters.items():
-                if vector is not None and vector.requires_grad is not (name in wanted):
-                    vector.requires_grad_(name in wanted)
-        for _, _, copies in self._copies():
+        found = self._found()
+        held = [site._parameters for _, _, site in found.sites]
+        changing = {*self._active, *names}
+        # Somebody may have asked for all gradients there are: it shows at any one site.
+        for vectors in held[:1]:
+            changing |= {name for name, v in vectors.items() if v is not None and v.requires_grad}
+        for name in changing:
+            wants = name in wanted
+            for vector in map(dict.get, held, repeat(name)):
+                if vector is not None:
+                    vector.requires_grad = wants
+        for _, _, copies in found.copies:
             for name in copies.adapters:
                 for parameter in copies[name].parameters():
                     if parameter.is_floating_point():
                         parameter.requires_grad_(name in wanted)
 
-    def _hide_from_checkpoints(self) -> None:
-        """Have the base model's own `save_pretrained` leave out what adapters hold."""
-        if not isinstance(self.model, PreTrainedModel):
-            return
-        held = {
-            f"{name}.{ATTRIBUTE}.{key}" if name else f"{ATTRIBUTE}.{key}"
-            for name, _, attached in self._attached()
-            for key in (attached.vectors if isinstance(attached, Site) else attached.state_dict())
-        }
-        before = self._ignored_before
-        self.model._keys_to_ignore_on_save = set(before or ()) | held if held else before
+    def _keys(self, adapter: str) -> set[str]:
+        """What the base model's state dict calls an adapter's vectors and copies."""
+        found = self._found()
+        held = [f"{name}.{ATTRIBUTE}.{adapter}" for name, _, site in found.sites if adapter in site]
+        held += [
+            f"{name}.{ATTRIBUTE}.{adapter}.{key}"
+            for name, _, copies in found.copies
+            if adapter in copies
+            for key in copies[adapter].state_dict()
+        ]
+        # The model itself may be the module.
+        return {key.removeprefix(".") for key in held}
+
+    def _hide_from_checkpoints(self, keys: set[str]) -> None:
+        """Have the base model's own `save_pretrained` leave these out too."""
+        self._hidden |= keys
+        self._ignore_on_save()
+
+    def _show_to_checkpoints(self, keys: set[str]) -> None:
+        """Undo `_hide_from_checkpoints`."""
+        self._hidden -= keys.difference(self._ignored_before or ())
+        self._ignore_on_save()
+
+    def _ignore_on_save(self) -> None:
+        if isinstance(self.model, PreTrainedModel):
+            ignored = self._hidden if self.peft_config else self._ignored_before
+            self.model._keys_to_ignore_on_save = ignored
 
     def _check_known(self, names: Sequence[str]) -> None:
         for name in names:
@@ -956,11 +1009,13 @@ def _naming(source: str) -> Iterator[None]:
         raise IA3Error(f"{source}: {error}") from error
 
 
+_is_training = operator.attrgetter("training")
+
+
 def _check_name(adapter_name: str) -> None:
     if not re.fullmatch(r"[^./\\\s\x00]+", adapter_name):
         raise IA3Error(f"adapter name {adapter_name!r} must have no dot, slash or white space")
-    if adapter_name in {*dir(nn.Module()), "active", "merged", "_handle"}:
-        # Setting the attribute ("training") would set the vector of that name.
+    if adapter_name in TAKEN:
         raise IA3Error(
             f"adapter name {adapter_name!r} is also an attribute of the modules that hold the "
             "vectors: choose another"

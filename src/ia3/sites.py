@@ -6,7 +6,8 @@ Its vectors are its parameters, one per adapter, so that they move, save and tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from . import experts
-from .activations import device_of
-from .copies import allow_plain_checkpoint, copies_of
+from .copies import Copies, allow_plain_checkpoint, copies_of
 from .errors import IA3Error
 from .hoisting import Carrier, Carriers
 from .rescale import rescale
@@ -133,7 +133,11 @@ class Site(nn.Module):
 
         Adapters without a vector here are left out; with none left, no hook stays installed.
         """
-        here = tuple([name for name in adapters if self._parameters.get(name) is not None])
+        here = adapters
+        for name in adapters:
+            if self._parameters.get(name) is None:
+                here = tuple(name for name in adapters if name in self)
+                break
         if self.merged:
             # What is merged takes the place of what is active, or is part of it.
             among = set(self.merged) <= set(here)
@@ -234,11 +238,27 @@ def site_of(module: nn.Module) -> Site | None:
     return site if isinstance(site, Site) else None
 
 
+@dataclass
+class Found:
+    """A model's modules, and what adapters have put on them.
+
+    Attributes:
+        modules: name -> module, in the model's order.
+        sites: the base module's name, the module, and the site on it.
+        copies: the base module's name, the module, and the copies of it.
+        targets: what was chosen from these modules before, by whatever it was chosen by.
+    """
+
+    modules: dict[str, nn.Module]
+    sites: list[tuple[str, nn.Module, Site]]
+    copies: list[tuple[str, nn.Module, Copies]]
+    targets: dict[Hashable, list[Target]] = field(default_factory=dict)
+
+
 class Attachments:
     """What adapters have put on a model's modules: found by one walk, and kept.
 
-    A model has many times more modules than sites. The walk is done again where a module on the way
-    to one was replaced, and after `forget`.
+    The walk is done again where any module came, went or was replaced.
 
     Args:
         model: the base model.
@@ -246,53 +266,29 @@ class Attachments:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._found: list[tuple[str, nn.Module, nn.Module]] | None = None
-        # Each module on the way: the dict that holds it, its name there, itself.
+        self._found: Found | None = None
+        # Each module's children: the dict that holds them, and what was in it.
         self._held: list[dict[str, nn.Module | None]] = []
-        self._names: list[str] = []
-        self._children: list[nn.Module | None] = []
+        self._children: list[dict[str, nn.Module | None]] = []
 
-    def forget(self) -> None:
-        """Walk again next time: something was put on a module that had nothing, or taken off."""
-        self._found = None
-
-    def __iter__(self) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-        """The base module's name, the module, and what is on it, in the model's order."""
-        found = self._found
-        # Lists compare by identity first, at the speed of C.
-        if found is None or [*map(dict.get, self._held, self._names)] != self._children:
-            found = self._walk()
-        return iter(found)
-
-    def _walk(self) -> list[tuple[str, nn.Module, nn.Module]]:
-        found = []
-        ways: dict[tuple[int, str], dict[str, nn.Module | None]] = {}
-        there = set()
-        for name, module in self.model.named_modules():
-            there.add(id(module._modules))
-            attached = module._modules.get(ATTRIBUTE)
-            if attached is None:
-                continue
-            found.append((name, module, attached))
-            parent = self.model
-            for part in (*(name.split(".") if name else ()), ATTRIBUTE):
-                ways[id(parent._modules), part] = parent._modules
-                child = parent._modules[part]
-                assert child is not None
-                parent = child
-        # Where there was something before, it may come back.
-        for held, part in zip(self._held, self._names, strict=True):
-            if id(held) in there:
-                ways[id(held), part] = held
-        self._found = found
-        self._held = list(ways.values())
-        self._names = [part for _, part in ways]
-        self._children = [held.get(part) for (_, part), held in ways.items()]
-        return found
+    def found(self) -> Found:
+        """The model as it is now."""
+        # Lists and dicts compare by identity first, at the speed of C.
+        if self._found is None or self._held != self._children:
+            modules = dict(self.model.named_modules())
+            on = [(name, m, m._modules.get(ATTRIBUTE)) for name, m in modules.items()]
+            self._held = [module._modules for module in modules.values()]
+            self._children = [dict(children) for children in self._held]
+            self._found = Found(
+                modules,
+                [(name, module, site) for name, module, site in on if isinstance(site, Site)],
+                [(name, module, held) for name, module, held in on if isinstance(held, Copies)],
+            )
+        return self._found
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy finds its own.
-        return {"model": self.model, "_found": None, "_held": [], "_names": [], "_children": []}
+        return {"model": self.model, "_found": None, "_held": [], "_children": []}
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
@@ -334,7 +330,7 @@ def place(module: nn.Module, target: Target, carriers: Carriers) -> Site:
         # By default compiled code does not look whether hooks were added or removed since, and
         # would go on with the adapters that were active when it was compiled.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
-        site = Site(target).to(device_of(module))
+        site = Site(target)
         if site.side == "input":
             site.carrier = carriers.of(target.name)
         module.add_module(ATTRIBUTE, site)

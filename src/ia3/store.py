@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from .config import IA3Config
@@ -42,6 +42,28 @@ EMBEDDINGS = (
 FROZEN_KEY = "ia3_frozen"
 BASE_KEY = "ia3_base_model"
 
+# The format's names of dtypes, in the order in which its library writes them: the widest first.
+DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
 
 @dataclass
 class Adapter:
@@ -65,33 +87,42 @@ class Adapter:
 
 def adapter_files(adapter: Adapter) -> dict[str, bytes]:
     """The contents of an adapter's files, by file name."""
-    named = {f"{name}{KEY_SUFFIX}": vector for name, vector in adapter.vectors.items()}
-    named.update(adapter.copies)
-    tensors = {
-        # A copy, as safetensors refuses tensors that share memory.
-        f"{KEY_PREFIX}{name}": tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in named.items()
-    }
+    tensors = {f"{KEY_PREFIX}{name}{KEY_SUFFIX}": v for name, v in adapter.vectors.items()}
+    tensors.update({f"{KEY_PREFIX}{name}": value for name, value in adapter.copies.items()})
     metadata = {"format": "pt"}
     if adapter.frozen:
         metadata[FROZEN_KEY] = json.dumps(adapter.frozen)
     if adapter.base is not None:
         metadata[BASE_KEY] = adapter.base.to_json()
     return {
-        WEIGHTS_NAME: _metadata_in_order(save(tensors, metadata=metadata)),
+        WEIGHTS_NAME: _safetensors(tensors, metadata),
         CONFIG_NAME: adapter.config.to_json().encode(),
     }
 
 
-def _metadata_in_order(content: bytes) -> bytes:
-    """A safetensors file whose metadata stand in one order: the library's differs by process."""
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file: 8 bytes with the header's length, the header, the tensors.
+
+    As the library writes it, whose metadata stand in another order in every process, and which
+    takes as long for many small tensors as for one large one.
+    """
+    place = {dtype: number for number, dtype in enumerate(DTYPES)}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    data: list[Any] = []
+    end = 0
+    for name in sorted(tensors, key=lambda name: (place[tensors[name].dtype], name)):
+        tensor = tensors[name].detach().cpu()
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        data.append(tensor.reshape(-1).view(torch.uint8).numpy())
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     # The tensors begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+    return b"".join([len(text).to_bytes(8, "little"), text, *data])
 
 
 def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter:
@@ -164,13 +195,20 @@ def read_config(folder: str | Path) -> IA3Config:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    # Read, not mapped: the file may be replaced meanwhile.
+    content = path.read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            # Copies, as the file may be replaced while it is mapped.
-            keys = list(file.keys())
-            return {key: file.get_tensor(key).clone() for key in keys}, file.metadata() or {}
-    except SafetensorError as error:
+        tensors = load(content)
+    except (SafetensorError, KeyError) as error:  # the latter for a dtype that torch lacks
         raise IA3Error(f"{path} is not a whole safetensors file: {error}") from error
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
+    first = '{"__metadata__":'
+    if header.startswith(first):
+        # As it is written: what the tensors are has been read.
+        metadata, _ = json.JSONDecoder().raw_decode(header, len(first))
+    else:
+        metadata = json.loads(header).get("__metadata__")
+    return tensors, metadata or {}
 
 
 def unpickle_tensors(path: Path, expected: str) -> Any:
@@ -199,7 +237,8 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
     ):
         raise IA3Error(f"{path} does not hold named tensors")
-    return dict(tensors)
+    # A pickle may have two of them share their memory.
+    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
 
 
 def _read_frozen(metadata: Mapping[str, str], path: Path) -> dict[str, Frozen]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -74,7 +74,11 @@ class Target:
 
 
 def resolve(
-    model: nn.Module, config: IA3Config, frozen: Mapping[str, Frozen] | None = None
+    model: nn.Module,
+    config: IA3Config,
+    frozen: Mapping[str, Frozen] | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
+    known: list[Target] | None = None,
 ) -> tuple[IA3Config, list[Target]]:
     """What a config rescales on this model.
 
@@ -85,6 +89,9 @@ def resolve(
         frozen: for an adapter that is loaded, module name -> the ranges that stay one. Its entries
             may match nothing: adapters trained with PEFT hold such, and their vectors say what
             they rescale.
+        modules: all of the model's modules by name, where they have been looked up.
+        known: the targets, where a config of the same `selection` was resolved before on the very
+            same modules.
 
     Returns:
         A copy of the config with its modules named in the forms PEFT reads, and the targets in the
@@ -130,22 +137,27 @@ def resolve(
             model, values["target_modules"]
         )
     # Unknown keys were named when the file was read.
-    known = {key: value for key, value in values.items() if key not in config.unknown}
-    resolved = IA3Config(**known, unknown=dict(config.unknown))
-    targets = [
-        Target(
-            name,
-            side,
-            activation,
-            ranges.get(name, ()),
-            why.get(name) or _why(resolved, name, side),
-        )
-        for name, side, activation in _matching(model, resolved, strict=frozen is None)
-    ]
-    for target in targets:
-        _check_ranges(target)
+    fields = {key: value for key, value in values.items() if key not in config.unknown}
+    resolved = IA3Config(**fields, unknown=dict(config.unknown))
+    if modules is None:
+        modules = dict(model.named_modules())
+    targets = known
+    if targets is None:
+        named_by = _naming(resolved)
+        matching = _matching(model, modules, resolved, strict=frozen is None)
+        targets = [
+            Target(
+                name,
+                side,
+                activation,
+                ranges.get(name, ()),
+                why.get(name) or named_by(name, side),
+            )
+            for name, side, activation in matching
+        ]
+        for target in targets:
+            _check_ranges(target)
     # PEFT warns where its loading has to mend this.
-    modules = dict(model.named_modules())
     resolved.fan_in_fan_out = any(isinstance(modules[t.name], Conv1D) for t in targets)
     return resolved, targets
 
@@ -179,6 +191,16 @@ def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
         for part, module in blocks[index].named_modules()
         if linear_features(module)
     ]
+
+
+def selection(config: IA3Config, frozen: Mapping[str, Frozen]) -> Hashable:
+    """What decides which modules a resolved config chooses from a model's, and what stays one."""
+    modules = (config.target_modules, config.exclude_modules, config.feedforward_modules)
+    return (
+        *(frozenset(each) if isinstance(each, set) else each for each in modules),
+        tuple(config.modules_to_save or ()),
+        frozenset((name, tuple(map(tuple, ranges))) for name, ranges in frozen.items() if ranges),
+    )
 
 
 def check_vectors(
@@ -218,7 +240,11 @@ def model_type_of(model: nn.Module) -> str:
 
 def base_modules(model: nn.Module) -> list[str]:
     """The names of the model's own modules: not what adapters have put on them."""
-    return [name for name, _ in model.named_modules() if name and ATTRIBUTE not in name.split(".")]
+    return _own(dict(model.named_modules()))
+
+
+def _own(modules: Mapping[str, nn.Module]) -> list[str]:
+    return [name for name in modules if name and ATTRIBUTE not in name.split(".")]
 
 
 def _paper_targets(model: nn.Module, config: IA3Config) -> list[PaperTarget]:
@@ -299,11 +325,11 @@ def _default_feedforward(
 
 
 def _matching(
-    model: nn.Module, config: IA3Config, *, strict: bool
+    model: nn.Module, modules: Mapping[str, nn.Module], config: IA3Config, *, strict: bool
 ) -> list[tuple[str, Side, Activation]]:
     assert config.target_modules is not None
     assert config.feedforward_modules is not None
-    names = base_modules(model)
+    names = _own(modules)
 
     def check(
         modules: str | Iterable[str], field: str, rule: Callable[[str, list[str]], bool] = matches
@@ -329,7 +355,6 @@ def _matching(
                 f"which {matched[0]!r} is the first: they must be among target_modules"
             )
     matching = []
-    modules = dict(model.named_modules())
     for name in chosen:
         module = modules[name]
         feedforward = matches_feedforward(name, config.feedforward_modules)
@@ -363,12 +388,22 @@ def _check_ranges(target: Target) -> None:
             )
 
 
-def _why(config: IA3Config, name: str, side: Side) -> str:
-    modules = config.target_modules if side == "output" else config.feedforward_modules
-    if isinstance(modules, str):
-        return f"matches {modules!r}"
-    rule = matches if side == "output" else matches_feedforward
-    return f"named by {next(entry for entry in sorted(modules or ()) if rule(name, [entry]))!r}"
+def _naming(config: IA3Config) -> Callable[[str, Side], str]:
+    """By module and side: which of the config's entries names it."""
+    targets, feedforward = (
+        modules if isinstance(modules, str) else sorted(modules or ())
+        for modules in (config.target_modules, config.feedforward_modules)
+    )
+
+    def why(name: str, side: Side) -> str:
+        modules, rule = (
+            (targets, matches) if side == "output" else (feedforward, matches_feedforward)
+        )
+        if isinstance(modules, str):
+            return f"matches {modules!r}"
+        return f"named by {next(entry for entry in modules if rule(name, [entry]))!r}"
+
+    return why
 
 
 def _is_all_linear(modules: object) -> bool:
