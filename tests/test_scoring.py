@@ -41,8 +41,13 @@ from ia3.base_model import BaseModel
 from ia3.errors import IA3Error
 from ia3.tfew.encoding import EncodedExample
 from ia3.tfew.losses import TokenScores, token_loss
-from ia3.tfew.passes import expanded_scores, shared_scores
-from ia3.tfew.scoring import choice_scores, shares_prompt, token_scores
+from ia3.tfew.passes import encoder_decoder_scores, expanded_scores, shared_scores
+from ia3.tfew.scoring import (
+    attends_to_one_prompt,
+    choice_scores,
+    shares_prompt,
+    token_scores,
+)
 from ia3.tfew.vocabulary import POSITIONS
 
 WIDTH = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
@@ -282,6 +287,35 @@ def test_gradients_equal_the_plain_way(name):
         ia3_model.unload()
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_prompt_is_encoded_once_and_its_keys_too(name, checkpointing):
+    base = random_base(ENCODER_DECODER[name])
+    examples = random_examples([(12, (1, 3, 2, 2)), (7, (2, 1))])
+    assert attends_to_one_prompt(base)
+    plain = encoder_decoder_scores(base, examples).log_probs
+    if checkpointing:
+        for config in (base.model.config, *base.model.modules()):
+            for rate in ("dropout", "attention_dropout", "activation_dropout", "dropout_rate"):
+                if isinstance(getattr(config, rate, None), float):
+                    setattr(config, rate, 0.0)
+        for module in base.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        base.model.gradient_checkpointing_enable()
+        base.model.train()
+    attention = base.model.get_decoder().modules()
+    name_of_keys = "EncDecAttention" if name == "t5" else "encoder_attn"
+    (layer,) = [getattr(m, name_of_keys) for m in attention if hasattr(m, name_of_keys)][:1]
+    rows = []
+    keys = layer.k if name == "t5" else layer.k_proj
+    keys.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    scores = token_scores(base, examples)
+    torch.testing.assert_close(scores.log_probs, plain, atol=1e-5, rtol=0)
+    # Blocks that are checkpointed are given no cache to take them from.
+    assert rows == [6 if checkpointing else 2]
 
 
 # -- any mix of lengths ----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ..structure import block_lists
 from .encoding import EncodedExample
 from .passes import (
     ONE_ROW,
+    PROBE_TOLERANCE,
     Targets,
     TreeRow,
     compute_dtype,
@@ -31,7 +32,7 @@ from .passes import (
     tree_inputs,
     tree_length,
 )
-from .scoring import PROBE_TOLERANCE, longest_sequence, longest_shared
+from .scoring import longest_sequence, longest_shared
 
 # What is kept takes at most as many bytes as this share of the model's weights.
 SHARE_OF_MODEL = 1.0

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # leave more padding at their ends.
 ONE_ROW = 384
 PACKED_LENGTH = 192
+# How far the scores of a way that is tried out may be off, against what a mistake makes of them.
+PROBE_TOLERANCE = 0.1
 
 # Models that were seen to do something to their logits, or to read more than those asked for.
 _work_on_logits: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -251,8 +253,19 @@ def expanded_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> Toke
     return scores(base, examples, targets, input_ids=ids, attention_mask=mask, use_cache=False)
 
 
-def encoder_decoder_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
-    """Every prompt through the encoder once, every choice in a row of the decoder."""
+def encoder_decoder_scores(
+    base: BaseModel, examples: Sequence[EncodedExample], *, keys_once: bool = False
+) -> TokenScores:
+    """Every prompt through the encoder once, every choice in a row of the decoder.
+
+    Args:
+        base: an encoder-decoder model.
+        examples: of any number of choices.
+        keys_once: compute the keys and values of a prompt that the decoder attends to once, not for
+            each choice.
+    """
+    from transformers import DynamicCache, EncoderDecoderCache
+
     prompts, prompt_mask = _padded([e.prompt for e in examples], _pad_token(base), base.device)
     model: Any = base.model
     encoded = model.get_encoder()(input_ids=prompts, attention_mask=prompt_mask)[0]
@@ -265,16 +278,37 @@ def encoder_decoder_scores(base: BaseModel, examples: Sequence[EncodedExample]) 
         for t, token in enumerate(examples[i].choices[c]):
             targets.score(row * ids.shape[1] + t, token, (i, c, t))
     of_example = torch.tensor([i for i, _ in flat], device=base.device)
+    seen = prompt_mask
+    if keys_once:
+        # Of four dimensions: the model would make one of as many rows as there are prompts.
+        dtype = compute_dtype(base.model)
+        seen = (1 - prompt_mask[:, None, None]).to(dtype) * torch.finfo(dtype).min
+    cache = EncoderDecoderCache(DynamicCache(), _repeating_cache(of_example))
     return scores(
         base,
         examples,
         targets,
-        encoder_outputs=(encoded[of_example],),
-        attention_mask=prompt_mask[of_example],
+        encoder_outputs=(encoded if keys_once else encoded[of_example],),
+        attention_mask=seen[of_example],
         decoder_input_ids=ids,
         decoder_attention_mask=mask,
-        use_cache=False,
+        past_key_values=cache if keys_once else None,
+        use_cache=keys_once,
     )
+
+
+def _repeating_cache(of_example: Tensor) -> Any:
+    """Keeps nothing: it repeats the keys and values of each example for each of its choices."""
+    from transformers import DynamicCache
+
+    class Repeating(DynamicCache):
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            rows = of_example.to(key_states.device)
+            return key_states[rows], value_states[rows]
+
+    return Repeating()
 
 
 # -- common to all ---------------------------------------------------------------------------------
@@ -392,6 +426,20 @@ def tried_out(
             return False
         verdicts[base.model] = verdict
     return verdicts[base.model]
+
+
+def verdict(whole: Tensor, tried: Tensor, wrong: Tensor) -> bool | None:
+    """Whether scores are what they should be, as far as a broken model lets it be said.
+
+    Args:
+        whole: the scores as they should be.
+        tried: those of the way that is tried out.
+        wrong: what a mistake makes of them, for scale.
+    """
+    error, scale = (tried - whole).abs().max(), (wrong - whole).abs().max()
+    if not torch.isfinite(error + scale) or scale == 0:
+        return None
+    return bool(error <= PROBE_TOLERANCE * scale)
 
 
 @contextmanager

@@ -27,10 +27,10 @@ from .passes import (
     tree_inputs,
     tree_length,
     tried_out,
+    verdict,
 )
 from .scoring import (
     MAX_TOKENS,
-    PROBE_TOLERANCE,
     choice_groups,
     choice_scores,
     longest_sequence,
@@ -39,8 +39,8 @@ from .scoring import (
 
 # So many tokens follow a cached prefix at once. More would spend attention on what the mask hides.
 ROW = 512
-# So many tokens that all prompts begin with are worth it, where rows are more than one.
-WORTH_CACHING = 32
+# From so many tokens on that all prompts begin with, keeping their keys and values saves time.
+WORTH_CACHING = 64
 
 _verdicts: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -184,10 +184,7 @@ def _probe(base: BaseModel) -> bool | None:
         except Exception:
             # As with the mask: whatever a model raises that keeps no plain keys and values.
             return False
-    error, scale = (after - whole).abs().max(), (astray - whole).abs().max()
-    if not torch.isfinite(error + scale) or scale == 0:
-        return None
-    return bool(error <= PROBE_TOLERANCE * scale)
+    return verdict(whole, after, astray)
 
 
 def _scores_after(

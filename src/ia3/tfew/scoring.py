@@ -8,7 +8,8 @@ instruction, a chat template's opening) is computed once a row.
 
 Not every architecture takes a tree mask. `shares_prompt` tries it out on the model itself; where
 the scores differ, every choice gets a row of its own, with the prompt repeated. An encoder-decoder
-encodes each prompt once, and decodes every choice in a row of its own.
+encodes each prompt once, and decodes every choice in a row of its own; what the choices attend to
+of a prompt is computed once, too, where the model allows that.
 
 What is computed at once is bounded by a number of tokens: a batch of examples is computed in parts,
 and the choices of one example too where they alone are more. Scores and gradients stay the same.
@@ -41,6 +42,7 @@ from .passes import (
     shared_scores,
     tree_length,
     tried_out,
+    verdict,
 )
 
 if TYPE_CHECKING:
@@ -48,8 +50,6 @@ if TYPE_CHECKING:
 
 # How many tokens are computed at once, unless more memory is given, or less.
 MAX_TOKENS = 4096
-# How far shared scores may be from expanded ones, against what a wrong mask makes of them.
-PROBE_TOLERANCE = 0.1
 
 _verdicts: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -165,7 +165,7 @@ def _scores_at_once(
     have the lower blocks computed for all.
     """
     if base.is_encoder_decoder:
-        return encoder_decoder_scores(base, examples)
+        return encoder_decoder_scores(base, examples, keys_once=attends_to_one_prompt(base))
     ways: dict[Callable[..., TokenScores], list[int]] = {}
     from_kept = partial(shared_scores, kept=kept)
     for i, example in enumerate(examples):
@@ -218,11 +218,37 @@ def _probe(base: BaseModel) -> bool | None:
             # Architectures that cannot take the mask refuse it in many ways; whatever they
             # raise, the expanded way remains.
             return False
-    error = (shared - expanded).abs().max()
-    wrong = (torch.cat([leaky.log_probs for leaky in alone]) - expanded).abs().max()
-    if not torch.isfinite(error + wrong) or wrong == 0:
-        return None
-    return bool(error <= PROBE_TOLERANCE * wrong)
+    return verdict(expanded, shared, torch.cat([leaky.log_probs for leaky in alone]))
+
+
+def attends_to_one_prompt(base: BaseModel) -> bool:
+    """Whether an encoder-decoder takes a prompt's keys and values, computed once, for all choices.
+
+    Tried out once on every model: against keys and values computed for each choice, and, for scale,
+    against those of another prompt.
+    """
+    if base.model.training and getattr(base.model, "is_gradient_checkpointing", False):
+        # Its blocks are given no cache then.
+        return False
+    return tried_out(base, _probe_keys, _verdicts)
+
+
+def _probe_keys(base: BaseModel) -> bool | None:
+    vocabulary = int(output_layer(base.model).get_parameter("weight").shape[0])
+    ids = [(13 + 7919 * i) % vocabulary for i in range(20)]
+    one, other = tuple(ids[:4]), tuple(ids[4:10])
+    two, three = ((ids[10],), tuple(ids[11:13])), (tuple(ids[13:16]), (ids[16],), (ids[17],))
+    examples = [EncodedExample(one, two), EncodedExample(other, three)]
+    swapped = [EncodedExample(other, two), EncodedExample(one, three)]
+    with evaluating(base.model):
+        whole = encoder_decoder_scores(base, examples).log_probs
+        try:
+            once = encoder_decoder_scores(base, examples, keys_once=True).log_probs
+        except Exception:
+            # As with the mask: a model that computes them in its own way has them repeated.
+            return False
+        wrong = encoder_decoder_scores(base, swapped).log_probs
+    return verdict(whole, once, wrong)
 
 
 def _check_causal(base: BaseModel, ids: tuple[int, ...]) -> None:
