@@ -92,7 +92,9 @@ class Curve:
         self.points.setdefault(contestant, []).append((cause, cost))
 
     def last_power(self, contestant: str) -> float:
-        """p where the cost grows as causeᵖ between the last two points."""
+        """p where the cost grows as causeᵖ between the last two points; NaN with one point."""
+        if len(self.points[contestant]) < 2:
+            return math.nan
         (x0, y0), (x1, y1) = self.points[contestant][-2:]
         return math.log(y1 / y0) / math.log(x1 / x0)
 
@@ -222,18 +224,26 @@ def scoring_curves(repeats: int) -> list[Curve]:
     """Choices of an example, and tokens of its prompt."""
     import ia3
     from ia3.embedded_model import EMBEDDED_MODEL
+
+    loaded = ia3.load_base_model(EMBEDDED_MODEL, device="cpu", dtype="float32")
+    return scoring_curves_of(loaded, repeats)
+
+
+def scoring_curves_of(loaded: Any, repeats: int) -> list[Curve]:
+    """The same of a model (an `ia3.base_model.BaseModel`), which stays as it is."""
+    import ia3
     from ia3.tfew.encoding import EncodedExample
     from ia3.tfew.passes import expanded_scores
     from ia3.tfew.scoring import token_scores
 
-    loaded = ia3.load_base_model(EMBEDDED_MODEL, device="cpu", dtype="float32")
     model = same_weights(loaded.model)
     on_ia3(model)
     base = ia3.load_base_model(model, tokenizer=loaded.tokenizer)
 
     def example(choices: int, prompt: int) -> Any:
         generator = torch.Generator().manual_seed(choices + prompt)
-        ids = torch.randint(100, 40000, (prompt + choices * CHOICE_TOKENS,), generator=generator)
+        length = prompt + choices * CHOICE_TOKENS
+        ids = torch.randint(0, model.config.vocab_size, (length,), generator=generator)
         start, rest = ids[:prompt].tolist(), ids[prompt:].view(choices, CHOICE_TOKENS).tolist()
         return EncodedExample(tuple(start), tuple(map(tuple, rest)))
 

@@ -152,6 +152,18 @@ def test_curves_are_drawn_and_say_where_they_bend(tmp_path, monkeypatch):
     assert "2.00 (upward)" in curves.in_markdown([bent])
 
 
+def test_scoring_with_shared_prompts_has_more_points_than_expanded(base, monkeypatch):
+    monkeypatch.setattr(curves, "CHOICES", (1, 2))
+    monkeypatch.setattr(curves, "PROMPTS", (4, 8))
+    monkeypatch.setattr(curves, "MOST_EXPANDED", 16 * (4 + curves.CHOICE_TOKENS))
+    by_choices, by_prompt = curves.scoring_curves_of(base, 1)
+    assert [x for x, _ in by_choices.points["ia3"]] == [1, 2]
+    assert [x for x, _ in by_prompt.points["ia3"]] == [4, 8]
+    assert [x for x, _ in by_prompt.points["expanded"]] == [4]
+    # A line of one point has no slope.
+    assert "at 4 |" in curves.in_markdown([by_prompt])
+
+
 TINY = {
     "hidden": 32,
     "inner": 48,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 import re
 import tempfile
 import warnings
@@ -499,6 +498,8 @@ class IA3Model(nn.Module):
             self._requires_input_grads = False
         self.peft_config.clear()
         self._active = ()
+        # It holds every module, also those that the model may part with later.
+        self._attachments = Attachments(self.model)
         self._show_to_checkpoints(set())
         return self.model
 
@@ -674,7 +675,7 @@ class IA3Model(nn.Module):
             else:
                 self._add(adapter_name, adapter.config, adapter, copy=False)
         if not is_trainable and (
-            self.training or any(map(_is_training, self._found().modules.values()))
+            self.training or any(module.training for module in self._found().modules.values())
         ):
             self.eval()
 
@@ -1007,9 +1008,6 @@ def _naming(source: str) -> Iterator[None]:
         yield
     except IA3Error as error:
         raise IA3Error(f"{source}: {error}") from error
-
-
-_is_training = operator.attrgetter("training")
 
 
 def _check_name(adapter_name: str) -> None:
