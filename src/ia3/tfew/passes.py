@@ -301,7 +301,7 @@ def _repeating_cache(of_example: Tensor) -> Any:
     """Keeps nothing: it repeats the keys and values of each example for each of its choices."""
     from transformers import DynamicCache
 
-    class Repeating(DynamicCache):
+    class Repeating(DynamicCache):  # type: ignore[misc]
         def update(
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
@@ -318,7 +318,7 @@ def scores(
     base: BaseModel,
     examples: Sequence[EncodedExample],
     targets: Targets,
-    **inputs: Tensor | tuple[Tensor] | bool,
+    **inputs: Any,
 ) -> TokenScores:
     """Run the model, and score the targets.
 
