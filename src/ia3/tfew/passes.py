@@ -195,7 +195,7 @@ def shared_scores(
         rows.append(row)
     inputs = tree_inputs(base, rows, hide_others=hide_others)
     with nullcontext() if kept is None else kept.instead_of_lower_blocks(rows, examples):
-        return scores(base, examples, targets, **inputs, use_cache=False)
+        return scores(base, examples, targets, inputs)
 
 
 def _tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
@@ -250,7 +250,7 @@ def expanded_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> Toke
         start = row * ids.shape[1] + len(examples[i].prompt) - 1
         for t, token in enumerate(examples[i].choices[c]):
             targets.score(start + t, token, (i, c, t))
-    return scores(base, examples, targets, input_ids=ids, attention_mask=mask, use_cache=False)
+    return scores(base, examples, targets, {"input_ids": ids, "attention_mask": mask})
 
 
 def encoder_decoder_scores(
@@ -283,18 +283,17 @@ def encoder_decoder_scores(
         # Of four dimensions: the model would make one of as many rows as there are prompts.
         dtype = compute_dtype(base.model)
         seen = (1 - prompt_mask[:, None, None]).to(dtype) * torch.finfo(dtype).min
-    cache = EncoderDecoderCache(DynamicCache(), _repeating_cache(of_example))
-    return scores(
-        base,
-        examples,
-        targets,
-        encoder_outputs=(encoded if keys_once else encoded[of_example],),
-        attention_mask=seen[of_example],
-        decoder_input_ids=ids,
-        decoder_attention_mask=mask,
-        past_key_values=cache if keys_once else None,
-        use_cache=keys_once,
-    )
+
+    def new_cache() -> Any:
+        return EncoderDecoderCache(DynamicCache(), _repeating_cache(of_example))
+
+    inputs = {
+        "encoder_outputs": (encoded if keys_once else encoded[of_example],),
+        "attention_mask": seen[of_example],
+        "decoder_input_ids": ids,
+        "decoder_attention_mask": mask,
+    }
+    return scores(base, examples, targets, inputs, new_cache if keys_once else None)
 
 
 def _repeating_cache(of_example: Tensor) -> Any:
@@ -318,7 +317,8 @@ def scores(
     base: BaseModel,
     examples: Sequence[EncodedExample],
     targets: Targets,
-    **inputs: Any,
+    inputs: Mapping[str, Any],
+    new_cache: Callable[[], Any] | None = None,
 ) -> TokenScores:
     """Run the model, and score the targets.
 
@@ -327,14 +327,20 @@ def scores(
         examples: that the targets' slots are of.
         targets: what to score.
         inputs: the model's arguments.
+        new_cache: makes the keys and values that the model goes on from, and changes.
 
     Raises:
         IA3Error: the model's output layer is not where its logits come from.
     """
     positions = torch.tensor(list(targets.projected), device=base.device)
-    scored = _without_logits(base.model, positions, targets, inputs)
+
+    def run() -> Any:
+        cache = {} if new_cache is None else {"past_key_values": new_cache()}
+        return base.model(**inputs, **cache, use_cache=bool(cache)).logits
+
+    scored = _without_logits(base.model, positions, targets, run)
     if scored is None:
-        scored = _by_logits(base.model, positions, targets, inputs)
+        scored = _by_logits(base.model, positions, targets, run)
     # A model over several devices answers on its last one.
     device = scored.device
     slots = torch.tensor(targets.slot, device=device).unbind(1)
@@ -346,7 +352,7 @@ def scores(
 
 
 def _without_logits(
-    model: nn.Module, positions: Tensor, targets: Targets, inputs: Mapping[str, Any]
+    model: nn.Module, positions: Tensor, targets: Targets, run: Callable[[], Any]
 ) -> Tensor | None:
     """The log-probability of each target, or `None` where the logits are more than a projection."""
     head = output_layer(model)
@@ -360,21 +366,20 @@ def _without_logits(
 
     vars(head)["forward"] = catch
     try:
-        logits = model(**inputs).logits
-        # Whatever a model does to its logits gives another tensor, or another version of this one.
-        untouched = len(caught) == 1 and logits is caught[0] and not _is_written_over(logits)
-    except torch.OutOfMemoryError:
-        raise
+        logits = run()
     except Exception:
-        # It may miss the vocabulary; any other trouble comes again.
-        untouched = False
+        if not caught:
+            raise
+        # The model misses the vocabulary's size.
+        logits = None
     finally:
         del vars(head)["forward"]
-    if not untouched:
+    # Whatever a model does to its logits gives another tensor, or another version of this one.
+    if len(caught) != 1 or logits is not caught[0] or _is_written_over(logits):
         _work_on_logits.add(model)
         return None
     prediction, token = torch.tensor(targets.prediction), torch.tensor(targets.token)
-    return token_log_probs(head, caught[0], prediction, token)  # type: ignore[arg-type]
+    return token_log_probs(head, logits, prediction, token)  # type: ignore[arg-type]
 
 
 def _is_written_over(tensor: Tensor) -> bool:
@@ -382,11 +387,11 @@ def _is_written_over(tensor: Tensor) -> bool:
 
 
 def _by_logits(
-    model: nn.Module, positions: Tensor, targets: Targets, inputs: Mapping[str, Any]
+    model: nn.Module, positions: Tensor, targets: Targets, run: Callable[[], Any]
 ) -> Tensor:
     """The log-probability of each target, from the logits of all positions that predict one."""
     with project_only(model, positions):
-        logits = model(**inputs).logits
+        logits = run()
     if logits.shape[:-1] != positions.shape:
         raise IA3Error(
             f"{type(model).__name__} does not project its output layer's input: logits are "

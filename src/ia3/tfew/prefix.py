@@ -200,11 +200,14 @@ def _scores_after(
         row.append(i, example, shared, targets)
     inputs = tree_inputs(base, [row])
     inputs["attention_mask"] = F.pad(inputs["attention_mask"], (shared, 0))
-    # A cache of its own: the model appends to it.
-    cache = DynamicCache()
-    for index, (keys, values) in enumerate(prefix.layers):
-        cache.update(keys[:, :, :shared], values[:, :, :shared], index)
-    return scores(base, examples, targets, **inputs, past_key_values=cache, use_cache=True)
+
+    def new_cache() -> DynamicCache:
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(prefix.layers):
+            cache.update(keys[:, :, :shared], values[:, :, :shared], index)
+        return cache
+
+    return scores(base, examples, targets, inputs, new_cache)
 
 
 def _rows(
