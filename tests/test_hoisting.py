@@ -483,6 +483,50 @@ def test_changed_vectors_are_heeded_by_the_next_call() -> None:
     model.unload()
 
 
+def test_a_down_projection_replaced_later_takes_its_vector_along() -> None:
+    base = llama()
+    model = adapted(base)
+    down = base.get_submodule(f"{LLAMA_MLP}.down_proj")
+    mlp = base.get_submodule(LLAMA_MLP)
+    mlp.down_proj = nn.Linear(48, 32, bias=False)
+    mlp.down_proj.weight = down.weight  # type: ignore[union-attr]
+    replaced = result(model)
+    torch.testing.assert_close(replaced, plain_result(model))
+    # What is left of the adapter comes off.
+    unloaded = result(model.unload())
+    torch.testing.assert_close(unloaded, result(llama()))
+
+
+def test_a_copied_down_projection_keeps_its_vector() -> None:
+    base = llama()
+    model = adapted(base)
+    before = result(model)
+    torch.testing.assert_close(result(copy.deepcopy(model)), before)
+    mlp = base.get_submodule(LLAMA_MLP)
+    mlp.down_proj = copy.deepcopy(mlp.down_proj)
+    torch.testing.assert_close(result(model), before)
+
+
+@pytest.mark.parametrize("shared", ["up_proj", "down_proj"])
+def test_layers_of_two_mlps_carry_nothing(shared: str) -> None:
+    base = llama()
+    first, second = (base.get_submodule(f"model.layers.{i}.mlp") for i in range(2))
+    setattr(second, shared, getattr(first, shared))
+    model = adapted(base)
+    torch.testing.assert_close(result(model), plain_result(model))
+
+
+def test_an_optimizer_that_leaves_no_trace_is_heeded() -> None:
+    model = adapted(llama())
+    model.add_adapter("second", IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    model.set_adapter(["default", "second"])
+    result(model)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    for vector in model.vectors("second").values():
+        vector.data.mul_(2)
+    torch.testing.assert_close(result(model), plain_result(model))
+
+
 class Halving(nn.Module):
     """Gated by a setting that no submodule shows."""
 

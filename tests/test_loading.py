@@ -291,3 +291,19 @@ def test_the_base_models_own_checkpoint_has_no_vectors(
     assert written == expected
     model.unload()
     assert not any("ia3_l" in key for key in model.model._keys_to_ignore_on_save or ())
+
+
+def test_a_header_with_white_space_is_read(tmp_path: Path) -> None:
+    """As json.dumps writes it; the format allows it."""
+    vectors = {"base_model.model.a.ia3_l": torch.arange(4.0).reshape(4, 1)}
+    header = {
+        "__metadata__": {"format": "pt"},
+        "base_model.model.a.ia3_l": {"dtype": "F32", "shape": [4, 1], "data_offsets": [0, 16]},
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    values = vectors["base_model.model.a.ia3_l"].numpy().tobytes()
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + values)
+    config = IA3Config(target_modules=["a"], feedforward_modules=[])
+    assert torch.equal(read_adapter(tmp_path, config).vectors["a"], torch.arange(4.0)[:, None])

@@ -97,7 +97,8 @@ def is_fused(module: nn.Module) -> bool:
 def site_in(module: nn.Module) -> Site | None:
     """The site on a fused layer's inner activation, if it has one."""
     slot = _fused_slot(module)
-    assert slot is not None
+    if slot is None:
+        return None
     layer: GatedLayer = module.__dict__[slot].args[1]
     return _inner_site(module.get_submodule(layer.down))
 

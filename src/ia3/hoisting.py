@@ -7,7 +7,9 @@ pass needs anyway, and where a merge scales rows instead of columns.
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,16 +31,28 @@ class Carrier:
     Attributes:
         name: its name among the MLP's children.
         module: the layer.
+        down_name: the down projection's name among them.
+        down: the down projection.
         siblings: the MLP's children, as the MLP itself holds them.
     """
 
     name: str
     module: nn.Module
+    down_name: str
+    down: nn.Module
     siblings: dict[str, nn.Module | None]
 
     def in_place(self) -> bool:
-        """Whether the MLP still has this very layer: somebody may have put another there."""
-        return self.siblings.get(self.name) is self.module
+        """Whether the MLP still has these very layers: somebody may have put others there."""
+        get = self.siblings.get
+        return get(self.name) is self.module and get(self.down_name) is self.down
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Carrier | None:
+        # Of a down projection alone there is no MLP around the copy.
+        if id(self.siblings) not in memo:
+            return None
+        parts = (self.name, self.module, self.down_name, self.down, self.siblings)
+        return Carrier(*copy.deepcopy(parts, memo))
 
 
 class Carriers:
@@ -51,6 +65,9 @@ class Carriers:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._found: dict[Hashable, str | None] = {}
+        children = (c for module in model.modules() for c in module._modules.values() if c)
+        # How many modules hold each.
+        self._holders = Counter(map(id, children))
 
     def of(self, down_name: str) -> Carrier | None:
         """The carrier for a down projection's input; `None` where there is none."""
@@ -60,7 +77,13 @@ class Carriers:
         if kind not in self._found or kind[1] is None:
             self._found[kind] = up_projection(parent, down)
         name = self._found[kind]
-        return name and Carrier(name, parent.get_submodule(name), parent._modules)  # type: ignore[return-value]
+        if name is None:
+            return None
+        layers = parent.get_submodule(name), parent.get_submodule(down)
+        if any(self._holders[id(layer)] > 1 for layer in layers):
+            # What is right in one MLP may not be in the other.
+            return None
+        return Carrier(name, layers[0], down, layers[1], parent._modules)
 
 
 def _kind(parent: nn.Module) -> Hashable | None:
@@ -108,6 +131,9 @@ def up_projection(model: nn.Module, down_name: str) -> str | None:
     parent = model.get_submodule(parent_name)
     features = linear_features(down)
     if features is None or not _takes_one_tensor(parent):
+        return None
+    if parent._parameters or parent._buffers:
+        # What is true of their values now need not stay so.
         return None
     for name, module in parent.named_children():
         beside = linear_features(module)
@@ -159,6 +185,7 @@ def _run(
     """(`down`'s input, the MLP's output), with random values for each linear layer's output."""
     generator = torch.Generator().manual_seed(1)
     inputs: list[Tensor] = []
+    ups: list[tuple[Tensor, int]] = []
 
     def stand_in(module: nn.Module, wide: int, features: int) -> Callable[[Tensor], Tensor]:
         def forward(activation: Tensor) -> Tensor:
@@ -169,7 +196,10 @@ def _run(
             result = torch.randn(*activation.shape[:-1], features, generator=generator)
             if module is up and vector is not None:
                 result = result.to(vector.device) * vector
-            return result.to(values.device, values.dtype)
+            result = result.to(values.device, values.dtype)
+            if module is up:
+                ups.append((result, result._version))
+            return result
 
         return forward
 
@@ -179,6 +209,8 @@ def _run(
         output = parent.forward(values)
     if len(inputs) != 1 or not isinstance(output, Tensor):
         raise ValueError("the MLP calls its down projection again or never, or returns no tensor")
+    if any(result._version != version for result, version in ups):
+        raise ValueError("the MLP writes over what the vector's gradient would be computed from")
     return inputs[0], output
 
 

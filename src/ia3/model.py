@@ -924,11 +924,12 @@ class IA3Model(nn.Module):
     def _activate(self, names: tuple[str, ...]) -> None:
         self._active = names
         active = names if self._enabled else ()
-        for name in self._fused:
-            inner = site_in(self.model.get_submodule(name))
-            if inner is not None:
-                inner.in_block = True
         found = self._found()
+        # Blocks may have been taken out, or given another forward.
+        fused = [found.modules[name] for name in self._fused if name in found.modules]
+        in_block = {id(site_in(module)) for module in fused}
+        for _, _, site in found.sites if self._fused else ():
+            site.in_block = id(site) in in_block
         for _, module, site in found.sites:
             site.activate(module, active)
         for _, _, copies in found.copies:
@@ -939,9 +940,15 @@ class IA3Model(nn.Module):
         found = self._found()
         held = [site._parameters for _, _, site in found.sites]
         changing = {*self._active, *names}
-        # Somebody may have asked for all gradients there are: it shows at any one site.
-        for vectors in held[:1]:
-            changing |= {name for name, v in vectors.items() if v is not None and v.requires_grad}
+        # Somebody may have asked for all gradients there are: it shows at an adapter's first site.
+        seen: set[str] = set()
+        for vectors in held:
+            for name in vectors.keys() - seen:
+                if vectors[name].requires_grad:  # type: ignore[union-attr]
+                    changing.add(name)
+            seen |= vectors.keys()
+            if len(seen) == len(self.peft_config):
+                break
         for name in changing:
             wants = name in wanted
             for vector in map(dict.get, held, repeat(name)):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .errors import IA3Error
+
 # Entries of a vector nearer to zero than this cannot be divided out of y′ again. They are replaced
 # by it in the training forward: y · 1e-20 vanishes beside anything it is added to, and the gradient
 # stays exact. float16 cannot hold it and takes the plain product.
@@ -40,7 +42,13 @@ class _KeepResult(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
-        scaled, divisor = ctx.saved_tensors
+        try:
+            scaled, divisor = ctx.saved_tensors
+        except RuntimeError as error:
+            raise IA3Error(
+                f"the model writes over a rescaled activation, which its vector's gradient is "
+                f"computed from: use_plain_product() on the IA3Model keeps another ({error})"
+            ) from error
         grad_activation = grad_vector = None
         if ctx.needs_input_grad[0]:
             grad_activation = (grad * divisor).to(grad.dtype)
@@ -64,7 +72,7 @@ def rescale(
         keep_result: take the vector's gradient from the result, so that the activation need not be
             kept. Values nearer to zero than 1e-20 then count as 1e-20. Ignored where that would not
             be exact or not be traceable (float16, `torch.compile`, `torch.func`).
-        in_place: the activation is fresh: write over it; implies `keep_result`. A view is not
+        in_place: the activation is fresh: write over it, which keeps the result too. A view is not
             written over where gradients are wanted.
 
     Returns:
@@ -73,19 +81,19 @@ def rescale(
     if activation.is_nested:
         parts = [rescale(part, vector) for part in activation.unbind()]
         return torch.nested.as_nested_tensor(parts)
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return (activation * vector).to(activation.dtype)
     if torch.is_grad_enabled() and vector.requires_grad:
+        in_place = in_place and not activation._is_view()
         if (
             not (keep_result or in_place)
-            or traced
             or activation.dtype not in DIVIDING_DTYPES
             or vector.dtype not in DIVIDING_DTYPES
             or activation.dim() < 2
             or vector.dim() > 1
         ):
             return (activation * vector).to(activation.dtype)
-        in_place = in_place and not activation._is_view()
         return _KeepResult.apply(activation, vector, in_place)  # type: ignore[no-any-return, no-untyped-call]
-    if in_place and not traced and not (activation.requires_grad and activation._is_view()):
+    if in_place and not (activation.requires_grad and activation._is_view()):
         return activation.mul_(vector)
     return (activation * vector).to(activation.dtype)

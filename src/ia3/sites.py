@@ -174,11 +174,11 @@ class Site(nn.Module):
         Not kept where values can change without a trace (meta device, inference mode), or are no
         values at all (traced code).
         """
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-        ):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self.product(self.active)
+        if torch.is_grad_enabled():
+            # The vectors may be about to change, by an optimizer that leaves no trace.
+            self.__dict__["_kept"] = None
             return self.product(self.active)
         vectors = [self._parameters[name] for name in self.active]
         if not all(
@@ -195,12 +195,8 @@ class Site(nn.Module):
     def _rescale_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if len(module._forward_hooks) > 1 and _carries(module):
             return None
-        return rescale(
-            output,
-            self.active_product(),
-            keep_result=self.in_place,
-            in_place=self.in_place and is_fresh(module, own_hooks=1),
-        )
+        fresh = self.in_place and is_fresh(module, own_hooks=1)
+        return rescale(output, self.active_product(), in_place=fresh)
 
     def _rescale_carrier(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if not self._is_carried():

@@ -106,6 +106,12 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     As the library writes it, whose metadata stand in another order in every process, and which
     takes as long for many small tensors as for one large one.
     """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise IA3Error(
+                f"{name!r} is {tensor.dtype}, which cannot be saved: expected one of "
+                f"{[str(dtype) for dtype in DTYPES]}"
+            )
     place = {dtype: number for number, dtype in enumerate(DTYPES)}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     data: list[Any] = []
@@ -203,7 +209,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise IA3Error(f"{path} is not a whole safetensors file: {error}") from error
     header = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
     first = '{"__metadata__":'
-    if header.startswith(first):
+    if header.startswith(first + "{"):
         # As it is written: what the tensors are has been read.
         metadata, _ = json.JSONDecoder().raw_decode(header, len(first))
     else:

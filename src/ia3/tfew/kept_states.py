@@ -2,7 +2,7 @@
 
 Few-shot training passes the same few examples again and again. Below the lowest block with anything
 to train nothing changes between the steps, so that what enters that block is the same each time: it
-is kept the first time an example is drawn, and later passes begin there.
+is computed before the first step, and all passes begin there.
 """
 
 from __future__ import annotations

@@ -101,8 +101,10 @@ def ranking_scores(
 
     The arguments and the result are those of `choice_scores`.
     """
-    prefix = common_prefix(examples) if examples else ()
-    behind = sum(tree_length(e) - len(prefix) for e in examples)
+    limit = longest_shared(base)
+    near = [e for e in examples if longest_sequence(e) <= limit]
+    prefix = common_prefix(near) if near else ()
+    behind = sum(tree_length(e) - len(prefix) for e in near)
     if len(prefix) < WORTH_CACHING or behind <= ROW or not caches_prefix(base):
         return choice_scores(base, examples, max_tokens=max_tokens, progress=progress)
     cached = cached_prefix(base, prefix)

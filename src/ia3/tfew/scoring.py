@@ -227,10 +227,11 @@ def attends_to_one_prompt(base: BaseModel) -> bool:
     Tried out once on every model: against keys and values computed for each choice, and, for scale,
     against those of another prompt.
     """
-    if base.model.training and getattr(base.model, "is_gradient_checkpointing", False):
-        # Its blocks are given no cache then.
-        return False
-    return tried_out(base, _probe_keys, _verdicts)
+    # First, so that nothing is tried out within a part that gradient checkpointing runs again.
+    takes_them = tried_out(base, _probe_keys, _verdicts)
+    checkpointing = base.model.training and getattr(base.model, "is_gradient_checkpointing", False)
+    # Its blocks are given no cache then.
+    return takes_them and not checkpointing
 
 
 def _probe_keys(base: BaseModel) -> bool | None:
@@ -295,7 +296,7 @@ class _Size(NamedTuple):
 def _tokens(sizes: Sequence[_Size], longest_shared: float) -> int:
     """How many tokens are computed at once for a batch, with the padding of rows of one choice.
 
-    Packed rows are counted without theirs. An encoder's output is repeated for each choice.
+    Packed rows are counted without theirs, and an encoder's prompts once for each choice.
     """
     apart = [size for size in sizes if size.longest > longest_shared]
     width = max((size.longest for size in apart), default=0)

@@ -76,7 +76,7 @@ class _TokenLogProbs(torch.autograd.Function):
             logits -= logits.logsumexp(-1, keepdim=True)
             scored[first:last] = logits[prediction[first:last] - start, token[first:last]]
             if expected is not None:
-                torch.mm(logits.exp_().to(weight.dtype), weight, out=expected[start:stop])
+                expected[start:stop] = logits.exp_().to(weight.dtype) @ weight
         ctx.save_for_backward(expected, weight, prediction, token)
         return scored
 
