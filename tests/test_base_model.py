@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,11 +26,16 @@ def test_a_conversion_cut_off_leaves_nothing_and_the_next_is_whole(tmp_path: Pat
     home = tmp_path / "home"
     environment = {**os.environ, "IA3_HOME": str(home)}
     models = home / "models"
-    with subprocess.Popen(PREPARE, env=environment, stderr=subprocess.PIPE) as process:
-        while process.poll() is None and not (models.exists() and list(models.iterdir())):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+    for _ in range(3):
+        with subprocess.Popen(PREPARE, env=environment, stderr=subprocess.PIPE) as process:
+            while process.poll() is None and not (models.exists() and list(models.iterdir())):
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+        if process.returncode != 0:
+            break
+        # It was done before it was looked at again: the machine is busy.
+        shutil.rmtree(models)
     assert process.returncode == 130
     assert list(models.iterdir()) == []
 
