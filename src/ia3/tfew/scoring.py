@@ -312,12 +312,17 @@ def choice_groups(
         yield slice(None)
         return
     prompt, choices = batch[0].prompt, batch[0].choices
-    start = 0
-    for stop in range(1, len(choices) + 1):
-        with_next = _Size.of(EncodedExample(prompt, choices[start : stop + 1]))
-        if stop == len(choices) or _tokens([with_next], longest_shared) > max_tokens:
-            yield slice(start, stop)
-            start = stop
+    start = longest = 0
+    beginnings: set[tuple[int, ...]] = set()
+    for i, choice in enumerate(choices):
+        longest = max(longest, len(choice))
+        beginnings.update(choice[:t] for t in range(1, len(choice)))
+        size = _Size(len(prompt) + longest, len(prompt) + len(beginnings), i + 1 - start)
+        if i > start and _tokens([size], longest_shared) > max_tokens:
+            yield slice(start, i)
+            start, longest = i, len(choice)
+            beginnings = {choice[:t] for t in range(1, len(choice))}
+    yield slice(start, len(choices))
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
