@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tfew_fixtures import VOCABULARY, random_base, tiny_t5, word_tokenizer
+from tfew_fixtures import VOCABULARY, child_environment, random_base, tiny_t5, word_tokenizer
 from torch import Tensor, nn
 from transformers import (
     BloomConfig,
@@ -255,14 +254,7 @@ trained(random_base(CONFIGS["llama"]), on_step=on_step, checkpoints=sys.argv[1],
 
 
 def test_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        # Sums of more threads are rounded otherwise.
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
-    done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path)], env=environment)
+    done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path)], env=child_environment())
     assert done.returncode == -signal.SIGKILL
     after: list[int] = []
     base = random_base(CONFIGS["llama"])

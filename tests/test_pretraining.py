@@ -19,7 +19,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tfew_fixtures import VOCABULARY, hook_count, random_model, state_bits, word_tokenizer
+from tfew_fixtures import (
+    VOCABULARY,
+    child_environment,
+    hook_count,
+    random_model,
+    state_bits,
+    word_tokenizer,
+)
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig
 
@@ -464,12 +471,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path, unbroken: An
     last = random.randint(26, 49)
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(tmp_path)],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).parent),
-            # Sums of more threads are rounded otherwise.
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        },
+        env=child_environment(),
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 import torch
 from tfew_fixtures import (
     VOCABULARY,
+    child_environment,
     random_base,
     random_model,
     state_bits,
@@ -145,12 +145,7 @@ def child(folder: Path, dies_at: str) -> Iterator[subprocess.Popen[str]]:
     """Another process that trains the same, and writes each step's number."""
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(folder), dies_at],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).parent),
-            # Sums of more threads are rounded otherwise.
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        },
+        env=child_environment(),
         stdout=subprocess.PIPE,
         text=True,
     )

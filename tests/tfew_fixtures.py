@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -20,6 +22,17 @@ from ia3.base_model import BaseModel
 from ia3.tfew.encoding import EncodedExample
 
 VOCABULARY = 97
+
+
+def child_environment() -> dict[str, str]:
+    """For another process that imports these modules and computes to the same bits."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        # Sums of more threads are rounded otherwise.
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
 
 
 def word_tokenizer(words: Sequence[str] = (), *, end: bool = False) -> PreTrainedTokenizerFast:
