@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,9 +66,12 @@ class Carriers:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._found: dict[Hashable, str | None] = {}
-        children = (c for module in model.modules() for c in module._modules.values() if c)
-        # How many modules hold each.
-        self._holders = Counter(map(id, children))
+
+    @cached_property
+    def _holders(self) -> Counter[int]:
+        """How many modules hold each module, by its id."""
+        modules = self._model.modules()
+        return Counter(id(c) for module in modules for c in module._modules.values() if c)
 
     def of(self, down_name: str) -> Carrier | None:
         """The carrier for a down projection's input; `None` where there is none."""
