@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,14 @@ from .hoisting import Carriers
 from .hub import HubOptions, adapter_folder
 from .integrations.transformers import known_to_trainer
 from .merging import Merge
+from .routing import BASE, LOCK, Names, Route, current_route, entered
+from .rows import Rows, named
 from .sites import Attachments, Found, Site, check_free, displace, place, site_of
 from .store import Adapter
-from .targets import ATTRIBUTE, check_vectors, resolve, selection
+from .targets import ATTRIBUTE, Target, check_vectors, resolve, selection
+
+if TYPE_CHECKING:
+    from .bank import AdapterBank
 
 # The heads that PEFT trains and saves with an adapter, by task.
 HEADS = {
@@ -55,7 +60,8 @@ DEFAULT_ADAPTER = "default"
 # The attributes of the modules that hold vectors: setting one ("training") would set the vector.
 TAKEN = {
     *dir(nn.Module()),
-    *("active", "merged", "carrier", "in_place", "in_block", "_handles", "_kept"),
+    *("active", "routed", "banked", "merged", "carrier", "in_place", "in_block"),
+    *("_handles", "_kept"),
 }
 
 
@@ -98,6 +104,8 @@ class IA3Model(nn.Module):
     _hidden: set[str]
     _requires_input_grads: bool
     _plain: bool
+    _rows: Rows
+    _routes: _Routing
 
     def __init__(
         self,
@@ -210,13 +218,14 @@ class IA3Model(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If no other is active then, the first that is left becomes so."""
         self._check_known([adapter_name])
+        self._check_no_route("delete_adapter")
         if adapter_name in self._merge.adapters:
             raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
         hidden = self._keys(adapter_name)
         for _, module, site in self._sites():
             if adapter_name in site:
                 site.remove(adapter_name)
-            if not site._parameters:
+            if not site._parameters and not site.banked:
                 displace(module)
         for _, module, copies in self._copies():
             if adapter_name in copies:
@@ -248,6 +257,8 @@ class IA3Model(nn.Module):
         """
         names = self._named(adapter_name)
         self._check_one_copy(names)
+        if any(name in copies for name in names for _, _, copies in self._copies()):
+            self._check_no_route("set_adapter of an adapter with modules_to_save")
         if self._merge.adapters:
             warnings.warn("adapters are merged; they are unmerged first", stacklevel=2)
             self.unmerge_adapter()
@@ -274,6 +285,7 @@ class IA3Model(nn.Module):
 
         Merged adapters are unmerged, and stay so.
         """
+        self._check_no_route("disabling adapters (rows of the base model are named '__base__')")
         self.unmerge_adapter()
         self._enabled = False
         self._activate(self._active)
@@ -332,9 +344,82 @@ class IA3Model(nn.Module):
         for _, _, site in self._sites():
             site.in_place = not plain
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, with the active adapters."""
-        return self.model(*args, **kwargs)
+    def forward(self, *args: Any, adapter_names: Names | None = None, **kwargs: Any) -> Any:
+        """The base model's forward, with the active adapters.
+
+        Args:
+            adapter_names: instead of these, one name a row of the batch, or lists with one a
+                token, as for `route`.
+
+        Raises:
+            IA3Error: as `route`; or there are not as many names as the input has rows or tokens.
+        """
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
+        return self._forward_routed(adapter_names, args, kwargs)
+
+    # A compiler knows no thread's route.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _forward_routed(
+        self, adapter_names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        route = self._route(adapter_names)
+        self._check_rows(route, args, kwargs)
+        with entered(route):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Names | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate`, with the active adapters.
+
+        Args:
+            adapter_names: instead of these, one name a row of the input. Beams and returned
+                sequences of a row have its name. Their values are gathered once, for all steps.
+
+        Raises:
+            IA3Error: as `route`; or there are not as many names as the input has rows.
+        """
+        generate: Any = self.model.generate
+        route = current_route(self) if adapter_names is None else self._route(adapter_names)
+        if route is None:
+            return generate(*args, **kwargs)
+        if route.by_token:
+            raise IA3Error(
+                "generate cannot be routed by tokens, those to come have no names: give one name "
+                "a row"
+            )
+        self._check_rows(route, args, kwargs)
+        configs = (*args[1:2], kwargs.get("generation_config"))
+        config = next((c for c in configs if c is not None), self.model.generation_config)
+        times = [
+            kwargs.get(name) or getattr(config, name, None) or 1
+            for name in ("num_beams", "num_return_sequences")
+        ]
+        # A compiled step would break at every site.
+        kwargs.setdefault("disable_compile", True)
+        with entered(route.repeated({1, max(times)})):
+            return generate(*args, **kwargs)
+
+    @contextmanager
+    def route(self, names: Names, token_index: Tensor | None = None) -> Iterator[None]:
+        """Within the context each row of a batch has an adapter of its own.
+
+        The route belongs to the thread or task that enters it, and to what is called in it: what
+        gradient checkpointing computes again has the same one, wherever the backward pass runs.
+        Vectors that require gradients get those of their rows. The values of other adapters are
+        gathered when the context is entered.
+
+        Args:
+            names: of this model's adapters, one a row, `"__base__"` for the base model's own
+                output. Or, for packed sequences, lists with one a token.
+            token_index: `[batch, seq]`, int64: the tokens' names, as places in `names`.
+
+        Raises:
+            IA3Error: a name is unknown, or its adapter has copies of modules (`modules_to_save`)
+                or rescales experts; adapters are merged or disabled; or, in a call, the batch has
+                not as many rows or tokens as were named.
+        """
+        with entered(self._route(names, token_index)):
+            yield
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -399,6 +484,77 @@ class IA3Model(nn.Module):
             if name == "model":
                 raise
             return getattr(super().__getattr__("model"), name)
+
+    # -- bank -------------------------------------------------------------------------------------
+
+    @classmethod
+    def without_adapters(cls, model: nn.Module) -> IA3Model:
+        """A base model with no adapter yet, its parameters frozen."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._begin(model)
+        self._freeze_base()
+        return self
+
+    @property
+    def bank(self) -> AdapterBank | None:
+        """The bank whose adapters can be named beside this model's."""
+        return self._routes.bank
+
+    def attach_bank(self, bank: AdapterBank) -> None:
+        """Have a bank's adapters known; `AdapterBank` calls it.
+
+        Raises:
+            IA3Error: there is one already, or the model was unloaded.
+        """
+        if self._unloaded:
+            raise IA3Error("this model was unloaded: make a new one")
+        if self.bank is not None:
+            raise IA3Error("the model has a bank already: close() that first")
+        self._routes.bank = bank
+
+    def detach_bank(self) -> None:
+        """Undo `attach_bank`."""
+        self._check_no_route("detaching the bank")
+        self._routes.bank = None
+        for _, module, site in self._sites():
+            site.banked = False
+            if not site._parameters:
+                displace(module)
+
+    def sites_for_bank(self, adapter_name: str, adapter: Adapter) -> dict[str, Site]:
+        """Module name -> the site for each vector of a bank's adapter, placed now if it is new.
+
+        Raises:
+            IA3Error: the adapter does not fit the model, or cannot be mixed with others; the model
+                is then unchanged.
+        """
+        config = adapter.config
+        if adapter.copies or _with_head(self.model, config):
+            raise IA3Error(
+                f"adapter {adapter_name!r} has copies of modules (modules_to_save), which all rows "
+                "of a batch would go through: it cannot be in a bank"
+            )
+        found = self._found()
+        _, targets = self._fitting(config, adapter, found)
+        inner = next((target.name for target in targets if target.side == "inner"), None)
+        if inner is not None:
+            raise IA3Error(
+                f"adapter {adapter_name!r} rescales within the experts {inner!r}, whose tokens are "
+                "no longer in the order of the batch: it cannot be in a bank"
+            )
+        self._warn_of_other_base(adapter_name, adapter)
+        carriers = Carriers(self.model)
+        sites = {}
+        with LOCK:
+            for target in targets:
+                site = place(found.modules[target.name], target, carriers)
+                site.in_place = not self._plain
+                site.banked = True
+                sites[target.name] = site
+            # Fused layers have to know the site that is theirs.
+            self._activate(self._active)
+        return sites
 
     # -- merging ----------------------------------------------------------------------------------
 
@@ -481,6 +637,9 @@ class IA3Model(nn.Module):
         """
         if self._unloaded:
             return self.model
+        self._check_no_route("unload")
+        if self.bank is not None:
+            self.detach_bank()
         self._unloaded = True
         self.unfuse_mlp()
         self.unmerge_adapter()
@@ -738,6 +897,8 @@ class IA3Model(nn.Module):
         self._fused = []
         self._requires_input_grads = False
         self._plain = False
+        self._rows = Rows()
+        self._routes = _Routing()
         self.model = model
         self._trained_before = [name for name, p in model.named_parameters() if p.requires_grad]
         self._ignored_before = getattr(model, "_keys_to_ignore_on_save", None)
@@ -765,19 +926,16 @@ class IA3Model(nn.Module):
             raise IA3Error("this model was unloaded: make a new one")
         if adapter_name in self.peft_config:
             raise IA3Error(f"adapter {adapter_name!r} exists already: delete it or choose another")
-        _check_name(adapter_name)
+        if self.bank is not None and adapter_name in self.bank:
+            raise IA3Error(
+                f"the model's bank has an adapter {adapter_name!r} already: remove it or choose "
+                "another"
+            )
+        check_name(adapter_name)
         config = dataclasses.replace(config, modules_to_save=_with_head(self.model, config))
         found = self._found()
-        known = frozen = None
-        if stored is not None:
-            frozen = stored.frozen
-            known = found.targets.get(selection(config, frozen))
-        resolved, targets = resolve(self.model, config, frozen, found.modules, known)
+        resolved, targets = self._fitting(config, stored, found)
         saved = find_modules_to_save(self.model, resolved.modules_to_save, strict=stored is None)
-        for target in targets:
-            check_free(found.modules[target.name], target)
-            if found.copies:
-                self._check_outside_copies(target.name)
         for name in saved:
             self._check_outside_copies(name)
             module = self.model.get_submodule(name)
@@ -792,14 +950,8 @@ class IA3Model(nn.Module):
                         f"modules_to_save: {part_name!r} in {name!r} is fused: unfuse_mlp() first"
                     )
         if stored is not None:
-            check_vectors(stored.vectors, targets, type(self.model).__name__)
             check_copies(stored.copies, saved, self.model)
-            difference = stored.base.difference(self.model) if stored.base else None
-            if difference is not None:
-                warnings.warn(
-                    f"this may be the wrong base model for adapter {adapter_name!r}: {difference}",
-                    stacklevel=4,
-                )
+            self._warn_of_other_base(adapter_name, stored)
         carriers = Carriers(self.model)
         for target in targets:
             module = found.modules[target.name]
@@ -829,6 +981,35 @@ class IA3Model(nn.Module):
             kept.clear()
         kept[selection(resolved, ranges)] = targets
         self._hide_from_checkpoints(self._keys(adapter_name))
+
+    def _fitting(
+        self, config: IA3Config, stored: Adapter | None, found: Found
+    ) -> tuple[IA3Config, list[Target]]:
+        """What a config, or a stored adapter, rescales here; nothing is changed.
+
+        Raises:
+            IA3Error: it does not fit the model, or not the other adapters on it.
+        """
+        known = frozen = None
+        if stored is not None:
+            frozen = stored.frozen
+            known = found.targets.get(selection(config, frozen))
+        resolved, targets = resolve(self.model, config, frozen, found.modules, known)
+        for target in targets:
+            check_free(found.modules[target.name], target)
+            if found.copies:
+                self._check_outside_copies(target.name)
+        if stored is not None:
+            check_vectors(stored.vectors, targets, type(self.model).__name__)
+        return resolved, targets
+
+    def _warn_of_other_base(self, adapter_name: str, stored: Adapter) -> None:
+        difference = stored.base.difference(self.model) if stored.base else None
+        if difference is not None:
+            warnings.warn(
+                f"this may be the wrong base model for adapter {adapter_name!r}: {difference}",
+                stacklevel=5,
+            )
 
     def _with(
         self, state_dict: Mapping[str, Tensor], adapter_name: str, base: Fingerprint
@@ -865,6 +1046,76 @@ class IA3Model(nn.Module):
         for name, copies in held:
             load_copy(copies[adapter_name], name, stored.copies)
 
+    def _route(self, names: Names, token_index: Tensor | None = None) -> Route:
+        if self._unloaded:
+            raise IA3Error("this model was unloaded: make a new one")
+        if not self._enabled:
+            raise IA3Error("adapters are disabled: enable_adapter_layers() before routing")
+        different, index = named(names, token_index)
+        bank = self.bank
+        for name in different:
+            if name != BASE and name not in self.peft_config and (bank is None or name not in bank):
+                where = "" if bank is None else f" nor in its bank of {len(bank)}"
+                known = [*self.peft_config, *(bank.names() if bank is not None else ())]
+                raise IA3Error(
+                    f"no adapter {name!r} on this model, which has {sorted(self.peft_config)},"
+                    f"{where}; {BASE!r} is the base model{did_you_mean(name, known)}"
+                )
+        if index.dim() == 2 and getattr(
+            getattr(self.model, "config", None), "is_encoder_decoder", False
+        ):
+            raise IA3Error(
+                f"{type(self.model).__name__} has an encoder and a decoder, whose tokens are not "
+                "the same: give one name a row"
+            )
+        return self._rows.route(self, self._found, different, index, bank)
+
+    def _open(self, route: Route) -> None:
+        """Have the hooks there that ask for a route; until `_close` nothing takes them away."""
+        with LOCK:
+            found = self._found()
+            if self._merge.adapters:
+                raise IA3Error(
+                    f"adapters {sorted(self._merge.adapters)} are merged, in all rows: "
+                    "unmerge_adapter() before routing"
+                )
+            for name, _, copies in found.copies:
+                if copies.active is not None:
+                    raise IA3Error(
+                        f"adapter {copies.active!r} is active, whose copy of {name!r} "
+                        "(modules_to_save) all rows would go through: set_adapter() to another "
+                        "before routing"
+                    )
+            if not route.sites.keys() <= {site for _, _, site in found.sites}:
+                raise IA3Error("the model that was routed has lost adapters since")
+            self._routes.open += 1
+            if not all(site.routed for _, _, site in found.sites):
+                self._activate(self._active)
+
+    def _close(self) -> None:
+        with LOCK:
+            self._routes.open -= 1
+
+    def _check_no_route(self, what: str) -> None:
+        if self._routes.open:
+            raise IA3Error(f"{what}: a route of this model is on, leave it first")
+
+    def _check_rows(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        main = getattr(self.model, "main_input_name", "input_ids")
+        first = (*args[:1], *map(kwargs.get, (main, "inputs", "input_ids", "inputs_embeds")))
+        given = next(
+            (v for v in (*first, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0), None
+        )
+        if given is None:
+            return
+        expected = list(route.index.shape)
+        if list(given.shape[: len(expected)]) != expected:
+            kind = "tokens" if route.by_token else "rows"
+            raise IA3Error(
+                f"adapter_names for {expected} {kind}, but the input is {list(given.shape)}: "
+                "expected one name each"
+            )
+
     def _named(self, adapter_names: str | Sequence[str] | None) -> tuple[str, ...]:
         """The adapters of these names; the active ones for `None`."""
         if isinstance(adapter_names, str):
@@ -883,6 +1134,7 @@ class IA3Model(nn.Module):
                 )
 
     def _make_merged(self, names: tuple[str, ...], safe: bool) -> None:
+        self._check_no_route("merging")
         already = self._merge.adapters
         if already and not set(names) - already:
             warnings.warn(f"adapters {sorted(already)} are merged already", stacklevel=3)
@@ -930,12 +1182,14 @@ class IA3Model(nn.Module):
         in_block = {id(site_in(module)) for module in fused}
         for _, _, site in found.sites if self._fused else ():
             site.in_block = id(site) in in_block
-        for _, module, site in found.sites:
-            site.activate(module, active)
+        with LOCK:
+            for _, module, site in found.sites:
+                site.activate(module, active, routed=self._routes.open > 0)
         for _, _, copies in found.copies:
             copies.active = next((name for name in active if name in copies), None)
 
     def _require_grad(self, names: Sequence[str], inference_mode: bool) -> None:
+        self._rows.forget()
         wanted = set() if inference_mode else set(names)
         found = self._found()
         held = [site._parameters for _, _, site in found.sites]
@@ -997,6 +1251,18 @@ class IA3Model(nn.Module):
                 )
 
 
+class _Routing:
+    """How many routes of a model are on, and its bank."""
+
+    def __init__(self) -> None:
+        self.open = 0
+        self.bank: AdapterBank | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Nobody has routed a copy, and a bank is of one model.
+        return vars(_Routing())
+
+
 def _read_adapter(
     model_id: str | Path,
     config: IA3Config | None,
@@ -1017,9 +1283,12 @@ def _naming(source: str) -> Iterator[None]:
         raise IA3Error(f"{source}: {error}") from error
 
 
-def _check_name(adapter_name: str) -> None:
+def check_name(adapter_name: str) -> None:
+    """Raise `IA3Error` where an adapter cannot have that name."""
     if not re.fullmatch(r"[^./\\\s\x00]+", adapter_name):
         raise IA3Error(f"adapter name {adapter_name!r} must have no dot, slash or white space")
+    if adapter_name == BASE:
+        raise IA3Error(f"adapter name {BASE!r} means the base model: choose another")
     if adapter_name in TAKEN:
         raise IA3Error(
             f"adapter name {adapter_name!r} is also an attribute of the modules that hold the "
