@@ -40,7 +40,7 @@ from .integrations.transformers import known_to_trainer
 from .merging import Merge
 from .routing import BASE, LOCK, Names, Route, current_route, entered
 from .rows import Rows, named
-from .sites import Attachments, Found, Site, check_free, displace, place, site_of
+from .sites import Attachments, Found, Site, activate, check_free, displace, place, site_of
 from .store import Adapter
 from .targets import ATTRIBUTE, Target, check_vectors, resolve, selection
 
@@ -256,14 +256,17 @@ class IA3Model(nn.Module):
                 (`modules_to_save`).
         """
         names = self._named(adapter_name)
-        self._check_one_copy(names)
-        if any(name in copies for name in names for _, _, copies in self._copies()):
-            self._check_no_route("set_adapter of an adapter with modules_to_save")
+        found = self._found()
+        if found.copies:
+            self._check_one_copy(names)
+            if any(name in copies for name in names for _, _, copies in found.copies):
+                self._check_no_route("set_adapter of an adapter with modules_to_save")
         if self._merge.adapters:
             warnings.warn("adapters are merged; they are unmerged first", stacklevel=2)
             self.unmerge_adapter()
-        self._require_grad(names, inference_mode)
-        self._activate(tuple(names))
+            found = self._found()
+        self._require_grad(names, inference_mode, found)
+        self._activate(names, found)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -1173,25 +1176,24 @@ class IA3Model(nn.Module):
             for key, value in copies[adapter].state_dict().items()
         }
 
-    def _activate(self, names: tuple[str, ...]) -> None:
-        self._active = names
+    def _activate(self, names: tuple[str, ...], found: Found | None = None) -> None:
+        # Not setattr: a module's looks through all that it holds.
+        self.__dict__["_active"] = names
         active = names if self._enabled else ()
-        found = self._found()
+        found = self._found() if found is None else found
         # Blocks may have been taken out, or given another forward.
         fused = [found.modules[name] for name in self._fused if name in found.modules]
         in_block = {id(site_in(module)) for module in fused}
         for _, _, site in found.sites if self._fused else ():
             site.in_block = id(site) in in_block
         with LOCK:
-            for _, module, site in found.sites:
-                site.activate(module, active, routed=self._routes.open > 0)
+            activate(found.sites, active, routed=self._routes.open > 0)
         for _, _, copies in found.copies:
             copies.active = next((name for name in active if name in copies), None)
 
-    def _require_grad(self, names: Sequence[str], inference_mode: bool) -> None:
+    def _require_grad(self, names: Sequence[str], inference_mode: bool, found: Found) -> None:
         self._rows.forget()
         wanted = set() if inference_mode else set(names)
-        found = self._found()
         held = [site._parameters for _, _, site in found.sites]
         changing = {*self._active, *names}
         # Somebody may have asked for all gradients there are: it shows at an adapter's first site.
