@@ -53,33 +53,26 @@ def list_adapters(folder: Folder, as_json: Json = False) -> None:
     if as_json:
         print_json(adapters=[_outlined(each) for each in found], broken=broken)
         return
-    table = Table(caption=_counted(len(found), "adapter", len(broken), "broken"))
-    for name in ("adapter", "base model"):
-        table.add_column(name, overflow="fold")
-    for name in ("sites", "values", "size"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("modified", overflow="fold")
-    for each in found:
-        table.add_row(
-            Text(_below(each.folder, folder)),
-            Text(each.config.base_model_name_or_path or "-"),
+    header = ("adapter", "base model", "sites", "values", "size", "modified")
+    rows = [
+        [
+            _below(each.folder, folder),
+            each.config.base_model_name_or_path or "-",
             f"{len(each.shapes):,}",
             f"{each.values:,}",
             _size(each.adapter_bytes),
             _moment(each.modified).strftime("%Y-%m-%d %H:%M"),
-        )
+        ]
+        for each in found
+    ]
     console = Console(emoji=False)
-    if found:
-        console.print(table)
-    else:
-        console.print(f"no adapters in {folder}", markup=False)
+    if rows:
+        _print_rows(console, "", header, rows, names=2)
     if broken:
-        reasons = Table(title="broken")
-        reasons.add_column("adapter", overflow="fold")
-        reasons.add_column("reason", overflow="fold", style="red")
-        for one in broken:
-            reasons.add_row(Text(_below(Path(one["adapter"]), folder)), Text(one["reason"]))
-        console.print(reasons)
+        reasons = [[_below(Path(one["adapter"]), folder), one["reason"]] for one in broken]
+        _print_rows(console, "broken", ("adapter", "reason"), reasons, names=2)
+    counts = f"{len(found):,} adapters, {len(broken):,} broken"
+    console.print(counts, markup=False, highlight=False)
 
 
 def inspect(
@@ -212,7 +205,7 @@ def diff(
     _print_facts(console, facts)
     _print_maps(console, maps)
     if rows:
-        console.print(_rows("largest changes", header, rows))
+        _print_rows(console, "largest changes", header, rows)
     _say_written(png, html)
 
 
@@ -245,7 +238,7 @@ def search(
     console = Console(emoji=False)
     if found.nearest:
         rows = [[_below(n.adapter, folder), f"{n.cosine:+.4f}"] for n in found.nearest]
-        console.print(_rows("", ("adapter", "cosine"), rows))
+        _print_rows(console, "", ("adapter", "cosine"), rows)
     console.print(
         f"{found.compared:,} compared; passed over: {found.other_base:,} of another base model, "
         f"{len(found.broken):,} broken",
@@ -443,12 +436,7 @@ def _print_sites(console: Console, by_site: Sequence[Any]) -> None:
         ]
         for name, each in zip(names, by_site, strict=True)
     ]
-    table = _rows("over all layers", header, rows)
-    if console.measure(table).maximum > console.width:
-        # Numbers broken in two could not be read.
-        turned = list(zip(header, *rows, strict=True))
-        table = _rows("over all layers", turned[0], turned[1:])
-    console.print(table)
+    _print_rows(console, "over all layers", header, rows)
 
 
 def _print_each(
@@ -461,7 +449,7 @@ def _print_each(
         ]
         for outline, detail in zip(outlines, details, strict=True)
     ]
-    console.print(_rows("", ("adapter", "values", *STATISTICS), rows))
+    _print_rows(console, "", ("adapter", "values", *STATISTICS), rows)
 
 
 def _print_maps(console: Console, maps: Sequence[SiteMap]) -> None:
@@ -471,14 +459,34 @@ def _print_maps(console: Console, maps: Sequence[SiteMap]) -> None:
         console.print(tables)
 
 
-def _rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _print_rows(
+    console: Console,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    names: int = 1,
+) -> None:
+    """A table; a line a value where it is too wide for the terminal.
+
+    Args:
+        names: how many of the first columns are names, which may be broken into lines.
+    """
     table = Table(title=title or None)
-    table.add_column(header[0], overflow="fold")
-    for name in header[1:]:
-        table.add_column(name, justify="right", overflow="fold")
+    for name in header[:names]:
+        table.add_column(name, overflow="fold", min_width=12)
+    for name in header[names:]:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
-    return table
+    wide = console.options.update(width=10_000)
+    if console.measure(table, options=wide).minimum > console.width:
+        # Numbers that are broken or cut off say nothing.
+        table = Table(title=title or None, show_header=False, show_lines=True)
+        table.add_column(overflow="fold")
+        for row in rows:
+            lines = (f"{name}: {value}" for name, value in zip(header, row, strict=True))
+            table.add_row(Text("\n".join(lines)))
+    console.print(table)
 
 
 def _legend() -> str:
@@ -526,8 +534,3 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split())
-
-
-def _counted(found: int, what: str, broken: int, other: str) -> str:
-    said = f"{found:,} {what}{'' if found == 1 else 's'}"
-    return f"{said}, {broken:,} {other}" if broken else said
