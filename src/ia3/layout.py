@@ -146,7 +146,8 @@ def read_vectors(outline: Outline) -> dict[str, NDArray[np.float32]]:
             tensors = dict(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
         except SafetensorError as error:
             raise IA3Error(f"{path} is not a whole safetensors file: {error}") from error
-        names, _ = name_tensors(tensors, outline.config, path)
+        # They come in another order in every process.
+        names, _ = name_tensors(sorted(tensors), outline.config, path)
         vectors = {name: _floats(tensors[key], name, path) for key, name in names.items()}
     for name, ranges in outline.frozen.items():
         values = vectors[name].reshape(-1)
