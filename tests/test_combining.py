@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -424,3 +425,21 @@ def test_a_list_and_an_expression_go_together(make_model: MakeModel) -> None:
     expected = vectors(model) | vectors(model, "third")
     assert vectors(model, "both").keys() == expected.keys()
     assert all(torch.allclose(vectors(model, "both")[n], v) for n, v in expected.items())
+
+
+def test_the_program_in_the_documents(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text("utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    model = two_adapters(make_model("llama"))
+    for name, folder in (("default", "tickets"), ("second", "sentiment")):
+        model.save_pretrained(tmp_path / folder, adapter_name=name)
+        model.load_adapter(tmp_path / folder, folder)
+    monkeypatch.chdir(tmp_path)
+    held: dict[str, Any] = {"model": model}
+    exec(program, held)
+    expected = held["both"].vectors
+    found = vectors(model, "both")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], vector) for name, vector in expected.items())
