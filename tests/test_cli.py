@@ -166,7 +166,10 @@ def assert_refused(
     assert message in done.stderr
 
 
-COMMANDS = ("fit", "predict", "evaluate", "demo", "prepare", "pretrain", "convert")
+COMMANDS = (
+    *("fit", "predict", "evaluate", "demo", "prepare", "pretrain", "convert"),
+    *("list", "inspect", "diff", "search", "combine"),
+)
 
 
 # -- what is loaded --------------------------------------------------------------------------------

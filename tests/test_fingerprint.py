@@ -269,3 +269,22 @@ def test_a_rescaled_model_is_seen_as_its_base(make_model: MakeModel, tmp_path: P
     model.add_adapter("second", IA3Config(modules_to_save=["lm_head"]))
     assert fingerprint(model.model) == plain
     assert plain.difference(model.model) is None
+
+
+# -- two fingerprints ------------------------------------------------------------------------------
+
+
+def test_fingerprints_are_compared_where_both_looked() -> None:
+    def seen(kind: str = "llama", **samples: tuple[list[int], list[float]]) -> Fingerprint:
+        return Fingerprint(kind, samples)
+
+    one = seen(embed=([4, 2], [1.0, -2.0]), norm=([2], [0.5, 0.25]))
+    assert one.difference_from(one) is None
+    # Rounding, a parameter that the other did not look at, and one that was given another size.
+    assert one.difference_from(seen(embed=([4, 2], [1.004, -1.996]))) is None
+    assert one.difference_from(seen(head=([4, 2], [9.0, 9.0]))) is None
+    assert one.difference_from(seen(embed=([5, 2], [9.0, 9.0]))) is None
+    said = one.difference_from(seen(embed=([4, 2], [1.0, 2.0])))
+    assert said == "the values of 'embed' are not the same in both"
+    said = one.difference_from(seen("gpt2", embed=([4, 2], [1.0, -2.0])))
+    assert said == "one's model type is 'llama', the other's 'gpt2'"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+# torch is imported where a model is looked at: what was seen of it is compared without.
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from torch import Tensor, nn
-
-from .activations import linear_features
 from .errors import IA3Error
-from .sites import site_of
-from .targets import ATTRIBUTE, model_type_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # Differences of this size, relative to a parameter's sampled values, come from loading in another
 # dtype; another model's parameters differ by more than half of their values' size.
@@ -72,6 +71,8 @@ class Fingerprint:
         Values that cannot be compared (another shape after new tokens, quantized, not loaded yet,
         an adapter merged into them) are passed over.
         """
+        from .targets import model_type_of
+
         found = model_type_of(model)
         if found != self.model_type:
             return f"its model type is {found!r}, the adapter's base model is {self.model_type!r}"
@@ -85,6 +86,19 @@ class Fingerprint:
                 return f"the values of its {name!r} are not those of the adapter's base model"
         return None
 
+    def difference_from(self, other: Fingerprint) -> str | None:
+        """In words, how another base model differs from this one; `None` where nothing says so.
+
+        Parameters that were looked at in one of the two alone are passed over.
+        """
+        if other.model_type != self.model_type:
+            return f"one's model type is {self.model_type!r}, the other's {other.model_type!r}"
+        for name, (shape, values) in self.samples.items():
+            there = other.samples.get(name)
+            if there and there[0] == shape and _distance(there[1], values) > TOLERANCE:
+                return f"the values of {name!r} are not the same in both"
+        return None
+
 
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Look at a base model: its type, and a few values of a few parameters.
@@ -92,6 +106,8 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     Parameters of linear layers are left out where there are others: these may be quantized, or new
     with every model that is loaded, as heads are.
     """
+    from .targets import model_type_of
+
     chosen = _telling(model, linear=False) or _telling(model, linear=True)
     step = max(1, math.ceil(len(chosen) / PARAMETERS))
     return Fingerprint(
@@ -102,6 +118,8 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 def _telling(model: nn.Module, linear: bool) -> list[tuple[str, Tensor]]:
     """The base model's parameters that tell it from others, of linear layers or of the rest."""
+    from .activations import linear_features
+
     # Norms start as ones, so that they tell nothing before training.
     return [
         (f"{prefix}.{name}" if prefix else name, parameter)
@@ -128,11 +146,16 @@ def _parameter(model: nn.Module, name: str) -> Tensor | None:
 
 def _is_the_base_models(path: Sequence[str], module: nn.Module) -> bool:
     """Whether a module is the base model's own, and nothing is merged into it."""
+    from .sites import site_of
+    from .targets import ATTRIBUTE
+
     site = site_of(module)
     return ATTRIBUTE not in path and (site is None or not site.merged)
 
 
 def _can_be_sampled(parameter: Tensor | None) -> TypeGuard[Tensor]:
+    from torch import Tensor
+
     return (
         parameter is not None
         and parameter.is_floating_point()

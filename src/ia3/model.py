@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from . import store
 from .activations import device_of
+from .combining import CombinationType, MajoritySign, combine
 from .config import IA3Config, TaskType
 from .copies import (
     Copies,
@@ -152,68 +153,43 @@ class IA3Model(nn.Module):
         self._add(adapter_name, peft_config, stored)
 
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: CombinationType = "linear",
+        *,
+        density: float | None = None,
+        majority_sign_method: MajoritySign = "total",
     ) -> None:
-        """Add an adapter whose vectors are the weighted sums of others', as PEFT computes them.
+        """Add an adapter that combines others; by default the weighted sums, as PEFT computes them.
 
-        An adapter without a vector at a site adds nothing there. The new one is not active.
+        The new one is not active.
 
         Args:
-            adapters: the names to sum over.
+            adapters: the names of those to combine.
             weights: one for each.
             adapter_name: the new name.
+            combination_type: `"linear"`, `"average"`, `"geometric_mean"`, `"task_arithmetic"` or
+                `"ties"`: see `ia3.combining.combine`.
+            density: for `"ties"`, the share of each adapter's values that is kept.
+            majority_sign_method: for `"ties"`, `"total"` or `"frequency"`.
 
         Raises:
-            IA3Error: the names or weights do not fit, two of the adapters have a copy of the same
-                module (`modules_to_save`), or one names its modules in a list and one by an
-                expression.
+            IA3Error: the names, weights or options do not fit, or two of the adapters have a copy
+                of the same module (`modules_to_save`).
         """
         self._check_known(adapters)
-        if not adapters or len(adapters) != len(weights):
-            raise IA3Error(
-                f"{len(weights)} weights for {len(adapters)} adapters: expected one each"
-            )
-        summed: dict[str, Tensor] = {}
-        frozen = {}
-        for name, _, site in self._sites():
-            having = [adapter for adapter in adapters if adapter in site]
-            if not having:
-                continue
-            summed[name] = torch.zeros(site.activation.shape, device=site[having[0]].device)
-            for adapter, weight in zip(adapters, weights, strict=True):
-                if adapter in having:
-                    summed[name] += weight * site.vector(adapter).detach()
-            if all(site.frozen.get(adapter) == site.frozen.get(having[0]) for adapter in having):
-                frozen[name] = site.frozen.get(having[0], ())
-        copied: dict[str, Tensor] = {}
+        stored = []
         for adapter in adapters:
+            having = [(name, site) for name, _, site in self._sites() if adapter in site]
+            vectors = {name: site.vector(adapter).detach() for name, site in having}
+            frozen = {name: site.frozen.get(adapter, ()) for name, site in having}
+            config = self.peft_config[adapter]
             copies = self._copied_values(adapter)
-            twice = sorted(copied.keys() & copies.keys())
-            if twice:
-                raise IA3Error(
-                    f"{twice[0]!r} is in the modules_to_save of two of the adapters "
-                    f"{list(adapters)}: a weighted sum takes it from one at most"
-                )
-            copied.update(copies)
-        configs = [self.peft_config[adapter] for adapter in adapters]
-        config = dataclasses.replace(
-            configs[0],
-            target_modules=_union([c.target_modules for c in configs], "target_modules"),
-            feedforward_modules=_union(
-                [c.feedforward_modules for c in configs], "feedforward_modules"
-            ),
-            modules_to_save=sorted({m for c in configs for m in c.modules_to_save or ()}) or None,
-        )
-        if any(c.exclude_modules for c in configs):
-            # What one leaves out another may have: the modules by their own names.
-            inputs = [name for name, _, site in self._sites() if site.side != "output"]
-            config = dataclasses.replace(
-                config,
-                target_modules=sorted(summed),
-                feedforward_modules=sorted(summed.keys() & set(inputs)),
-                exclude_modules=None,
-            )
-        self._add(adapter_name, config, Adapter(config, summed, copied, frozen))
+            stored.append((adapter, Adapter(config, vectors, copies, frozen)))
+        combined = combine(stored, weights, combination_type, density, majority_sign_method)
+        self._add(adapter_name, combined.config, combined)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If no other is active then, the first that is left becomes so."""
@@ -1314,17 +1290,6 @@ def _with_head(model: nn.Module, config: IA3Config) -> list[str] | None:
             if name != model.base_model_prefix and next(child.parameters(), None) is not None
         ]
     return [*names, *(head for head in heads if head not in names)] or None
-
-
-def _union(modules: Sequence[Any], field: str) -> Any:
-    if all(isinstance(each, str) for each in modules):
-        return "|".join(f"({each})" for each in modules)
-    if any(isinstance(each, str) for each in modules):
-        raise IA3Error(
-            f"{field}: one adapter names its modules in a list, another by an expression; a "
-            "weighted sum needs the same form"
-        )
-    return sorted({name for each in modules for name in each})
 
 
 def _untie(model: nn.Module) -> None:

@@ -18,29 +18,20 @@ from .config import IA3Config
 from .errors import IA3Error
 from .fingerprint import Fingerprint
 from .hub import CONFIG_NAME
-from .structure import Frozen
-from .targets import ATTRIBUTE
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-# What PEFT wrote before safetensors; read, never written.
-PICKLED_NAME = "adapter_model.bin"
-KEY_PREFIX = "base_model.model."
-KEY_SUFFIX = f".{ATTRIBUTE}"
-
-# The names that models give to their embeddings and output layers.
-EMBEDDINGS = (
-    "embed_tokens",
-    "lm_head",
-    "shared",
-    "wte",
-    "word_embeddings",
-    "embed_in",
-    "embed_out",
+from .layout import (
+    BASE_KEY,
+    FROZEN_KEY,
+    PICKLED_NAME,
+    is_embedding,
+    name_tensors,
+    read_config,
+    read_metadata,
+    weights_file,
 )
-
-# What PEFT's config cannot say stands in the header of the safetensors file, which PEFT ignores.
-FROZEN_KEY = "ia3_frozen"
-BASE_KEY = "ia3_base_model"
+from .layout import KEY_PREFIX as KEY_PREFIX
+from .layout import KEY_SUFFIX as KEY_SUFFIX
+from .layout import WEIGHTS_NAME as WEIGHTS_NAME
+from .structure import Frozen
 
 # The format's names of dtypes, in the order in which its library writes them: the widest first.
 DTYPES = {
@@ -143,14 +134,11 @@ def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter
     """
     folder = Path(folder)
     config = replace(config) if config is not None else read_config(folder)
-    if (folder / WEIGHTS_NAME).is_file():
-        path = folder / WEIGHTS_NAME
-        # Read, not mapped: the file may be replaced meanwhile.
-        return parse_adapter(config, path.read_bytes(), path)
-    if (folder / PICKLED_NAME).is_file():
-        path = folder / PICKLED_NAME
+    path = weights_file(folder)
+    if path.name == PICKLED_NAME:
         return _adapter(config, _read_pickled(path), {}, path)
-    raise FileNotFoundError(f"no adapter in {folder}: {WEIGHTS_NAME} is not there")
+    # Read, not mapped: the file may be replaced meanwhile.
+    return parse_adapter(config, path.read_bytes(), path)
 
 
 def parse_adapter(config: IA3Config, content: bytes, path: Path) -> Adapter:
@@ -166,53 +154,16 @@ def parse_adapter(config: IA3Config, content: bytes, path: Path) -> Adapter:
 def _adapter(
     config: IA3Config, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
 ) -> Adapter:
-    adapter = Adapter(config, {}, {}, _read_frozen(metadata, path))
-    if BASE_KEY in metadata:
-        adapter.base = Fingerprint.from_json(metadata[BASE_KEY], str(path))
-    for key, tensor in tensors.items():
-        name = key.removeprefix(KEY_PREFIX)
-        if name.endswith(KEY_SUFFIX):
-            adapter.vectors[name.removesuffix(KEY_SUFFIX)] = tensor
-        elif name.endswith(".base_layer.weight"):
-            # The base model's own, which PEFT saves where it rescales an output layer.
-            continue
-        elif config.modules_to_save or _is_embedding(name):
-            adapter.copies[name] = tensor
-        else:
-            raise IA3Error(
-                f"{path}: tensor {key!r} is not an (IA)³ vector: expected names like "
-                f"'{KEY_PREFIX}<module>{KEY_SUFFIX}'"
-            )
-    without = sorted(adapter.frozen.keys() - adapter.vectors.keys())
-    if without:
-        raise IA3Error(
-            f"{path}: the header's {FROZEN_KEY!r} names {without[0]!r}, which has no vector"
-        )
-    embeddings = {name.rpartition(".")[0] for name in adapter.copies if _is_embedding(name)}
+    named, copied = name_tensors(tensors, config, path)
+    vectors = {name: tensors[key] for key, name in named.items()}
+    frozen, base = read_metadata(metadata, vectors, path)
+    copies = {name: tensors[key] for key, name in copied.items()}
+    embeddings = {name.rpartition(".")[0] for name in copies if is_embedding(name)}
     saved = config.modules_to_save or []
     # Their own names, where the config does not cover them already.
     new = [name for name in sorted(embeddings) if not any(name.endswith(entry) for entry in saved)]
     config.modules_to_save = [*saved, *new] or None
-    return adapter
-
-
-def _is_embedding(name: str) -> bool:
-    """Whether this is an embedding: PEFT puts them into the file where tokens were added."""
-    module = name.rpartition(".")[0]
-    return module.rpartition(".")[2] in EMBEDDINGS
-
-
-def read_config(folder: str | Path) -> IA3Config:
-    """The folder's `adapter_config.json`.
-
-    Raises:
-        FileNotFoundError: the folder or the file is not there.
-        IA3Error: the file is not the config of an (IA)³ adapter.
-    """
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter in {folder}: {CONFIG_NAME} is not there")
-    return IA3Config.from_json(path)
+    return Adapter(config, vectors, copies, frozen, base)
 
 
 def _parse_safetensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -258,19 +209,3 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         raise IA3Error(f"{path} does not hold named tensors")
     # A pickle may have two of them share their memory.
     return {key: tensor.detach().clone() for key, tensor in tensors.items()}
-
-
-def _read_frozen(metadata: Mapping[str, str], path: Path) -> dict[str, Frozen]:
-    if FROZEN_KEY not in metadata:
-        return {}
-    try:
-        read: Any = json.loads(metadata[FROZEN_KEY])
-        frozen = {
-            name: tuple((start, end) for start, end in ranges) for name, ranges in read.items()
-        }
-        places = [place for ranges in frozen.values() for both in ranges for place in both]
-        if not all(type(place) is int for place in places):
-            raise TypeError("expected whole numbers")
-        return frozen
-    except (ValueError, TypeError, AttributeError) as error:
-        raise IA3Error(f"{path}: the header's {FROZEN_KEY!r} is malformed: {error}") from error

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .activations import SUPPORTED, Activation, Side, activation_of, linear_features
 from .config import IA3Config, TaskType, feedforward_among, matches, matches_feedforward
 from .errors import IA3Error, did_you_mean
+from .layout import ATTRIBUTE as ATTRIBUTE
 from .structure import (
     Frozen,
     PaperTarget,
@@ -23,9 +24,6 @@ from .structure import (
     names_or_suffixes,
     paper_targets,
 )
-
-# The name under which a module's vectors are registered on it.
-ATTRIBUTE = "ia3_l"
 
 # Where a sequence classifier keeps its output layer, in PEFT's order.
 CLASSIFIERS = ("score", "classifier")

@@ -11,6 +11,7 @@ from ..errors import IA3Error, MissingExtraError
 try:
     import typer
 
+    from .adapters import combine, diff, inspect, list_adapters, search
     from .classifier import evaluate, fit, predict
     from .compare import compare
     from .convert import convert
@@ -31,6 +32,11 @@ app = typer.Typer(
 )
 for _command in (fit, predict, evaluate, demo, prepare, pretrain, compare, raft, convert):
     app.command()(_command)
+app.command("list")(list_adapters)
+app.command()(inspect)
+app.command()(diff)
+app.command()(search)
+app.command()(combine)
 
 
 def main() -> None:

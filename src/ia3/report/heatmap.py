@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import IA3Error
+from ..similarity import log_scales
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from ..similarity import SiteDifference
+
 # A value within 1% of 1 leaves its channel alone. Only the magnitude counts: -1 flips the sign of
 # a channel, but neither inhibits nor amplifies it.
 INHIBITED_BELOW = 0.99
 AMPLIFIED_ABOVE = 1.01
-# The logarithm of a channel that is switched off would be -inf, and so would the mean of its cell.
-SMALLEST = 2.0**-6
 # The layer of a vector that sits in no numbered block, e.g. on `lm_head`.
 OUTSIDE = "other"
 
@@ -46,7 +47,28 @@ class LayerSiteGrid:
     amplified: NDArray[np.float64]
 
 
-def layer_site_grid(vectors: Mapping[str, Tensor]) -> LayerSiteGrid:
+@dataclass(frozen=True)
+class Statistics:
+    """Of the values of one vector or several, as in `LayerSiteGrid`."""
+
+    mean: float
+    spread: float
+    inhibited: float
+    amplified: float
+
+
+def statistics(values: NDArray[Any]) -> Statistics:
+    """Sum up values of any shape, at least one."""
+    size = np.abs(values)
+    return Statistics(
+        mean=float(log_scales(values).mean()),
+        spread=float(values.std()),
+        inhibited=float((size < INHIBITED_BELOW).mean()),
+        amplified=float((size > AMPLIFIED_ABOVE).mean()),
+    )
+
+
+def layer_site_grid(vectors: Mapping[str, Tensor | NDArray[Any]]) -> LayerSiteGrid:
     """Lay vectors out by layer and site.
 
     Args:
@@ -56,25 +78,112 @@ def layer_site_grid(vectors: Mapping[str, Tensor]) -> LayerSiteGrid:
     Raises:
         IA3Error: a vector has no values.
     """
-    cells: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
-    for name, vector in vectors.items():
-        if vector.numel() == 0:
-            raise IA3Error(f"the vector of {name!r} has no values")
-        values = vector.detach().cpu().double().numpy().reshape(-1)
-        cells.setdefault(_layer_and_site(name), []).append(values)
+    layers, sites, cells = _cells(vectors)
+    grids = {each.name: np.full((len(layers), len(sites)), np.nan) for each in fields(Statistics)}
+    for at, values in cells.items():
+        for name, value in vars(statistics(values)).items():
+            grids[name][at] = value
+    return LayerSiteGrid(layers, sites, **grids)
 
-    layers = sorted({layer for layer, _ in cells}, key=_layer_order)
-    sites = sorted({site for _, site in cells})
-    mean, spread, inhibited, amplified = np.full((4, len(layers), len(sites)), np.nan)
-    for (layer, site), parts in cells.items():
-        at = layers.index(layer), sites.index(site)
-        values = np.concatenate(parts)
-        size = np.abs(values)
-        mean[at] = np.log2(np.maximum(size, SMALLEST)).mean()
-        spread[at] = values.std()
-        inhibited[at] = (size < INHIBITED_BELOW).mean()
-        amplified[at] = (size > AMPLIFIED_ABOVE).mean()
-    return LayerSiteGrid(layers, sites, mean, spread, inhibited, amplified)
+
+@dataclass(frozen=True)
+class SiteStatistics(Statistics):
+    """Of one site over all layers: how many vectors and values it has, and their statistics."""
+
+    site: str
+    vectors: int
+    values: int
+
+
+def site_statistics(vectors: Mapping[str, NDArray[Any]]) -> list[SiteStatistics]:
+    """The statistics of each site over all layers, the sites as in `LayerSiteGrid`."""
+    pooled: dict[str, list[NDArray[Any]]] = {}
+    for name, vector in vectors.items():
+        pooled.setdefault(_layer_and_site(name)[1], []).append(vector.reshape(-1))
+    found = []
+    for site, parts in sorted(pooled.items()):
+        values = np.concatenate(parts).astype(np.float64)
+        of_site = vars(statistics(values))
+        found.append(SiteStatistics(**of_site, site=site, vectors=len(parts), values=values.size))
+    return found
+
+
+def mean_grid(grids: Sequence[LayerSiteGrid]) -> LayerSiteGrid:
+    """The mean of each statistic over adapters, at least one, of those that have the cell."""
+    layers = sorted({layer for grid in grids for layer in grid.layers}, key=_layer_order)
+    sites = sorted({site for grid in grids for site in grid.sites})
+    means = {}
+    for each in fields(Statistics):
+        total, count = np.zeros((2, len(layers), len(sites)))
+        for grid in grids:
+            values = getattr(grid, each.name)
+            rows = [layers.index(layer) for layer in grid.layers]
+            at = np.ix_(rows, [sites.index(site) for site in grid.sites])
+            total[at] += np.nan_to_num(values)
+            count[at] += ~np.isnan(values)
+        means[each.name] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return LayerSiteGrid(layers, sites, **means)
+
+
+@dataclass(frozen=True, eq=False)
+class DifferenceGrid:
+    """How two adapters differ, each array `[layers, sites]`, NaN where neither has the site.
+
+    Attributes:
+        layers: as in `LayerSiteGrid`.
+        sites: as in `LayerSiteGrid`.
+        change: mean of log2 |second| − log2 |first|, in octaves.
+        norm: ‖second − first‖ of the values themselves.
+        cosine: of the two log-scales, the mean where several vectors share a cell; NaN also where
+            one of the two is the identity.
+    """
+
+    layers: list[str]
+    sites: list[str]
+    change: NDArray[np.float64]
+    norm: NDArray[np.float64]
+    cosine: NDArray[np.float64]
+
+
+def difference_grid(differences: Sequence[SiteDifference]) -> DifferenceGrid:
+    """Lay differences out by layer and site; those that share a cell are pooled."""
+    layers, sites, cells = _cells(
+        {
+            d.site: np.array(
+                [
+                    *(d.values, d.values * d.change, d.norm**2),
+                    *((0, 0) if d.cosine is None else (1, d.cosine)),
+                ]
+            )
+            for d in differences
+        }
+    )
+    change, norm, cosine = np.full((3, len(layers), len(sites)), np.nan)
+    for at, parts in cells.items():
+        values, changes, squares, known, cosines = parts.reshape(-1, 5).sum(0)
+        change[at], norm[at] = changes / values, np.sqrt(squares)
+        if known:
+            cosine[at] = cosines / known
+    return DifferenceGrid(layers, sites, change, norm, cosine)
+
+
+def _cells(
+    vectors: Mapping[str, Tensor | NDArray[Any]],
+) -> tuple[list[str], list[str], dict[tuple[int, int], NDArray[np.float64]]]:
+    """(layers, sites, the values at each place among them)."""
+    pooled: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
+    for name, vector in vectors.items():
+        held = vector if isinstance(vector, np.ndarray) else vector.detach().cpu().double().numpy()
+        if held.size == 0:
+            raise IA3Error(f"the vector of {name!r} has no values")
+        pooled.setdefault(_layer_and_site(name), []).append(held.astype(np.float64).reshape(-1))
+    layers = sorted({layer for layer, _ in pooled}, key=_layer_order)
+    sites = sorted({site for _, site in pooled})
+    cells = {
+        (layers.index(layer), sites.index(site)): np.concatenate(parts)
+        for (layer, site), parts in pooled.items()
+    }
+    return layers, sites, cells
 
 
 def _layer_and_site(name: str) -> tuple[str, str]:

@@ -1,0 +1,151 @@
+"""What adapters switch off and on, and how two differ: one-file pages and pictures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import MissingExtraError
+from .heatmap import LayerSiteGrid, mean_grid
+from .maps import SiteMap, statistic_maps
+from .page import facts_list, page, scrolled, section, site_figure
+
+try:
+    import matplotlib
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise MissingExtraError("matplotlib", "report", "drawing adapters") from error
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Beyond these, a page or a picture has the means alone.
+MOST_ON_PAGE = 12
+MOST_IN_PICTURE = 5
+_HEX = {"inhibited": "#2563c9", "amplified": "#d9620f", "total": "#1b1f27"}
+_STYLE: dict[Any, object] = {
+    "font.size": 8,
+    "text.parse_math": False,
+    "axes.edgecolor": "#999999",
+    "xtick.color": "#666666",
+    "ytick.color": "#666666",
+}
+
+
+def inspection_page(
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    grids: Sequence[tuple[str, LayerSiteGrid]],
+) -> str:
+    """A page with the maps of adapters: their means first where there are several, then each.
+
+    Args:
+        title: of the page.
+        facts: shown on top.
+        grids: of each adapter, with its name; at least one.
+    """
+    shown = _with_mean(grids, MOST_ON_PAGE)
+    sections = [
+        section(
+            escape(name),
+            "".join(site_figure(one, f"adapter-{number}-{one.name}") for one in maps),
+        )
+        for number, ((name, _), maps) in enumerate(
+            zip(shown, statistic_maps([grid for _, grid in shown]), strict=True)
+        )
+    ]
+    return page(title, [facts_list(facts), *sections])
+
+
+def inspection_picture(grids: Sequence[tuple[str, LayerSiteGrid]]) -> bytes:
+    """A PNG with a row for each statistic and a column for each adapter; arguments as above."""
+    shown = _with_mean(grids, MOST_IN_PICTURE)
+    columns = statistic_maps([grid for _, grid in shown])
+    return _picture([name for name, _ in shown], columns)
+
+
+def difference_page(
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    maps: Sequence[SiteMap],
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+) -> str:
+    """A page with the maps of a difference, and its largest changes in a table.
+
+    Args:
+        header: of the table.
+        rows: of the table, as they are shown.
+    """
+    sections = [
+        section("Where they differ", "".join(site_figure(one, f"map-{one.name}") for one in maps))
+    ]
+    if rows:
+        head = "".join(f"<th>{escape(each)}</th>" for each in header)
+        body = "".join(
+            f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+        )
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        sections.append(section("Largest changes", scrolled(table)))
+    return page(title, [facts_list(facts), *sections])
+
+
+def difference_picture(name: str, maps: Sequence[SiteMap]) -> bytes:
+    """A PNG with the maps of a difference, one below the other."""
+    return _picture([name], [maps])
+
+
+def _with_mean(
+    grids: Sequence[tuple[str, LayerSiteGrid]], most: int
+) -> list[tuple[str, LayerSiteGrid]]:
+    if len(grids) == 1:
+        return list(grids)
+    mean = (f"Mean over {len(grids)} adapters", mean_grid([grid for _, grid in grids]))
+    return [mean, *(grids if len(grids) <= most else ())]
+
+
+def _picture(names: Sequence[str], columns: Sequence[Sequence[SiteMap]]) -> bytes:
+    rows = len(columns[0])
+    widest = max(len(maps[0].layers) for maps in columns)
+    tallest = max(len(maps[0].sites) for maps in columns)
+    size = (
+        len(columns) * (2.6 + float(np.clip(0.12 * widest, 1.5, 9))) + 0.6,
+        rows * (0.9 + 0.2 * tallest),
+    )
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, len(columns), squeeze=False)
+        for column, (name, maps) in enumerate(zip(names, columns, strict=True)):
+            for row, one in enumerate(maps):
+                axes = grid[row, column]
+                drawn = _draw(axes, one)
+                title = f"{name}\n{one.title}" if row == 0 else one.title
+                axes.set_title(title, fontsize=8, loc="left", color="#333333")
+                if column == len(columns) - 1:
+                    bar = figure.colorbar(drawn, ax=list(grid[row]), fraction=0.03, pad=0.01)
+                    bar.ax.set_title(one.measure, fontsize=7)
+        written = io.BytesIO()
+        figure.savefig(written, format="png", dpi=140, metadata={"Software": None})
+    return written.getvalue()
+
+
+def _draw(axes: Axes, one: SiteMap) -> Any:
+    colours = [_HEX["inhibited"]] if one.signed else []
+    colours += ["#ffffff", _HEX[one.positive]]
+    palette = LinearSegmentedColormap.from_list(one.name, colours)
+    palette.set_bad("#e2e2e2")
+    least = -one.most if one.signed else 0.0
+    drawn = axes.imshow(one.values.T, cmap=palette, vmin=least, vmax=one.most, aspect="auto")
+    step = max(1, -(-len(one.layers) // 12))
+    places = range(0, len(one.layers), step)
+    axes.set_xticks(list(places), [one.layers[place] for place in places])
+    axes.set_yticks(range(len(one.sites)), one.sites)
+    axes.tick_params(length=2)
+    return drawn
