@@ -255,7 +255,7 @@ def test_diff_of_an_adapter_with_itself(place: Place) -> None:
 def test_search(place: Place) -> None:
     mixed = place.run(
         *("combine", "adapters/a", "adapters/b", "--weights", "9,1"),
-        *("--how", "geometric_mean", "--out", "mixed"),
+        *("--combination-type", "geometric_mean", "--out", "mixed"),
     )
     assert mixed.returncode == 0
     found = said(place.run("search", "adapters", "--like", "mixed", "--top", 2, "--json"))
@@ -277,10 +277,10 @@ def test_search(place: Place) -> None:
     "options",
     [
         ("--combination-type", "average"),
-        ("--how", "geometric_mean", "--weights", "1,3"),
-        ("--how", "task_arithmetic", "--weights", "1,-1"),
-        ("--how", "ties", "--density", "0.3", "--majority-sign-method", "frequency"),
-        ("--how", "linear", "--weights", "0.5,0.25"),
+        ("--combination-type", "geometric_mean", "--weights", "1,3"),
+        ("--combination-type", "task_arithmetic", "--weights", "1,-1"),
+        ("--combination-type", "ties", "--density", "0.3", "--majority-sign-method", "frequency"),
+        ("--combination-type", "linear", "--weights", "0.5,0.25"),
     ],
 )
 def test_what_is_combined_is_what_a_model_combines_and_peft_reads(
@@ -319,7 +319,7 @@ def test_what_is_combined_is_what_a_model_combines_and_peft_reads(
 def test_combine_refuses_and_leaves_nothing(place: Place) -> None:
     both = ("adapters/a", "adapters/b")
     refusals = (
-        ((*both, "--how", "tie"), "did you mean 'ties'?"),
+        ((*both, "--combination-type", "tie"), "did you mean 'ties'?"),
         ((*both, "--weights", "1"), "1 weights for 2 adapters"),
         ((*both, "--density", "0.3"), "density belongs to 'ties'"),
         ((*both, "--weights", "1,-1"), "add up to 0"),
@@ -338,11 +338,13 @@ def test_combine_refuses_and_leaves_nothing(place: Place) -> None:
     done = place.run("combine", *both, "--weights", "1;2", "--out", "new")
     assert done.returncode == 2
     assert "numbers with commas" in " ".join(done.stderr.split())
-    assert place.run("combine", *both, "--how", "linear", "--out", "new").returncode == 2
+    assert (
+        place.run("combine", *both, "--combination-type", "linear", "--out", "new").returncode == 2
+    )
     assert place.names() == {"adapters"}
     place.run("combine", *both, "--out", "new")
     before = (place.folder / "new" / "adapter_model.safetensors").read_bytes()
-    again = ("combine", *both, "--how", "ties", "--out", "new")
+    again = ("combine", *both, "--combination-type", "ties", "--out", "new")
     assert_refused(place.run(*again), "new exists already")
     assert (place.folder / "new" / "adapter_model.safetensors").read_bytes() == before
     assert place.run(*again, "--force").returncode == 0

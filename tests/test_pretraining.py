@@ -33,7 +33,8 @@ from transformers import GPT2Config, LlamaConfig
 from ia3 import FewShotClassifier, IA3Config, IA3Model
 from ia3.base_model import BaseModel
 from ia3.errors import IA3Error
-from ia3.store import WEIGHTS_NAME, Adapter, adapter_files, read_adapter
+from ia3.layout import WEIGHTS_NAME
+from ia3.store import Adapter, adapter_files, read_adapter
 from ia3.tfew import TFewConfig, TrainingExample, TrainingStep, train
 from ia3.tfew.encoding import EncodedExample, Encoder
 from ia3.tfew.losses import token_loss

@@ -24,11 +24,12 @@ from .activations import device_of
 from .config import IA3Config
 from .errors import IA3Error, did_you_mean
 from .hub import CONFIG_NAME
+from .layout import KEY_PREFIX, KEY_SUFFIX, WEIGHTS_NAME
 from .model import IA3Model, check_name
 from .routing import BASE
 from .rows import Gathered
 from .sites import Site
-from .store import KEY_PREFIX, KEY_SUFFIX, WEIGHTS_NAME, Adapter, parse_adapter
+from .store import Adapter, parse_adapter
 
 # The row of the base model.
 BASE_SLOT = 0

@@ -17,9 +17,9 @@ from .console import counting_bar, print_confusion, training_bar
 from .errors import IA3Error
 from .estimator import FewShotClassifier
 from .files import write_file
+from .layout import WEIGHTS_NAME
 from .model import IA3Model
 from .report.training_report import training_report
-from .store import WEIGHTS_NAME
 from .tables import Row, read_table
 
 EXAMPLE = "support-tickets"

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .config import IA3Config
 from .copies import copies_of
 from .errors import IA3Error
+from .layout import KEY_PREFIX
 from .model import DEFAULT_ADAPTER, IA3Model
 from .sites import sites
-from .store import KEY_PREFIX
 from .targets import ATTRIBUTE
 
 # The handle on an injected model's adapters; in its __dict__, so that it is no submodule.

@@ -21,16 +21,16 @@ from .hub import CONFIG_NAME
 from .layout import (
     BASE_KEY,
     FROZEN_KEY,
+    KEY_PREFIX,
+    KEY_SUFFIX,
     PICKLED_NAME,
+    WEIGHTS_NAME,
     is_embedding,
     name_tensors,
     read_config,
     read_metadata,
     weights_file,
 )
-from .layout import KEY_PREFIX as KEY_PREFIX
-from .layout import KEY_SUFFIX as KEY_SUFFIX
-from .layout import WEIGHTS_NAME as WEIGHTS_NAME
 from .structure import Frozen
 
 # The format's names of dtypes, in the order in which its library writes them: the widest first.

@@ -253,8 +253,6 @@ def combine(
     combination_type: Annotated[
         str,
         typer.Option(
-            "--combination-type",
-            "--how",
             help="linear, average, geometric_mean, task_arithmetic or ties.",
         ),
     ] = "average",
@@ -282,7 +280,8 @@ def combine(
     check_folder(out)
     from ..combining import check_combination
     from ..combining import combine as combined_of
-    from ..store import WEIGHTS_NAME, adapter_files, read_adapter
+    from ..layout import WEIGHTS_NAME
+    from ..store import adapter_files, read_adapter
 
     check_combination(combination_type, density, majority_sign_method)
     stored = []

@@ -95,7 +95,7 @@ def fit(
     choices = parse_choices(choice, labels)
     silence_loading()
     from ..estimator import FewShotClassifier
-    from ..store import WEIGHTS_NAME
+    from ..layout import WEIGHTS_NAME
 
     given: dict[str, Any] = {
         "steps": steps,

@@ -30,7 +30,8 @@ def convert(
     check_folder(out)
     silence_loading()
     from ..convert import convert_tfew_authors, structure_of
-    from ..store import WEIGHTS_NAME, Adapter, adapter_files
+    from ..layout import WEIGHTS_NAME
+    from ..store import Adapter, adapter_files
 
     config, vectors = convert_tfew_authors(file, structure_of(model))
     config = replace(config, base_model_name_or_path=model, inference_mode=True)

@@ -64,7 +64,8 @@ def pretrain(
         check_folder(checkpoints)
     silence_loading()
     from ..base_model import load_base_model
-    from ..store import WEIGHTS_NAME, adapter_files
+    from ..layout import WEIGHTS_NAME
+    from ..store import adapter_files
     from ..tfew import TFewConfig
     from ..tfew.manifest import read_manifest
     from ..tfew.pretraining import CAP, mixing_rates

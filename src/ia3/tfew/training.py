@@ -36,9 +36,9 @@ from ..base_model import BaseModel
 from ..errors import IA3Error, MissingExtraError
 from ..files import check_folder, new_folder_beside
 from ..fingerprint import fingerprint
+from ..layout import WEIGHTS_NAME
 from ..low_level import set_peft_model_state_dict
 from ..model import DEFAULT_ADAPTER, IA3Model
-from ..store import WEIGHTS_NAME
 from .encoding import EncodedExample
 from .kept_states import KeptStates, kept_states
 from .losses import Counts, token_loss
