@@ -1068,7 +1068,7 @@ class IA3Model(nn.Module):
                 f"{type(self.model).__name__} has an encoder and a decoder, whose tokens are not "
                 "the same: give one name a row"
             )
-        return self._rows.route(self, self._found, different, index, bank)
+        return self._rows.route(self, self._found, self.peft_config, bank, different, index)
 
     def _open(self, route: Route) -> None:
         """Have the hooks there that ask for a route; until `_close` nothing takes them away."""

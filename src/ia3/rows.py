@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,24 +81,26 @@ class Rows:
         self,
         host: Host,
         find: Callable[[], Found],
+        adapters: Collection[str],
+        bank: AdapterBank | None,
         names: Sequence[str],
         index: Tensor,
-        bank: AdapterBank | None = None,
     ) -> Route:
         """A route of adapters of this model and its bank.
 
         Args:
             host: the model.
             find: what is on it.
+            adapters: its own.
+            bank: the model's, which has all other names.
             names: different ones, of its adapters, its bank's or `BASE`.
             index: which of the names, int64: `[rows]`, or `[batch, seq]` for tokens.
-            bank: the model's.
 
         Raises:
             IA3Error: an adapter cannot be mixed with others, or cannot be loaded.
         """
-        banked = [name for name in names if bank is not None and name in bank]
-        own = [name for name in names if name != BASE and name not in banked]
+        own = [name for name in names if name in adapters]
+        banked = [name for name in names if name != BASE and name not in adapters]
         by_row = index.dim() == 1
         gathered: Gathered | None = None
         if bank is not None and banked and not own:
