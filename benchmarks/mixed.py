@@ -51,6 +51,11 @@ def write_adapters(model: nn.Module, root: Path, count: int) -> list[Path]:
     return folders
 
 
+def _tokens(model: Any, rows: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.config.vocab_size, (rows, length), generator=generator)
+
+
 class MixedDecoding:
     """One token of each row after the other at the same position, without gradients.
 
@@ -66,9 +71,9 @@ class MixedDecoding:
 
         self._model, self._options = model, options
         self._cache = DynamicCache()
-        self._tokens = torch.arange(7, 7 + rows)[:, None]
+        prompt = _tokens(model, rows, cached)
+        self._tokens = prompt[:, :1]
         with torch.no_grad():
-            prompt = torch.arange(rows * cached).view(rows, cached) % 1000
             model(input_ids=prompt, past_key_values=self._cache, use_cache=True, **options)
 
     def step(self) -> None:
@@ -116,7 +121,7 @@ def time_batches(
     found: Mapping[str, Any], rows: int, length: int, repeats: int
 ) -> dict[str, Timings]:
     """The forward pass of a batch, and one decoded token of each row."""
-    ids = torch.randint(0, 1000, (rows, length), generator=torch.Generator().manual_seed(0))
+    ids = _tokens(next(iter(found.values()))[0], rows, length)
 
     def forward(model: Any, options: Mapping[str, Any]) -> Tensor:
         with torch.no_grad():
@@ -146,7 +151,7 @@ def time_one_by_one(model: nn.Module, rows: int, length: int, repeats: int) -> T
     for number in range(1, rows):
         theirs.add_adapter(f"a{number}", peft.IA3Config(task_type="CAUSAL_LM"))
     names = ["default", *(f"a{number}" for number in range(1, rows))]
-    ids = torch.randint(0, 1000, (rows, length), generator=torch.Generator().manual_seed(0))
+    ids = _tokens(model, rows, length)
 
     def one_by_one() -> None:
         with torch.no_grad():
