@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .activations import Side
 from .errors import IA3Error
 from .routing import BASE, LOCK, Host, Names, Route
 from .sites import Found, Site
@@ -207,6 +208,11 @@ class _Stacked:
         return torch.stack([rows.get(name, ones) for name in self.names])
 
 
+def is_within_experts(module: str, side: Side) -> bool:
+    """Whether a module of this name sees tokens by expert, no longer in the order of the batch."""
+    return side == "inner" or "experts" in module.split(".")
+
+
 def _check_mixable(found: Found, name: str) -> None:
     for module, _, copies in found.copies:
         if name in copies:
@@ -215,7 +221,7 @@ def _check_mixable(found: Found, name: str) -> None:
                 "batch would go through: it cannot be mixed with others, make it the active one"
             )
     for module, _, site in found.sites:
-        if site.side == "inner" and name in site:
+        if name in site and is_within_experts(module, site.side):
             raise IA3Error(
                 f"adapter {name!r} rescales within the experts {module!r}, whose tokens are no "
                 "longer in the order of the batch: it cannot be mixed with others, make it the "
