@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import curves  # noqa: E402
 import gpu  # noqa: E402
 import measuring  # noqa: E402
+import mixed  # noqa: E402
 import reporting  # noqa: E402
 import speed  # noqa: E402
 
@@ -186,3 +187,23 @@ def test_the_gpu_program_runs_without_one_and_says_so(monkeypatch):
         json.loads(json.dumps(methods)), {"card": None, **reporting.circumstances()}
     )
     assert "Without a GPU" in text
+
+
+def test_mixed_batches_are_timed_and_adapters_registered(tiny_llama, tmp_path):
+    folders = mixed.write_adapters(tiny_llama.requires_grad_(False), tmp_path, 6)
+    found = mixed.contestants(tiny_llama, folders, rows=3)
+    timings = mixed.time_batches(found, rows=3, length=4, repeats=2)
+    assert len(timings) == 2
+    assert all(each.seconds.keys() == found.keys() for each in timings.values())
+    # The bank and the model's own adapters are the same adapters.
+    ids = torch.arange(12).view(3, 4)
+    with torch.no_grad():
+        bank, own, base = (
+            model(input_ids=ids, **options).logits
+            for model, options in (found[n] for n in ("ia3 bank", "ia3 own adapters", "base"))
+        )
+    assert torch.equal(bank, own)
+    assert not torch.equal(bank, base)
+    registered = mixed.register(tiny_llama, folders)
+    assert registered["adapters"] == 6
+    assert registered["values each"] == 2 * (16 + 16 + 48)

@@ -504,6 +504,25 @@ def test_adapters_with_copies_or_experts_are_not_mixed() -> None:
     assert torch.equal(logits(experts, **batch("mixtral"), adapter_names=[BASE] * 3), base)
 
 
+def test_layers_that_see_the_tokens_of_one_expert_are_not_mixed() -> None:
+    """As many tokens as rows, or twice as many, may come to an expert by chance."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, values: Tensor) -> Tensor:
+            tokens = values.flatten(0, 1)
+            halves = tokens[::2], tokens[1::2]
+            return torch.cat([e(h) for e, h in zip(self.experts, halves, strict=True)])
+
+    config = ia3.IA3Config(target_modules=[r"0", r"1"], feedforward_modules=[])
+    model = ia3.IA3Model(Block(), config)
+    with pytest.raises(ia3.IA3Error, match=r"within the experts 'experts\.0'"):
+        model(torch.ones(2, 4, 4), adapter_names=["default", BASE])
+
+
 def test_what_would_change_an_open_route_is_refused() -> None:
     model = several("llama")
     inputs = batch("llama")

@@ -40,7 +40,7 @@ from .hub import HubOptions, adapter_folder
 from .integrations.transformers import known_to_trainer
 from .merging import Merge
 from .routing import BASE, LOCK, Names, Route, current_route, entered
-from .rows import Rows, named
+from .rows import Rows, is_within_experts, named
 from .sites import Attachments, Found, Site, activate, check_free, displace, place, site_of
 from .store import Adapter
 from .targets import ATTRIBUTE, Target, check_vectors, resolve, selection
@@ -516,7 +516,7 @@ class IA3Model(nn.Module):
             )
         found = self._found()
         _, targets = self._fitting(config, adapter, found)
-        inner = next((target.name for target in targets if target.side == "inner"), None)
+        inner = next((t.name for t in targets if is_within_experts(t.name, t.side)), None)
         if inner is not None:
             raise IA3Error(
                 f"adapter {adapter_name!r} rescales within the experts {inner!r}, whose tokens are "
@@ -1047,7 +1047,7 @@ class IA3Model(nn.Module):
                 f"{type(self.model).__name__} has an encoder and a decoder, whose tokens are not "
                 "the same: give one name a row"
             )
-        return self._rows.route(self, self._found, different, index, bank)
+        return self._rows.route(self, self._found, self.peft_config, bank, different, index)
 
     def _open(self, route: Route) -> None:
         """Have the hooks there that ask for a route; until `_close` nothing takes them away."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .activations import Side
 from .errors import IA3Error
 from .routing import BASE, LOCK, Host, Names, Route
 from .sites import Found, Site
@@ -81,24 +82,26 @@ class Rows:
         self,
         host: Host,
         find: Callable[[], Found],
+        adapters: Collection[str],
+        bank: AdapterBank | None,
         names: Sequence[str],
         index: Tensor,
-        bank: AdapterBank | None = None,
     ) -> Route:
         """A route of adapters of this model and its bank.
 
         Args:
             host: the model.
             find: what is on it.
+            adapters: its own.
+            bank: the model's, which has all other names.
             names: different ones, of its adapters, its bank's or `BASE`.
             index: which of the names, int64: `[rows]`, or `[batch, seq]` for tokens.
-            bank: the model's.
 
         Raises:
             IA3Error: an adapter cannot be mixed with others, or cannot be loaded.
         """
-        banked = [name for name in names if bank is not None and name in bank]
-        own = [name for name in names if name != BASE and name not in banked]
+        own = [name for name in names if name in adapters]
+        banked = [name for name in names if name != BASE and name not in adapters]
         by_row = index.dim() == 1
         gathered: Gathered | None = None
         if bank is not None and banked and not own:
@@ -205,6 +208,11 @@ class _Stacked:
         return torch.stack([rows.get(name, ones) for name in self.names])
 
 
+def is_within_experts(module: str, side: Side) -> bool:
+    """Whether a module of this name sees tokens by expert, no longer in the order of the batch."""
+    return side == "inner" or "experts" in module.split(".")
+
+
 def _check_mixable(found: Found, name: str) -> None:
     for module, _, copies in found.copies:
         if name in copies:
@@ -213,7 +221,7 @@ def _check_mixable(found: Found, name: str) -> None:
                 "batch would go through: it cannot be mixed with others, make it the active one"
             )
     for module, _, site in found.sites:
-        if site.side == "inner" and name in site:
+        if name in site and is_within_experts(module, site.side):
             raise IA3Error(
                 f"adapter {name!r} rescales within the experts {module!r}, whose tokens are no "
                 "longer in the order of the batch: it cannot be mixed with others, make it the "
