@@ -15,6 +15,7 @@ from transformers import BloomConfig, MistralConfig
 
 from ia3 import IA3Config, IA3Model
 from ia3.base_model import BaseModel
+from ia3.sites import sites
 from ia3.tfew import TFewConfig, TFewTrainer, TrainingExample, TrainingStep, train
 from ia3.tfew import training_arguments as make_arguments
 from ia3.tfew.encoding import EncodedExample
@@ -78,7 +79,7 @@ def examples(
 
 def unlike_tasks() -> dict[str, TaskToTrain]:
     """Of other data, numbers of examples and choices, steps, seeds, rates and batches."""
-    of = {
+    return {
         "a": TaskToTrain(examples(1, 6), RECIPE, "default"),
         "b": TaskToTrain(
             examples(2, 9, choices=5, shared=7), replace(RECIPE, seed=7, steps=13), "default"
@@ -90,7 +91,6 @@ def unlike_tasks() -> dict[str, TaskToTrain]:
         ),
         "d": TaskToTrain(examples(1, 6), replace(RECIPE, steps=2, unlikelihood=0.0), "default"),
     }
-    return of
 
 
 def adapted(base: BaseModel) -> IA3Model:
@@ -109,7 +109,9 @@ def alone(
 def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """‖a − b‖ / ‖b‖ over all vectors."""
     assert found.keys() == expected.keys()
-    a, b = (torch.cat([v[name].flatten() for name in sorted(v)]) for v in (found, expected))
+    a, b = (
+        torch.cat([v[name].detach().flatten() for name in sorted(v)]) for v in (found, expected)
+    )
     return float((a - b).norm() / b.norm())
 
 
@@ -229,7 +231,9 @@ def test_rows_reach_their_own_vectors_only() -> None:
 def test_tasks_may_begin_with_vectors_at_other_sites() -> None:
     def two_adapters(base: BaseModel) -> IA3Model:
         model = adapted(base)
-        config = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
+        config = IA3Config(
+            target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]
+        )
         model.add_adapter("few", config)
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
@@ -253,7 +257,7 @@ def test_tasks_may_begin_with_vectors_at_other_sites() -> None:
 def test_values_that_stay_one_stay_one() -> None:
     base = llama()
     model = adapted(base)
-    for _, _, site in model._sites():
+    for _, _, site in sites(model):
         vector = site["default"].detach()
         site.remove("default")
         site.add("default", vector, frozen=((0, 5),))

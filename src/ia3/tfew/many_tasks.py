@@ -22,7 +22,7 @@ from ..base_model import BaseModel
 from ..errors import IA3Error
 from ..model import IA3Model
 from ..routing import Route, entered
-from ..sites import Site
+from ..sites import Site, sites
 from .encoding import EncodedExample
 from .losses import Counts, TokenScores, token_loss
 from .passes import (
@@ -226,6 +226,9 @@ class _Piece:
         rows: how many rows they take.
         length: of a row.
         packing: of the one row; none where each choice has a row of its own.
+        one_token: whether all choices that it would be computed with alone are of one token. A
+            decoder's row then attends to nothing but itself. Padded, its gradients there would be
+            off zero by rounding, and Adafactor makes whole steps of that.
     """
 
     batch: Batch
@@ -233,6 +236,7 @@ class _Piece:
     rows: int
     length: int
     packing: Packing | None
+    one_token: bool
 
 
 def _gradients(
@@ -289,14 +293,16 @@ def _pieces(base: BaseModel, batch: Batch, max_tokens: int) -> Iterator[_Piece]:
     limit = longest_shared(base)
     for part in example_batches(base, batch.examples, max_tokens):
         together = [i for i in part if longest_sequence(batch.examples[i]) <= limit]
-        for i in part:
-            if i not in together:
-                example = batch.examples[i]
-                yield _Piece(batch, (i,), len(example.choices), longest_sequence(example), None)
+        apart = [i for i in part if longest_sequence(batch.examples[i]) > limit]
+        one_token = all(len(c) == 1 for i in apart for c in batch.examples[i].choices)
+        for i in apart:
+            example = batch.examples[i]
+            rows, length = len(example.choices), longest_sequence(example)
+            yield _Piece(batch, (i,), rows, length, None, one_token)
         if together:
             for packing in packings([batch.examples[i] for i in together]):
                 members = tuple(together[i] for i in packing.members)
-                yield _Piece(batch, members, 1, packing.length, packing)
+                yield _Piece(batch, members, 1, packing.length, packing, one_token=False)
 
 
 def _passes(pieces: Sequence[_Piece], max_tokens: int) -> Iterator[list[_Piece]]:
@@ -304,8 +310,10 @@ def _passes(pieces: Sequence[_Piece], max_tokens: int) -> Iterator[list[_Piece]]
 
     A piece of more tokens is a pass of its own.
     """
-    for packed in (True, False):
-        of_kind = [piece for piece in pieces if (piece.packing is not None) is packed]
+    kinds: dict[object, list[_Piece]] = {}
+    for piece in pieces:
+        kinds.setdefault((piece.packing is None, piece.one_token), []).append(piece)
+    for of_kind in kinds.values():
         of_pass: list[_Piece] = []
         rows = 0
         for piece in sorted(of_kind, key=lambda piece: -piece.length):
@@ -359,7 +367,7 @@ class _Stacks:
         self._stacks: dict[Site, nn.Parameter] = {}
         self._fixed: dict[Site, Tensor] = {}
         self._having: dict[Site, list[bool]] = {}
-        for name, _, site in ia3_model._sites():
+        for name, _, site in sites(ia3_model.model):
             self._names[site] = name
             having = [task.adapter in site for task in tasks]
             if not any(having):

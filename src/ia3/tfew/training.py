@@ -11,7 +11,7 @@ import random
 import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
@@ -35,7 +35,7 @@ from transformers.trainer_utils import (
 from ..base_model import BaseModel
 from ..errors import IA3Error, MissingExtraError
 from ..files import check_folder, new_folder_beside
-from ..fingerprint import fingerprint
+from ..fingerprint import Fingerprint, fingerprint
 from ..low_level import set_peft_model_state_dict
 from ..model import DEFAULT_ADAPTER, IA3Model
 from ..store import WEIGHTS_NAME
@@ -563,6 +563,24 @@ def _described_run(
     config: TFewConfig,
 ) -> dict[str, Any]:
     """What makes a run this one: its recipe, and digests of what it begins with."""
+    first = [ia3_model.vectors(name) for name in ia3_model.active_adapters]
+    return described_run(fingerprint(ia3_model.model), first, examples, config)
+
+
+def described_run(
+    base: Fingerprint,
+    first_vectors: Sequence[Mapping[str, Tensor]],
+    examples: Sequence[TrainingExample] | DrawnExamples,
+    config: TFewConfig,
+) -> dict[str, Any]:
+    """What makes a run this one, in what JSON has.
+
+    Args:
+        base: of the base model.
+        first_vectors: module name -> vector, of each adapter that is trained.
+        examples: the training set.
+        config: the recipe.
+    """
     recipe = asdict(config)
     # Memory is the machine's matter: a run that lacked it may go on in smaller parts.
     del recipe["max_tokens"]
@@ -571,15 +589,14 @@ def _described_run(
     else:
         data = hashlib.sha256(repr([astuple(e) for e in examples]).encode()).hexdigest()
     start = hashlib.sha256()
-    for name in ia3_model.active_adapters:
-        for module, vector in ia3_model.vectors(name).items():
+    for vectors in first_vectors:
+        for module, vector in vectors.items():
             start.update(module.encode())
             start.update(vector.detach().float().cpu().numpy().tobytes())
-    base = hashlib.sha256(fingerprint(ia3_model.model).to_json().encode())
     return {
         **recipe,
         "examples": data,
-        "base model": base.hexdigest(),
+        "base model": hashlib.sha256(base.to_json().encode()).hexdigest(),
         "first vectors": start.hexdigest(),
     }
 
