@@ -229,3 +229,47 @@ def test_both_forms_agree(shape: list[int], seed: int, values: list[float]) -> N
     in_place = gradients(activation, vector, weight, in_place=True)
     for ours, expected in zip(in_place, plain, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-15)
+
+
+# -- a factor of each row --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [{}, {"keep_result": True}, {"in_place": True}], ids=str)
+@pytest.mark.parametrize(
+    ("activation", "factor"),
+    [
+        ((3, 4, 8), (3, 1, 8)),
+        ((3, 2, 4, 8), (3, 1, 1, 8)),
+        ((3, 4, 8), (3, 4, 8)),
+        ((3, 8), (3, 8)),
+        ((6, 8), (3, 1, 8)),
+        ((6, 4, 8), (3, 1, 1, 8)),
+    ],
+    ids=str,
+)
+def test_gradient_of_a_factor_for_each_row(
+    form: dict[str, bool], activation: tuple[int, ...], factor: tuple[int, ...]
+) -> None:
+    values = seeded(*activation).requires_grad_()
+    factors = seeded(*factor, seed=1)
+    for row in factors:
+        row.view(-1)[:8] = torch.tensor(AWKWARD).roll(int(row.view(-1)[0] * 8))
+    assert torch.autograd.gradcheck(
+        lambda a, f: rescale(a.clone(), f, **form).sin(), (values, factors.requires_grad_())
+    )
+
+
+@pytest.mark.parametrize("form", [{}, {"in_place": True}], ids=str)
+def test_rows_that_became_several_have_the_factor_of_theirs(form: dict[str, bool]) -> None:
+    activation, factors = seeded(6, 4, 8), seeded(3, 1, 1, 8, seed=1)
+    expected = torch.stack([activation[i] * factors[i // 2, 0] for i in range(6)])
+    assert torch.equal(rescale(activation, factors, **form), expected)
+
+
+def test_a_factor_that_is_larger_than_the_activation_widens_it() -> None:
+    activation = seeded(1, 4, 8).requires_grad_()
+    factors = seeded(3, 1, 8, seed=1).requires_grad_()
+    assert rescale(activation, factors, keep_result=True).shape == (3, 4, 8)
+    assert torch.autograd.gradcheck(
+        lambda a, f: rescale(a, f, keep_result=True).sin(), (activation, factors)
+    )

@@ -86,7 +86,7 @@ class Handle:
                 own[name] = MethodType(type(self.module).forward, self.module)
 
 
-def attach(module: nn.Module, vector: Callable[[], Tensor]) -> Handle:
+def attach(module: nn.Module, vector: Callable[[], Tensor | None]) -> Handle:
     """Multiply each expert's inner activation by a vector of its own from now on.
 
     The module's parameters, their names and its state dict stay as they are. Copying or pickling
@@ -94,13 +94,16 @@ def attach(module: nn.Module, vector: Callable[[], Tensor]) -> Handle:
 
     Args:
         module: one for which `is_experts` holds.
-        vector: called at each forward for the vectors, `[experts, inner]`. To be copied and
-            pickled with the model, it must be a bound method or a plain function.
+        vector: called at each forward for the vectors, `[experts, inner]`, or `None` for a
+            forward without. To be copied and pickled with the model, it must be a bound method or
+            a plain function.
 
     Raises:
         IA3Error: the block cannot be rescaled, has vectors already, or these do not fit it.
     """
-    _check_shape(module, vector())
+    vectors = vector()
+    if vectors is not None:
+        _check_shape(module, vectors)
     own = module.__dict__
     if any(isinstance(own.get(name), _RescaledForward) for name in FORWARDS):
         raise IA3Error(
@@ -193,7 +196,7 @@ class _RescaledForward:
     """A block's forward, run on a copy of the block in which one weight is scaled."""
 
     def __init__(
-        self, module: nn.Module, vector: Callable[[], Tensor], before: MethodType | None
+        self, module: nn.Module, vector: Callable[[], Tensor | None], before: MethodType | None
     ) -> None:
         self.module = module
         self.vector = vector
@@ -201,6 +204,9 @@ class _RescaledForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, vectors = self.module, self.vector()
+        forward = type(module).forward if self.before is None else self.before.__func__
+        if vectors is None:
+            return forward(module, *args, **kwargs)
         copy = type(module).__new__(type(module))
         copy.__dict__.update(module.__dict__)
         axis = _inner_axis(module) - 3
@@ -215,7 +221,6 @@ class _RescaledForward:
         else:
             down = _ScaledWeight(module.get_parameter("down_proj"), vectors, axis)
             copy.__dict__["down_proj"] = down if way == "inner" else down.multiplied()
-        forward = type(module).forward if self.before is None else self.before.__func__
         return forward(copy, *args, **kwargs)
 
 

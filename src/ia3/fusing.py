@@ -322,13 +322,20 @@ def _forward(module: nn.Module, layer: GatedLayer, *args: Any, **kwargs: Any) ->
     down: Any = parts[layer.down]
     gate, up = parts[layer.gate](values), parts[layer.up](values)  # type: ignore[misc]
     site = _inner_site(down)
-    vector = site.active_product() if site is not None and site.in_block and site.active else None
+    vector = factor = None
+    if site is not None and site.in_block:
+        if site.is_routed():
+            factor = site.factor(up)
+        elif site.active:
+            vector = site.active_product()
     activation = parts.get(layer.activation or "")
     if activation is not None and _is_watched(activation):
         product = activation(gate) * up
         product = product if vector is None else rescale(product, vector)
     else:
         product = gated_product(gate, up, vector, layer.function)
+    if factor is not None:
+        product = rescale(product, factor, keep_result=True)
     if layer.dropout is not None:
         product = parts[layer.dropout](product)  # type: ignore[misc]
     if layer.casts and down.weight.is_floating_point():

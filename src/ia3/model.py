@@ -38,6 +38,8 @@ from .hoisting import Carriers
 from .hub import HubOptions, adapter_folder
 from .integrations.transformers import known_to_trainer
 from .merging import Merge
+from .routing import BASE, LOCK, Names, Route, current_route, entered
+from .rows import Rows, named
 from .sites import Attachments, Found, Site, check_free, displace, place, site_of
 from .store import Adapter
 from .targets import ATTRIBUTE, check_vectors, resolve, selection
@@ -55,7 +57,7 @@ DEFAULT_ADAPTER = "default"
 # The attributes of the modules that hold vectors: setting one ("training") would set the vector.
 TAKEN = {
     *dir(nn.Module()),
-    *("active", "merged", "carrier", "in_place", "in_block", "_handles", "_kept"),
+    *("active", "routed", "merged", "carrier", "in_place", "in_block", "_handles", "_kept"),
 }
 
 
@@ -98,6 +100,8 @@ class IA3Model(nn.Module):
     _hidden: set[str]
     _requires_input_grads: bool
     _plain: bool
+    _rows: Rows
+    _routes: _Count
 
     def __init__(
         self,
@@ -210,6 +214,7 @@ class IA3Model(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If no other is active then, the first that is left becomes so."""
         self._check_known([adapter_name])
+        self._check_no_route("delete_adapter")
         if adapter_name in self._merge.adapters:
             raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
         hidden = self._keys(adapter_name)
@@ -248,6 +253,8 @@ class IA3Model(nn.Module):
         """
         names = self._named(adapter_name)
         self._check_one_copy(names)
+        if any(name in copies for name in names for _, _, copies in self._copies()):
+            self._check_no_route("set_adapter of an adapter with modules_to_save")
         if self._merge.adapters:
             warnings.warn("adapters are merged; they are unmerged first", stacklevel=2)
             self.unmerge_adapter()
@@ -274,6 +281,7 @@ class IA3Model(nn.Module):
 
         Merged adapters are unmerged, and stay so.
         """
+        self._check_no_route("disabling adapters (rows of the base model are named '__base__')")
         self.unmerge_adapter()
         self._enabled = False
         self._activate(self._active)
@@ -332,9 +340,82 @@ class IA3Model(nn.Module):
         for _, _, site in self._sites():
             site.in_place = not plain
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, with the active adapters."""
-        return self.model(*args, **kwargs)
+    def forward(self, *args: Any, adapter_names: Names | None = None, **kwargs: Any) -> Any:
+        """The base model's forward, with the active adapters.
+
+        Args:
+            adapter_names: instead of these, one name a row of the batch, or lists with one a
+                token, as for `route`.
+
+        Raises:
+            IA3Error: as `route`; or there are not as many names as the input has rows or tokens.
+        """
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
+        return self._forward_routed(adapter_names, args, kwargs)
+
+    # A compiler knows no thread's route.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _forward_routed(
+        self, adapter_names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        route = self._route(adapter_names)
+        self._check_rows(route, args, kwargs)
+        with entered(route):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Names | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate`, with the active adapters.
+
+        Args:
+            adapter_names: instead of these, one name a row of the input. Beams and returned
+                sequences of a row have its name. Their values are gathered once, for all steps.
+
+        Raises:
+            IA3Error: as `route`; or there are not as many names as the input has rows.
+        """
+        generate: Any = self.model.generate
+        route = current_route(self) if adapter_names is None else self._route(adapter_names)
+        if route is None:
+            return generate(*args, **kwargs)
+        if route.by_token:
+            raise IA3Error(
+                "generate cannot be routed by tokens, those to come have no names: give one name "
+                "a row"
+            )
+        self._check_rows(route, args, kwargs)
+        configs = (*args[1:2], kwargs.get("generation_config"))
+        config = next((c for c in configs if c is not None), self.model.generation_config)
+        times = [
+            kwargs.get(name) or getattr(config, name, None) or 1
+            for name in ("num_beams", "num_return_sequences")
+        ]
+        # A compiled step would break at every site.
+        kwargs.setdefault("disable_compile", True)
+        with entered(route.repeated({1, max(times)})):
+            return generate(*args, **kwargs)
+
+    @contextmanager
+    def route(self, names: Names, token_index: Tensor | None = None) -> Iterator[None]:
+        """Within the context each row of a batch has an adapter of its own.
+
+        The route belongs to the thread or task that enters it, and to what is called in it: what
+        gradient checkpointing computes again has the same one, wherever the backward pass runs.
+        Vectors that require gradients get those of their rows. The values of other adapters are
+        gathered when the context is entered.
+
+        Args:
+            names: of this model's adapters, one a row, `"__base__"` for the base model's own
+                output. Or, for packed sequences, lists with one a token.
+            token_index: `[batch, seq]`, int64: the tokens' names, as places in `names`.
+
+        Raises:
+            IA3Error: a name is unknown, or its adapter has copies of modules (`modules_to_save`)
+                or rescales experts; adapters are merged or disabled; or, in a call, the batch has
+                not as many rows or tokens as were named.
+        """
+        with entered(self._route(names, token_index)):
+            yield
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -481,6 +562,7 @@ class IA3Model(nn.Module):
         """
         if self._unloaded:
             return self.model
+        self._check_no_route("unload")
         self._unloaded = True
         self.unfuse_mlp()
         self.unmerge_adapter()
@@ -738,6 +820,8 @@ class IA3Model(nn.Module):
         self._fused = []
         self._requires_input_grads = False
         self._plain = False
+        self._rows = Rows()
+        self._routes = _Count()
         self.model = model
         self._trained_before = [name for name, p in model.named_parameters() if p.requires_grad]
         self._ignored_before = getattr(model, "_keys_to_ignore_on_save", None)
@@ -865,6 +949,69 @@ class IA3Model(nn.Module):
         for name, copies in held:
             load_copy(copies[adapter_name], name, stored.copies)
 
+    def _route(self, names: Names, token_index: Tensor | None = None) -> Route:
+        if self._unloaded:
+            raise IA3Error("this model was unloaded: make a new one")
+        if not self._enabled:
+            raise IA3Error("adapters are disabled: enable_adapter_layers() before routing")
+        different, index = named(names, token_index)
+        self._check_known([name for name in different if name != BASE])
+        if index.dim() == 2 and getattr(
+            getattr(self.model, "config", None), "is_encoder_decoder", False
+        ):
+            raise IA3Error(
+                f"{type(self.model).__name__} has an encoder and a decoder, whose tokens are not "
+                "the same: give one name a row"
+            )
+        with LOCK:
+            return self._rows.route(self, self._found(), different, index)
+
+    def _open(self, route: Route) -> None:
+        """Have the hooks there that ask for a route; until `_close` nothing takes them away."""
+        with LOCK:
+            found = self._found()
+            if self._merge.adapters:
+                raise IA3Error(
+                    f"adapters {sorted(self._merge.adapters)} are merged, in all rows: "
+                    "unmerge_adapter() before routing"
+                )
+            for name, _, copies in found.copies:
+                if copies.active is not None:
+                    raise IA3Error(
+                        f"adapter {copies.active!r} is active, whose copy of {name!r} "
+                        "(modules_to_save) all rows would go through: set_adapter() to another "
+                        "before routing"
+                    )
+            if not route.sites.keys() <= {site for _, _, site in found.sites}:
+                raise IA3Error("the model that was routed has lost adapters since")
+            self._routes.open += 1
+            if not all(site.routed for _, _, site in found.sites):
+                self._activate(self._active)
+
+    def _close(self) -> None:
+        with LOCK:
+            self._routes.open -= 1
+
+    def _check_no_route(self, what: str) -> None:
+        if self._routes.open:
+            raise IA3Error(f"{what}: a route of this model is on, leave it first")
+
+    def _check_rows(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        main = getattr(self.model, "main_input_name", "input_ids")
+        first = (*args[:1], *map(kwargs.get, (main, "inputs", "input_ids", "inputs_embeds")))
+        given = next(
+            (v for v in (*first, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0), None
+        )
+        if given is None:
+            return
+        expected = list(route.index.shape)
+        if list(given.shape[: len(expected)]) != expected:
+            kind = "tokens" if route.by_token else "rows"
+            raise IA3Error(
+                f"adapter_names for {expected} {kind}, but the input is {list(given.shape)}: "
+                "expected one name each"
+            )
+
     def _named(self, adapter_names: str | Sequence[str] | None) -> tuple[str, ...]:
         """The adapters of these names; the active ones for `None`."""
         if isinstance(adapter_names, str):
@@ -883,6 +1030,7 @@ class IA3Model(nn.Module):
                 )
 
     def _make_merged(self, names: tuple[str, ...], safe: bool) -> None:
+        self._check_no_route("merging")
         already = self._merge.adapters
         if already and not set(names) - already:
             warnings.warn(f"adapters {sorted(already)} are merged already", stacklevel=3)
@@ -930,12 +1078,14 @@ class IA3Model(nn.Module):
         in_block = {id(site_in(module)) for module in fused}
         for _, _, site in found.sites if self._fused else ():
             site.in_block = id(site) in in_block
-        for _, module, site in found.sites:
-            site.activate(module, active)
+        with LOCK:
+            for _, module, site in found.sites:
+                site.activate(module, active, routed=self._routes.open > 0)
         for _, _, copies in found.copies:
             copies.active = next((name for name in active if name in copies), None)
 
     def _require_grad(self, names: Sequence[str], inference_mode: bool) -> None:
+        self._rows.forget()
         wanted = set() if inference_mode else set(names)
         found = self._found()
         held = [site._parameters for _, _, site in found.sites]
@@ -997,6 +1147,17 @@ class IA3Model(nn.Module):
                 )
 
 
+class _Count:
+    """How many routes of a model are on."""
+
+    def __init__(self) -> None:
+        self.open = 0
+
+    def __getstate__(self) -> dict[str, int]:
+        # Nobody has routed a copy.
+        return {"open": 0}
+
+
 def _read_adapter(
     model_id: str | Path,
     config: IA3Config | None,
@@ -1020,6 +1181,8 @@ def _naming(source: str) -> Iterator[None]:
 def _check_name(adapter_name: str) -> None:
     if not re.fullmatch(r"[^./\\\s\x00]+", adapter_name):
         raise IA3Error(f"adapter name {adapter_name!r} must have no dot, slash or white space")
+    if adapter_name == BASE:
+        raise IA3Error(f"adapter name {BASE!r} means the base model: choose another")
     if adapter_name in TAKEN:
         raise IA3Error(
             f"adapter name {adapter_name!r} is also an attribute of the modules that hold the "

@@ -55,20 +55,25 @@ class _KeepResult(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             wide = torch.promote_types(grad.dtype, divisor.dtype)
             product = grad.to(wide) * scaled.to(wide)
-            grad_vector = product.flatten(0, -2).sum(0) / divisor
+            if divisor.dim() == 1:
+                summed = product.flatten(0, -2).sum(0)
+            else:
+                summed = product.sum_to_size(divisor.shape)
+            grad_vector = summed / divisor
         return grad_activation, grad_vector, None
 
 
 def rescale(
     activation: Tensor, vector: Tensor, *, keep_result: bool = False, in_place: bool = False
 ) -> Tensor:
-    """Multiply the last axis of an activation by a vector.
-
-    Any other shapes that broadcast take the plain product.
+    """Multiply the last axis of an activation by a vector, or each row's by one of its own.
 
     Args:
         activation: `[..., dim]`, any floating dtype.
-        vector: `[dim]`. The product is taken in the wider of the two dtypes and rounded once.
+        vector: `[dim]`, or any shape that broadcasts over the activation, as `[rows, 1, dim]`. One
+            axis more than the activation has, `[rows, 1, ..., dim]`, is for an activation of rows
+            that each became several, one after the other: `[rows * k, ..., dim]`. The product is
+            taken in the wider of the two dtypes and rounded once.
         keep_result: take the vector's gradient from the result, so that the activation need not be
             kept. Values nearer to zero than 1e-20 then count as 1e-20. Ignored where that would not
             be exact or not be traceable (float16, `torch.compile`, `torch.func`).
@@ -81,6 +86,11 @@ def rescale(
     if activation.is_nested:
         parts = [rescale(part, vector) for part in activation.unbind()]
         return torch.nested.as_nested_tensor(parts)
+    if vector.dim() > activation.dim():
+        rows, *rest = activation.shape
+        apart = activation.view(vector.shape[0], rows // vector.shape[0], *rest)
+        scaled = rescale(apart, vector, keep_result=keep_result, in_place=in_place)
+        return activation if scaled is apart else scaled.flatten(0, 1)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return (activation * vector).to(activation.dtype)
     if torch.is_grad_enabled() and vector.requires_grad:
@@ -90,10 +100,18 @@ def rescale(
             or activation.dtype not in DIVIDING_DTYPES
             or vector.dtype not in DIVIDING_DTYPES
             or activation.dim() < 2
-            or vector.dim() > 1
+            or not _broadcasts(vector, activation)
         ):
             return (activation * vector).to(activation.dtype)
         return _KeepResult.apply(activation, vector, in_place)  # type: ignore[no-any-return, no-untyped-call]
     if in_place and not (activation.requires_grad and activation._is_view()):
         return activation.mul_(vector)
     return (activation * vector).to(activation.dtype)
+
+
+def _broadcasts(vector: Tensor, activation: Tensor) -> bool:
+    """Whether the product has the activation's shape."""
+    if vector.dim() == 1:
+        return True
+    ends = zip(reversed(vector.shape), reversed(activation.shape), strict=False)
+    return all(size in (1, whole) for size, whole in ends)

@@ -20,6 +20,7 @@ from .copies import Copies, allow_plain_checkpoint, copies_of
 from .errors import IA3Error
 from .hoisting import Carrier, Carriers
 from .rescale import rescale
+from .routing import factor_of, is_routed
 from .structure import Frozen
 from .targets import ATTRIBUTE, Target
 
@@ -35,6 +36,7 @@ class Site(nn.Module):
             itself.
         in_block: the fused layer that the module is part of multiplies by the vectors (fusing.py).
         active: the adapters whose vectors multiply now.
+        routed: a route may be on, which is asked before the active adapters are.
         merged: the adapters that are part of the weights.
     """
 
@@ -44,6 +46,7 @@ class Site(nn.Module):
         self.activation = target.activation
         self.frozen: dict[str, Frozen] = {}
         self.active: tuple[str, ...] = ()
+        self.routed = False
         self.merged: tuple[str, ...] = ()
         self.carrier: Carrier | None = None
         self.in_place = True
@@ -133,10 +136,13 @@ class Site(nn.Module):
         mask = self._buffers.get(_mask_name(adapter))
         return torch.zeros_like(self[adapter], dtype=torch.bool) if mask is None else mask
 
-    def activate(self, module: nn.Module, adapters: tuple[str, ...]) -> None:
+    def activate(self, module: nn.Module, adapters: tuple[str, ...], routed: bool = False) -> None:
         """Rescale by the product of these adapters' vectors from now on.
 
         Adapters without a vector here are left out; with none left, no hook stays installed.
+
+        Args:
+            routed: a route may be on: have the hooks there, and ask for it.
         """
         here = adapters
         for name in adapters:
@@ -150,7 +156,9 @@ class Site(nn.Module):
         # Not setattr: a module's looks through all that it holds.
         self.__dict__["active"] = here
         self.__dict__["_kept"] = None
-        wanted = bool(here) and not self.in_block
+        self.__dict__["routed"] = routed
+        # Experts are not routed: at most they have nothing to do.
+        wanted = (bool(here) or (routed and self.side != "inner")) and not self.in_block
         if wanted is not bool(self._handles):
             for handle in self._handles:
                 handle.remove()
@@ -158,7 +166,7 @@ class Site(nn.Module):
 
     def _hooks(self, module: nn.Module) -> tuple[RemovableHandle | experts.Handle, ...]:
         if self.side == "inner":
-            return (experts.attach(module, self.active_product),)
+            return (experts.attach(module, self._inner_product),)
         if self.side == "output":
             return (module.register_forward_hook(self._rescale_output),)
         at_input = module.register_forward_pre_hook(self._rescale_input, with_kwargs=True)
@@ -197,37 +205,67 @@ class Site(nn.Module):
             self.__dict__["_kept"] = kept
         return kept[1]
 
+    def is_routed(self) -> bool:
+        """Whether a route says what to do here now, and not the active adapters."""
+        return self.routed and _is_routed(self)
+
+    def factor(self, activation: Tensor) -> Tensor | None:
+        """What an activation here is multiplied by now; `None` for nothing."""
+        if self.routed and _is_routed(self):
+            factor: Tensor | None = _factor_of(self, activation)
+            return factor
+        return self.active_product() if self.active else None
+
     def _rescale_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if len(module._forward_hooks) > 1 and _carries(module):
+        hooks = 1
+        if len(module._forward_hooks) > 1:
+            down = _carried(module)
+            if down is not None:
+                if down._multiplies(output):
+                    return None
+                hooks = 2
+        factor = self.factor(output)
+        if factor is None:
             return None
-        fresh = self.in_place and is_fresh(module, own_hooks=1)
-        return rescale(output, self.active_product(), in_place=fresh)
+        fresh = self.in_place and is_fresh(module, own_hooks=hooks)
+        return rescale(output, factor, in_place=fresh)
 
     def _rescale_carrier(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if not self._is_carried():
             return None
-        product = self.active_product()
+        factor = self.factor(output)
+        if factor is None:
+            return None
         own = site_of(module)
         hooks = 1
-        if own is not None and own.active:
+        if own is not None and own.side == "output" and (own.active or own.routed):
             # In place twice would overwrite what the first time is kept for the gradient.
-            product = product * own.active_product()
             hooks = 2
-        return rescale(
-            output, product, keep_result=True, in_place=is_fresh(module, own_hooks=hooks)
-        )
+            other = own.factor(output)
+            factor = factor if other is None else factor * other
+        return rescale(output, factor, keep_result=True, in_place=is_fresh(module, own_hooks=hooks))
 
     def _rescale_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._is_carried():
             return None
+        name = "" if args else next(iter(kwargs))
+        activation = args[0] if args else kwargs[name]
+        factor = self.factor(activation)
+        if factor is None:
+            return None
         # Never in place: siblings may read the same input, and a ReLU before it keeps it.
-        product = self.active_product()
-        if args:
-            return (rescale(args[0], product), *args[1:]), kwargs
-        name = next(iter(kwargs))
-        return (), {**kwargs, name: rescale(kwargs[name], product)}
+        scaled = rescale(activation, factor)
+        return ((scaled, *args[1:]), kwargs) if args else ((), {**kwargs, name: scaled})
+
+    def _inner_product(self) -> Tensor | None:
+        return None if self.is_routed() else self.active_product()
+
+    def _multiplies(self, activation: Tensor) -> bool:
+        if self.routed and _is_routed(self):
+            return _factor_of(self, activation) is not None
+        return bool(self.active)
 
     def _is_carried(self) -> bool:
         return self.in_place and self.carrier is not None and self.carrier.in_place()
@@ -300,13 +338,25 @@ def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
             yield name, module, site
 
 
-def _carries(module: nn.Module) -> bool:
-    """Whether a down projection's site rescales this module's output, by both vectors at once."""
+def _carried(module: nn.Module) -> Site | None:
+    """The down projection's site that rescales this module's output, if it is to."""
     hooks: Iterable[Any] = module._forward_hooks.values()
-    return any(
-        getattr(hook, "__func__", None) is Site._rescale_carrier and hook.__self__._is_carried()
-        for hook in hooks
-    )
+    for hook in hooks:
+        if getattr(hook, "__func__", None) is Site._rescale_carrier and hook.__self__._is_carried():
+            site: Site = hook.__self__
+            return site
+    return None
+
+
+# A compiler breaks its graph here: it knows no thread's route.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _is_routed(site: Site) -> bool:
+    return is_routed(site)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _factor_of(site: Site, activation: Tensor) -> Tensor | None:
+    return factor_of(site, activation)
 
 
 def check_free(module: nn.Module, target: Target) -> None:

@@ -102,6 +102,9 @@ def train_many(
     Returns:
         Of each task, in the order in which they ended. One whose loss or vectors are not finite has
         an `error`.
+
+    Raises:
+        IA3Error: a task has vectors within experts.
     """
     ended: dict[str, Ended] = {}
     if not tasks:
@@ -372,6 +375,11 @@ class _Stacks:
             having = [task.adapter in site for task in tasks]
             if not any(having):
                 continue
+            if site.side == "inner":
+                raise IA3Error(
+                    f"{name!r} holds experts, whose inner activations are not rows: tasks of this "
+                    "model cannot be mixed, fit them one after the other"
+                )
             one = torch.ones_like(next(iter(site.vectors.values())))
             stack = torch.stack(
                 [
@@ -392,7 +400,7 @@ class _Stacks:
         self._optimizer = _EachAlone(list(self._stacks.values()), lr=0.0, **ADAFACTOR)
 
     def rows_of(self, owners: Sequence[int]) -> RowContext:
-        """The route of a pass whose examples are these tasks'."""
+        """Routes the rows of a pass whose examples are these tasks'."""
 
         def within(of_row: Sequence[int]) -> AbstractContextManager[object]:
             index = torch.tensor([owners[i] for i in of_row])

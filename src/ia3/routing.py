@@ -1,0 +1,266 @@
+"""Which adapter each row of a batch is rescaled by, for the length of a call.
+
+A route belongs to the thread or task that entered it. It says for each site of a model what to
+multiply by; the sites' hooks ask for it. What is computed again in a backward pass is computed
+under the route it was first computed under.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import IA3Error
+
+if TYPE_CHECKING:
+    from .sites import Site
+
+# The name of the base model among adapters' names.
+BASE = "__base__"
+
+Names = Sequence[str] | Sequence[Sequence[str]]
+
+# Held while hooks or what they read are changed.
+LOCK = threading.RLock()
+
+_CURRENT: ContextVar[Mapping[Site, Route] | None] = ContextVar("ia3_routes", default=None)
+
+
+class Host(Protocol):
+    """The model that a route is of."""
+
+    def _open(self, route: Route) -> None: ...
+    def _close(self) -> None: ...
+
+
+class Route:
+    """What the sites of a model multiply by, for each row or token of a batch.
+
+    Args:
+        host: the model.
+        sites: all of its sites, and the names of their modules. A site that is left out goes on
+            with the active adapters.
+        values: the values at a site, `[n, dim]` or anything that can be viewed so; `None` where
+            there is nothing to do. With `gathered`, n rows of a batch. Else n adapters, and it is
+            called in every pass, so that gradients reach what it gives.
+        index: int64, which of the n: `[rows]`, or `[batch, seq]` for tokens.
+        gathered: `values` are one a row already.
+        repeats: how many rows of an activation one row of the batch may have become.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        sites: Mapping[Site, str],
+        values: Callable[[Site], Tensor | None],
+        index: Tensor,
+        *,
+        gathered: bool = False,
+        repeats: Collection[int] = (1,),
+    ) -> None:
+        self.host = host
+        self.sites = sites
+        self.values = values
+        self.index = index
+        self.gathered = gathered
+        self.repeats = repeats
+        self._kept: dict[object, Tensor] = {}
+        # To be merged with the routes of other models.
+        self.by_site: dict[Site, Route] = dict.fromkeys(sites, self)
+
+    def repeated(self, repeats: Collection[int]) -> Route:
+        """The same for a call that repeats each row."""
+        return Route(
+            self.host,
+            self.sites,
+            self.values,
+            self.index,
+            gathered=self.gathered,
+            repeats=repeats,
+        )
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens are routed, not rows."""
+        return self.index.dim() == 2
+
+    def factor(self, site: Site, activation: Tensor) -> Tensor | None:
+        """What to multiply an activation by; `None` for nothing.
+
+        Returns:
+            Shaped for `rescale`: it broadcasts over the activation, or over its rows apart.
+
+        Raises:
+            IA3Error: the activation has not the rows or tokens that were named.
+        """
+        if torch.compiler.is_compiling():
+            raise IA3Error(
+                "a routed model is being traced: the graph would keep this call's adapters; "
+                "leave the route first"
+            )
+        if not self.gathered:
+            values = self.values(site)
+            if values is None:
+                return None
+            values = values.to(activation.device)
+            index = self.index.to(values.device)
+            return self._shaped(site, values.index_select(0, index.flatten()), activation)
+        key = (site, activation.shape[0], activation.dim(), activation.device)
+        factor = self._kept.get(key)
+        if factor is None:
+            values = self.values(site)
+            if values is None:
+                return None
+            factor = self._shaped(site, values.to(activation.device), activation)
+            self._kept[key] = factor
+        return factor
+
+    def _shaped(self, site: Site, values: Tensor, activation: Tensor) -> Tensor:
+        axes = site.activation.factor_shape
+        between = activation.dim() - 1 - len(axes)
+        if activation.is_nested or between < 0:
+            raise self._misfit(site, activation)
+        count = activation.shape[0]
+        if self.by_token:
+            tokens = self.index.shape
+            if len(axes) == 1 and activation.shape[:-1] in (tokens, (tokens.numel(),)):
+                return values.reshape(activation.shape)
+            raise self._misfit(site, activation)
+        rows = self.index.shape[0]
+        if count == rows:
+            return values.reshape(rows, *[1] * between, *axes)
+        # Without an axis for them the tokens of a row follow each other.
+        flattened = between == 0 and len(axes) == 1
+        if count % rows == 0 and (flattened or count // rows in self.repeats):
+            return values.reshape(rows, 1, *[1] * between, *axes)
+        raise self._misfit(site, activation)
+
+    def _misfit(self, site: Site, activation: Tensor) -> IA3Error:
+        shape = "nested" if activation.is_nested else list(activation.shape)
+        named = (
+            f"tokens {list(self.index.shape)}" if self.by_token else f"{self.index.shape[0]} rows"
+        )
+        return IA3Error(
+            f"adapters were named for {named}, but the activation at "
+            f"{self.sites.get(site, 'a module')!r} is {shape}: expected as many, in the order of "
+            "the batch; a module that sees something else than the batch cannot be routed, and "
+            "what generates with several beams or sequences goes through IA3Model.generate"
+        )
+
+
+# -- entering --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def entered(route: Route) -> Iterator[None]:
+    """Within the context, calls of the route's model in this thread or task are routed.
+
+    Raises:
+        IA3Error: the model cannot be routed as it is now.
+    """
+    _bind_checkpoints()
+    current = _CURRENT.get()
+    with _under(route.by_site if current is None else {**current, **route.by_site}):
+        yield
+
+
+@contextmanager
+def _under(routes: Mapping[Site, Route] | None) -> Iterator[None]:
+    with ExitStack() as stack:
+        for route in set(routes.values()) if routes else ():
+            route.host._open(route)
+            stack.callback(route.host._close)
+        before = _CURRENT.get()
+        _CURRENT.set(routes)
+        try:
+            yield
+        finally:
+            _CURRENT.set(before)
+
+
+def current_route(host: Host) -> Route | None:
+    """The route of this model in this thread or task."""
+    routes = _CURRENT.get() or {}
+    return next((route for route in routes.values() if route.host is host), None)
+
+
+def is_routed(site: Site) -> bool:
+    """Whether a site is routed in this thread or task."""
+    routes = _CURRENT.get()
+    return routes is not None and site in routes
+
+
+def factor_of(site: Site, activation: Tensor) -> Tensor | None:
+    """`Route.factor` of a site that is routed."""
+    routes = _CURRENT.get()
+    assert routes is not None
+    return routes[site].factor(site, activation)
+
+
+# -- checkpointing ---------------------------------------------------------------------------------
+
+# Modules that hold the function below under this name.
+_GENERATOR = "_checkpoint_without_reentrant_generator"
+_CALLERS = ("torch.utils.checkpoint", "torch.distributed._composable.checkpoint_activation")
+
+_bound: set[str] = set()
+
+
+def _bind_checkpoints() -> None:
+    """From now on, have checkpointed functions run again under the route of their first run.
+
+    PyTorch has no hook for that. Both of its kinds get their function replaced by one that enters
+    the route, or leaves it: the backward pass may be called within another.
+
+    Raises:
+        IA3Error: this version of PyTorch has no such place, and gradients are enabled.
+    """
+    if len(_bound) == len(_CALLERS):
+        return
+    from torch.utils import checkpoint
+
+    with LOCK:
+        reentrant = getattr(checkpoint, "CheckpointFunction", None)
+        generator = getattr(checkpoint, _GENERATOR, None)
+        if reentrant is None or generator is None:
+            if torch.is_grad_enabled():
+                raise IA3Error(
+                    f"PyTorch {torch.__version__} has no checkpointing that could be told which "
+                    "adapters its rows were computed with: route without gradients, or use a "
+                    "version that was tested (2.11 to 2.13)"
+                )
+            return
+        for name in _CALLERS:
+            module = sys.modules.get(name)
+            if module is None or name in _bound:
+                continue
+            setattr(module, _GENERATOR, _binding(getattr(module, _GENERATOR), at=0))
+            if module is checkpoint:
+                reentrant.forward = staticmethod(_binding(reentrant.forward, at=1))
+            _bound.add(name)
+
+
+def _binding(original: Callable[..., Any], at: int) -> Callable[..., Any]:
+    if getattr(original, "func", None) is _with_bound:
+        return original  # imported by its name, from a module that is bound already
+    return partial(_with_bound, original, at)
+
+
+def _with_bound(original: Callable[..., Any], at: int, *args: Any, **kwargs: Any) -> Any:
+    bound = partial(_run_under, _CURRENT.get(), args[at])
+    return original(*args[:at], bound, *args[at + 1 :], **kwargs)
+
+
+def _run_under(
+    routes: Mapping[Site, Route] | None, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    with _under(routes):
+        return function(*args, **kwargs)

@@ -1,0 +1,546 @@
+"""Batches whose rows have different adapters: each is what it would be alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from architectures import ARCHITECTURES, VOCABULARY, batch, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pairs import randomize, relative, vectors
+from torch import Tensor, nn
+
+import ia3
+
+BASE = "__base__"
+NAMES = ["default", "b", "c"]
+MIXES = [NAMES, ["b", BASE, "c"], ["c", "c", "default"], [BASE] * 3]
+KINDS = ["llama", "gpt2", "opt", "t5", "mt5", "bart", "qwen3", "gemma3", "falcon", "bert"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning"),
+]
+
+
+def several(
+    kind: str, names: Sequence[str] = NAMES, dtype: torch.dtype = torch.float32, **config: Any
+) -> ia3.IA3Model:
+    """A model with adapters of random vectors; the last one has fewer sites than the others."""
+    config = {**ARCHITECTURES[kind].modules, **config}
+    model = ia3.get_peft_model(build(kind, dtype), ia3.IA3Config(**config), names[0])
+    sites = list(vectors(model, names[0]))
+    fewer = {"target_modules": sites[::2], "feedforward_modules": _inputs(model, sites[::2])}
+    for name in names[1:]:
+        config = {**config, **fewer} if name == names[-1] else config
+        model.add_adapter(name, ia3.IA3Config(**config))
+    for seed, name in enumerate(names):
+        randomize(vectors(model, name), seed)
+    model.set_adapter(names[0], inference_mode=True)
+    return model
+
+
+def _inputs(model: ia3.IA3Model, modules: Sequence[str]) -> list[str]:
+    """Those of the modules whose input is rescaled."""
+    found = model.vectors(model.active_adapters[0])
+    return [name for name in modules if found[name].shape[0] == 1]
+
+
+def logits(model: Any, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(**inputs, use_cache=False).logits
+    return result
+
+
+def logits_by_name(model: ia3.IA3Model, **inputs: Any) -> dict[str, Tensor]:
+    """What the whole batch gives with each adapter active."""
+    before = model.active_adapters
+    found = {}
+    for name in model.peft_config:
+        model.set_adapter(name, inference_mode=True)
+        found[name] = logits(model, **inputs)
+    with model.disable_adapter():
+        found[BASE] = logits(model, **inputs)
+    model.set_adapter(before, inference_mode=True)
+    return found
+
+
+def picked(of: dict[str, Tensor], names: Sequence[str]) -> Tensor:
+    return torch.stack([of[name][row] for row, name in enumerate(names)])
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_row_is_what_it_would_be_with_its_adapter_active(kind: str) -> None:
+    model = several(kind)
+    inputs = batch(kind)
+    expected = logits_by_name(model, **inputs)
+    for names in MIXES:
+        found = logits(model, **inputs, adapter_names=names)
+        assert torch.equal(found, picked(expected, names)), names
+        with model.route(names):
+            assert torch.equal(logits(model, **inputs), found)
+            assert torch.equal(logits(model.get_base_model(), **inputs), found)
+    assert relative(expected["b"], expected[BASE]) > 1e-3
+    assert torch.equal(logits(model, **inputs), expected["default"])
+
+
+@pytest.mark.parametrize("how", ["plain", "fused", "all-linear", "merged and back", "frozen"])
+def test_every_way_of_rescaling_is_routed(how: str) -> None:
+    config: dict[str, Any] = {}
+    if how == "all-linear":
+        config = {"target_modules": "all-linear"}
+    model = _with_frozen_queries() if how == "frozen" else several("llama", **config)
+    inputs = batch("llama")
+    if how == "plain":
+        model.use_plain_product()
+    if how == "fused":
+        model.fuse_mlp()
+    if how == "merged and back":
+        model.merge_adapter()
+        with pytest.raises(ia3.IA3Error, match="merged"):
+            logits(model, **inputs, adapter_names=NAMES)
+        model.unmerge_adapter()
+    expected = logits_by_name(model, **inputs)
+    for names in MIXES:
+        found = logits(model, **inputs, adapter_names=names)
+        assert torch.equal(found, picked(expected, names)), names
+
+
+def _with_frozen_queries() -> ia3.IA3Model:
+    """Phi-3's queries, keys and values are one layer, whose first rows stay one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = hf.Phi3ForCausalLM(
+            hf.Phi3Config(
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=32,
+                pad_token_id=0,
+            )
+        ).eval()
+    model = ia3.get_peft_model(base, ia3.IA3Config(paper_sites=True))
+    for name in NAMES[1:]:
+        model.add_adapter(name, ia3.IA3Config(paper_sites=True))
+    for seed, name in enumerate(NAMES):
+        randomize(vectors(model, name), seed)
+    return model
+
+
+def test_convolutions_are_routed() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten()).eval()
+    config = ia3.IA3Config(target_modules=["0", "2"], feedforward_modules=["2"])
+    model = ia3.IA3Model(base, config)
+    model.add_adapter("b", config)
+    for seed, name in enumerate(["default", "b"]):
+        randomize(vectors(model, name), seed)
+    pictures = torch.randn(3, 3, 6, 6)
+    expected = {}
+    for name in ("default", "b"):
+        model.set_adapter(name)
+        expected[name] = model(pictures).detach()
+    names = ["b", "default", "b"]
+    found = model(pictures, adapter_names=names)
+    assert torch.equal(found, picked(expected, names))
+    found.square().sum().backward()
+    assert all(vector.grad is not None for vector in vectors(model, "b").values())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    names=st.lists(st.sampled_from([*NAMES, BASE]), min_size=1, max_size=6),
+    length=st.integers(1, 9),
+    left=st.booleans(),
+    seed=st.integers(0, 2**16),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_any_mix_equals_its_rows_alone(
+    names: list[str], length: int, left: bool, seed: int, dtype: torch.dtype
+) -> None:
+    model = _model_in(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (len(names), length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in mask:
+        padding = int(torch.randint(0, length, (), generator=generator))
+        row[:padding] = 0
+        if not left:
+            row.copy_(row.flip(0))
+    found = logits(model, input_ids=ids, attention_mask=mask, adapter_names=names)
+    assert found.dtype == dtype
+    within = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    for row, name in enumerate(names):
+        alone = {"input_ids": ids[row : row + 1], "attention_mask": mask[row : row + 1]}
+        expected = logits(model, **alone, adapter_names=[name])
+        seen = mask[row].bool()
+        assert relative(found[row][seen], expected[0][seen]) < within, name
+
+
+_models: dict[torch.dtype, ia3.IA3Model] = {}
+
+
+def _model_in(dtype: torch.dtype) -> ia3.IA3Model:
+    if dtype not in _models:
+        _models[dtype] = several("llama", dtype=dtype)
+    return _models[dtype]
+
+
+def test_values_that_changed_are_seen() -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    before = logits(model, **inputs, adapter_names=NAMES)
+    randomize(vectors(model, "b"), seed=7)
+    after = logits(model, **inputs, adapter_names=NAMES)
+    assert torch.equal(after, picked(logits_by_name(model, **inputs), NAMES))
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
+
+
+def test_a_copy_of_a_routed_model_is_its_own(tmp_path: Any) -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    with model.route(NAMES):
+        expected = logits(model, **inputs)
+        twin = copy.deepcopy(model)
+        # Nobody routed the copy.
+        assert torch.equal(logits(twin, **inputs)[0], expected[0])
+        assert not torch.equal(logits(twin, **inputs)[1], expected[1])
+    torch.save(model, tmp_path / "model.pt")
+    read = torch.load(tmp_path / "model.pt", weights_only=False)
+    for each in (twin, read):
+        assert torch.equal(logits(each, **inputs, adapter_names=NAMES), expected)
+        base = each.unload()
+        assert hooks(base) == 0
+
+
+def test_a_model_of_another_kind_in_the_same_call_keeps_its_adapters() -> None:
+    model, other = several("llama"), several("qwen3")
+    inputs = batch("llama")
+    expected = logits(model, **inputs, adapter_names=MIXES[1])
+    active = logits(other, **inputs)
+    with model.route(MIXES[1]):
+        assert torch.equal(logits(other, **inputs), active)
+        with other.route(MIXES[2]):
+            routed = logits(other, **inputs)
+            assert torch.equal(logits(model, **inputs), expected)
+        assert torch.equal(logits(other, **inputs), active)
+    assert torch.equal(routed, logits(other, **inputs, adapter_names=MIXES[2]))
+
+
+# -- tokens ----------------------------------------------------------------------------------------
+
+
+def _packed() -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Sequences, and all of them in one row."""
+    generator = torch.Generator().manual_seed(3)
+    alone = [torch.randint(3, VOCABULARY, (1, n), generator=generator) for n in (4, 6, 3)]
+    positions = torch.cat([torch.arange(ids.shape[1]) for ids in alone])[None]
+    return alone, {"input_ids": torch.cat(alone, 1), "position_ids": positions}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_packed_sequences_have_an_adapter_each(training: bool) -> None:
+    model = several("llama")
+    if training:
+        model.set_adapter(NAMES)
+    alone, packed = _packed()
+    names = ["c", BASE, "b"]
+    by_token = [n for n, ids in zip(names, alone, strict=True) for _ in range(ids.shape[1])]
+    index = torch.tensor([[names.index(name) for name in by_token]])
+    found = logits(model, **packed, adapter_names=[by_token])
+    with model.route(names, index):
+        assert torch.equal(logits(model, **packed), found)
+    parts = found.split([ids.shape[1] for ids in alone], 1)
+    for ids, name, part in zip(alone, names, parts, strict=True):
+        expected = logits(model, input_ids=ids, adapter_names=[name])
+        assert relative(part, expected) < 1e-5, name
+
+
+def test_tokens_that_were_not_named_are_refused() -> None:
+    model = several("llama")
+    _, packed = _packed()
+    with pytest.raises(ia3.IA3Error, match=r"\[1, 12\] tokens.*\[1, 13\]"):
+        logits(model, **packed, adapter_names=[["b"] * 12])
+    with (
+        model.route([["b"] * 12]),
+        pytest.raises(ia3.IA3Error, match=r"tokens \[1, 12\].*'model\.layers\.0.*\[1, 13, "),
+    ):
+        logits(model, **packed)
+    with pytest.raises(ia3.IA3Error, match="from 0 to 2, expected 0 to 1"):
+        model.route(["b", "c"], torch.tensor([[0, 1, 2]])).__enter__()
+    with pytest.raises(ia3.IA3Error, match=r"torch\.float32, expected"):
+        model.route(["b"], torch.zeros(1, 3)).__enter__()
+    with pytest.raises(ia3.IA3Error, match=r"lists of \[2, 1\] names"):
+        model.route([["b", "b"], ["c"]]).__enter__()
+    with pytest.raises(ia3.IA3Error, match="those to come have no names"):
+        model.generate(packed["input_ids"], adapter_names=[["b"] * 13])
+    with pytest.raises(ia3.IA3Error, match="encoder and a decoder"):
+        logits(several("t5"), **batch("t5"), adapter_names=[["b"] * 7] * 3)
+
+
+# -- generation ------------------------------------------------------------------------------------
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "several of the beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "static cache": {"do_sample": False, "cache_implementation": "static"},
+    "no cache": {"do_sample": False, "use_cache": False},
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("how", GENERATION)
+def test_generation_goes_on_with_each_rows_adapter(kind: str, how: str) -> None:
+    model = several(kind)
+    ids = batch(kind)["input_ids"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, **GENERATION[how]}
+    each = options.get("num_return_sequences", 1)
+    by_name = {}
+    for name in NAMES:
+        model.set_adapter(name)
+        by_name[name] = model.generate(ids, **options).unflatten(0, (3, each))
+    with model.disable_adapter():
+        by_name[BASE] = model.generate(ids, **options).unflatten(0, (3, each))
+    assert not torch.equal(by_name["b"], by_name[BASE])
+    for names in MIXES[:2]:
+        expected = picked(by_name, names).flatten(0, 1)
+        assert torch.equal(model.generate(ids, **options, adapter_names=names), expected)
+        config = hf.GenerationConfig(**options)
+        with model.route(names):
+            assert torch.equal(model.generate(ids, config), expected)
+
+
+def test_sampled_sequences_have_their_rows_adapter() -> None:
+    """With ten adapters of which one leaves nothing but noise, by the scores of what is sampled."""
+    model = several("llama")
+    ids = batch("llama")["input_ids"]
+    options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 4, "pad_token_id": 0}
+    torch.manual_seed(0)
+    found = model.generate(
+        ids,
+        **options,
+        adapter_names=NAMES,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    rows = [name for name in NAMES for _ in range(4)]
+    last = logits(model, input_ids=found.sequences[:, :-1], adapter_names=rows)[:, -1]
+    assert relative(found.logits[-1], last) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["assistant", "prompt lookup"])
+def test_assisted_generation(how: str) -> None:
+    model = several("llama")
+    ids = batch("llama")["input_ids"][:1]
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assisted: dict[str, Any] = {"prompt_lookup_num_tokens": 2}
+    if how == "assistant":
+        assistant = several("llama")
+        assistant.set_adapter("c")
+        assisted = {"assistant_model": assistant}
+    for name in ("b", BASE):
+        expected = model.generate(ids, **options, adapter_names=[name])
+        assert torch.equal(
+            model.generate(ids, **options, **assisted, adapter_names=[name]), expected
+        )
+
+
+def test_rows_that_became_several_elsewhere_are_refused() -> None:
+    model = several("llama")
+    ids = batch("llama")["input_ids"]
+    with (
+        model.route(NAMES),
+        pytest.raises(ia3.IA3Error, match=r"3 rows.*\[6, 7, .*IA3Model\.generate"),
+    ):
+        model.get_base_model().generate(ids, num_beams=2, max_new_tokens=2, pad_token_id=0)
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def _loss(model: Any, rows: slice = slice(None), **options: Any) -> Tensor:
+    """The sum of the rows' losses."""
+    inputs = {name: value[rows] for name, value in batch("llama").items()}
+    result = model(**inputs, use_cache=False, **options).logits
+    targets = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(2))[rows]
+    return nn.functional.cross_entropy(result.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def _gradients(model: ia3.IA3Model, names: Sequence[str] = NAMES) -> dict[str, Tensor]:
+    found = {
+        f"{adapter} {name}": vector.grad
+        for adapter in names
+        for name, vector in vectors(model, adapter).items()
+        if vector.grad is not None
+    }
+    model.zero_grad()
+    return found
+
+
+def _separate(model: ia3.IA3Model, names: Sequence[str]) -> dict[str, Tensor]:
+    """The gradients of a run for each row, with its adapter alone."""
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        _loss(model, slice(row, row + 1)).backward()
+    return _gradients(model)
+
+
+def _assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert relative(gradient, expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("how", ["usual", "plain", "fused"])
+@pytest.mark.parametrize("names", [NAMES, ["c", "b", "c"]], ids=str)
+def test_gradients_are_those_of_separate_runs(how: str, names: list[str]) -> None:
+    model = several("llama")
+    if how == "plain":
+        model.use_plain_product()
+    if how == "fused":
+        model.fuse_mlp()
+    with torch.no_grad():  # A zero must learn, too.
+        next(iter(vectors(model, "c").values())).view(-1)[:2] = 0
+    expected = _separate(model, names)
+    model.set_adapter(NAMES)
+    _loss(model, adapter_names=names).backward()
+    _assert_alike(_gradients(model), expected)
+
+
+def test_one_adapter_trains_beside_others_that_do_not() -> None:
+    model = several("llama")
+    expected = _separate(model, ["b"])
+    model.set_adapter("b")
+    _loss(model, adapter_names=["b", "c", BASE]).backward()
+    found = _gradients(model)
+    assert {name.split()[0] for name in found} == {"b"}
+    _assert_alike(found, expected)
+
+
+def test_steps_within_one_route_see_each_others_values() -> None:
+    model = several("llama")
+    model.set_adapter(NAMES)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with model.route(NAMES):
+        _loss(model).backward()
+        optimizer.step()
+        after = logits(model, **batch("llama"))
+    assert torch.equal(after, picked(logits_by_name(model, **batch("llama")), NAMES))
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def test_bad_names_are_refused_before_anything_runs() -> None:
+    model = several("llama")
+    ran = []
+    handle = model.get_base_model().register_forward_pre_hook(lambda *_: ran.append(1))
+    inputs = batch("llama")
+    bad: list[tuple[Any, str]] = [
+        (["default", "bb", "c"], "no adapter 'bb' .* did you mean 'b'"),
+        (["default", "b"], r"\[2\] rows, but the input is \[3, 7\]"),
+        ([*NAMES, "b"], r"\[4\] rows, but the input is \[3, 7\]"),
+        ("b", "is 'b', expected a list"),
+        ([], r"is \[\], expected a list"),
+        (["b", 3, "c"], "holds 3, expected names"),
+    ]
+    for names, message in bad:
+        with pytest.raises(ia3.IA3Error, match=message):
+            logits(model, **inputs, adapter_names=names)
+        with pytest.raises(ia3.IA3Error, match=message):
+            model.generate(inputs["input_ids"], adapter_names=names)
+    assert not ran
+    handle.remove()
+    with pytest.raises(ia3.IA3Error, match="means the base model"):
+        model.add_adapter(BASE, ia3.IA3Config())
+
+
+def test_adapters_with_copies_or_experts_are_not_mixed() -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    model.add_adapter("head", ia3.IA3Config(modules_to_save=["lm_head"]))
+    expected = logits(model, **inputs, adapter_names=NAMES)
+    with pytest.raises(ia3.IA3Error, match=r"'head' has a copy of 'lm_head' \(modules_to_save\)"):
+        logits(model, **inputs, adapter_names=["b", "head", "c"])
+    model.set_adapter("head")
+    with pytest.raises(ia3.IA3Error, match=r"'head' is active, whose copy of 'lm_head'"):
+        logits(model, **inputs, adapter_names=NAMES)
+    model.set_adapter("default")
+    assert torch.equal(logits(model, **inputs, adapter_names=NAMES), expected)
+
+    experts = ia3.get_peft_model(
+        build("mixtral"), ia3.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    )
+    experts.add_adapter(
+        "inner", ia3.IA3Config(target_modules=["experts"], feedforward_modules=["experts"])
+    )
+    for seed, name in enumerate(["default", "inner"]):
+        randomize(vectors(experts, name), seed)
+    with pytest.raises(ia3.IA3Error, match="'inner' rescales within the experts"):
+        logits(experts, **batch("mixtral"), adapter_names=["inner"] * 3)
+    with experts.disable_adapter():
+        base = logits(experts, **batch("mixtral"))
+    experts.set_adapter("inner")
+    assert torch.equal(logits(experts, **batch("mixtral"), adapter_names=[BASE] * 3), base)
+
+
+def test_what_would_change_an_open_route_is_refused() -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    expected = logits(model, **inputs, adapter_names=NAMES)
+    with model.route(NAMES):
+        for change in (
+            model.unload,
+            model.merge_adapter,
+            model.disable_adapter_layers,
+            lambda: model.delete_adapter("b"),
+        ):
+            with pytest.raises(ia3.IA3Error, match="a route of this model is on"):
+                change()
+        model.set_adapter("c")
+        assert torch.equal(logits(model, **inputs), expected)
+    with model.disable_adapter(), pytest.raises(ia3.IA3Error, match="disabled"):
+        logits(model, **inputs, adapter_names=NAMES)
+    model.set_adapter("c")
+    unrouted = hooks(model)
+    with pytest.raises(KeyError), model.route(NAMES):
+        raise KeyError
+    assert hooks(model) > unrouted  # they stay for the next one
+    assert torch.equal(logits(model, **inputs), logits_by_name(model, **inputs)["c"])
+    model.set_adapter("c")
+    assert hooks(model) == unrouted
+    assert hooks(model.unload()) == 0
+
+
+def test_a_module_that_sees_something_else_than_the_batch_is_refused() -> None:
+    """DeBERTa's keys are also taken of its relative positions, which have no rows."""
+    config = hf.DebertaV2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        relative_attention=True,
+        share_att_key=True,
+        pos_att_type=["c2p", "p2c"],
+    )
+    model = ia3.get_peft_model(hf.DebertaV2ForMaskedLM(config).eval(), ia3.IA3Config())
+    inputs = batch("deberta-v2")
+    with pytest.raises(ia3.IA3Error, match=r"3 rows.*key_proj.*cannot be routed"):
+        model(**inputs, adapter_names=["default", BASE, "default"])
