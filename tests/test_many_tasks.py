@@ -58,14 +58,18 @@ MODELS: dict[str, Callable[[], BaseModel]] = {
 def examples(
     seed: int, count: int, choices: int = 2, prompt: tuple[int, int] = (3, 19), shared: int = 0
 ) -> list[TrainingExample]:
-    """Of two templates each, whose prompts begin alike."""
+    """Of two templates each, whose prompts begin alike.
+
+    Choices have two tokens at least: a decoder whose rows have one attends to nothing else, and its
+    gradients there are rounding alone.
+    """
     generator = random.Random(seed)
 
     def ids(length: int) -> tuple[int, ...]:
         return tuple(generator.randrange(3, VOCABULARY) for _ in range(length))
 
     begins = ids(shared)
-    answers = tuple(ids(generator.randint(1, 3)) for _ in range(choices))
+    answers = tuple(ids(generator.randint(2, 3)) for _ in range(choices))
     return [
         TrainingExample(
             tuple(
@@ -126,7 +130,7 @@ def assert_as_alone(
         assert [s.step for s in ended[name].history] == [s.step for s in history]
         for found, expected in zip(ended[name].history, history, strict=True):
             assert found.loss == pytest.approx(expected.loss, rel=1e-4)
-            assert found.unlikelihood == pytest.approx(expected.unlikelihood, rel=1e-4)
+            assert found.unlikelihood == pytest.approx(expected.unlikelihood, abs=1e-5)
 
 
 # -- as alone --------------------------------------------------------------------------------------

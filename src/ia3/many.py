@@ -249,10 +249,10 @@ class _Preparing:
         encoded = encode_all(encoder, task.examples, task.templates)
         examples = training_set(task, encoded)
         start = None if classifier.init_from is None else self._start(classifier.init_from)
+        # In one order, wherever they are from.
+        first = [] if start is None else [dict(sorted(start.vectors.items()))]
         run = {
-            **described_run(
-                self._fingerprint, [] if start is None else [start.vectors], examples, recipe
-            ),
+            **described_run(self._fingerprint, first, examples, recipe),
             "steps": classifier.steps,
             "frozen": {} if start is None else start.frozen,
             "labels": task.classes,

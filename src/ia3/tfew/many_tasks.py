@@ -89,7 +89,8 @@ def train_many(
     """Train the vectors of many tasks; the global random state is left as it was.
 
     Every task sees the batches and the prompts that `train` would give it alone, and its vectors
-    end as they would alone but for rounding. A model with dropout drops other values.
+    end as they would alone but for rounding. A model with dropout drops other values. Where
+    gradients are nothing but rounding, Adafactor makes steps of their signs, here as alone.
 
     Args:
         base: the model under `ia3_model`, with its tokenizer.
@@ -229,9 +230,6 @@ class _Piece:
         rows: how many rows they take.
         length: of a row.
         packing: of the one row; none where each choice has a row of its own.
-        one_token: whether all choices that it would be computed with alone are of one token. A
-            decoder's row then attends to nothing but itself. Padded, its gradients there would be
-            off zero by rounding, and Adafactor makes whole steps of that.
     """
 
     batch: Batch
@@ -239,7 +237,6 @@ class _Piece:
     rows: int
     length: int
     packing: Packing | None
-    one_token: bool
 
 
 def _gradients(
@@ -287,7 +284,7 @@ def _gradients(
         finite = torch.isfinite(seen[:, 0])
         if finite.any():
             # A task that has diverged would have gradients of its own only; it needs none.
-            each[finite.to(each.device), 0].sum().backward()
+            torch.autograd.backward(each[finite.to(each.device), 0].sum())
     return terms
 
 
@@ -297,15 +294,14 @@ def _pieces(base: BaseModel, batch: Batch, max_tokens: int) -> Iterator[_Piece]:
     for part in example_batches(base, batch.examples, max_tokens):
         together = [i for i in part if longest_sequence(batch.examples[i]) <= limit]
         apart = [i for i in part if longest_sequence(batch.examples[i]) > limit]
-        one_token = all(len(c) == 1 for i in apart for c in batch.examples[i].choices)
         for i in apart:
             example = batch.examples[i]
             rows, length = len(example.choices), longest_sequence(example)
-            yield _Piece(batch, (i,), rows, length, None, one_token)
+            yield _Piece(batch, (i,), rows, length, None)
         if together:
             for packing in packings([batch.examples[i] for i in together]):
                 members = tuple(together[i] for i in packing.members)
-                yield _Piece(batch, members, 1, packing.length, packing, one_token=False)
+                yield _Piece(batch, members, 1, packing.length, packing)
 
 
 def _passes(pieces: Sequence[_Piece], max_tokens: int) -> Iterator[list[_Piece]]:
@@ -313,10 +309,8 @@ def _passes(pieces: Sequence[_Piece], max_tokens: int) -> Iterator[list[_Piece]]
 
     A piece of more tokens is a pass of its own.
     """
-    kinds: dict[object, list[_Piece]] = {}
-    for piece in pieces:
-        kinds.setdefault((piece.packing is None, piece.one_token), []).append(piece)
-    for of_kind in kinds.values():
+    for packed in (True, False):
+        of_kind = [piece for piece in pieces if (piece.packing is not None) is packed]
         of_pass: list[_Piece] = []
         rows = 0
         for piece in sorted(of_kind, key=lambda piece: -piece.length):
