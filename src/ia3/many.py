@@ -66,12 +66,13 @@ def fit_many(
     diverges, fails alone.
 
     Args:
-        tasks: name -> texts and labels, as `FewShotClassifier.fit` takes them.
+        tasks: name -> texts and labels, as `FewShotClassifier.fit` takes them. Names are adapters':
+            without dots, slashes and white space.
         classifier: the settings of all tasks, or name -> a task's own; they stay unfitted. All
             are of one base model.
         out: a folder in which each task's classifier is saved under its name as soon as it is
             fitted. The same call after a break trains only what is not there yet, or had other
-            data or settings. Names must then be those of folders.
+            data or settings.
         on_step: called after every step of every task, with the task's name. Where it returns true,
             that task ends with this step.
         max_tokens: computed at once, of all tasks together; by default the least of the
@@ -149,7 +150,7 @@ def _classifiers(
         try:
             _check_name(name)
         except IA3Error as error:
-            raise IA3Error(f"task {name!r}: it is used as an {error}") from error
+            raise IA3Error(f"a task is saved under its name: {error}") from error
     if not isinstance(given, Mapping):
         given = dict.fromkeys(tasks, FewShotClassifier() if given is None else given)
     for name in tasks:
