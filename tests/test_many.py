@@ -70,7 +70,8 @@ def difference(found: FewShotClassifier, expected: FewShotClassifier) -> float:
 
 def assert_alike(found: FewShotClassifier, expected: FewShotClassifier) -> None:
     assert difference(found, expected) < 1e-5
-    for name in ("classes_", "choices_", "templates_", "fields_", "settings_"):
+    assert found.settings_ == expected.settings_
+    for name in ("classes_", "choices_", "templates_", "fields_"):
         assert list(getattr(found, name)) == list(getattr(expected, name))
     assert found.adapter_.config == expected.adapter_.config
     assert found.adapter_.base == expected.adapter_.base
@@ -100,6 +101,7 @@ def test_classifiers_are_those_that_fit_gives() -> None:
         ),
         "goes_on": tiny_classifier(init_from=begin, steps=3),
         "untuned": tiny_classifier(steps=0),
+        "upper": tiny_classifier(upper_blocks=1),
     }
     data = dict.fromkeys(settings, BILLS) | {"moods": MOODS}
     steps: list[tuple[str, TrainingStep]] = []
@@ -120,6 +122,24 @@ def test_one_classifier_is_the_settings_of_all() -> None:
     fitted = fit_many({"a": BILLS, "b": (BILLS[0][::-1], BILLS[1])}, classifier)
     assert difference(*fitted.classifiers.values()) > 1e-4
     assert_alike(fitted.classifiers["a"], classifier.fit(*BILLS))
+
+
+def test_what_lies_below_upper_blocks_is_computed_once() -> None:
+    calls = []
+    lowest = MODEL.model.layers[0].self_attn
+    handle = lowest.register_forward_hook(lambda *_: calls.append(len(calls)))
+    steps = []
+    settings = tiny_classifier(upper_blocks=1, steps=6)
+    data = {"a": BILLS, "b": (BILLS[0][::-1], BILLS[1])}
+    try:
+        fitted = fit_many(data, settings, on_step=lambda *_: steps.append(len(calls)))
+    finally:
+        handle.remove()
+    assert steps[0] == steps[-1] > 0
+    for name in data:
+        assert_alike(
+            fitted.classifiers[name], tiny_classifier(upper_blocks=1, steps=6).fit(*data[name])
+        )
 
 
 def test_a_task_ends_early() -> None:
@@ -179,7 +199,6 @@ def test_tasks_fail_alone(tmp_path: Path) -> None:
             {"a": tiny_classifier(), "b": tiny_classifier()},
             "no task for classifier 'b'",
         ),
-        ({"a": BILLS}, tiny_classifier(upper_blocks=1), "upper_blocks=1"),
         (
             {"a": BILLS, "b": BILLS},
             {"a": tiny_classifier(), "b": tiny_classifier(model=tiny_llama(1))},

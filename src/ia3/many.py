@@ -16,11 +16,12 @@ from sklearn.base import clone
 from . import store
 from .adapted import adapted, all_linear
 from .base_model import BaseModel
+from .config import IA3Config
 from .errors import IA3Error, did_you_mean
 from .estimator import FewShotClassifier, adapter_to_begin_with, training_set
 from .files import check_folder
 from .fingerprint import fingerprint
-from .model import IA3Model, _check_name
+from .model import DEFAULT_ADAPTER, IA3Model, _check_name
 from .ranking import LabelledTexts, Text, encode_all
 from .records import append_record, read_records
 from .tfew.encoding import Encoder
@@ -80,8 +81,8 @@ def fit_many(
 
     Raises:
         IA3Error: there are no tasks, a name is malformed, the classifiers are not those of the
-            tasks, are of several base models or cannot be mixed (`upper_blocks`), or `max_tokens`
-            is below 1. Nothing is then trained.
+            tasks or are of several base models, the model's experts have vectors, or `max_tokens`
+            is below 1.
         OSError: a classifier cannot be saved; those before it stay.
     """
     classifiers = _classifiers(tasks, classifier)
@@ -125,9 +126,8 @@ def fit_many(
             append_record(Path(out) / RECORDS_NAME, record)
 
     limit = min(c.max_tokens for c in classifiers.values()) if max_tokens is None else max_tokens
-    names = list(prepared)
-    for start in range(0, len(names), AT_ONCE):
-        wave = {name: prepared[name] for name in names[start : start + AT_ONCE]}
+    for names in _waves({name: classifiers[name].upper_blocks for name in prepared}):
+        wave = {name: prepared[name] for name in names}
         failures |= _train(base, wave, limit, on_step, on_end)
     return FittedTasks(
         {name: fitted[name] for name in tasks if name in fitted},
@@ -162,13 +162,6 @@ def _classifiers(
         if name not in tasks:
             raise IA3Error(
                 f"there is no task for classifier {name!r}{did_you_mean(str(name), tasks)}"
-            )
-    for name, classifier in given.items():
-        if classifier.upper_blocks is not None:
-            raise IA3Error(
-                f"task {name!r} has upper_blocks={classifier.upper_blocks}: what lies below is "
-                "then computed once for each prompt, which cannot be mixed with other tasks; fit "
-                "it alone"
             )
     return {name: clone(given[name]) for name in tasks}
 
@@ -215,7 +208,8 @@ class _Prepared:
         recipe: its settings.
         steps: as asked for; 0 is the untuned model.
         examples: encoded.
-        start: the adapter that it begins with; `None` for ones at all linear layers.
+        config: of its adapter.
+        start: the adapter that it begins with; `None` for ones.
         digest: of all that its vectors depend on, and all that is saved with them.
     """
 
@@ -223,6 +217,7 @@ class _Prepared:
     recipe: TFewConfig
     steps: int
     examples: list[TrainingExample]
+    config: IA3Config
     start: store.Adapter | None
     digest: str
 
@@ -237,6 +232,7 @@ class _Preparing:
     def __init__(self, base: BaseModel) -> None:
         self._base = base
         self._fingerprint = fingerprint(base.model)
+        self._configs: dict[int | None, IA3Config] = {}
         # Tasks often begin with the same one.
         self._starts: dict[object, store.Adapter] = {}
 
@@ -249,7 +245,11 @@ class _Preparing:
         encoder = Encoder(classifier.base, task.choices, chat=classifier.chat)
         encoded = encode_all(encoder, task.examples, task.templates)
         examples = training_set(task, encoded)
-        start = None if classifier.init_from is None else self._start(classifier.init_from)
+        if classifier.init_from is None:
+            start, config = None, self._config(classifier.upper_blocks)
+        else:
+            start = self._start(classifier.init_from)
+            config = start.config
         # In one order, wherever they are from.
         first = [] if start is None else [dict(sorted(start.vectors.items()))]
         run = {
@@ -261,9 +261,15 @@ class _Preparing:
             "templates": [template.source for template in task.templates],
             "fields": list(task.examples[0]),
             "chat": classifier.chat,
+            "upper_blocks": classifier.upper_blocks,
         }
         digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
-        return _Prepared(task, recipe, classifier.steps, examples, start, digest)
+        return _Prepared(task, recipe, classifier.steps, examples, config, start, digest)
+
+    def _config(self, upper_blocks: int | None) -> IA3Config:
+        if upper_blocks not in self._configs:
+            self._configs[upper_blocks] = all_linear(self._base, upper_blocks)
+        return self._configs[upper_blocks]
 
     def _start(self, init_from: str | Path | store.Adapter) -> store.Adapter:
         key = id(init_from) if isinstance(init_from, store.Adapter) else str(init_from)
@@ -281,6 +287,20 @@ class _Preparing:
         return self._starts[key]
 
 
+def _waves(upper_blocks: Mapping[str, int | None]) -> Iterator[list[str]]:
+    """The tasks that are trained at a time: of the same blocks, so that nothing below is computed.
+
+    Args:
+        upper_blocks: of each task.
+    """
+    alike: dict[int | None, list[str]] = {}
+    for name, blocks in upper_blocks.items():
+        alike.setdefault(blocks, []).append(name)
+    for names in alike.values():
+        for start in range(0, len(names), AT_ONCE):
+            yield names[start : start + AT_ONCE]
+
+
 def _train(
     base: BaseModel,
     prepared: Mapping[str, _Prepared],
@@ -290,11 +310,9 @@ def _train(
 ) -> dict[str, IA3Error]:
     """Train tasks together; why some failed."""
     failures: dict[str, IA3Error] = {}
-    begins = {name: task.start for name, task in prepared.items()}
-    first = next(iter(begins.values()))
-    config = all_linear(base) if first is None else first.config
-    with adapted(base, config, first, source="init_from") as ia3_model:
-        adapters = _put_on(base, ia3_model, begins, failures)
+    first = next(iter(prepared.values()))
+    with adapted(base, first.config, first.start, source="init_from") as ia3_model:
+        adapters = _put_on(ia3_model, prepared, failures)
         saved = {adapter: ia3_model.adapter(adapter) for adapter in set(adapters.values())}
         training = {
             name: TaskToTrain(prepared[name].examples, prepared[name].recipe, adapter)
@@ -316,28 +334,27 @@ def _train(
 
 
 def _put_on(
-    base: BaseModel,
-    ia3_model: IA3Model,
-    begins: Mapping[str, store.Adapter | None],
-    failures: dict[str, IA3Error],
+    ia3_model: IA3Model, prepared: Mapping[str, _Prepared], failures: dict[str, IA3Error]
 ) -> dict[str, str]:
     """Task name -> the model's adapter that it begins with. The first task's is on the model."""
     named: dict[int, str] = {}
     adapters: dict[str, str] = {}
-    for task, start in begins.items():
-        if id(start) not in named:
-            name = "default" if not named else f"begin{len(named)}"
-            if named:
-                try:
-                    if start is None:
-                        ia3_model.add_adapter(name, all_linear(base))
-                    else:
-                        ia3_model._add(name, start.config, start)
-                except IA3Error as error:
-                    failures[task] = error if start is None else IA3Error(f"init_from: {error}")
-                    continue
-            named[id(start)] = name
-        adapters[task] = named[id(start)]
+    for task, how in prepared.items():
+        # Tasks that begin alike share the objects.
+        key = id(how.config if how.start is None else how.start)
+        if not named:
+            named[key] = DEFAULT_ADAPTER
+        elif key not in named:
+            name = f"begin{len(named)}"
+            try:
+                ia3_model._add(name, how.config, how.start)
+            except IA3Error as error:
+                failures[task] = IA3Error(
+                    f"its sites cannot be mixed with the other tasks': {error}; fit it alone"
+                )
+                continue
+            named[key] = name
+        adapters[task] = named[key]
     return adapters
 
 

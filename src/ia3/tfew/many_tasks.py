@@ -24,6 +24,7 @@ from ..model import IA3Model
 from ..routing import Route, entered
 from ..sites import Site, sites
 from .encoding import EncodedExample
+from .kept_states import KeptStates, kept_states
 from .losses import Counts, TokenScores, token_loss
 from .passes import (
     Packing,
@@ -67,7 +68,7 @@ class Ended:
     """A task that has ended.
 
     Attributes:
-        vectors: module name -> vector, in memory of its own; those before the step that failed.
+        vectors: module name -> vector, in memory of its own; none where the task failed.
         history: one `TrainingStep` a step.
         error: why the task failed.
     """
@@ -116,9 +117,10 @@ def train_many(
         stacks = _Stacks(ia3_model, list(tasks.values()))
         training = {name: _Training(task, k) for k, (name, task) in enumerate(tasks.items())}
         ia3_model.model.train()
+        kept = _kept(base, ia3_model, list(tasks.values()))
         while training:
             batches = [task.next_batch() for task in training.values()]
-            terms = _gradients(base, stacks, batches, max_tokens)
+            terms = _gradients(base, stacks, batches, max_tokens, kept)
             failed = {k for k, (loss, *_) in enumerate(terms.tolist()) if not math.isfinite(loss)}
             stacks.step([task for task in training.values() if task.index not in failed])
             for name, task in list(training.items()):
@@ -134,13 +136,21 @@ def train_many(
                 if not over:
                     continue
                 del training[name]
-                vectors = stacks.vectors(task.index)
-                if error is None:
-                    error = _not_finite(vectors, record.step)
-                ended[name] = Ended(vectors, task.history, error)
+                vectors = {} if error else stacks.vectors(task.index)
+                error = error or _not_finite(vectors, record.step)
+                ended[name] = Ended({} if error else vectors, task.history, error)
                 if on_end is not None:
                     on_end(name, ended[name])
     return ended
+
+
+def _kept(base: BaseModel, ia3_model: IA3Model, tasks: Sequence[TaskToTrain]) -> KeptStates | None:
+    """What enters the lowest block that is trained, where all tasks train the active adapter's."""
+    if [*{task.adapter for task in tasks}] != ia3_model.active_adapters:
+        return None
+    examples = [e for task in tasks for example in task.examples for e in example.encoded]
+    draws = sum(task.config.steps * task.config.batch_size for task in tasks)
+    return kept_states(base, examples, draws)
 
 
 def _not_finite(vectors: Mapping[str, Tensor], step: int) -> DivergedError | None:
@@ -230,6 +240,7 @@ class _Piece:
         rows: how many rows they take.
         length: of a row.
         packing: of the one row; none where each choice has a row of its own.
+        kept: whether the states of all its examples are kept.
     """
 
     batch: Batch
@@ -237,10 +248,15 @@ class _Piece:
     rows: int
     length: int
     packing: Packing | None
+    kept: bool
 
 
 def _gradients(
-    base: BaseModel, stacks: _Stacks, round_: Sequence[Batch], max_tokens: int
+    base: BaseModel,
+    stacks: _Stacks,
+    round_: Sequence[Batch],
+    max_tokens: int,
+    kept: KeptStates | None,
 ) -> Tensor:
     """Add the gradients of one step of all tasks to the stacks'.
 
@@ -248,60 +264,67 @@ def _gradients(
         `[tasks, 4]`, float32, on the CPU: the loss and its terms of each task; zeros of those that
         have no batch.
     """
-    pieces = [piece for batch in round_ for piece in _pieces(base, batch, max_tokens)]
+    pieces = [piece for batch in round_ for piece in _pieces(base, batch, max_tokens, kept)]
     terms = torch.zeros(stacks.tasks, 4)
     for of_pass in _passes(pieces, max_tokens):
         examples = [piece.batch.examples[i] for piece in of_pass for i in piece.members]
         owners = [piece.batch.task for piece in of_pass for _ in piece.members]
-        within = stacks.rows_of(owners)
-        scores = _scores(base, of_pass, examples, within, max_tokens)
-        losses, tasks = [], []
-        start = 0
-        places: dict[int, list[int]] = {}
-        labels: dict[int, list[int]] = {}
-        batch_of: dict[int, Batch] = {}
-        for piece in of_pass:
-            task = piece.batch.task
-            batch_of[task] = piece.batch
-            places.setdefault(task, []).extend(range(start, start + len(piece.members)))
-            labels.setdefault(task, []).extend(piece.batch.labels[i] for i in piece.members)
-            start += len(piece.members)
-        for task, batch in batch_of.items():
-            rows = torch.tensor(places[task], device=scores.mask.device)
-            loss = token_loss(
-                TokenScores(scores.log_probs[rows], scores.mask[rows]),
-                torch.tensor(labels[task], device=scores.mask.device),
-                counts=batch.counts,
-                **batch.weights,
-            )
-            losses.append(
-                torch.stack([loss.total, loss.lm, loss.length_norm, loss.unlikelihood]).float()
-            )
-            tasks.append(task)
-        each = torch.stack(losses)
-        seen = each.detach().cpu()
+        scores = _scores(base, of_pass, examples, stacks.rows_of(owners), max_tokens, kept)
+        tasks, losses = _losses(scores, of_pass)
+        seen = losses.detach().cpu()
         terms[tasks] += seen
+        # One that is not finite ends its task, which needs no gradients any more.
         finite = torch.isfinite(seen[:, 0])
         if finite.any():
-            # A task that has diverged would have gradients of its own only; it needs none.
-            torch.autograd.backward(each[finite.to(each.device), 0].sum())
+            torch.autograd.backward(losses[finite.to(losses.device), 0].sum())
     return terms
 
 
-def _pieces(base: BaseModel, batch: Batch, max_tokens: int) -> Iterator[_Piece]:
+def _losses(scores: TokenScores, of_pass: Sequence[_Piece]) -> tuple[list[int], Tensor]:
+    """The tasks of a pass, and the loss and its terms of each, `[tasks, 4]`, float32."""
+    batches: dict[int, Batch] = {}
+    places: dict[int, list[int]] = {}
+    labels: dict[int, list[int]] = {}
+    place = 0
+    for piece in of_pass:
+        task = piece.batch.task
+        batches[task] = piece.batch
+        for i in piece.members:
+            places.setdefault(task, []).append(place)
+            labels.setdefault(task, []).append(piece.batch.labels[i])
+            place += 1
+    losses = []
+    for task, batch in batches.items():
+        rows = torch.tensor(places[task], device=scores.mask.device)
+        loss = token_loss(
+            TokenScores(scores.log_probs[rows], scores.mask[rows]),
+            torch.tensor(labels[task], device=scores.mask.device),
+            counts=batch.counts,
+            **batch.weights,
+        )
+        losses.append(torch.stack([loss.total, loss.lm, loss.length_norm, loss.unlikelihood]))
+    return list(batches), torch.stack(losses).float()
+
+
+def _pieces(
+    base: BaseModel, batch: Batch, max_tokens: int, kept: KeptStates | None
+) -> Iterator[_Piece]:
     """A batch in the rows that it would have alone."""
     limit = longest_shared(base)
     for part in example_batches(base, batch.examples, max_tokens):
-        together = [i for i in part if longest_sequence(batch.examples[i]) <= limit]
-        apart = [i for i in part if longest_sequence(batch.examples[i]) > limit]
-        for i in apart:
+        together: dict[bool, list[int]] = {}
+        for i in part:
             example = batch.examples[i]
-            rows, length = len(example.choices), longest_sequence(example)
-            yield _Piece(batch, (i,), rows, length, None)
-        if together:
-            for packing in packings([batch.examples[i] for i in together]):
-                members = tuple(together[i] for i in packing.members)
-                yield _Piece(batch, members, 1, packing.length, packing)
+            length = longest_sequence(example)
+            if length > limit:
+                yield _Piece(batch, (i,), len(example.choices), length, None, kept=False)
+            else:
+                is_kept = kept is not None and example in kept
+                together.setdefault(is_kept, []).append(i)
+        for is_kept, indices in together.items():
+            for packing in packings([batch.examples[i] for i in indices]):
+                members = tuple(indices[i] for i in packing.members)
+                yield _Piece(batch, members, 1, packing.length, packing, is_kept)
 
 
 def _passes(pieces: Sequence[_Piece], max_tokens: int) -> Iterator[list[_Piece]]:
@@ -309,8 +332,10 @@ def _passes(pieces: Sequence[_Piece], max_tokens: int) -> Iterator[list[_Piece]]
 
     A piece of more tokens is a pass of its own.
     """
-    for packed in (True, False):
-        of_kind = [piece for piece in pieces if (piece.packing is not None) is packed]
+    kinds: dict[tuple[bool, bool], list[_Piece]] = {}
+    for piece in pieces:
+        kinds.setdefault((piece.packing is None, piece.kept), []).append(piece)
+    for of_kind in kinds.values():
         of_pass: list[_Piece] = []
         rows = 0
         for piece in sorted(of_kind, key=lambda piece: -piece.length):
@@ -330,9 +355,11 @@ def _scores(
     examples: Sequence[EncodedExample],
     within: RowContext,
     max_tokens: int,
+    kept: KeptStates | None,
 ) -> TokenScores:
+    kept = kept if of_pass[0].kept else None
     if len(of_pass) == 1 and of_pass[0].rows * of_pass[0].length > max_tokens:
-        return token_scores(base, examples, max_tokens=max_tokens, within=within)
+        return token_scores(base, examples, max_tokens=max_tokens, kept=kept, within=within)
     if of_pass[0].packing is not None:
         packed = []
         start = 0
@@ -341,7 +368,7 @@ def _scores(
             members = tuple(range(start, start + len(piece.members)))
             packed.append(Packing(piece.packing.prefix, members, piece.length))
             start += len(members)
-        return packed_scores(base, examples, packed, within=within)
+        return packed_scores(base, examples, packed, kept=kept, within=within)
     if base.is_encoder_decoder:
         return encoder_decoder_scores(base, examples, within=within)
     return expanded_scores(base, examples, within=within)
