@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import randomize, relative, vectors
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ia3
+from ia3 import routing
 
 BASE = "__base__"
 NAMES = ["default", "b", "c"]
@@ -544,3 +548,228 @@ def test_a_module_that_sees_something_else_than_the_batch_is_refused() -> None:
     inputs = batch("deberta-v2")
     with pytest.raises(ia3.IA3Error, match=r"3 rows.*key_proj.*cannot be routed"):
         model(**inputs, adapter_names=["default", BASE, "default"])
+
+
+# -- checkpointing and threads ---------------------------------------------------------------------
+
+
+def _in_another_thread(call: Callable[[], Any]) -> Any:
+    """What a call in a thread of its own returns; its exception is raised here."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("where", ["here", "another thread", "another route", "disabled"])
+@pytest.mark.parametrize("which", ["blocks", "the whole model"])
+def test_what_is_computed_again_has_the_same_route(reentrant: bool, where: str, which: str) -> None:
+    model = several("llama")
+    expected = _separate(model, ["c", "b", "c"])
+    model.set_adapter(NAMES)
+    model.train()
+    with model.route(["c", "b", "c"]):
+        if which == "blocks":
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            loss = _loss(model)
+        else:
+            inputs = batch("llama")
+            embeddings = model.get_input_embeddings()(inputs["input_ids"]).requires_grad_()
+            result = checkpoint(
+                lambda given: _loss_of(model, given, inputs["attention_mask"]),
+                embeddings,
+                use_reentrant=reentrant,
+            )
+            loss = result
+    if where == "here":
+        loss.backward()
+    elif where == "another thread":
+        _in_another_thread(loss.backward)
+    elif where == "another route":
+        with model.route([BASE] * 3):
+            loss.backward()
+    else:
+        with model.disable_adapter():
+            loss.backward()
+    _assert_alike(_gradients(model), expected)
+
+
+def _loss_of(model: Any, embeddings: Tensor, mask: Tensor) -> Tensor:
+    result = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits
+    targets = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(2))
+    return nn.functional.cross_entropy(result.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_a_forward_with_names_is_computed_again_with_them(reentrant: bool) -> None:
+    model = several("llama")
+    expected = _separate(model, NAMES)
+    model.set_adapter(NAMES)
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    first = _loss(model, adapter_names=NAMES)
+    second = _loss(model, adapter_names=[BASE, "b", BASE])
+    del second
+    first.backward()
+    _assert_alike(_gradients(model), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_what_was_not_routed_is_not_routed_when_it_is_computed_again(reentrant: bool) -> None:
+    model = several("llama")
+    model.set_adapter("b")
+    _loss(model).backward()
+    expected = _gradients(model)
+    with model.route(NAMES):
+        pass  # of the first one on, checkpoints know
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    loss = _loss(model)
+    with model.route([BASE] * 3):
+        loss.backward()
+    _assert_alike(_gradients(model), expected)
+
+
+def test_frozen_adapters_are_computed_again_as_they_were() -> None:
+    """Gradients flow through to the embeddings, whatever the adapters are by then."""
+    model = several("llama")
+    inputs = batch("llama")
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+
+    def loss() -> Tensor:
+        with model.route(["b", "c", "b"]):
+            return _loss_of(model, embeddings, inputs["attention_mask"])
+
+    loss().backward()
+    expected = embeddings.grad
+    embeddings.grad = None
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    again = loss()
+    randomize(vectors(model, "b"), seed=9)
+    again.backward()
+    assert expected is not None
+    assert embeddings.grad is not None
+    assert relative(embeddings.grad, expected) < 1e-6
+
+
+def test_a_backward_pass_after_the_adapters_are_gone_is_refused() -> None:
+    for change in ("unload", "merge"):
+        model = several("llama")
+        model.set_adapter(NAMES)
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        loss = _loss(model, adapter_names=NAMES)
+        if change == "unload":
+            model.unload()
+        else:
+            model.merge_adapter()
+        with pytest.raises(ia3.IA3Error, match=r"lost adapters|are merged"):
+            loss.backward()
+
+
+def test_threads_do_not_see_each_others_routes() -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    mixes = [*MIXES, ["default", BASE, "b"], None]
+    expected = [logits(model, **inputs, adapter_names=names) for names in mixes]
+    together = threading.Barrier(len(mixes))
+
+    def run(names: list[str] | None) -> list[Tensor]:
+        together.wait()
+        found = []
+        for turn in range(20):
+            with torch.no_grad():
+                if names is None or turn % 2:
+                    found.append(logits(model, **inputs, adapter_names=names))
+                else:
+                    with model.route(names):
+                        found.append(logits(model, **inputs))
+        return found
+
+    with ThreadPoolExecutor(len(mixes)) as pool:
+        for results, wanted in zip(pool.map(run, mixes), expected, strict=True):
+            assert all(torch.equal(found, wanted) for found in results)
+
+    with model.route(MIXES[1]):
+        assert torch.equal(_in_another_thread(lambda: logits(model, **inputs)), expected[-1])
+        _in_another_thread(lambda: model.set_adapter("c"))  # takes no hooks away
+        assert torch.equal(logits(model, **inputs), expected[1])
+
+
+def test_a_torch_without_the_places_to_bind_does_not_train_routed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = several("llama")
+    monkeypatch.setattr(routing, "_bound", set())
+    monkeypatch.delattr(torch.utils.checkpoint, "CheckpointFunction")
+    assert logits(model, **batch("llama"), adapter_names=NAMES).isfinite().all()
+    with pytest.raises(ia3.IA3Error, match="no checkpointing that could be told"):
+        _loss(model, adapter_names=NAMES)
+
+
+# -- compilers -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _reset_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_reset_compiler")
+@pytest.mark.parametrize("what", ["base", "adapted", "fused"])
+def test_a_compiled_model_follows_routes(what: str) -> None:
+    model = several("llama")
+    if what == "fused":
+        model.fuse_mlp()
+    inputs = batch("llama")
+    by_name = logits_by_name(model, **inputs)
+    compiled = torch.compile(model.get_base_model() if what == "base" else model, backend="eager")
+
+    def check(names: list[str] | None) -> None:
+        wanted = by_name["b"] if names is None else picked(by_name, names)
+        assert relative(logits(compiled, **inputs), wanted) < 1e-6
+
+    model.set_adapter("b", inference_mode=True)
+    check(None)
+    for names in MIXES:
+        with model.route(names):
+            check(names)
+        check(None)
+    model.set_adapter("b", inference_mode=True)
+    check(None)
+    with model.route(MIXES[0]):
+        check(MIXES[0])
+    found = logits(torch.compile(model, backend="eager"), **inputs, adapter_names=MIXES[1])
+    assert relative(found, picked(by_name, MIXES[1])) < 1e-6
+
+
+@pytest.mark.usefixtures("_reset_compiler")
+def test_one_graph_cannot_be_routed() -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    expected = logits(compiled, **inputs)
+    with model.route(NAMES), pytest.raises(torch._dynamo.exc.Unsupported):
+        logits(compiled, **inputs)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        logits(compiled, **inputs, adapter_names=NAMES)
+    model.set_adapter("default", inference_mode=True)
+    assert torch.equal(logits(compiled, **inputs), expected)
+
+
+@pytest.mark.usefixtures("_reset_compiler")
+def test_an_exported_graph_does_not_keep_a_route() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k_proj = nn.Linear(4, 5)
+
+        def forward(self, values: Tensor) -> Tensor:
+            result: Tensor = self.k_proj(values)
+            return result
+
+    config = ia3.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    model = ia3.IA3Model(Head().eval(), config)
+    with (
+        model.route(["default", BASE]),
+        pytest.raises(Exception, match=r"routed|graph break|disable"),
+    ):
+        torch.export.export(model.get_base_model(), (torch.ones(2, 3, 4),), strict=False)

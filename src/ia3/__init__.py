@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bank import AdapterBank as AdapterBank
     from .base_model import load_base_model as load_base_model
     from .config import IA3Config as IA3Config
     from .config import PeftType as PeftType
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 
 # Loaded when first used: torch and transformers take seconds to import.
 _HOME = {
+    "AdapterBank": "bank",
     "AutoPeftModel": "task_models",
     "AutoPeftModelForCausalLM": "task_models",
     "AutoPeftModelForFeatureExtraction": "task_models",

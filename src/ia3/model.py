@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,10 @@ from .routing import BASE, LOCK, Names, Route, current_route, entered
 from .rows import Rows, named
 from .sites import Attachments, Found, Site, check_free, displace, place, site_of
 from .store import Adapter
-from .targets import ATTRIBUTE, check_vectors, resolve, selection
+from .targets import ATTRIBUTE, Target, check_vectors, resolve, selection
+
+if TYPE_CHECKING:
+    from .bank import AdapterBank
 
 # The heads that PEFT trains and saves with an adapter, by task.
 HEADS = {
@@ -57,7 +60,8 @@ DEFAULT_ADAPTER = "default"
 # The attributes of the modules that hold vectors: setting one ("training") would set the vector.
 TAKEN = {
     *dir(nn.Module()),
-    *("active", "routed", "merged", "carrier", "in_place", "in_block", "_handles", "_kept"),
+    *("active", "routed", "banked", "merged", "carrier", "in_place", "in_block"),
+    *("_handles", "_kept"),
 }
 
 
@@ -101,7 +105,7 @@ class IA3Model(nn.Module):
     _requires_input_grads: bool
     _plain: bool
     _rows: Rows
-    _routes: _Count
+    _routes: _Routing
 
     def __init__(
         self,
@@ -221,7 +225,7 @@ class IA3Model(nn.Module):
         for _, module, site in self._sites():
             if adapter_name in site:
                 site.remove(adapter_name)
-            if not site._parameters:
+            if not site._parameters and not site.banked:
                 displace(module)
         for _, module, copies in self._copies():
             if adapter_name in copies:
@@ -481,6 +485,77 @@ class IA3Model(nn.Module):
                 raise
             return getattr(super().__getattr__("model"), name)
 
+    # -- bank -------------------------------------------------------------------------------------
+
+    @classmethod
+    def without_adapters(cls, model: nn.Module) -> IA3Model:
+        """A base model with no adapter yet, its parameters frozen."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._begin(model)
+        self._freeze_base()
+        return self
+
+    @property
+    def bank(self) -> AdapterBank | None:
+        """The bank whose adapters can be named beside this model's."""
+        return self._routes.bank
+
+    def attach_bank(self, bank: AdapterBank) -> None:
+        """Have a bank's adapters known; `AdapterBank` calls it.
+
+        Raises:
+            IA3Error: there is one already, or the model was unloaded.
+        """
+        if self._unloaded:
+            raise IA3Error("this model was unloaded: make a new one")
+        if self.bank is not None:
+            raise IA3Error("the model has a bank already: close() that first")
+        self._routes.bank = bank
+
+    def detach_bank(self) -> None:
+        """Undo `attach_bank`."""
+        self._check_no_route("detaching the bank")
+        self._routes.bank = None
+        for _, module, site in self._sites():
+            site.banked = False
+            if not site._parameters:
+                displace(module)
+
+    def sites_for_bank(self, adapter_name: str, adapter: Adapter) -> dict[str, Site]:
+        """Module name -> the site for each vector of a bank's adapter, placed now if it is new.
+
+        Raises:
+            IA3Error: the adapter does not fit the model, or cannot be mixed with others; the model
+                is then unchanged.
+        """
+        config = adapter.config
+        if adapter.copies or _with_head(self.model, config):
+            raise IA3Error(
+                f"adapter {adapter_name!r} has copies of modules (modules_to_save), which all rows "
+                "of a batch would go through: it cannot be in a bank"
+            )
+        found = self._found()
+        _, targets = self._fitting(config, adapter, found)
+        inner = next((target.name for target in targets if target.side == "inner"), None)
+        if inner is not None:
+            raise IA3Error(
+                f"adapter {adapter_name!r} rescales within the experts {inner!r}, whose tokens are "
+                "no longer in the order of the batch: it cannot be in a bank"
+            )
+        self._warn_of_other_base(adapter_name, adapter)
+        carriers = Carriers(self.model)
+        sites = {}
+        with LOCK:
+            for target in targets:
+                site = place(found.modules[target.name], target, carriers)
+                site.in_place = not self._plain
+                site.banked = True
+                sites[target.name] = site
+            # Fused layers have to know the site that is theirs.
+            self._activate(self._active)
+        return sites
+
     # -- merging ----------------------------------------------------------------------------------
 
     def merge_adapter(
@@ -563,6 +638,8 @@ class IA3Model(nn.Module):
         if self._unloaded:
             return self.model
         self._check_no_route("unload")
+        if self.bank is not None:
+            self.detach_bank()
         self._unloaded = True
         self.unfuse_mlp()
         self.unmerge_adapter()
@@ -821,7 +898,7 @@ class IA3Model(nn.Module):
         self._requires_input_grads = False
         self._plain = False
         self._rows = Rows()
-        self._routes = _Count()
+        self._routes = _Routing()
         self.model = model
         self._trained_before = [name for name, p in model.named_parameters() if p.requires_grad]
         self._ignored_before = getattr(model, "_keys_to_ignore_on_save", None)
@@ -849,19 +926,16 @@ class IA3Model(nn.Module):
             raise IA3Error("this model was unloaded: make a new one")
         if adapter_name in self.peft_config:
             raise IA3Error(f"adapter {adapter_name!r} exists already: delete it or choose another")
-        _check_name(adapter_name)
+        if self.bank is not None and adapter_name in self.bank:
+            raise IA3Error(
+                f"the model's bank has an adapter {adapter_name!r} already: remove it or choose "
+                "another"
+            )
+        check_name(adapter_name)
         config = dataclasses.replace(config, modules_to_save=_with_head(self.model, config))
         found = self._found()
-        known = frozen = None
-        if stored is not None:
-            frozen = stored.frozen
-            known = found.targets.get(selection(config, frozen))
-        resolved, targets = resolve(self.model, config, frozen, found.modules, known)
+        resolved, targets = self._fitting(config, stored, found)
         saved = find_modules_to_save(self.model, resolved.modules_to_save, strict=stored is None)
-        for target in targets:
-            check_free(found.modules[target.name], target)
-            if found.copies:
-                self._check_outside_copies(target.name)
         for name in saved:
             self._check_outside_copies(name)
             module = self.model.get_submodule(name)
@@ -876,14 +950,8 @@ class IA3Model(nn.Module):
                         f"modules_to_save: {part_name!r} in {name!r} is fused: unfuse_mlp() first"
                     )
         if stored is not None:
-            check_vectors(stored.vectors, targets, type(self.model).__name__)
             check_copies(stored.copies, saved, self.model)
-            difference = stored.base.difference(self.model) if stored.base else None
-            if difference is not None:
-                warnings.warn(
-                    f"this may be the wrong base model for adapter {adapter_name!r}: {difference}",
-                    stacklevel=4,
-                )
+            self._warn_of_other_base(adapter_name, stored)
         carriers = Carriers(self.model)
         for target in targets:
             module = found.modules[target.name]
@@ -913,6 +981,35 @@ class IA3Model(nn.Module):
             kept.clear()
         kept[selection(resolved, ranges)] = targets
         self._hide_from_checkpoints(self._keys(adapter_name))
+
+    def _fitting(
+        self, config: IA3Config, stored: Adapter | None, found: Found
+    ) -> tuple[IA3Config, list[Target]]:
+        """What a config, or a stored adapter, rescales here; nothing is changed.
+
+        Raises:
+            IA3Error: it does not fit the model, or not the other adapters on it.
+        """
+        known = frozen = None
+        if stored is not None:
+            frozen = stored.frozen
+            known = found.targets.get(selection(config, frozen))
+        resolved, targets = resolve(self.model, config, frozen, found.modules, known)
+        for target in targets:
+            check_free(found.modules[target.name], target)
+            if found.copies:
+                self._check_outside_copies(target.name)
+        if stored is not None:
+            check_vectors(stored.vectors, targets, type(self.model).__name__)
+        return resolved, targets
+
+    def _warn_of_other_base(self, adapter_name: str, stored: Adapter) -> None:
+        difference = stored.base.difference(self.model) if stored.base else None
+        if difference is not None:
+            warnings.warn(
+                f"this may be the wrong base model for adapter {adapter_name!r}: {difference}",
+                stacklevel=5,
+            )
 
     def _with(
         self, state_dict: Mapping[str, Tensor], adapter_name: str, base: Fingerprint
@@ -955,7 +1052,15 @@ class IA3Model(nn.Module):
         if not self._enabled:
             raise IA3Error("adapters are disabled: enable_adapter_layers() before routing")
         different, index = named(names, token_index)
-        self._check_known([name for name in different if name != BASE])
+        bank = self.bank
+        for name in different:
+            if name != BASE and name not in self.peft_config and (bank is None or name not in bank):
+                where = "" if bank is None else f" nor in its bank of {len(bank)}"
+                known = [*self.peft_config, *(bank.names() if bank is not None else ())]
+                raise IA3Error(
+                    f"no adapter {name!r} on this model, which has {sorted(self.peft_config)},"
+                    f"{where}; {BASE!r} is the base model{did_you_mean(name, known)}"
+                )
         if index.dim() == 2 and getattr(
             getattr(self.model, "config", None), "is_encoder_decoder", False
         ):
@@ -963,8 +1068,7 @@ class IA3Model(nn.Module):
                 f"{type(self.model).__name__} has an encoder and a decoder, whose tokens are not "
                 "the same: give one name a row"
             )
-        with LOCK:
-            return self._rows.route(self, self._found(), different, index)
+        return self._rows.route(self, self._found, self.peft_config, bank, different, index)
 
     def _open(self, route: Route) -> None:
         """Have the hooks there that ask for a route; until `_close` nothing takes them away."""
@@ -1147,15 +1251,16 @@ class IA3Model(nn.Module):
                 )
 
 
-class _Count:
-    """How many routes of a model are on."""
+class _Routing:
+    """How many routes of a model are on, and its bank."""
 
     def __init__(self) -> None:
         self.open = 0
+        self.bank: AdapterBank | None = None
 
-    def __getstate__(self) -> dict[str, int]:
-        # Nobody has routed a copy.
-        return {"open": 0}
+    def __getstate__(self) -> dict[str, Any]:
+        # Nobody has routed a copy, and a bank is of one model.
+        return vars(_Routing())
 
 
 def _read_adapter(
@@ -1178,7 +1283,8 @@ def _naming(source: str) -> Iterator[None]:
         raise IA3Error(f"{source}: {error}") from error
 
 
-def _check_name(adapter_name: str) -> None:
+def check_name(adapter_name: str) -> None:
+    """Raise `IA3Error` where an adapter cannot have that name."""
     if not re.fullmatch(r"[^./\\\s\x00]+", adapter_name):
         raise IA3Error(f"adapter name {adapter_name!r} must have no dot, slash or white space")
     if adapter_name == BASE:

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import IA3Error
-from .routing import BASE, Host, Names, Route
+from .routing import BASE, LOCK, Host, Names, Route
 from .sites import Found, Site
+
+if TYPE_CHECKING:
+    from .bank import AdapterBank
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows of a bank.
+
+    Attributes:
+        values: `[rows, columns]`.
+        sites, sizes: what the columns are of, and how many each has.
+        used: the sites where one of the rows' adapters has a vector.
+    """
+
+    values: Tensor
+    sites: Sequence[Site]
+    sizes: Sequence[int]
+    used: frozenset[Site]
+
+    def parts(self) -> dict[Site, Tensor]:
+        """Site -> `[rows, dim]`."""
+        split = zip(self.sites, torch.split(self.values, [*self.sizes], 1), strict=True)
+        return {site: part for site, part in split if site in self.used}
+
+    def rows(self) -> list[dict[Site, Tensor]]:
+        """The same of each row: site -> `[dim]`."""
+        parts = self.parts()
+        return [
+            {site: part[row] for site, part in parts.items()} for row in range(len(self.values))
+        ]
 
 
 @dataclass
@@ -46,50 +77,78 @@ class Rows:
         """Vectors may have changed without a trace."""
         self._kept.clear()
 
-    def route(self, host: Host, found: Found, names: Sequence[str], index: Tensor) -> Route:
-        """A route of adapters of this model.
+    def route(
+        self,
+        host: Host,
+        find: Callable[[], Found],
+        adapters: Collection[str],
+        bank: AdapterBank | None,
+        names: Sequence[str],
+        index: Tensor,
+    ) -> Route:
+        """A route of adapters of this model and its bank.
 
         Args:
             host: the model.
-            found: what is on it.
-            names: different ones, of its adapters or `BASE`.
+            find: what is on it.
+            adapters: its own.
+            bank: the model's, which has all other names.
+            names: different ones, of its adapters, its bank's or `BASE`.
             index: which of the names, int64: `[rows]`, or `[batch, seq]` for tokens.
 
         Raises:
-            IA3Error: an adapter cannot be mixed with others.
+            IA3Error: an adapter cannot be mixed with others, or cannot be loaded.
         """
-        self._look_at(found)
-        own = [name for name in names if name != BASE]
-        for name in own:
-            _check_mixable(found, name)
-        if any(site[name].requires_grad for name in own for site in self._routed if name in site):
-            return Route(host, self._sites, _Stacked(names), index)
-        with torch.inference_mode(False), torch.no_grad():
-            kept = {name: self._row(name) for name in own}
-            used = frozenset().union(*(each.sites for each in kept.values()))
-            values = self._values(names, index, kept)
-            sizes = [site.activation.dim for site in self._routed]
-            parts = (
-                dict(zip(self._routed, torch.split(values, sizes, 1), strict=True)) if used else {}
-            )
-        return Route(
-            host,
-            self._sites,
-            {site: part for site, part in parts.items() if site in used}.get,
-            index,
-            gathered=index.dim() == 1,
-        )
+        own = [name for name in names if name in adapters]
+        banked = [name for name in names if name != BASE and name not in adapters]
+        by_row = index.dim() == 1
+        gathered: Gathered | None = None
+        if bank is not None and banked and not own:
+            places = index.tolist() if by_row else range(len(names))
+            gathered = bank.gather(names, places)
+        elif bank is not None and banked:
+            gathered = bank.gather(banked, range(len(banked)))
+        # After the bank, which may have found new sites.
+        with LOCK:
+            found = find()
+            self._look_at(found)
+            sites = self._sites
+            for name in own:
+                _check_mixable(found, name)
+            if not own:
+                parts = gathered.parts() if gathered is not None else {}
+                return Route(host, sites, parts.get, index, gathered=by_row)
+            others = {} if gathered is None else dict(zip(banked, gathered.rows(), strict=True))
+            if any(
+                site[name].requires_grad for name in own for site in self._routed if name in site
+            ):
+                return Route(host, sites, _Stacked(names, others), index)
+            with torch.inference_mode(False), torch.no_grad():
+                kept = {name: self._row(name) for name in own}
+                kept.update((name, self._row_of_bank(parts)) for name, parts in others.items())
+                values = self._values(names, index, kept)
+                used = frozenset().union(*(each.sites for each in kept.values()))
+                sizes = [site.activation.dim for site in self._routed]
+                split = zip(self._routed, torch.split(values, sizes, 1), strict=True)
+                parts = {site: part for site, part in split if site in used}
+            return Route(host, sites, parts.get, index, gathered=by_row)
 
     def _values(self, names: Sequence[str], index: Tensor, kept: dict[str, _Kept]) -> Tensor:
         """`[rows, values]`; `[names, values]` where tokens are routed."""
-        if not kept:
-            return torch.ones(len(names), 0)
         like = next(iter(kept.values())).row
         rows = [kept[n].row.to(like.device) if n in kept else torch.ones_like(like) for n in names]
         values = torch.stack(rows)
         if index.dim() == 1 and index.tolist() != list(range(len(names))):
             values = values.index_select(0, index.to(values.device))
         return values
+
+    def _row_of_bank(self, parts: Mapping[Site, Tensor]) -> _Kept:
+        device = next((part.device for part in parts.values()), None)
+        row = [
+            parts[site] if site in parts else torch.ones(site.activation.dim, device=device)
+            for site in self._routed
+        ]
+        return _Kept(None, torch.cat(row), frozenset(parts))
 
     def _row(self, name: str) -> _Kept:
         having = [site for site in self._routed if name in site]
@@ -125,18 +184,27 @@ class Rows:
 
 
 class _Stacked:
-    """The values at a site as gradients reach them: the very vectors, stacked."""
+    """The values at a site as gradients reach them: the very vectors, stacked.
 
-    def __init__(self, names: Sequence[str]) -> None:
+    Args:
+        names: in this order.
+        others: the values of adapters that are not the model's own.
+    """
+
+    def __init__(self, names: Sequence[str], others: Mapping[str, Mapping[Site, Tensor]]) -> None:
         self.names = names
+        self.others = others
 
     def __call__(self, site: Site) -> Tensor | None:
-        having = [name for name in self.names if name in site]
-        if not having:
+        rows = {name: site.vector(name).reshape(-1) for name in self.names if name in site}
+        like = next(iter(rows.values()), None)
+        for name, parts in self.others.items():
+            if site in parts:
+                rows[name] = parts[site] if like is None else parts[site].to(like)
+        if not rows:
             return None
-        vectors = {name: site.vector(name).reshape(-1) for name in having}
-        ones = torch.ones_like(vectors[having[0]])
-        return torch.stack([vectors.get(name, ones) for name in self.names])
+        ones = torch.ones_like(next(iter(rows.values())))
+        return torch.stack([rows.get(name, ones) for name in self.names])
 
 
 def _check_mixable(found: Found, name: str) -> None:

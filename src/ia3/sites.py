@@ -37,6 +37,7 @@ class Site(nn.Module):
         in_block: the fused layer that the module is part of multiplies by the vectors (fusing.py).
         active: the adapters whose vectors multiply now.
         routed: a route may be on, which is asked before the active adapters are.
+        banked: a bank has values for it, so that it stays without vectors of its own.
         merged: the adapters that are part of the weights.
     """
 
@@ -47,6 +48,7 @@ class Site(nn.Module):
         self.frozen: dict[str, Frozen] = {}
         self.active: tuple[str, ...] = ()
         self.routed = False
+        self.banked = False
         self.merged: tuple[str, ...] = ()
         self.carrier: Carrier | None = None
         self.in_place = True

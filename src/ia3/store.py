@@ -145,12 +145,27 @@ def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter
     config = replace(config) if config is not None else read_config(folder)
     if (folder / WEIGHTS_NAME).is_file():
         path = folder / WEIGHTS_NAME
-        tensors, metadata = _read_safetensors(path)
-    elif (folder / PICKLED_NAME).is_file():
+        # Read, not mapped: the file may be replaced meanwhile.
+        return parse_adapter(config, path.read_bytes(), path)
+    if (folder / PICKLED_NAME).is_file():
         path = folder / PICKLED_NAME
-        tensors, metadata = _read_pickled(path), {}
-    else:
-        raise FileNotFoundError(f"no adapter in {folder}: {WEIGHTS_NAME} is not there")
+        return _adapter(config, _read_pickled(path), {}, path)
+    raise FileNotFoundError(f"no adapter in {folder}: {WEIGHTS_NAME} is not there")
+
+
+def parse_adapter(config: IA3Config, content: bytes, path: Path) -> Adapter:
+    """An adapter from what its safetensors file holds; raises as `read_adapter`.
+
+    Args:
+        config: the adapter's, whose `modules_to_save` are filled in.
+        path: the file, for messages.
+    """
+    return _adapter(config, *_parse_safetensors(content, path), path)
+
+
+def _adapter(
+    config: IA3Config, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
+) -> Adapter:
     adapter = Adapter(config, {}, {}, _read_frozen(metadata, path))
     if BASE_KEY in metadata:
         adapter.base = Fingerprint.from_json(metadata[BASE_KEY], str(path))
@@ -200,9 +215,7 @@ def read_config(folder: str | Path) -> IA3Config:
     return IA3Config.from_json(path)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    # Read, not mapped: the file may be replaced meanwhile.
-    content = path.read_bytes()
+def _parse_safetensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors = load(content)
     except (SafetensorError, KeyError) as error:  # the latter for a dtype that torch lacks
