@@ -21,7 +21,7 @@ from .errors import IA3Error, did_you_mean
 from .estimator import FewShotClassifier, adapter_to_begin_with, training_set
 from .files import check_folder
 from .fingerprint import fingerprint
-from .model import DEFAULT_ADAPTER, IA3Model, _check_name
+from .model import DEFAULT_ADAPTER, IA3Model, check_name
 from .ranking import LabelledTexts, Text, encode_all
 from .records import append_record, read_records
 from .tfew.encoding import Encoder
@@ -148,7 +148,7 @@ def _classifiers(
         if not isinstance(name, str):
             raise IA3Error(f"a task's name is {name!r}, expected a text")
         try:
-            _check_name(name)
+            check_name(name)
         except IA3Error as error:
             raise IA3Error(f"a task is saved under its name: {error}") from error
     if not isinstance(given, Mapping):
