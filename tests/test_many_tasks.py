@@ -11,9 +11,9 @@ import pytest
 import torch
 from tfew_fixtures import VOCABULARY, random_base, state_bits, tiny_llama, tiny_t5, word_tokenizer
 from torch import Tensor
-from transformers import BloomConfig, MistralConfig
+from transformers import BloomConfig, MistralConfig, MixtralConfig
 
-from ia3 import IA3Config, IA3Model
+from ia3 import IA3Config, IA3Error, IA3Model
 from ia3.base_model import BaseModel
 from ia3.sites import sites
 from ia3.tfew import TFewConfig, TFewTrainer, TrainingExample, TrainingStep, train
@@ -35,6 +35,15 @@ WINDOW = MistralConfig(
     num_key_value_heads=2,
     initializer_range=0.2,
     sliding_window=14,
+)
+EXPERTS = MixtralConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=4,
 )
 RECIPE = TFewConfig(steps=20, batch_size=4, learning_rate=1e-2)
 
@@ -256,6 +265,13 @@ def test_tasks_may_begin_with_vectors_at_other_sites() -> None:
     train(other, model, b.examples, b.config)
     assert len(ended["b"].vectors) == 4
     assert difference(ended["b"].vectors, model.vectors("few")) < 1e-5
+
+
+def test_vectors_within_experts_are_refused() -> None:
+    base = random_base(EXPERTS)
+    model = IA3Model(base.model, IA3Config(paper_sites=True))
+    with pytest.raises(IA3Error, match="within experts"):
+        train_many(base, model, {"a": unlike_tasks()["a"]})
 
 
 def test_values_that_stay_one_stay_one() -> None:

@@ -25,7 +25,7 @@ from .model import DEFAULT_ADAPTER, IA3Model, check_name
 from .ranking import LabelledTexts, Text, encode_all
 from .records import append_record, read_records
 from .tfew.encoding import Encoder
-from .tfew.many_tasks import Ended, TaskToTrain, train_many
+from .tfew.many_tasks import Ended, TaskToTrain, check_not_within_experts, train_many
 from .tfew.training import TFewConfig, TrainingExample, TrainingStep, described_run
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ def fit_many(
 
     Raises:
         IA3Error: there are no tasks, a name is malformed, the classifiers are not those of the
-            tasks or are of several base models, the model's experts have vectors, or `max_tokens`
-            is below 1.
+            tasks or are of several base models, or `max_tokens` is below 1. Nothing is then done.
         OSError: a classifier cannot be saved; those before it stay.
     """
     classifiers = _classifiers(tasks, classifier)
@@ -283,7 +282,8 @@ class _Preparing:
                 )
             # Whether it fits the model.
             with adapted(self._base, start.config, start, source="init_from"):
-                self._starts[key] = start
+                check_not_within_experts(self._base.model)
+            self._starts[key] = start
         return self._starts[key]
 
 

@@ -385,6 +385,7 @@ class _Stacks:
     """
 
     def __init__(self, ia3_model: IA3Model, tasks: Sequence[TaskToTrain]) -> None:
+        check_not_within_experts(ia3_model.model)
         self.tasks = len(tasks)
         self._host = ia3_model
         self._names: dict[Site, str] = {}
@@ -396,11 +397,6 @@ class _Stacks:
             having = [task.adapter in site for task in tasks]
             if not any(having):
                 continue
-            if site.side == "inner":
-                raise IA3Error(
-                    f"{name!r} holds experts, whose inner activations are not rows: tasks of this "
-                    "model cannot be mixed, fit them one after the other"
-                )
             one = torch.ones_like(next(iter(site.vectors.values())))
             stack = torch.stack(
                 [
@@ -454,6 +450,16 @@ class _Stacks:
             for site, stack in self._stacks.items()
             if self._having[site][task]
         }
+
+
+def check_not_within_experts(model: nn.Module) -> None:
+    """Raise `IA3Error` where a model has vectors that rows cannot have of their own."""
+    for name, _, site in sites(model):
+        if site.side == "inner":
+            raise IA3Error(
+                f"{name!r} has vectors within experts, whose activations are in no rows: such "
+                "tasks cannot be mixed, fit them one after the other"
+            )
 
 
 def _clip(stacks: Sequence[nn.Parameter], norms: Tensor) -> None:
