@@ -3,9 +3,9 @@
     python benchmarks/many.py --data DIR [--tasks 8 64] [--examples 2 8] [--steps 2] [--repeats 3]
 
 RAFT's tasks on SmolLM2-135M in float32 on the CPU, repeated with other seeds and other examples up
-to so many. `--tokens` are the sizes of a pass that take turns: the default of `fit_many` and what
-may be better. Each turn trains all tasks both ways, in a new order; a gain is the median over the
-turns. Writes `benchmarks/results/many.json`, and prints the table.
+to so many. `--tokens` are sizes of a pass: the default of `fit_many`, and a smaller one. Each turn
+trains all tasks in all ways, in a new order; a gain is the median over the turns. Writes
+`benchmarks/results/many.json`, and prints the table.
 """
 
 from __future__ import annotations
