@@ -167,7 +167,7 @@ def assert_refused(
 
 
 COMMANDS = (
-    *("fit", "predict", "evaluate", "demo", "prepare", "pretrain", "convert"),
+    *("fit", "fit-many", "predict", "evaluate", "demo", "prepare", "pretrain", "convert"),
     *("list", "inspect", "diff", "search", "combine"),
 )
 
@@ -360,6 +360,46 @@ def test_fit_rescales_upper_blocks_only(model_place: Place) -> None:
     assert all(".layers.1." in name for name in vectors)
     assert_refused(place.fit(*command, "x", "--upper-blocks", 3), "expected 1 to 2")
     assert "x" not in place.names()
+
+
+def test_fit_many(model_place: Place) -> None:
+    model_place.write(
+        "tasks.yaml",
+        f"""
+        model: {model_place.model}
+        defaults: {{data: train.csv, steps: 3}}
+        tasks:
+          pace: {{choices: {{slow: it is late, fast: it is quick}}, steps: 2}}
+          seeded: {{seed: 4}}
+          absent: {{data: none.csv}}
+          unlabelled: {{label: queue}}
+          unknown: {{choices: {{slow: late}}}}
+        """,
+    )
+    done = model_place.run("fit-many", "tasks.yaml", "--out", "many", "--json")
+    assert done.returncode == 1, done.stderr
+    tasks = {task["task"]: task for task in json.loads(done.stdout)["tasks"]}
+    assert list(tasks) == ["pace", "seeded", "absent", "unlabelled", "unknown"]
+    assert [tasks[name].get("steps") for name in tasks] == [2, 3, None, None, None]
+    assert "none.csv does not exist" in tasks["absent"]["error"]
+    assert "no column 'queue'" in tasks["unlabelled"]["error"]
+    assert "'fast'" in tasks["unknown"]["error"]
+    alone = model_place.fit("--data", "train.csv", "--out", "alone", "--seed", 4, "--steps", 3)
+    assert alone.returncode == 0, alone.stderr
+    found = load_file(model_place.folder / tasks["seeded"]["adapter"] / "adapter_model.safetensors")
+    expected = load_file(model_place.folder / "alone" / "adapter_model.safetensors")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    # Again, with the mistakes mended: what is finished stays as it is.
+    manifest = (model_place.folder / "tasks.yaml").read_text()
+    manifest = manifest.replace("none.csv", "train.csv").replace("label: queue", "seed: 5")
+    model_place.write("tasks.yaml", manifest.replace("{slow: late}", "{slow: late, fast: quick}"))
+    written = (model_place.folder / "many" / "pace" / "adapter_model.safetensors").stat()
+    done = model_place.run("fit-many", "tasks.yaml", "--out", "many")
+    assert done.returncode == 0, done.stderr
+    for name in tasks:
+        assert f"many/{name}" in done.stdout
+    again = (model_place.folder / "many" / "pace" / "adapter_model.safetensors").stat()
+    assert again.st_mtime_ns == written.st_mtime_ns
 
 
 def test_few_tokens_at_once_change_nothing_but_rounding(fitted: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tfew_fixtures import tiny_llama, word_tokenizer
 
+from ia3.many_manifest import read_many_manifest
 from ia3.tfew import load_templates
 from ia3.tfew.manifest import read_manifest
 
@@ -59,7 +60,7 @@ def test_the_loss_has_gradients(tmp_path: Path) -> None:
 
 
 def test_the_manifest_names_three_tasks(tmp_path: Path) -> None:
-    (manifest,) = blocks("yaml")
+    manifest = blocks("yaml")[0]
     # What this page cannot bring along: a Parquet file and promptsource's templates.
     manifest = manifest.replace("boolq.parquet", "boolq.jsonl")
     manifest = manifest.replace("promptsource/boolq ", "wic ")
@@ -73,3 +74,21 @@ def test_the_manifest_names_three_tasks(tmp_path: Path) -> None:
     rendered = template.render(tasks[2].train[1])
     assert rendered is not None
     assert (rendered.prompt, rendered.choices[rendered.answer]) == ("twice\nCategory:", "bill")
+
+
+def test_many_tasks_are_fitted(tmp_path: Path) -> None:
+    program = blocks("python")[2]
+    tokenizer = word_tokenizer(re.findall(r"\w+|[^\w\s]+", program))
+    tiny_llama(vocabulary=len(tokenizer)).save_pretrained(tmp_path / "my-model-folder")
+    tokenizer.save_pretrained(tmp_path / "my-model-folder")
+    assert run(program, tmp_path).rstrip().endswith("'] {}")
+    for name in ("queue", "mood"):
+        assert (tmp_path / "classifiers" / name / "adapter_model.safetensors").is_file()
+
+
+def test_the_manifest_of_many_tasks_names_two(tmp_path: Path) -> None:
+    (tmp_path / "tasks.yaml").write_text(blocks("yaml")[1])
+    _, tasks = read_many_manifest(tmp_path / "tasks.yaml")
+    assert [task.label for task in tasks.values()] == ["Label", "Label"]
+    assert tasks["ade"].choices == {"ADE-related": "yes", "not ADE-related": "no"}
+    assert tasks["organisations"].text == ["Paper title", "Organization name"]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .low_level import get_peft_model_state_dict as get_peft_model_state_dict
     from .low_level import inject_adapter_in_model as inject_adapter_in_model
     from .low_level import set_peft_model_state_dict as set_peft_model_state_dict
+    from .many import FittedTasks as FittedTasks
+    from .many import fit_many as fit_many
     from .model import IA3Model as IA3Model
     from .task_models import AutoPeftModel as AutoPeftModel
     from .task_models import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
@@ -57,6 +59,7 @@ _HOME = {
     "AutoPeftModelForSequenceClassification": "task_models",
     "AutoPeftModelForTokenClassification": "task_models",
     "FewShotClassifier": "estimator",
+    "FittedTasks": "many",
     "IA3Config": "config",
     "IA3Error": "errors",
     "IA3Model": "model",
@@ -70,6 +73,7 @@ _HOME = {
     "PeftModelForTokenClassification": "task_models",
     "PeftType": "config",
     "TaskType": "config",
+    "fit_many": "many",
     "get_peft_model": "task_models",
     "get_peft_model_state_dict": "low_level",
     "inject_adapter_in_model": "low_level",

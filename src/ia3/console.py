@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,33 @@ def training_bar(steps: int) -> Iterator[Any]:
             loss=f"{step.loss:.3f}",
             rate=f"{speed:.2f}" if speed else "-",
         )
+
+    with _shown(progress):
+        yield on_step
+
+
+@contextmanager
+def training_bar_of_many(steps: Mapping[str, int]) -> Iterator[Any]:
+    """A progress bar of training many tasks, with how many are done.
+
+    Args:
+        steps: task name -> its steps.
+
+    Yields the `on_step` that moves it, called with a task's name and its step.
+    """
+    progress = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps, {task.fields[done]} of {task.fields[tasks]} tasks done"),
+        TimeElapsedColumn(),
+        console=screen,
+    )
+    bar = progress.add_task("training", total=sum(steps.values()), done=0, tasks=len(steps))
+
+    def on_step(name: str, step: TrainingStep) -> None:
+        done = progress.tasks[bar].fields["done"] + (step.step == step.steps)
+        progress.update(bar, advance=1, done=done)
 
     with _shown(progress):
         yield on_step

@@ -17,8 +17,8 @@ from .base_model import EMBEDDED_MODEL
 from .errors import IA3Error
 from .files import write_files
 from .hub import adapter_folder
-from .ranking import RankingClassifier, Text, encode_all
-from .tfew.encoding import Encoder
+from .ranking import LabelledTexts, RankingClassifier, Text, encode_all
+from .tfew.encoding import EncodedExample, Encoder
 from .tfew.prefix import ranking_scores
 from .tfew.scoring import MAX_TOKENS
 from .tfew.templates import Template
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
-    from .tfew.training import TrainingStep
+    from .tfew.training import TFewConfig, TrainingExample, TrainingStep
 
 TASK_NAME = "ia3_task.json"
 TASK_FORMAT = 1
@@ -131,7 +131,33 @@ class FewShotClassifier(RankingClassifier):
             DivergedError: the loss is not finite. What was fitted before stays.
         """
         # Brings transformers' Trainer, which prediction does without.
-        from .tfew.training import TFewConfig, TrainingExample, train
+        from .tfew.training import train
+
+        recipe = self._recipe()
+        task = self._read_task(texts, labels)
+        base = self.base
+        encoder = Encoder(base, task.choices, chat=self.chat)
+        encoded = encode_all(encoder, task.examples, task.templates)
+        config = all_linear(base, self.upper_blocks)
+        start = None if self.init_from is None else adapter_to_begin_with(self.init_from)
+        with adapted(base, config, start, source="init_from") as ia3_model:
+            history = []
+            if self.steps > 0:
+                history = train(
+                    base,
+                    ia3_model,
+                    training_set(task, encoded),
+                    recipe,
+                    on_step,
+                    checkpoints=checkpoints,
+                )
+            adapter = ia3_model.adapter("default")
+        self._keep_fit(task, adapter, history)
+        return self
+
+    def _recipe(self) -> TFewConfig:
+        """The settings, checked. The untuned model takes no step, but its are, all the same."""
+        from .tfew.training import TFewConfig
 
         if self.steps < 0:
             raise IA3Error(f"steps is {self.steps}, expected at least 0")
@@ -140,34 +166,16 @@ class FewShotClassifier(RankingClassifier):
                 f"upper_blocks is {self.upper_blocks}, and init_from brings the sites of its "
                 "adapter: give one of them"
             )
-        # The untuned model takes no step, but its settings are checked all the same.
-        recipe = TFewConfig(
+        return TFewConfig(
             steps=max(self.steps, 1),
             learning_rate=self.learning_rate,
             seed=self.seed,
             max_tokens=self.max_tokens,
         )
-        task = self._read_task(texts, labels)
-        base = self.base
-        encoder = Encoder(base, task.choices, chat=self.chat)
-        encoded = encode_all(encoder, task.examples, task.templates)
-        config = all_linear(base, self.upper_blocks)
-        start = None if self.init_from is None else _start(self.init_from)
-        with adapted(base, config, start, source="init_from") as ia3_model:
-            history = []
-            if self.steps > 0:
-                history = train(
-                    base,
-                    ia3_model,
-                    [
-                        TrainingExample(e, task.classes.index(label))
-                        for e, label in zip(encoded, task.labels, strict=True)
-                    ],
-                    recipe,
-                    on_step,
-                    checkpoints=checkpoints,
-                )
-            adapter = ia3_model.adapter("default")
+
+    def _keep_fit(
+        self, task: LabelledTexts, adapter: store.Adapter, history: list[TrainingStep]
+    ) -> None:
         adapter.vectors = {name: v.cpu().clone() for name, v in adapter.vectors.items()}
         self._keep_task(
             task.classes, task.choices, [t.source for t in task.templates], list(task.examples[0])
@@ -175,7 +183,6 @@ class FewShotClassifier(RankingClassifier):
         self.settings_ = {name: getattr(self, name) for name in SETTINGS}
         self.adapter_ = adapter
         self.history_ = history
-        return self
 
     def _probabilities(
         self, examples: list[Mapping[str, Any]], progress: Callable[[int], None] | None
@@ -290,7 +297,19 @@ class FewShotClassifier(RankingClassifier):
         return classifier
 
 
-def _start(init_from: str | Path | store.Adapter) -> store.Adapter:
+def training_set(
+    task: LabelledTexts, encoded: Sequence[tuple[EncodedExample, ...]]
+) -> list[TrainingExample]:
+    """The examples, encoded with every template, and the indices of their classes."""
+    from .tfew.training import TrainingExample
+
+    return [
+        TrainingExample(e, task.classes.index(label))
+        for e, label in zip(encoded, task.labels, strict=True)
+    ]
+
+
+def adapter_to_begin_with(init_from: str | Path | store.Adapter) -> store.Adapter:
     """The adapter to begin with, to be trained, as an adapter of the model it is put on."""
     if isinstance(init_from, store.Adapter):
         adapter = init_from

@@ -133,6 +133,11 @@ class Site(nn.Module):
             vector = vector.masked_fill(mask, 1.0)
         return vector
 
+    def is_frozen(self, adapter: str) -> Tensor:
+        """Which values of an adapter's vector count as one, `Activation.shape`, bool."""
+        mask = self._buffers.get(_mask_name(adapter))
+        return torch.zeros_like(self[adapter], dtype=torch.bool) if mask is None else mask
+
     def activate(self, module: nn.Module, adapters: tuple[str, ...], routed: bool = False) -> None:
         """Rescale by the product of these adapters' vectors from now on.
 

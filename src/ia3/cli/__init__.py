@@ -16,6 +16,7 @@ try:
     from .compare import compare
     from .convert import convert
     from .demo import demo, prepare
+    from .many import fit_many
     from .options import say
     from .pretrain import pretrain
     from .raft import raft
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (fit, predict, evaluate, demo, prepare, pretrain, compare, raft, convert):
+for _command in (fit, fit_many, predict, evaluate, demo, prepare, pretrain, compare, raft, convert):
     app.command()(_command)
 app.command("list")(list_adapters)
 app.command()(inspect)

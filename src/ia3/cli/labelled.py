@@ -50,11 +50,25 @@ def labels_among(rows: Sequence[Row], column: str, known: Sequence[Any]) -> list
     return [named[str(row[column])] for row in rows]
 
 
+def label_named(name: str, labels: Sequence[Any]) -> Any:
+    """The label of this name, of the labels' type.
+
+    Raises:
+        IA3Error: it is none of them, and none that could be without any example.
+    """
+    named = by_name(labels)
+    label = named.get(name, name)
+    if label == name and type(labels[0]) is int and name.lstrip("-").isdecimal():
+        label = int(name)
+    if type(label) is not type(labels[0]):
+        raise IA3Error(f"no label {name!r} among {sorted(named)}")
+    return label
+
+
 def parse_choices(pairs: list[str] | None, labels: list[Any]) -> dict[Any, str] | None:
     """The words of `--choice LABEL=WORDS`, by label; the labels are of one type."""
     if not pairs:
         return None
-    named = by_name(labels)
     choices: dict[Any, str] = {}
     for pair in pairs:
         name, equals, words = pair.partition("=")
@@ -62,12 +76,10 @@ def parse_choices(pairs: list[str] | None, labels: list[Any]) -> dict[Any, str] 
             raise typer.BadParameter(
                 f"{pair!r}, expected LABEL=WORDS, e.g. 'pos=great'", param_hint="--choice"
             )
-        label = named.get(name, name)
-        # A label may be without any example, and is then of the type of the others.
-        if label == name and type(labels[0]) is int and name.lstrip("-").isdecimal():
-            label = int(name)
-        if type(label) is not type(labels[0]):
-            raise IA3Error(f"--choice {pair!r}: no label {name!r} among {sorted(named)}")
+        try:
+            label = label_named(name, labels)
+        except IA3Error as error:
+            raise IA3Error(f"--choice {pair!r}: {error}") from error
         if label in choices:
             raise typer.BadParameter(f"{name!r} is given more than once", param_hint="--choice")
         choices[label] = words.strip()

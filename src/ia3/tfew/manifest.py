@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ _NEEDS = {
     "choices": "template",
     "test_split": "test",
 }
+EXPECTED = "expected 'tasks:' and under it a mapping from names to tasks"
 _FILES = (*DELIMITERS, ".parquet")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -89,8 +90,8 @@ def read_manifest(path: str | Path) -> list[Task]:
     """  # noqa: E501
     path = Path(path)
     tasks = []
-    for name, entry in _entries(path).items():
-        with _naming(f"{path}: task {name!r}"):
+    for name, entry in tasks_in(path, read_yaml(path, ["tasks"])).items():
+        with naming(f"{path}: task {name!r}"):
             tasks.append(_task(path.parent, name, entry))
     return tasks
 
@@ -124,8 +125,13 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]
         return mapping
 
 
-def _entries(path: Path) -> dict[str, dict[str, Any]]:
-    """Task name -> its keys and values."""
+def read_yaml(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """A manifest's keys and values, every scalar as the text that is written.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IA3Error: it is not YAML, no mapping, or has a key that is not among these.
+    """
     if not path.is_file():
         kind = "is not a file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"manifest {path} {kind}")
@@ -139,29 +145,37 @@ def _entries(path: Path) -> dict[str, dict[str, Any]]:
         unquoted = "unhashable" in str(error)
         hint = "; a template that begins with '{' needs quotes around it" if unquoted else ""
         raise IA3Error(f"{path} is not YAML: {error}{hint}") from error
-    expected = "expected 'tasks:' and under it a mapping from names to tasks"
     if not isinstance(content, dict):
-        raise IA3Error(f"{path} is {_shown(content)}, {expected}")
+        raise IA3Error(f"{path} is {shown(content)}, {EXPECTED}")
     for key in content:
-        if key != "tasks":
+        if key not in keys:
             raise IA3Error(
-                f"{path}: unknown key {_shown(key)}, {expected}{did_you_mean(str(key), ['tasks'])}"
+                f"{path}: unknown key {shown(key)}, {EXPECTED}{did_you_mean(str(key), keys)}"
             )
+    return content
+
+
+def tasks_in(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Task name -> its keys and values.
+
+    Raises:
+        IA3Error: there are none, or one is no mapping.
+    """
     tasks = content.get("tasks")
     if not isinstance(tasks, dict) or not tasks:
-        raise IA3Error(f"{path}: tasks is {_shown(tasks)}, {expected}")
+        raise IA3Error(f"{path}: tasks is {shown(tasks)}, {EXPECTED}")
     for name, entry in tasks.items():
         if not isinstance(name, str) or not name.strip():
-            raise IA3Error(f"{path}: a task's name is {_shown(name)}, expected a text")
+            raise IA3Error(f"{path}: a task's name is {shown(name)}, expected a text")
         if not isinstance(entry, dict):
             raise IA3Error(
-                f"{path}: task {name!r} is {_shown(entry)}, expected a mapping with the key 'data'"
+                f"{path}: task {name!r} is {shown(entry)}, expected a mapping with the key 'data'"
             )
     return tasks
 
 
 @contextmanager
-def _naming(where: str) -> Iterator[None]:
+def naming(where: str) -> Iterator[None]:
     """Errors that say where."""
     try:
         yield
@@ -171,42 +185,47 @@ def _naming(where: str) -> Iterator[None]:
         raise IA3Error(f"{where}: {error}") from error
 
 
+def check_keys(entry: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Raise `IA3Error` for a key that is not among these."""
+    for key in entry:
+        if key not in keys:
+            raise IA3Error(
+                f"unknown key {shown(key)}, expected some of {', '.join(keys)}"
+                f"{did_you_mean(str(key), keys)}"
+            )
+
+
 # -- a task ----------------------------------------------------------------------------------------
 
 
 def _task(folder: Path, name: str, entry: dict[str, Any]) -> Task:
-    for key in entry:
-        if key not in KEYS:
-            raise IA3Error(
-                f"unknown key {_shown(key)}, expected some of {', '.join(KEYS)}"
-                f"{did_you_mean(str(key), KEYS)}"
-            )
+    check_keys(entry, KEYS)
     for key, needed in _NEEDS.items():
         if key in entry and needed not in entry:
             raise IA3Error(f"there is {key!r} without {needed!r}, which it belongs to")
     if "template" in entry and "templates" in entry:
         raise IA3Error("there are 'template' and 'templates', expected one of them")
-    data, test = _text(entry, "data"), _text(entry, "test")
+    data, test = text_of(entry, "data"), text_of(entry, "test")
     if data is None:
         raise IA3Error("there is no 'data', expected a file, a folder or a name of the hub")
-    split, subset = _text(entry, "split") or "train", _text(entry, "subset")
-    k, seed = _whole_number(entry, "k"), _whole_number(entry, "seed")
+    split, subset = text_of(entry, "split") or "train", text_of(entry, "subset")
+    k, seed = whole_number(entry, "k"), whole_number(entry, "seed")
     written = None if "template" in entry else _written_templates(folder, name, entry)
-    with _naming("data"):
-        train_rows = read_rows(_source(folder, data), split=split, subset=subset)
+    with naming("data"):
+        train_rows = read_rows(source_of(folder, data), split=split, subset=subset)
     test_rows: list[Row] = []
     if test is not None:
-        test_split = _text(entry, "test_split") or "test"
-        with _naming("test"):
-            test_rows = read_rows(_source(folder, test), split=test_split, subset=subset)
+        test_split = text_of(entry, "test_split") or "test"
+        with naming("test"):
+            test_rows = read_rows(source_of(folder, test), split=test_split, subset=subset)
     templates = written or _inline_templates(entry, train_rows, test_rows)
     if k is not None:
-        with _naming("k"):
+        with naming("k"):
             train_rows = few_shot(train_rows, k, seed or 0)
     return Task(name, templates, train_rows, test_rows)
 
 
-def _source(folder: Path, named: str) -> str | Path:
+def source_of(folder: Path, named: str) -> str | Path:
     """The file or folder of this name, or the name where it is the hub's."""
     path = folder / named
     if path.exists():
@@ -218,7 +237,7 @@ def _source(folder: Path, named: str) -> str | Path:
 
 def _written_templates(folder: Path, name: str, entry: dict[str, Any]) -> list[PromptTemplate]:
     """Those of a promptsource file, or this project's own."""
-    named = _text(entry, "templates")
+    named = text_of(entry, "templates")
     own = (*HELD_OUT_TASKS, *RAFT_TASKS)
     if named is None and name not in own:
         raise IA3Error(
@@ -226,7 +245,7 @@ def _written_templates(folder: Path, name: str, entry: dict[str, Any]) -> list[P
             f"{did_you_mean(name, own)}"
         )
     named = named or name
-    with _naming("templates"):
+    with naming("templates"):
         if named in own:
             found = load_templates(named)
         elif (folder / named).exists():
@@ -247,14 +266,7 @@ def _written_templates(folder: Path, name: str, entry: dict[str, Any]) -> list[P
 def _inline_templates(
     entry: dict[str, Any], train: Sequence[Row], test: Sequence[Row]
 ) -> list[PromptTemplate]:
-    given = entry["template"]
-    sources = [given] if isinstance(given, str) else given
-    if (
-        not isinstance(sources, list)
-        or not sources
-        or not all(isinstance(source, str) and source.strip() for source in sources)
-    ):
-        raise IA3Error(f"template is {_shown(given)}, expected a text or a list of texts")
+    sources = texts_of(entry, "template") or []
     for source in sources:
         if SEPARATOR in source:
             raise IA3Error(
@@ -269,7 +281,7 @@ def _inline_templates(
                     f"template {source!r} sets {name!r}, which the answer is made from: expected "
                     "another name"
                 )
-    column = _text(entry, "label") or "label"
+    column = text_of(entry, "label") or "label"
     words = _words(entry, column, train, test)
     # Python writes a text as Jinja reads it, so that braces in a label are no template.
     choices = f" {SEPARATOR} ".join(f"{{{{ {text!r} }}}}" for text in words.values())
@@ -296,10 +308,10 @@ def _words(
     elif isinstance(given, dict):
         words = given
     else:
-        raise IA3Error(f"choices is {_shown(given)}, expected a mapping from labels to words")
+        raise IA3Error(f"choices is {shown(given)}, expected a mapping from labels to words")
     for label, text in words.items():
         if not isinstance(text, str) or not text.strip():
-            raise IA3Error(f"choices: the words of {label!r} are {_shown(text)}, expected a text")
+            raise IA3Error(f"choices: the words of {label!r} are {shown(text)}, expected a text")
         if SEPARATOR in text:
             raise IA3Error(f"choices: the words {text!r} hold {SEPARATOR!r}, which separates them")
     words = {label: text.strip() for label, text in words.items()}
@@ -339,23 +351,38 @@ def _label(row: Row, column: str) -> str:
 # -- values ----------------------------------------------------------------------------------------
 
 
-def _text(entry: dict[str, Any], key: str) -> str | None:
+def text_of(entry: Mapping[str, Any], key: str) -> str | None:
+    """A text; `None` if it is not there."""
     value = entry.get(key)
     if value is not None and (not isinstance(value, str) or not value.strip()):
-        raise IA3Error(f"{key} is {_shown(value)}, expected a text")
+        raise IA3Error(f"{key} is {shown(value)}, expected a text")
     return value
 
 
-def _whole_number(entry: dict[str, Any], key: str) -> int | None:
+def texts_of(entry: Mapping[str, Any], key: str) -> list[str] | None:
+    """A text or a list of texts, as a list; `None` if it is not there."""
+    given = entry.get(key)
+    texts = [given] if isinstance(given, str) else given
+    if key in entry and (
+        not isinstance(texts, list)
+        or not texts
+        or not all(isinstance(text, str) and text.strip() for text in texts)
+    ):
+        raise IA3Error(f"{key} is {shown(given)}, expected a text or a list of texts")
+    return texts
+
+
+def whole_number(entry: Mapping[str, Any], key: str) -> int | None:
+    """A whole number, not below 0; `None` if it is not there."""
     value = entry.get(key)
     if value is None:
         return None
     if not isinstance(value, str) or not re.fullmatch("[0-9]{1,10}", value):
-        raise IA3Error(f"{key} is {_shown(value)}, expected a whole number")
+        raise IA3Error(f"{key} is {shown(value)}, expected a whole number")
     return int(value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for a message; never a whole structure, which may refer to itself a thousandfold."""
     if value is None or value == "":
         return "empty"

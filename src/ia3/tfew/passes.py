@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,10 @@ ONE_ROW = 384
 PACKED_LENGTH = 192
 # How far the scores of a way that is tried out may be off, against what a mistake makes of them.
 PROBE_TOLERANCE = 0.1
+
+# Given an example of each row that the model is about to be run on: what it is run within. Rows of
+# different tasks have vectors of their own.
+RowContext = Callable[[Sequence[int]], AbstractContextManager[object]]
 
 # Models that were seen to do something to their logits, or to read more than those asked for.
 _work_on_logits: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -162,12 +166,42 @@ def tree_inputs(
     }
 
 
+@dataclass(frozen=True)
+class Packing:
+    """What is put into one row.
+
+    Attributes:
+        prefix: begins the prompts of all its examples.
+        members: the examples' indices.
+        length: how many positions they take, without padding.
+    """
+
+    prefix: tuple[int, ...]
+    members: tuple[int, ...]
+    length: int
+
+
+def packings(examples: Sequence[EncodedExample]) -> list[Packing]:
+    """A batch in one row, or in rows of about one length, with what all prompts begin with once."""
+    prefix = common_prefix(examples)
+    shared = len(prefix)
+    lengths = [tree_length(e) - shared for e in examples]
+    one_row = shared + sum(lengths) <= ONE_ROW
+    # Where much is shared, every row computes it again: fewer and longer ones then.
+    capacity = sum(lengths) if one_row else max(PACKED_LENGTH + 2 * shared, *lengths)
+    return [
+        Packing(prefix, tuple(row), shared + sum(lengths[i] for i in row))
+        for row in _fill_rows(lengths, capacity)
+    ]
+
+
 def shared_scores(
     base: BaseModel,
     examples: Sequence[EncodedExample],
     *,
     hide_others: bool = True,
     kept: KeptStates | None = None,
+    within: RowContext | None = None,
 ) -> TokenScores:
     """Every prompt once, with all its choices; what all prompts begin with once a row.
 
@@ -176,25 +210,34 @@ def shared_scores(
         examples: of any number of choices.
         hide_others: false only to find out whether a model heeds the mask.
         kept: has the states of all of the examples; the blocks below are not computed.
+        within: of the rows.
     """
-    prefix = common_prefix(examples)
-    shared = len(prefix)
-    lengths = [tree_length(e) - shared for e in examples]
-    one_row = shared + sum(lengths) <= ONE_ROW
-    # Where much is shared, every row computes it again: fewer and longer ones then.
-    capacity = sum(lengths) if one_row else max(PACKED_LENGTH + 2 * shared, *lengths)
-    filled = _fill_rows(lengths, capacity)
-    length = shared + max(sum(lengths[i] for i in row) for row in filled)
+    packed = packings(examples)
+    return packed_scores(base, examples, packed, hide_others=hide_others, kept=kept, within=within)
+
+
+def packed_scores(
+    base: BaseModel,
+    examples: Sequence[EncodedExample],
+    packed: Sequence[Packing],
+    *,
+    hide_others: bool = True,
+    kept: KeptStates | None = None,
+    within: RowContext | None = None,
+) -> TokenScores:
+    """`shared_scores` of rows that are packed already, each example in one of them."""
+    length = max(packing.length for packing in packed)
     targets = Targets()
     rows = []
-    for r, indices in enumerate(filled):
-        row = TreeRow(r * length, prefix)
-        for i in indices:
-            row.append(i, examples[i], shared, targets)
+    for r, packing in enumerate(packed):
+        row = TreeRow(r * length, packing.prefix)
+        for i in packing.members:
+            row.append(i, examples[i], len(packing.prefix), targets)
         row.pad(length, _pad_token(base))
         rows.append(row)
     inputs = tree_inputs(base, rows, hide_others=hide_others)
-    with nullcontext() if kept is None else kept.instead_of_lower_blocks(rows, examples):
+    instead = nullcontext() if kept is None else kept.instead_of_lower_blocks(rows, examples)
+    with instead, _entered(within, [row.members[0] for row in rows]):
         return scores(base, examples, targets, inputs)
 
 
@@ -240,7 +283,9 @@ def _fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 # -- one row a choice ------------------------------------------------------------------------------
 
 
-def expanded_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
+def expanded_scores(
+    base: BaseModel, examples: Sequence[EncodedExample], *, within: RowContext | None = None
+) -> TokenScores:
     """Every choice in a row of its own, with its prompt."""
     flat = [(i, c) for i, e in enumerate(examples) for c in range(len(e.choices))]
     sequences = [examples[i].prompt + examples[i].choices[c][:-1] for i, c in flat]
@@ -250,11 +295,16 @@ def expanded_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> Toke
         start = row * ids.shape[1] + len(examples[i].prompt) - 1
         for t, token in enumerate(examples[i].choices[c]):
             targets.score(start + t, token, (i, c, t))
-    return scores(base, examples, targets, {"input_ids": ids, "attention_mask": mask})
+    with _entered(within, [i for i, _ in flat]):
+        return scores(base, examples, targets, {"input_ids": ids, "attention_mask": mask})
 
 
 def encoder_decoder_scores(
-    base: BaseModel, examples: Sequence[EncodedExample], *, keys_once: bool = False
+    base: BaseModel,
+    examples: Sequence[EncodedExample],
+    *,
+    keys_once: bool = False,
+    within: RowContext | None = None,
 ) -> TokenScores:
     """Every prompt through the encoder once, every choice in a row of the decoder.
 
@@ -262,13 +312,15 @@ def encoder_decoder_scores(
         base: an encoder-decoder model.
         examples: of any number of choices.
         keys_once: compute the keys and values of a prompt that the decoder attends to once, not for
-            each choice.
+            each choice. The decoder then has rows of two kinds, which no route tells apart.
+        within: of the encoder's rows, and of the decoder's.
     """
     from transformers import DynamicCache, EncoderDecoderCache
 
     prompts, prompt_mask = _padded([e.prompt for e in examples], _pad_token(base), base.device)
     model: Any = base.model
-    encoded = model.get_encoder()(input_ids=prompts, attention_mask=prompt_mask)[0]
+    with _entered(within, range(len(examples))):
+        encoded = model.get_encoder()(input_ids=prompts, attention_mask=prompt_mask)[0]
     flat = [(i, c) for i, e in enumerate(examples) for c in range(len(e.choices))]
     start = int(model.config.decoder_start_token_id)
     sequences = [(start, *examples[i].choices[c][:-1]) for i, c in flat]
@@ -293,7 +345,8 @@ def encoder_decoder_scores(
         "decoder_input_ids": ids,
         "decoder_attention_mask": mask,
     }
-    return scores(base, examples, targets, inputs, new_cache if keys_once else None)
+    with _entered(within, [i for i, _ in flat]):
+        return scores(base, examples, targets, inputs, new_cache if keys_once else None)
 
 
 def _repeating_cache(of_example: Tensor) -> Any:
@@ -311,6 +364,10 @@ def _repeating_cache(of_example: Tensor) -> Any:
 
 
 # -- common to all ---------------------------------------------------------------------------------
+
+
+def _entered(within: RowContext | None, of_row: Sequence[int]) -> AbstractContextManager[object]:
+    return nullcontext() if within is None else within(of_row)
 
 
 def scores(

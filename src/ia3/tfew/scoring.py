@@ -33,6 +33,7 @@ from ..errors import IA3Error
 from .encoding import EncodedExample
 from .losses import TokenScores
 from .passes import (
+    RowContext,
     compute_dtype,
     encoder_decoder_scores,
     evaluating,
@@ -60,6 +61,7 @@ def token_scores(
     *,
     max_tokens: float = math.inf,
     kept: KeptStates | None = None,
+    within: RowContext | None = None,
 ) -> TokenScores:
     """Score all choices of a batch, with gradients where they are enabled.
 
@@ -70,6 +72,7 @@ def token_scores(
             leave free at their ends is not counted. Where a batch has more, each part's activations
             are computed once more for the gradients.
         kept: what enters the lowest block that is trained, of examples that come again.
+        within: of the rows of each pass, where all of a batch are one task's.
 
     Raises:
         IA3Error: the model's output layer cannot be found.
@@ -81,15 +84,17 @@ def token_scores(
         for choices in choice_groups([examples[i] for i in batch], limit, max_tokens)
     ]
     if len(parts) == 1:
-        return _scores_at_once(base, examples, limit, kept)
+        return _scores_at_once(base, examples, limit, kept, within)
     scored = []
     for batch, choices in parts:
         of_part = [EncodedExample(examples[i].prompt, examples[i].choices[choices]) for i in batch]
         if torch.is_grad_enabled():
             # One part's activations are held at a time, in the backward pass too.
-            part = checkpoint(_scores_at_once, base, of_part, limit, kept, use_reentrant=False)
+            part = checkpoint(
+                _scores_at_once, base, of_part, limit, kept, within, use_reentrant=False
+            )
         else:
-            part = _scores_at_once(base, of_part, limit, kept)
+            part = _scores_at_once(base, of_part, limit, kept, within)
         scored.append(part)
     shape = shape_of(examples)
     log_probs = scored[0].log_probs.new_zeros(shape)
@@ -158,6 +163,7 @@ def _scores_at_once(
     examples: Sequence[EncodedExample],
     longest_shared: float,
     kept: KeptStates | None,
+    within: RowContext | None,
 ) -> TokenScores:
     """All choices in one forward pass, or in one for each way that some of the examples need.
 
@@ -165,7 +171,8 @@ def _scores_at_once(
     have the lower blocks computed for all.
     """
     if base.is_encoder_decoder:
-        return encoder_decoder_scores(base, examples, keys_once=attends_to_one_prompt(base))
+        keys_once = within is None and attends_to_one_prompt(base)
+        return encoder_decoder_scores(base, examples, keys_once=keys_once, within=within)
     ways: dict[Callable[..., TokenScores], list[int]] = {}
     from_kept = partial(shared_scores, kept=kept)
     for i, example in enumerate(examples):
@@ -175,7 +182,9 @@ def _scores_at_once(
         elif kept is not None and example in kept:
             way = from_kept
         ways.setdefault(way, []).append(i)
-    scored = [way(base, [examples[i] for i in indices]) for way, indices in ways.items()]
+    scored = [
+        way(base, [examples[i] for i in indices], within=within) for way, indices in ways.items()
+    ]
     if len(scored) == 1:
         return scored[0]
     order = [i for indices in ways.values() for i in indices]

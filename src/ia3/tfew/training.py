@@ -11,7 +11,7 @@ import random
 import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
@@ -35,7 +35,7 @@ from transformers.trainer_utils import (
 from ..base_model import BaseModel
 from ..errors import IA3Error, MissingExtraError
 from ..files import check_folder, new_folder_beside
-from ..fingerprint import fingerprint
+from ..fingerprint import Fingerprint, fingerprint
 from ..layout import WEIGHTS_NAME
 from ..low_level import set_peft_model_state_dict
 from ..model import DEFAULT_ADAPTER, IA3Model
@@ -50,6 +50,8 @@ if importlib.util.find_spec("accelerate") is None:
 # In a checkpoint, beside the Trainer's own files: which run it is of, and its steps so far.
 RUN_NAME = "ia3_run.json"
 CHECKPOINT_STEPS = 25
+# The authors' Adafactor scales its steps by the size of a vector; the Trainer's does not.
+ADAFACTOR = {"scale_parameter": True, "relative_step": False}
 # Of a run, what is compared by a digest, which says nothing in a message.
 DIGESTS = ("examples", "base model", "first vectors")
 
@@ -193,7 +195,7 @@ def train(
             "save_total_limit": 1,
             **arguments,
         }
-    with tempfile.TemporaryDirectory() as nowhere, _random_state_kept():
+    with tempfile.TemporaryDirectory() as nowhere, random_state_kept():
         settings = training_arguments(base, config, checkpoints or nowhere, **arguments)
         trainer = TFewTrainer(base, ia3_model, examples, config, settings, callbacks)
         if on_step is not None:
@@ -304,12 +306,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
                 f"{arguments.world_size} processes train: expected one, as gradients are not "
                 "averaged over processes"
             )
-        # The authors' Adafactor scales its steps by the size of a vector; the Trainer's does not.
-        adafactor = {
-            "lr": arguments.learning_rate,
-            "scale_parameter": True,
-            "relative_step": False,
-        }
+        adafactor = {"lr": arguments.learning_rate, **ADAFACTOR}
         super().__init__(
             model=ia3_model,
             args=arguments,
@@ -338,14 +335,14 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The authors' schedule: the warm-up may end within a step."""
+        """The authors' schedule, unless the arguments name another."""
         scheduler: torch.optim.lr_scheduler.LRScheduler
         if self.args.lr_scheduler_type != "linear":
             scheduler = super().create_scheduler(num_training_steps, optimizer)
             return scheduler
-        self.lr_scheduler = scheduler = get_linear_schedule_with_warmup(
+        self.lr_scheduler = scheduler = linear_schedule(
             self.optimizer if optimizer is None else optimizer,
-            self._config.warmup_ratio * num_training_steps,
+            self._config.warmup_ratio,
             num_training_steps,
         )
         self._created_lr_scheduler = True
@@ -356,12 +353,10 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
     ) -> tuple[list[Any], Tensor | int | None]:
         """All parts of one step, with their templates drawn and what the loss is divided by."""
         parts, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # By the step's number, not from a generator: the loader is a part ahead of the step, so
-        # that a checkpoint's random state would not lead to the same draws again.
-        draws = random.Random(f"{self._config.seed}/{self.state.global_step}")
+        draws = template_draws(self._config, self.state.global_step)
         drawn = [[draws.choice(e.encoded) for e in part["examples"]] for part in parts]
         labels = [[e.label for e in part["examples"]] for part in parts]
-        counts = _counts(
+        counts = count(
             [example for part in drawn for example in part],
             [label for part in labels for label in part],
         )
@@ -536,7 +531,27 @@ def _as_they_are(batch: list[TrainingExample]) -> dict[str, Any]:
     return {"examples": batch}
 
 
-def _counts(examples: Sequence[EncodedExample], labels: Sequence[int]) -> Counts:
+def template_draws(config: TFewConfig, step: int) -> random.Random:
+    """Draws the templates of a step (from 0), in the order of its examples.
+
+    By the step's number, not from a generator: the Trainer's loader is a part ahead of the step, so
+    that a checkpoint's random state would not lead to the same draws again.
+    """
+    return random.Random(f"{config.seed}/{step}")
+
+
+def linear_schedule(
+    optimizer: torch.optim.Optimizer, warmup_ratio: float, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The authors' schedule: the warm-up may end within a step."""
+    schedule: torch.optim.lr_scheduler.LambdaLR = get_linear_schedule_with_warmup(
+        optimizer, warmup_ratio * steps, steps
+    )
+    return schedule
+
+
+def count(examples: Sequence[EncodedExample], labels: Sequence[int]) -> Counts:
+    """What the terms of a step are divided by."""
     right = sum(len(e.choices[label]) for e, label in zip(examples, labels, strict=True))
     tokens = sum(len(choice) for e in examples for choice in e.choices)
     return Counts(len(examples), right, tokens - right)
@@ -548,6 +563,24 @@ def _described_run(
     config: TFewConfig,
 ) -> dict[str, Any]:
     """What makes a run this one: its recipe, and digests of what it begins with."""
+    first = [ia3_model.vectors(name) for name in ia3_model.active_adapters]
+    return described_run(fingerprint(ia3_model.model), first, examples, config)
+
+
+def described_run(
+    base: Fingerprint,
+    first_vectors: Sequence[Mapping[str, Tensor]],
+    examples: Sequence[TrainingExample] | DrawnExamples,
+    config: TFewConfig,
+) -> dict[str, Any]:
+    """What makes a run this one, in what JSON has.
+
+    Args:
+        base: of the base model.
+        first_vectors: module name -> vector, of each adapter that is trained.
+        examples: the training set.
+        config: the recipe.
+    """
     recipe = asdict(config)
     # Memory is the machine's matter: a run that lacked it may go on in smaller parts.
     del recipe["max_tokens"]
@@ -556,21 +589,21 @@ def _described_run(
     else:
         data = hashlib.sha256(repr([astuple(e) for e in examples]).encode()).hexdigest()
     start = hashlib.sha256()
-    for name in ia3_model.active_adapters:
-        for module, vector in ia3_model.vectors(name).items():
+    for vectors in first_vectors:
+        for module, vector in vectors.items():
             start.update(module.encode())
             start.update(vector.detach().float().cpu().numpy().tobytes())
-    base = hashlib.sha256(fingerprint(ia3_model.model).to_json().encode())
     return {
         **recipe,
         "examples": data,
-        "base model": base.hexdigest(),
+        "base model": hashlib.sha256(base.to_json().encode()).hexdigest(),
         "first vectors": start.hexdigest(),
     }
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
+    """After the context, the global random state is what it was before."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
