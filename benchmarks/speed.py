@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -273,24 +273,45 @@ def decode_rows(bench: Bench) -> list[Row]:
     }
     models: dict[str, nn.Module] = {"frozen": bench.frozen, **bench.adapted}
     models |= {f"{name} merged": model for name, model in merged.items()}
+    threads = torch.get_num_threads()
+    rows = decoded(bench, models, list(bench.adapted), list(merged), "", peer=True)
+    if threads > 1:
+        torch.set_num_threads(1)
+        try:
+            rows += decoded(bench, models, list(bench.adapted), list(merged), ", one thread")
+        finally:
+            torch.set_num_threads(threads)
+    return rows
+
+
+def decoded(
+    bench: Bench,
+    models: Mapping[str, nn.Module],
+    unmerged: Sequence[str],
+    merged: Sequence[str],
+    how: str,
+    *,
+    peer: bool = False,
+) -> list[Row]:
+    """One token decoded on as many threads as there are now."""
     timings = time_decoding(models, bench.vocabulary, 8 * bench.repeats)
     limit = 1e3 * timings.median("frozen")
     rows = []
     for what, names, ending, reach in (
-        ("unmerged", list(bench.adapted), "", {"ia3": 1.02, "ia3 fused": 1.02}),
-        ("merged", list(merged), " merged", {"ia3": 1.005}),
+        ("unmerged", unmerged, "", {"ia3": 1.02, "ia3 fused": 1.02}),
+        ("merged", merged, " merged", {"ia3": 1.005}),
     ):
         rows.append(
             Row(
                 "decode",
-                f"one token decoded, 64 in the cache, {what}",
+                f"one token decoded, 64 in the cache, {what}{how}",
                 "ms",
                 {name: 1e3 * timings.median(name + ending) for name in names},
                 reach,
                 "base model",
                 limit,
                 {name: timings.ratio(name + ending, "frozen") for name in names},
-                peer=f"decode {what}",
+                peer=f"decode {what}" if peer else "",
             )
         )
     return rows
