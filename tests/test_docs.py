@@ -1,4 +1,4 @@
-"""The programs in docs/tfew.md, run as they stand there, on a small model and data."""
+"""The programs in the documents, run as they stand there, on small models and data."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pathlib import Path
 
 from tfew_fixtures import tiny_llama, word_tokenizer
 
+from ia3 import IA3Config, IA3Model
 from ia3.many_manifest import read_many_manifest
 from ia3.tfew import load_templates
 from ia3.tfew.manifest import read_manifest
 
-PAGE = (Path(__file__).parent.parent / "docs" / "tfew.md").read_text("utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (DOCS / "tfew.md").read_text("utf-8")
+MIXED = (DOCS / "mixed.md").read_text("utf-8")
 ROWS = [
     {"premise": "It rained all day .", "hypothesis": "It was wet .", "label": 0},
     {"premise": "The shop is open .", "hypothesis": "The shop is closed .", "label": 1},
@@ -22,8 +25,8 @@ ROWS = [
 ]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.S)
+def blocks(language: str, page: str = PAGE) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.S)
 
 
 def run(program: str, folder: Path) -> str:
@@ -92,3 +95,16 @@ def test_the_manifest_of_many_tasks_names_two(tmp_path: Path) -> None:
     assert [task.label for task in tasks.values()] == ["Label", "Label"]
     assert tasks["ade"].choices == {"ADE-related": "yes", "not ADE-related": "no"}
     assert tasks["organisations"].text == ["Paper title", "Organization name"]
+
+
+def test_a_bank_generates_for_two_customers_and_the_base_model(tmp_path: Path) -> None:
+    (program,) = blocks("python", MIXED)
+    tokenizer = word_tokenizer(re.findall(r"\w+", program))
+    model = tiny_llama(vocabulary=len(tokenizer))
+    model.save_pretrained(tmp_path / "my-model-folder")
+    tokenizer.save_pretrained(tmp_path / "my-model-folder")
+    for name in ("customer-a", "customer-b"):
+        adapted = IA3Model(model, IA3Config(init_ia3_weights=False))
+        adapted.save_pretrained(tmp_path / "adapters" / name)
+        adapted.unload()
+    assert "tensor([[" in run(program, tmp_path)
