@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -39,7 +40,7 @@ from .hoisting import Carriers
 from .hub import HubOptions, adapter_folder
 from .integrations.transformers import known_to_trainer
 from .merging import Merge
-from .routing import BASE, LOCK, Names, Route, current_route, entered
+from .routing import BASE, LOCK, Names, Route, current_route, entered, watch
 from .rows import Rows, is_within_experts, named
 from .sites import Attachments, Found, Site, activate, check_free, displace, place, site_of
 from .store import Adapter
@@ -194,22 +195,22 @@ class IA3Model(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If no other is active then, the first that is left becomes so."""
         self._check_known([adapter_name])
-        self._check_no_route("delete_adapter")
-        if adapter_name in self._merge.adapters:
-            raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
-        hidden = self._keys(adapter_name)
-        for _, module, site in self._sites():
-            if adapter_name in site:
-                site.remove(adapter_name)
-            if not site._parameters and not site.banked:
-                displace(module)
-        for _, module, copies in self._copies():
-            if adapter_name in copies:
-                copies.remove(adapter_name)
-            if not copies.adapters:
-                release(module)
-        del self.peft_config[adapter_name]
-        self._show_to_checkpoints(hidden)
+        with self._unrouted("delete_adapter"):
+            if adapter_name in self._merge.adapters:
+                raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
+            hidden = self._keys(adapter_name)
+            for _, module, site in self._sites():
+                if adapter_name in site:
+                    site.remove(adapter_name)
+                if not site._parameters and not site.banked:
+                    displace(module)
+            for _, module, copies in self._copies():
+                if adapter_name in copies:
+                    copies.remove(adapter_name)
+                if not copies.adapters:
+                    release(module)
+            del self.peft_config[adapter_name]
+            self._show_to_checkpoints(hidden)
         remaining = tuple(name for name in self._active if name != adapter_name)
         if self._active and not remaining and self.peft_config:
             first = next(iter(self.peft_config))
@@ -233,16 +234,19 @@ class IA3Model(nn.Module):
         """
         names = self._named(adapter_name)
         found = self._found()
-        if found.copies:
-            self._check_one_copy(names)
-            if any(name in copies for name in names for _, _, copies in found.copies):
-                self._check_no_route("set_adapter of an adapter with modules_to_save")
         if self._merge.adapters:
             warnings.warn("adapters are merged; they are unmerged first", stacklevel=2)
             self.unmerge_adapter()
             found = self._found()
-        self._require_grad(names, inference_mode, found)
-        self._activate(names, found)
+        with ExitStack() as alone:
+            if found.copies:
+                self._check_one_copy(names)
+                if any(name in copies for name in names for _, _, copies in found.copies):
+                    alone.enter_context(
+                        self._unrouted("set_adapter of an adapter with modules_to_save")
+                    )
+            self._require_grad(names, inference_mode, found)
+            self._activate(names, found)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -264,10 +268,10 @@ class IA3Model(nn.Module):
 
         Merged adapters are unmerged, and stay so.
         """
-        self._check_no_route("disabling adapters (rows of the base model are named '__base__')")
-        self.unmerge_adapter()
-        self._enabled = False
-        self._activate(self._active)
+        with self._unrouted("disabling adapters (rows of the base model are named '__base__')"):
+            self.unmerge_adapter()
+            self._enabled = False
+            self._activate(self._active)
 
     def enable_adapter_layers(self) -> None:
         """Undo `disable_adapter_layers`."""
@@ -343,7 +347,7 @@ class IA3Model(nn.Module):
         self, adapter_names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         route = self._route(adapter_names)
-        self._check_rows(route, args, kwargs)
+        route.check(args, kwargs)
         with entered(route):
             return self.model(*args, **kwargs)
 
@@ -366,15 +370,20 @@ class IA3Model(nn.Module):
                 "generate cannot be routed by tokens, those to come have no names: give one name "
                 "a row"
             )
-        self._check_rows(route, args, kwargs)
-        configs = (*args[1:2], kwargs.get("generation_config"))
-        config = next((c for c in configs if c is not None), self.model.generation_config)
+        route.check(args, kwargs)
+        given = next((c for c in (*args[1:2], kwargs.get("generation_config")) if c), None)
+        configs = (given, self.model.generation_config)
         times = [
-            kwargs.get(name) or getattr(config, name, None) or 1
+            next((t for t in (kwargs.get(name), *(getattr(c, name, 0) for c in configs)) if t), 1)
             for name in ("num_beams", "num_return_sequences")
         ]
         # A compiled step would break at every site.
-        kwargs.setdefault("disable_compile", True)
+        if given is None:
+            kwargs.setdefault("disable_compile", True)
+        else:
+            given = copy.deepcopy(given)
+            given.disable_compile = True
+            args, kwargs = args[:1], {**kwargs, "generation_config": given}
         with entered(route.repeated({1, max(times)})):
             return generate(*args, **kwargs)
 
@@ -385,7 +394,10 @@ class IA3Model(nn.Module):
         The route belongs to the thread or task that enters it, and to what is called in it: what
         gradient checkpointing computes again has the same one, wherever the backward pass runs.
         Vectors that require gradients get those of their rows. The values of other adapters are
-        gathered when the context is entered.
+        gathered when the context is entered; `vector.data` must not be written to meanwhile, which
+        leaves no trace. The batch is the first axis of all activations: a model that has the
+        sequence there is not noticed where both are equal. A thread that is started within does not
+        inherit the route, and a generator must not yield within it.
 
         Args:
             names: of this model's adapters, one a row, `"__base__"` for the base model's own
@@ -494,12 +506,12 @@ class IA3Model(nn.Module):
 
     def detach_bank(self) -> None:
         """Undo `attach_bank`."""
-        self._check_no_route("detaching the bank")
-        self._routes.bank = None
-        for _, module, site in self._sites():
-            site.banked = False
-            if not site._parameters:
-                displace(module)
+        with self._unrouted("detaching the bank"):
+            self._routes.bank = None
+            for _, module, site in self._sites():
+                site.banked = False
+                if not site._parameters:
+                    displace(module)
 
     def sites_for_bank(self, adapter_name: str, adapter: Adapter) -> dict[str, Site]:
         """Module name -> the site for each vector of a bank's adapter, placed now if it is new.
@@ -616,16 +628,17 @@ class IA3Model(nn.Module):
         """
         if self._unloaded:
             return self.model
-        self._check_no_route("unload")
-        if self.bank is not None:
-            self.detach_bank()
-        self._unloaded = True
-        self.unfuse_mlp()
-        self.unmerge_adapter()
-        for _, module, _ in self._sites():
-            displace(module)
-        for _, module, _ in self._copies():
-            release(module)
+        with self._unrouted("unload"):
+            if self.bank is not None:
+                self.detach_bank()
+            self._unloaded = True
+            self.unfuse_mlp()
+            self.unmerge_adapter()
+            watch(self.model, False)
+            for _, module, _ in self._sites():
+                displace(module)
+            for _, module, _ in self._copies():
+                release(module)
         parameters = dict(self.model.named_parameters())
         for name in self._trained_before:
             # Somebody may have put another module in its place.
@@ -1065,9 +1078,11 @@ class IA3Model(nn.Module):
                         "(modules_to_save) all rows would go through: set_adapter() to another "
                         "before routing"
                     )
-            if not route.sites.keys() <= {site for _, _, site in found.sites}:
+            lost = route.sites.keys() - {site for _, _, site in found.sites}
+            if any(route.values(site) is not None for site in lost):
                 raise IA3Error("the model that was routed has lost adapters since")
             self._routes.open += 1
+            watch(self.model, True)
             if not all(site.routed for _, _, site in found.sites):
                 self._activate(self._active)
 
@@ -1075,25 +1090,16 @@ class IA3Model(nn.Module):
         with LOCK:
             self._routes.open -= 1
 
-    def _check_no_route(self, what: str) -> None:
-        if self._routes.open:
-            raise IA3Error(f"{what}: a route of this model is on, leave it first")
+    def _owns(self, site: Site) -> bool:
+        return any(site is each for _, _, each in self._sites())
 
-    def _check_rows(self, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        main = getattr(self.model, "main_input_name", "input_ids")
-        first = (*args[:1], *map(kwargs.get, (main, "inputs", "input_ids", "inputs_embeds")))
-        given = next(
-            (v for v in (*first, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0), None
-        )
-        if given is None:
-            return
-        expected = list(route.index.shape)
-        if list(given.shape[: len(expected)]) != expected:
-            kind = "tokens" if route.by_token else "rows"
-            raise IA3Error(
-                f"adapter_names for {expected} {kind}, but the input is {list(given.shape)}: "
-                "expected one name each"
-            )
+    @contextmanager
+    def _unrouted(self, what: str) -> Iterator[None]:
+        """Nobody enters a route of this model within the context."""
+        with LOCK:
+            if self._routes.open:
+                raise IA3Error(f"{what}: a route of this model is on, leave it first")
+            yield
 
     def _named(self, adapter_names: str | Sequence[str] | None) -> tuple[str, ...]:
         """The adapters of these names; the active ones for `None`."""
@@ -1113,15 +1119,15 @@ class IA3Model(nn.Module):
                 )
 
     def _make_merged(self, names: tuple[str, ...], safe: bool) -> None:
-        self._check_no_route("merging")
-        already = self._merge.adapters
-        if already and not set(names) - already:
-            warnings.warn(f"adapters {sorted(already)} are merged already", stacklevel=3)
-            return
-        # In the order in which they would multiply, unmerged.
-        order = dict.fromkeys([*self._active, *self.peft_config])
-        self._merge.make(tuple(name for name in order if name in already.union(names)), safe)
-        self._activate(self._active)
+        with self._unrouted("merging"):
+            already = self._merge.adapters
+            if already and not set(names) - already:
+                warnings.warn(f"adapters {sorted(already)} are merged already", stacklevel=3)
+                return
+            # In the order in which they would multiply, unmerged.
+            order = dict.fromkeys([*self._active, *self.peft_config])
+            self._merge.make(tuple(name for name in order if name in already.union(names)), safe)
+            self._activate(self._active)
 
     def _check_outside_copies(self, name: str) -> None:
         parts = name.split(".")
@@ -1163,6 +1169,8 @@ class IA3Model(nn.Module):
         for _, _, site in found.sites if self._fused else ():
             site.in_block = id(site) in in_block
         with LOCK:
+            if not self._routes.open:
+                watch(self.model, False)
             activate(found.sites, active, routed=self._routes.open > 0)
         for _, _, copies in found.copies:
             copies.active = next((name for name in active if name in copies), None)

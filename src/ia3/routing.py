@@ -12,11 +12,12 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import IA3Error
 
@@ -26,19 +27,22 @@ if TYPE_CHECKING:
 # The name of the base model among adapters' names.
 BASE = "__base__"
 
+GENERATES = "what generates with several beams or sequences goes through IA3Model.generate"
+
 Names = Sequence[str] | Sequence[Sequence[str]]
 
 # Held while hooks or what they read are changed.
 LOCK = threading.RLock()
 
-_CURRENT: ContextVar[Mapping[Site, Route] | None] = ContextVar("ia3_routes", default=None)
-
 
 class Host(Protocol):
     """The model that a route is of."""
 
+    model: nn.Module
+
     def _open(self, route: Route) -> None: ...
     def _close(self) -> None: ...
+    def _owns(self, site: Site) -> bool: ...
 
 
 class Route:
@@ -46,8 +50,8 @@ class Route:
 
     Args:
         host: the model.
-        sites: all of its sites, and the names of their modules. A site that is left out goes on
-            with the active adapters.
+        sites: all of its sites, and the names of their modules. Nothing is done at one that comes
+            later.
         values: the values at a site, `[n, dim]` or anything that can be viewed so; `None` where
             there is nothing to do. With `gathered`, n rows of a batch. Else n adapters, and it is
             called in every pass, so that gradients reach what it gives.
@@ -72,9 +76,9 @@ class Route:
         self.index = index
         self.gathered = gathered
         self.repeats = repeats
+        # How long the rows of its calls are, with all that they look back on.
+        self._lengths: set[int] = set()
         self._kept: dict[object, Tensor] = {}
-        # To be merged with the routes of other models.
-        self.by_site: dict[Site, Route] = dict.fromkeys(sites, self)
 
     def repeated(self, repeats: Collection[int]) -> Route:
         """The same for a call that repeats each row."""
@@ -92,6 +96,30 @@ class Route:
         """Whether tokens are routed, not rows."""
         return self.index.dim() == 2
 
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Look at the arguments of a call of the model before anything runs.
+
+        Raises:
+            IA3Error: they have not the rows or tokens that were named.
+        """
+        main = getattr(self.host.model, "main_input_name", "input_ids")
+        first = (*args[:1], *map(kwargs.get, (main, "inputs", "input_ids", "inputs_embeds")))
+        values = (*first, *args[1:], *kwargs.values())
+        tensors = [value for value in values if isinstance(value, Tensor) and value.dim() > 0]
+        if not tensors:
+            return
+        expected = list(self.index.shape)
+        shape = list(tensors[0].shape)
+        rows, *tokens = expected
+        if shape[0] not in {rows * k for k in self.repeats} or (tokens and shape[1:2] != tokens):
+            kind = "tokens" if tokens else "rows"
+            several = "" if tokens or shape[0] % rows else f"; {GENERATES}"
+            raise IA3Error(
+                f"adapter_names for {expected} {kind}, but the input is {shape}: expected one name "
+                f"each{several}"
+            )
+        self._lengths.update(t.shape[1] for t in tensors if t.dim() > 1 and t.shape[0] == shape[0])
+
     def factor(self, site: Site, activation: Tensor) -> Tensor | None:
         """What to multiply an activation by; `None` for nothing.
 
@@ -101,7 +129,7 @@ class Route:
         Raises:
             IA3Error: the activation has not the rows or tokens that were named.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             raise IA3Error(
                 "a routed model is being traced: the graph would keep this call's adapters; "
                 "leave the route first"
@@ -137,9 +165,11 @@ class Route:
         rows = self.index.shape[0]
         if count == rows:
             return values.reshape(rows, *[1] * between, *axes)
-        # Without an axis for them the tokens of a row follow each other.
-        flattened = between == 0 and len(axes) == 1
-        if count % rows == 0 and (flattened or count // rows in self.repeats):
+        repeats = set(self.repeats)
+        if between == 0 and len(axes) == 1:
+            # Without an axis for them the tokens of a row follow each other.
+            repeats |= {k * length for k in self.repeats for length in self._lengths}
+        if count % rows == 0 and count // rows in repeats:
             return values.reshape(rows, 1, *[1] * between, *axes)
         raise self._misfit(site, activation)
 
@@ -152,7 +182,7 @@ class Route:
             f"adapters were named for {named}, but the activation at "
             f"{self.sites.get(site, 'a module')!r} is {shape}: expected as many, in the order of "
             "the batch; a module that sees something else than the batch cannot be routed, and "
-            "what generates with several beams or sequences goes through IA3Model.generate"
+            f"{GENERATES}"
         )
 
 
@@ -167,42 +197,96 @@ def entered(route: Route) -> Iterator[None]:
         IA3Error: the model cannot be routed as it is now.
     """
     _bind_checkpoints()
-    current = _CURRENT.get()
-    with _under(route.by_site if current is None else {**current, **route.by_site}):
+    with _under({**_routes(), **dict.fromkeys(route.sites, route)}):
         yield
 
 
+@dataclass(eq=False)
+class _Frame:
+    """What is on in a thread or task.
+
+    Attributes:
+        routes: of one model or several.
+        before: what was on when this was entered.
+        is_open: it has not been left.
+    """
+
+    routes: Mapping[Site, Route]
+    before: _Frame | None
+    is_open: bool = True
+
+
+_CURRENT: ContextVar[_Frame | None] = ContextVar("ia3_routes", default=None)
+
+
+def _routes() -> Mapping[Site, Route]:
+    frame = _CURRENT.get()
+    return {} if frame is None else frame.routes
+
+
 @contextmanager
-def _under(routes: Mapping[Site, Route] | None) -> Iterator[None]:
+def _under(routes: Mapping[Site, Route]) -> Iterator[None]:
     with ExitStack() as stack:
-        for route in set(routes.values()) if routes else ():
+        for route in set(routes.values()):
             route.host._open(route)
             stack.callback(route.host._close)
-        before = _CURRENT.get()
-        _CURRENT.set(routes)
+        frame = _Frame(routes, _CURRENT.get())
+        _CURRENT.set(frame)
         try:
             yield
         finally:
-            _CURRENT.set(before)
+            frame.is_open = False
+            if _CURRENT.get() is frame:
+                before = frame.before
+                while before is not None and not before.is_open:
+                    before = before.before
+                _CURRENT.set(before)
+            elif sys.exc_info()[0] is None:
+                raise IA3Error(
+                    "a route was left in another order, or by another thread or task, than it was "
+                    "entered, so that calls in between may have had another one: do not yield "
+                    "within route(), give adapter_names to each call instead"
+                )
 
 
 def current_route(host: Host) -> Route | None:
     """The route of this model in this thread or task."""
-    routes = _CURRENT.get() or {}
-    return next((route for route in routes.values() if route.host is host), None)
+    return next((route for route in _routes().values() if route.host is host), None)
 
 
 def is_routed(site: Site) -> bool:
     """Whether a site is routed in this thread or task."""
-    routes = _CURRENT.get()
-    return routes is not None and site in routes
+    frame = _CURRENT.get()
+    if frame is None:
+        return False
+    if site in frame.routes:
+        return True
+    # Put on a routed model since.
+    return any(route.host._owns(site) for route in set(frame.routes.values()))
 
 
 def factor_of(site: Site, activation: Tensor) -> Tensor | None:
     """`Route.factor` of a site that is routed."""
-    routes = _CURRENT.get()
-    assert routes is not None
-    return routes[site].factor(site, activation)
+    route = _routes().get(site)
+    return None if route is None else route.factor(site, activation)
+
+
+def watch(model: nn.Module, wanted: bool) -> None:
+    """Have the calls of a model checked by the routes that are on; or no longer."""
+    hooks = model._forward_pre_hooks
+    own = [number for number, hook in hooks.items() if hook is _check_call]
+    if wanted and not own:
+        model.register_forward_pre_hook(_check_call, with_kwargs=True)
+    for number in own if not wanted else ():
+        del hooks[number]
+        model._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for route in set(_routes().values()):
+        if route.host.model is module:
+            route.check(args, kwargs)
 
 
 # -- checkpointing ---------------------------------------------------------------------------------
@@ -255,12 +339,12 @@ def _binding(original: Callable[..., Any], at: int) -> Callable[..., Any]:
 
 
 def _with_bound(original: Callable[..., Any], at: int, *args: Any, **kwargs: Any) -> Any:
-    bound = partial(_run_under, _CURRENT.get(), args[at])
+    bound = partial(_run_under, _routes(), args[at])
     return original(*args[:at], bound, *args[at + 1 :], **kwargs)
 
 
 def _run_under(
-    routes: Mapping[Site, Route] | None, function: Callable[..., Any], *args: Any, **kwargs: Any
+    routes: Mapping[Site, Route], function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     with _under(routes):
         return function(*args, **kwargs)

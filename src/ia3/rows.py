@@ -123,7 +123,7 @@ class Rows:
             if any(
                 site[name].requires_grad for name in own for site in self._routed if name in site
             ):
-                return Route(host, sites, _Stacked(names, others), index)
+                return Route(host, sites, _Stacked(names, self._routed, others), index)
             with torch.inference_mode(False), torch.no_grad():
                 kept = {name: self._row(name) for name in own}
                 kept.update((name, self._row_of_bank(parts)) for name, parts in others.items())
@@ -187,17 +187,29 @@ class Rows:
 class _Stacked:
     """The values at a site as gradients reach them: the very vectors, stacked.
 
+    Vectors stay those of an adapter that is deleted meanwhile: a backward pass may be to come.
+
     Args:
         names: in this order.
-        others: the values of adapters that are not the model's own.
+        sites: where adapters of the model's own may have vectors.
+        others: the values of adapters that are not.
     """
 
-    def __init__(self, names: Sequence[str], others: Mapping[str, Mapping[Site, Tensor]]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        sites: Sequence[Site],
+        others: Mapping[str, Mapping[Site, Tensor]],
+    ) -> None:
         self.names = names
         self.others = others
+        self._readers = {
+            site: {name: site.reader(name) for name in names if name in site} for site in sites
+        }
 
     def __call__(self, site: Site) -> Tensor | None:
-        rows = {name: site.vector(name).reshape(-1) for name in self.names if name in site}
+        readers = self._readers.get(site, {})
+        rows = {name: read().reshape(-1) for name, read in readers.items()}
         like = next(iter(rows.values()), None)
         for name, parts in self.others.items():
             if site in parts:
@@ -250,7 +262,10 @@ def named(names: Names, token_index: Tensor | None = None) -> tuple[list[str], T
     flat = list(names)
     shape = [len(flat)]
     if not isinstance(flat[0], str):
-        lists = [list(each) if isinstance(each, Sequence) else [] for each in names]
+        lists = [
+            [*each] if isinstance(each, Sequence) and not isinstance(each, str) else []
+            for each in names
+        ]
         if len({len(each) for each in lists}) != 1 or not lists[0]:
             raise IA3Error(
                 f"adapter_names for tokens has lists of {[len(each) for each in lists]} names, "
@@ -258,9 +273,12 @@ def named(names: Names, token_index: Tensor | None = None) -> tuple[list[str], T
             )
         flat = [name for each in lists for name in each]
         shape = [len(lists), len(lists[0])]
-    wrong = next((name for name in flat if not isinstance(name, str)), None)
-    if wrong is not None:
-        raise IA3Error(f"adapter_names holds {wrong!r}, expected names, or a list of names a row")
+    for name in flat:
+        if not isinstance(name, str):
+            base = f" ({BASE!r} is the base model)" if name is None else ""
+            raise IA3Error(
+                f"adapter_names holds {name!r}, expected names, or a list of names a row{base}"
+            )
     places: dict[Any, int] = {}
     index = [places.setdefault(name, len(places)) for name in flat]
     return list(places), torch.tensor(index).reshape(shape)

@@ -133,6 +133,17 @@ class Site(nn.Module):
             vector = vector.masked_fill(mask, 1.0)
         return vector
 
+    def reader(self, adapter: str) -> Callable[[], Tensor]:
+        """Gives `vector`, also when the adapter has been removed since."""
+        vector, mask = self[adapter], self._buffers.get(_mask_name(adapter))
+
+        def read() -> Tensor:
+            if self._parameters.get(adapter) is vector:
+                return self.vector(adapter)
+            return vector if mask is None else vector.masked_fill(mask.to(vector.device), 1.0)
+
+        return read
+
     def is_frozen(self, adapter: str) -> Tensor:
         """Which values of an adapter's vector count as one, `Activation.shape`, bool."""
         mask = self._buffers.get(_mask_name(adapter))
@@ -319,6 +330,9 @@ class Found:
     targets: dict[Hashable, list[Target]] = field(default_factory=dict)
 
 
+_Children = dict[str, nn.Module | None]
+
+
 class Attachments:
     """What adapters have put on a model's modules: found by one walk, and kept.
 
@@ -330,29 +344,29 @@ class Attachments:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._found: Found | None = None
-        # Each module's children: the dict that holds them, and what was in it.
-        self._held: list[dict[str, nn.Module | None]] = []
-        self._children: list[dict[str, nn.Module | None]] = []
+        # Each module's children, the dict that holds them and what was in it; and what was found.
+        # Put in place at once, as other threads look.
+        self._known: tuple[list[_Children], list[_Children], Found] | None = None
 
     def found(self) -> Found:
         """The model as it is now."""
         # Lists and dicts compare by identity first, at the speed of C.
-        if self._found is None or self._held != self._children:
+        known = self._known
+        if known is None or known[0] != known[1]:
             modules = dict(self.model.named_modules())
             on = [(name, m, m._modules.get(ATTRIBUTE)) for name, m in modules.items()]
-            self._held = [module._modules for module in modules.values()]
-            self._children = [dict(children) for children in self._held]
-            self._found = Found(
+            held = [module._modules for module in modules.values()]
+            found = Found(
                 modules,
                 [(name, module, site) for name, module, site in on if isinstance(site, Site)],
                 [(name, module, held) for name, module, held in on if isinstance(held, Copies)],
             )
-        return self._found
+            known = self._known = held, [dict(children) for children in held], found
+        return known[2]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy finds its own.
-        return {"model": self.model, "_found": None, "_held": [], "_children": []}
+        return {"model": self.model, "_known": None}
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
