@@ -129,7 +129,7 @@ class Route:
         Raises:
             IA3Error: the activation has not the rows or tokens that were named.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             raise IA3Error(
                 "a routed model is being traced: the graph would keep this call's adapters; "
                 "leave the route first"
