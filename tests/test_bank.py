@@ -244,24 +244,50 @@ def test_a_batch_that_has_no_room_is_refused(written: dict[str, Path]) -> None:
     assert bank.list()[1].pinned
 
 
+def test_an_adapter_that_cannot_be_pinned_leaves_no_trace(written: dict[str, Path]) -> None:
+    bank = AdapterBank(build("llama"), capacity=1)
+    bank.add("a2", written["a2"], pinned=True)
+    before = bank.values.clone(), [name for name, _ in bank.model.named_modules()]
+    # Has more sites.
+    in_memory = ia3.IA3Model.from_pretrained(build("llama"), written["a1"], "own").adapter("own")
+    for source in (written["a1"], in_memory):
+        with pytest.raises(IA3Error, match="no room for adapter 'a1': of 1 slots 1 are pinned"):
+            bank.add("a1", source, pinned=True)
+    assert bank.names() == ["a2"]
+    assert torch.equal(bank.values, before[0])
+    assert [name for name, _ in bank.model.named_modules()] == before[1]
+
+
 # -- names and sources -----------------------------------------------------------------------------
 
 
-def test_bad_names_and_sources_change_nothing(written: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("capacity", [8, 1])
+def test_bad_names_and_sources_change_nothing(
+    written: dict[str, Path], tmp_path: Path, capacity: int
+) -> None:
     model = ia3.IA3Model.from_pretrained(build("llama"), written["a1"], "own")
-    bank = AdapterBank(model)
+    bank = AdapterBank(model, capacity)
     bank.add("a1", written["a1"])
     values = bank.values.clone()
     head = write(tmp_path / "head", 1, modules_to_save=["lm_head"])
     other = write(tmp_path / "gpt2", 1, kind="gpt2")
     short = Path(shutil.copytree(written["a3"], tmp_path / "short"))
     os.truncate(short / WEIGHTS, 1000)
-    bad: list[tuple[str, Path, type[Exception], str]] = [
+    no_config = Path(shutil.copytree(written["a3"], tmp_path / "no_config"))
+    (no_config / "adapter_config.json").unlink()
+    file = written["a3"] / WEIGHTS
+    bad: list[tuple[Any, Any, type[Exception], str]] = [
         ("a1", written["a1"], IA3Error, "exists already"),
         ("own", written["a1"], IA3Error, "exists already"),
         ("a.b", written["a1"], IA3Error, "no dot"),
         (BASE, written["a1"], IA3Error, "means the base model"),
-        ("new", tmp_path / "none", FileNotFoundError, "no adapter in"),
+        (None, written["a1"], IA3Error, "an adapter's name is None, expected a text"),
+        (["a"], written["a1"], IA3Error, "an adapter's name is .'a'., expected a text"),
+        ("new", tmp_path / "none", FileNotFoundError, f"none: {WEIGHTS} is not there"),
+        ("new", no_config, FileNotFoundError, "no_config: adapter_config.json is not there"),
+        ("new", file, IA3Error, f"{WEIGHTS} is not a folder: expected the one that"),
+        ("new", None, IA3Error, r"source is None \(NoneType\), expected an adapter's folder"),
+        ("new", {"a": 1}, IA3Error, "source is {'a': 1}"),
         ("new", head, IA3Error, "modules_to_save"),
         ("new", other, IA3Error, "no module of LlamaForCausalLM"),
         ("new", short, IA3Error, "not a whole safetensors file"),
@@ -270,6 +296,7 @@ def test_bad_names_and_sources_change_nothing(written: dict[str, Path], tmp_path
         with pytest.raises(error, match=message):
             bank.add(name, folder)
     assert [each.name for each in bank.list()] == ["a1"]
+    assert bank.values.shape == values.shape
     assert torch.equal(bank.values[:2], values[:2])
     with pytest.raises(IA3Error, match="bank has an adapter 'a1' already"):
         model.add_adapter("a1", ia3.IA3Config())
@@ -279,8 +306,78 @@ def test_bad_names_and_sources_change_nothing(written: dict[str, Path], tmp_path
         bank.remove("a2")
     with pytest.raises(IA3Error, match="has a bank already"):
         AdapterBank(model)
-    with pytest.raises(IA3Error, match="capacity is 0"):
-        AdapterBank(build("llama"), capacity=0)
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 2.5, "3", True, None])
+def test_a_capacity_is_a_whole_number(capacity: Any) -> None:
+    base = build("llama")
+    with pytest.raises(IA3Error, match=f"capacity is {capacity!r}, expected a whole number"):
+        AdapterBank(base, capacity=capacity)
+    AdapterBank(base)
+
+
+def test_bad_arguments_are_refused(written: dict[str, Path]) -> None:
+    bank = AdapterBank(build("llama"), capacity=2)
+    bank.add("a1", written["a1"])
+    with pytest.raises(IA3Error, match="dtype is 'float32', expected a floating dtype"):
+        AdapterBank(build("llama"), dtype="float32")  # type: ignore[arg-type]
+    gathered: list[tuple[Any, Any, str]] = [
+        ([], [], r"index is \[\], expected at least one row"),
+        (["a1"], [], "expected at least one row"),
+        (["a1"], [1], r"index is \[1\].* its place among the 1 names"),
+        (["a1"], [-1], r"index is \[-1\]"),
+        (["a1"], [0.0], r"index is \[0.0\]"),
+        ("a1", [0, 1], "names is 'a1', expected a list of adapters' names"),
+        (None, [0], "names is None"),
+        (["a1", 3], [0], "an adapter's name is 3, expected a text"),
+        ([["a1"]], [0], "an adapter's name is .'a1'., expected a text"),
+    ]
+    for names, index, message in gathered:
+        with pytest.raises(IA3Error, match=message):
+            bank.gather(names, index)
+    for call in (bank.pin, bank.unpin, bank.remove):
+        with pytest.raises(IA3Error, match="an adapter's name is 3, expected a text"):
+            call(3)  # type: ignore[arg-type]
+    for names in ("a1", 3, [3]):
+        with pytest.raises(IA3Error, match="expected a"):
+            bank.refresh(names)  # type: ignore[arg-type]
+    bank.add("a3", written["a3"])
+    bank.add("a5", written["a5"])
+    # A name that is given twice takes one slot.
+    rows = bank.gather(["a5", "a5", BASE], [0, 1, 2]).values
+    assert torch.equal(rows[0], rows[1])
+    assert_rows(bank, written, ["a5", "a1"])
+    assert resident(bank) == {"a1", "a5"}
+
+
+def test_a_relative_folder_is_found_from_elsewhere(
+    written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = AdapterBank(build("llama"), capacity=1)
+    monkeypatch.chdir(written["a1"].parent)
+    bank.add("a1", "a1")
+    bank.add("a3", Path("a3"))
+    monkeypatch.chdir(tmp_path)
+    assert bank.refresh().failed == {}
+    assert_rows(bank, written, ["a3"])
+    assert_rows(bank, written, ["a1"])
+    assert [each.source for each in bank.list()] == [written["a1"], written["a3"]]
+
+
+def test_files_of_another_form_are_named(written: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    bank = AdapterBank(build("llama"))
+    message = r"a bank does not read adapter_model\.bin.*IA3Model\.from_pretrained.*save_pretrained"
+    with pytest.raises(FileNotFoundError, match=message):
+        bank.add("a1", folder)
+    # As the message says.
+    ia3.IA3Model.from_pretrained(build("llama"), folder).save_pretrained(folder)
+    bank.add("a1", folder)
+    assert_rows(bank, written, ["a1", BASE])
 
 
 def test_without_its_bank_a_model_is_what_it_was(written: dict[str, Path]) -> None:
@@ -396,6 +493,46 @@ def test_a_broken_replacement_is_an_error_for_its_adapter(
     shutil.copytree(written["a5"], folder)
     assert bank.refresh().changed == ["a1"]
     assert_rows(bank, {"a1": folder}, ["a1"])
+
+
+def test_a_pinned_adapter_comes_back_when_it_is_mended(
+    written: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
+    bank = AdapterBank(build("llama"), capacity=2)
+    bank.add("a1", folder, pinned=True)
+
+    def state() -> tuple[bool, bool]:
+        return bank.list()[0].resident, bank.list()[0].pinned
+
+    def cut() -> None:
+        (folder / "new").write_bytes(b"cut off")
+        os.replace(folder / "new", folder / WEIGHTS)
+        assert list(bank.refresh().failed) == ["a1"]
+
+    cut()
+    assert state() == (False, True)
+    with pytest.raises(IA3Error, match="'a1' cannot be used"):
+        logits(bank.model, **rows_of(1), adapter_names=["a1"])
+    # Its place is kept.
+    for name in ("a3", "a5"):
+        bank.add(name, written[name])
+        assert_rows(bank, written, [name, BASE])
+    assert resident(bank) == {"a5"}
+    write(folder, 31)
+    assert bank.refresh().changed == ["a1"]
+    assert state() == (True, True)
+    assert_rows(bank, {**written, "a1": folder}, ["a5", "a1"])
+    assert_rows(bank, {**written, "a1": folder}, ["a3", "a1"])
+    # Until it is unpinned.
+    cut()
+    bank.unpin("a1")
+    assert state() == (False, False)
+    assert_rows(bank, written, ["a3", "a5"])
+    write(folder, 32)
+    assert bank.refresh().changed == ["a1"]
+    assert state() == (False, False)
+    assert_rows(bank, {**written, "a1": folder}, ["a1", "a5"])
 
 
 def test_an_adapter_that_is_gone_serves_while_it_is_resident(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -365,3 +366,46 @@ def test_combine_warns_where_only_names_could_tell(place: Place, folder: Path) -
     assert done.returncode == 0
     assert "warning: nothing but their names tells" in done.stderr
     assert "'elsewhere/llama', 'tiny/llama'" in done.stderr
+
+
+# -- names ----------------------------------------------------------------------------------------
+
+
+def test_what_a_terminal_would_obey_is_escaped(place: Place, folder: Path) -> None:
+    """A folder's name may hold anything but a slash, also bytes that are no UTF-8."""
+    name, shown = os.fsdecode(b"x\x1b[2Jy\xff"), r"x\x1b[2Jy\udcff"
+    shutil.copytree(folder / "a", place.folder / "names" / name)
+    shutil.copytree(folder / "cut", place.folder / "names" / f"{name}-cut")
+    path = f"names/{name}"
+    runs = [
+        place.run("list", "names", COLUMNS="200"),
+        place.run("list", "names", COLUMNS="24"),
+        place.run("inspect", path, COLUMNS="200"),
+        place.run("inspect", path, "adapters/a", COLUMNS="200"),
+        place.run("diff", path, "adapters/b", COLUMNS="200"),
+        place.run("search", "names", "--like", "adapters/b", COLUMNS="200"),
+        place.run("combine", path, "adapters/b", "--out", f"names/{name}-new"),
+    ]
+    for done in runs:
+        assert done.returncode == 0, done.stderr
+    refused = [
+        place.run("inspect", f"{path}-cut"),
+        place.run("combine", path, "adapters/b", "--out", f"names/{name}-new"),
+    ]
+    for done in refused:
+        assert_refused(done, shown)
+    for done in (*runs, *refused):
+        printed = done.stdout + done.stderr
+        assert "\x1b" not in printed
+        assert shown in printed.translate({ord(c): None for c in "│ \n"})
+    listed = said(place.run("list", "names", "--json"))
+    assert listed["adapters"][0]["adapter"] == path
+
+
+def test_names_in_a_manifest_are_escaped(place: Place) -> None:
+    place.write("tasks.yaml", 'tasks: {"a\\e[2Jb": {data: none.csv}}')
+    done = place.run("fit-many", "tasks.yaml", "--out", "new")
+    assert done.returncode == 1
+    assert "\x1b" not in done.stdout
+    assert r"a\x1b[2Jb" in done.stdout
+    assert place.names() == {"adapters", "tasks.yaml"}

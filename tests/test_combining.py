@@ -264,7 +264,7 @@ def test_it_adds_nothing_to_a_weighted_sum() -> None:
     assert combined([other, one], [2, 0.5], "linear") == {OUTPUTS[0]: [4.0], INPUT: [0.125]}
 
 
-@pytest.mark.parametrize("how", OWN)
+@pytest.mark.parametrize("how", ["linear", *OWN])
 def test_values_that_stay_one_do(how: Any) -> None:
     ranges = {OUTPUTS[0]: ((0, 2),)}
     parts = [
@@ -281,6 +281,32 @@ def test_values_that_stay_one_do(how: Any) -> None:
         assert combined([parts[0], whole], [1, 1], how)[OUTPUTS[0]] == [3.0, 3.5, 3.0, 1.75]
 
 
+@pytest.mark.parametrize("how", ["linear", *OWN])
+@pytest.mark.parametrize(
+    ("one", "other", "both"),
+    [
+        (((0, 4),), ((2, 6),), ((2, 4),)),
+        (((0, 1), (2, 4), (5, 6)), ((0, 3), (5, 6)), ((0, 1), (2, 3), (5, 6))),
+        (((0, 2), (2, 4)), ((0, 4),), ((0, 4),)),
+        (((0, 2),), ((2, 4),), ()),
+    ],
+)
+def test_values_stay_one_that_do_in_all(how: Any, one: Any, other: Any, both: Any) -> None:
+    parts = [
+        adapter({OUTPUTS[0]: [7.0, 8.0, 2.0, 3.0, 5.0, 6.0]}, frozen={OUTPUTS[0]: one}),
+        adapter({OUTPUTS[0]: [5.0, 6.0, 4.0, 0.5, 9.0, 3.0]}, frozen={OUTPUTS[0]: other}),
+        # One without the vector has no say.
+        adapter({INPUT: [2.0]}),
+    ]
+    options = {"density": 1.0} if how == "ties" else {}
+    named = [(str(i), part) for i, part in enumerate(parts)]
+    result = combine(named, [1, 1, 1], how, **options)
+    assert result.frozen == ({OUTPUTS[0]: both} if both else {})
+    stay = [any(start <= i < end for start, end in both) for i in range(6)]
+    held = result.vectors[OUTPUTS[0]].reshape(-1).tolist()
+    assert [value == 1 for value in held] == stay
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -294,6 +320,14 @@ def test_values_that_stay_one_do(how: Any) -> None:
         ("task_arithmetic", [1, float("nan")], {}, "expected finite numbers"),
         ("ties", [1, 1], {"density": 0.0}, "density is 0.0, expected a share above 0"),
         ("ties", [1, 1], {"density": 20}, "density is 20"),
+        ("ties", [1, 1], {"density": "0.3"}, "density is '0.3'"),
+        ("linear", None, {}, "the weights are None, expected a list of finite numbers"),
+        ("linear", 1.0, {}, "the weights are 1.0"),
+        ("linear", [1, None], {}, "None"),
+        ("linear", ["1", "1"], {}, "the weights are .'1', '1'."),
+        ("linear", "11", {}, "the weights are '11'"),
+        ("linear", [1, 1j], {}, "expected a list of finite numbers"),
+        (None, [1, 1], {}, "no combination_type None: expected one of linear"),
         ("average", [1, 1], {"density": 0.5}, "density belongs to 'ties'"),
         ("linear", [1, 1], {"majority_sign_method": "frequency"}, "majority_sign_method belongs"),
         ("ties", [1, 1], {"majority_sign_method": "mass"}, "expected one of total, frequency"),

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tfew_fixtures import hook_count, state_bits, tiny_llama, word_tokenizer
+from test_many_tasks import LISTED_EXPERTS
+from tfew_fixtures import hook_count, random_model, state_bits, tiny_llama, word_tokenizer
 
 from ia3 import FewShotClassifier, IA3Config, IA3Error, IA3Model, fit_many
 from ia3.files import write_files
@@ -186,6 +188,50 @@ def test_tasks_fail_alone(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["good", RECORDS_NAME]
 
 
+def test_data_of_no_use_fails_alone() -> None:
+    texts, labels = BILLS
+    bad: dict[str, tuple[Any, str]] = {
+        "no_texts": ((None, labels), "texts is None (NoneType), expected a list of texts"),
+        "number_of_texts": ((5, labels), "texts is 5 (int)"),
+        "no_labels": ((texts, None), "labels is None (NoneType), expected a list of labels"),
+        "one_label": ((texts, 5), "labels is 5 (int)"),
+        "one_label_in_an_array": ((texts, np.array(5)), "labels is 5"),
+        "letters": ((texts, "abcab"), "labels is one str"),
+        "nothing": (None, "the data is of type NoneType, expected a pair of texts and labels"),
+        "three": ((*BILLS, 1), "the data is of type tuple and length 3"),
+        "two_letters": ("ab", "the data is of type str"),
+        "mapping": ({"texts": texts, "labels": labels}, "the data is of type dict"),
+    }
+    data = {name: given for name, (given, _) in bad.items()}
+    fitted = fit_many({**data, "good": BILLS}, tiny_classifier(steps=1))
+    assert list(fitted.classifiers) == ["good"]
+    assert list(fitted.failures) == list(bad)
+    for name, (_, message) in bad.items():
+        assert message in str(fitted.failures[name])
+
+
+def test_tasks_within_experts_fail_before_anything_is_trained(tmp_path: Path) -> None:
+    model = random_model(LISTED_EXPERTS)
+    steps: list[str] = []
+    fitted = fit_many(
+        {"a": BILLS, "b": BILLS},
+        tiny_classifier(model=model),
+        out=tmp_path / "out",
+        on_step=lambda name, _: steps.append(name),
+    )
+    assert list(fitted.failures) == ["a", "b"]
+    assert "within experts" in str(fitted.failures["a"])
+    assert steps == []
+    assert hook_count(model) == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_longest_name_is_that_of_a_folder(tmp_path: Path) -> None:
+    name = "n" * 240
+    assert fit_many({name: BILLS}, tiny_classifier(steps=0), out=tmp_path).failures == {}
+    assert (tmp_path / name / WEIGHTS_NAME).is_file()
+
+
 @pytest.mark.parametrize(
     ("tasks", "classifier", "message"),
     [
@@ -193,6 +239,8 @@ def test_tasks_fail_alone(tmp_path: Path) -> None:
         ({"a/b": BILLS}, None, "'a/b'"),
         ({"..": BILLS}, None, "'..'"),
         ({3: BILLS}, None, "3"),
+        ({"n" * 241: BILLS}, None, "has 241 bytes, expected 240 at most"),
+        ({"ü" * 121: BILLS}, None, "has 242 bytes"),
         ({"moods": BILLS}, {"mood": tiny_classifier()}, "'moods'; did you mean 'mood'"),
         (
             {"a": BILLS},
@@ -293,3 +341,31 @@ def test_other_data_or_settings_are_trained_again(tmp_path: Path) -> None:
     assert trained(BILLS, init_from=begin) == {"a"}
     records = [json.loads(line) for line in (tmp_path / RECORDS_NAME).read_text().splitlines()]
     assert [record["task"] for record in records].count("a") == 2
+
+
+def test_what_was_written_over_is_trained_again(tmp_path: Path) -> None:
+    settings = {"a": tiny_classifier(), "untuned": tiny_classifier(steps=0), "b": moods()}
+    data = {"a": BILLS, "untuned": BILLS, "b": MOODS}
+
+    def trained() -> set[str]:
+        steps: set[str] = set()
+        fitted = fit_many(data, settings, out=tmp_path, on_step=lambda name, _: steps.add(name))
+        for name, classifier in settings.items():
+            assert_alike(fitted.classifiers[name], classifier.fit(*data[name]))
+            saved = FewShotClassifier.load(tmp_path / name, model=MODEL, tokenizer=TOKENIZER)
+            assert difference(saved, fitted.classifiers[name]) == 0
+            assert saved.templates_ == fitted.classifiers[name].templates_
+        return steps
+
+    assert trained() == {"a", "b"}
+    # As a training leaves it that is killed before it can record what it has saved.
+    tiny_classifier(learning_rate=1e-2).fit(*BILLS).save(tmp_path / "a")
+    # All vectors are ones, whatever the prompts.
+    tiny_classifier(steps=0, template="{{ text }} :").fit(*BILLS).save(tmp_path / "untuned")
+    assert trained() == {"a"}
+    assert trained() == set()
+    # Earlier versions recorded nothing of the files.
+    records = [json.loads(line) for line in (tmp_path / RECORDS_NAME).read_text().splitlines()]
+    lines = (json.dumps({k: v for k, v in record.items() if k != "files"}) for record in records)
+    (tmp_path / RECORDS_NAME).write_text("".join(f"{line}\n" for line in lines))
+    assert trained() == {"a", "b"}

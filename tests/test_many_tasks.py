@@ -11,7 +11,13 @@ import pytest
 import torch
 from tfew_fixtures import VOCABULARY, random_base, state_bits, tiny_llama, tiny_t5, word_tokenizer
 from torch import Tensor
-from transformers import BloomConfig, MistralConfig, MixtralConfig
+from transformers import (
+    BloomConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    SwitchTransformersConfig,
+)
 
 from ia3 import IA3Config, IA3Error, IA3Model
 from ia3.base_model import BaseModel
@@ -44,6 +50,20 @@ EXPERTS = MixtralConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     num_local_experts=4,
+)
+# Its experts are modules in a list, each of which sees the tokens that are routed to it.
+LISTED_EXPERTS = SwitchTransformersConfig(
+    vocab_size=VOCABULARY,
+    d_model=32,
+    d_kv=8,
+    d_ff=48,
+    num_layers=2,
+    num_sparse_encoder_layers=1,
+    num_decoder_layers=2,
+    num_sparse_decoder_layers=1,
+    num_heads=4,
+    num_experts=4,
+    decoder_start_token_id=0,
 )
 RECIPE = TFewConfig(steps=20, batch_size=4, learning_rate=1e-2)
 
@@ -267,9 +287,17 @@ def test_tasks_may_begin_with_vectors_at_other_sites() -> None:
     assert difference(ended["b"].vectors, model.vectors("few")) < 1e-5
 
 
-def test_vectors_within_experts_are_refused() -> None:
-    base = random_base(EXPERTS)
-    model = IA3Model(base.model, IA3Config(paper_sites=True))
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (EXPERTS, IA3Config(paper_sites=True)),
+        (LISTED_EXPERTS, IA3Config(target_modules=["wo"], feedforward_modules=["wo"])),
+        (LISTED_EXPERTS, IA3Config(target_modules=["wi"], feedforward_modules=[])),
+    ],
+)
+def test_vectors_within_experts_are_refused(kind: PreTrainedConfig, config: IA3Config) -> None:
+    base = random_base(kind)
+    model = IA3Model(base.model, config)
     with pytest.raises(IA3Error, match="within experts"):
         train_many(base, model, {"a": unlike_tasks()["a"]})
 

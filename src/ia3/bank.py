@@ -11,7 +11,8 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -24,7 +25,7 @@ from .activations import device_of
 from .config import IA3Config
 from .errors import IA3Error, did_you_mean
 from .hub import CONFIG_NAME
-from .layout import KEY_PREFIX, KEY_SUFFIX, WEIGHTS_NAME
+from .layout import KEY_PREFIX, KEY_SUFFIX, PICKLED_NAME, WEIGHTS_NAME
 from .model import IA3Model, check_name
 from .routing import BASE
 from .rows import Gathered
@@ -53,8 +54,8 @@ class Registered:
     Attributes:
         name: its name.
         source: its folder; `None` for one that was given in memory.
-        resident: its values are on the device.
-        pinned: they stay there.
+        resident: its values are on the device, and can be used.
+        pinned: they stay there, or come back there as soon as they can be used again.
     """
 
     name: str
@@ -87,8 +88,8 @@ class _Signature:
     time: int
 
     @classmethod
-    def of(cls, folder: Path, file: os.stat_result) -> _Signature:
-        around = os.stat(folder)
+    def of(cls, folder: Path) -> _Signature:
+        file, around = os.stat(folder / WEIGHTS_NAME), os.stat(folder)
         return cls(
             (around.st_dev, around.st_ino, around.st_mtime_ns),
             file.st_dev,
@@ -136,17 +137,17 @@ class _Entry:
 
     Attributes:
         folder: of its files; `None` where `values` are all there is.
-        signature: of the version that is known.
         plan: how its values go into a row.
+        signature: of the version that is known.
         values: `[values]`, in the order of the plan.
-        slot: its row, if it is resident.
+        slot: its row, if it is resident. A pinned one keeps it, also where it cannot be used.
         pinned: it stays so.
         error: why it cannot be used.
     """
 
     folder: Path | None
+    plan: _Plan
     signature: _Signature | None = None
-    plan: _Plan | None = None
     values: Tensor | None = None
     slot: int | None = None
     pinned: bool = False
@@ -188,7 +189,8 @@ class AdapterBank:
             adapter has none. Rows that were never used take no memory on a CPU.
 
     Raises:
-        IA3Error: the capacity is less than one, or the model has a bank.
+        IA3Error: the capacity is no whole number from one, `dtype` is no floating one, or the model
+            has a bank.
     """
 
     def __init__(
@@ -198,10 +200,10 @@ class AdapterBank:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if capacity < 1:
-            raise IA3Error(f"capacity is {capacity}, expected at least 1")
-        if not dtype.is_floating_point:
-            raise IA3Error(f"dtype is {dtype}, expected a floating dtype")
+        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
+            raise IA3Error(f"capacity is {capacity!r}, expected a whole number, at least 1")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise IA3Error(f"dtype is {dtype!r}, expected a floating dtype")
         self.model = model if isinstance(model, IA3Model) else IA3Model.without_adapters(model)
         self.capacity = capacity
         self.device = device_of(self.model.model) if device is None else torch.device(device)
@@ -232,37 +234,50 @@ class AdapterBank:
     # -- adapters ---------------------------------------------------------------------------------
 
     def add(self, name: str, source: str | Path | Adapter, pinned: bool = False) -> None:
-        """Register an adapter; while there is room its values are loaded at once.
+        """Register an adapter. It is checked at once, and loaded while there is room.
 
         Args:
             name: new to the bank and its model, by the rules of `IA3Model.add_adapter`.
             source: the adapter's folder, or what `IA3Model.adapter` gives, whose values are kept
-                in memory.
+                in memory. Of the two forms of files only safetensors are read. A relative folder is
+                taken from where the process is now.
             pinned: it stays resident.
 
         Raises:
-            FileNotFoundError: there is no adapter in the folder.
-            IA3Error: the name is taken or malformed; the files are broken or do not fit the model;
-                the adapter has copies of modules (`modules_to_save`) or rescales experts; or it is
-                to be pinned and all slots are. The bank is then unchanged.
+            FileNotFoundError: there is no adapter in the folder, or none in safetensors.
+            IA3Error: the name is taken or malformed; the source is neither a folder nor an
+                `Adapter`; the files are broken or do not fit the model; the adapter has copies of
+                modules (`modules_to_save`) or rescales experts; or it is to be pinned and all slots
+                are. The bank is then unchanged.
         """
         with self._lock:
             self._check_open()
+            _check_text(name)
             check_name(name)
+            if not isinstance(source, str | os.PathLike | Adapter):
+                raise IA3Error(
+                    f"source is {source!r} ({type(source).__name__}), expected an adapter's folder "
+                    "or an Adapter"
+                )
             if name in self._entries or name in self.model.peft_config:
                 raise IA3Error(f"adapter {name!r} exists already: remove it or choose another")
+            if pinned:
+                self._check_room(name, frozenset())
             if isinstance(source, Adapter):
                 plan = self._planned(source, name)
-                entry = _Entry(None, plan=plan, values=_flat(source, plan).clone())
+                values = _flat(source, plan).clone()
+                entry = _Entry(None, plan, values=values)
             else:
-                entry = _Entry(Path(source))
-                entry.signature = _Signature.of(Path(source), _stat(Path(source)))
-            if self._free or pinned:
-                self._load(name, entry, keep=frozenset())
-            self._entries[name] = entry
+                folder = Path(source).absolute()
+                plan, values, signature = self._read(name, folder, None)
+                entry = _Entry(folder, plan, signature)
             entry.pinned = pinned
-            if entry.slot is not None and not pinned:
-                self._recent[name] = None
+            if self._free or pinned:
+                entry.slot = self._slot(name, frozenset())
+                self._write(entry.slot, plan, values)
+                if not pinned:
+                    self._recent[name] = None
+            self._entries[name] = entry
 
     def remove(self, name: str) -> None:
         """Forget an adapter. Calls that are routed to it go on with its values."""
@@ -275,7 +290,12 @@ class AdapterBank:
         """All adapters, in the order in which they were added."""
         with self._lock:
             return [
-                Registered(name, entry.folder, entry.slot is not None, entry.pinned)
+                Registered(
+                    name,
+                    entry.folder,
+                    entry.slot is not None and entry.error is None,
+                    entry.pinned,
+                )
                 for name, entry in self._entries.items()
             ]
 
@@ -298,13 +318,16 @@ class AdapterBank:
             if entry.pinned:
                 entry.pinned = False
                 self._recent[name] = None
+                if entry.error is not None:
+                    self._evict(name, entry)
 
     def refresh(self, names: Sequence[str] | None = None) -> Refreshed:
         """Take up adapters whose files were replaced (by a rename, as `save_pretrained` does).
 
         A call sees either the old values of an adapter or the new ones. An adapter whose file was
         written over in place or is broken cannot be used until it has been replaced and refreshed;
-        the others can. One whose file is gone can be used for as long as it is resident.
+        the others can. A pinned one stays so: its slot waits for it meanwhile. One whose file is
+        gone can be used for as long as it is resident.
 
         Args:
             names: all adapters if not given.
@@ -312,6 +335,8 @@ class AdapterBank:
         Raises:
             IA3Error: a name is unknown.
         """
+        if names is not None:
+            _check_texts(names)
         changed = []
         failed = {}
         for name in names or ():
@@ -349,16 +374,23 @@ class AdapterBank:
         """The values of adapters, of one version each; those that are not resident are loaded.
 
         Args:
-            names: different ones, of this bank's adapters or `BASE`.
-            index: which of them each row is to be.
+            names: of this bank's adapters, or `BASE`.
+            index: which of them each row is to be, `[rows]`.
 
         Raises:
-            IA3Error: an adapter is unknown or cannot be loaded, or they are more than there is
-                room for.
+            IA3Error: there are no rows, or one has none of the names; an adapter is unknown or
+                cannot be loaded, or they are more than there is room for.
         """
+        _check_texts(names)
+        counted = all(isinstance(place, int) and 0 <= place < len(names) for place in index)
+        if len(index) == 0 or not counted:
+            raise IA3Error(
+                f"index is {[*index]}, expected at least one row, and for each one its place among "
+                f"the {len(names)} names"
+            )
         with self._lock:
             self._check_open()
-            own = [name for name in names if name != BASE]
+            own = list(dict.fromkeys(name for name in names if name != BASE))
             self._make_resident(own)
             what = ([*names], [*index], self._version)
             if self._last is not None and self._last[0] == what:
@@ -372,7 +404,7 @@ class AdapterBank:
                     self.values.index_select(0, rows),
                     list(self._layout.sites),
                     list(self._layout.sizes),
-                    frozenset().union(*(plan.sites for plan in plans.values() if plan is not None)),
+                    frozenset().union(*(plan.sites for plan in plans.values())),
                 )
             self._last = what, gathered
             return gathered
@@ -394,42 +426,41 @@ class AdapterBank:
 
     def _load(self, name: str, entry: _Entry, keep: frozenset[str]) -> None:
         """Give an adapter a slot, and put its values there."""
-        plan, values = entry.plan, entry.values
-        signature = entry.signature
+        plan, values, signature = entry.plan, entry.values, entry.signature
         if entry.folder is not None:
-            known = name in self._entries
             try:
                 plan, values, signature = self._read(name, entry.folder, entry.signature)
             except (IA3Error, OSError) as error:
-                if not known:
-                    raise
                 entry.error = str(error)
                 raise IA3Error(f"adapter {name!r} cannot be used: {error}") from error
-        assert plan is not None
         assert values is not None
         slot = self._slot(name, keep)
         self._write(slot, plan, values)
         entry.slot, entry.plan, entry.signature = slot, plan, signature
 
     def _slot(self, name: str, keep: frozenset[str]) -> int:
+        self._check_room(name, keep)
         if not self._free:
-            # All of a batch were moved to the end.
-            oldest = next(iter(self._recent), None)
-            if oldest is None or oldest in keep:
-                pinned = self.capacity - len(self._recent)
-                raise IA3Error(
-                    f"no room for adapter {name!r}: of {self.capacity} slots {pinned} are pinned "
-                    f"and {len(keep & self._recent.keys())} are of the same batch; make a bank of "
-                    "more capacity, unpin some or split the batch"
-                )
+            oldest = next(iter(self._recent))
             self._evict(oldest, self._entries[oldest])
         return self._free.pop()
+
+    def _check_room(self, name: str, keep: frozenset[str]) -> None:
+        # All of a batch were moved to the end.
+        oldest = next(iter(self._recent), None)
+        if not self._free and (oldest is None or oldest in keep):
+            pinned = self.capacity - len(self._recent)
+            raise IA3Error(
+                f"no room for adapter {name!r}: of {self.capacity} slots {pinned} are pinned "
+                f"and {len(keep & self._recent.keys())} are of the same batch; make a bank of "
+                "more capacity, unpin some or split the batch"
+            )
 
     def _evict(self, name: str, entry: _Entry) -> None:
         self._version += 1
         if entry.slot is not None:
             self._free.append(entry.slot)
-            entry.slot, entry.pinned = None, False
+            entry.slot = None
             self._recent.pop(name, None)
 
     def _write(self, slot: int, plan: _Plan, values: Tensor) -> None:
@@ -452,14 +483,16 @@ class AdapterBank:
         if entry.folder is None:
             return False
         try:
-            signature = _Signature.of(entry.folder, _stat(entry.folder))
+            with _reading(entry.folder):
+                signature = _Signature.of(entry.folder)
             if signature == entry.signature and entry.error is None:
                 return False
             plan, values, signature = self._read(name, entry.folder, entry.signature)
         except (IA3Error, OSError) as error:
             if entry.slot is None or not isinstance(error, FileNotFoundError):
                 entry.error = str(error)
-                self._evict(name, entry)
+                if not entry.pinned:
+                    self._evict(name, entry)
             raise
         entry.error = None
         entry.plan, entry.signature = plan, signature
@@ -474,13 +507,11 @@ class AdapterBank:
     ) -> tuple[_Plan, Tensor, _Signature]:
         """An adapter's values from its files, of one version: the one that is known or another."""
         for _ in range(TRIES):
-            try:
-                before = _Signature.of(folder, _stat(folder))
+            with _reading(folder):
+                before = _Signature.of(folder)
                 config = bytes(_content(folder / CONFIG_NAME))
                 content = _content(folder / WEIGHTS_NAME)
-                after = _Signature.of(folder, _stat(folder))
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"no adapter in {folder}: {error.filename}") from error
+                after = _Signature.of(folder)
             if known is not None and after.is_overwritten(known):
                 raise IA3Error(
                     f"{folder / WEIGHTS_NAME} was written over in place, so that nobody knows "
@@ -566,6 +597,7 @@ class AdapterBank:
 
     def _entry(self, name: str) -> _Entry:
         self._check_open()
+        _check_text(name)
         if name not in self._entries:
             raise IA3Error(
                 f"no adapter {name!r} in this bank of {len(self._entries)}"
@@ -578,11 +610,35 @@ class AdapterBank:
             raise IA3Error("this bank was closed, or its model unloaded: make a new one")
 
 
-def _stat(folder: Path) -> os.stat_result:
+def _check_text(name: object) -> None:
+    if not isinstance(name, str):
+        raise IA3Error(f"an adapter's name is {name!r}, expected a text")
+
+
+def _check_texts(names: object) -> None:
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise IA3Error(f"names is {names!r}, expected a list of adapters' names")
+    for name in names:
+        _check_text(name)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Say what is wrong with a folder that has not the files of an adapter."""
     try:
-        return os.stat(folder / WEIGHTS_NAME)
+        yield
+    except NotADirectoryError as error:
+        raise IA3Error(
+            f"{folder} is not a folder: expected the one that {WEIGHTS_NAME} is in"
+        ) from error
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"no adapter in {folder}: {WEIGHTS_NAME} is not there") from error
+        missing = Path(error.filename).name
+        if missing == WEIGHTS_NAME and (folder / PICKLED_NAME).is_file():
+            raise FileNotFoundError(
+                f"no {WEIGHTS_NAME} in {folder}, and a bank does not read {PICKLED_NAME}: load it "
+                "with IA3Model.from_pretrained, and save_pretrained writes the other"
+            ) from error
+        raise FileNotFoundError(f"no adapter in {folder}: {missing} is not there") from error
 
 
 def _content(path: Path) -> bytearray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from .config import IA3Config, matches_feedforward
 from .errors import IA3Error, did_you_mean
 from .store import Adapter
+
+if TYPE_CHECKING:
+    from .structure import Frozen
 
 CombinationType = Literal["linear", "average", "geometric_mean", "task_arithmetic", "ties"]
 MajoritySign = Literal["total", "frequency"]
@@ -63,6 +66,7 @@ def combine(
         IA3Error: they are of different base models, have vectors of different shapes or sides, or
             copies of the same module (`modules_to_save`); or the weights do not fit.
     """
+    weights = _numbers(weights)
     _check_arguments(adapters, weights, combination_type, density, majority_sign_method)
     base = _common_base(adapters)
     copies = _copies(adapters)
@@ -73,30 +77,31 @@ def combine(
         share = TIES_DENSITY if density is None else density
         task_vectors = [_trimmed(adapter, share) for _, adapter in adapters]
     combined: dict[str, Tensor] = {}
+    frozen: dict[str, Frozen] = {}
     for name, shape in shapes.items():
         if combination_type == "linear":
-            combined[name] = _linear(name, vectors, weights)
-            continue
-        device = next(each[name].device for each in vectors if name in each)
-        neutral = torch.ones(shape, dtype=torch.float64, device=device)
-        stack = torch.stack([each.get(name, neutral).to(neutral) for each in vectors])
-        if combination_type == "average":
-            value = _weighted(stack, weights) / sum(weights)
-        elif combination_type == "geometric_mean":
-            value = _geometric_mean(stack, weights, name)
-        elif combination_type == "task_arithmetic":
-            value = 1 + _weighted(stack - 1, weights)
+            value = _linear(name, vectors, weights)
         else:
-            trimmed = [each.get(name, neutral - 1).to(neutral) for each in task_vectors]
-            value = 1 + _disjoint_mean(torch.stack(trimmed), weights, majority_sign_method)
+            device = next(each[name].device for each in vectors if name in each)
+            neutral = torch.ones(shape, dtype=torch.float64, device=device)
+            stack = torch.stack([each.get(name, neutral).to(neutral) for each in vectors])
+            if combination_type == "average":
+                value = _weighted(stack, weights) / sum(weights)
+            elif combination_type == "geometric_mean":
+                value = _geometric_mean(stack, weights, name)
+            elif combination_type == "task_arithmetic":
+                value = 1 + _weighted(stack - 1, weights)
+            else:
+                trimmed = [each.get(name, neutral - 1).to(neutral) for each in task_vectors]
+                value = 1 + _disjoint_mean(torch.stack(trimmed), weights, majority_sign_method)
+        stay = torch.ones(math.prod(shape), dtype=torch.bool)
+        for _, adapter in adapters:
+            if name in adapter.vectors:
+                stay &= _staying_one(adapter, name)
+        if stay.any():
+            frozen[name] = _ranges(stay)
+            value = value.masked_fill(stay.reshape(shape).to(value.device), 1.0)
         combined[name] = value.float()
-    frozen = {}
-    for name in shapes:
-        having = [
-            adapter.frozen.get(name, ()) for _, adapter in adapters if name in adapter.vectors
-        ]
-        if having[0] and all(_same_ranges(each, having[0]) for each in having):
-            frozen[name] = having[0]
     config = _config([adapter.config for _, adapter in adapters], list(shapes), feedforward)
     return Adapter(config, combined, copies, frozen, base)
 
@@ -138,10 +143,7 @@ def _trimmed(adapter: Adapter, density: float) -> dict[str, Tensor]:
     changes = {name: vector.double() - 1 for name, vector in _filled(adapter).items()}
     trained = []
     for name, change in changes.items():
-        free = torch.ones(change.numel(), dtype=torch.bool)
-        for start, end in adapter.frozen.get(name, ()):
-            free[start:end] = False
-        trained.append(change.reshape(-1).cpu()[free].abs())
+        trained.append(change.reshape(-1).cpu()[~_staying_one(adapter, name)].abs())
     sizes = torch.cat(trained) if trained else torch.zeros(0)
     keep = int(density * len(sizes))
     # Values of the same size are kept or dropped together, so that their order decides nothing.
@@ -160,15 +162,40 @@ def _disjoint_mean(changes: Tensor, weights: Sequence[float], method: MajoritySi
 def _filled(adapter: Adapter) -> dict[str, Tensor]:
     """The vectors with their frozen values one."""
     vectors = dict(adapter.vectors)
-    for name, ranges in adapter.frozen.items():
-        flat = vectors[name].clone().reshape(-1)
-        for start, end in ranges:
-            flat[start:end] = 1
-        vectors[name] = flat.reshape(vectors[name].shape)
+    for name in adapter.frozen:
+        stay = _staying_one(adapter, name).reshape(vectors[name].shape)
+        vectors[name] = vectors[name].masked_fill(stay.to(vectors[name].device), 1.0)
     return vectors
 
 
+def _staying_one(adapter: Adapter, name: str) -> Tensor:
+    """`[values]`, bool, on the CPU: the values of a vector that stay one."""
+    stay = torch.zeros(adapter.vectors[name].numel(), dtype=torch.bool)
+    for start, end in adapter.frozen.get(name, ()):
+        stay[start:end] = True
+    return stay
+
+
+def _ranges(stay: Tensor) -> Frozen:
+    """The half-open ranges in which a mask is true, ascending."""
+    steps = torch.nn.functional.pad(stay.int(), (1, 1)).diff()
+    starts, ends = ((steps == sign).nonzero().flatten().tolist() for sign in (1, -1))
+    return tuple(zip(starts, ends, strict=True))
+
+
 # -- what goes together ---------------------------------------------------------------------------
+
+
+def _numbers(weights: Any) -> list[float]:
+    try:
+        given = list(weights)
+        if any(isinstance(weight, str | bytes) for weight in given):
+            raise TypeError("a text is no number")
+        return [float(weight) for weight in given]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise IA3Error(
+            f"the weights are {weights!r}, expected a list of finite numbers, one for each adapter"
+        ) from error
 
 
 def _check_arguments(
@@ -198,7 +225,7 @@ def check_combination(
     if combination_type not in types:
         raise IA3Error(
             f"no combination_type {combination_type!r}: expected one of {', '.join(types)}"
-            f"{did_you_mean(combination_type, types)}"
+            f"{did_you_mean(str(combination_type), types)}"
         )
     if majority_sign_method not in methods:
         raise IA3Error(
@@ -208,8 +235,8 @@ def check_combination(
     if combination_type != "ties" and (density is not None or majority_sign_method != "total"):
         option = "majority_sign_method" if density is None else "density"
         raise IA3Error(f"{option} belongs to 'ties', and says nothing for {combination_type!r}")
-    if density is not None and not 0 < density <= 1:
-        raise IA3Error(f"density is {density}, expected a share above 0, and 1 at most")
+    if density is not None and (not isinstance(density, int | float) or not 0 < density <= 1):
+        raise IA3Error(f"density is {density!r}, expected a share above 0, and 1 at most")
 
 
 def _common_base(adapters: Sequence[tuple[str, Adapter]]) -> Any:
@@ -276,10 +303,6 @@ def _sites(
 
 def _described(shape: tuple[int, ...], side: bool) -> str:
     return f"{list(shape)} on the {'input' if side else 'output'}"
-
-
-def _same_ranges(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> bool:
-    return [tuple(each) for each in one] == [tuple(each) for each in other]
 
 
 def _config(configs: Sequence[IA3Config], names: list[str], feedforward: list[str]) -> IA3Config:

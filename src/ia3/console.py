@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 screen = Console(stderr=True, emoji=False)
 
 
+def visible(text: str) -> str:
+    """The text in one line; what a terminal would obey is escaped, as in Python's `repr`."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 @contextmanager
 def training_bar(steps: int) -> Iterator[Any]:
     """A progress bar of training, with loss and rate; yields the `on_step` that moves it."""

@@ -18,9 +18,11 @@ from .adapted import adapted, all_linear
 from .base_model import BaseModel
 from .config import IA3Config
 from .errors import IA3Error, did_you_mean
-from .estimator import FewShotClassifier, adapter_to_begin_with, training_set
+from .estimator import TASK_NAME, FewShotClassifier, adapter_to_begin_with, training_set
 from .files import check_folder
 from .fingerprint import fingerprint
+from .hub import CONFIG_NAME
+from .layout import WEIGHTS_NAME
 from .model import DEFAULT_ADAPTER, IA3Model, check_name
 from .ranking import LabelledTexts, Text, encode_all
 from .records import append_record, read_records
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 
 # In `out`, beside the tasks' folders: a line for each task that is finished.
 RECORDS_NAME = "ia3_many.jsonl"
+# A classifier's own files.
+FILES = (WEIGHTS_NAME, CONFIG_NAME, TASK_NAME)
+# The name of a file has 255 bytes at most, and a new folder is written under a longer name first.
+LONGEST_NAME = 240
 # So many tasks are trained at a time. Of more, some are finished and kept before others begin.
 AT_ONCE = 64
 
@@ -68,12 +74,12 @@ def fit_many(
 
     Args:
         tasks: name -> texts and labels, as `FewShotClassifier.fit` takes them. Names are adapters':
-            without dots, slashes and white space.
+            without dots, slashes and white space; in UTF-8 they have at most 240 bytes.
         classifier: the settings of all tasks, or name -> a task's own; they stay unfitted. All
             are of one base model.
         out: a folder in which each task's classifier is saved under its name as soon as it is
-            fitted. The same call after a break trains only what is not there yet, or had other
-            data or settings.
+            fitted. The same call after a break trains only what is not there yet, had other data
+            or settings, or was written over since.
         on_step: called after every step of every task, with the task's name. Where it returns true,
             that task ends with this step.
         max_tokens: computed at once, of all tasks together; by default the least of the
@@ -95,8 +101,9 @@ def fit_many(
     prepared: dict[str, _Prepared] = {}
     failures: dict[str, IA3Error] = {}
     fitted: dict[str, FewShotClassifier] = {}
-    for name, (texts, labels) in tasks.items():
+    for name, data in tasks.items():
         try:
+            texts, labels = _texts_and_labels(data)
             with _naming_in_warnings(name):
                 task = prepare(classifiers[name], texts, labels)
         except (IA3Error, FileNotFoundError) as error:
@@ -104,7 +111,7 @@ def fit_many(
             continue
         record = finished.get(name)
         if out is not None and record is not None and record["digest"] == task.digest:
-            adapter = _read_back(Path(out) / name)
+            adapter = _read_back(Path(out) / name, record.get("files"))
             if adapter is not None:
                 history = [TrainingStep(**step) for step in record["history"]]
                 classifiers[name]._keep_fit(task.task, adapter, history)
@@ -120,6 +127,7 @@ def fit_many(
             record = {
                 "task": name,
                 "digest": prepared[name].digest,
+                "files": _hashes(Path(out) / name),
                 "history": [asdict(step) for step in history],
             }
             append_record(Path(out) / RECORDS_NAME, record)
@@ -150,6 +158,12 @@ def _classifiers(
             check_name(name)
         except IA3Error as error:
             raise IA3Error(f"a task is saved under its name: {error}") from error
+        size = len(name.encode("utf-8", "surrogatepass"))
+        if size > LONGEST_NAME:
+            raise IA3Error(
+                f"a task is saved under its name: {name[:20]!r}... has {size} bytes, expected "
+                f"{LONGEST_NAME} at most"
+            )
     if not isinstance(given, Mapping):
         given = dict.fromkeys(tasks, FewShotClassifier() if given is None else given)
     for name in tasks:
@@ -175,6 +189,18 @@ def _one_base(classifiers: Mapping[str, FewShotClassifier]) -> BaseModel:
                 f"{base.name!r}: expected one model, on one device and in one dtype, for all tasks"
             )
     return base
+
+
+def _texts_and_labels(data: object) -> tuple[Any, Any]:
+    """A task's data, which may come from anywhere."""
+    if not isinstance(data, Sequence) or isinstance(data, str) or len(data) != 2:
+        length = f" and length {len(data)}" if isinstance(data, Sequence) else ""
+        raise IA3Error(
+            f"the data is of type {type(data).__name__}{length}, expected a pair of texts and "
+            "labels"
+        )
+    texts, labels = data
+    return texts, labels
 
 
 @contextmanager
@@ -267,7 +293,10 @@ class _Preparing:
 
     def _config(self, upper_blocks: int | None) -> IA3Config:
         if upper_blocks not in self._configs:
-            self._configs[upper_blocks] = all_linear(self._base, upper_blocks)
+            config = all_linear(self._base, upper_blocks)
+            with adapted(self._base, config, None):
+                check_not_within_experts(self._base.model)
+            self._configs[upper_blocks] = config
         return self._configs[upper_blocks]
 
     def _start(self, init_from: str | Path | store.Adapter) -> store.Adapter:
@@ -375,9 +404,18 @@ def _is_record(record: dict[str, Any]) -> bool:
     return isinstance(record.get("task"), str) and isinstance(record.get("digest"), str)
 
 
-def _read_back(folder: Path) -> store.Adapter | None:
-    """The adapter that was saved; `None` where it is gone or broken, and is trained again."""
+def _hashes(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256 of what is in it, of a saved classifier."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES}
+
+
+def _read_back(folder: Path, hashes: object) -> store.Adapter | None:
+    """The adapter that was saved; `None` where it has to be trained again.
+
+    It may be gone or broken. Or another one may have been saved in its place, also by a training
+    that was killed before it could record that.
+    """
     try:
-        return store.read_adapter(folder)
-    except (FileNotFoundError, IA3Error):
+        return store.read_adapter(folder) if _hashes(folder) == hashes else None
+    except (FileNotFoundError, NotADirectoryError, IA3Error):
         return None

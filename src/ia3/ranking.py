@@ -203,7 +203,7 @@ def _examples(texts: Sequence[Text]) -> list[Mapping[str, Any]]:
     if hasattr(texts, "to_dict") and hasattr(texts, "columns"):
         texts = texts.to_dict("records")
     examples: list[Mapping[str, Any]] = []
-    for row, text in enumerate(texts):
+    for row, text in enumerate(_listed("texts", texts)):
         if isinstance(text, str):
             examples.append({TEXT: str(text)})
         elif isinstance(text, Mapping):
@@ -219,7 +219,9 @@ def _examples(texts: Sequence[Text]) -> list[Mapping[str, Any]]:
 
 
 def _labels(labels: ArrayLike, count: int) -> list[Label]:
-    plain: list[Any] = np.asarray(labels).tolist() if hasattr(labels, "dtype") else list(labels)  # type: ignore[arg-type]
+    if isinstance(labels, str | Mapping):
+        raise IA3Error(f"labels is one {type(labels).__name__}, expected a list of labels")
+    plain = _listed("labels", np.asarray(labels).tolist() if hasattr(labels, "dtype") else labels)
     plain = [label.item() if isinstance(label, np.generic) else label for label in plain]
     if len(plain) != count:
         raise IA3Error(f"there are {count} texts and {len(plain)} labels: expected one each")
@@ -229,6 +231,15 @@ def _labels(labels: ArrayLike, count: int) -> list[Label]:
                 f"label {row} is {label!r} ({type(label).__name__}), expected a string or integer"
             )
     return plain
+
+
+def _listed(name: str, given: Any) -> list[Any]:
+    try:
+        return list(given)
+    except TypeError as error:
+        raise IA3Error(
+            f"{name} is {given!r} ({type(given).__name__}), expected a list of {name}"
+        ) from error
 
 
 def _order(label: Label) -> tuple[str, Any]:

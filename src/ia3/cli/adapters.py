@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..console import counting_bar
+from ..console import counting_bar, visible
 from ..errors import IA3Error
 from ..files import check_folder, write_file, write_files
 from .options import Json, ReplaceAdapter, check_out, print_json, say
@@ -410,15 +410,15 @@ def _print_facts(
     table.add_column(style="dim", overflow="fold")
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(name, Text(value))
+        table.add_row(name, Text(visible(value)))
     if outline is not None:
         config = outline.config
         if outline.base is not None:
-            table.add_row("model type", Text(outline.base.model_type))
+            table.add_row("model type", Text(visible(outline.base.model_type)))
         for name in ("task_type", "target_modules", "feedforward_modules", "modules_to_save"):
             value = getattr(config, name)
             if value:
-                shown = value if isinstance(value, str) else ", ".join(sorted(value))
+                shown = visible(value if isinstance(value, str) else ", ".join(sorted(value)))
                 table.add_row(name, Text(shown if len(shown) < 400 else f"{shown[:400]}…"))
     console.print(table)
 
@@ -470,6 +470,7 @@ def _print_rows(
     Args:
         names: how many of the first columns are names, which may be broken into lines.
     """
+    rows = [[visible(value) for value in row] for row in rows]
     table = Table(title=title or None)
     for name in header[:names]:
         table.add_column(name, overflow="fold", min_width=12)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..console import training_bar_of_many
+from ..console import training_bar_of_many, visible
 from ..errors import IA3Error
 from ..files import check_folder
 from .labelled import label_named, read_source
@@ -123,10 +123,11 @@ def _table(results: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("adapter, or what is wrong", overflow="fold")
     for result in results:
         loss = result.get("final_loss")
+        end = visible(result.get("adapter") or result["error"])
         table.add_row(
-            Text(result["task"]),
+            Text(visible(result["task"])),
             *("" if result.get(key) is None else str(result[key]) for key in ("examples", "steps")),
             "" if loss is None else f"{loss:.3f}",
-            Text(result.get("adapter") or result["error"], "red" if "error" in result else ""),
+            Text(end, "red" if "error" in result else ""),
         )
     return table

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from ..console import screen
+from ..console import screen, visible
 from ..embedded_model import EMBEDDED_MODEL
 from ..errors import IA3Error
 from ..files import write_stdout
@@ -83,10 +83,12 @@ def silence_loading() -> None:
 
 def print_json(**values: Any) -> None:
     """One JSON object on standard output."""
-    write_stdout(f"{json.dumps(values, ensure_ascii=False)}\n".encode())
+    # A name of a file that is not UTF-8 becomes escapes, which are JSON's too.
+    text = json.dumps(values, ensure_ascii=False)
+    write_stdout(f"{text}\n".encode(errors="backslashreplace"))
 
 
 def say(message: str, kind: str = "", style: str = "") -> None:
     """One line on standard error."""
-    line = " ".join(message.splitlines())
+    line = visible(" ".join(message.splitlines()))
     screen.print(Text.assemble((kind, style), " " if kind else "", line), soft_wrap=True)

@@ -9,6 +9,7 @@ from rich.columns import Columns
 from rich.table import Table
 from rich.text import Text
 
+from ..console import visible
 from .maps import SiteMap
 
 # The page's colours.
@@ -50,11 +51,15 @@ def _table(of: SiteMap, columns: range) -> Table:
     names = short_sites(of.sites)
     for column in columns:
         table.add_column(
-            Text(names[column]), justify="right", overflow="fold", min_width=_CELL, max_width=12
+            Text(visible(names[column])),
+            justify="right",
+            overflow="fold",
+            min_width=_CELL,
+            max_width=12,
         )
     for row, layer in enumerate(of.layers):
         cells = [_cell(of, float(of.values[row, column])) for column in columns]
-        table.add_row(Text(layer), *cells)
+        table.add_row(Text(visible(layer)), *cells)
     return table
 
 

@@ -22,6 +22,7 @@ from ..base_model import BaseModel
 from ..errors import IA3Error
 from ..model import IA3Model
 from ..routing import Route, entered
+from ..rows import is_within_experts
 from ..sites import Site, sites
 from .encoding import EncodedExample
 from .kept_states import KeptStates, kept_states
@@ -455,10 +456,10 @@ class _Stacks:
 def check_not_within_experts(model: nn.Module) -> None:
     """Raise `IA3Error` where a model has vectors that rows cannot have of their own."""
     for name, _, site in sites(model):
-        if site.side == "inner":
+        if is_within_experts(name, site.side):
             raise IA3Error(
-                f"{name!r} has vectors within experts, whose activations are in no rows: such "
-                "tasks cannot be mixed, fit them one after the other"
+                f"{name!r} has vectors within experts, whose activations are not in the order of "
+                "the batch's rows: such tasks cannot be mixed, fit them one after the other"
             )
 
 
