@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tfew_fixtures import VOCABULARY, random_base, state_bits, tiny_llama, tiny_t5, word_tokenizer
 from torch import Tensor
 from transformers import (
@@ -25,7 +27,7 @@ from ia3.sites import sites
 from ia3.tfew import TFewConfig, TFewTrainer, TrainingExample, TrainingStep, train
 from ia3.tfew import training_arguments as make_arguments
 from ia3.tfew.encoding import EncodedExample
-from ia3.tfew.many_tasks import Ended, TaskToTrain, batches, train_many
+from ia3.tfew.many_tasks import PADDING, Ended, TaskToTrain, _passes, _Piece, batches, train_many
 from ia3.tfew.training import DivergedError
 
 BLOOM = BloomConfig(
@@ -313,3 +315,20 @@ def test_values_that_stay_one_stay_one() -> None:
     for vector in ended["a"].vectors.values():
         assert (vector.flatten()[:5] == 1).all()
         assert (vector.flatten()[5:] != 1).all()
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 900), st.integers(1, 4)), min_size=1), st.integers(1, 4096)
+)
+def test_a_short_task_is_not_filled_up_to_a_long_one(
+    sizes: list[tuple[int, int]], max_tokens: int
+) -> None:
+    """A row of 50 tokens beside one of 900 would cost eighteen times as much as alone."""
+    pieces = [_Piece(None, (i,), rows, n, None, False) for i, (n, rows) in enumerate(sizes)]  # type: ignore[arg-type]
+    passes = list(_passes(pieces, max_tokens))
+    assert sorted(piece.members for of in passes for piece in of) == [p.members for p in pieces]
+    for of_pass in passes:
+        longest = max(piece.length for piece in of_pass)
+        assert longest - min(p.length for p in of_pass) <= max(PADDING, longest // 4)
+        tokens = longest * sum(piece.rows for piece in of_pass)
+        assert tokens <= max_tokens or len(of_pass) == 1

@@ -48,6 +48,9 @@ from .training import (
     template_draws,
 )
 
+# Tokens that rows may be filled up with: about what reading the weights once more costs.
+PADDING = 32
+
 
 @dataclass(frozen=True)
 class TaskToTrain:
@@ -331,7 +334,8 @@ def _pieces(
 def _passes(pieces: Sequence[_Piece], max_tokens: int) -> Iterator[list[_Piece]]:
     """The pieces that are computed at once, of like lengths.
 
-    A piece of more tokens is a pass of its own.
+    A row is filled up with no more than `PADDING` tokens, or a quarter of the longest: beyond that
+    a pass of its own costs less. So does a piece of more tokens than `max_tokens`.
     """
     kinds: dict[tuple[bool, bool], list[_Piece]] = {}
     for piece in pieces:
@@ -341,7 +345,8 @@ def _passes(pieces: Sequence[_Piece], max_tokens: int) -> Iterator[list[_Piece]]
         rows = 0
         for piece in sorted(of_kind, key=lambda piece: -piece.length):
             longest = of_pass[0].length if of_pass else piece.length
-            if of_pass and (rows + piece.rows) * longest > max_tokens:
+            padded = longest - piece.length > max(PADDING, longest // 4)
+            if of_pass and (padded or (rows + piece.rows) * longest > max_tokens):
                 yield of_pass
                 of_pass, rows = [], 0
             of_pass.append(piece)
