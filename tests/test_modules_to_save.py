@@ -248,6 +248,16 @@ def test_only_one_of_two_heads_can_be_active() -> None:
     assert torch.equal(result(model, "SEQ_CLS"), expected)
 
 
+def test_two_heads_that_are_refused_leave_the_adapter_merged() -> None:
+    model = adapted("SEQ_CLS", seed=1)
+    model.add_adapter("other", IA3Config(task_type="SEQ_CLS"))
+    model.merge_adapter()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(IA3Error, match="only one"):
+        model.set_adapter(["default", "other"])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_a_head_and_an_adapter_without_one_are_active_together() -> None:
     task = "SEQ_CLS"
     model = adapted(task, seed=1)

@@ -234,17 +234,17 @@ class IA3Model(nn.Module):
         """
         names = self._named(adapter_name)
         found = self._found()
+        if found.copies:
+            self._check_one_copy(names)
         if self._merge.adapters:
             warnings.warn("adapters are merged; they are unmerged first", stacklevel=2)
             self.unmerge_adapter()
             found = self._found()
         with ExitStack() as alone:
-            if found.copies:
-                self._check_one_copy(names)
-                if any(name in copies for name in names for _, _, copies in found.copies):
-                    alone.enter_context(
-                        self._unrouted("set_adapter of an adapter with modules_to_save")
-                    )
+            if any(name in copies for name in names for _, _, copies in found.copies):
+                alone.enter_context(
+                    self._unrouted("set_adapter of an adapter with modules_to_save")
+                )
             self._require_grad(names, inference_mode, found)
             self._activate(names, found)
 
