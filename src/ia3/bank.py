@@ -30,7 +30,7 @@ from .model import IA3Model, check_name
 from .routing import BASE
 from .rows import Gathered
 from .sites import Site
-from .store import Adapter, parse_adapter
+from .store import DTYPES, Adapter, parse_adapter
 
 # The row of the base model.
 BASE_SLOT = 0
@@ -40,10 +40,7 @@ TRIES = 5
 
 # The format's names of the dtypes that are copied as they are.
 COPIED = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
+    DTYPES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
 
 

@@ -118,7 +118,8 @@ def inspect(
                     ],
                 }
             )
-            by_site = site_statistics(vectors)
+            if len(adapters) == 1:
+                by_site = site_statistics(vectors)
     named = list(zip(map(str, adapters), grids, strict=True))
     if html is not None:
         title = str(adapters[0]) if len(adapters) == 1 else f"{len(adapters)} adapters"
@@ -252,9 +253,7 @@ def combine(
     out: Annotated[Path, typer.Option(help="Folder for the new adapter.")],
     combination_type: Annotated[
         str,
-        typer.Option(
-            help="linear, average, geometric_mean, task_arithmetic or ties.",
-        ),
+        typer.Option(help="linear, average, geometric_mean, task_arithmetic or ties."),
     ] = "average",
     weights: Annotated[
         str | None,

@@ -44,6 +44,7 @@ from .training import (
     TrainingStep,
     count,
     linear_schedule,
+    not_finite,
     random_state_kept,
     template_draws,
 )
@@ -141,7 +142,7 @@ def train_many(
                     continue
                 del training[name]
                 vectors = {} if error else stacks.vectors(task.index)
-                error = error or _not_finite(vectors, record.step)
+                error = error or not_finite(vectors, record.step)
                 ended[name] = Ended({} if error else vectors, task.history, error)
                 if on_end is not None:
                     on_end(name, ended[name])
@@ -155,13 +156,6 @@ def _kept(base: BaseModel, ia3_model: IA3Model, tasks: Sequence[TaskToTrain]) ->
     examples = [e for task in tasks for example in task.examples for e in example.encoded]
     draws = sum(task.config.steps * task.config.batch_size for task in tasks)
     return kept_states(base, examples, draws)
-
-
-def _not_finite(vectors: Mapping[str, Tensor], step: int) -> DivergedError | None:
-    for module, vector in vectors.items():
-        if not torch.isfinite(vector).all():
-            return DivergedError(step, f"the vector of {module!r} is not finite")
-    return None
 
 
 # -- a task's batches ------------------------------------------------------------------------------

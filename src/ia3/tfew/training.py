@@ -202,10 +202,18 @@ def train(
             trainer.add_callback(_OnStep(trainer.history, on_step))
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     for name in ia3_model.active_adapters:
-        for module, vector in ia3_model.vectors(name).items():
-            if not torch.isfinite(vector).all():
-                raise DivergedError(config.steps, f"the vector of {module!r} is not finite")
+        error = not_finite(ia3_model.vectors(name), config.steps)
+        if error is not None:
+            raise error
     return trainer.history
+
+
+def not_finite(vectors: Mapping[str, Tensor], step: int) -> DivergedError | None:
+    """What is wrong with vectors (by module) after a step that made them infinite or no numbers."""
+    for module, vector in vectors.items():
+        if not torch.isfinite(vector).all():
+            return DivergedError(step, f"the vector of {module!r} is not finite")
+    return None
 
 
 def training_arguments(
