@@ -39,6 +39,12 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
         assert now[aspect] == value, aspect
 
 
+def hooks_on(module: nn.Module) -> int:
+    """What is called with a module beside what it computes itself; a forward put on it is one."""
+    forward = "forward" in module.__dict__
+    return len(module._forward_hooks) + len(module._forward_pre_hooks) + forward
+
+
 def weights(model: nn.Module) -> dict[str, bytes | None]:
     """Parameter name -> bits, of the base model alone."""
     return {name: _bits(p) for name, p in model.named_parameters() if "ia3_l" not in name}

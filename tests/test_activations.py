@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from conftest import MakeInputs, MakeModel
-from snapshots import assert_unchanged, snapshot
+from snapshots import assert_unchanged, hooks_on, snapshot
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -236,7 +236,7 @@ def test_modules_that_cannot_be_rescaled_are_named(kind: str, side: str) -> None
         return [
             list(base.state_dict()),
             [parameter.requires_grad for parameter in base.parameters()],
-            [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in base.modules()],
+            [hooks_on(module) for module in base.modules()],
         ]
 
     before = state()

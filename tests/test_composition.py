@@ -13,6 +13,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, VOCABULARY, batch, build, output
 from pairs import Adapted, adapted_pair, randomize, relative, vectors
+from snapshots import hooks_on
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -58,9 +59,7 @@ def gradients(model: Adapted) -> dict[str, Tensor]:
 
 
 def hooks(model: nn.Module) -> dict[str, int]:
-    counts = {
-        n: len(m._forward_hooks) + len(m._forward_pre_hooks) for n, m in model.named_modules()
-    }
+    counts = {name: hooks_on(module) for name, module in model.named_modules()}
     return {name: count for name, count in counts.items() if count}
 
 

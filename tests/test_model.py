@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from conftest import MakeInputs, MakeModel
+from snapshots import hooks_on
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -268,7 +269,7 @@ def test_unload_gives_back_the_model(
     assert same_bits(bits(base), before)
     assert [parameter.requires_grad for parameter in base.parameters()] == trained
     assert all(parameter.grad is None for parameter in base.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+    assert not any(map(hooks_on, base.modules()))
     assert torch.equal(logits(base, inputs), expected)
     IA3Model(base, IA3Config())  # and it can be adapted again
 
@@ -328,7 +329,7 @@ def test_merge_and_unload_keeps_the_merged_weights(
     assert model.merge_and_unload() is tiny_llama
     assert relative(logits(tiny_llama, inputs), expected) < 1e-6
     assert list(tiny_llama.state_dict()) == keys
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny_llama.modules())
+    assert not any(map(hooks_on, tiny_llama.modules()))
 
 
 def test_merging_on_top_of_a_merge(tiny_llama: PreTrainedModel, make_inputs: MakeInputs) -> None:
@@ -342,7 +343,7 @@ def test_merging_on_top_of_a_merge(tiny_llama: PreTrainedModel, make_inputs: Mak
     assert relative(logits(model, inputs), expected) < 1e-6  # b still multiplies
     model.merge_adapter(["b"])
     assert relative(logits(model, inputs), expected) < 1e-6
-    assert not any(module._forward_hooks for module in tiny_llama.modules())
+    assert not any(map(hooks_on, tiny_llama.modules()))
     model.unmerge_adapter()
     assert same_bits(bits(tiny_llama), before)
     assert torch.equal(logits(model, inputs), expected)
@@ -561,7 +562,7 @@ def test_deepcopy_is_independent(tiny_llama: PreTrainedModel, make_inputs: MakeI
     twin.merge_adapter()
     unloaded = copy.deepcopy(twin).unload()
     assert torch.equal(logits(unloaded, inputs), base_logits)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unloaded.modules())
+    assert not any(map(hooks_on, unloaded.modules()))
 
 
 def test_compiled_without_a_graph_break(

@@ -18,6 +18,7 @@ from architectures import ARCHITECTURES, VOCABULARY, batch, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import randomize, relative, vectors
+from snapshots import hooks_on
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -82,7 +83,7 @@ def picked(of: dict[str, Tensor], names: Sequence[str]) -> Tensor:
 
 
 def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return sum(map(hooks_on, model.modules()))
 
 
 # -- rows ------------------------------------------------------------------------------------------

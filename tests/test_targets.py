@@ -15,6 +15,7 @@ from peft.utils.constants import (
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as PEFT_TARGETS,
 )
+from snapshots import hooks_on
 from torch import nn
 from transformers import (
     BertConfig,
@@ -48,9 +49,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     return {
         "keys": list(model.state_dict()),
         "modules": [(name, id(module)) for name, module in model.named_modules()],
-        "hooks": [
-            len(m._forward_hooks) + len(m._forward_pre_hooks) for _, m in model.named_modules()
-        ],
+        "hooks": [hooks_on(module) for module in model.modules()],
         "trained": [parameter.requires_grad for parameter in model.parameters()],
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from snapshots import hooks_on
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
@@ -123,14 +124,8 @@ def state_bits(model: nn.Module) -> dict[str, Tensor]:
 
 
 def hook_count(model: nn.Module) -> int:
-    """Forward, pre-forward and backward hooks on all modules."""
+    """Forwards put on modules, and forward, pre-forward and backward hooks, on all modules."""
     return sum(
-        len(hooks)
+        hooks_on(module) + len(module._backward_hooks) + len(module._backward_pre_hooks)
         for module in model.modules()
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
     )

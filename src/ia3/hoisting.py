@@ -73,10 +73,14 @@ class Carriers:
         modules = self._model.modules()
         return Counter(id(c) for module in modules for c in module._modules.values() if c)
 
+    def parent(self, name: str) -> nn.Module:
+        """The module that holds the one of this name."""
+        return self._model.get_submodule(name.rpartition(".")[0])
+
     def of(self, down_name: str) -> Carrier | None:
         """The carrier for a down projection's input; `None` where there is none."""
-        parent_name, _, down = down_name.rpartition(".")
-        parent = self._model.get_submodule(parent_name)
+        down = down_name.rpartition(".")[2]
+        parent = self.parent(down_name)
         kind = (down, _kind(parent))
         if kind not in self._found or kind[1] is None:
             self._found[kind] = up_projection(parent, down)

@@ -6,23 +6,25 @@ Its vectors are its parameters, one per adapter, so that they move, save and tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
+from torch.compiler import is_compiling
 
 from . import experts
 from .copies import Copies, allow_plain_checkpoint, copies_of
 from .errors import IA3Error
 from .hoisting import Carrier, Carriers
-from .rescale import rescale
+from .hooks import Input, OutputHandle
 from .routing import factor_of, is_routed
 from .structure import Frozen
 from .targets import ATTRIBUTE, Target
+
+Handle = Input | OutputHandle | experts.Handle
 
 
 class Site(nn.Module):
@@ -39,6 +41,7 @@ class Site(nn.Module):
         routed: a route may be on, which is asked before the active adapters are.
         banked: a bank has values for it, so that it stays without vectors of its own.
         merged: the adapters that are part of the weights.
+        seen: its hooks must be hooks: where it finds none, the module's parent never calls it.
     """
 
     def __init__(self, target: Target) -> None:
@@ -53,9 +56,11 @@ class Site(nn.Module):
         self.carrier: Carrier | None = None
         self.in_place = True
         self.in_block = False
-        self._handles: tuple[RemovableHandle | experts.Handle, ...] = ()
-        # The product of the active vectors, and the state of the vectors that it is of.
-        self._kept: tuple[object, Tensor] | None = None
+        self.seen = False
+        self._handles: tuple[Handle, ...] = ()
+        # The product of the active vectors, and the vectors that it is of: their names, themselves,
+        # and what tells that their values are others.
+        self._kept: tuple[list[tuple[str, Tensor, int, int]], Tensor] | None = None
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
     @property
@@ -177,15 +182,14 @@ class Site(nn.Module):
                 handle.remove()
             self._handles = self._hooks(module) if wanted else ()
 
-    def _hooks(self, module: nn.Module) -> tuple[RemovableHandle | experts.Handle, ...]:
+    def _hooks(self, module: nn.Module) -> tuple[Handle, ...]:
         if self.side == "inner":
             return (experts.attach(module, self._inner_product),)
         if self.side == "output":
-            return (module.register_forward_hook(self._rescale_output),)
-        at_input = module.register_forward_pre_hook(self._rescale_input, with_kwargs=True)
+            return (OutputHandle(module, self),)
         if self.carrier is None:
-            return (at_input,)
-        return at_input, self.carrier.module.register_forward_hook(self._rescale_carrier)
+            return (Input(module, self),)
+        return Input(module, self), OutputHandle(self.carrier.module, self, carried=True)
 
     def product(self, adapters: tuple[str, ...]) -> Tensor:
         """The product of the adapters' vectors, `Activation.factor_shape`."""
@@ -200,87 +204,58 @@ class Site(nn.Module):
         Not kept where values can change without a trace (meta device, inference mode), or are no
         values at all (traced code).
         """
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if is_compiling():
             return self.product(self.active)
-        if torch.is_grad_enabled():
-            # The vectors may be about to change, by an optimizer that leaves no trace.
+        kept = self.kept_product()
+        if kept is not None:
+            return kept
+        product = self.product(self.active)
+        if is_grad_enabled() or are_functorch_transforms_active():
             self.__dict__["_kept"] = None
-            return self.product(self.active)
-        vectors = [self._parameters[name] for name in self.active]
-        if not all(
-            type(v) is nn.Parameter and not v.is_inference() and not v.is_meta for v in vectors
+            return product
+        vectors = [(name, self[name]) for name in self.active]
+        if all(
+            type(v) is nn.Parameter and not v.is_inference() and not v.is_meta for _, v in vectors
         ):
-            return self.product(self.active)
-        state = [(v.data_ptr(), v._version) for v in vectors]  # type: ignore[union-attr]
+            product = product.detach()
+            of = [(name, v, v.data_ptr(), v._version) for name, v in vectors]
+            self.__dict__["_kept"] = of, product
+        return product
+
+    def kept_product(self) -> Tensor | None:
+        """What `active_product` has kept, if that holds here and now."""
         kept = self._kept
-        if kept is None or kept[0] != state:
-            kept = state, self.product(self.active).detach()
-            self.__dict__["_kept"] = kept
+        if (
+            kept is None
+            # The vectors may be about to change, by an optimizer that leaves no trace.
+            or is_grad_enabled()
+            or are_functorch_transforms_active()
+        ):
+            return None
+        for name, vector, pointer, version in kept[0]:
+            if (
+                self._parameters.get(name) is not vector
+                or vector.data_ptr() != pointer
+                or vector._version != version
+            ):
+                return None
         return kept[1]
 
     def is_routed(self) -> bool:
         """Whether a route says what to do here now, and not the active adapters."""
-        return self.routed and _is_routed(self)
+        return self.routed and (_is_routed if is_compiling() else is_routed)(self)
 
     def factor(self, activation: Tensor) -> Tensor | None:
         """What an activation here is multiplied by now; `None` for nothing."""
-        if self.routed and _is_routed(self):
-            factor: Tensor | None = _factor_of(self, activation)
-            return factor
+        if self.routed and self.is_routed():
+            return (_factor_of if is_compiling() else factor_of)(self, activation)
         return self.active_product() if self.active else None
-
-    def _rescale_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        hooks = 1
-        if len(module._forward_hooks) > 1:
-            down = _carried(module)
-            if down is not None:
-                if down._multiplies(output):
-                    return None
-                hooks = 2
-        factor = self.factor(output)
-        if factor is None:
-            return None
-        fresh = self.in_place and is_fresh(module, own_hooks=hooks)
-        return rescale(output, factor, in_place=fresh)
-
-    def _rescale_carrier(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if not self._is_carried():
-            return None
-        factor = self.factor(output)
-        if factor is None:
-            return None
-        own = site_of(module)
-        hooks = 1
-        if own is not None and own.side == "output" and (own.active or own.routed):
-            # In place twice would overwrite what the first time is kept for the gradient.
-            hooks = 2
-            other = own.factor(output)
-            factor = factor if other is None else factor * other
-        return rescale(output, factor, keep_result=True, in_place=is_fresh(module, own_hooks=hooks))
-
-    def _rescale_input(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._is_carried():
-            return None
-        name = "" if args else next(iter(kwargs))
-        activation = args[0] if args else kwargs[name]
-        factor = self.factor(activation)
-        if factor is None:
-            return None
-        # Never in place: siblings may read the same input, and a ReLU before it keeps it.
-        scaled = rescale(activation, factor)
-        return ((scaled, *args[1:]), kwargs) if args else ((), {**kwargs, name: scaled})
 
     def _inner_product(self) -> Tensor | None:
         return None if self.is_routed() else self.active_product()
 
-    def _multiplies(self, activation: Tensor) -> bool:
-        if self.routed and _is_routed(self):
-            return _factor_of(self, activation) is not None
-        return bool(self.active)
-
-    def _is_carried(self) -> bool:
+    def is_carried(self) -> bool:
+        """Whether the carrier's output is rescaled, and not the module's input."""
         return self.in_place and self.carrier is not None and self.carrier.in_place()
 
 
@@ -322,12 +297,14 @@ class Found:
         sites: the base module's name, the module, and the site on it.
         copies: the base module's name, the module, and the copies of it.
         targets: what was chosen from these modules before, by whatever it was chosen by.
+        telling: parameters that tell the model from others, once they are chosen.
     """
 
     modules: dict[str, nn.Module]
     sites: list[tuple[str, nn.Module, Site]]
     copies: list[tuple[str, nn.Module, Copies]]
     targets: dict[Hashable, list[Target]] = field(default_factory=dict)
+    telling: list[str] | None = None
 
 
 _Children = dict[str, nn.Module | None]
@@ -377,16 +354,6 @@ def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
             yield name, module, site
 
 
-def _carried(module: nn.Module) -> Site | None:
-    """The down projection's site that rescales this module's output, if it is to."""
-    hooks: Iterable[Any] = module._forward_hooks.values()
-    for hook in hooks:
-        if getattr(hook, "__func__", None) is Site._rescale_carrier and hook.__self__._is_carried():
-            site: Site = hook.__self__
-            return site
-    return None
-
-
 # A compiler breaks its graph here: it knows no thread's route.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _is_routed(site: Site) -> bool:
@@ -423,6 +390,7 @@ def place(module: nn.Module, target: Target, carriers: Carriers) -> Site:
         site = Site(target)
         if site.side == "input":
             site.carrier = carriers.of(target.name)
+        site.seen = isinstance(carriers.parent(target.name), nn.TransformerEncoderLayer)
         module.add_module(ATTRIBUTE, site)
     return site
 
@@ -438,17 +406,3 @@ def displace(module: nn.Module) -> None:
 def _mask_name(adapter: str) -> str:
     # No adapter's name has white space.
     return f"{adapter} frozen"
-
-
-def is_fresh(module: nn.Module, own_hooks: int) -> bool:
-    """Whether nobody else can hold a module's output: a plain linear layer with no other hook.
-
-    Args:
-        own_hooks: how many of its forward hooks are the caller's.
-    """
-    return (
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and len(module._forward_hooks) == own_hooks
-        and not torch_module._global_forward_hooks
-    )

@@ -26,8 +26,8 @@ from .. import experts, folding, hoisting, quantized
 from ..activations import SUPPORTED, Activation, Side, activation_of, device_of
 from ..config import feedforward_among, matches
 from ..errors import IA3Error
+from ..hooks import is_fresh
 from ..rescale import rescale
-from ..sites import is_fresh
 from ..structure import PaperTarget, feedforward_targets, names_or_suffixes, paper_targets
 
 # Where a base module keeps what is folded into it, while something is.
