@@ -78,10 +78,11 @@ def test_full_disk_leaves_an_old_folder_as_it_was(folder: Path) -> None:
 
 
 def test_interruption_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(descriptor: int) -> None:
+    def interrupt(*paths: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "fsync", interrupt)
+    monkeypatch.setattr(os, "replace", interrupt)
+    monkeypatch.setattr(Path, "rename", interrupt)
     for target in (folder, folder.parent / "x" / "y"):
         with pytest.raises(KeyboardInterrupt):
             write_files(target, AFTER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -126,6 +127,40 @@ def test_vectors_round_trip_bit_for_bit(tmp_path: Path, make_model: MakeModel) -
     assert not any(vector.requires_grad for vector in found.values())
     trained = IA3Model.from_pretrained(make_model("t5"), tmp_path / "deep/er", is_trainable=True)
     assert all(vector.requires_grad for vector in trained.vectors("default").values())
+
+
+def test_files_that_begin_alike(tmp_path: Path, make_model: MakeModel) -> None:
+    """A header that was read before is not read again: its file's own values are."""
+    seeds = {f"a{seed}": seed for seed in range(3)}
+    base = make_model("llama")
+    expected = {}
+    for name, seed in seeds.items():
+        model = with_random_vectors(make_model("llama"), seed)
+        model.save_pretrained(tmp_path / name)
+        expected[name] = {key: vector.clone() for key, vector in model.vectors("default").items()}
+    contents = [(tmp_path / name / WEIGHTS).read_bytes() for name in seeds]
+    length = 8 + int.from_bytes(contents[0][:8], "little")
+    assert contents[0][:length] == contents[1][:length] != contents[1]
+    # One longer, one shorter, one of another dtype in between, which begin alike or nearly so.
+    for change in (contents[0] + b"    ", contents[0][:-4], contents[0].replace(b"F32", b"I32")):
+        damaged = tmp_path / "damaged"
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.copytree(tmp_path / "a1", damaged)
+        model = IA3Model.from_pretrained(base, tmp_path / "a0")
+        (damaged / WEIGHTS).write_bytes(change)
+        with pytest.raises(IA3Error):
+            model.load_adapter(damaged, "damaged")
+        for name in seeds:
+            model.load_adapter(tmp_path / name, name)
+        for name in seeds:
+            found = model.vectors(name)
+            assert list(found) == list(expected[name])
+            assert all(torch.equal(found[key], expected[name][key]) for key in found)
+        # Each has memory of its own.
+        before = model.vectors("a1")
+        next(iter(model.vectors("a0").values())).data.fill_(7.0)
+        assert all(torch.equal(before[key], expected["a1"][key]) for key in before)
+        model.unload()
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -82,8 +82,12 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes; `cpu` for one without tensors."""
-    own = next((p for p in module._parameters.values() if p is not None), None)
-    tensor = own if own is not None else next(chain(module.parameters(), module.buffers()), None)
+    tensor: Tensor | None
+    for tensor in module._parameters.values():
+        if tensor is not None:
+            break
+    else:
+        tensor = next(chain(module.parameters(), module.buffers()), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     if device.type == "meta":
         # Under accelerate's offloading the weights wait on the meta device between two calls.

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, whenever the process ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -66,7 +66,7 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
         beside.mkdir(parents=True, exist_ok=True)
         staging = new_folder_beside(folder / "files" if exists else folder)
         try:
-            _write_through(staging, files, folder)
+            _write_into(staging, files, folder)
             if exists:
                 for name in files:
                     os.replace(staging / name, folder / name)
@@ -108,21 +108,13 @@ def write_stdout(content: bytes) -> None:
         raise OSError(error.errno, error.strerror, "standard output") from error
 
 
-def _write_through(staging: Path, files: Mapping[str, bytes], folder: Path) -> None:
-    """Write files that are to be in `folder` into `staging`, until they are on the disk."""
+def _write_into(staging: Path, files: Mapping[str, bytes], folder: Path) -> None:
+    """Write files that are to be in `folder` into `staging`."""
     target = folder
     try:
-        with ExitStack() as opened:
-            written = {}
-            for name, content in files.items():
-                target = folder / name
-                file = opened.enter_context(open(staging / name, "wb"))
-                file.write(content)
-                file.flush()
-                written[target] = file
-            # When all are written: the disk then takes them at once.
-            for target in written:
-                os.fsync(written[target].fileno())
+        for name, content in files.items():
+            target = folder / name
+            (staging / name).write_bytes(content)
     except OSError as error:
         # The temporary file's name means nothing to anybody.
         raise OSError(error.errno, error.strerror, str(target)) from error

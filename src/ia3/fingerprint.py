@@ -100,29 +100,40 @@ class Fingerprint:
         return None
 
 
-def fingerprint(model: nn.Module) -> Fingerprint:
+def fingerprint(model: nn.Module, names: Sequence[str] | None = None) -> Fingerprint:
     """Look at a base model: its type, and a few values of a few parameters.
 
-    Parameters of linear layers are left out where there are others: these may be quantized, or new
-    with every model that is loaded, as heads are.
+    Args:
+        model: the base model.
+        names: the parameters, where they have been chosen already.
     """
     from .targets import model_type_of
 
+    samples = {}
+    for name in telling_parameters(model) if names is None else names:
+        parameter = _parameter(model, name)
+        if parameter is not None:
+            samples[name] = list(parameter.shape), _sample(parameter)
+    return Fingerprint(model_type_of(model), samples)
+
+
+def telling_parameters(model: nn.Module) -> list[str]:
+    """A few parameters that tell a base model from others.
+
+    Those of linear layers are left out where there are others: these may be quantized, or new with
+    every model that is loaded, as heads are.
+    """
     chosen = _telling(model, linear=False) or _telling(model, linear=True)
-    step = max(1, math.ceil(len(chosen) / PARAMETERS))
-    return Fingerprint(
-        model_type_of(model),
-        {name: (list(parameter.shape), _sample(parameter)) for name, parameter in chosen[::step]},
-    )
+    return chosen[:: max(1, math.ceil(len(chosen) / PARAMETERS))]
 
 
-def _telling(model: nn.Module, linear: bool) -> list[tuple[str, Tensor]]:
+def _telling(model: nn.Module, linear: bool) -> list[str]:
     """The base model's parameters that tell it from others, of linear layers or of the rest."""
     from .activations import linear_features
 
     # Norms start as ones, so that they tell nothing before training.
     return [
-        (f"{prefix}.{name}" if prefix else name, parameter)
+        f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
         if module._parameters
         and _is_the_base_models(prefix.split("."), module)

@@ -34,7 +34,7 @@ from .copies import (
 )
 from .errors import IA3Error, did_you_mean
 from .files import check_folder, write_files
-from .fingerprint import Fingerprint, fingerprint
+from .fingerprint import Fingerprint, fingerprint, telling_parameters
 from .fusing import fuse, is_fused, site_in, unfuse
 from .hoisting import Carriers
 from .hub import HubOptions, adapter_folder
@@ -62,7 +62,7 @@ DEFAULT_ADAPTER = "default"
 # The attributes of the modules that hold vectors: setting one ("training") would set the vector.
 TAKEN = {
     *dir(nn.Module()),
-    *("active", "routed", "banked", "merged", "carrier", "in_place", "in_block"),
+    *("active", "routed", "banked", "merged", "carrier", "in_place", "in_block", "seen"),
     *("_handles", "_kept"),
 }
 
@@ -71,10 +71,10 @@ TAKEN = {
 class IA3Model(nn.Module):
     """A base model with (IA)³ adapters on it (paper section 3.3).
 
-    No module is wrapped or replaced: the base model's own modules get a hook each, and `unload`
-    gives back the very model that was passed in. The base's parameters are frozen while adapters
-    are on it, and keep their names. Attributes that are not this class's own come from the base
-    model.
+    No module is wrapped or replaced: the base model's own modules get a hook or a forward each, and
+    `unload` gives back the very model that was passed in. The base's parameters are frozen while
+    adapters are on it, and keep their names. Attributes that are not this class's own come from the
+    base model.
 
     Args:
         model: the base model; any module with linear layers.
@@ -198,7 +198,7 @@ class IA3Model(nn.Module):
         with self._unrouted("delete_adapter"):
             if adapter_name in self._merge.adapters:
                 raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
-            hidden = self._keys(adapter_name)
+            hidden = self._keys(adapter_name, self._found())
             for _, module, site in self._sites():
                 if adapter_name in site:
                     site.remove(adapter_name)
@@ -707,7 +707,7 @@ class IA3Model(nn.Module):
             raise IA3Error("there is no adapter to save")
         if is_main_process:
             gathered = {} if state_dict is None else state_dict
-            base = fingerprint(self.model)
+            base = self._fingerprint()
             files = {
                 name: store.adapter_files(self._with(gathered, name, base)) for name in folders
             }
@@ -719,7 +719,16 @@ class IA3Model(nn.Module):
     def adapter(self, adapter_name: str) -> Adapter:
         """An adapter as it is saved: its config, its vectors and copies, and what its base is."""
         self._check_known([adapter_name])
-        return self._adapter(adapter_name, fingerprint(self.model))
+        return self._adapter(adapter_name, self._fingerprint())
+
+    def _fingerprint(self) -> Fingerprint:
+        if self._merge.adapters:
+            # What is merged is passed over.
+            return fingerprint(self.model)
+        found = self._found()
+        if found.telling is None:
+            found.telling = telling_parameters(self.model)
+        return fingerprint(self.model, found.telling)
 
     def _adapter(self, adapter_name: str, base: Fingerprint) -> Adapter:
         config = dataclasses.replace(self.peft_config[adapter_name], inference_mode=True)
@@ -958,7 +967,8 @@ class IA3Model(nn.Module):
             else:
                 vector = torch.randn(shape, device=device)
             site = place(module, target, carriers)
-            site.in_place = not self._plain
+            if site.in_place is self._plain:
+                site.in_place = not self._plain
             site.add(adapter_name, vector, target.frozen)
         for name in saved:
             module = self.model.get_submodule(name)
@@ -968,11 +978,12 @@ class IA3Model(nn.Module):
                 load_copy(copies[adapter_name], name, stored.copies)
         self.peft_config[adapter_name] = resolved
         ranges = {target.name: target.frozen for target in targets}
-        kept = self._found().targets
+        found = self._found()
+        kept = found.targets
         if len(kept) >= len(self.peft_config):  # of adapters that are gone
             kept.clear()
         kept[selection(resolved, ranges)] = targets
-        self._hide_from_checkpoints(self._keys(adapter_name))
+        self._hide_from_checkpoints(self._keys(adapter_name, found))
 
     def _fitting(
         self, config: IA3Config, stored: Adapter | None, found: Found
@@ -1200,9 +1211,8 @@ class IA3Model(nn.Module):
                     if parameter.is_floating_point():
                         parameter.requires_grad_(name in wanted)
 
-    def _keys(self, adapter: str) -> set[str]:
+    def _keys(self, adapter: str, found: Found) -> set[str]:
         """What the base model's state dict calls an adapter's vectors and copies."""
-        found = self._found()
         held = [f"{name}.{ATTRIBUTE}.{adapter}" for name, _, site in found.sites if adapter in site]
         held += [
             f"{name}.{ATTRIBUTE}.{adapter}.{key}"
