@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with given.results.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             print(json.dumps(result), file=sys.stderr, flush=True)
-    reported = [r for r in done if r["seed"] != CHOOSING_SEED]
+    reported = [r for r in done if r["seed"] != CHOOSING_SEED and r["method"] in given.methods]
     print(table(reported))
     if given.picture:
         picture(reported, given.picture)
