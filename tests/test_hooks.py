@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -65,14 +66,14 @@ def flat(model: IA3Model) -> dict[str, Tensor]:
     return {name: vector.detach().flatten() for name, vector in model.vectors("default").items()}
 
 
-def by_hand(base: Any, vectors: dict[str, Tensor]) -> Tensor:
-    """What the network with these vectors gives for `VALUES`; from its weights as they are."""
+def by_hand(base: Any, vectors: dict[str, Tensor], values: Tensor = VALUES) -> Tensor:
+    """What the network with these vectors gives; from its weights as they are."""
 
     def layer(module: Any, values: Tensor) -> Tensor:
         return linear(values, module.weight, module.bias)
 
     with torch.no_grad():
-        key = layer(base.key, VALUES) * vectors.get("key", 1.0)
+        key = layer(base.key, values) * vectors.get("key", 1.0)
         up = layer(base.mlp.up, key) * vectors.get("mlp.up", 1.0)
         inner = silu(layer(base.mlp.gate, key)) * up * vectors.get("mlp.down", 1.0)
         return layer(base.mlp.down, inner)
@@ -270,3 +271,97 @@ def test_compiled_code_follows_what_is_active() -> None:
             torch.testing.assert_close(compiled(VALUES), expected)
             with model.disable_adapter():
                 torch.testing.assert_close(compiled(VALUES), by_hand(model.model, {}))
+
+
+@pytest.mark.parametrize("first", ["vectors", "copy"])
+def test_a_copy_of_a_layer_that_carries(first: str) -> None:
+    """`modules_to_save` has the up projection, and another adapter a vector on the down's."""
+    base = network()
+    before = snapshot(base)
+    down = IA3Config(target_modules=["down"], feedforward_modules=["down"])
+    saved = IA3Config(target_modules=["key"], feedforward_modules=[], modules_to_save=["up"])
+    configs = {"vectors": down, "copy": saved}
+    second = "copy" if first == "vectors" else "vectors"
+    model = IA3Model(base, configs[first], first).eval()
+    model.add_adapter(second, configs[second])
+    model.set_adapter(["vectors", "copy"])
+    vector = model.vectors("vectors")["mlp.down"]
+    vector.data = vector + 0.5
+    assert base.mlp.down.ia3_l.carrier is not None
+    values = VALUES.float()
+    expected = by_hand(base, {"mlp.down": vector.detach().flatten()}, values)
+    torch.testing.assert_close(model(values).detach(), expected)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(values).detach(), by_hand(base, {}, values))
+    torch.testing.assert_close(model(values).detach(), expected)
+    assert [name for name, _ in base.mlp.up.ia3_l["copy"].named_modules()] == [""]
+    assert hooks_on(base.mlp.up.ia3_l["copy"]) == 0
+    vector.data = torch.ones_like(vector)
+    model.unload()
+    assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_forward_wrapped_by_others(layer: str) -> None:
+    """Switched off and on under a wrapper, or after it has gone, vectors multiply once."""
+    base = network()
+    model = adapted(base)
+    target = base.get_submodule(layer)
+    before: Any = target.forward
+    target.forward = lambda input: before(input)
+    check(model)
+    target.forward = before
+    check(model)
+    with model.disable_adapter():
+        pass
+    check(model)
+    model.unload()
+    torch.testing.assert_close(base(VALUES), by_hand(base, {}))
+    assert not any(map(hooks_on, base.modules()))
+
+
+def test_a_later_pre_hook_comes_first() -> None:
+    """There is no place between what a forward rescales and what it computes from that."""
+    model = adapted(network())
+    base: Any = model.model
+    base.mlp.up = nn.Linear(4, 6).double().requires_grad_(False)  # nothing carries
+    seen: list[Tensor] = []
+    base.mlp.down.register_forward_pre_hook(lambda module, args: seen.extend(args))
+    check(model)
+    with torch.no_grad():
+        key = linear(VALUES, base.key.weight, base.key.bias) * flat(model)["key"]
+        torch.testing.assert_close(seen[0], silu(base.mlp.gate(key)) * base.mlp.up(key))
+
+
+def test_adapters_switched_while_another_thread_computes() -> None:
+    """What is kept is of the adapters that are active, whatever came in between."""
+    model = adapted(network())
+    model.add_adapter("other", model.peft_config["default"])
+    for vector in model.vectors("other").values():
+        vector.data = vector * 3
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def compute() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                try:
+                    model(VALUES)
+                except BaseException as error:
+                    errors.append(error)
+                    return
+
+    threads = [threading.Thread(target=compute) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(300):
+        for names in ("default", "other"):
+            model.set_adapter(names, inference_mode=True)
+        with model.disable_adapter():
+            pass
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[:1]
+    model.set_adapter("default", inference_mode=True)
+    check(model)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .activations import device_of
 from .errors import IA3Error, did_you_mean
 from .folding import write
+from .hooks import make_way
 from .targets import ATTRIBUTE, base_modules
 
 HOOKS = (
@@ -133,6 +134,8 @@ def hold(module: nn.Module) -> Copies:
     copies = copies_of(module)
     if copies is None:
         copies = Copies()
+        # A vector on the module's output is one on the copy's too.
+        make_way(module)
         module.add_module(ATTRIBUTE, copies)
         # Inside accelerate's hook, so that it may be removed, or put on later.
         slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"

@@ -326,7 +326,7 @@ def _forward(module: nn.Module, layer: GatedLayer, *args: Any, **kwargs: Any) ->
     if site is not None and site.in_block:
         if site.is_routed():
             factor = site.factor(up)
-        elif site.active:
+        else:
             vector = site.active_product()
     activation = parts.get(layer.activation or "")
     if activation is not None and _is_watched(activation):

@@ -159,14 +159,15 @@ def _takes_one_tensor(parent: nn.Module) -> bool:
 def _commutes(parent: nn.Module, up: nn.Module, down: nn.Module, hidden: int) -> bool:
     """Whether a vector on `up`'s output is the same as one on `down`'s input."""
     dtype, device = _computes_in(parent)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     features = linear_features(down)
     assert features is not None
-    vector = torch.rand(features[0], generator=generator) + 0.5
+    # On the CPU whatever device is the default now.
+    vector = torch.rand(features[0], generator=generator, device="cpu") + 0.5
     # Both signs, even for a width of one: a ReLU lets positive factors through.
     vector[::2] *= -1
     vector = vector.to(device)
-    values = torch.randn(1, TOKENS, hidden, generator=generator).to(device, dtype)
+    values = torch.randn(1, TOKENS, hidden, generator=generator, device="cpu").to(device, dtype)
     try:
         plain_input, plain_output = _run(parent, up, down, values, None)
         input_, output = _run(parent, up, down, values, vector)
@@ -191,7 +192,7 @@ def _run(
     parent: nn.Module, up: nn.Module, down: nn.Module, values: Tensor, vector: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(`down`'s input, the MLP's output), with random values for each linear layer's output."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     inputs: list[Tensor] = []
     ups: list[tuple[Tensor, int]] = []
 
@@ -201,7 +202,9 @@ def _run(
                 raise ValueError(f"{activation.shape[-1]} values, expected {wide}")
             if module is down:
                 inputs.append(activation.clone())
-            result = torch.randn(*activation.shape[:-1], features, generator=generator)
+            result = torch.randn(
+                *activation.shape[:-1], features, generator=generator, device="cpu"
+            )
             if module is up and vector is not None:
                 result = result.to(vector.device) * vector
             result = result.to(values.device, values.dtype)

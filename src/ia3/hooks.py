@@ -21,49 +21,51 @@ from .rescale import rescale
 if TYPE_CHECKING:
     from .sites import Site
 
+# accelerate keeps what it puts its own forward before in the second.
+SLOTS = ("forward", "_old_forward")
+
 
 class _Hook:
-    """A module's forward, or a hook of it."""
+    """In a module's forward, or a hook of it."""
+
+    # Of the module's hooks, those of this kind.
+    others: str
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._handle: RemovableHandle | None = None
 
-    def install(self, *, seen: bool) -> None:
+    def install(self, *, must_be_hook: bool = False) -> None:
         """Be in the way of the module's calls from now on.
 
         Args:
-            seen: whoever looks whether the module has hooks must find one.
+            must_be_hook: somebody looks whether the module has hooks, or is about to replace its
+                forward.
         """
+        _take_out_dead(self.module)
         # Hooks that are there already come before this one, and so before a forward.
-        if is_plain(self.module) and not seen and not self._earlier():
+        if is_plain(self.module) and not must_be_hook and not getattr(self.module, self.others):
             self.module.__dict__["forward"] = self.forward
         else:
-            self._handle = self._register()
+            self._handle = self.register()
 
     def uninstall(self) -> None:
-        """Be out of it."""
+        """Be out of it. Somebody may hold the forward still: it does nothing by now."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-            return
-        attributes = self.module.__dict__
-        if self._is_own(attributes.get("forward")):
-            del attributes["forward"]
-        elif self._is_own(attributes.get("_old_forward")):
-            # accelerate has put its own before it since.
-            attributes["_old_forward"] = MethodType(type(self.module).forward, self.module)
+        _take_out_dead(self.module)
 
-    def _is_own(self, forward: Any) -> bool:
-        return getattr(forward, "__self__", None) is self
-
-    def _earlier(self) -> bool:
+    def is_dead(self) -> bool:
+        """Whether there is nothing to multiply by any more."""
         raise NotImplementedError
 
-    def _register(self) -> RemovableHandle:
+    def register(self) -> RemovableHandle:
+        """Be a hook of the module."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
+        """The linear layer's forward, and the product."""
         raise NotImplementedError
 
 
@@ -75,34 +77,49 @@ class Output(_Hook):
         carried: the site on a down projection's input that the module carries.
     """
 
+    others = "_forward_hooks"
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.own: Site | None = None
         self.carried: Site | None = None
 
+    def is_dead(self) -> bool:
+        return self.own is None and self.carried is None
+
+    def register(self) -> RemovableHandle:
+        return self.module.register_forward_hook(self._on_output)
+
     def forward(self, input: Tensor) -> Tensor:
-        """The linear layer's forward, and the product."""
         if is_compiling():
             return self._rescaled(nn.Linear.forward(self.module, input), fresh=True)  # type: ignore[arg-type]
         output = linear(self.module, input)
-        # A decoder's calls are short, and so is what is done in most of them.
-        site = self.own if self.carried is None else self.carried if self.own is None else None
+        site = self._only_site()
+        # A decoder's calls are so short that what `_rescaled` looks at would show in them.
         if site is not None and site.in_place and not site.routed and not output.is_nested:
-            kept = site.kept_product() if site is self.own or site.is_carried() else None
+            kept = site.kept_product()
             if kept is not None:
                 return output.mul_(kept)
         return self._rescaled(output, fresh=True)
 
-    def _hook(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return self._rescaled(output, is_fresh(module))
+    def _only_site(self) -> Site | None:
+        own, carried = self.own, self.carried
+        if carried is None:
+            return own
+        return carried if own is None and carried.is_carried() else None
+
+    def _on_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return self._rescaled(output, is_fresh(module, own_hooks=1))
 
     def _rescaled(self, output: Tensor, fresh: bool) -> Tensor:
+        # Another thread may change which these are.
+        own, carried = self.own, self.carried
         factor, keep, in_place = None, False, fresh
-        if self.own is not None:
-            factor = self.own.factor(output)
-            in_place = fresh and self.own.in_place
-        if self.carried is not None and self.carried.is_carried():
-            inner = self.carried.factor(output)
+        if own is not None:
+            factor = own.factor(output)
+            in_place = fresh and own.in_place
+        if carried is not None and carried.is_carried():
+            inner = carried.factor(output)
             if inner is not None:
                 # In place twice would overwrite what the first time is kept for the gradient.
                 factor = inner if factor is None else factor * inner
@@ -110,12 +127,6 @@ class Output(_Hook):
         if factor is None:
             return output
         return rescale(output, factor, keep_result=keep, in_place=in_place)
-
-    def _earlier(self) -> bool:
-        return bool(self.module._forward_hooks)
-
-    def _register(self) -> RemovableHandle:
-        return self.module.register_forward_hook(self._hook)
 
 
 class OutputHandle:
@@ -128,14 +139,17 @@ class OutputHandle:
     """
 
     def __init__(self, module: nn.Module, site: Site, *, carried: bool = False) -> None:
-        self._output = _output_of(module, seen=site.seen)
+        known = _output_of(module)
+        self._output = Output(module) if known is None else known
         self._role = "carried" if carried else "own"
         setattr(self._output, self._role, site)
+        if known is None:
+            self._output.install(must_be_hook=site.must_be_hook)
 
     def remove(self) -> None:
         """Multiply by that site no longer."""
         setattr(self._output, self._role, None)
-        if self._output.own is None and self._output.carried is None:
+        if self._output.is_dead():
             self._output.uninstall()
 
 
@@ -147,43 +161,46 @@ class Input(_Hook):
         site: the site on it.
     """
 
+    others = "_forward_pre_hooks"
+
     def __init__(self, module: nn.Module, site: Site) -> None:
         super().__init__(module)
-        self.site = site
-        self.install(seen=site.seen)
+        self.site: Site | None = site
+        self.install(must_be_hook=site.must_be_hook)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """The linear layer's forward, of the product."""
-        if not self.site.is_carried():
-            factor = self.site.factor(input)
-            # Never in place: siblings may read the same input, and a ReLU before it keeps it.
-            input = input if factor is None else rescale(input, factor)
-        if is_compiling():
-            return nn.Linear.forward(self.module, input)  # type: ignore[arg-type]
-        return linear(self.module, input)
+    def is_dead(self) -> bool:
+        return self.site is None
+
+    def register(self) -> RemovableHandle:
+        return self.module.register_forward_pre_hook(self._on_input, with_kwargs=True)
 
     def remove(self) -> None:
         """Multiply no longer."""
+        self.site = None
         self.uninstall()
 
-    def _hook(
+    def forward(self, input: Tensor) -> Tensor:
+        factor = self._factor(input)
+        # Never in place: siblings may read the same input, and a ReLU before it keeps it.
+        scaled = input if factor is None else rescale(input, factor)
+        if is_compiling():
+            return nn.Linear.forward(self.module, scaled)  # type: ignore[arg-type]
+        return linear(self.module, scaled)
+
+    def _factor(self, activation: Tensor) -> Tensor | None:
+        site = self.site
+        return None if site is None or site.is_carried() else site.factor(activation)
+
+    def _on_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self.site.is_carried():
-            return None
         name = "" if args else next(iter(kwargs))
         activation = args[0] if args else kwargs[name]
-        factor = self.site.factor(activation)
+        factor = self._factor(activation)
         if factor is None:
             return None
         scaled = rescale(activation, factor)
         return ((scaled, *args[1:]), kwargs) if args else ((), {**kwargs, name: scaled})
-
-    def _earlier(self) -> bool:
-        return bool(self.module._forward_pre_hooks)
-
-    def _register(self) -> RemovableHandle:
-        return self.module.register_forward_pre_hook(self._hook, with_kwargs=True)
 
 
 def linear(module: nn.Module, input: Tensor) -> Tensor:
@@ -199,7 +216,7 @@ def is_plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear and "forward" not in module.__dict__
 
 
-def is_fresh(module: nn.Module, own_hooks: int = 1) -> bool:
+def is_fresh(module: nn.Module, own_hooks: int) -> bool:
     """Whether nobody else can hold a module's output: a plain linear layer with no other hook.
 
     Args:
@@ -212,13 +229,38 @@ def is_fresh(module: nn.Module, own_hooks: int = 1) -> bool:
     )
 
 
-def _output_of(module: nn.Module, *, seen: bool) -> Output:
-    """What multiplies the module's output now, or a new one."""
-    hooks = (module.__dict__.get("forward"), module.__dict__.get("_old_forward"))
-    for hook in (*hooks, *module._forward_hooks.values()):
-        output = getattr(hook, "__self__", None)
-        if isinstance(output, Output):
-            return output
-    output = Output(module)
-    output.install(seen=seen)
-    return output
+def make_way(module: nn.Module) -> None:
+    """Have what is in a module's forward be a hook from now on: the forward is to be replaced."""
+    for slot in SLOTS:
+        hook = _hook_in(module, slot)
+        if hook is not None:
+            _take_out(module, slot)
+            if not hook.is_dead():
+                hook.install(must_be_hook=True)
+
+
+def _output_of(module: nn.Module) -> Output | None:
+    """What multiplies the module's output now."""
+    hooks = [_hook_in(module, slot) for slot in SLOTS]
+    hooks += [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
+    live = (hook for hook in hooks if isinstance(hook, Output) and not hook.is_dead())
+    return next(live, None)
+
+
+def _hook_in(module: nn.Module, slot: str) -> _Hook | None:
+    hook = getattr(module.__dict__.get(slot), "__self__", None)
+    return hook if isinstance(hook, _Hook) else None
+
+
+def _take_out_dead(module: nn.Module) -> None:
+    for slot in SLOTS:
+        hook = _hook_in(module, slot)
+        if hook is not None and hook.is_dead():
+            _take_out(module, slot)
+
+
+def _take_out(module: nn.Module, slot: str) -> None:
+    if slot == "forward":
+        del module.__dict__[slot]
+    else:
+        module.__dict__[slot] = MethodType(type(module).forward, module)

@@ -62,7 +62,7 @@ DEFAULT_ADAPTER = "default"
 # The attributes of the modules that hold vectors: setting one ("training") would set the vector.
 TAKEN = {
     *dir(nn.Module()),
-    *("active", "routed", "banked", "merged", "carrier", "in_place", "in_block", "seen"),
+    *("active", "routed", "banked", "merged", "carrier", "in_place", "in_block", "must_be_hook"),
     *("_handles", "_kept"),
 }
 
@@ -722,13 +722,16 @@ class IA3Model(nn.Module):
         return self._adapter(adapter_name, self._fingerprint())
 
     def _fingerprint(self) -> Fingerprint:
-        if self._merge.adapters:
-            # What is merged is passed over.
-            return fingerprint(self.model)
-        found = self._found()
-        if found.telling is None:
-            found.telling = telling_parameters(self.model)
-        return fingerprint(self.model, found.telling)
+        found, merged = self._found(), bool(self._merge.adapters)
+        if found.telling and not merged:
+            known = fingerprint(self.model, found.telling)
+            # Weights may have been loaded, or offloaded, since these were chosen.
+            if len(known.samples) == len(found.telling):
+                return known
+        names = telling_parameters(self.model)
+        if not merged:  # else some are passed over
+            found.telling = names
+        return fingerprint(self.model, names)
 
     def _adapter(self, adapter_name: str, base: Fingerprint) -> Adapter:
         config = dataclasses.replace(self.peft_config[adapter_name], inference_mode=True)
@@ -967,8 +970,9 @@ class IA3Model(nn.Module):
             else:
                 vector = torch.randn(shape, device=device)
             site = place(module, target, carriers)
-            if site.in_place is self._plain:
-                site.in_place = not self._plain
+            in_place = not self._plain
+            if site.in_place != in_place:  # a module is slow to be written to
+                site.in_place = in_place
             site.add(adapter_name, vector, target.frozen)
         for name in saved:
             module = self.model.get_submodule(name)

@@ -27,6 +27,21 @@ from .targets import ATTRIBUTE, Target
 Handle = Input | OutputHandle | experts.Handle
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A product of vectors that was computed before.
+
+    Attributes:
+        active: the adapters; as an object, which is another one after each activation.
+        vectors: name, vector, and what tells that its values are others by now.
+        product: as `Site.product` gives it.
+    """
+
+    active: tuple[str, ...]
+    vectors: Sequence[tuple[str, Tensor, int, int]]
+    product: Tensor
+
+
 class Site(nn.Module):
     """Every adapter's vector at one activation of one base module.
 
@@ -41,7 +56,7 @@ class Site(nn.Module):
         routed: a route may be on, which is asked before the active adapters are.
         banked: a bank has values for it, so that it stays without vectors of its own.
         merged: the adapters that are part of the weights.
-        seen: its hooks must be hooks: where it finds none, the module's parent never calls it.
+        must_be_hook: where it finds none, the module's parent never calls it.
     """
 
     def __init__(self, target: Target) -> None:
@@ -56,11 +71,9 @@ class Site(nn.Module):
         self.carrier: Carrier | None = None
         self.in_place = True
         self.in_block = False
-        self.seen = False
+        self.must_be_hook = False
         self._handles: tuple[Handle, ...] = ()
-        # The product of the active vectors, and the vectors that it is of: their names, themselves,
-        # and what tells that their values are others.
-        self._kept: tuple[list[tuple[str, Tensor, int, int]], Tensor] | None = None
+        self._kept: _Kept | None = None
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
     @property
@@ -198,28 +211,32 @@ class Site(nn.Module):
             product = product * self.vector(name)
         return product.reshape(self.activation.factor_shape)
 
-    def active_product(self) -> Tensor:
+    def active_product(self) -> Tensor | None:
         """The product of the active adapters' vectors; computed once where no gradient is wanted.
 
         Not kept where values can change without a trace (meta device, inference mode), or are no
-        values at all (traced code).
+        values at all (traced code). `None` where none is active.
         """
+        # Another thread may activate others meanwhile.
+        active = self.active
+        if not active:
+            return None
         if is_compiling():
-            return self.product(self.active)
+            return self.product(active)
         kept = self.kept_product()
         if kept is not None:
             return kept
-        product = self.product(self.active)
+        product = self.product(active)
         if is_grad_enabled() or are_functorch_transforms_active():
             self.__dict__["_kept"] = None
             return product
-        vectors = [(name, self[name]) for name in self.active]
+        vectors = [(name, self[name]) for name in active]
         if all(
             type(v) is nn.Parameter and not v.is_inference() and not v.is_meta for _, v in vectors
         ):
             product = product.detach()
-            of = [(name, v, v.data_ptr(), v._version) for name, v in vectors]
-            self.__dict__["_kept"] = of, product
+            state = [(name, v, v.data_ptr(), v._version) for name, v in vectors]
+            self.__dict__["_kept"] = _Kept(active, state, product)
         return product
 
     def kept_product(self) -> Tensor | None:
@@ -227,29 +244,28 @@ class Site(nn.Module):
         kept = self._kept
         if (
             kept is None
+            or kept.active is not self.active
             # The vectors may be about to change, by an optimizer that leaves no trace.
             or is_grad_enabled()
             or are_functorch_transforms_active()
         ):
             return None
-        for name, vector, pointer, version in kept[0]:
+        for name, vector, pointer, version in kept.vectors:
             if (
                 self._parameters.get(name) is not vector
                 or vector.data_ptr() != pointer
                 or vector._version != version
             ):
                 return None
-        return kept[1]
+        return kept.product
 
     def is_routed(self) -> bool:
         """Whether a route says what to do here now, and not the active adapters."""
-        return self.routed and (_is_routed if is_compiling() else is_routed)(self)
+        return self.routed and _is_routed(self)
 
     def factor(self, activation: Tensor) -> Tensor | None:
         """What an activation here is multiplied by now; `None` for nothing."""
-        if self.routed and self.is_routed():
-            return (_factor_of if is_compiling() else factor_of)(self, activation)
-        return self.active_product() if self.active else None
+        return _factor_of(self, activation) if self.is_routed() else self.active_product()
 
     def _inner_product(self) -> Tensor | None:
         return None if self.is_routed() else self.active_product()
@@ -354,15 +370,20 @@ def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
             yield name, module, site
 
 
-# A compiler breaks its graph here: it knows no thread's route.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _is_routed(site: Site) -> bool:
-    return is_routed(site)
+    return _is_routed_uncompiled(site) if is_compiling() else is_routed(site)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _factor_of(site: Site, activation: Tensor) -> Tensor | None:
+    if is_compiling():
+        factor: Tensor | None = _factor_of_uncompiled(site, activation)
+        return factor
     return factor_of(site, activation)
+
+
+# A compiler breaks its graph at these: it knows no thread's route. To others they cost time.
+_is_routed_uncompiled = torch.compiler.disable(is_routed)  # type: ignore[no-untyped-call]
+_factor_of_uncompiled = torch.compiler.disable(factor_of)  # type: ignore[no-untyped-call]
 
 
 def check_free(module: nn.Module, target: Target) -> None:
@@ -390,7 +411,7 @@ def place(module: nn.Module, target: Target, carriers: Carriers) -> Site:
         site = Site(target)
         if site.side == "input":
             site.carrier = carriers.of(target.name)
-        site.seen = isinstance(carriers.parent(target.name), nn.TransformerEncoderLayer)
+        site.must_be_hook = isinstance(carriers.parent(target.name), nn.TransformerEncoderLayer)
         module.add_module(ATTRIBUTE, site)
     return site
 

@@ -184,18 +184,19 @@ class _Header:
 
     def tensors(self, content: bytes) -> dict[str, Tensor]:
         """The tensors of a file that begins so and is as long."""
-        values = torch.frombuffer(bytearray(content[len(self.text) :]), dtype=torch.float32)
+        values = torch.frombuffer(bytearray(content), dtype=torch.float32, offset=len(self.text))
         parts = zip(torch.split(values, self.sizes), self.shapes.items(), strict=True)
-        return {name: part.view(shape) for part, (name, shape) in parts}
+        # Memory of their own, as written to one they would all count as changed.
+        return {name: part.view(shape).clone() for part, (name, shape) in parts}
 
 
 # Of the file that was read last: adapters of one base model and config begin alike.
-_last: _Header | None = None
+_last_header: _Header | None = None
 
 
 def _parse_safetensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    global _last
-    known = _last
+    global _last_header
+    known = _last_header
     if known is not None and len(content) == known.size and content.startswith(known.text):
         return known.tensors(content), dict(known.metadata)
     try:
@@ -212,7 +213,7 @@ def _parse_safetensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], d
         places = sorted((entry["data_offsets"], name) for name, entry in header.items())
         shapes = {name: tuple(tensors[name].shape) for _, name in places}
         sizes = [tensors[name].numel() for name in shapes]
-        _last = _Header(content[:length], len(content), sizes, shapes, metadata)
+        _last_header = _Header(content[:length], len(content), sizes, shapes, metadata)
     return tensors, dict(metadata)
 
 
