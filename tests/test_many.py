@@ -168,7 +168,11 @@ def test_tasks_fail_alone(tmp_path: Path) -> None:
         "wild": tiny_classifier(learning_rate=1e30),
         "rate": tiny_classifier(learning_rate=-1),
         "template": tiny_classifier(template="{{ who }}"),
+        "word": tiny_classifier(steps="3"),
+        "blocked": tiny_classifier(),
     }
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "blocked").write_text("a file")
     data = dict.fromkeys(settings, BILLS) | {"one_label": (["a", "b"], ["x", "x"])}
     fitted = fit_many(data, settings, out=tmp_path / "out")
     assert list(fitted.classifiers) == ["good"]
@@ -182,10 +186,13 @@ def test_tasks_fail_alone(tmp_path: Path) -> None:
         "no_words": "'delivery'",
         "rate": "learning_rate is -1",
         "template": "who",
+        "word": "'str'",
+        "blocked": "NotADirectoryError",
     }.items():
         assert message in str(fitted.failures[name])
     assert_alike(fitted.classifiers["good"], settings["good"].fit(*BILLS))
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["good", RECORDS_NAME]
+    found = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert found == ["blocked", "good", RECORDS_NAME]
 
 
 def test_data_of_no_use_fails_alone() -> None:

@@ -106,7 +106,9 @@ def fit_many(
             texts, labels = _texts_and_labels(data)
             with _naming_in_warnings(name):
                 task = prepare(classifiers[name], texts, labels)
-        except (IA3Error, FileNotFoundError) as error:
+            if out is not None:
+                check_folder(Path(out) / name)
+        except (IA3Error, OSError, TypeError) as error:
             failures[name] = _as_ia3_error(error)
             continue
         record = finished.get(name)
@@ -216,7 +218,8 @@ def _naming_in_warnings(name: str) -> Iterator[None]:
 def _as_ia3_error(error: Exception) -> IA3Error:
     if isinstance(error, IA3Error):
         return error
-    mendable = IA3Error(str(error))
+    # A TypeError is of a setting: `steps="3"`.
+    mendable = IA3Error(f"{type(error).__name__}: {error}")
     mendable.__cause__ = error
     return mendable
 
