@@ -6,7 +6,7 @@ QUANTIZED := .venv-quantized/.ready
 DATASETS := .venv-datasets/.ready
 ADAPTERS := .venv-adapters/.ready
 
-.PHONY: setup demo test lint bench bench-curves bench-few-shot
+.PHONY: setup demo test test-slow lint bench bench-curves bench-few-shot
 
 setup: $(READY)
 
@@ -43,7 +43,7 @@ $(DATASETS): $(READY)
 
 # A process a core, each with one thread.
 test: lint $(QUANTIZED) $(DATASETS)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --ignore=tests/test_quantized.py \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow" --ignore=tests/test_quantized.py \
 		--ignore=tests/test_tasks.py --ignore=tests/test_manifest.py
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv-datasets/site-packages $(BIN)/pytest -n auto \
 		tests/test_tasks.py tests/test_manifest.py \
@@ -51,6 +51,10 @@ test: lint $(QUANTIZED) $(DATASETS)
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv-quantized $(BIN)/pytest -n auto \
 		tests/test_quantized.py tests/test_kbit.py tests/test_integration_peft.py \
 		tests/test_training.py::test_a_quantized_base_trains
+
+# What takes minutes: the demo as a whole, and the embedded model's conversion.
+test-slow: $(READY)
+	$(BIN)/pytest -m slow
 
 # SetFit runs in an environment of its own.
 $(SETFIT): benchmarks/setfit-requirements.txt

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,19 @@ from ia3.base_model import EMBEDDED_MODEL, embedded_model_folder, load_base_mode
 PREPARE = [sys.executable, "-m", "ia3", "prepare"]
 
 
+@pytest.mark.slow
 def test_a_conversion_cut_off_leaves_nothing_and_the_next_is_whole(tmp_path: Path) -> None:
     home = tmp_path / "home"
     environment = {**os.environ, "IA3_HOME": str(home)}
     models = home / "models"
     for _ in range(3):
-        with subprocess.Popen(PREPARE, env=environment, stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            PREPARE,
+            env=environment,
+            stderr=subprocess.PIPE,
+            # What runs in a shell's background ignores it, and its children do.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        ) as process:
             while process.poll() is None and not (models.exists() and list(models.iterdir())):
                 time.sleep(0.02)
             process.send_signal(signal.SIGINT)

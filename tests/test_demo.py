@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_demo_learns_and_keeps_its_promises(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ia3", "demo", "--json"],
