@@ -44,34 +44,51 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
     """Write files into a folder so that a failure leaves what was there before.
 
     A folder that does not exist is written beside its place and renamed into it. In one that
-    exists, all files are first written to a temporary folder inside it, then each is renamed into
-    place, one after the other; other files in it stay.
+    exists, all files are first written under names of their own, then each is renamed into place,
+    one after the other; other files in it stay.
 
     Raises:
         OSError: the disk is full or may not be written; nothing has changed.
     """
     folder = Path(folder)
-    exists = folder.exists()
-    if exists and not folder.is_dir():
+    if folder.exists():
+        _write_into_old(folder, files)
+    else:
+        _write_new(folder, files)
+
+
+def _write_into_old(folder: Path, files: Mapping[str, bytes]) -> None:
+    if not folder.is_dir():
         raise _os_error(errno.ENOTDIR, folder)
+    mark = uuid.uuid4().hex[:12]
+    staged = {}
     for name in files:
         # Renaming over a folder would fail after other files are in place; over a device, as root,
         # it would not fail.
         if (folder / name).exists() and not (folder / name).is_file():
             raise FileExistsError(f"{folder / name} is not a file that could be replaced")
-    beside = folder if exists else folder.parent
-    # Innermost first, as they have to be removed.
-    created = [parent for parent in (beside, *beside.parents) if not parent.exists()]
+        staged[name] = folder / f".{name}.{mark}"
     try:
-        beside.mkdir(parents=True, exist_ok=True)
-        staging = new_folder_beside(folder / "files" if exists else folder)
+        for name, content in files.items():
+            _write(staged[name], content, folder / name)
+        for name in files:
+            os.replace(staged[name], folder / name)
+            del staged[name]
+    finally:
+        for path in staged.values():
+            path.unlink(missing_ok=True)
+
+
+def _write_new(folder: Path, files: Mapping[str, bytes]) -> None:
+    # Innermost first, as they have to be removed.
+    created = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = new_folder_beside(folder)
         try:
-            _write_into(staging, files, folder)
-            if exists:
-                for name in files:
-                    os.replace(staging / name, folder / name)
-            else:
-                staging.rename(folder)
+            for name, content in files.items():
+                _write(staging / name, content, folder / name)
+            staging.rename(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except BaseException:
@@ -79,6 +96,14 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
             with suppress(OSError):
                 parent.rmdir()
         raise
+
+
+def _write(path: Path, content: bytes, target: Path) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        # The temporary file's name means nothing to anybody.
+        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def new_folder_beside(path: Path) -> Path:
@@ -106,18 +131,6 @@ def write_stdout(content: bytes) -> None:
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
         raise OSError(error.errno, error.strerror, "standard output") from error
-
-
-def _write_into(staging: Path, files: Mapping[str, bytes], folder: Path) -> None:
-    """Write files that are to be in `folder` into `staging`."""
-    target = folder
-    try:
-        for name, content in files.items():
-            target = folder / name
-            (staging / name).write_bytes(content)
-    except OSError as error:
-        # The temporary file's name means nothing to anybody.
-        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def _os_error(number: int, path: Path) -> OSError:
