@@ -26,7 +26,12 @@ from ia3.base_model import EMBEDDED_MODEL, BaseModel, load_base_model
 from ia3.errors import IA3Error
 from ia3.tfew.encoding import EncodedExample
 from ia3.tfew.in_context import InContextClassifier
-from ia3.tfew.prefix import cached_prefix, caches_prefix, choice_scores_after
+from ia3.tfew.prefix import (
+    cached_prefix,
+    caches_prefix,
+    choice_scores_after,
+    ranking_scores,
+)
 
 TEXTS = [
     "charged twice this month",
@@ -167,6 +172,16 @@ def test_the_prefix_is_not_computed_again():
     caches_prefix(base)
     seen = tokens_seen(base.model, lambda: choice_scores_after(base, prefix, examples))
     assert sum(seen) <= 10 * (6 + 1 + 2)
+
+
+@pytest.mark.parametrize(("shared", "count"), [(300, 10), (60, 10), (150, 2), (700, 2)])
+def test_what_prompts_share_is_computed_once(shared, count):
+    """Also where a few tokens follow it, so that all of them together are not many."""
+    base = base_of("llama")
+    examples = random_examples([(6, (1, 2))] * count, shared=shared)
+    caches_prefix(base)
+    seen = tokens_seen(base.model, lambda: ranking_scores(base, examples, max_tokens=800))
+    assert sum(seen) <= shared + max(512, count * (6 + 1 + 2))
 
 
 # -- the classifier --------------------------------------------------------------------------------

@@ -105,7 +105,9 @@ def ranking_scores(
     near = [e for e in examples if longest_sequence(e) <= limit]
     prefix = common_prefix(near) if near else ()
     behind = sum(tree_length(e) - len(prefix) for e in near)
-    if len(prefix) < WORTH_CACHING or behind <= ROW or not caches_prefix(base):
+    # What computing the prefix again for each example takes; a cache takes a pass of its own.
+    again = len(prefix) * (len(near) - 1)
+    if len(prefix) < WORTH_CACHING or max(behind, again) <= ROW or not caches_prefix(base):
         return choice_scores(base, examples, max_tokens=max_tokens, progress=progress)
     cached = cached_prefix(base, prefix)
     return choice_scores_after(base, cached, examples, max_tokens=max_tokens, progress=progress)
