@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import inspect
 import io
 import json
 import os
@@ -22,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from ia3 import FewShotClassifier
 from ia3.base_model import embedded_model_folder
 
 IA3 = Path(sys.executable).parent / "ia3"
@@ -190,6 +192,13 @@ def test_help_loads_nothing_heavy(place: Place, code: str) -> None:
     )
     done = place.run(under=[sys.executable, "-c", check])
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_help_says_how_long_training_is(place: Place, command: str) -> None:
+    steps = inspect.signature(FewShotClassifier).parameters["steps"].default
+    said = place.run(command, "--help").stdout.replace("│", " ")
+    assert f"{steps} if absent" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,9 @@ def fit(
     choice: Annotated[
         list[str] | None, typer.Option(help="LABEL=WORDS to rank for a label; once a label.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.", min=0)] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps; 100 if absent.", min=0)] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate.", callback=positive)
+        float | None, typer.Option(help="Peak learning rate; 0.01 if absent.", callback=positive)
     ] = None,
     seed: Annotated[
         int, typer.Option(help="Of the order of the examples.", min=0, max=2**32 - 1)

@@ -73,7 +73,9 @@ def compare(
     choice: Annotated[
         list[str] | None, typer.Option(help="LABEL=WORDS to rank for a label; once a label.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="T-Few's training steps.", min=1)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="T-Few's training steps; 100 if absent.", min=1)
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="T-Few's peak learning rate.", callback=positive)
     ] = None,
