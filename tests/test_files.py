@@ -104,6 +104,13 @@ def test_a_file_in_the_place_of_the_folder(folder: Path) -> None:
     assert contents(folder) == BEFORE
 
 
+def test_the_longest_name_of_a_file(folder: Path) -> None:
+    name = "n" * 255
+    for content in (b"new", b"newer"):
+        write_file(folder / name, content)
+        assert contents(folder) == {**BEFORE, name: content}
+
+
 def test_one_file(folder: Path) -> None:
     write_file(folder / "a", b"new")
     write_file(folder / "deeper" / "c", b"new")

@@ -61,13 +61,14 @@ def _write_into_old(folder: Path, files: Mapping[str, bytes]) -> None:
     if not folder.is_dir():
         raise _os_error(errno.ENOTDIR, folder)
     mark = uuid.uuid4().hex[:12]
-    staged = {}
+    staged: dict[str, Path] = {}
     for name in files:
         # Renaming over a folder would fail after other files are in place; over a device, as root,
         # it would not fail.
         if (folder / name).exists() and not (folder / name).is_file():
             raise FileExistsError(f"{folder / name} is not a file that could be replaced")
-        staged[name] = folder / f".{name}.{mark}"
+        # Not under its own name with more behind it, which may be as long as a name can be.
+        staged[name] = folder / f".{mark}.{len(staged)}"
     try:
         for name, content in files.items():
             _write(staged[name], content, folder / name)
@@ -76,7 +77,8 @@ def _write_into_old(folder: Path, files: Mapping[str, bytes]) -> None:
             del staged[name]
     finally:
         for path in staged.values():
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 def _write_new(folder: Path, files: Mapping[str, bytes]) -> None:
