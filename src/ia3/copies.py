@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from .activations import device_of
 from .errors import IA3Error, did_you_mean
 from .folding import write
+from .forwards import SLOTS, give_back, slot_for
 from .hooks import make_way
 from .targets import ATTRIBUTE, base_modules
 
@@ -78,7 +78,7 @@ class Copies(nn.Module):
         for part in twin.modules():
             if "_hf_hook" in part.__dict__:
                 # The base module's own hook brings the input to where the copy is.
-                for attribute in ("_hf_hook", "_old_forward", "forward"):
+                for attribute in ("_hf_hook", *SLOTS):
                     part.__dict__.pop(attribute, None)
         # Not add_module: it refuses names that are also attributes of this class.
         self._modules[adapter] = twin.requires_grad_(False)
@@ -137,8 +137,7 @@ def hold(module: nn.Module) -> Copies:
         # A vector on the module's output is one on the copy's too.
         make_way(module)
         module.add_module(ATTRIBUTE, copies)
-        # Inside accelerate's hook, so that it may be removed, or put on later.
-        slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+        slot = slot_for(module)
         module.__dict__[slot] = partial(_forward, module, module.__dict__.get(slot))
     return copies
 
@@ -233,16 +232,10 @@ def allow_plain_checkpoint(module: nn.Module, incompatible_keys: Any) -> None:
 
 def _put_back(module: nn.Module) -> None:
     """Take `_forward` out of the slot it is in."""
-    for slot in ("forward", "_old_forward"):
+    for slot in SLOTS:
         ours = module.__dict__.get(slot)
         if isinstance(ours, partial) and ours.func is _forward:
-            before = ours.args[1]
-            if before is None and slot == "_old_forward":
-                before = MethodType(type(module).forward, module)
-            if before is None:
-                del module.__dict__[slot]
-            else:
-                module.__dict__[slot] = before
+            give_back(module, slot, ours.args[1])
 
 
 def _forward(module: nn.Module, before: Any, *args: Any, **kwargs: Any) -> Any:

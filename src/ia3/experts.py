@@ -26,6 +26,7 @@ from torch.nn import functional
 from transformers.integrations import moe
 
 from .errors import IA3Error
+from .forwards import SLOTS, give_back, slot_for
 from .rescale import DIVIDING_DTYPES, SMALLEST_DIVISOR
 
 # These multiply by `module.gate_up_proj` and `module.down_proj` with the functions below; others
@@ -33,9 +34,6 @@ from .rescale import DIVIDING_DTYPES, SMALLEST_DIVISOR
 READABLE_IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm")
 PRODUCTS = ("linear", "bmm", "mm", "matmul", "__matmul__")
 GROUPED_PRODUCTS = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
-
-# accelerate moves a module's forward to the first name and puts its own in the second.
-FORWARDS = ("_old_forward", "forward")
 
 Way = Literal["up", "inner", "weight"]
 
@@ -74,16 +72,9 @@ class Handle:
 
     def remove(self) -> None:
         """Give the block its own forward back; a second time does nothing."""
-        own = self.module.__dict__
-        for name in FORWARDS:
-            if own.get(name) is not self.forward:
-                continue
-            if self.forward.before is not None:
-                own[name] = self.forward.before
-            elif name == "forward":
-                del own[name]
-            else:
-                own[name] = MethodType(type(self.module).forward, self.module)
+        for slot in SLOTS:
+            if self.module.__dict__.get(slot) is self.forward:
+                give_back(self.module, slot, self.forward.before)
 
 
 def attach(module: nn.Module, vector: Callable[[], Tensor | None]) -> Handle:
@@ -105,20 +96,20 @@ def attach(module: nn.Module, vector: Callable[[], Tensor | None]) -> Handle:
     if vectors is not None:
         _check_shape(module, vectors)
     own = module.__dict__
-    if any(isinstance(own.get(name), _RescaledForward) for name in FORWARDS):
+    if any(isinstance(own.get(name), _RescaledForward) for name in SLOTS):
         raise IA3Error(
             f"this {type(module).__name__} has vectors attached already: remove() them first, or "
             "attach the product of both"
         )
-    name = FORWARDS[0] if FORWARDS[0] in own else FORWARDS[1]
-    before = own.get(name)
+    slot = slot_for(module)
+    before = own.get(slot)
     if before is not None and getattr(before, "__self__", None) is not module:
         raise IA3Error(
             f"the forward of this {type(module).__name__} was replaced by {before!r}, which cannot "
             "be run on a copy of the module: attach the vectors first, then replace it"
         )
-    own[name] = _RescaledForward(module, vector, before)
-    return Handle(module, own[name])
+    own[slot] = _RescaledForward(module, vector, before)
+    return Handle(module, own[slot])
 
 
 def fold(module: nn.Module, scale: Tensor) -> dict[str, Tensor]:

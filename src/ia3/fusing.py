@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import partial, update_wrapper
-from types import MethodType
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from .activations import linear_features
 from .copies import HOOKS, copies_of
 from .errors import IA3Error
+from .forwards import SLOTS, give_back, own_forward, slot_for
 from .gated import FUNCTIONS, GateActivation, gated_product
 from .rescale import rescale
 from .sites import Site, site_of
@@ -66,10 +66,8 @@ def fuse(model: nn.Module) -> list[str]:
             layer = gated_layer(module)
             if isinstance(layer, str):
                 continue
-            slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-            # Inside accelerate's hook, so that it may be removed, or put on later.
-            module.__dict__[slot] = update_wrapper(
-                partial(_forward, module, layer), _own_forward(module)
+            module.__dict__[slot_for(module)] = update_wrapper(
+                partial(_forward, module, layer), own_forward(module)
             )
         names.append(name)
     if not names:
@@ -81,10 +79,8 @@ def unfuse(model: nn.Module) -> None:
     """Give the fused layers of a model their own forward back."""
     for module in model.modules():
         slot = _fused_slot(module)
-        if slot == "forward":
-            del module.__dict__["forward"]
-        elif slot is not None:
-            module.__dict__[slot] = _own_forward(module)
+        if slot is not None:
+            give_back(module, slot)
         if isinstance(module, Site):
             module.in_block = False
 
@@ -354,10 +350,6 @@ def _inner_site(down: nn.Module) -> Site | None:
     return site if site is not None and site.side == "input" else None
 
 
-def _own_forward(module: nn.Module) -> MethodType:
-    return MethodType(type(module).forward, module)
-
-
 def _has_own_forward(module: nn.Module) -> bool:
     # accelerate puts its own in the way and keeps the one before.
     hooked = "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook")
@@ -367,7 +359,7 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 def _fused_slot(module: nn.Module) -> str | None:
     """The attribute that the fused forward is in."""
-    for slot in ("forward", "_old_forward"):
+    for slot in SLOTS:
         forward = module.__dict__.get(slot)
         if isinstance(forward, partial) and forward.func is _forward:
             return slot

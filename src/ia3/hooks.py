@@ -7,7 +7,6 @@ forward of its own instead, as accelerate gives it one.
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -16,13 +15,11 @@ from torch.nn import functional
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from .forwards import SLOTS, give_back
 from .rescale import rescale
 
 if TYPE_CHECKING:
     from .sites import Site
-
-# accelerate keeps what it puts its own forward before in the second.
-SLOTS = ("forward", "_old_forward")
 
 
 class _Hook:
@@ -234,7 +231,7 @@ def make_way(module: nn.Module) -> None:
     for slot in SLOTS:
         hook = _hook_in(module, slot)
         if hook is not None:
-            _take_out(module, slot)
+            give_back(module, slot)
             if not hook.is_dead():
                 hook.install(must_be_hook=True)
 
@@ -256,11 +253,4 @@ def _take_out_dead(module: nn.Module) -> None:
     for slot in SLOTS:
         hook = _hook_in(module, slot)
         if hook is not None and hook.is_dead():
-            _take_out(module, slot)
-
-
-def _take_out(module: nn.Module, slot: str) -> None:
-    if slot == "forward":
-        del module.__dict__[slot]
-    else:
-        module.__dict__[slot] = MethodType(type(module).forward, module)
+            give_back(module, slot)

@@ -174,6 +174,7 @@ class _Header:
         text: its first bytes.
         size: bytes of the whole file.
         sizes, shapes: of the tensors by name, in the order in which they lie.
+        metadata: what the header says beside them.
     """
 
     text: bytes
