@@ -257,9 +257,10 @@ def _answer_choices(classes: Sequence[Label], choices: Mapping[Any, str] | None)
         return [readable(label) for label in classes]
     missing = [label for label in classes if label not in choices]
     if missing:
+        hint = did_you_mean(str(missing[0]), [str(label) for label in choices])
         raise IA3Error(
             f"choices has no words for the label {missing[0]!r}, which the data has: it has words "
-            f"for {list(choices)}, expected words for each of {list(classes)}"
+            f"for {list(choices)}, expected words for each of {list(classes)}{hint}"
         )
     for label in classes:
         if not isinstance(choices[label], str) or not choices[label].strip():
