@@ -48,9 +48,15 @@ def is_whole(text: str) -> bool:
     return bool(text.strip()) and TOKENIZER.decode(ids_of(text)) == text
 
 
-words = st.text(
-    st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30
-).filter(lambda text: is_whole(text) and not text[0].isspace())
+def characters(*excluded):
+    """Characters that the tokenizer can write: hardly a long text of others would be whole."""
+    drawn = st.characters(codec="utf-8", exclude_categories=["Cs", *excluded])
+    return drawn.filter(lambda character: is_whole(f"a{character}a"))
+
+
+words = st.text(characters("Cc"), min_size=1, max_size=30).filter(
+    lambda text: is_whole(text) and not text[0].isspace()
+)
 
 
 @given(text=words, ending=st.sampled_from(["", ":", " =", "?", "\nAnswer:", " 12", "'", "é", "→"]))
@@ -125,7 +131,7 @@ def test_a_long_text_is_cut_at_its_end(text):
 NARROW = base_of(40)
 
 
-@given(st.text(min_size=40, max_size=300).filter(is_whole))
+@given(st.text(characters(), min_size=40, max_size=300).filter(is_whole))
 @settings(max_examples=60, deadline=None)
 def test_any_text_fits_and_only_its_end_is_cut(text):
     shortening = encoder(base=NARROW)
