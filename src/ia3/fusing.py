@@ -28,7 +28,7 @@ from .targets import ATTRIBUTE
 SIZES = (1.0, 5.0, 30.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GatedLayer:
     """What a gated feed-forward layer computes: down(dropout(act(gate(x)) ⊙ up(x))).
 
@@ -313,7 +313,7 @@ def _why_none(model: nn.Module) -> str:
 
 
 def _forward(module: nn.Module, layer: GatedLayer, *args: Any, **kwargs: Any) -> Tensor:
-    (values,) = (*args, *kwargs.values())
+    (values,) = (*args, *kwargs.values()) if kwargs else args
     parts = module._modules
     down: Any = parts[layer.down]
     gate, up = parts[layer.gate](values), parts[layer.up](values)  # type: ignore[misc]
@@ -342,7 +342,8 @@ def _forward(module: nn.Module, layer: GatedLayer, *args: Any, **kwargs: Any) ->
 
 def _is_watched(activation: nn.Module) -> bool:
     """Whether somebody wants to see, or change, what the activation computes."""
-    return "forward" in activation.__dict__ or any(getattr(activation, name) for name in HOOKS)
+    attributes = activation.__dict__
+    return "forward" in attributes or any(map(attributes.get, HOOKS))
 
 
 def _inner_site(down: nn.Module) -> Site | None:

@@ -16,10 +16,10 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from .forwards import SLOTS, give_back
-from .rescale import rescale
+from .rescale import rescale, rescale_fresh
 
 if TYPE_CHECKING:
-    from .sites import Site
+    from .sites import Site, SiteState
 
 
 class _Hook:
@@ -80,6 +80,15 @@ class Output(_Hook):
         super().__init__(module)
         self.own: Site | None = None
         self.carried: Site | None = None
+        # Of the only one of them.
+        self._state: SiteState | None = None
+
+    def put(self, role: str, site: Site | None) -> None:
+        """Have a site be what multiplies as `own` or `carried`."""
+        setattr(self, role, site)
+        only = self.own or self.carried
+        both = self.own is not None and self.carried is not None
+        self._state = None if only is None or both else only.site_state
 
     def is_dead(self) -> bool:
         return self.own is None and self.carried is None
@@ -91,19 +100,23 @@ class Output(_Hook):
         if is_compiling():
             return self._rescaled(nn.Linear.forward(self.module, input), fresh=True)  # type: ignore[arg-type]
         output = linear(self.module, input)
-        site = self._only_site()
+        state = self._state
         # A decoder's calls are so short that what `_rescaled` looks at would show in them.
-        if site is not None and site.in_place and not site.routed and not output.is_nested:
-            kept = site.kept_product()
+        if (
+            state is not None
+            and state.in_place
+            and not state.routed
+            and (self.own is not None or state.is_carried())
+            and not output.is_nested
+        ):
+            kept = state.kept_product()
             if kept is not None:
                 return output.mul_(kept)
+            trained = state.trained_vector()
+            rescaled = None if trained is None else rescale_fresh(output, trained, state.shape)
+            if rescaled is not None:
+                return rescaled
         return self._rescaled(output, fresh=True)
-
-    def _only_site(self) -> Site | None:
-        own, carried = self.own, self.carried
-        if carried is None:
-            return own
-        return carried if own is None and carried.is_carried() else None
 
     def _on_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return self._rescaled(output, is_fresh(module, own_hooks=1))
@@ -114,8 +127,8 @@ class Output(_Hook):
         factor, keep, in_place = None, False, fresh
         if own is not None:
             factor = own.factor(output)
-            in_place = fresh and own.in_place
-        if carried is not None and carried.is_carried():
+            in_place = fresh and own.site_state.in_place
+        if carried is not None and carried.site_state.is_carried():
             inner = carried.factor(output)
             if inner is not None:
                 # In place twice would overwrite what the first time is kept for the gradient.
@@ -139,13 +152,13 @@ class OutputHandle:
         known = _output_of(module)
         self._output = Output(module) if known is None else known
         self._role = "carried" if carried else "own"
-        setattr(self._output, self._role, site)
+        self._output.put(self._role, site)
         if known is None:
             self._output.install(must_be_hook=site.must_be_hook)
 
     def remove(self) -> None:
         """Multiply by that site no longer."""
-        setattr(self._output, self._role, None)
+        self._output.put(self._role, None)
         if self._output.is_dead():
             self._output.uninstall()
 
@@ -186,7 +199,9 @@ class Input(_Hook):
 
     def _factor(self, activation: Tensor) -> Tensor | None:
         site = self.site
-        return None if site is None or site.is_carried() else site.factor(activation)
+        if site is None or site.site_state.is_carried():
+            return None
+        return site.factor(activation)
 
     def _on_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -7,9 +7,10 @@ import dataclasses
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import repeat
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -42,7 +43,7 @@ from .integrations.transformers import known_to_trainer
 from .merging import Merge
 from .routing import BASE, LOCK, Names, Route, current_route, entered, watch
 from .rows import Rows, is_within_experts, named
-from .sites import Attachments, Found, Site, activate, check_free, displace, place, site_of
+from .sites import Attachments, Found, Site, activate, check_free, displace, place, site_of, switch
 from .store import Adapter
 from .targets import ATTRIBUTE, Target, check_vectors, resolve, selection
 
@@ -62,8 +63,7 @@ DEFAULT_ADAPTER = "default"
 # The attributes of the modules that hold vectors: setting one ("training") would set the vector.
 TAKEN = {
     *dir(nn.Module()),
-    *("active", "routed", "banked", "merged", "carrier", "in_place", "in_block", "must_be_hook"),
-    *("_handles", "_kept"),
+    *("site_state", "banked", "merged", "in_block", "must_be_hook", "_handles"),
 }
 
 
@@ -246,7 +246,10 @@ class IA3Model(nn.Module):
                     self._unrouted("set_adapter of an adapter with modules_to_save")
                 )
             self._require_grad(names, inference_mode, found)
-            self._activate(names, found)
+            if self._fused:
+                self._activate(names)
+            else:
+                self._apply_to(found, names, switch)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -325,7 +328,7 @@ class IA3Model(nn.Module):
         """
         self._plain = plain
         for _, _, site in self._sites():
-            site.in_place = not plain
+            site.site_state.in_place = not plain
 
     def forward(self, *args: Any, adapter_names: Names | None = None, **kwargs: Any) -> Any:
         """The base model's forward, with the active adapters.
@@ -540,7 +543,7 @@ class IA3Model(nn.Module):
         with LOCK:
             for target in targets:
                 site = place(found.modules[target.name], target, carriers)
-                site.in_place = not self._plain
+                site.site_state.in_place = not self._plain
                 site.banked = True
                 sites[target.name] = site
             # Fused layers have to know the site that is theirs.
@@ -837,9 +840,8 @@ class IA3Model(nn.Module):
                 self._load_into(adapter_name, adapter)
             else:
                 self._add(adapter_name, adapter.config, adapter, copy=False)
-        if not is_trainable and (
-            self.training or any(module.training for module in self._found().modules.values())
-        ):
+        trains = map(attrgetter("training"), self._found().modules.values())
+        if not is_trainable and (self.training or any(trains)):
             self.eval()
 
     def push_to_hub(
@@ -962,17 +964,17 @@ class IA3Model(nn.Module):
             device = device_of(module)
             shape = target.activation.shape
             if stored is not None:
+                vector = stored.vectors[target.name]
                 # A model on the meta device has no values to lose; the adapter has.
                 values_on = torch.device("cpu") if device.type == "meta" else device
-                vector = stored.vectors[target.name].to(values_on, torch.float32, copy=copy)
+                if copy or vector.device != values_on or vector.dtype is not torch.float32:
+                    vector = vector.to(values_on, torch.float32, copy=copy)
             elif resolved.init_ia3_weights:
                 vector = torch.ones(shape, device=device)
             else:
                 vector = torch.randn(shape, device=device)
             site = place(module, target, carriers)
-            in_place = not self._plain
-            if site.in_place != in_place:  # a module is slow to be written to
-                site.in_place = in_place
+            site.site_state.in_place = not self._plain
             site.add(adapter_name, vector, target.frozen)
         for name in saved:
             module = self.model.get_submodule(name)
@@ -1002,7 +1004,8 @@ class IA3Model(nn.Module):
             frozen = stored.frozen
             known = found.targets.get(selection(config, frozen))
         resolved, targets = resolve(self.model, config, frozen, found.modules, known)
-        for target in targets:
+        # Those that are known were checked, and have sites.
+        for target in targets if targets is not known else ():
             check_free(found.modules[target.name], target)
             if found.copies:
                 self._check_outside_copies(target.name)
@@ -1098,7 +1101,7 @@ class IA3Model(nn.Module):
                 raise IA3Error("the model that was routed has lost adapters since")
             self._routes.open += 1
             watch(self.model, True)
-            if not all(site.routed for _, _, site in found.sites):
+            if not all(state.routed for state in found.states):
                 self._activate(self._active)
 
     def _close(self) -> None:
@@ -1173,31 +1176,35 @@ class IA3Model(nn.Module):
             for key, value in copies[adapter].state_dict().items()
         }
 
-    def _activate(self, names: tuple[str, ...], found: Found | None = None) -> None:
-        # Not setattr: a module's looks through all that it holds.
-        self.__dict__["_active"] = names
-        active = names if self._enabled else ()
-        found = self._found() if found is None else found
+    def _activate(self, names: tuple[str, ...]) -> None:
+        found = self._found()
         # Blocks may have been taken out, or given another forward.
         fused = [found.modules[name] for name in self._fused if name in found.modules]
         in_block = {id(site_in(module)) for module in fused}
         for _, _, site in found.sites if self._fused else ():
             site.in_block = id(site) in in_block
+        self._apply_to(found, names, activate)
+
+    def _apply_to(
+        self, found: Found, names: tuple[str, ...], to_sites: Callable[..., None]
+    ) -> None:
+        # Not setattr: a module's looks through all that it holds.
+        self.__dict__["_active"] = names
+        active = names if self._enabled else ()
         with LOCK:
             if not self._routes.open:
                 watch(self.model, False)
-            activate(found.sites, active, routed=self._routes.open > 0)
+            to_sites(found, active, routed=self._routes.open > 0)
         for _, _, copies in found.copies:
             copies.active = next((name for name in active if name in copies), None)
 
     def _require_grad(self, names: Sequence[str], inference_mode: bool, found: Found) -> None:
         self._rows.forget()
         wanted = set() if inference_mode else set(names)
-        held = [site._parameters for _, _, site in found.sites]
         changing = {*self._active, *names}
         # Somebody may have asked for all gradients there are: it shows at an adapter's first site.
         seen: set[str] = set()
-        for vectors in held:
+        for vectors in found.vectors:
             for name in vectors.keys() - seen:
                 if vectors[name].requires_grad:  # type: ignore[union-attr]
                     changing.add(name)
@@ -1206,7 +1213,7 @@ class IA3Model(nn.Module):
                 break
         for name in changing:
             wants = name in wanted
-            for vector in map(dict.get, held, repeat(name)):
+            for vector in map(dict.get, found.vectors, repeat(name)):
                 if vector is not None:
                     vector.requires_grad = wants
         for _, _, copies in found.copies:

@@ -6,8 +6,10 @@ Its vectors are its parameters, one per adapter, so that they move, save and tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import contains
 from typing import Any
 
 import torch
@@ -38,8 +40,85 @@ class _Kept:
     """
 
     active: tuple[str, ...]
-    vectors: Sequence[tuple[str, Tensor, int, int]]
+    vectors: tuple[tuple[str, Tensor, int, int], ...]
     product: Tensor
+
+
+class SiteState:
+    """What a site's hooks ask for at each call.
+
+    A decoder's calls are so short that it shows how much memory is looked at, and each of its
+    matrices throws all else out of the caches: these few things lie together.
+
+    Args:
+        vectors: the site's own dict of them.
+        frozen: the same of what counts as one in them.
+        shape: what they multiply as, `Activation.factor_shape`.
+
+    Attributes:
+        active: the adapters whose vectors multiply now.
+        routed: a route may be on, which is asked before the active adapters are.
+        in_place: rescale where it costs the least memory; else by the plain product, at the module
+            itself.
+        carrier: of a down projection's input, the layer whose output is rescaled instead.
+        kept: the product of the active adapters' vectors.
+    """
+
+    __slots__ = ("active", "carrier", "frozen", "in_place", "kept", "routed", "shape", "vectors")
+
+    def __init__(
+        self,
+        vectors: dict[str, nn.Parameter | None],
+        frozen: dict[str, Frozen],
+        shape: tuple[int, ...],
+    ) -> None:
+        self.vectors = vectors
+        self.frozen = frozen
+        self.shape = shape
+        self.active: tuple[str, ...] = ()
+        self.routed = False
+        self.in_place = True
+        self.carrier: Carrier | None = None
+        self.kept: _Kept | None = None
+
+    def kept_product(self) -> Tensor | None:
+        """The product of the active adapters' vectors, if it is kept and holds here and now."""
+        kept = self.kept
+        if (
+            kept is None
+            or kept.active is not self.active
+            # The vectors may be about to change, by an optimizer that leaves no trace.
+            or is_grad_enabled()
+            or are_functorch_transforms_active()
+        ):
+            return None
+        for name, vector, pointer, version in kept.vectors:
+            if (
+                self.vectors.get(name) is not vector
+                or vector._version != version
+                or vector.data_ptr() != pointer
+            ):
+                return None
+        return kept.product
+
+    def trained_vector(self) -> nn.Parameter | None:
+        """The only active adapter's vector, if gradients of it as a whole are wanted."""
+        if len(self.active) != 1 or not is_grad_enabled():
+            return None
+        (name,) = self.active
+        vector = self.vectors.get(name)
+        if (
+            type(vector) is not nn.Parameter
+            or not vector.requires_grad
+            or vector.is_meta
+            or name in self.frozen
+        ):
+            return None
+        return vector
+
+    def is_carried(self) -> bool:
+        """Whether the carrier's output is rescaled, and not the module's input."""
+        return self.in_place and self.carrier is not None and self.carrier.in_place()
 
 
 class Site(nn.Module):
@@ -48,12 +127,8 @@ class Site(nn.Module):
     Vectors have PEFT's shapes (`Activation.shape`) and are float32 whatever the base's dtype.
 
     Attributes:
-        carrier: of a down projection's input, the layer whose output is rescaled instead.
-        in_place: rescale where it costs the least memory; else by the plain product, at the module
-            itself.
+        site_state: what it does now.
         in_block: the fused layer that the module is part of multiplies by the vectors (fusing.py).
-        active: the adapters whose vectors multiply now.
-        routed: a route may be on, which is asked before the active adapters are.
         banked: a bank has values for it, so that it stays without vectors of its own.
         merged: the adapters that are part of the weights.
         must_be_hook: where it finds none, the module's parent never calls it.
@@ -64,16 +139,12 @@ class Site(nn.Module):
         self.side = target.side
         self.activation = target.activation
         self.frozen: dict[str, Frozen] = {}
-        self.active: tuple[str, ...] = ()
-        self.routed = False
+        self.site_state = SiteState(self._parameters, self.frozen, self.activation.factor_shape)
         self.banked = False
         self.merged: tuple[str, ...] = ()
-        self.carrier: Carrier | None = None
-        self.in_place = True
         self.in_block = False
         self.must_be_hook = False
         self._handles: tuple[Handle, ...] = ()
-        self._kept: _Kept | None = None
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
     @property
@@ -184,10 +255,10 @@ class Site(nn.Module):
             # What is merged takes the place of what is active, or is part of it.
             among = set(self.merged) <= set(here)
             here = tuple(name for name in here if name not in self.merged) if among else ()
-        # Not setattr: a module's looks through all that it holds.
-        self.__dict__["active"] = here
-        self.__dict__["_kept"] = None
-        self.__dict__["routed"] = routed
+        state = self.site_state
+        state.active = here
+        state.kept = None
+        state.routed = routed
         # Experts are not routed: at most they have nothing to do.
         wanted = (bool(here) or (routed and self.side != "inner")) and not self.in_block
         if wanted is not bool(self._handles):
@@ -200,9 +271,10 @@ class Site(nn.Module):
             return (experts.attach(module, self._inner_product),)
         if self.side == "output":
             return (OutputHandle(module, self),)
-        if self.carrier is None:
+        carrier = self.site_state.carrier
+        if carrier is None:
             return (Input(module, self),)
-        return Input(module, self), OutputHandle(self.carrier.module, self, carried=True)
+        return Input(module, self), OutputHandle(carrier.module, self, carried=True)
 
     def product(self, adapters: tuple[str, ...]) -> Tensor:
         """The product of the adapters' vectors, `Activation.factor_shape`."""
@@ -217,51 +289,32 @@ class Site(nn.Module):
         Not kept where values can change without a trace (meta device, inference mode), or are no
         values at all (traced code). `None` where none is active.
         """
+        state = self.site_state
         # Another thread may activate others meanwhile.
-        active = self.active
+        active = state.active
         if not active:
             return None
         if is_compiling():
             return self.product(active)
-        kept = self.kept_product()
+        kept = state.kept_product()
         if kept is not None:
             return kept
         product = self.product(active)
         if is_grad_enabled() or are_functorch_transforms_active():
-            self.__dict__["_kept"] = None
+            state.kept = None
             return product
         vectors = [(name, self[name]) for name in active]
         if all(
             type(v) is nn.Parameter and not v.is_inference() and not v.is_meta for _, v in vectors
         ):
             product = product.detach()
-            state = [(name, v, v.data_ptr(), v._version) for name, v in vectors]
-            self.__dict__["_kept"] = _Kept(active, state, product)
+            seen = tuple((name, v, v.data_ptr(), v._version) for name, v in vectors)
+            state.kept = _Kept(active, seen, product)
         return product
-
-    def kept_product(self) -> Tensor | None:
-        """What `active_product` has kept, if that holds here and now."""
-        kept = self._kept
-        if (
-            kept is None
-            or kept.active is not self.active
-            # The vectors may be about to change, by an optimizer that leaves no trace.
-            or is_grad_enabled()
-            or are_functorch_transforms_active()
-        ):
-            return None
-        for name, vector, pointer, version in kept.vectors:
-            if (
-                self._parameters.get(name) is not vector
-                or vector.data_ptr() != pointer
-                or vector._version != version
-            ):
-                return None
-        return kept.product
 
     def is_routed(self) -> bool:
         """Whether a route says what to do here now, and not the active adapters."""
-        return self.routed and _is_routed(self)
+        return self.site_state.routed and _is_routed(self)
 
     def factor(self, activation: Tensor) -> Tensor | None:
         """What an activation here is multiplied by now; `None` for nothing."""
@@ -269,33 +322,6 @@ class Site(nn.Module):
 
     def _inner_product(self) -> Tensor | None:
         return None if self.is_routed() else self.active_product()
-
-    def is_carried(self) -> bool:
-        """Whether the carrier's output is rescaled, and not the module's input."""
-        return self.in_place and self.carrier is not None and self.carrier.in_place()
-
-
-def activate(
-    sites: Sequence[tuple[str, nn.Module, Site]], adapters: tuple[str, ...], routed: bool
-) -> None:
-    """`Site.activate` at all sites of a model.
-
-    From one adapter to another mostly nothing but the name changes. That is found out here: a
-    model has hundreds of sites, and a call of a method takes longer.
-    """
-    for _, module, site in sites:
-        state = site.__dict__
-        same = state["_handles"] and state["routed"] is routed
-        if same and adapters and not (state["merged"] or state["in_block"]):
-            vectors = state["_parameters"]
-            for name in adapters:
-                if vectors.get(name) is None:
-                    break
-            else:
-                state["active"] = adapters
-                state["_kept"] = None
-                continue
-        site.activate(module, adapters, routed)
 
 
 def site_of(module: nn.Module) -> Site | None:
@@ -312,8 +338,11 @@ class Found:
         modules: name -> module, in the model's order.
         sites: the base module's name, the module, and the site on it.
         copies: the base module's name, the module, and the copies of it.
+        states, vectors: of all sites.
         targets: what was chosen from these modules before, by whatever it was chosen by.
         telling: parameters that tell the model from others, once they are chosen.
+        ready: all sites have their hooks, for routes or not; `None` where that is not so, or what
+            is active at a site is not all that was activated.
     """
 
     modules: dict[str, nn.Module]
@@ -321,9 +350,15 @@ class Found:
     copies: list[tuple[str, nn.Module, Copies]]
     targets: dict[Hashable, list[Target]] = field(default_factory=dict)
     telling: list[str] | None = None
+    ready: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.states = [site.site_state for _, _, site in self.sites]
+        self.vectors = [site._parameters for _, _, site in self.sites]
 
 
 _Children = dict[str, nn.Module | None]
+_NO_CHILDREN: _Children = {}
 
 
 class Attachments:
@@ -348,18 +383,43 @@ class Attachments:
         if known is None or known[0] != known[1]:
             modules = dict(self.model.named_modules())
             on = [(name, m, m._modules.get(ATTRIBUTE)) for name, m in modules.items()]
-            held = [module._modules for module in modules.values()]
+            # Nothing is ever put on a site.
+            held = [module._modules for module in modules.values() if type(module) is not Site]
             found = Found(
                 modules,
                 [(name, module, site) for name, module, site in on if isinstance(site, Site)],
                 [(name, module, held) for name, module, held in on if isinstance(held, Copies)],
             )
-            known = self._known = held, [dict(children) for children in held], found
+            # One dict for all that are empty: this is read often, and slow to come from memory.
+            known = self._known = held, [dict(c) if c else _NO_CHILDREN for c in held], found
         return known[2]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy finds its own.
         return {"model": self.model, "_known": None}
+
+
+def activate(found: Found, adapters: tuple[str, ...], routed: bool) -> None:
+    """`Site.activate` at all sites of a model."""
+    ready = True
+    for _, module, site in found.sites:
+        site.activate(module, adapters, routed)
+        ready = ready and bool(site._handles) and len(site.site_state.active) == len(adapters)
+    found.ready = routed if ready else None
+
+
+def switch(found: Found, adapters: tuple[str, ...], routed: bool) -> None:
+    """`activate` where nothing else has changed since: mostly that is only a name at each site."""
+    if (
+        adapters
+        and found.ready is routed
+        and all(all(map(contains, found.vectors, repeat(name))) for name in adapters)
+    ):
+        for state in found.states:
+            state.active = adapters
+            state.kept = None
+    else:
+        activate(found, adapters, routed)
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
@@ -410,7 +470,7 @@ def place(module: nn.Module, target: Target, carriers: Carriers) -> Site:
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         site = Site(target)
         if site.side == "input":
-            site.carrier = carriers.of(target.name)
+            site.site_state.carrier = carriers.of(target.name)
         site.must_be_hook = isinstance(carriers.parent(target.name), nn.TransformerEncoderLayer)
         module.add_module(ATTRIBUTE, site)
     return site

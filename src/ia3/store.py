@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -32,6 +33,9 @@ from .layout import (
     weights_file,
 )
 from .structure import Frozen
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # The format's names of dtypes, in the order in which its library writes them: the widest first.
 DTYPES = {
@@ -108,18 +112,26 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     data: list[Any] = []
     end = 0
     for name in sorted(tensors, key=lambda name: (place[tensors[name].dtype], name)):
-        tensor = tensors[name].detach().cpu()
-        start, end = end, end + tensor.nbytes
+        tensor = tensors[name]
+        values = _values(tensor)
+        start, end = end, end + values.nbytes
         header[name] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-        data.append(tensor.reshape(-1).view(torch.uint8).numpy())
+        data.append(values)
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     # The tensors begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, *data])
+
+
+def _values(tensor: Tensor) -> NDArray[Any]:
+    """A tensor's values as they lie in a file."""
+    if tensor.dtype is not torch.float32:  # numpy lacks some of them
+        tensor = tensor.detach().cpu().reshape(-1).view(torch.uint8)
+    return np.ascontiguousarray(tensor.numpy(force=True))
 
 
 def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter:
@@ -173,22 +185,24 @@ class _Header:
     Attributes:
         text: its first bytes.
         size: bytes of the whole file.
-        sizes, shapes: of the tensors by name, in the order in which they lie.
+        places: name -> the tensor's first value, the one after its last, and its shape, in the
+            order in which they lie.
         metadata: what the header says beside them.
     """
 
     text: bytes
     size: int
-    sizes: list[int]
-    shapes: dict[str, tuple[int, ...]]
+    places: dict[str, tuple[int, int, tuple[int, ...]]]
     metadata: dict[str, str]
 
     def tensors(self, content: bytes) -> dict[str, Tensor]:
         """The tensors of a file that begins so and is as long."""
-        values = torch.frombuffer(bytearray(content), dtype=torch.float32, offset=len(self.text))
-        parts = zip(torch.split(values, self.sizes), self.shapes.items(), strict=True)
-        # Memory of their own, as written to one they would all count as changed.
-        return {name: part.view(shape).clone() for part, (name, shape) in parts}
+        values = np.frombuffer(bytearray(memoryview(content)[len(self.text) :]), np.float32)
+        # Not views of one tensor: where one was written to, all would count as changed.
+        return {
+            name: torch.from_numpy(values[start:end].reshape(shape))
+            for name, (start, end, shape) in self.places.items()
+        }
 
 
 # Of the file that was read last: adapters of one base model and config begin alike.
@@ -211,10 +225,12 @@ def _parse_safetensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], d
         entry["dtype"] == "F32" for entry in header.values()
     ):
         # The library has seen to it that they lie one after the other and fill the file.
-        places = sorted((entry["data_offsets"], name) for name, entry in header.items())
-        shapes = {name: tuple(tensors[name].shape) for _, name in places}
-        sizes = [tensors[name].numel() for name in shapes]
-        _last_header = _Header(content[:length], len(content), sizes, shapes, metadata)
+        ordered = sorted((entry["data_offsets"], name) for name, entry in header.items())
+        places = {
+            name: (start // 4, end // 4, tuple(tensors[name].shape))
+            for (start, end), name in ordered
+        }
+        _last_header = _Header(content[:length], len(content), places, metadata)
     return tensors, dict(metadata)
 
 
