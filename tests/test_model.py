@@ -500,7 +500,7 @@ def test_misspelt_adapter(tiny_llama: PreTrainedModel, use: Callable[[IA3Model],
     assert model.active_adapters == ["default"]
 
 
-@pytest.mark.parametrize("name", ["forward", "active", "training", "merged"])
+@pytest.mark.parametrize("name", ["forward", "banked", "training", "merged"])
 def test_adapter_names_that_torch_could_not_tell_apart(
     tiny_llama: PreTrainedModel, name: str
 ) -> None:
