@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
+import pytest
 import torch
 from tfew_fixtures import tiny_llama
 from torch import nn
@@ -63,3 +65,67 @@ def test_copies_switch_their_own_adapters() -> None:
             vector.data.fill_(1)
         assert torch.equal(copied(ids).logits, plain)
         assert any((v != 1).any() for v in model.vectors("second").values())
+
+
+def merged(model: IA3Model) -> None:
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
+def disabled(model: IA3Model) -> None:
+    with model.disable_adapter():
+        pass
+
+
+def routed(model: IA3Model) -> None:
+    with model.route(["narrow", "wide"]):
+        pass
+
+
+def replaced(model: IA3Model) -> None:
+    """By another adapter of the name, with fewer sites."""
+    active = model.active_adapters
+    model.set_adapter("wide")
+    model.delete_adapter("other")
+    model.add_adapter("other", NARROW)
+    model.set_adapter(active)
+
+
+NARROW = IA3Config(target_modules=["v_proj"], feedforward_modules=[])
+WIDE = IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])
+
+
+@pytest.mark.parametrize(
+    "between",
+    [IA3Model.fuse_mlp, merged, disabled, routed, replaced, IA3Model.unfuse_mlp],
+    ids=lambda change: change.__name__,
+)
+def test_only_what_is_active_multiplies(between: Callable[[IA3Model], object]) -> None:
+    """Whichever adapters were active before, and whatever was done since."""
+    ids = torch.arange(10).reshape(2, 5)
+    model = IA3Model(tiny_llama(), WIDE, "wide")
+    for name, config in (("other", WIDE), ("narrow", NARROW)):
+        model.add_adapter(name, config)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("wide", "narrow", "other"):
+        for vector in model.vectors(name).values():
+            vector.data = torch.rand(vector.shape, generator=generator) + 0.5
+
+    def expected(*names: str) -> torch.Tensor:
+        base = tiny_llama()
+        for name in names:
+            alone = IA3Model(base, model.peft_config[name], vectors=model.vectors(name))
+            base = alone.merge_and_unload()
+        with torch.no_grad():
+            return base(ids).logits
+
+    for order in (["wide", "other", "narrow", "wide"], ["narrow", "wide", "other"]):
+        for name in order:
+            model.set_adapter(name)
+            for again in range(2):
+                with torch.no_grad():
+                    torch.testing.assert_close(model(ids).logits, expected(name))
+                if not again:
+                    between(model)
+        model.set_adapter(["narrow", "wide"])
+        torch.testing.assert_close(model(ids).logits.detach(), expected("narrow", "wide"))

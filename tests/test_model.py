@@ -516,7 +516,7 @@ def test_adapter_names_that_are_words(tiny_llama: PreTrainedModel, make_inputs: 
     model, inputs = random_adapter(tiny_llama), make_inputs("llama")
     expected = logits(model, inputs)
     vectors = model.vectors("default")
-    for name in ("product", "place", "vectors", "remove", "kundin-7", "größe"):
+    for name in ("product", "place", "vectors", "remove", "active", "routed", "kundin-7", "größe"):
         model.add_adapter(name, IA3Config(), vectors)
         model.set_adapter(name)
         model.train().eval().to(torch.float32)

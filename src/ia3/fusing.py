@@ -313,7 +313,7 @@ def _why_none(model: nn.Module) -> str:
 
 
 def _forward(module: nn.Module, layer: GatedLayer, *args: Any, **kwargs: Any) -> Tensor:
-    (values,) = (*args, *kwargs.values()) if kwargs else args
+    (values,) = (*args, *kwargs.values())
     parts = module._modules
     down: Any = parts[layer.down]
     gate, up = parts[layer.gate](values), parts[layer.up](values)  # type: ignore[misc]

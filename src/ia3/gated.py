@@ -86,13 +86,10 @@ def gated_product(
     Returns:
         `[..., dim]` in the dtype that gate and up promote to.
     """
-    if not torch.is_grad_enabled() and _is_short(gate, up, vector):
-        product = FUNCTIONS[activation].value(gate).mul_(up)
-        return product if vector is None else product.mul_(vector)
-    if not _is_worth_it(gate, up, vector):
-        return _formula(gate, up, vector, activation)
-    result: Tensor = _GatedProduct.apply(gate, up, vector, activation)  # type: ignore[no-untyped-call]
-    return result
+    if _is_worth_it(gate, up, vector):
+        product: Tensor = _GatedProduct.apply(gate, up, vector, activation)  # type: ignore[no-untyped-call]
+        return product
+    return _formula(gate, up, vector, activation)
 
 
 def _formula(gate: Tensor, up: Tensor, vector: Tensor | None, activation: GateActivation) -> Tensor:
@@ -100,24 +97,6 @@ def _formula(gate: Tensor, up: Tensor, vector: Tensor | None, activation: GateAc
     product = FUNCTIONS[activation].value(gate.to(wide)) * up.to(wide)
     product = product if vector is None else product * vector
     return product.to(torch.promote_types(gate.dtype, up.dtype))
-
-
-def _is_short(gate: Tensor, up: Tensor, vector: Tensor | None) -> bool:
-    """Whether these are a few ordinary values on a CPU, as of one token that is decoded.
-
-    What `_GatedProduct` takes to begin with would show in so short a call.
-    """
-    return (
-        gate.dtype is up.dtype is torch.float32
-        and type(gate) is type(up) is Tensor
-        and gate.device.type == "cpu"
-        and not gate.is_nested
-        and gate.shape == up.shape
-        and gate.numel() <= CHUNK
-        and (vector is None or (vector.dtype is torch.float32 and vector.dim() == 1))
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def _is_worth_it(gate: Tensor, up: Tensor, vector: Tensor | None) -> bool:
@@ -128,6 +107,9 @@ def _is_worth_it(gate: Tensor, up: Tensor, vector: Tensor | None) -> bool:
     if type(gate) is not Tensor or type(up) is not Tensor or gate.is_nested or gate.is_meta:
         return False
     if gate.shape != up.shape or gate.device != up.device or gate.numel() == 0:
+        return False
+    if not torch.is_grad_enabled() and gate.device.type == "cpu" and gate.numel() <= CHUNK:
+        # One chunk, of which nothing is kept: as of a token that is decoded.
         return False
     if vector is None:
         return True

@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from .forwards import SLOTS, give_back
-from .rescale import rescale, rescale_fresh
+from .rescale import rescale
 
 if TYPE_CHECKING:
     from .sites import Site, SiteState
@@ -112,10 +112,6 @@ class Output(_Hook):
             kept = state.kept_product()
             if kept is not None:
                 return output.mul_(kept)
-            trained = state.trained_vector()
-            rescaled = None if trained is None else rescale_fresh(output, trained, state.shape)
-            if rescaled is not None:
-                return rescaled
         return self._rescaled(output, fresh=True)
 
     def _on_output(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:

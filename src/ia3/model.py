@@ -7,7 +7,7 @@ import dataclasses
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import repeat
 from operator import attrgetter
@@ -43,7 +43,7 @@ from .integrations.transformers import known_to_trainer
 from .merging import Merge
 from .routing import BASE, LOCK, Names, Route, current_route, entered, watch
 from .rows import Rows, is_within_experts, named
-from .sites import Attachments, Found, Site, activate, check_free, displace, place, site_of, switch
+from .sites import Attachments, Found, Site, activate, check_free, displace, place, site_of
 from .store import Adapter
 from .targets import ATTRIBUTE, Target, check_vectors, resolve, selection
 
@@ -246,10 +246,7 @@ class IA3Model(nn.Module):
                     self._unrouted("set_adapter of an adapter with modules_to_save")
                 )
             self._require_grad(names, inference_mode, found)
-            if self._fused:
-                self._activate(names)
-            else:
-                self._apply_to(found, names, switch)
+            self._activate(names, found)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -840,8 +837,9 @@ class IA3Model(nn.Module):
                 self._load_into(adapter_name, adapter)
             else:
                 self._add(adapter_name, adapter.config, adapter, copy=False)
-        trains = map(attrgetter("training"), self._found().modules.values())
-        if not is_trainable and (self.training or any(trains)):
+        if not is_trainable and (
+            self.training or any(map(attrgetter("training"), self._found().modules.values()))
+        ):
             self.eval()
 
     def push_to_hub(
@@ -1004,11 +1002,11 @@ class IA3Model(nn.Module):
             frozen = stored.frozen
             known = found.targets.get(selection(config, frozen))
         resolved, targets = resolve(self.model, config, frozen, found.modules, known)
-        # Those that are known were checked, and have sites.
-        for target in targets if targets is not known else ():
-            check_free(found.modules[target.name], target)
-            if found.copies:
-                self._check_outside_copies(target.name)
+        if targets is not known:  # those have sites, and were checked when they got them
+            for target in targets:
+                check_free(found.modules[target.name], target)
+                if found.copies:
+                    self._check_outside_copies(target.name)
         if stored is not None:
             check_vectors(stored.vectors, targets, type(self.model).__name__)
         return resolved, targets
@@ -1176,25 +1174,25 @@ class IA3Model(nn.Module):
             for key, value in copies[adapter].state_dict().items()
         }
 
-    def _activate(self, names: tuple[str, ...]) -> None:
-        found = self._found()
-        # Blocks may have been taken out, or given another forward.
-        fused = [found.modules[name] for name in self._fused if name in found.modules]
-        in_block = {id(site_in(module)) for module in fused}
-        for _, _, site in found.sites if self._fused else ():
-            site.in_block = id(site) in in_block
-        self._apply_to(found, names, activate)
-
-    def _apply_to(
-        self, found: Found, names: tuple[str, ...], to_sites: Callable[..., None]
-    ) -> None:
+    def _activate(self, names: tuple[str, ...], found: Found | None = None) -> None:
+        """Have these be active; with `found`, where nothing but which are has changed."""
         # Not setattr: a module's looks through all that it holds.
         self.__dict__["_active"] = names
         active = names if self._enabled else ()
+        if found is None:
+            found = self._found()
+            found.ready = None
+        if self._fused:
+            # Blocks may have been taken out, or given another forward.
+            found.ready = None
+            fused = [found.modules[name] for name in self._fused if name in found.modules]
+            in_block = {id(site_in(module)) for module in fused}
+            for _, _, site in found.sites:
+                site.in_block = id(site) in in_block
         with LOCK:
             if not self._routes.open:
                 watch(self.model, False)
-            to_sites(found, active, routed=self._routes.open > 0)
+            activate(found, active, routed=self._routes.open > 0)
         for _, _, copies in found.copies:
             copies.active = next((name for name in active if name in copies), None)
 

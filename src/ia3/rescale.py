@@ -10,11 +10,10 @@ And where the activation is fresh (nobody else holds it), y′ can be written ov
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .errors import IA3Error
@@ -28,12 +27,7 @@ DIVIDING_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 class _KeepResult(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, activation: Tensor, vector: Tensor, in_place: bool, shape: Sequence[int]
-    ) -> Tensor:
-        ctx.vector_shape = vector.shape
-        # Here, and not before: it would be one more step of each backward pass.
-        vector = vector.reshape(shape)
+    def forward(ctx: Any, activation: Tensor, vector: Tensor, in_place: bool) -> Tensor:
         near_zero = vector.abs() < SMALLEST_DIVISOR
         divisor = vector.masked_fill(near_zero, SMALLEST_DIVISOR)
         if in_place:
@@ -45,35 +39,28 @@ class _KeepResult(torch.autograd.Function):
         return scaled
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _not_differentiable if torch.is_grad_enabled() else _gradients
-        return gradients(ctx, *grads)
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    try:
-        scaled, divisor = ctx.saved_tensors
-    except RuntimeError as error:
-        raise IA3Error(
-            f"the model writes over a rescaled activation, which its vector's gradient is "
-            f"computed from: use_plain_product() on the IA3Model keeps another ({error})"
-        ) from error
-    grad_activation = grad_vector = product = None
-    if ctx.needs_input_grad[1]:
-        wide = torch.promote_types(grad.dtype, divisor.dtype)
-        product = grad.to(wide) * scaled.to(wide)
-        if divisor.dim() == 1:
-            summed = product.flatten(0, -2).sum(0)
-        else:
-            summed = product.sum_to_size(divisor.shape)
-        grad_vector = (summed / divisor).view(ctx.vector_shape)
-    if ctx.needs_input_grad[0]:
-        # Into the memory of the other product: to get more would take longer than to fill it.
-        grad_activation = torch.mul(grad, divisor, out=product).to(grad.dtype)
-    return grad_activation, grad_vector, None, None
-
-
-_not_differentiable = once_differentiable(_gradients)
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,) = grads
+        try:
+            scaled, divisor = ctx.saved_tensors
+        except RuntimeError as error:
+            raise IA3Error(
+                f"the model writes over a rescaled activation, which its vector's gradient is "
+                f"computed from: use_plain_product() on the IA3Model keeps another ({error})"
+            ) from error
+        grad_activation = grad_vector = None
+        if ctx.needs_input_grad[0]:
+            grad_activation = (grad * divisor).to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            wide = torch.promote_types(grad.dtype, divisor.dtype)
+            product = grad.to(wide) * scaled.to(wide)
+            if divisor.dim() == 1:
+                summed = product.flatten(0, -2).sum(0)
+            else:
+                summed = product.sum_to_size(divisor.shape)
+            grad_vector = summed / divisor
+        return grad_activation, grad_vector, None
 
 
 def rescale(
@@ -116,42 +103,10 @@ def rescale(
             or not _broadcasts(vector, activation)
         ):
             return (activation * vector).to(activation.dtype)
-        return _keep_result(activation, vector, in_place, vector.shape)
+        return _KeepResult.apply(activation, vector, in_place)  # type: ignore[no-any-return, no-untyped-call]
     if in_place and not (activation.requires_grad and activation._is_view()):
         return activation.mul_(vector)
     return (activation * vector).to(activation.dtype)
-
-
-def rescale_fresh(output: Tensor, vector: nn.Parameter, shape: Sequence[int]) -> Tensor | None:
-    """`rescale` in place by a parameter that trains, for a linear layer's usual output, not nested.
-
-    A training step has hundreds of these, and what `rescale` looks at before it takes as long as
-    the product.
-
-    Args:
-        output: `[..., dim]`, held by nobody else.
-        vector: a parameter that requires gradients, while they are enabled.
-        shape: what it is multiplied as.
-
-    Returns:
-        `output`, or `None` where it is not that usual.
-    """
-    if (
-        output.dtype in DIVIDING_DTYPES
-        and vector.dtype in DIVIDING_DTYPES
-        and output.dim() > len(shape) == 1
-        and not output._is_view()
-        and not torch._C._are_functorch_transforms_active()
-    ):
-        return _keep_result(output, vector, True, shape)
-    return None
-
-
-def _keep_result(
-    activation: Tensor, vector: Tensor, in_place: bool, shape: Sequence[int]
-) -> Tensor:
-    result: Tensor = _KeepResult.apply(activation, vector, in_place, shape)  # type: ignore[no-untyped-call]
-    return result
 
 
 def _broadcasts(vector: Tensor, activation: Tensor) -> bool:

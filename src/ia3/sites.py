@@ -52,8 +52,6 @@ class SiteState:
 
     Args:
         vectors: the site's own dict of them.
-        frozen: the same of what counts as one in them.
-        shape: what they multiply as, `Activation.factor_shape`.
 
     Attributes:
         active: the adapters whose vectors multiply now.
@@ -64,17 +62,10 @@ class SiteState:
         kept: the product of the active adapters' vectors.
     """
 
-    __slots__ = ("active", "carrier", "frozen", "in_place", "kept", "routed", "shape", "vectors")
+    __slots__ = ("active", "carrier", "in_place", "kept", "routed", "vectors")
 
-    def __init__(
-        self,
-        vectors: dict[str, nn.Parameter | None],
-        frozen: dict[str, Frozen],
-        shape: tuple[int, ...],
-    ) -> None:
+    def __init__(self, vectors: dict[str, nn.Parameter | None]) -> None:
         self.vectors = vectors
-        self.frozen = frozen
-        self.shape = shape
         self.active: tuple[str, ...] = ()
         self.routed = False
         self.in_place = True
@@ -101,21 +92,6 @@ class SiteState:
                 return None
         return kept.product
 
-    def trained_vector(self) -> nn.Parameter | None:
-        """The only active adapter's vector, if gradients of it as a whole are wanted."""
-        if len(self.active) != 1 or not is_grad_enabled():
-            return None
-        (name,) = self.active
-        vector = self.vectors.get(name)
-        if (
-            type(vector) is not nn.Parameter
-            or not vector.requires_grad
-            or vector.is_meta
-            or name in self.frozen
-        ):
-            return None
-        return vector
-
     def is_carried(self) -> bool:
         """Whether the carrier's output is rescaled, and not the module's input."""
         return self.in_place and self.carrier is not None and self.carrier.in_place()
@@ -139,7 +115,7 @@ class Site(nn.Module):
         self.side = target.side
         self.activation = target.activation
         self.frozen: dict[str, Frozen] = {}
-        self.site_state = SiteState(self._parameters, self.frozen, self.activation.factor_shape)
+        self.site_state = SiteState(self._parameters)
         self.banked = False
         self.merged: tuple[str, ...] = ()
         self.in_block = False
@@ -341,8 +317,9 @@ class Found:
         states, vectors: of all sites.
         targets: what was chosen from these modules before, by whatever it was chosen by.
         telling: parameters that tell the model from others, once they are chosen.
-        ready: all sites have their hooks, for routes or not; `None` where that is not so, or what
-            is active at a site is not all that was activated.
+        ready: when adapters were activated last, all sites got their hooks, for routes or not, and
+            all of these adapters; `None` where that was not so, or what is merged or fused has
+            changed since.
     """
 
     modules: dict[str, nn.Module]
@@ -354,7 +331,7 @@ class Found:
 
     def __post_init__(self) -> None:
         self.states = [site.site_state for _, _, site in self.sites]
-        self.vectors = [site._parameters for _, _, site in self.sites]
+        self.vectors = [state.vectors for state in self.states]
 
 
 _Children = dict[str, nn.Module | None]
@@ -400,16 +377,10 @@ class Attachments:
 
 
 def activate(found: Found, adapters: tuple[str, ...], routed: bool) -> None:
-    """`Site.activate` at all sites of a model."""
-    ready = True
-    for _, module, site in found.sites:
-        site.activate(module, adapters, routed)
-        ready = ready and bool(site._handles) and len(site.site_state.active) == len(adapters)
-    found.ready = routed if ready else None
+    """`Site.activate` at all sites of a model.
 
-
-def switch(found: Found, adapters: tuple[str, ...], routed: bool) -> None:
-    """`activate` where nothing else has changed since: mostly that is only a name at each site."""
+    From one adapter to another mostly nothing but a name changes at each site.
+    """
     if (
         adapters
         and found.ready is routed
@@ -418,8 +389,12 @@ def switch(found: Found, adapters: tuple[str, ...], routed: bool) -> None:
         for state in found.states:
             state.active = adapters
             state.kept = None
-    else:
-        activate(found, adapters, routed)
+        return
+    ready = True
+    for _, module, site in found.sites:
+        site.activate(module, adapters, routed)
+        ready = ready and bool(site._handles) and len(site.site_state.active) == len(adapters)
+    found.ready = routed if ready else None
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
