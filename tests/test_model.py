@@ -512,11 +512,26 @@ def test_adapter_names_that_torch_could_not_tell_apart(
     assert list(model.peft_config) == ["default"]
 
 
+def test_no_attribute_of_what_holds_adapters_is_an_adapters_name(
+    tiny_llama: PreTrainedModel,
+) -> None:
+    config = IA3Config(
+        target_modules=["v_proj"], feedforward_modules=[], modules_to_save=["lm_head"]
+    )
+    model = IA3Model(tiny_llama, config)
+    holders = [part for part in model.modules() if type(part).__name__ in ("Site", "Copies")]
+    assert {type(part).__name__ for part in holders} == {"Site", "Copies"}
+    for name in {name for part in holders for name in vars(part)}:
+        with pytest.raises(IA3Error, match=f"adapter name '{name}' is also an attribute"):
+            model.add_adapter(name, config)
+    assert list(model.peft_config) == ["default"]
+
+
 def test_adapter_names_that_are_words(tiny_llama: PreTrainedModel, make_inputs: MakeInputs) -> None:
     model, inputs = random_adapter(tiny_llama), make_inputs("llama")
     expected = logits(model, inputs)
     vectors = model.vectors("default")
-    for name in ("product", "place", "vectors", "remove", "active", "routed", "kundin-7", "größe"):
+    for name in ("product", "place", "vectors", "remove", "carrier", "routed", "kundin-7", "größe"):
         model.add_adapter(name, IA3Config(), vectors)
         model.set_adapter(name)
         model.train().eval().to(torch.float32)

@@ -85,6 +85,8 @@ class Output(_Hook):
 
     def put(self, role: str, site: Site | None) -> None:
         """Have a site be what multiplies as `own` or `carried`."""
+        # Another thread's call in between looks at both.
+        self._state = None
         setattr(self, role, site)
         only = self.own or self.carried
         both = self.own is not None and self.carried is not None

@@ -9,7 +9,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import repeat
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -60,10 +59,12 @@ HEADS = {
 # PEFT's folder for the adapter of this name is the one given, for others one inside it.
 DEFAULT_ADAPTER = "default"
 
-# The attributes of the modules that hold vectors: setting one ("training") would set the vector.
+# The attributes of the modules that hold vectors or copies: setting one ("training") would set the
+# vector, and a vector that is set ("frozen") would be the attribute.
 TAKEN = {
     *dir(nn.Module()),
-    *("site_state", "banked", "merged", "in_block", "must_be_hook", "_handles"),
+    *("site_state", "side", "activation", "frozen", "banked", "merged", "in_block"),
+    *("must_be_hook", "_handles", "active"),
 }
 
 
@@ -271,12 +272,12 @@ class IA3Model(nn.Module):
         with self._unrouted("disabling adapters (rows of the base model are named '__base__')"):
             self.unmerge_adapter()
             self._enabled = False
-            self._activate(self._active)
+            self._activate()
 
     def enable_adapter_layers(self) -> None:
         """Undo `disable_adapter_layers`."""
         self._enabled = True
-        self._activate(self._active)
+        self._activate()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -290,7 +291,7 @@ class IA3Model(nn.Module):
             yield
         finally:
             self._enabled = enabled
-            self._activate(self._active)
+            self._activate()
 
     def vectors(self, adapter_name: str) -> dict[str, Tensor]:
         """Module name -> the vector that trains, of `Activation.shape`."""
@@ -449,7 +450,7 @@ class IA3Model(nn.Module):
         if self._unloaded:
             raise IA3Error("this model was unloaded: make a new one")
         self._fused = fuse(self.model)
-        self._activate(self._active)
+        self._activate()
         return len(self._fused)
 
     def unfuse_mlp(self) -> None:
@@ -457,7 +458,7 @@ class IA3Model(nn.Module):
         if self._fused:
             self._fused = []
             unfuse(self.model)
-            self._activate(self._active)
+            self._activate()
 
     @property
     def base_model(self) -> IA3Model:
@@ -544,7 +545,7 @@ class IA3Model(nn.Module):
                 site.banked = True
                 sites[target.name] = site
             # Fused layers have to know the site that is theirs.
-            self._activate(self._active)
+            self._activate()
         return sites
 
     # -- merging ----------------------------------------------------------------------------------
@@ -574,7 +575,7 @@ class IA3Model(nn.Module):
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit."""
         self._merge.undo()
-        self._activate(self._active)
+        self._activate()
 
     def merge_and_unload(
         self,
@@ -1100,7 +1101,7 @@ class IA3Model(nn.Module):
             self._routes.open += 1
             watch(self.model, True)
             if not all(state.routed for state in found.states):
-                self._activate(self._active)
+                self._activate()
 
     def _close(self) -> None:
         with LOCK:
@@ -1143,7 +1144,7 @@ class IA3Model(nn.Module):
             # In the order in which they would multiply, unmerged.
             order = dict.fromkeys([*self._active, *self.peft_config])
             self._merge.make(tuple(name for name in order if name in already.union(names)), safe)
-            self._activate(self._active)
+            self._activate()
 
     def _check_outside_copies(self, name: str) -> None:
         parts = name.split(".")
@@ -1174,27 +1175,29 @@ class IA3Model(nn.Module):
             for key, value in copies[adapter].state_dict().items()
         }
 
-    def _activate(self, names: tuple[str, ...], found: Found | None = None) -> None:
-        """Have these be active; with `found`, where nothing but which are has changed."""
-        # Not setattr: a module's looks through all that it holds.
-        self.__dict__["_active"] = names
-        active = names if self._enabled else ()
-        if found is None:
-            found = self._found()
-            found.ready = None
-        if self._fused:
-            # Blocks may have been taken out, or given another forward.
-            found.ready = None
-            fused = [found.modules[name] for name in self._fused if name in found.modules]
-            in_block = {id(site_in(module)) for module in fused}
-            for _, _, site in found.sites:
-                site.in_block = id(site) in in_block
+    def _activate(self, names: tuple[str, ...] | None = None, found: Found | None = None) -> None:
+        """Have these be active, or those that are; with `found`, where nothing else has changed."""
+        # What one thread fuses or activates, another may be about to activate.
         with LOCK:
+            names = self._active if names is None else names
+            # Not setattr: a module's looks through all that it holds.
+            self.__dict__["_active"] = names
+            active = names if self._enabled else ()
+            if found is None:
+                found = self._found()
+                found.ready = None
+            if self._fused:
+                # Blocks may have been taken out, or given another forward.
+                found.ready = None
+                fused = [found.modules[name] for name in self._fused if name in found.modules]
+                in_block = {id(site_in(module)) for module in fused}
+                for _, _, site in found.sites:
+                    site.in_block = id(site) in in_block
             if not self._routes.open:
                 watch(self.model, False)
             activate(found, active, routed=self._routes.open > 0)
-        for _, _, copies in found.copies:
-            copies.active = next((name for name in active if name in copies), None)
+            for _, _, copies in found.copies:
+                copies.active = next((name for name in active if name in copies), None)
 
     def _require_grad(self, names: Sequence[str], inference_mode: bool, found: Found) -> None:
         self._rows.forget()
@@ -1202,7 +1205,8 @@ class IA3Model(nn.Module):
         changing = {*self._active, *names}
         # Somebody may have asked for all gradients there are: it shows at an adapter's first site.
         seen: set[str] = set()
-        for vectors in found.vectors:
+        held = found.vectors()
+        for vectors in held:
             for name in vectors.keys() - seen:
                 if vectors[name].requires_grad:  # type: ignore[union-attr]
                     changing.add(name)
@@ -1211,7 +1215,7 @@ class IA3Model(nn.Module):
                 break
         for name in changing:
             wants = name in wanted
-            for vector in map(dict.get, found.vectors, repeat(name)):
+            for vector in [vectors.get(name) for vectors in held]:
                 if vector is not None:
                     vector.requires_grad = wants
         for _, _, copies in found.copies:

@@ -128,6 +128,12 @@ class Site(nn.Module):
         """Adapter name -> vector."""
         return {name: p for name, p in self._parameters.items() if p is not None}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # Whoever shards parameters puts a dict of theirs in this one's place.
+        if name == "_parameters" and "site_state" in self.__dict__:
+            self.site_state.vectors = value
+
     def __contains__(self, adapter: object) -> bool:
         return self._parameters.get(adapter) is not None  # type: ignore[call-overload]
 
@@ -238,9 +244,11 @@ class Site(nn.Module):
         # Experts are not routed: at most they have nothing to do.
         wanted = (bool(here) or (routed and self.side != "inner")) and not self.in_block
         if wanted is not bool(self._handles):
-            for handle in self._handles:
+            handles, self._handles = self._handles, ()
+            for handle in handles:
                 handle.remove()
-            self._handles = self._hooks(module) if wanted else ()
+            if wanted:
+                self._handles = self._hooks(module)
 
     def _hooks(self, module: nn.Module) -> tuple[Handle, ...]:
         if self.side == "inner":
@@ -262,8 +270,9 @@ class Site(nn.Module):
     def active_product(self) -> Tensor | None:
         """The product of the active adapters' vectors; computed once where no gradient is wanted.
 
-        Not kept where values can change without a trace (meta device, inference mode), or are no
-        values at all (traced code). `None` where none is active.
+        Not kept where values can change without a trace (meta device, inference mode, vectors that
+        compiled code or a fused optimizer may be training), or are no values at all (traced code).
+        `None` where none is active.
         """
         state = self.site_state
         # Another thread may activate others meanwhile.
@@ -282,6 +291,10 @@ class Site(nn.Module):
         vectors = [(name, self[name]) for name in active]
         if all(
             type(v) is nn.Parameter and not v.is_inference() and not v.is_meta for _, v in vectors
+        ) and (
+            # One vector's product is mostly the vector itself, whatever happens to it.
+            product.data_ptr() == vectors[0][1].data_ptr()
+            or not any(v.requires_grad for _, v in vectors)
         ):
             product = product.detach()
             seen = tuple((name, v, v.data_ptr(), v._version) for name, v in vectors)
@@ -314,7 +327,7 @@ class Found:
         modules: name -> module, in the model's order.
         sites: the base module's name, the module, and the site on it.
         copies: the base module's name, the module, and the copies of it.
-        states, vectors: of all sites.
+        states: of all sites.
         targets: what was chosen from these modules before, by whatever it was chosen by.
         telling: parameters that tell the model from others, once they are chosen.
         ready: when adapters were activated last, all sites got their hooks, for routes or not, and
@@ -331,7 +344,10 @@ class Found:
 
     def __post_init__(self) -> None:
         self.states = [site.site_state for _, _, site in self.sites]
-        self.vectors = [state.vectors for state in self.states]
+
+    def vectors(self) -> list[dict[str, nn.Parameter | None]]:
+        """Each site's, by adapter."""
+        return [state.vectors for state in self.states]
 
 
 _Children = dict[str, nn.Module | None]
@@ -381,15 +397,18 @@ def activate(found: Found, adapters: tuple[str, ...], routed: bool) -> None:
 
     From one adapter to another mostly nothing but a name changes at each site.
     """
+    vectors = found.vectors()
     if (
         adapters
         and found.ready is routed
-        and all(all(map(contains, found.vectors, repeat(name))) for name in adapters)
+        and all(all(map(contains, vectors, repeat(name))) for name in adapters)
     ):
         for state in found.states:
             state.active = adapters
             state.kept = None
         return
+    # An interruption leaves some sites as they were.
+    found.ready = None
     ready = True
     for _, module, site in found.sites:
         site.activate(module, adapters, routed)
