@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -626,6 +628,56 @@ def test_a_head_that_does_not_fit_leaves_the_model_unchanged(tmp_path: Path, wha
     with pytest.raises(IA3Error, match=message):
         model.load_adapter(tmp_path, "other")
     assert_unchanged(base, before)
+
+
+OUT_OF_MEMORY = """
+import resource
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ia3
+
+model = LlamaForCausalLM(
+    LlamaConfig(
+        vocab_size=200_000,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+)
+adapted = ia3.get_peft_model(model, ia3.IA3Config())
+ids = torch.tensor([[5, 6, 7]])
+before = [name for name, _ in adapted.named_parameters()]
+logits = adapted(input_ids=ids).logits
+# It rescales one module more, whose site goes again; a copy of the output layer takes 51 MB.
+config = ia3.IA3Config(
+    target_modules=["q_proj", "k_proj"], feedforward_modules=[], modules_to_save=["lm_head"]
+)
+pages = int(open("/proc/self/statm").read().split()[0])
+most = pages * resource.getpagesize() + 30 * 2**20
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+try:
+    adapted.add_adapter("second", config)
+except RuntimeError as error:
+    assert "allocate memory" in str(error), error
+else:
+    raise AssertionError("there was memory enough")
+resource.setrlimit(resource.RLIMIT_AS, limits)
+assert list(adapted.peft_config) == ["default"]
+assert [name for name, _ in adapted.named_parameters()] == before
+assert torch.equal(adapted(input_ids=ids).logits, logits)
+adapted.add_adapter("second", config)
+adapted.set_adapter("second")
+assert adapted.unload() is model
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_an_adapter_that_memory_does_not_suffice_for_leaves_the_model_unchanged() -> None:
+    subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], check=True)
 
 
 def test_a_head_for_another_number_of_labels_is_an_error(tmp_path: Path) -> None:

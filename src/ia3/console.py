@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +24,9 @@ if TYPE_CHECKING:
 
 # Progress and remarks; results go to standard output.
 screen = Console(stderr=True, emoji=False)
+
+# Where there is no terminal, how far things are is said in a line of its own after so many seconds.
+SECONDS_A_LINE = 30.0
 
 
 def visible(text: str) -> str:
@@ -44,8 +55,9 @@ def training_bar(steps: int) -> Iterator[Any]:
             loss=f"{step.loss:.3f}",
             rate=f"{speed:.2f}" if speed else "-",
         )
+        moved()
 
-    with _shown(progress):
+    with _shown(progress) as moved:
         yield on_step
 
 
@@ -71,8 +83,9 @@ def training_bar_of_many(steps: Mapping[str, int]) -> Iterator[Any]:
     def on_step(name: str, step: TrainingStep) -> None:
         done = progress.tasks[bar].fields["done"] + (step.step == step.steps)
         progress.update(bar, advance=1, done=done)
+        moved()
 
-    with _shown(progress):
+    with _shown(progress) as moved:
         yield on_step
 
 
@@ -82,23 +95,45 @@ def counting_bar(what: str, total: int) -> Iterator[Any]:
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=screen)
     task = progress.add_task(what, total=total)
-    with _shown(progress):
-        yield lambda done: progress.advance(task, done)
+
+    def advance(done: int) -> None:
+        progress.advance(task, done)
+        moved()
+
+    with _shown(progress) as moved:
+        yield advance
 
 
 @contextmanager
-def _shown(progress: Progress) -> Iterator[None]:
+def _shown(progress: Progress) -> Iterator[Callable[[], None]]:
+    """Show a bar of one task; yields what is to be called when it has moved."""
     if not screen.is_interactive:
         # In a log, a bar would be there when all is done, and no earlier.
-        yield
+        yield _in_lines(progress)
         return
     with progress:
         try:
-            yield
+            yield lambda: None
         except BaseException:
             # What went wrong is said in one line: half a bar above it says nothing more.
             progress.live.transient = True
             raise
+
+
+def _in_lines(progress: Progress) -> Callable[[], None]:
+    said = time.monotonic()
+
+    def moved() -> None:
+        nonlocal said
+        if time.monotonic() - said < SECONDS_A_LINE:
+            return
+        said = time.monotonic()
+        (task,) = progress.tasks
+        columns = [c for c in progress.columns if isinstance(c, ProgressColumn)]
+        words = [str(c.render(task)) for c in columns if not isinstance(c, BarColumn)]
+        screen.print(" ".join(words), markup=False, highlight=False, soft_wrap=True)
+
+    return moved
 
 
 def print_confusion(console: Console, classes: list[Any], matrix: list[list[int]]) -> None:

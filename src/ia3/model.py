@@ -200,16 +200,7 @@ class IA3Model(nn.Module):
             if adapter_name in self._merge.adapters:
                 raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
             hidden = self._keys(adapter_name, self._found())
-            for _, module, site in self._sites():
-                if adapter_name in site:
-                    site.remove(adapter_name)
-                if not site._parameters and not site.banked:
-                    displace(module)
-            for _, module, copies in self._copies():
-                if adapter_name in copies:
-                    copies.remove(adapter_name)
-                if not copies.adapters:
-                    release(module)
+            self._take_off(adapter_name)
             del self.peft_config[adapter_name]
             self._show_to_checkpoints(hidden)
         remaining = tuple(name for name in self._active if name != adapter_name)
@@ -234,14 +225,14 @@ class IA3Model(nn.Module):
                 (`modules_to_save`).
         """
         names = self._named(adapter_name)
-        found = self._found()
-        if found.copies:
-            self._check_one_copy(names)
-        if self._merge.adapters:
-            warnings.warn("adapters are merged; they are unmerged first", stacklevel=2)
-            self.unmerge_adapter()
+        with LOCK, ExitStack() as alone:
             found = self._found()
-        with ExitStack() as alone:
+            if found.copies:
+                self._check_one_copy(names)
+            if self._merge.adapters:
+                warnings.warn("adapters are merged; they are unmerged first", stacklevel=2)
+                self.unmerge_adapter()
+                found = self._found()
             if any(name in copies for name in names for _, _, copies in found.copies):
                 alone.enter_context(
                     self._unrouted("set_adapter of an adapter with modules_to_save")
@@ -957,6 +948,33 @@ class IA3Model(nn.Module):
         if stored is not None:
             check_copies(stored.copies, saved, self.model)
             self._warn_of_other_base(adapter_name, stored)
+        try:
+            self._put_on(adapter_name, resolved, stored, found, targets, saved, copy=copy)
+        except BaseException:
+            # Memory may have run out.
+            self._take_off(adapter_name)
+            raise
+        self.peft_config[adapter_name] = resolved
+        ranges = {target.name: target.frozen for target in targets}
+        found = self._found()
+        kept = found.targets
+        if len(kept) >= len(self.peft_config):  # of adapters that are gone
+            kept.clear()
+        kept[selection(resolved, ranges)] = targets
+        self._hide_from_checkpoints(self._keys(adapter_name, found))
+
+    def _put_on(
+        self,
+        adapter_name: str,
+        config: IA3Config,
+        stored: Adapter | None,
+        found: Found,
+        targets: Sequence[Target],
+        saved: Sequence[str],
+        *,
+        copy: bool,
+    ) -> None:
+        """Give the modules their vectors and copies of an adapter, which fits."""
         carriers = Carriers(self.model)
         for target in targets:
             module = found.modules[target.name]
@@ -968,7 +986,7 @@ class IA3Model(nn.Module):
                 values_on = torch.device("cpu") if device.type == "meta" else device
                 if copy or vector.device != values_on or vector.dtype is not torch.float32:
                     vector = vector.to(values_on, torch.float32, copy=copy)
-            elif resolved.init_ia3_weights:
+            elif config.init_ia3_weights:
                 vector = torch.ones(shape, device=device)
             else:
                 vector = torch.randn(shape, device=device)
@@ -981,14 +999,19 @@ class IA3Model(nn.Module):
             copies.add(adapter_name, module)
             if stored is not None:
                 load_copy(copies[adapter_name], name, stored.copies)
-        self.peft_config[adapter_name] = resolved
-        ranges = {target.name: target.frozen for target in targets}
-        found = self._found()
-        kept = found.targets
-        if len(kept) >= len(self.peft_config):  # of adapters that are gone
-            kept.clear()
-        kept[selection(resolved, ranges)] = targets
-        self._hide_from_checkpoints(self._keys(adapter_name, found))
+
+    def _take_off(self, adapter_name: str) -> None:
+        """Take away what the modules have of an adapter, and what is of no use without it."""
+        for _, module, site in self._sites():
+            if adapter_name in site:
+                site.remove(adapter_name)
+            if not site._parameters and not site.banked:
+                displace(module)
+        for _, module, copies in self._copies():
+            if adapter_name in copies:
+                copies.remove(adapter_name)
+            if not copies.adapters:
+                release(module)
 
     def _fitting(
         self, config: IA3Config, stored: Adapter | None, found: Found

@@ -159,16 +159,16 @@ class Site(nn.Module):
         Args:
             frozen: half-open ranges of it that count as one whatever the vector holds.
         """
-        # Not register_parameter: it refuses names that are also methods of this class ("product").
-        self._parameters[adapter] = nn.Parameter(vector, requires_grad=False)
         if frozen:
             mask = torch.zeros(self.activation.dim, dtype=torch.bool)
             for start, end in frozen:
                 mask[start:end] = True
-            self.frozen[adapter] = frozen
             name = _mask_name(adapter)
             self._buffers[name] = mask.reshape(self.activation.shape).to(vector.device)
             self._non_persistent_buffers_set.add(name)
+            self.frozen[adapter] = frozen
+        # Not register_parameter: it refuses names that are also methods of this class ("product").
+        self._parameters[adapter] = nn.Parameter(vector, requires_grad=False)
 
     def target(self, name: str) -> Target:
         """What this site rescales, `name` being its module's."""
