@@ -6,7 +6,7 @@ QUANTIZED := .venv-quantized/.ready
 DATASETS := .venv-datasets/.ready
 ADAPTERS := .venv-adapters/.ready
 
-.PHONY: setup demo test test-slow lint bench bench-curves bench-few-shot
+.PHONY: setup demo test test-slow lint bench bench-curves bench-few-shot data-given
 
 setup: $(READY)
 
@@ -77,5 +77,8 @@ bench: $(READY) $(ADAPTERS)
 bench-curves: $(READY)
 	$(BIN)/python benchmarks/curves.py
 
-bench-few-shot: $(READY) $(SETFIT)
+bench-few-shot: data-given $(READY) $(SETFIT)
 	$(BIN)/python benchmarks/few_shot.py --data $(DATA)
+
+data-given:
+	@test -n "$(DATA)" || { echo "DATA=folder is missing: docs/benchmarks.md says what is in it"; exit 1; }

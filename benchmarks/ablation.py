@@ -76,13 +76,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with sst2/, raft/, ...")
     parser.add_argument("--pretrained", type=Path, help="adapter for the method 'pretrained'")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to run"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="samples of each task")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--choose-rates", action="store_true", help="the peers' rates instead")
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "ablation.jsonl")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=HERE / "results" / "ablation.jsonl",
+        help="JSON Lines, added to; what is in it is not run again",
+    )
     parser.add_argument("--picture", type=Path, help="also draw the table into this file")
-    parser.add_argument("--one", nargs=4, metavar=("METHOD", "TASK", "SEED", "RATE"))
+    parser.add_argument(
+        "--one",
+        nargs=4,
+        metavar=("METHOD", "TASK", "SEED", "RATE"),
+        help="one run alone, its result printed",
+    )
     given = parser.parse_args(arguments)
     if given.one:
         method, task, seed, rate = given.one

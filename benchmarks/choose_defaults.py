@@ -61,10 +61,12 @@ BANKING = "Query: {{ text }}\nIntent:"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run every candidate on every task and seed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--shots", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--data", type=Path, required=True, help="folder with sst2/ and trec/")
+    parser.add_argument("--seeds", type=int, default=2, help="samples of each task")
+    parser.add_argument("--shots", type=int, default=16, help="examples a class")
+    parser.add_argument(
+        "--rows", type=int, default=200, help="of the training file that are predicted"
+    )
     given = parser.parse_args(arguments)
     base = load_base_model("smollm2-135m-instruct")
     accuracies: dict[tuple[str, str], list[float]] = {}

@@ -328,8 +328,10 @@ def in_markdown(curves: Sequence[Curve]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write what a whole run has found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--curves", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--curves", nargs="+", choices=GROUPS, default=list(GROUPS), help="which to draw"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="turns")
     given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", module="peft")
     curves: list[Curve] = []

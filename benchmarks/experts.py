@@ -83,8 +83,10 @@ def ratio(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 512])
+    parser.add_argument("--repeats", type=int, default=25, help="turns")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1, 32, 512], help="lengths of the input"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     for title, (block, chosen) in blocks().items():

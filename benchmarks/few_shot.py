@@ -48,9 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing in the results file, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with sst2/ and trec/")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "few_shot.jsonl")
-    parser.add_argument("--one", nargs=3, metavar=("METHOD", "TASK", "SEED"))
+    parser.add_argument("--seeds", type=int, default=5, help="samples of each task")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=HERE / "results" / "few_shot.jsonl",
+        help="JSON Lines, added to; what is in it is not run again",
+    )
+    parser.add_argument(
+        "--one",
+        nargs=3,
+        metavar=("METHOD", "TASK", "SEED"),
+        help="one run alone, its result printed",
+    )
     given = parser.parse_args(arguments)
     if given.one:
         method, task, seed = given.one

@@ -266,8 +266,10 @@ def in_markdown(methods: dict[str, dict[str, Any]], where: dict[str, Any]) -> st
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run each method in a process of its own, print the table, and write it where it counts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to run"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="training steps that are timed")
     parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -27,14 +27,24 @@ def main() -> None:
     """Measure all numbers of tasks and of examples."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with raft/")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--examples", type=int, nargs="+", default=[2, 8])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument(
+        "--tasks", type=int, nargs="+", default=[8, 64], help="how many are trained together"
+    )
+    parser.add_argument(
+        "--examples", type=int, nargs="+", default=[2, 8], help="of each task in a batch"
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1024, 4096], help="most in a batch"
+    )
     parser.add_argument("--words", type=int, default=40, help="a text's, at most")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--results", type=Path, default=RESULTS / "many.json")
+    parser.add_argument("--steps", type=int, default=2, help="training steps of each task")
+    parser.add_argument("--repeats", type=int, default=3, help="turns")
+    parser.add_argument(
+        "--model", default="smollm2-135m-instruct", help="a folder, a hub id or the embedded model"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS / "many.json", help="the JSON file that is written"
+    )
     given = parser.parse_args()
     rows = []
     for count in given.tasks:

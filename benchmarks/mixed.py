@@ -214,9 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and with `--write` keep it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--adapters", type=int, default=10_000, help="how many are registered")
-    parser.add_argument("--resident", type=int, default=RESIDENT)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--resident", type=int, default=RESIDENT, help="adapters in the bank")
+    parser.add_argument("--repeats", type=int, default=15, help="turns")
+    parser.add_argument("--write", action="store_true", help="keep the results")
     options = parser.parse_args(arguments)
     import ia3
 

@@ -27,7 +27,7 @@ def main() -> None:
     """Write the data files and the manifest."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with tfew/ and raft/")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the folder that is written")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     tasks = []

@@ -26,10 +26,15 @@ def main() -> None:
     """Run what is missing in the results file, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with trec/")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "rounding.jsonl")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each kind")
+    parser.add_argument("--steps", type=int, default=12, help="training steps of each")
+    parser.add_argument("--batch", type=int, default=4, help="examples a step")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=HERE / "results" / "rounding.jsonl",
+        help="JSON Lines, added to",
+    )
     given = parser.parse_args()
     lines = given.results.read_text().splitlines() if given.results.exists() else []
     done = [json.loads(line) for line in lines]

@@ -408,6 +408,19 @@ def adapter_rows(bench: Bench) -> list[Row]:
         def of_each(action: Callable[[str], None]) -> dict[str, Callable[[], None]]:
             return {name: lambda name=name: action(name) for name in models}
 
+        def in_both_ways(
+            action: Callable[[str], None],
+            repeats: int,
+            after: Callable[[str], None] | None = None,
+        ) -> tuple[dict[str, float], dict[str, float]]:
+            steps, ends = of_each(action), of_each(after) if after is not None else {}
+            turns = take_turns(steps, repeats, after=ends, warm_up=3)
+            alone = {
+                name: take_turns({name: step}, repeats, after=ends, warm_up=3).median(name)
+                for name, step in steps.items()
+            }
+            return alone, {name: turns.median(name) for name in steps}
+
         saving = take_turns(of_each(save), 2 * bench.repeats)
         there = 0
         for others in OTHERS:
@@ -415,30 +428,21 @@ def adapter_rows(bench: Bench) -> list[Row]:
                 for number in range(there, others):
                     model.add_adapter(f"other{number}", configs[name])
             there = others
-            loading = take_turns(of_each(load), bench.repeats, after=of_each(delete))
-            rows.append(
-                Row(
-                    "adapters",
-                    f"load an adapter from disk, {others} others on the model",
-                    "ms",
-                    {name: 1e3 * loading.median(name) for name in models},
-                    {"ia3": 2.0},
-                    peer=f"load {others}",
-                )
+            loading = in_both_ways(load, bench.repeats, after=delete)
+            rows += handling_rows(
+                f"load an adapter from disk, {others} others on the model",
+                loading,
+                2.0,
+                f"load {others}",
             )
             if others == OTHERS[0]:
-                switching = take_turns(of_each(switch), 8 * bench.repeats, warm_up=3)
-                switch_row = Row(
-                    "adapters",
-                    f"switch to another adapter, {others} on the model",
-                    "ms",
-                    {name: 1e3 * switching.median(name) for name in models},
-                    {"ia3": 0.1},
-                    peer="switch",
+                switching = in_both_ways(switch, 8 * bench.repeats)
+                switch_rows = handling_rows(
+                    f"switch to another adapter, {others} on the model", switching, 0.1, "switch"
                 )
     return [
         *rows,
-        switch_row,
+        *switch_rows,
         Row(
             "adapters",
             "save an adapter",
@@ -450,6 +454,24 @@ def adapter_rows(bench: Bench) -> list[Row]:
             {"ia3": saving.ratio("ia3", "PEFT")},
             peer="save",
         ),
+    ]
+
+
+def handling_rows(
+    what: str, seconds: tuple[dict[str, float], dict[str, float]], most: float, peer: str
+) -> list[Row]:
+    """What was done again and again by each, and in turns."""
+    ways = (what, peer), ("the same, in turns with PEFT's, which empties the caches", "")
+    return [
+        Row(
+            "adapters",
+            measured,
+            "ms",
+            {name: 1e3 * median for name, median in of_each.items()},
+            {"ia3": most},
+            peer=called,
+        )
+        for (measured, called), of_each in zip(ways, seconds, strict=True)
     ]
 
 
@@ -584,8 +606,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write what a whole run has found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with raft/, for T-Few's rows")
-    parser.add_argument("--rows", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=GROUPS,
+        default=list(GROUPS),
+        help="which to measure; all are also written down",
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="turns")
     given = parser.parse_args(arguments)
     # PEFT warns at every adapter it attaches again.
     warnings.filterwarnings("ignore", module="peft")
