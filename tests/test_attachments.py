@@ -14,8 +14,9 @@ import torch
 from tfew_fixtures import tiny_llama
 from torch import nn
 
-from ia3 import IA3Config, IA3Model
+from ia3 import IA3Config, IA3Error, IA3Model
 from ia3 import model as model_module
+from ia3.copies import Copies
 from ia3.sites import Site, sites
 
 CONFIG = IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[])
@@ -228,3 +229,19 @@ def test_two_adapters_trained_by_an_optimizer_that_leaves_no_trace(compiled: boo
     found = output(model)
     model.set_adapter(["wide", "narrow"])
     assert torch.equal(found, output(model))
+
+
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+def test_shallow_copies_for_several_gpus_are_refused(saved: list[str] | None) -> None:
+    config = IA3Config(target_modules=["q_proj"], feedforward_modules=[], modules_to_save=saved)
+    model = IA3Model(tiny_llama(), config)
+    model.add_adapter("second", config)
+    held = (module for module in model.modules() if isinstance(module, (Site, Copies)))
+    for module in held:
+        # As torch.nn.parallel.replicate does with every module of the model, for every GPU.
+        with pytest.raises(IA3Error, match="torchrun"):
+            module._replicate_for_data_parallel()
+    model.set_adapter("second")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".second" in name for name in trained)

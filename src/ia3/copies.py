@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .activations import device_of
 from .errors import IA3Error, did_you_mean
 from .folding import write
-from .forwards import SLOTS, give_back, slot_for
+from .forwards import SLOTS, give_back, refuse_replica, slot_for
 from .hooks import make_way
 from .targets import ATTRIBUTE, base_modules
 
@@ -42,6 +42,8 @@ class Copies(nn.Module):
         super().__init__()
         self.active: str | None = None
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
+
+    _replicate_for_data_parallel = refuse_replica
 
     def __contains__(self, adapter: object) -> bool:
         return adapter in self._modules

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
+
+from .errors import IA3Error
 
 SLOTS = ("forward", "_old_forward")
 
@@ -37,3 +39,14 @@ def give_back(module: nn.Module, slot: str, before: Callable[..., Any] | None = 
         del module.__dict__[slot]
     else:
         module.__dict__[slot] = own_forward(module)
+
+
+def refuse_replica(module: nn.Module) -> NoReturn:
+    """In place of `nn.Module._replicate_for_data_parallel`, which copies a module for each GPU.
+
+    Each of the copies would have the first one's forward and hooks, and compute with its weights.
+    """
+    raise IA3Error(
+        "nn.DataParallel cannot copy a model with adapters: run a process a GPU (torchrun, "
+        "accelerate launch), or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
+    )

@@ -20,6 +20,7 @@ from torch.compiler import is_compiling
 from . import experts
 from .copies import Copies, allow_plain_checkpoint, copies_of
 from .errors import IA3Error
+from .forwards import refuse_replica
 from .hoisting import Carrier, Carriers
 from .hooks import Input, OutputHandle
 from .routing import factor_of, is_routed
@@ -122,6 +123,8 @@ class Site(nn.Module):
         self.must_be_hook = False
         self._handles: tuple[Handle, ...] = ()
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
+
+    _replicate_for_data_parallel = refuse_replica
 
     @property
     def vectors(self) -> dict[str, nn.Parameter]:
