@@ -412,14 +412,14 @@ def adapter_rows(bench: Bench) -> list[Row]:
             action: Callable[[str], None],
             repeats: int,
             after: Callable[[str], None] | None = None,
-        ) -> tuple[dict[str, float], dict[str, float]]:
+        ) -> dict[str, dict[str, float]]:
             steps, ends = of_each(action), of_each(after) if after is not None else {}
             turns = take_turns(steps, repeats, after=ends, warm_up=3)
             alone = {
                 name: take_turns({name: step}, repeats, after=ends, warm_up=3).median(name)
                 for name, step in steps.items()
             }
-            return alone, {name: turns.median(name) for name in steps}
+            return {"alone": alone, "in turns": {name: turns.median(name) for name in steps}}
 
         saving = take_turns(of_each(save), 2 * bench.repeats)
         there = 0
@@ -458,20 +458,22 @@ def adapter_rows(bench: Bench) -> list[Row]:
 
 
 def handling_rows(
-    what: str, seconds: tuple[dict[str, float], dict[str, float]], most: float, peer: str
+    what: str, seconds: Mapping[str, Mapping[str, float]], most: float, peer: str
 ) -> list[Row]:
     """What was done again and again by each, and in turns."""
-    ways = (what, peer), ("the same, in turns with PEFT's, which empties the caches", "")
     return [
         Row(
             "adapters",
             measured,
             "ms",
-            {name: 1e3 * median for name, median in of_each.items()},
+            {name: 1e3 * median for name, median in seconds[way].items()},
             {"ia3": most},
             peer=called,
         )
-        for (measured, called), of_each in zip(ways, seconds, strict=True)
+        for way, measured, called in (
+            ("alone", what, peer),
+            ("in turns", "the same, in turns with PEFT's, which empties the caches", ""),
+        )
     ]
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from tfew_fixtures import tiny_llama
 from torch import nn
+from two_adapters import output, wide_and_narrow
 
 from ia3 import IA3Config, IA3Error, IA3Model
-from ia3 import model as model_module
 from ia3.copies import Copies
 from ia3.sites import Site, sites
 
@@ -134,64 +132,6 @@ def test_only_what_is_active_multiplies(between: Callable[[IA3Model], object]) -
                     between(model)
         model.set_adapter(["narrow", "wide"])
         torch.testing.assert_close(model(ids).logits.detach(), expected("narrow", "wide"))
-
-
-def wide_and_narrow() -> IA3Model:
-    """Two adapters of random vectors, the second one with fewer of them."""
-    wide = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    model = IA3Model(tiny_llama(), wide, "wide").eval()
-    model.add_adapter("narrow", IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
-    for name in ("wide", "narrow"):
-        for vector in model.vectors(name).values():
-            vector.data.uniform_(0.2, 2)
-    return model
-
-
-@torch.no_grad()
-def output(model: IA3Model) -> torch.Tensor:
-    return model(torch.arange(5)[None]).logits.clone()
-
-
-def test_a_switch_that_was_interrupted_is_made_good_by_the_next(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = wide_and_narrow()
-    model.set_adapter("wide")
-    expected = output(model)
-    whole, calls = Site.activate, iter(range(100))
-
-    def interrupted(*args: Any) -> None:
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        whole(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Site, "activate", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            model.set_adapter("narrow")
-    model.set_adapter("wide")
-    assert torch.equal(output(model), expected)
-
-
-def test_a_switch_while_another_thread_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = wide_and_narrow()
-    model.set_adapter("narrow")
-    switch = threading.Thread(target=model.set_adapter, args=("wide",))
-    find = model_module.site_in
-
-    def late(module: nn.Module) -> Site | None:
-        if switch.ident is None:
-            switch.start()
-            switch.join(0.5)
-        return find(module)
-
-    monkeypatch.setattr(model_module, "site_in", late)
-    assert model.fuse_mlp() > 0
-    switch.join()
-    found = output(model)
-    model.unfuse_mlp()
-    assert model.active_adapters == ["wide"]
-    torch.testing.assert_close(found, output(model))
 
 
 def test_parameters_that_somebody_else_holds_from_now_on() -> None:

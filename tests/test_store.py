@@ -14,11 +14,12 @@ import peft
 import pytest
 import torch
 from conftest import VOCABULARY, MakeInputs, MakeModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ia3 import IA3Config, IA3Error, IA3Model
+from ia3.store import Adapter, adapter_files
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -127,6 +128,16 @@ def test_vectors_round_trip_bit_for_bit(tmp_path: Path, make_model: MakeModel) -
     assert not any(vector.requires_grad for vector in found.values())
     trained = IA3Model.from_pretrained(make_model("t5"), tmp_path / "deep/er", is_trainable=True)
     assert all(vector.requires_grad for vector in trained.vectors("default").values())
+
+
+def test_values_that_are_conjugates_of_others() -> None:
+    """Of which only a mark says that they are."""
+    complex_ = torch.tensor([1 + 2j, -3j], dtype=torch.complex128)
+    copies = {"conjugate": complex_.to(torch.complex64).conj(), "negative": complex_.conj().imag}
+    assert copies["negative"].is_neg()
+    written = adapter_files(Adapter(IA3Config(), {}, copies))["adapter_model.safetensors"]
+    found = {name.rpartition(".")[2]: value for name, value in load(written).items()}
+    assert all(torch.equal(found[name], value) for name, value in copies.items())
 
 
 def test_files_that_begin_alike(tmp_path: Path, make_model: MakeModel) -> None:

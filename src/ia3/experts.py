@@ -70,6 +70,10 @@ class Handle:
     module: nn.Module
     forward: _RescaledForward
 
+    def install(self) -> None:
+        """Have the block multiply from now on."""
+        self.module.__dict__[slot_for(self.module)] = self.forward
+
     def remove(self) -> None:
         """Give the block its own forward back; a second time does nothing."""
         for slot in SLOTS:
@@ -79,6 +83,16 @@ class Handle:
 
 def attach(module: nn.Module, vector: Callable[[], Tensor | None]) -> Handle:
     """Multiply each expert's inner activation by a vector of its own from now on.
+
+    Args and raises as `rescaling`.
+    """
+    handle = rescaling(module, vector)
+    handle.install()
+    return handle
+
+
+def rescaling(module: nn.Module, vector: Callable[[], Tensor | None]) -> Handle:
+    """What multiplies each expert's inner activation by a vector of its own, once installed.
 
     The module's parameters, their names and its state dict stay as they are. Copying or pickling
     it takes along what is attached.
@@ -108,8 +122,7 @@ def attach(module: nn.Module, vector: Callable[[], Tensor | None]) -> Handle:
             f"the forward of this {type(module).__name__} was replaced by {before!r}, which cannot "
             "be run on a copy of the module: attach the vectors first, then replace it"
         )
-    own[slot] = _RescaledForward(module, vector, before)
-    return Handle(module, own[slot])
+    return Handle(module, _RescaledForward(module, vector, before))
 
 
 def fold(module: nn.Module, scale: Tensor) -> dict[str, Tensor]:

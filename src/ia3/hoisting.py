@@ -10,16 +10,17 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .activations import device_of, linear_features
+from .forwards import SLOTS
 from .targets import ATTRIBUTE
 
 TOKENS = 3
@@ -119,8 +120,8 @@ def up_projection(model: nn.Module, down_name: str) -> str | None:
     random values, once as they are and once for each layer beside the down projection of the right
     width, that layer's values multiplied by a vector of both signs. The one found multiplies the
     down projection's input by that very vector and reaches the MLP's result by no other way. No
-    weight is read, so that quantized layers and the meta device are no obstacle. The model is left
-    as it was, and no global random state is touched.
+    weight is read, so that quantized layers and the meta device are no obstacle. It is run on a
+    shallow copy, as other threads may be calling the model, and touches no global random state.
 
     Args:
         model: the model, or the MLP itself.
@@ -129,7 +130,8 @@ def up_projection(model: nn.Module, down_name: str) -> str | None:
     Returns:
         The layer's name, or `None`: an activation or a normalisation stands between the two, both
         halves are one layer (Phi-3's `gate_up_proj`, where only half of the rows would be meant),
-        the MLP takes more than one tensor `[1, tokens, hidden]`, or `down_name` is no linear layer.
+        the MLP takes more than one tensor `[1, tokens, hidden]`, a forward in it has been replaced
+        by a function that is bound to nothing, or `down_name` is no linear layer.
 
     Raises:
         AttributeError: the model has no module of that name.
@@ -146,9 +148,10 @@ def up_projection(model: nn.Module, down_name: str) -> str | None:
     for name, module in parent.named_children():
         beside = linear_features(module)
         if module is not down and beside is not None and beside[1] == features[0]:
-            with _probing(parent):
-                if _commutes(parent, module, down, hidden=beside[0]):
-                    return f"{parent_name}.{name}" if parent_name else name
+            with torch.no_grad():
+                commutes = _commutes(parent, module, down, hidden=beside[0])
+            if commutes:
+                return f"{parent_name}.{name}" if parent_name else name
     return None
 
 
@@ -215,9 +218,9 @@ def _run(
         return forward
 
     linear = [(module, linear_features(module)) for module in parent.modules()]
-    with _forwards({m: stand_in(m, *f) for m, f in linear if f is not None}):
-        # Not parent(values): it may be compiled.
-        output = parent.forward(values)
+    twin = _twin(parent, {m: stand_in(m, *f) for m, f in linear if f is not None}, {})
+    # Not twin(values): somebody's hook may want the MLP itself.
+    output = twin.forward(values)
     if len(inputs) != 1 or not isinstance(output, Tensor):
         raise ValueError("the MLP calls its down projection again or never, or returns no tensor")
     if any(result._version != version for result, version in ups):
@@ -232,33 +235,41 @@ def _computes_in(parent: nn.Module) -> tuple[torch.dtype, torch.device]:
     return next(dtypes, torch.float32), torch.device("cpu") if device.type == "meta" else device
 
 
-@contextmanager
-def _probing(parent: nn.Module) -> Iterator[None]:
-    """Without dropout, without gradients."""
-    modes = [(module, module.training) for module in parent.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def _twin(
+    module: nn.Module,
+    stand_ins: dict[nn.Module, Callable[[Tensor], Tensor]],
+    made: dict[nn.Module, nn.Module],
+) -> nn.Module:
+    """A shallow copy of a module and all in it, not in training, some of it with other forwards.
+
+    Args:
+        stand_ins: these forwards, by module.
+        made: module -> its copy, of those that have one already.
+
+    Raises:
+        ValueError: a module's forward has been replaced by one that only works for itself.
+    """
+    if module not in made:
+        twin = made[module] = object.__new__(type(module))
+        own = twin.__dict__
+        own.update(module.__dict__, training=False)
+        # What was compiled has the module's own weights in it.
+        own.pop("_compiled_call_impl", None)
+        own["_modules"] = {
+            name: None if child is None else _twin(child, stand_ins, made)
+            for name, child in module._modules.items()
+        }
+        if module in stand_ins:
+            own["forward"] = stand_ins[module]
+        else:
+            own.update({slot: _rebound(own[slot], module, twin) for slot in SLOTS if slot in own})
+    return made[module]
 
 
-@contextmanager
-def _forwards(forwards: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Modules with another forward for a while."""
-    before: list[tuple[dict[str, Any], Any]] = [
-        (module.__dict__, module.__dict__.get("forward")) for module in forwards
-    ]
-    try:
-        for module, forward in forwards.items():
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for attributes, forward in before:
-            if forward is None:
-                del attributes["forward"]
-            else:
-                attributes["forward"] = forward
+def _rebound(forward: Any, module: nn.Module, twin: nn.Module) -> Callable[..., Any]:
+    """A forward in a module's own place, for its copy."""
+    if getattr(forward, "__self__", None) is module:
+        return MethodType(forward.__func__, twin)
+    if isinstance(forward, partial) and forward.args[:1] == (module,):
+        return partial(forward.func, twin, *forward.args[1:], **forward.keywords)
+    raise ValueError("somebody else's forward")

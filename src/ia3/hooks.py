@@ -147,15 +147,23 @@ class OutputHandle:
     """
 
     def __init__(self, module: nn.Module, site: Site, *, carried: bool = False) -> None:
-        known = _output_of(module)
-        self._output = Output(module) if known is None else known
+        self._module = module
+        self._site = site
         self._role = "carried" if carried else "own"
-        self._output.put(self._role, site)
+        self._output: Output | None = None
+
+    def install(self) -> None:
+        """Multiply from now on."""
+        known = _output_of(self._module)
+        self._output = Output(self._module) if known is None else known
+        self._output.put(self._role, self._site)
         if known is None:
-            self._output.install(must_be_hook=site.must_be_hook)
+            self._output.install(must_be_hook=self._site.must_be_hook)
 
     def remove(self) -> None:
-        """Multiply by that site no longer."""
+        """Multiply by that site no longer; a second time does nothing."""
+        if self._output is None:
+            return
         self._output.put(self._role, None)
         if self._output.is_dead():
             self._output.uninstall()
@@ -174,7 +182,10 @@ class Input(_Hook):
     def __init__(self, module: nn.Module, site: Site) -> None:
         super().__init__(module)
         self.site: Site | None = site
-        self.install(must_be_hook=site.must_be_hook)
+        self._must_be_hook = site.must_be_hook
+
+    def install(self, *, must_be_hook: bool = False) -> None:
+        super().install(must_be_hook=must_be_hook or self._must_be_hook)
 
     def is_dead(self) -> bool:
         return self.site is None
@@ -183,7 +194,7 @@ class Input(_Hook):
         return self.module.register_forward_pre_hook(self._on_input, with_kwargs=True)
 
     def remove(self) -> None:
-        """Multiply no longer."""
+        """Multiply no longer; a second time does nothing."""
         self.site = None
         self.uninstall()
 

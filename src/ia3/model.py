@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ from .hoisting import Carriers
 from .hub import HubOptions, adapter_folder
 from .integrations.transformers import known_to_trainer
 from .merging import Merge
-from .routing import BASE, LOCK, Names, Route, current_route, entered, watch
+from .routing import BASE, LOCK, Names, Opening, Route, current_route, entered, watch
 from .rows import Rows, is_within_experts, named
 from .sites import Attachments, Found, Site, activate, check_free, displace, place, site_of
 from .store import Adapter
@@ -64,7 +65,7 @@ DEFAULT_ADAPTER = "default"
 TAKEN = {
     *dir(nn.Module()),
     *("site_state", "side", "activation", "frozen", "banked", "merged", "in_block"),
-    *("must_be_hook", "_handles", "active"),
+    *("must_be_hook", "_handles", "_settled", "active"),
 }
 
 
@@ -195,23 +196,24 @@ class IA3Model(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If no other is active then, the first that is left becomes so."""
-        self._check_known([adapter_name])
         with self._unrouted("delete_adapter"):
+            self._check_known([adapter_name])
             if adapter_name in self._merge.adapters:
                 raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
+            # Before its vectors go: calls of other threads ask for those of the active ones.
+            remaining = tuple(name for name in self._active if name != adapter_name)
+            first = next((name for name in self.peft_config if name != adapter_name), None)
+            if self._active and not remaining and first is not None:
+                warnings.warn(
+                    f"adapter {adapter_name!r} was active; {first!r} is active now", stacklevel=2
+                )
+                self.set_adapter(first)
+            else:
+                self._activate(remaining)
             hidden = self._keys(adapter_name, self._found())
             self._take_off(adapter_name)
             del self.peft_config[adapter_name]
             self._show_to_checkpoints(hidden)
-        remaining = tuple(name for name in self._active if name != adapter_name)
-        if self._active and not remaining and self.peft_config:
-            first = next(iter(self.peft_config))
-            warnings.warn(
-                f"adapter {adapter_name!r} was active; {first!r} is active now", stacklevel=2
-            )
-            self.set_adapter(first)
-        else:
-            self._activate(remaining)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones; several multiply. Only they require gradients.
@@ -224,8 +226,8 @@ class IA3Model(nn.Module):
             IA3Error: a name is unknown, or two of them have a copy of one module
                 (`modules_to_save`).
         """
-        names = self._named(adapter_name)
         with LOCK, ExitStack() as alone:
+            names = self._named(adapter_name)
             found = self._found()
             if found.copies:
                 self._check_one_copy(names)
@@ -430,7 +432,7 @@ class IA3Model(nn.Module):
         In each of them, act(gate(x)) ⊙ up(x) ⊙ vector becomes one operation (`gated_product`) that
         keeps gate and up, where the layer's own forward keeps act(gate) as well. Results differ in
         their last bits. Layers that compute anything else are left alone, and so are those that
-        are put on the model later.
+        are put on the model later. No other thread may be calling the model.
 
         Returns:
             How many layers are fused now.
@@ -440,16 +442,18 @@ class IA3Model(nn.Module):
         """
         if self._unloaded:
             raise IA3Error("this model was unloaded: make a new one")
-        self._fused = fuse(self.model)
-        self._activate()
-        return len(self._fused)
+        with LOCK:
+            self._fused = fuse(self.model)
+            self._activate()
+            return len(self._fused)
 
     def unfuse_mlp(self) -> None:
-        """Undo `fuse_mlp`."""
-        if self._fused:
-            self._fused = []
-            unfuse(self.model)
-            self._activate()
+        """Undo `fuse_mlp`; no other thread may be calling the model."""
+        with LOCK:
+            if self._fused:
+                self._fused = []
+                unfuse(self.model)
+                self._activate()
 
     @property
     def base_model(self) -> IA3Model:
@@ -918,50 +922,45 @@ class IA3Model(nn.Module):
 
         Without `copy` the stored vectors are the caller's to give away.
         """
-        if self._unloaded:
-            raise IA3Error("this model was unloaded: make a new one")
-        if adapter_name in self.peft_config:
-            raise IA3Error(f"adapter {adapter_name!r} exists already: delete it or choose another")
+        # The bank's lock is never asked for while the other is held.
         if self.bank is not None and adapter_name in self.bank:
             raise IA3Error(
                 f"the model's bank has an adapter {adapter_name!r} already: remove it or choose "
                 "another"
             )
-        check_name(adapter_name)
-        config = dataclasses.replace(config, modules_to_save=_with_head(self.model, config))
-        found = self._found()
-        resolved, targets = self._fitting(config, stored, found)
-        saved = find_modules_to_save(self.model, resolved.modules_to_save, strict=stored is None)
-        for name in saved:
-            self._check_outside_copies(name)
-            module = self.model.get_submodule(name)
-            for part_name, part in module.named_modules(prefix=name):
-                if site_of(part) is not None or (part is not module and copies_of(part)):
-                    raise IA3Error(
-                        f"modules_to_save: another adapter on this model has vectors or a copy in "
-                        f"{part_name!r}, which is part of {name!r}"
-                    )
-                if is_fused(part):
-                    raise IA3Error(
-                        f"modules_to_save: {part_name!r} in {name!r} is fused: unfuse_mlp() first"
-                    )
-        if stored is not None:
-            check_copies(stored.copies, saved, self.model)
-            self._warn_of_other_base(adapter_name, stored)
-        try:
-            self._put_on(adapter_name, resolved, stored, found, targets, saved, copy=copy)
-        except BaseException:
-            # Memory may have run out.
-            self._take_off(adapter_name)
-            raise
-        self.peft_config[adapter_name] = resolved
-        ranges = {target.name: target.frozen for target in targets}
-        found = self._found()
-        kept = found.targets
-        if len(kept) >= len(self.peft_config):  # of adapters that are gone
-            kept.clear()
-        kept[selection(resolved, ranges)] = targets
-        self._hide_from_checkpoints(self._keys(adapter_name, found))
+        with LOCK:
+            if self._unloaded:
+                raise IA3Error("this model was unloaded: make a new one")
+            if adapter_name in self.peft_config:
+                raise IA3Error(
+                    f"adapter {adapter_name!r} exists already: delete it or choose another"
+                )
+            check_name(adapter_name)
+            config = dataclasses.replace(config, modules_to_save=_with_head(self.model, config))
+            found = self._found()
+            resolved, targets = self._fitting(config, stored, found)
+            saved = find_modules_to_save(
+                self.model, resolved.modules_to_save, strict=stored is None
+            )
+            self._check_can_be_copied(saved)
+            if stored is not None:
+                check_copies(stored.copies, saved, self.model)
+                self._warn_of_other_base(adapter_name, stored)
+            try:
+                self._put_on(adapter_name, resolved, stored, found, targets, saved, copy=copy)
+                self.peft_config[adapter_name] = resolved
+                ranges = {target.name: target.frozen for target in targets}
+                found = self._found()
+                kept = found.targets
+                if len(kept) >= len(self.peft_config):  # of adapters that are gone
+                    kept.clear()
+                kept[selection(resolved, ranges)] = targets
+                self._hide_from_checkpoints(self._keys(adapter_name, found))
+            except BaseException:
+                # Memory may have run out, or somebody has interrupted.
+                self.peft_config.pop(adapter_name, None)
+                self._take_off(adapter_name)
+                raise
 
     def _put_on(
         self,
@@ -1003,8 +1002,7 @@ class IA3Model(nn.Module):
     def _take_off(self, adapter_name: str) -> None:
         """Take away what the modules have of an adapter, and what is of no use without it."""
         for _, module, site in self._sites():
-            if adapter_name in site:
-                site.remove(adapter_name)
+            site.remove(adapter_name)
             if not site._parameters and not site.banked:
                 displace(module)
         for _, module, copies in self._copies():
@@ -1102,7 +1100,7 @@ class IA3Model(nn.Module):
             )
         return self._rows.route(self, self._found, self.peft_config, bank, different, index)
 
-    def _open(self, route: Route) -> None:
+    def _open(self, route: Route, opening: Opening) -> None:
         """Have the hooks there that ask for a route; until `_close` nothing takes them away."""
         with LOCK:
             found = self._found()
@@ -1121,14 +1119,14 @@ class IA3Model(nn.Module):
             lost = route.sites.keys() - {site for _, _, site in found.sites}
             if any(route.values(site) is not None for site in lost):
                 raise IA3Error("the model that was routed has lost adapters since")
-            self._routes.open += 1
+            self._routes.open.add(opening)
             watch(self.model, True)
             if not all(state.routed for state in found.states):
                 self._activate()
 
-    def _close(self) -> None:
+    def _close(self, opening: Opening) -> None:
         with LOCK:
-            self._routes.open -= 1
+            self._routes.open.discard(opening)
 
     def _owns(self, site: Site) -> bool:
         return any(site is each for _, _, each in self._sites())
@@ -1168,6 +1166,21 @@ class IA3Model(nn.Module):
             order = dict.fromkeys([*self._active, *self.peft_config])
             self._merge.make(tuple(name for name in order if name in already.union(names)), safe)
             self._activate()
+
+    def _check_can_be_copied(self, saved: Sequence[str]) -> None:
+        for name in saved:
+            self._check_outside_copies(name)
+            module = self.model.get_submodule(name)
+            for part_name, part in module.named_modules(prefix=name):
+                if site_of(part) is not None or (part is not module and copies_of(part)):
+                    raise IA3Error(
+                        f"modules_to_save: another adapter on this model has vectors or a copy in "
+                        f"{part_name!r}, which is part of {name!r}"
+                    )
+                if is_fused(part):
+                    raise IA3Error(
+                        f"modules_to_save: {part_name!r} in {name!r} is fused: unfuse_mlp() first"
+                    )
 
     def _check_outside_copies(self, name: str) -> None:
         parts = name.split(".")
@@ -1218,7 +1231,7 @@ class IA3Model(nn.Module):
                     site.in_block = id(site) in in_block
             if not self._routes.open:
                 watch(self.model, False)
-            activate(found, active, routed=self._routes.open > 0)
+            activate(found, active, routed=bool(self._routes.open))
             for _, _, copies in found.copies:
                 copies.active = next((name for name in active if name in copies), None)
 
@@ -1284,15 +1297,15 @@ class IA3Model(nn.Module):
 
 
 class _Routing:
-    """How many routes of a model are on, and its bank."""
+    """The routes of a model that are on, each time they were entered, and its bank."""
 
     def __init__(self) -> None:
-        self.open = 0
+        self.open: WeakSet[Opening] = WeakSet()
         self.bank: AdapterBank | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[type[_Routing], tuple[()]]:
         # Nobody has routed a copy, and a bank is of one model.
-        return vars(_Routing())
+        return _Routing, ()
 
 
 def _read_adapter(

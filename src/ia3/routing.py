@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +36,20 @@ Names = Sequence[str] | Sequence[Sequence[str]]
 LOCK = threading.RLock()
 
 
+class Opening:
+    """That routes were entered once, in a thread or task.
+
+    An interruption may keep them from being left in order: they have been where this is gone.
+    """
+
+
 class Host(Protocol):
     """The model that a route is of."""
 
     model: nn.Module
 
-    def _open(self, route: Route) -> None: ...
-    def _close(self) -> None: ...
+    def _open(self, route: Route, opening: Opening) -> None: ...
+    def _close(self, opening: Opening) -> None: ...
     def _owns(self, site: Site) -> bool: ...
 
 
@@ -208,11 +216,13 @@ class _Frame:
     Attributes:
         routes: of one model or several.
         before: what was on when this was entered.
+        opening: gives `None` once it has been left, or is not left any more.
         is_open: it has not been left.
     """
 
     routes: Mapping[Site, Route]
     before: _Frame | None
+    opening: ref[Opening]
     is_open: bool = True
 
 
@@ -221,18 +231,22 @@ _CURRENT: ContextVar[_Frame | None] = ContextVar("ia3_routes", default=None)
 
 def _routes() -> Mapping[Site, Route]:
     frame = _CURRENT.get()
+    while frame is not None and frame.opening() is None:
+        frame = frame.before
     return {} if frame is None else frame.routes
 
 
 @contextmanager
 def _under(routes: Mapping[Site, Route]) -> Iterator[None]:
     with ExitStack() as stack:
+        opening = Opening()
         for route in set(routes.values()):
-            route.host._open(route)
-            stack.callback(route.host._close)
-        frame = _Frame(routes, _CURRENT.get())
-        _CURRENT.set(frame)
+            # First, as what follows may be interrupted.
+            stack.callback(route.host._close, opening)
+            route.host._open(route, opening)
+        frame = _Frame(routes, _CURRENT.get(), ref(opening))
         try:
+            _CURRENT.set(frame)
             yield
         finally:
             frame.is_open = False
@@ -256,13 +270,13 @@ def current_route(host: Host) -> Route | None:
 
 def is_routed(site: Site) -> bool:
     """Whether a site is routed in this thread or task."""
-    frame = _CURRENT.get()
-    if frame is None:
+    routes = _routes()
+    if not routes:
         return False
-    if site in frame.routes:
+    if site in routes:
         return True
     # Put on a routed model since.
-    return any(route.host._owns(site) for route in set(frame.routes.values()))
+    return any(route.host._owns(site) for route in set(routes.values()))
 
 
 def factor_of(site: Site, activation: Tensor) -> Tensor | None:

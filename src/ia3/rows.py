@@ -123,6 +123,8 @@ class Rows:
             if any(
                 site[name].requires_grad for name in own for site in self._routed if name in site
             ):
+                # They may be trained by an optimizer that leaves no trace.
+                self.forget()
                 return Route(host, sites, _Stacked(names, self._routed, others), index)
             with torch.inference_mode(False), torch.no_grad():
                 kept = {name: self._row(name) for name in own}

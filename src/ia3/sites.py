@@ -23,7 +23,7 @@ from .errors import IA3Error
 from .forwards import refuse_replica
 from .hoisting import Carrier, Carriers
 from .hooks import Input, OutputHandle
-from .routing import factor_of, is_routed
+from .routing import LOCK, factor_of, is_routed
 from .structure import Frozen
 from .targets import ATTRIBUTE, Target
 
@@ -122,6 +122,8 @@ class Site(nn.Module):
         self.in_block = False
         self.must_be_hook = False
         self._handles: tuple[Handle, ...] = ()
+        # Whether these are in place, all of them.
+        self._settled = True
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
     _replicate_for_data_parallel = refuse_replica
@@ -167,11 +169,12 @@ class Site(nn.Module):
             for start, end in frozen:
                 mask[start:end] = True
             name = _mask_name(adapter)
-            self._buffers[name] = mask.reshape(self.activation.shape).to(vector.device)
             self._non_persistent_buffers_set.add(name)
-            self.frozen[adapter] = frozen
+            self._buffers[name] = mask.reshape(self.activation.shape).to(vector.device)
         # Not register_parameter: it refuses names that are also methods of this class ("product").
         self._parameters[adapter] = nn.Parameter(vector, requires_grad=False)
+        if frozen:
+            self.frozen[adapter] = frozen
 
     def target(self, name: str) -> Target:
         """What this site rescales, `name` being its module's."""
@@ -186,12 +189,13 @@ class Site(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def remove(self, adapter: str) -> None:
-        """Forget an adapter's vector."""
-        del self._parameters[adapter]
-        if self.frozen.pop(adapter, None):
-            name = _mask_name(adapter)
-            del self._buffers[name]
-            self._non_persistent_buffers_set.discard(name)
+        """Forget an adapter's vector, and what was stored of one that was not stored whole."""
+        # First, as a state dict asks for the vectors that are in it.
+        self.frozen.pop(adapter, None)
+        self._parameters.pop(adapter, None)
+        name = _mask_name(adapter)
+        self._buffers.pop(name, None)
+        self._non_persistent_buffers_set.discard(name)
 
     def vector(self, adapter: str) -> Tensor:
         """An adapter's vector, `Activation.shape`, with its frozen values one."""
@@ -246,16 +250,19 @@ class Site(nn.Module):
         state.routed = routed
         # Experts are not routed: at most they have nothing to do.
         wanted = (bool(here) or (routed and self.side != "inner")) and not self.in_block
-        if wanted is not bool(self._handles):
-            handles, self._handles = self._handles, ()
-            for handle in handles:
+        if wanted is not bool(self._handles) or not self._settled:
+            # An interruption leaves some of them in place: the next time they are known still.
+            self._settled = False
+            for handle in self._handles:
                 handle.remove()
-            if wanted:
-                self._handles = self._hooks(module)
+            self._handles = self._hooks(module) if wanted else ()
+            for handle in self._handles:
+                handle.install()
+            self._settled = True
 
     def _hooks(self, module: nn.Module) -> tuple[Handle, ...]:
         if self.side == "inner":
-            return (experts.attach(module, self._inner_product),)
+            return (experts.rescaling(module, self._inner_product),)
         if self.side == "output":
             return (OutputHandle(module, self),)
         carrier = self.site_state.carrier
@@ -287,7 +294,13 @@ class Site(nn.Module):
         kept = state.kept_product()
         if kept is not None:
             return kept
-        product = self.product(active)
+        try:
+            product = self.product(active)
+        except KeyError:
+            if state.active is active:
+                raise
+            # Another thread has activated others, and deleted one of these.
+            return self.active_product()
         if is_grad_enabled() or are_functorch_transforms_active():
             state.kept = None
             return product
@@ -295,7 +308,7 @@ class Site(nn.Module):
         if all(
             type(v) is nn.Parameter and not v.is_inference() and not v.is_meta for _, v in vectors
         ) and (
-            # One vector's product is mostly the vector itself, whatever happens to it.
+            # One vector's product mostly shares its memory, and so has whatever happens to it.
             product.data_ptr() == vectors[0][1].data_ptr()
             or not any(v.requires_grad for _, v in vectors)
         ):
@@ -374,21 +387,25 @@ class Attachments:
 
     def found(self) -> Found:
         """The model as it is now."""
-        # Lists and dicts compare by identity first, at the speed of C.
-        known = self._known
-        if known is None or known[0] != known[1]:
+        with LOCK:
+            # Lists and dicts compare by identity first, at the speed of C.
+            known = self._known
+            if known is not None and known[0] == known[1]:
+                return known[2]
             modules = dict(self.model.named_modules())
-            on = [(name, m, m._modules.get(ATTRIBUTE)) for name, m in modules.items()]
             # Nothing is ever put on a site.
             held = [module._modules for module in modules.values() if type(module) is not Site]
+            # One dict for all that are empty: this is read often, and slow to come from memory.
+            # Before sites are looked for: what comes after that is seen the next time.
+            copied = [dict(c) if c else _NO_CHILDREN for c in held]
+            on = [(name, m, m._modules.get(ATTRIBUTE)) for name, m in modules.items()]
             found = Found(
                 modules,
                 [(name, module, site) for name, module, site in on if isinstance(site, Site)],
                 [(name, module, held) for name, module, held in on if isinstance(held, Copies)],
             )
-            # One dict for all that are empty: this is read often, and slow to come from memory.
-            known = self._known = held, [dict(c) if c else _NO_CHILDREN for c in held], found
-        return known[2]
+            self._known = held, copied, found
+            return found
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy finds its own.

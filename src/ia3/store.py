@@ -130,7 +130,7 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 def _values(tensor: Tensor) -> NDArray[Any]:
     """A tensor's values as they lie in a file."""
     if tensor.dtype is not torch.float32:  # numpy lacks some of them
-        tensor = tensor.detach().cpu().resolve_conj().reshape(-1).view(torch.uint8)
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
     return np.ascontiguousarray(tensor.numpy(force=True))
 
 
