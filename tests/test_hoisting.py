@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import pytest
 import torch
@@ -160,6 +164,50 @@ def test_gated(kind: str, dtype: torch.dtype) -> None:
 def test_not_gated(kind: str) -> None:
     make, name = NOT_GATED[kind]
     assert up_projection(make(), name) is None
+
+
+def _compiled(mlp: nn.Module) -> None:
+    mlp.act_fn = torch.compile(mlp.act_fn, backend="eager")
+
+
+def _scripted(mlp: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        mlp.act_fn = torch.jit.script(nn.SiLU())
+
+
+def _bound(mlp: nn.Module) -> None:
+    mlp.forward = MethodType(type(mlp).forward, mlp)
+
+
+def _bound_with_more(mlp: nn.Module) -> None:
+    mlp.forward = partial(mlp.forward)
+
+
+@pytest.mark.parametrize("change", [_compiled, _scripted, _bound, _bound_with_more])
+@pytest.mark.parametrize("training", [False, True])
+def test_forwards_that_are_still_the_mlps(
+    tiny_llama: PreTrainedModel, change: Callable[[nn.Module], None], training: bool
+) -> None:
+    mlp = tiny_llama.train(training).get_submodule(LLAMA_MLP)
+    change(mlp)
+    before = [(part, {**part.__dict__}) for part in mlp.modules()]
+    assert up_projection(mlp, "down_proj") == "up_proj"
+    assert [(part, {**part.__dict__}) for part in mlp.modules()] == before
+
+
+def test_a_layer_that_is_reached_from_elsewhere(tiny_llama: PreTrainedModel) -> None:
+    mlp = tiny_llama.get_submodule(LLAMA_MLP)
+    # Not one of its modules: the vector would go into the sum as well.
+    mlp.skip = [mlp.up_proj]
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        result: Tensor = self.down_proj(inner) + self.skip[0](x).mean(-1, keepdim=True)
+        return result
+
+    mlp.forward = MethodType(forward, mlp)
+    assert up_projection(mlp, "down_proj") is None
 
 
 def test_conv1d_is_linear_but_not_gated(make_model: MakeModel) -> None:

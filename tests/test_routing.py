@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import copy
 import gc
@@ -835,6 +836,41 @@ def test_yielding_within_a_route_is_an_error_and_leaves_none_behind() -> None:
     contextvars.copy_context().run(next, elsewhere)
     with pytest.raises(ia3.IA3Error, match="do not yield"):
         contextvars.copy_context().run(list, elsewhere)
+
+
+def test_a_task_has_the_route_it_was_started_in() -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    expected = logits(model, **inputs, adapter_names=["b"] * 3)
+
+    async def later() -> Tensor:
+        await asyncio.sleep(0)
+        return logits(model, **inputs)
+
+    async def start() -> tuple[Tensor, Tensor]:
+        with model.route(["b"] * 3):
+            awaited, left = asyncio.create_task(later()), asyncio.create_task(later())
+            within = await awaited
+        return within, await left
+
+    assert all(torch.equal(found, expected) for found in asyncio.run(start()))
+
+
+def test_a_name_that_is_given_again_has_its_own_rows() -> None:
+    """Its vectors may lie where those of the deleted one were."""
+    model = several("llama")
+    inputs = batch("llama")
+    config = ia3.IA3Config(target_modules=r".*layers\.0\.self_attn\.k_proj", feedforward_modules=[])
+    model.add_adapter("again", config)
+    ((name, vector),) = model.vectors("again").items()
+    for value in range(2, 30):
+        logits(model, **inputs, adapter_names=["again"] * 3)
+        model.delete_adapter("again")
+        model.add_adapter("again", config, {name: torch.full_like(vector, value)})
+        routed = logits(model, **inputs, adapter_names=["again"] * 3)
+        model.set_adapter("again", inference_mode=True)
+        torch.testing.assert_close(routed, logits(model, **inputs))
+        model.set_adapter("b", inference_mode=True)
 
 
 def test_a_batch_of_more_rows_is_refused_whoever_is_called() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tfew_fixtures import tiny_llama
 
@@ -23,7 +25,7 @@ def wide_and_narrow() -> IA3Model:
 
 
 @torch.no_grad()
-def output(model: torch.nn.Module) -> torch.Tensor:
+def output(model: torch.nn.Module, **given: Any) -> torch.Tensor:
     """Its logits of a row, `[1, 5, vocabulary]`."""
-    logits: torch.Tensor = model(torch.arange(5)[None]).logits
+    logits: torch.Tensor = model(torch.arange(5)[None], **given).logits
     return logits.clone()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MethodType
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .activations import device_of, linear_features
 from .forwards import SLOTS
@@ -218,9 +219,11 @@ def _run(
         return forward
 
     linear = [(module, linear_features(module)) for module in parent.modules()]
-    twin = _twin(parent, {m: stand_in(m, *f) for m, f in linear if f is not None}, {})
-    # Not twin(values): somebody's hook may want the MLP itself.
-    output = twin.forward(values)
+    stand_ins = {m: stand_in(m, *f) for m, f in linear if f is not None}
+    twin = _twin(parent, stand_ins, {})
+    with _Untouched(stand_ins):
+        # Not twin(values): somebody's hook may want the MLP itself.
+        output = twin.forward(values)
     if len(inputs) != 1 or not isinstance(output, Tensor):
         raise ValueError("the MLP calls its down projection again or never, or returns no tensor")
     if any(result._version != version for result, version in ups):
@@ -233,6 +236,30 @@ def _computes_in(parent: nn.Module) -> tuple[torch.dtype, torch.device]:
     # The constants of quantized weights may be floating numbers of one byte.
     dtypes = (p.dtype for p in parent.parameters() if p.is_floating_point() and p.itemsize > 1)
     return next(dtypes, torch.float32), torch.device("cpu") if device.type == "meta" else device
+
+
+class _Untouched(TorchFunctionMode):
+    """Raises where the weights of layers are used: somebody has these layers from elsewhere.
+
+    Args:
+        layers: they have stand-ins.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self._weights = {id(p) for layer in layers for p in layer.parameters()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # Their dtype or shape may be asked for.
+        if isinstance(result, Tensor) and any(
+            id(value) in self._weights for value in (*args, *kwargs.values())
+        ):
+            raise ValueError("the MLP computes with a layer that is not in its place")
+        return result
 
 
 def _twin(
@@ -249,6 +276,9 @@ def _twin(
     Raises:
         ValueError: a module's forward has been replaced by one that only works for itself.
     """
+    within = any(part in stand_ins for part in module.modules())
+    if not within and isinstance(module, torch.jit.ScriptModule):
+        return module
     if module not in made:
         twin = made[module] = object.__new__(type(module))
         own = twin.__dict__
@@ -262,14 +292,23 @@ def _twin(
         if module in stand_ins:
             own["forward"] = stand_ins[module]
         else:
-            own.update({slot: _rebound(own[slot], module, twin) for slot in SLOTS if slot in own})
+            for slot in set(SLOTS) & own.keys():
+                forward = _rebound(own[slot], module, twin)
+                if forward is not None:
+                    own[slot] = forward
+                elif within:
+                    raise ValueError("somebody else's forward")
     return made[module]
 
 
-def _rebound(forward: Any, module: nn.Module, twin: nn.Module) -> Callable[..., Any]:
-    """A forward in a module's own place, for its copy."""
+def _rebound(forward: Any, module: nn.Module, twin: nn.Module) -> Callable[..., Any] | None:
+    """A forward in a module's own place, for its copy; `None` where it is bound to nothing."""
     if getattr(forward, "__self__", None) is module:
         return MethodType(forward.__func__, twin)
-    if isinstance(forward, partial) and forward.args[:1] == (module,):
-        return partial(forward.func, twin, *forward.args[1:], **forward.keywords)
-    raise ValueError("somebody else's forward")
+    if isinstance(forward, partial):
+        bound = _rebound(forward.func, module, twin)
+        if bound is not None:
+            return partial(bound, *forward.args, **forward.keywords)
+        if forward.args[:1] == (module,):
+            return partial(forward.func, twin, *forward.args[1:], **forward.keywords)
+    return None

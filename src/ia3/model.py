@@ -207,7 +207,7 @@ class IA3Model(nn.Module):
                 warnings.warn(
                     f"adapter {adapter_name!r} was active; {first!r} is active now", stacklevel=2
                 )
-                self.set_adapter(first)
+                self._switch((first,), inference_mode=False, leaving=adapter_name)
             else:
                 self._activate(remaining)
             hidden = self._keys(adapter_name, self._found())
@@ -226,21 +226,8 @@ class IA3Model(nn.Module):
             IA3Error: a name is unknown, or two of them have a copy of one module
                 (`modules_to_save`).
         """
-        with LOCK, ExitStack() as alone:
-            names = self._named(adapter_name)
-            found = self._found()
-            if found.copies:
-                self._check_one_copy(names)
-            if self._merge.adapters:
-                warnings.warn("adapters are merged; they are unmerged first", stacklevel=2)
-                self.unmerge_adapter()
-                found = self._found()
-            if any(name in copies for name in names for _, _, copies in found.copies):
-                alone.enter_context(
-                    self._unrouted("set_adapter of an adapter with modules_to_save")
-                )
-            self._require_grad(names, inference_mode, found)
-            self._activate(names, found)
+        with LOCK:
+            self._switch(self._named(adapter_name), inference_mode)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -1001,6 +988,8 @@ class IA3Model(nn.Module):
 
     def _take_off(self, adapter_name: str) -> None:
         """Take away what the modules have of an adapter, and what is of no use without it."""
+        # The next one of this name may get the same memory.
+        self._rows.forget()
         for _, module, site in self._sites():
             site.remove(adapter_name)
             if not site._parameters and not site.banked:
@@ -1211,6 +1200,29 @@ class IA3Model(nn.Module):
             for key, value in copies[adapter].state_dict().items()
         }
 
+    def _switch(
+        self, names: tuple[str, ...], inference_mode: bool, leaving: str | None = None
+    ) -> None:
+        """`set_adapter`, under the lock.
+
+        Args:
+            leaving: an adapter about to be deleted, which a backward pass may be to come for.
+        """
+        found = self._found()
+        if found.copies:
+            self._check_one_copy(names)
+        if self._merge.adapters:
+            warnings.warn("adapters are merged; they are unmerged first", stacklevel=3)
+            self.unmerge_adapter()
+            found = self._found()
+        with ExitStack() as alone:
+            if any(name in copies for name in names for _, _, copies in found.copies):
+                alone.enter_context(
+                    self._unrouted("set_adapter of an adapter with modules_to_save")
+                )
+            self._require_grad(names, inference_mode, found, leaving)
+            self._activate(names, found)
+
     def _activate(self, names: tuple[str, ...] | None = None, found: Found | None = None) -> None:
         """Have these be active, or those that are; with `found`, where nothing else has changed."""
         # What one thread fuses or activates, another may be about to activate.
@@ -1235,7 +1247,9 @@ class IA3Model(nn.Module):
             for _, _, copies in found.copies:
                 copies.active = next((name for name in active if name in copies), None)
 
-    def _require_grad(self, names: Sequence[str], inference_mode: bool, found: Found) -> None:
+    def _require_grad(
+        self, names: Sequence[str], inference_mode: bool, found: Found, leaving: str | None
+    ) -> None:
         self._rows.forget()
         wanted = set() if inference_mode else set(names)
         changing = {*self._active, *names}
@@ -1249,13 +1263,13 @@ class IA3Model(nn.Module):
             seen |= vectors.keys()
             if len(seen) == len(self.peft_config):
                 break
-        for name in changing:
+        for name in changing - {leaving}:
             wants = name in wanted
             for vector in [vectors.get(name) for vectors in held]:
                 if vector is not None:
                     vector.requires_grad = wants
         for _, _, copies in found.copies:
-            for name in copies.adapters:
+            for name in set(copies.adapters) - {leaving}:
                 for parameter in copies[name].parameters():
                     if parameter.is_floating_point():
                         parameter.requires_grad_(name in wanted)

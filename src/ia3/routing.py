@@ -216,8 +216,8 @@ class _Frame:
     Attributes:
         routes: of one model or several.
         before: what was on when this was entered.
-        opening: gives `None` once it has been left, or is not left any more.
-        is_open: it has not been left.
+        opening: gives `None` once it has been left, in order or by an interruption.
+        is_open: it has not been left in order.
     """
 
     routes: Mapping[Site, Route]
@@ -231,7 +231,8 @@ _CURRENT: ContextVar[_Frame | None] = ContextVar("ia3_routes", default=None)
 
 def _routes() -> Mapping[Site, Route]:
     frame = _CURRENT.get()
-    while frame is not None and frame.opening() is None:
+    # A task that was started within a route has it still when that has been left.
+    while frame is not None and frame.is_open and frame.opening() is None:
         frame = frame.before
     return {} if frame is None else frame.routes
 
@@ -249,13 +250,14 @@ def _under(routes: Mapping[Site, Route]) -> Iterator[None]:
             _CURRENT.set(frame)
             yield
         finally:
-            frame.is_open = False
-            if _CURRENT.get() is frame:
+            in_order = _CURRENT.get() is frame
+            if in_order:
                 before = frame.before
                 while before is not None and not before.is_open:
                     before = before.before
                 _CURRENT.set(before)
-            elif sys.exc_info()[0] is None:
+            frame.is_open = False
+            if not in_order and sys.exc_info()[0] is None:
                 raise IA3Error(
                     "a route was left in another order, or by another thread or task, than it was "
                     "entered, so that calls in between may have had another one: do not yield "

@@ -115,6 +115,8 @@ class Rows:
             self._look_at(found)
             sites = self._sites
             for name in own:
+                if name not in adapters:
+                    raise IA3Error(f"adapter {name!r} was deleted while it was asked for")
                 _check_mixable(found, name)
             if not own:
                 parts = gathered.parts() if gathered is not None else {}

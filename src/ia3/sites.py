@@ -296,6 +296,7 @@ class Site(nn.Module):
             return kept
         try:
             product = self.product(active)
+            vectors = [(name, self[name]) for name in active]
         except KeyError:
             if state.active is active:
                 raise
@@ -304,7 +305,6 @@ class Site(nn.Module):
         if is_grad_enabled() or are_functorch_transforms_active():
             state.kept = None
             return product
-        vectors = [(name, self[name]) for name in active]
         if all(
             type(v) is nn.Parameter and not v.is_inference() and not v.is_meta for _, v in vectors
         ) and (
