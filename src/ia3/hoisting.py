@@ -247,7 +247,9 @@ class _Untouched(TorchFunctionMode):
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
-        self._weights = {id(p) for layer in layers for p in layer.parameters()}
+        named = [pair for layer in layers for pair in layer.named_parameters()]
+        # Vectors on a layer multiply what its stand-in gives.
+        self._weights = {id(p) for name, p in named if ATTRIBUTE not in name.split(".")}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
