@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from few_shot import TEMPLATES, TREC_WORDS
+from reporting import add_results_option, read_runs
 from splits import few_shot_split, read_task, sample_few_shot
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from ia3.tfew.tasks import Task
     from ia3.tfew.training import TrainingExample
 
-HERE = Path(__file__).parent
 TASKS = ("sst2", "trec", "overruling", "copa")
 # Method -> weights of the loss's terms.
 ALL_TERMS = {"lm": 1.0, "length_norm": 1.0, "unlikelihood": 1.0}
@@ -82,12 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="samples of each task")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--choose-rates", action="store_true", help="the peers' rates instead")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=HERE / "results" / "ablation.jsonl",
-        help="JSON Lines, added to; what is in it is not run again",
-    )
+    add_results_option(parser, "ablation.jsonl")
     parser.add_argument("--picture", type=Path, help="also draw the table into this file")
     parser.add_argument(
         "--one",
@@ -101,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(run(method, task, int(seed), float(rate), given.data, given.pretrained)))
         return
     given.results.parent.mkdir(parents=True, exist_ok=True)
-    done = _read(given.results)
+    done = read_runs(given.results)
     if given.choose_rates:
         wanted = [
             (method, task, CHOOSING_SEED, rate)
@@ -379,10 +374,6 @@ def _process(
         raise RuntimeError(f"{key}: {done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
-
-
-def _read(results: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in results.open()] if results.exists() else []
 
 
 if __name__ == "__main__":

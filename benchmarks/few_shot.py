@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reporting import add_results_option, read_runs
 from splits import TASKS, Split, few_shot_split
 
 HERE = Path(__file__).parent
@@ -49,12 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with sst2/ and trec/")
     parser.add_argument("--seeds", type=int, default=5, help="samples of each task")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=HERE / "results" / "few_shot.jsonl",
-        help="JSON Lines, added to; what is in it is not run again",
-    )
+    add_results_option(parser, "few_shot.jsonl")
     parser.add_argument(
         "--one",
         nargs=3,
@@ -67,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(run(method, task, int(seed), given.data)))
         return
     given.results.parent.mkdir(parents=True, exist_ok=True)
-    done = _read(given.results)
+    done = read_runs(given.results)
     for seed in range(given.seeds):
         for task in TASKS:
             for method in METHODS:
@@ -162,10 +158,6 @@ def _process(method: str, task: str, seed: int, data: Path) -> dict[str, Any]:
     ).stdout
     result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     return result
-
-
-def _read(results: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in results.open()] if results.exists() else []
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -19,6 +20,25 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 DOCUMENT = HERE.parent / "docs" / "benchmarks.md"
 PICTURES = HERE.parent / "docs" / "pictures"
+
+
+def add_results_option(parser: argparse.ArgumentParser, name: str) -> None:
+    """Have `--results` say which file of finished runs is continued.
+
+    Args:
+        name: of the one that is kept here.
+    """
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS / name,
+        help="JSON Lines, added to; what is in it is not run again",
+    )
+
+
+def read_runs(results: Path) -> list[dict[str, Any]]:
+    """The finished runs in a file of JSON Lines; none where there is no file."""
+    return [json.loads(line) for line in results.open()] if results.exists() else []
 
 
 def circumstances() -> dict[str, Any]:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import ablation
+from reporting import add_results_option, read_runs
 
-HERE = Path(__file__).parent
 FORMS = ("least memory", "plain product")
 
 
@@ -29,15 +29,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs of each kind")
     parser.add_argument("--steps", type=int, default=12, help="training steps of each")
     parser.add_argument("--batch", type=int, default=4, help="examples a step")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=HERE / "results" / "rounding.jsonl",
-        help="JSON Lines, added to",
-    )
+    add_results_option(parser, "rounding.jsonl")
     given = parser.parse_args()
-    lines = given.results.read_text().splitlines() if given.results.exists() else []
-    done = [json.loads(line) for line in lines]
+    done = read_runs(given.results)
     finished = {(r["form"], r["seed"], r["steps"], r["batch"]) for r in done}
     for seed in range(given.seeds):
         for form in FORMS:

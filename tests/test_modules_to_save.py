@@ -675,7 +675,10 @@ assert adapted.unload() is model
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.skipif(
+    sys.platform != "linux",
+    reason="needs /proc/self/statm and a limit on memory (RLIMIT_AS) that is kept",
+)
 def test_an_adapter_that_memory_does_not_suffice_for_leaves_the_model_unchanged() -> None:
     subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], check=True)
 
