@@ -41,16 +41,11 @@ $(DATASETS): $(READY)
 		--target .venv-datasets/site-packages datasets dill multiprocess pandas pyarrow xxhash
 	touch $(DATASETS)
 
-# A process a core, each with one thread.
+# A process a core, each with one thread; what needs packages from beside the environment on its own.
 test: lint $(QUANTIZED) $(DATASETS)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow" --ignore=tests/test_quantized.py \
-		--ignore=tests/test_tasks.py --ignore=tests/test_manifest.py
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv-datasets/site-packages $(BIN)/pytest -n auto \
-		tests/test_tasks.py tests/test_manifest.py \
-		tests/test_cli.py::test_data_in_parquet_and_in_folders_of_datasets
-	OMP_NUM_THREADS=1 PYTHONPATH=.venv-quantized $(BIN)/pytest -n auto \
-		tests/test_quantized.py tests/test_kbit.py tests/test_integration_peft.py \
-		tests/test_training.py::test_a_quantized_base_trains
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow and not datasets and not quantized"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv-datasets/site-packages $(BIN)/pytest -n auto -m datasets
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv-quantized $(BIN)/pytest -n auto -m quantized
 
 # What takes minutes: the demo as a whole, and the embedded model's conversion.
 test-slow: $(READY)

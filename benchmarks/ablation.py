@@ -37,10 +37,9 @@ from splits import few_shot_split, read_task, sample_few_shot
 if TYPE_CHECKING:
     from torch import nn
 
-    from ia3.base_model import BaseModel
-    from ia3.tfew.encoding import EncodedExample
-    from ia3.tfew.tasks import Task
-    from ia3.tfew.training import TrainingExample
+    from ia3.base.loading import BaseModel
+    from ia3.tfew.prompts.encoding import EncodedExample, TrainingExample
+    from ia3.tfew.prompts.tasks import Task
 
 TASKS = ("sst2", "trec", "overruling", "copa")
 # Method -> weights of the loss's terms.
@@ -139,9 +138,9 @@ def run(
     import torch
 
     import ia3
-    from ia3.tfew.encoding import Encoder
-    from ia3.tfew.evaluation import predict_choices
-    from ia3.tfew.tasks import encode_labelled
+    from ia3.tfew.prompts.encoding import Encoder
+    from ia3.tfew.prompts.tasks import encode_labelled
+    from ia3.tfew.scoring.evaluation import predict_choices
 
     base = ia3.load_base_model("smollm2-135m-instruct")
     base.model.requires_grad_(False)
@@ -181,7 +180,7 @@ def run(
 
 def read(name: str, seed: int, data: Path) -> Task:
     """A task with the training sample of a seed, and its one template."""
-    from ia3.tfew.tasks import SEEDS, Task, few_shot, load_templates, read_rows
+    from ia3.tfew.prompts.tasks import SEEDS, Task, few_shot, load_templates, read_rows
 
     if name in ("sst2", "trec"):
         if seed == CHOOSING_SEED:
@@ -217,8 +216,8 @@ def read(name: str, seed: int, data: Path) -> Task:
 
 
 def _template(name: str, prompt: str, answer: str, choices: Sequence[str]) -> Any:
-    from ia3.tfew.promptsource import PromptTemplate
-    from ia3.tfew.templates import Template
+    from ia3.tfew.prompts.promptsource import PromptTemplate
+    from ia3.tfew.prompts.templates import Template
 
     jinja = f"{prompt} ||| {{{{ {answer} }}}}"
     return PromptTemplate(name, Template(jinja, name), Template(" ||| ".join(choices), name))
@@ -239,9 +238,9 @@ def _train_ia3(
     method: str,
 ) -> int:
     from ia3 import IA3Model
-    from ia3.adapted import all_linear
-    from ia3.store import read_adapter
-    from ia3.tfew.training import TFewConfig, train
+    from ia3.adapter.store import read_adapter
+    from ia3.tfew.temporary_adapter import all_linear
+    from ia3.tfew.training.trainer import TFewConfig, train
 
     if method == "pretrained":
         assert pretrained is not None
@@ -263,8 +262,8 @@ def _train_peer(
     import torch
     from transformers import get_linear_schedule_with_warmup
 
-    from ia3.tfew.losses import token_loss
-    from ia3.tfew.scoring import token_scores
+    from ia3.tfew.scoring.choices import token_scores
+    from ia3.tfew.training.losses import token_loss
 
     parameters = _peer_parameters(base.model, method)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)

@@ -22,11 +22,11 @@ from few_shot import TEMPLATES
 from splits import Example, read_sst2, read_trec, sample_few_shot
 
 from ia3 import IA3Config, IA3Model, load_base_model
-from ia3.base_model import BaseModel
-from ia3.tfew.encoding import EncodedExample, Encoder
-from ia3.tfew.scoring import choice_scores
-from ia3.tfew.templates import Template
-from ia3.tfew.training import TFewConfig, TrainingExample, train
+from ia3.base.loading import BaseModel
+from ia3.tfew.prompts.encoding import EncodedExample, Encoder, TrainingExample
+from ia3.tfew.prompts.templates import Template
+from ia3.tfew.scoring.choices import choice_scores
+from ia3.tfew.training.trainer import TFewConfig, train
 
 PAPER = IA3Config()
 ALL = IA3Config(target_modules="all-linear")

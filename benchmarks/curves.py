@@ -223,18 +223,18 @@ def adapter_curves(repeats: int) -> list[Curve]:
 def scoring_curves(repeats: int) -> list[Curve]:
     """Choices of an example, and tokens of its prompt."""
     import ia3
-    from ia3.embedded_model import EMBEDDED_MODEL
+    from ia3.base.embedded import EMBEDDED_MODEL
 
     loaded = ia3.load_base_model(EMBEDDED_MODEL, device="cpu", dtype="float32")
     return scoring_curves_of(loaded, repeats)
 
 
 def scoring_curves_of(loaded: Any, repeats: int) -> list[Curve]:
-    """The same of a model (an `ia3.base_model.BaseModel`), which stays as it is."""
+    """The same of a model (an `ia3.base.loading.BaseModel`), which stays as it is."""
     import ia3
-    from ia3.tfew.encoding import EncodedExample
-    from ia3.tfew.passes import expanded_scores
-    from ia3.tfew.scoring import token_scores
+    from ia3.tfew.prompts.encoding import EncodedExample
+    from ia3.tfew.scoring.choices import token_scores
+    from ia3.tfew.scoring.shared_prompt import expanded_scores
 
     model = same_weights(loaded.model)
     on_ia3(model)

@@ -23,7 +23,7 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from ia3 import experts
+from ia3.core import experts
 
 WAYS: tuple[experts.Way, ...] = ("up", "inner", "weight")
 

@@ -107,7 +107,7 @@ def run(method: str, task: str, seed: int, data: Path) -> dict[str, Any]:
 
 
 def _setfit(split: Split) -> dict[str, Any]:
-    from ia3.tfew.setfit_peer import SetFit, run_setfit
+    from ia3.experiments.setfit import SetFit, run_setfit
 
     result = run_setfit(
         SetFit(SETFIT_PYTHON),

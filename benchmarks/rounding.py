@@ -48,11 +48,11 @@ def run(form: str, seed: int, data: Path, steps: int, batch: int) -> dict[str, A
     import torch
 
     import ia3
-    from ia3.adapted import all_linear
     from ia3.tfew import TFewConfig, train
-    from ia3.tfew.encoding import Encoder
-    from ia3.tfew.evaluation import predict_choices
-    from ia3.tfew.tasks import encode_labelled
+    from ia3.tfew.prompts.encoding import Encoder
+    from ia3.tfew.prompts.tasks import encode_labelled
+    from ia3.tfew.scoring.evaluation import predict_choices
+    from ia3.tfew.temporary_adapter import all_linear
 
     task = ablation.read("trec", seed, data)
     base = ia3.load_base_model("smollm2-135m-instruct")

@@ -106,7 +106,7 @@ class Bench:
     """The models that take turns, made when first asked for.
 
     Args:
-        base: an `ia3.base_model.BaseModel`; its model is frozen and stays as it is.
+        base: an `ia3.base.loading.BaseModel`; its model is frozen and stays as it is.
         repeats: turns of most rows.
         data: the folder with `raft/`, or none.
     """
@@ -192,9 +192,9 @@ def step_row(bench: Bench) -> list[Row]:
 
 def tfew_rows(bench: Bench) -> list[Row]:
     """T-Few's training step, and scoring, against choices expanded in the batch."""
-    from ia3.tfew.losses import token_loss
-    from ia3.tfew.passes import expanded_scores
-    from ia3.tfew.scoring import token_scores
+    from ia3.tfew.scoring.choices import token_scores
+    from ia3.tfew.scoring.shared_prompt import expanded_scores
+    from ia3.tfew.training.losses import token_loss
 
     base = bench.tfew_base()
     parameters = [p for p in base.model.parameters() if p.requires_grad]
@@ -248,10 +248,10 @@ def tfew_rows(bench: Bench) -> list[Row]:
 
 def banking_examples(base: Any, data: Path | None) -> tuple[list[Any], list[Any]]:
     """One example of all of Banking77's topics; some with few of them and shorter prompts."""
+    from ia3.experiments.raft import read_raft
     from ia3.tfew import Encoder
-    from ia3.tfew.encoding import EncodedExample
-    from ia3.tfew.raft import read_raft
-    from ia3.tfew.templates import Template
+    from ia3.tfew.prompts.encoding import EncodedExample
+    from ia3.tfew.prompts.templates import Template
 
     assert data is not None
     (task,) = read_raft(data / "raft", ["banking_77"])
@@ -620,7 +620,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # PEFT warns at every adapter it attaches again.
     warnings.filterwarnings("ignore", module="peft")
     import ia3
-    from ia3.embedded_model import EMBEDDED_MODEL, embedded_model_folder
+    from ia3.base.embedded import EMBEDDED_MODEL, embedded_model_folder
 
     base = ia3.load_base_model(EMBEDDED_MODEL, device="cpu", dtype="float32")
     rows, left_out = measure(base, given.rows, given.repeats, given.data)

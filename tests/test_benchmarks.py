@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from test_raft import ADE, some_labels, texts, write_task
-from tfew_fixtures import tiny_llama, word_tokenizer
+from support.paths import REPOSITORY
+from support.raft import ADE, some_labels, texts, write_task
+from support.tfew import tiny_llama, word_tokenizer
 from torch import nn
 
-from ia3.base_model import BaseModel
+from ia3.base.loading import BaseModel
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = REPOSITORY / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import curves  # noqa: E402

@@ -8,14 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tfew_fixtures import tiny_llama, word_tokenizer
+from support.paths import REPOSITORY
+from support.tfew import tiny_llama, word_tokenizer
 
 from ia3 import IA3Config, IA3Model
-from ia3.many_manifest import read_many_manifest
+from ia3.classify.many_manifest import read_many_manifest
 from ia3.tfew import load_templates
-from ia3.tfew.manifest import read_manifest
+from ia3.tfew.prompts.manifest import read_manifest
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = REPOSITORY / "docs"
 PAGE = (DOCS / "tfew.md").read_text("utf-8")
 MIXED = (DOCS / "mixed.md").read_text("utf-8")
 ROWS = [

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+from support.paths import REPOSITORY
+
+README = REPOSITORY / "README.md"
 
 
 def test_the_readme_code_runs_in_its_order_and_prints_what_the_readme_says(tmp_path: Path) -> None:

@@ -6,42 +6,51 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bank import AdapterBank as AdapterBank
-    from .base_model import load_base_model as load_base_model
-    from .config import IA3Config as IA3Config
-    from .config import PeftType as PeftType
-    from .config import TaskType as TaskType
+    from .adapter.combining import combine as combine
+    from .bank.bank import AdapterBank as AdapterBank
+    from .base.embedded import embedded_model_folder as embedded_model_folder
+    from .base.loading import load_base_model as load_base_model
+    from .classify.estimator import FewShotClassifier as FewShotClassifier
+    from .classify.fit_many import FittedTasks as FittedTasks
+    from .classify.fit_many import fit_many as fit_many
+    from .compat.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from .compat.state_dicts import get_peft_model_state_dict as get_peft_model_state_dict
+    from .compat.state_dicts import inject_adapter_in_model as inject_adapter_in_model
+    from .compat.state_dicts import set_peft_model_state_dict as set_peft_model_state_dict
     from .errors import IA3Error as IA3Error
     from .errors import MissingExtraError as MissingExtraError
-    from .estimator import FewShotClassifier as FewShotClassifier
-    from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-    from .low_level import get_peft_model_state_dict as get_peft_model_state_dict
-    from .low_level import inject_adapter_in_model as inject_adapter_in_model
-    from .low_level import set_peft_model_state_dict as set_peft_model_state_dict
-    from .many import FittedTasks as FittedTasks
-    from .many import fit_many as fit_many
-    from .model import IA3Model as IA3Model
-    from .task_models import AutoPeftModel as AutoPeftModel
-    from .task_models import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
-    from .task_models import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
-    from .task_models import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
-    from .task_models import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
-    from .task_models import (
+    from .experiments.in_context import InContextClassifier as InContextClassifier
+    from .model.ia3_model import AutoPeftModel as AutoPeftModel
+    from .model.ia3_model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from .model.ia3_model import (
+        AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
+    )
+    from .model.ia3_model import (
+        AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
+    )
+    from .model.ia3_model import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from .model.ia3_model import (
         AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
     )
-    from .task_models import (
+    from .model.ia3_model import (
         AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
     )
-    from .task_models import PeftModelForCausalLM as PeftModelForCausalLM
-    from .task_models import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
-    from .task_models import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
-    from .task_models import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
-    from .task_models import (
+    from .model.ia3_model import IA3Model as IA3Model
+    from .model.ia3_model import PeftModelForCausalLM as PeftModelForCausalLM
+    from .model.ia3_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from .model.ia3_model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from .model.ia3_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from .model.ia3_model import (
         PeftModelForSequenceClassification as PeftModelForSequenceClassification,
     )
-    from .task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
-    from .task_models import get_peft_model as get_peft_model
-    from .tfew.in_context import InContextClassifier as InContextClassifier
+    from .model.ia3_model import (
+        PeftModelForTokenClassification as PeftModelForTokenClassification,
+    )
+    from .model.ia3_model import get_peft_model as get_peft_model
+    from .targets.config import IA3Config as IA3Config
+    from .targets.config import PeftType as PeftType
+    from .targets.config import TaskType as TaskType
+    from .targets.explain import explain as explain
 
     PeftConfig = IA3Config
     PeftModel = IA3Model
@@ -50,36 +59,39 @@ __version__ = "0.1.0"
 
 # Loaded when first used: torch and transformers take seconds to import.
 _HOME = {
-    "AdapterBank": "bank",
-    "AutoPeftModel": "task_models",
-    "AutoPeftModelForCausalLM": "task_models",
-    "AutoPeftModelForFeatureExtraction": "task_models",
-    "AutoPeftModelForQuestionAnswering": "task_models",
-    "AutoPeftModelForSeq2SeqLM": "task_models",
-    "AutoPeftModelForSequenceClassification": "task_models",
-    "AutoPeftModelForTokenClassification": "task_models",
-    "FewShotClassifier": "estimator",
-    "FittedTasks": "many",
-    "IA3Config": "config",
+    "AdapterBank": "bank.bank",
+    "AutoPeftModel": "model.ia3_model",
+    "AutoPeftModelForCausalLM": "model.ia3_model",
+    "AutoPeftModelForFeatureExtraction": "model.ia3_model",
+    "AutoPeftModelForQuestionAnswering": "model.ia3_model",
+    "AutoPeftModelForSeq2SeqLM": "model.ia3_model",
+    "AutoPeftModelForSequenceClassification": "model.ia3_model",
+    "AutoPeftModelForTokenClassification": "model.ia3_model",
+    "FewShotClassifier": "classify.estimator",
+    "FittedTasks": "classify.fit_many",
+    "IA3Config": "targets.config",
     "IA3Error": "errors",
-    "IA3Model": "model",
-    "InContextClassifier": "tfew.in_context",
+    "IA3Model": "model.ia3_model",
+    "InContextClassifier": "experiments.in_context",
     "MissingExtraError": "errors",
-    "PeftModelForCausalLM": "task_models",
-    "PeftModelForFeatureExtraction": "task_models",
-    "PeftModelForQuestionAnswering": "task_models",
-    "PeftModelForSeq2SeqLM": "task_models",
-    "PeftModelForSequenceClassification": "task_models",
-    "PeftModelForTokenClassification": "task_models",
-    "PeftType": "config",
-    "TaskType": "config",
-    "fit_many": "many",
-    "get_peft_model": "task_models",
-    "get_peft_model_state_dict": "low_level",
-    "inject_adapter_in_model": "low_level",
-    "load_base_model": "base_model",
-    "prepare_model_for_kbit_training": "kbit",
-    "set_peft_model_state_dict": "low_level",
+    "PeftModelForCausalLM": "model.ia3_model",
+    "PeftModelForFeatureExtraction": "model.ia3_model",
+    "PeftModelForQuestionAnswering": "model.ia3_model",
+    "PeftModelForSeq2SeqLM": "model.ia3_model",
+    "PeftModelForSequenceClassification": "model.ia3_model",
+    "PeftModelForTokenClassification": "model.ia3_model",
+    "PeftType": "targets.config",
+    "TaskType": "targets.config",
+    "embedded_model_folder": "base.embedded",
+    "explain": "targets.explain",
+    "fit_many": "classify.fit_many",
+    "combine": "adapter.combining",
+    "get_peft_model": "model.ia3_model",
+    "get_peft_model_state_dict": "compat.state_dicts",
+    "inject_adapter_in_model": "compat.state_dicts",
+    "load_base_model": "base.loading",
+    "prepare_model_for_kbit_training": "compat.kbit",
+    "set_peft_model_state_dict": "compat.state_dicts",
 }
 # PEFT's names for the same things: there is one kind of adapter here.
 _PEFT_NAMES = {"PeftConfig": "IA3Config", "PeftModel": "IA3Model"}

@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..console import counting_bar, visible
 from ..errors import IA3Error
-from ..files import check_folder, write_file, write_files
+from ..files.atomic import check_folder, write_file, write_files
+from ..report.console import counting_bar, visible
 from .options import Json, ReplaceAdapter, check_out, print_json, say
 
 if TYPE_CHECKING:
-    from ..layout import Outline
+    from ..adapter.layout import Outline
     from ..report.heatmap import LayerSiteGrid
     from ..report.maps import SiteMap
 
@@ -38,7 +38,7 @@ STATISTICS = ("mean", "spread", "inhibited", "amplified")
 
 def list_adapters(folder: Folder, as_json: Json = False) -> None:
     """List the adapters in a folder and all below it; broken ones with what is wrong."""
-    from ..layout import find_adapters, read_outline
+    from ..adapter.layout import find_adapters, read_outline
 
     folders = list(find_adapters(folder))
     found: list[Outline] = []
@@ -86,7 +86,7 @@ def inspect(
 ) -> None:
     """Show what adapters switch off and on: a table, and maps by layer and site."""
     _check_pictures(png, html, force)
-    from ..layout import read_vectors
+    from ..adapter.layout import read_vectors
     from ..report.heatmap import layer_site_grid, site_statistics, statistics
 
     if png is not None or html is not None:
@@ -158,10 +158,10 @@ def diff(
 ) -> None:
     """Show how a second adapter differs from a first."""
     _check_pictures(png, html, force)
-    from ..layout import read_vectors
+    from ..adapter.layout import read_vectors
+    from ..adapter.similarity import difference, largest_changes
     from ..report.heatmap import difference_grid
     from ..report.maps import difference_maps
-    from ..similarity import difference, largest_changes
 
     if png is not None or html is not None:
         from ..report.adapters import difference_page, difference_picture
@@ -217,8 +217,8 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the adapters most like one, by the cosine of their log-scales."""
-    from ..layout import find_adapters
-    from ..similarity import search as nearest
+    from ..adapter.layout import find_adapters
+    from ..adapter.similarity import search as nearest
 
     outline = _outline(like)
     folders = list(find_adapters(folder))
@@ -277,10 +277,10 @@ def combine(
     numbers = [1.0] * len(adapters) if weights is None else _numbers(weights)
     check_out(out, force)
     check_folder(out)
-    from ..combining import check_combination
-    from ..combining import combine as combined_of
-    from ..layout import WEIGHTS_NAME
-    from ..store import adapter_files, read_adapter
+    from ..adapter.combining import check_combination
+    from ..adapter.combining import combine as combined_of
+    from ..adapter.layout import WEIGHTS_NAME
+    from ..adapter.store import adapter_files, read_adapter
 
     check_combination(combination_type, density, majority_sign_method)
     stored = []
@@ -330,7 +330,7 @@ def combine(
 
 
 def _outline(path: Path) -> Outline:
-    from ..layout import read_outline
+    from ..adapter.layout import read_outline
 
     if not path.is_dir():
         raise IA3Error(f"{path} is not a folder: expected an adapter's")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ..console import counting_bar, print_confusion, training_bar
 from ..errors import IA3Error
-from ..files import check_folder
+from ..files.atomic import check_folder
+from ..report.console import counting_bar, print_confusion, training_bar
 from .labelled import labels_among, parse_choices, read_source
 from .options import (
     DEFAULT_MODEL,
@@ -35,7 +35,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..estimator import FewShotClassifier
+    from ..classify.estimator import FewShotClassifier
 
 
 def fit(
@@ -80,7 +80,7 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Train an adapter on labelled examples."""
-    from ..tables import fields_of
+    from ..files.tables import fields_of
 
     if label in text:
         raise typer.BadParameter(
@@ -94,8 +94,8 @@ def fit(
     labels = [row[label] for row in rows]
     choices = parse_choices(choice, labels)
     silence_loading()
-    from ..estimator import FewShotClassifier
-    from ..layout import WEIGHTS_NAME
+    from ..adapter.layout import WEIGHTS_NAME
+    from ..classify.estimator import FewShotClassifier
 
     given: dict[str, Any] = {
         "steps": steps,
@@ -160,7 +160,7 @@ def predict(
     ] = False,
 ) -> None:
     """Label texts: every row of the data with `prediction` and `probability` added."""
-    from ..tables import delimiter_of, fields_of, write_table
+    from ..files.tables import delimiter_of, fields_of, write_table
 
     if out is not None:
         if delimiter_of(out) is not None and as_json:
@@ -199,7 +199,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score an adapter on labelled texts: accuracy, macro F1 and the confusion matrix."""
-    from ..tables import fields_of
+    from ..files.tables import fields_of
 
     rows = read_source(data, split, subset, text, label)
     classifier = _load(adapter, model, max_tokens, device, dtype)
@@ -231,7 +231,7 @@ def _load(
     adapter: Path, model: str | None, max_tokens: int | None, device: str, dtype: str
 ) -> FewShotClassifier:
     silence_loading()
-    from ..estimator import FewShotClassifier
+    from ..classify.estimator import FewShotClassifier
 
     given = {} if max_tokens is None else {"max_tokens": max_tokens}
     return FewShotClassifier.load(adapter, model=model, device=device, dtype=dtype, **given)

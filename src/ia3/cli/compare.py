@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..console import counting_bar
 from ..errors import IA3Error
-from ..files import check_folder, write_files
+from ..files.atomic import check_folder, write_files
+from ..report.console import counting_bar
 from .labelled import labels_among, parse_choices, read_source
 from .options import (
     DEFAULT_MODEL,
@@ -33,7 +33,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..tfew.comparison import Summary
+    from ..experiments.comparison import Summary
 
 RESULTS = "results.jsonl"
 
@@ -103,7 +103,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare zero-shot, in-context learning, T-Few and SetFit on the same samples."""
-    from ..tables import fields_of
+    from ..files.tables import fields_of
 
     if label in text:
         raise typer.BadParameter(
@@ -123,10 +123,10 @@ def compare(
     choices = parse_choices(choice, labels)
     test_rows = None if test is None else read_source(test, test_split, subset, text, label)
     silence_loading()
+    from ..experiments.comparison import Settings, draw_samples, summaries
+    from ..experiments.comparison import compare as run_methods
+    from ..experiments.setfit import SetFit
     from ..report.comparison import markdown, notes, picture
-    from ..tfew.comparison import Settings, draw_samples, summaries
-    from ..tfew.comparison import compare as run_methods
-    from ..tfew.setfit_peer import SetFit
 
     known = sorted({*labels, *(choices or ())}, key=str)
     samples = draw_samples(

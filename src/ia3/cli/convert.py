@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..files import check_folder, write_files
+from ..files.atomic import check_folder, write_files
 from .options import Json, ReplaceAdapter, check_out, print_json, say, silence_loading
 
 
@@ -29,9 +29,9 @@ def convert(
     check_out(out, force)
     check_folder(out)
     silence_loading()
-    from ..convert import convert_tfew_authors, structure_of
-    from ..layout import WEIGHTS_NAME
-    from ..store import Adapter, adapter_files
+    from ..adapter.convert import convert_tfew_authors, structure_of
+    from ..adapter.layout import WEIGHTS_NAME
+    from ..adapter.store import Adapter, adapter_files
 
     config, vectors = convert_tfew_authors(file, structure_of(model))
     config = replace(config, base_model_name_or_path=model, inference_mode=True)

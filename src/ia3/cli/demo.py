@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..console import screen
-from ..files import check_folder
+from ..files.atomic import check_folder
+from ..report.console import screen
 from .options import DEFAULT_MODEL, Json, print_json, say, silence_loading
 
 
@@ -22,7 +22,7 @@ def demo(
     """Learn to route support tickets from 32 examples, and check what is promised."""
     check_folder(out)
     silence_loading()
-    from ..demo import PROMISES, run_demo
+    from .run_demo import PROMISES, run_demo
 
     result = run_demo(out, model, screen)
     if as_json:
@@ -33,6 +33,6 @@ def demo(
 
 def prepare() -> None:
     """Convert the embedded model into the cache (IA3_HOME), once."""
-    from ..base_model import embedded_model_folder
+    from ..base.loading import embedded_model_folder
 
     say(f"the embedded model is in {embedded_model_folder()}")

@@ -11,19 +11,19 @@ import typer
 from ..errors import IA3Error, did_you_mean
 
 if TYPE_CHECKING:
-    from ..tables import Row
+    from ..files.tables import Row
 
 
 def read_source(
     data: str, split: str, subset: str | None, text: list[str], label: str | None = None
 ) -> list[Row]:
     """The rows of a file, a folder or a name on the hub, with the columns that are needed."""
-    from ..tables import DELIMITERS, check_rows, read_table
+    from ..files.tables import DELIMITERS, check_rows, read_table
 
     if Path(data).suffix.lower() in DELIMITERS:
         return read_table(data, text, label)
     # Brings torch, before which mistakes in a file of texts are found.
-    from ..tfew.tasks import read_rows
+    from ..tfew.prompts.tasks import read_rows
 
     rows = read_rows(data, split=split, subset=subset)
     check_rows(data, rows, text, label)

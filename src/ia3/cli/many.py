@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..console import training_bar_of_many, visible
 from ..errors import IA3Error
-from ..files import check_folder
+from ..files.atomic import check_folder
+from ..report.console import training_bar_of_many, visible
 from .labelled import label_named, read_source
 from .options import Device, DType, Json, MaxTokens, print_json, silence_loading
 
 if TYPE_CHECKING:
-    from ..many import FittedTasks
-    from ..many_manifest import TaskToFit
+    from ..classify.fit_many import FittedTasks
+    from ..classify.many_manifest import TaskToFit
 
 
 def fit_many(
@@ -42,8 +42,8 @@ def fit_many(
     """Train adapters of many tasks at once, each as 'ia3 fit' would."""
     check_folder(out)
     silence_loading()
-    from ..many import fit_many as fit
-    from ..many_manifest import read_many_manifest
+    from ..classify.fit_many import fit_many as fit
+    from ..classify.many_manifest import read_many_manifest
 
     model, tasks = read_many_manifest(manifest)
     data, settings, failures = _read(tasks)
@@ -68,8 +68,8 @@ def _read(
     tasks: Mapping[str, TaskToFit],
 ) -> tuple[dict[str, tuple[Any, Any]], dict[str, dict[str, Any]], dict[str, Exception]]:
     """Texts and labels, and the classifiers' settings, by task; and why some have none."""
-    from ..tables import fields_of
-    from ..tfew.manifest import source_of
+    from ..files.tables import fields_of
+    from ..tfew.prompts.manifest import source_of
 
     data, settings = {}, {}
     failures: dict[str, Exception] = {}
@@ -90,7 +90,7 @@ def _read(
 
 
 def _classifiers(settings: Mapping[str, Mapping[str, Any]], **common: Any) -> dict[str, Any]:
-    from ..estimator import FewShotClassifier
+    from ..classify.estimator import FewShotClassifier
 
     return {name: FewShotClassifier(**common, **own) for name, own in settings.items()}
 

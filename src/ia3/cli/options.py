@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from ..console import screen, visible
-from ..embedded_model import EMBEDDED_MODEL
+from ..base.embedded import EMBEDDED_MODEL
 from ..errors import IA3Error
-from ..files import write_stdout
+from ..files.atomic import write_stdout
+from ..report.console import screen, visible
 
 DEFAULT_MODEL = EMBEDDED_MODEL
 

@@ -12,8 +12,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..console import counting_bar, screen, training_bar
-from ..files import check_folder, write_files
+from ..files.atomic import check_folder, write_files
+from ..report.console import counting_bar, screen, training_bar
 from .options import (
     DEFAULT_MODEL,
     Checkpoints,
@@ -30,8 +30,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..tfew.tasks import Task
-    from ..tfew.training import TrainingStep
+    from ..tfew.prompts.tasks import Task
+    from ..tfew.training.trainer import TrainingStep
 
 
 def pretrain(
@@ -63,13 +63,13 @@ def pretrain(
     if checkpoints is not None:
         check_folder(checkpoints)
     silence_loading()
-    from ..base_model import load_base_model
-    from ..layout import WEIGHTS_NAME
-    from ..store import adapter_files
+    from ..adapter.layout import WEIGHTS_NAME
+    from ..adapter.store import adapter_files
+    from ..base.loading import load_base_model
     from ..tfew import TFewConfig
-    from ..tfew.manifest import read_manifest
-    from ..tfew.pretraining import CAP, mixing_rates
-    from ..tfew.pretraining import pretrain as train_mixture
+    from ..tfew.prompts.manifest import read_manifest
+    from ..tfew.training.pretraining import CAP, mixing_rates
+    from ..tfew.training.pretraining import pretrain as train_mixture
 
     given = {"learning_rate": learning_rate, "max_tokens": max_tokens}
     config = TFewConfig(

@@ -14,22 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..console import counting_bar
 from ..errors import IA3Error, MissingExtraError
-from ..files import check_folder, write_file
-from .options import (
-    DEFAULT_MODEL,
-    Device,
-    DType,
-    Json,
-    positive,
-    print_json,
-    say,
-    silence_loading,
-)
+from ..files.atomic import check_folder, write_file
+from ..report.console import counting_bar
+from .options import DEFAULT_MODEL, Device, DType, Json, positive, print_json, say, silence_loading
 
 if TYPE_CHECKING:
-    from ..tfew.raft import PublicScore, RaftScore
+    from ..experiments.raft import PublicScore, RaftScore
 
 BANKING = "banking_77"
 RESULTS = "results.jsonl"
@@ -88,9 +79,7 @@ def raft(
         raise IA3Error(f"{out} exists already, and is not a RAFT run's: choose another --out")
     check_folder(out)
     silence_loading()
-    from ..tables import write_table
-    from ..tfew import TFewConfig
-    from ..tfew.raft import (
+    from ..experiments.raft import (
         RaftSettings,
         cross_validate,
         parse_methods,
@@ -100,6 +89,8 @@ def raft(
         submission,
         work,
     )
+    from ..files.tables import write_table
+    from ..tfew import TFewConfig
 
     settings = RaftSettings(
         TFewConfig(steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
@@ -118,7 +109,7 @@ def raft(
                 param_hint="--banking77",
             )
         truth = public_labels(submitted[0], banking77)
-    from ..base_model import load_base_model
+    from ..base.loading import load_base_model
 
     base = load_base_model(model, device=device, dtype=dtype)
     scores: list[RaftScore] = []

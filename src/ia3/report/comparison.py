@@ -20,7 +20,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ..tfew.comparison import Summary
+    from ..experiments.comparison import Summary
 
 TITLES = {"zero-shot": "zero-shot", "icl": "in-context", "tfew": "T-Few", "setfit": "SetFit"}
 HEADER = (

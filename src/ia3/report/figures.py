@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from ..tfew.training import TrainingStep
+    from ..tfew.training.trainer import TrainingStep
 
 # With more classes than this a matrix shows neither names nor counts: they would be unreadable.
 MOST_NAMED_CLASSES = 20

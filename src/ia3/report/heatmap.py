@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..adapter.similarity import log_scales
 from ..errors import IA3Error
-from ..similarity import log_scales
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from ..similarity import SiteDifference
+    from ..adapter.similarity import SiteDifference
 
 # A value within 1% of 1 leaves its channel alone. Only the magnitude counts: -1 flips the sign of
 # a channel, but neither inhibits nor amplifies it.

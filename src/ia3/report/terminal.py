@@ -9,7 +9,7 @@ from rich.columns import Columns
 from rich.table import Table
 from rich.text import Text
 
-from ..console import visible
+from .console import visible
 from .maps import SiteMap
 
 # The page's colours.

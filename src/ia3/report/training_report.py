@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from torch import Tensor
 
-    from ..tfew.training import TrainingStep
+    from ..tfew.training.trainer import TrainingStep
 
 _MISTAKES_LISTED = 10
 

@@ -6,59 +6,57 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .encoding import Encoder as Encoder
-    from .evaluation import Evaluation as Evaluation
-    from .evaluation import Spread as Spread
-    from .evaluation import evaluate as evaluate
-    from .evaluation import predict_choices as predict_choices
-    from .evaluation import spread as spread
-    from .in_context import InContextClassifier as InContextClassifier
-    from .losses import TFewLoss as TFewLoss
-    from .losses import tfew_loss as tfew_loss
-    from .promptsource import PromptTemplate as PromptTemplate
-    from .promptsource import read_promptsource as read_promptsource
-    from .tasks import HELD_OUT_TASKS as HELD_OUT_TASKS
-    from .tasks import RAFT_TASKS as RAFT_TASKS
-    from .tasks import SEEDS as SEEDS
-    from .tasks import Task as Task
-    from .tasks import few_shot as few_shot
-    from .tasks import load_templates as load_templates
-    from .tasks import read_rows as read_rows
-    from .training import DivergedError as DivergedError
-    from .training import TFewConfig as TFewConfig
-    from .training import TFewTrainer as TFewTrainer
-    from .training import TrainingExample as TrainingExample
-    from .training import TrainingStep as TrainingStep
-    from .training import train as train
-    from .training import training_arguments as training_arguments
+    from .prompts.encoding import Encoder as Encoder
+    from .prompts.encoding import TrainingExample as TrainingExample
+    from .prompts.promptsource import PromptTemplate as PromptTemplate
+    from .prompts.promptsource import read_promptsource as read_promptsource
+    from .prompts.tasks import HELD_OUT_TASKS as HELD_OUT_TASKS
+    from .prompts.tasks import RAFT_TASKS as RAFT_TASKS
+    from .prompts.tasks import SEEDS as SEEDS
+    from .prompts.tasks import Task as Task
+    from .prompts.tasks import few_shot as few_shot
+    from .prompts.tasks import load_templates as load_templates
+    from .prompts.tasks import read_rows as read_rows
+    from .scoring.evaluation import Evaluation as Evaluation
+    from .scoring.evaluation import Spread as Spread
+    from .scoring.evaluation import evaluate as evaluate
+    from .scoring.evaluation import predict_choices as predict_choices
+    from .scoring.evaluation import spread as spread
+    from .training.losses import TFewLoss as TFewLoss
+    from .training.losses import tfew_loss as tfew_loss
+    from .training.trainer import DivergedError as DivergedError
+    from .training.trainer import TFewConfig as TFewConfig
+    from .training.trainer import TFewTrainer as TFewTrainer
+    from .training.trainer import TrainingStep as TrainingStep
+    from .training.trainer import train as train
+    from .training.trainer import training_arguments as training_arguments
 
 # Loaded when first used: transformers' Trainer takes seconds to import.
 _HOME = {
-    "DivergedError": "training",
-    "Encoder": "encoding",
-    "Evaluation": "evaluation",
-    "HELD_OUT_TASKS": "tasks",
-    "InContextClassifier": "in_context",
-    "PromptTemplate": "promptsource",
-    "RAFT_TASKS": "tasks",
-    "SEEDS": "tasks",
-    "Spread": "evaluation",
-    "TFewConfig": "training",
-    "TFewLoss": "losses",
-    "TFewTrainer": "training",
-    "Task": "tasks",
-    "TrainingExample": "training",
-    "TrainingStep": "training",
-    "evaluate": "evaluation",
-    "few_shot": "tasks",
-    "load_templates": "tasks",
-    "predict_choices": "evaluation",
-    "read_promptsource": "promptsource",
-    "read_rows": "tasks",
-    "spread": "evaluation",
-    "tfew_loss": "losses",
-    "train": "training",
-    "training_arguments": "training",
+    "DivergedError": "training.trainer",
+    "Encoder": "prompts.encoding",
+    "Evaluation": "scoring.evaluation",
+    "HELD_OUT_TASKS": "prompts.tasks",
+    "PromptTemplate": "prompts.promptsource",
+    "RAFT_TASKS": "prompts.tasks",
+    "SEEDS": "prompts.tasks",
+    "Spread": "scoring.evaluation",
+    "TFewConfig": "training.trainer",
+    "TFewLoss": "training.losses",
+    "TFewTrainer": "training.trainer",
+    "Task": "prompts.tasks",
+    "TrainingExample": "prompts.encoding",
+    "TrainingStep": "training.trainer",
+    "evaluate": "scoring.evaluation",
+    "few_shot": "prompts.tasks",
+    "load_templates": "prompts.tasks",
+    "predict_choices": "scoring.evaluation",
+    "read_promptsource": "prompts.promptsource",
+    "read_rows": "prompts.tasks",
+    "spread": "scoring.evaluation",
+    "tfew_loss": "training.losses",
+    "train": "training.trainer",
+    "training_arguments": "training.trainer",
 }
 __all__ = sorted(_HOME)
 

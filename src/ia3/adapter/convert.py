@@ -1,0 +1,155 @@
+"""Adapters in other layouts: the (IA)³ vectors of the T-Few authors' code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..base.loading import first_line
+from ..core.activations import activation_of
+from ..errors import IA3Error, did_you_mean
+from ..targets.config import IA3Config
+from ..targets.structure import names_or_suffixes, paper_targets
+from .pickled import unpickle_tensors
+
+SUFFIX = ".multi_lora_b"
+
+
+def read_tfew_authors(path: str | Path) -> dict[str, Tensor]:
+    """The vectors in a `.pt` file of the T-Few authors' code, such as `finish.pt`.
+
+    Nothing but tensors is unpickled, so that a file cannot run code.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Module name -> vector, `[dim, 1]`, on the CPU. The names are those of transformers' T5; a
+        vector multiplies its module's output.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        IA3Error: it is broken, holds more than tensors, or other tensors than (IA)³ vectors.
+    """
+    expected = f"expected vectors named like 'encoder.block.0.layer.0.SelfAttention.k{SUFFIX}'"
+    tensors = unpickle_tensors(Path(path), expected)
+    if not isinstance(tensors, dict) or not tensors:
+        raise IA3Error(f"{path} holds {_described(tensors)}, {expected}")
+    for key, tensor in tensors.items():
+        if not (isinstance(key, str) and key.endswith(SUFFIX)):
+            raise IA3Error(f"{path}: {key!r} is not an (IA)³ vector, {expected}")
+        if not (isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.is_floating_point()):
+            raise IA3Error(
+                f"{path}: {key!r} is {_described(tensor)}, expected floating-point values [dim, 1]"
+            )
+    return {key.removesuffix(SUFFIX): tensor for key, tensor in tensors.items()}
+
+
+def convert_tfew_authors(path: str | Path, model: nn.Module) -> tuple[IA3Config, dict[str, Tensor]]:
+    """An adapter of the T-Few authors' code as PEFT has it.
+
+    Their feed-forward vector is on the output of `wi_1`, half of the gated layer's product; the
+    other half is not scaled, so that it is just as well on the product, the input of `wo`.
+
+    Args:
+        path: their `.pt` file.
+        model: the T5 v1.1 model (gated feed-forward layers) it is for, such as T0; may be on the
+            meta device.
+
+    Returns:
+        The config, and module name -> vector: `[dim, 1]` on the outputs of `k` and `v`, `[1, dim]`
+        on the input of `wo`; float32, on the CPU.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        IA3Error: it is no such file, or its vectors do not fit the model: one is missing, not
+            expected, or of another size.
+    """
+    vectors = read_tfew_authors(path)
+    kind = type(model).__name__
+    names = {name for name, _ in model.named_modules()}
+    # Module name in their file -> our module's name and side.
+    sites = {}
+    for target in paper_targets(model):
+        parent, _, last = target.name.rpartition(".")
+        theirs = f"{parent}.wi_1" if (target.side, last) == ("input", "wo") else target.name
+        if last not in ("k", "v", "wo") or theirs not in names:
+            raise IA3Error(
+                f"{path} is for a T5 with gated feed-forward layers (k, v, wi_1 and wo, as T5 v1.1 "
+                f"and T0 have), which {kind} is not: it has {target.name!r}"
+            )
+        sites[theirs] = target
+    for name in sorted(vectors.keys() - sites.keys()):
+        raise IA3Error(
+            f"{path}: tensor {name + SUFFIX!r} has no site in {kind}, which has {len(sites)} where "
+            f"the file has {len(vectors)}{did_you_mean(name, sites)}"
+        )
+    converted = {}
+    for theirs, target in sites.items():
+        activation = activation_of(model.get_submodule(target.name), target.side)
+        assert activation is not None
+        expected = [activation.dim, 1]
+        if theirs not in vectors:
+            raise IA3Error(
+                f"{path}: tensor {theirs + SUFFIX!r} {expected} is missing: {kind} has "
+                f"{len(sites)} sites, the file has {len(vectors)}"
+            )
+        found = list(vectors[theirs].shape)
+        if found != expected:
+            raise IA3Error(
+                f"{path}: tensor {theirs + SUFFIX!r} is {found}, expected {expected} in {kind}: is "
+                "this the model it was trained on?"
+            )
+        converted[target.name] = vectors[theirs].reshape(activation.shape).float()
+    outputs = [target.name for target in sites.values() if target.side == "output"]
+    inputs = [target.name for target in sites.values() if target.side == "input"]
+    feedforward = names_or_suffixes(model, inputs, apart_from=outputs)
+    config = IA3Config(
+        task_type="SEQ_2_SEQ_LM",
+        target_modules=[*names_or_suffixes(model, outputs), *feedforward],
+        feedforward_modules=feedforward,
+    )
+    return config, converted
+
+
+def structure_of(name: str | Path) -> nn.Module:
+    """A model without its weights, on the meta device: its config is all that is read.
+
+    Args:
+        name: a folder or a hub id of an encoder-decoder.
+
+    Raises:
+        IA3Error: there is no such model, or it is no encoder-decoder.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    unusable = f"the config of {str(name)!r} describes no model"
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise IA3Error(
+            f"no model {str(name)!r}: it is neither a folder with a config.json, nor an id that "
+            f"the hub knows ({first_line(error)})"
+        ) from error
+    except StrictDataclassError as error:
+        raise IA3Error(f"{unusable}: {' '.join(str(error).split())}") from error
+    if not config.is_encoder_decoder:
+        raise IA3Error(
+            f"the model {str(name)!r} is a {config.model_type}, expected a T5 with gated "
+            "feed-forward layers, such as T0"
+        )
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForSeq2SeqLM.from_config(config)
+            return model
+    except Exception as error:  # numbers that do not go together fail anywhere
+        raise IA3Error(f"{unusable}: {first_line(error)}") from error
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} {value.dtype}"
+    return "an empty dict" if value == {} else f"a {type(value).__name__}"

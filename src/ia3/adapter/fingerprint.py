@@ -1,0 +1,200 @@
+"""Telling one base model from another: an adapter is of no use on the wrong one."""
+
+from __future__ import annotations
+
+# torch is imported where a model is looked at: what was seen of it is compared without.
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from ..errors import IA3Error
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# Differences of this size, relative to a parameter's sampled values, come from loading in another
+# dtype; another model's parameters differ by more than half of their values' size.
+TOLERANCE = 0.05
+PARAMETERS = 8
+VALUES = 8
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What was seen of a base model.
+
+    Attributes:
+        model_type: the architecture, as its config names it.
+        samples: parameter name -> (its shape, some of its values, evenly spaced).
+    """
+
+    model_type: str
+    samples: dict[str, tuple[list[int], list[float]]]
+
+    def to_json(self) -> str:
+        """The text in an adapter's safetensors header."""
+        return json.dumps({"model_type": self.model_type, "samples": self.samples})
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Fingerprint:
+        """Read it back.
+
+        Raises:
+            IA3Error: the text is malformed.
+        """
+        try:
+            read: Any = json.loads(text)
+            samples = {
+                name: ([int(size) for size in shape], [float(value) for value in values])
+                for name, (shape, values) in read["samples"].items()
+            }
+            if not isinstance(read["model_type"], str):
+                raise TypeError(f"model_type is {read['model_type']!r}")
+            return cls(read["model_type"], samples)
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            OverflowError,
+        ) as error:
+            raise IA3Error(
+                f"{source}: the base model's fingerprint is malformed: {error}"
+            ) from error
+
+    def difference(self, model: nn.Module) -> str | None:
+        """In words, how a model differs from the one this was taken of; `None` where it does not.
+
+        Values that cannot be compared (another shape after new tokens, quantized, not loaded yet,
+        an adapter merged into them) are passed over.
+        """
+        from ..core.names import model_type_of
+
+        found = model_type_of(model)
+        if found != self.model_type:
+            return f"its model type is {found!r}, the adapter's base model is {self.model_type!r}"
+        for name, (shape, expected) in self.samples.items():
+            parameter = _parameter(model, name)
+            if (
+                parameter is not None
+                and list(parameter.shape) == shape
+                and _distance(_sample(parameter), expected) > TOLERANCE
+            ):
+                return f"the values of its {name!r} are not those of the adapter's base model"
+        return None
+
+    def difference_from(self, other: Fingerprint) -> str | None:
+        """In words, how another base model differs from this one; `None` where nothing says so.
+
+        Parameters that were looked at in one of the two alone are passed over.
+        """
+        if other.model_type != self.model_type:
+            return f"one's model type is {self.model_type!r}, the other's {other.model_type!r}"
+        for name, (shape, values) in self.samples.items():
+            there = other.samples.get(name)
+            if there and there[0] == shape and _distance(there[1], values) > TOLERANCE:
+                return f"the values of {name!r} are not the same in both"
+        return None
+
+
+def fingerprint(model: nn.Module, names: Sequence[str] | None = None) -> Fingerprint:
+    """Look at a base model: its type, and a few values of a few parameters.
+
+    Args:
+        model: the base model.
+        names: the parameters, where they have been chosen already.
+    """
+    from ..core.names import model_type_of
+
+    samples = {}
+    for name in telling_parameters(model) if names is None else names:
+        parameter = _parameter(model, name)
+        if parameter is not None:
+            samples[name] = list(parameter.shape), _sample(parameter)
+    return Fingerprint(model_type_of(model), samples)
+
+
+def telling_parameters(model: nn.Module) -> list[str]:
+    """A few parameters that tell a base model from others.
+
+    Those of linear layers are left out where there are others: these may be quantized, or new with
+    every model that is loaded, as heads are.
+    """
+    chosen = _telling(model, linear=False) or _telling(model, linear=True)
+    return chosen[:: max(1, math.ceil(len(chosen) / PARAMETERS))]
+
+
+def _telling(model: nn.Module, linear: bool) -> list[str]:
+    """The base model's parameters that tell it from others, of linear layers or of the rest."""
+    from ..core.activations import linear_features
+
+    # Norms start as ones, so that they tell nothing before training.
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if module._parameters
+        and _is_the_base_models(prefix.split("."), module)
+        and (linear_features(module) is not None) is linear
+        for name, parameter in module._parameters.items()
+        if _can_be_sampled(parameter) and (parameter.dim() > 1 or not _is_constant(parameter))
+    ]
+
+
+def _parameter(model: nn.Module, name: str) -> Tensor | None:
+    """The base model's parameter of this name, if it is there and can be looked at."""
+    *path, last = name.split(".")
+    module: nn.Module | None = model
+    for part in path:
+        module = None if module is None else module._modules.get(part)
+    if module is None or not _is_the_base_models(path, module):
+        return None
+    parameter = module._parameters.get(last)
+    return parameter if _can_be_sampled(parameter) else None
+
+
+def _is_the_base_models(path: Sequence[str], module: nn.Module) -> bool:
+    """Whether a module is the base model's own, and nothing is merged into it."""
+    from ..core.names import ATTRIBUTE
+    from ..core.sites import site_of
+
+    site = site_of(module)
+    return ATTRIBUTE not in path and (site is None or not site.merged)
+
+
+def _can_be_sampled(parameter: Tensor | None) -> TypeGuard[Tensor]:
+    from torch import Tensor
+
+    return (
+        parameter is not None
+        and parameter.is_floating_point()
+        and parameter.device.type != "meta"
+        and parameter.numel() > 0
+        and type(parameter.data) is Tensor
+    )
+
+
+def _is_constant(parameter: Tensor) -> bool:
+    values = _sample(parameter)
+    return all(value == values[0] for value in values)
+
+
+def _sample(parameter: Tensor) -> list[float]:
+    flat = parameter.detach().reshape(-1)
+    # Not from the very start: rows of padding are zeros.
+    step = flat.numel() // (VALUES + 1)
+    sampled = flat[step : VALUES * step + 1 : step] if step else flat[:1].expand(VALUES)
+    values: list[float] = sampled.float().tolist()
+    return values
+
+
+def _distance(values: list[float], expected: list[float]) -> float:
+    if len(values) != len(expected):
+        return math.inf
+    size = math.hypot(*expected)
+    apart = math.hypot(*(a - b for a, b in zip(values, expected, strict=True)))
+    if not math.isfinite(apart):
+        return math.inf
+    return apart / size if size else (0.0 if apart == 0 else math.inf)

@@ -1,0 +1,289 @@
+"""The layout of an adapter's files, which is PEFT's, and their reading without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.names import ATTRIBUTE
+from ..errors import IA3Error
+from ..files.hub import CONFIG_NAME
+from ..targets.config import IA3Config
+from .fingerprint import Fingerprint
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..core.names import Frozen
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+# What PEFT wrote before safetensors; read, never written.
+PICKLED_NAME = "adapter_model.bin"
+KEY_PREFIX = "base_model.model."
+KEY_SUFFIX = f".{ATTRIBUTE}"
+
+# The names that models give to their embeddings and output layers.
+EMBEDDINGS = (
+    "embed_tokens",
+    "lm_head",
+    "shared",
+    "wte",
+    "word_embeddings",
+    "embed_in",
+    "embed_out",
+)
+
+# What PEFT's config cannot say stands in the header of the safetensors file, which PEFT ignores.
+FROZEN_KEY = "ia3_frozen"
+BASE_KEY = "ia3_base_model"
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What an adapter's files say without its values.
+
+    Attributes:
+        folder: where it is.
+        config: with its modules named.
+        shapes: module name -> its vector's shape.
+        copies: parameter names in the base model, of the adapter's copies (`modules_to_save`).
+        frozen: module name -> the ranges of its vector that stay one.
+        base: the model it was trained on; `None` where nobody wrote it down.
+        adapter_bytes: size of the file with the values.
+        modified: when that file was written, in seconds since 1970.
+    """
+
+    folder: Path
+    config: IA3Config
+    shapes: dict[str, tuple[int, ...]]
+    copies: list[str]
+    frozen: dict[str, Frozen]
+    base: Fingerprint | None
+    adapter_bytes: int
+    modified: float
+
+    @property
+    def values(self) -> int:
+        """How many values the vectors have."""
+        return sum(map(prod, self.shapes.values()))
+
+    def base_difference(self, other: Outline) -> str | None:
+        """In words, why two adapters are of different base models; `None` where nothing says so.
+
+        Where one of them has no fingerprint, the base models' names are compared.
+        """
+        if self.base is not None and other.base is not None:
+            return self.base.difference_from(other.base)
+        names = [each.config.base_model_name_or_path for each in (self, other)]
+        if None in names or names[0] == names[1]:
+            return None
+        return f"one is of {names[0]!r}, the other of {names[1]!r}"
+
+
+def find_adapters(root: str | Path) -> Iterator[Path]:
+    """The folders with an `adapter_config.json`, from `root` down, by name; hidden ones left out.
+
+    Raises:
+        OSError: `root` is not a folder that can be read.
+    """
+    os.listdir(root)
+    for folder, inside, files in os.walk(root):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        if CONFIG_NAME in files:
+            yield Path(folder)
+
+
+def read_outline(folder: str | Path) -> Outline:
+    """An adapter's outline: its config, and the header of its safetensors file.
+
+    Raises:
+        FileNotFoundError: the folder or a file is not there.
+        IA3Error: a file is truncated or not what it should be.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path = weights_file(folder)
+    seen = path.stat()
+    if path.name == PICKLED_NAME:
+        from .pickled import read_pickled
+
+        tensors = {key: tuple(tensor.shape) for key, tensor in read_pickled(path).items()}
+        metadata: dict[str, str] = {}
+    else:
+        tensors, metadata = _read_header(path)
+    names, copies = name_tensors(tensors, config, path)
+    shapes = {name: tensors[key] for key, name in names.items()}
+    frozen, base = read_metadata(metadata, shapes, path)
+    copied = list(copies.values())
+    return Outline(folder, config, shapes, copied, frozen, base, seen.st_size, seen.st_mtime)
+
+
+def read_vectors(outline: Outline) -> dict[str, NDArray[np.float32]]:
+    """Module name -> its vector, of the shape in the outline; frozen values are one.
+
+    Raises:
+        FileNotFoundError: the file is not there any more.
+        IA3Error: it is truncated, or a vector does not hold floating-point values.
+    """
+    path = weights_file(outline.folder)
+    vectors: dict[str, NDArray[np.float32]]
+    if path.name == PICKLED_NAME:
+        from .pickled import read_pickled
+
+        pickled = read_pickled(path)
+        names, _ = name_tensors(pickled, outline.config, path)
+        vectors = {name: pickled[key].float().numpy() for key, name in names.items()}
+    else:
+        from safetensors import SafetensorError, deserialize
+
+        try:
+            tensors = dict(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
+        except SafetensorError as error:
+            raise IA3Error(f"{path} is not a whole safetensors file: {error}") from error
+        # They come in another order in every process.
+        names, _ = name_tensors(sorted(tensors), outline.config, path)
+        vectors = {name: _floats(tensors[key], name, path) for key, name in names.items()}
+    for name, ranges in outline.frozen.items():
+        values = vectors[name].reshape(-1)
+        for start, end in ranges:
+            values[start:end] = 1
+    return vectors
+
+
+def _floats(tensor: Mapping[str, Any], name: str, path: Path) -> NDArray[np.float32]:
+    import numpy as np
+
+    dtype, data = tensor["dtype"], tensor["data"]
+    if dtype == "BF16":
+        # The upper half of a float32.
+        values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    elif dtype in ("F16", "F32", "F64"):
+        values = np.frombuffer(data, f"<f{int(dtype[1:]) // 8}").astype(np.float32)
+    else:
+        raise IA3Error(f"{path}: the vector of {name!r} is {dtype}, expected floating-point values")
+    return values.reshape(tensor["shape"])
+
+
+def read_config(folder: str | Path) -> IA3Config:
+    """The folder's `adapter_config.json`.
+
+    Raises:
+        FileNotFoundError: the folder or the file is not there.
+        IA3Error: the file is not the config of an (IA)³ adapter.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter in {folder}: {CONFIG_NAME} is not there")
+    return IA3Config.from_json(path)
+
+
+def weights_file(folder: Path) -> Path:
+    """The file with the values.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for name in (WEIGHTS_NAME, PICKLED_NAME):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"no adapter in {folder}: {WEIGHTS_NAME} is not there")
+
+
+def name_tensors(
+    keys: Iterable[str], config: IA3Config, path: Path
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What a file's tensors are: (key -> a vector's module, key -> a copy's parameter).
+
+    Raises:
+        IA3Error: one is neither.
+    """
+    vectors, copies = {}, {}
+    for key in keys:
+        name = key.removeprefix(KEY_PREFIX)
+        if name.endswith(KEY_SUFFIX):
+            vectors[key] = name.removesuffix(KEY_SUFFIX)
+        elif name.endswith(".base_layer.weight"):
+            # The base model's own, which PEFT saves where it rescales an output layer.
+            continue
+        elif config.modules_to_save or is_embedding(name):
+            copies[key] = name
+        else:
+            raise IA3Error(
+                f"{path}: tensor {key!r} is not an (IA)³ vector: expected names like "
+                f"'{KEY_PREFIX}<module>{KEY_SUFFIX}'"
+            )
+    return vectors, copies
+
+
+def is_embedding(name: str) -> bool:
+    """Whether this is an embedding: PEFT puts them into the file where tokens were added."""
+    module = name.rpartition(".")[0]
+    return module.rpartition(".")[2] in EMBEDDINGS
+
+
+def read_metadata(
+    metadata: Mapping[str, str], vectors: Iterable[str], path: Path
+) -> tuple[dict[str, Frozen], Fingerprint | None]:
+    """What a header says beyond PEFT's: (the ranges that stay one, the base model).
+
+    Args:
+        vectors: the modules that have one.
+
+    Raises:
+        IA3Error: it is malformed.
+    """
+    frozen = _read_frozen(metadata, path)
+    base = None
+    if BASE_KEY in metadata:
+        base = Fingerprint.from_json(metadata[BASE_KEY], str(path))
+    without = sorted(frozen.keys() - set(vectors))
+    if without:
+        raise IA3Error(
+            f"{path}: the header's {FROZEN_KEY!r} names {without[0]!r}, which has no vector"
+        )
+    return frozen, base
+
+
+def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """A safetensors file's header: (key -> shape, metadata)."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        # A header of 100 MB is none: the library refuses it too.
+        text = file.read(length) if length <= min(size, 10**8) else b""
+    try:
+        if size < 8 or len(text) < length:
+            raise ValueError("it ends within its header")
+        header: Any = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        shapes = {key: tuple(map(int, tensor["shape"])) for key, tensor in header.items()}
+        ends = [int(tensor["data_offsets"][1]) for tensor in header.values()]
+        if 8 + length + max(ends, default=0) != size:
+            raise ValueError(
+                f"it has {size:,} bytes, its header says {8 + length + max(ends, default=0):,}"
+            )
+        return shapes, {str(key): str(value) for key, value in metadata.items()}
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise IA3Error(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _read_frozen(metadata: Mapping[str, str], path: Path) -> dict[str, Frozen]:
+    if FROZEN_KEY not in metadata:
+        return {}
+    try:
+        read: Any = json.loads(metadata[FROZEN_KEY])
+        frozen = {
+            name: tuple((start, end) for start, end in ranges) for name, ranges in read.items()
+        }
+        places = [place for ranges in frozen.values() for both in ranges for place in both]
+        if not all(type(place) is int for place in places):
+            raise TypeError("expected whole numbers")
+        return frozen
+    except (ValueError, TypeError, AttributeError) as error:
+        raise IA3Error(f"{path}: the header's {FROZEN_KEY!r} is malformed: {error}") from error

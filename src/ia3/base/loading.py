@@ -1,0 +1,188 @@
+"""Loading a base model and its tokenizer: the embedded one, a local folder, or a hub id."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import IA3Error
+from .embedded import EMBEDDED_MODEL as EMBEDDED_MODEL
+from .embedded import embedded_model_folder as embedded_model_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(eq=False)
+class BaseModel:
+    """A frozen model with its tokenizer, shared by everything that names the same one.
+
+    `lock` is held by whoever puts an adapter on the model, for as long as it is there. It is the
+    model's: whatever names the same model, with whatever tokenizer, has the same one.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    lock: threading.RLock = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.lock = _locks.setdefault(self.model, threading.RLock())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's input belongs."""
+        return next(self.model.parameters()).device
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """T5, BART and their kind, as opposed to decoder-only models."""
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_loaded: weakref.WeakValueDictionary[tuple[Any, ...], BaseModel] = weakref.WeakValueDictionary()
+# By the model's id: as a key it would be kept alive by its own value, which holds it.
+_wrapped: weakref.WeakValueDictionary[int, BaseModel] = weakref.WeakValueDictionary()
+# Kept alive, so that one classifier after the other does not load the same model again.
+_last_loaded: list[BaseModel] = []
+_loading = threading.RLock()
+
+
+def load_base_model(
+    model: str | Path | nn.Module,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> BaseModel:
+    """The base model, from memory where the same one was loaded before.
+
+    It is shared: what merges into its weights or puts adapters on it for good does so for everybody
+    who names it. For a copy of your own, use transformers' `from_pretrained`.
+
+    Args:
+        model: `"smollm2-135m-instruct"`, a folder, a hub id, or a loaded transformers model.
+        tokenizer: needed with a loaded model whose config does not say where it came from.
+        device: `"auto"` (a GPU if there is one), or torch's name of one.
+        dtype: `"auto"` (the checkpoint's own on a GPU, float32 on a CPU), or torch's name of one.
+
+    Raises:
+        IA3Error: the name, device or dtype means nothing, or the model cannot rank answers.
+        MissingExtraError: the embedded model's package is not installed.
+    """
+    if isinstance(model, nn.Module):
+        return _wrap_loaded(model, tokenizer)
+    torch_device = device_named(device)
+    torch_dtype = _dtype(dtype, torch_device)
+    folder = str(embedded_model_folder()) if str(model) == EMBEDDED_MODEL else str(model)
+    key = (folder, str(torch_device), str(torch_dtype), id(tokenizer) if tokenizer else None)
+    with _loading:
+        base = _loaded.get(key)
+        if base is None:
+            base = _load(folder, str(model), tokenizer, torch_device, torch_dtype)
+            _loaded[key] = base
+            _last_loaded[:] = [base]
+        return base
+
+
+def _load(
+    folder: str,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+    dtype: torch.dtype | str,
+) -> BaseModel:
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise IA3Error(
+            f"no model {name!r}: it is neither {EMBEDDED_MODEL!r}, nor a folder with a "
+            f"transformers model, nor an id that the hub knows; where it lies elsewhere now, say "
+            f"so in model ({first_line(error)})"
+        ) from error
+    except StrictDataclassError as error:
+        # What caused it says which field has which value, and what is expected.
+        reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise IA3Error(
+            f"{folder}/config.json is broken: {first_line(reason)}; correct it there, or get the "
+            "model again"
+        ) from error
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        model = kind.from_pretrained(folder, dtype=dtype)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise IA3Error(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
+    try:
+        model.eval().to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise IA3Error(
+            f"the model {name!r} cannot be put on device {str(device)!r}: {first_line(error)}"
+        ) from error
+    # What adapters record as their base model: the name that was asked for, never a cache path.
+    model.config._name_or_path = name
+    return BaseModel(model, tokenizer, name)
+
+
+def _wrap_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> BaseModel:
+    from transformers import AutoTokenizer
+
+    # A compiled model's names are not those that adapters are saved under.
+    model = getattr(model, "_orig_mod", model)
+    with _loading:
+        base = _wrapped.get(id(model))
+        if base is not None and tokenizer in (None, base.tokenizer):
+            return base
+        name = getattr(getattr(model, "config", None), "_name_or_path", "")
+        if tokenizer is None:
+            folder = str(embedded_model_folder()) if name == EMBEDDED_MODEL else name
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+            except (OSError, ValueError) as error:
+                raise IA3Error(
+                    f"no tokenizer for the loaded {type(model).__name__}: its config says it came "
+                    f"from {name!r}; give tokenizer="
+                ) from error
+        base = BaseModel(model, tokenizer, name)
+        _wrapped[id(model)] = base
+        return base
+
+
+def device_named(name: str) -> torch.device:
+    """The device of torch's name, or for `"auto"` the best there is."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    expected = "expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ..."
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise IA3Error(f"device {name!r} is unknown: {expected}") from error
+    if device.type == "meta":
+        raise IA3Error(f"device {name!r} computes nothing: {expected}")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise IA3Error(f"dtype {name!r} is unknown: expected 'auto', 'float32', 'bfloat16', ...")
+    return dtype
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says first; the rest is advice on that library."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,249 @@
+"""Whole modules that train and are saved with an adapter: `modules_to_save`.
+
+A module named there keeps its weights and its place. Each adapter gets a copy of it, held in a
+`Copies` registered on the module as `ia3_l`, and calls go to the active adapter's copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import IA3Error, did_you_mean
+from .activations import device_of
+from .folding import write
+from .hooks import make_way
+from .names import ATTRIBUTE, base_modules
+from .patch import SLOTS, give_back, refuse_replica, slot_for
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+# They are never called themselves, so that a copy of one would train nothing.
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+class Copies(nn.Module):
+    """Every adapter's copy of one base module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: str | None = None
+        self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
+
+    _replicate_for_data_parallel = refuse_replica
+
+    def __contains__(self, adapter: object) -> bool:
+        return adapter in self._modules
+
+    def __getitem__(self, adapter: str) -> nn.Module:
+        module = self._modules[adapter]
+        assert module is not None
+        return module
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that have a copy."""
+        return list(self._modules)
+
+    def add(self, adapter: str, module: nn.Module) -> None:
+        """Store a copy of the base module's own weights under an adapter's name."""
+        memo: dict[int, Any] = {id(self): None}
+        hooked = [part for part in module.modules() if hasattr(part, "_hf_hook")]
+        for part in hooked:
+            # It may hold all weights of the base model.
+            memo[id(part._hf_hook)] = None
+        with ExitStack() as loaded:
+            if hooked:
+                from accelerate.utils import align_module_device  # type: ignore[import-untyped]
+
+                for part in hooked:
+                    loaded.enter_context(align_module_device(part, device_of(part)))
+            twin = copy.deepcopy(module, memo)
+        _put_back(twin)
+        twin._modules.pop(ATTRIBUTE, None)
+        # The base module's own hooks run when it is called, and lead here.
+        for hooks in HOOKS:
+            getattr(twin, hooks).clear()
+        for part in twin.modules():
+            if "_hf_hook" in part.__dict__:
+                # The base module's own hook brings the input to where the copy is.
+                for attribute in ("_hf_hook", *SLOTS):
+                    part.__dict__.pop(attribute, None)
+        # Not add_module: it refuses names that are also attributes of this class.
+        self._modules[adapter] = twin.requires_grad_(False)
+
+    def remove(self, adapter: str) -> None:
+        """Forget an adapter's copy."""
+        del self._modules[adapter]
+        if self.active == adapter:
+            self.active = None
+
+
+def copies_of(module: nn.Module) -> Copies | None:
+    """The copies held on a module, if it has any."""
+    copies = module._modules.get(ATTRIBUTE)
+    return copies if isinstance(copies, Copies) else None
+
+
+def find_modules_to_save(
+    model: nn.Module, names: Iterable[str] | None, *, strict: bool = True
+) -> list[str]:
+    """The modules that `modules_to_save` names, by PEFT's rule: the ends of their names.
+
+    Raises:
+        IA3Error: with `strict`, an entry matches no module; or one module holds another.
+    """
+    found: dict[str, None] = {}
+    modules = base_modules(model) if names else []
+    for entry in names or ():
+        matching = [name for name in modules if name.endswith(entry)]
+        if not matching and strict:
+            last_parts = {name.rsplit(".", 1)[-1] for name in modules} | set(modules)
+            raise IA3Error(
+                f"modules_to_save: module {entry!r} matches nothing in {type(model).__name__}"
+                f"{did_you_mean(entry, sorted(last_parts))}"
+            )
+        found.update(dict.fromkeys(matching))
+    for name in found:
+        inside = next((other for other in found if other.startswith(f"{name}.")), None)
+        if inside is not None:
+            raise IA3Error(f"modules_to_save: {inside!r} is part of {name!r}, which is saved whole")
+        if isinstance(model.get_submodule(name), CONTAINERS):
+            raise IA3Error(
+                f"modules_to_save: {name!r} is a {type(model.get_submodule(name)).__name__}, which "
+                "is never called: name the modules in it"
+            )
+        if next(model.get_submodule(name).parameters(), None) is None:
+            raise IA3Error(f"modules_to_save: module {name!r} has no parameters to train")
+    return list(found)
+
+
+def hold(module: nn.Module) -> Copies:
+    """The module's copies; from now on calls to the module go to the active one."""
+    copies = copies_of(module)
+    if copies is None:
+        copies = Copies()
+        # A vector on the module's output is one on the copy's too.
+        make_way(module)
+        module.add_module(ATTRIBUTE, copies)
+        slot = slot_for(module)
+        module.__dict__[slot] = partial(_forward, module, module.__dict__.get(slot))
+    return copies
+
+
+def release(module: nn.Module) -> None:
+    """Take the copies off a module, which is then what it was before `hold`."""
+    if copies_of(module) is not None:
+        _put_back(module)
+        del module._modules[ATTRIBUTE]
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of the parameters that several modules have."""
+    counts = Counter(
+        id(parameter) for module in model.modules() for parameter in module._parameters.values()
+    )
+    return {identity for identity, count in counts.items() if count > 1}
+
+
+def settle(module: nn.Module, adapter: str, shared: Collection[int] = ()) -> None:
+    """Give the module itself the values of an adapter's copy, for good.
+
+    Args:
+        shared: the ids of parameters that other modules have too, and which must not change there.
+    """
+    copies = copies_of(module)
+    assert copies is not None
+    twin = copies[adapter]
+    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
+        path, _, last = name.rpartition(".")
+        owner, value = module.get_submodule(path), tensor.detach().clone()
+        if owner._buffers.get(last) is not None:
+            owner._buffers[last] = value
+        elif id(owner.get_parameter(last)) in shared and not owner.get_parameter(last).is_meta:
+            owner._parameters[last] = nn.Parameter(value, requires_grad=False)
+        else:
+            write(owner, last, value)
+
+
+def check_copies(values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module) -> None:
+    """Check an adapter's copies of whole modules against the model.
+
+    Args:
+        values: parameter name in the base model -> the copy's value.
+        saved: the names of the modules.
+
+    Raises:
+        IA3Error: a tensor is missing, is not expected, or has another shape.
+    """
+    kind = type(model).__name__
+    expected = {
+        f"{name}.{key}": value
+        for name in saved
+        for key, value in model.get_submodule(name).state_dict().items()
+        if ATTRIBUTE not in key.split(".")
+    }
+    missing = sorted(expected.keys() - values.keys())
+    extra = sorted(values.keys() - expected.keys())
+    if missing or extra:
+        which = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}"
+        raise IA3Error(
+            f"the adapter does not fit {kind}: of its modules_to_save it {which} "
+            f"({len(missing)} missing, {len(extra)} not expected)"
+        )
+    for key, value in expected.items():
+        if values[key].shape != value.shape:
+            raise IA3Error(
+                f"the adapter does not fit {kind}: {key!r} is {list(values[key].shape)}, expected "
+                f"{list(value.shape)}"
+            )
+
+
+def load_copy(twin: nn.Module, name: str, values: Mapping[str, Tensor]) -> None:
+    """Give a copy its values, which `check_copies` has seen.
+
+    Args:
+        twin: the copy.
+        name: the name of the module that it is a copy of.
+        values: parameter name in the base model -> value.
+    """
+    prefix = f"{name}."
+    twin.load_state_dict(
+        {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    )
+
+
+def allow_plain_checkpoint(module: nn.Module, incompatible_keys: Any) -> None:
+    """A load hook: the base model's own checkpoint is complete without what adapters hold."""
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if ATTRIBUTE not in key.split(".")]
+
+
+def _put_back(module: nn.Module) -> None:
+    """Take `_forward` out of the slot it is in."""
+    for slot in SLOTS:
+        ours = module.__dict__.get(slot)
+        if isinstance(ours, partial) and ours.func is _forward:
+            give_back(module, slot, ours.args[1])
+
+
+def _forward(module: nn.Module, before: Any, *args: Any, **kwargs: Any) -> Any:
+    copies = copies_of(module)
+    if copies is not None and copies.active is not None:
+        return copies[copies.active](*args, **kwargs)
+    if before is not None:
+        return before(*args, **kwargs)
+    return type(module).forward(module, *args, **kwargs)

@@ -1,0 +1,184 @@
+"""What each method costs: floating-point operations and bytes, by the paper's accounting (4.2).
+
+The accounting is a rule of thumb (Kaplan et al. 2020, arXiv 2001.08361): a forward pass multiplies
+and adds once a parameter and token, a backward pass twice as much, and attention over the context
+comes for nothing. In an encoder-decoder a token meets the encoder or the decoder, half of the
+parameters. It compares methods and models; seconds have to be measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..core.experts import is_experts
+from ..model.ia3_model import value_count
+from ..tfew.prompts.encoding import EncodedExample
+
+# A stored token is an integer of 4 bytes, a stored value of a vector a float32 (table 1).
+TOKEN_BYTES = 4
+VALUE_BYTES = 4
+
+# The medians over the paper's datasets (section 4.2).
+PAPER_SHOTS = 41
+PAPER_ANSWER_TOKENS = 103
+PAPER_DEMONSTRATION_TOKENS = 98
+# (IA)³ on T0 (section 3.3): blocks a side, d_k = d_v, d_ff. A decoder has two attentions a block.
+_T0_BLOCKS, _T0_ATTENTION, _T0_FEEDFORWARD = 24, 4096, 10240
+T0_VALUES = _T0_BLOCKS * (2 + 4) * _T0_ATTENTION + _T0_BLOCKS * 2 * _T0_FEEDFORWARD
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the accounting knows of a model.
+
+    Attributes:
+        parameters: that a token may meet, N.
+        is_encoder_decoder: whether it meets one half of them.
+    """
+
+    parameters: float
+    is_encoder_decoder: bool
+
+    @property
+    def forward_flops(self) -> float:
+        """A token, forward: 2N; N in an encoder-decoder (section 4.2)."""
+        return self.parameters * (1 if self.is_encoder_decoder else 2)
+
+    @property
+    def training_flops(self) -> float:
+        """A token, forward and backward: 6N; 3N in an encoder-decoder (section 4.2)."""
+        return 3 * self.forward_flops
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A row of the paper's table 1.
+
+    Attributes:
+        flops_an_answer: floating-point operations to rank the choices for one text.
+        flops_before: those before the first answer: training, or demonstrations computed once.
+        stored_bytes: what is kept for the task beside the model.
+    """
+
+    flops_an_answer: float
+    flops_before: float
+    stored_bytes: int
+
+    def flops(self, answers: int) -> float:
+        """Floating-point operations of the whole task, for so many answers."""
+        return self.flops_before + answers * self.flops_an_answer
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """A loaded model's size.
+
+    Shared parameters count once, 4-bit ones with all the values they hold. Of experts held as 3-D
+    parameters those are counted that a token is sent to.
+    """
+    config: Any = getattr(model, "config", None)
+    total = float(sum(value_count(parameter) for parameter in model.parameters()))
+    for module in model.modules():
+        if is_experts(module):
+            weights = [p for p in module.parameters() if p.dim() == 3]
+            share = _experts_a_token(config) / weights[0].shape[0]
+            total -= (1 - min(1.0, share)) * sum(p.numel() for p in weights)
+    return ModelSize(total, bool(getattr(config, "is_encoder_decoder", False)))
+
+
+def answer_tokens(examples: Sequence[EncodedExample]) -> float:
+    """The mean number of tokens of a prompt with all its choices (103 in section 4.2).
+
+    The prompt counts once, as it is computed once.
+    """
+    return sum(len(e.prompt) + sum(map(len, e.choices)) for e in examples) / len(examples)
+
+
+def zero_shot_cost(size: ModelSize, tokens: float) -> Cost:
+    """An untuned model: one forward pass a text, nothing before and nothing stored.
+
+    Args:
+        size: of the model.
+        tokens: of a text with all choices.
+    """
+    return Cost(size.forward_flops * tokens, 0.0, 0)
+
+
+def tfew_cost(
+    size: ModelSize,
+    tokens: float,
+    *,
+    steps: int = 1000,
+    batch_size: float = 8,
+    stored_bytes: int,
+) -> Cost:
+    """T-Few: an answer is one forward pass; training is steps · batch · tokens · 6N, or 3N.
+
+    The vectors are too few to count in either (section 4.2).
+
+    Args:
+        size: of the model.
+        tokens: of a text with all choices.
+        steps: of the optimizer; 1,000 in the paper (section 3.5).
+        batch_size: texts a step, in the mean; 8 in the paper.
+        stored_bytes: of the adapter, e.g. the sum over `ia3.store.adapter_files(adapter)`, or
+            `VALUE_BYTES` a value.
+    """
+    training = size.training_flops * tokens * steps * batch_size
+    return Cost(size.forward_flops * tokens, training, stored_bytes)
+
+
+def in_context_cost(
+    size: ModelSize,
+    tokens: float,
+    demonstration_tokens: float,
+    *,
+    members: int = 1,
+    cached: bool = False,
+) -> Cost:
+    """In-context learning: an answer is a forward pass over demonstrations and text.
+
+    What is stored are the demonstrations' tokens, 4 bytes each (table 1: 41 · 98 · 4 = 16 kB).
+
+    Args:
+        size: of the model.
+        tokens: of a text with all choices.
+        demonstration_tokens: of all prompts' demonstrations together.
+        members: prompts that are averaged, each with the text in it. The paper counts an ensemble
+            of one-shot prompts as one prompt with all demonstrations.
+        cached: whether the demonstrations are computed once, before the first answer, instead of
+            for every answer, which is the paper's count.
+    """
+    demonstrations = size.forward_flops * demonstration_tokens
+    text = size.forward_flops * tokens * members
+    stored = round(TOKEN_BYTES * demonstration_tokens)
+    if cached:
+        return Cost(text, demonstrations, stored)
+    return Cost(demonstrations + text, 0.0, stored)
+
+
+def paper_table() -> dict[str, Cost]:
+    """Table 1 of the paper, computed: method -> cost."""
+    eleven_billion = ModelSize(11e9, is_encoder_decoder=True)
+    tokens, demonstrations = PAPER_ANSWER_TOKENS, PAPER_SHOTS * PAPER_DEMONSTRATION_TOKENS
+    table = {
+        "T-Few": tfew_cost(eleven_billion, tokens, stored_bytes=VALUE_BYTES * T0_VALUES),
+        "T0": zero_shot_cost(eleven_billion, tokens),
+        "T5+LM": in_context_cost(eleven_billion, tokens, demonstrations),
+    }
+    for name, parameters in (("6.7B", 6.7e9), ("13B", 13e9), ("175B", 175e9)):
+        size = ModelSize(parameters, is_encoder_decoder=False)
+        table[f"GPT-3 {name}"] = in_context_cost(size, tokens, demonstrations)
+    return table
+
+
+def _experts_a_token(config: Any) -> float:
+    text = config.get_text_config(decoder=True)
+    for name in ("num_experts_per_tok", "moe_top_k", "top_k_experts", "moe_topk"):
+        value = getattr(text, name, None)
+        if isinstance(value, int):
+            return float(value)
+    return float("inf")

@@ -1,0 +1,353 @@
+"""In-context learning, T-Few's rival: labelled examples stand in the prompt, nothing is trained.
+
+The demonstrations are the same for every text. A decoder-only model computes them once: their keys
+and values are kept, and the texts of a batch follow them in one row, each seeing the demonstrations
+and itself. Where a model cannot take that (`caches_prefix` tries it out), and with an
+encoder-decoder, whose encoder lets the demonstrations see the text, whole prompts are computed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..base.loading import EMBEDDED_MODEL, BaseModel
+from ..classify.ranking import LabelledTexts, RankingClassifier
+from ..errors import IA3Error
+from ..tfew.prompts.encoding import EncodedExample, Encoder, context_length, warn_of_cut_texts
+from ..tfew.prompts.labels import Label, Text
+from ..tfew.prompts.templates import Template
+from ..tfew.scoring.choices import choice_scores, longest_sequence, longest_shared
+from ..tfew.scoring.prefix import Prefix, cached_prefix, caches_prefix, choice_scores_after
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+    from transformers import PreTrainedTokenizerBase
+
+Ensemble = Literal["none", "orderings", "one-shot"]
+ENSEMBLES: tuple[Ensemble, ...] = ("none", "orderings", "one-shot")
+
+# Between a demonstration and what follows it.
+BREAK = "\n\n"
+# What stands for a text without content, in calibration.
+CONTENT_FREE = "N/A"
+# So many prompts are held as token ids at a time: with demonstrations they are long.
+ENCODED_AT_ONCE = 256
+
+
+class InContextClassifier(RankingClassifier):
+    """Text classification by demonstrations in the prompt, for comparison with `FewShotClassifier`.
+
+    Each prompt is preceded by labelled examples: the same template, filled in, with its answer.
+    `fit` trains nothing: it draws the order of the demonstrations and checks that they fit. Their
+    keys and values are computed in the first prediction and kept for later ones; if the model's
+    weights change, or the adapter on it, fit again.
+
+    Args:
+        model: `"smollm2-135m-instruct"`, a folder, a hub id, or a loaded transformers model.
+        template: a Jinja template over the fields' names; several are averaged. Strings have the
+            one field `text`.
+        choices: label -> the words that are ranked for it, as in `FewShotClassifier`.
+        ensemble: `"none"`: one prompt holds all demonstrations. `"orderings"`: several do, each in
+            an order of its own. `"one-shot"`: every demonstration has a prompt of its own, as in
+            the paper's appendix F for T5+LM; it suits encoder-decoder models, whose context is
+            short. Probabilities are averaged.
+        orderings: how many, with that ensemble.
+        calibrate: divide the probabilities by those of a text without content, "N/A", in the same
+            prompt (Zhao et al. 2021, arXiv 2102.09690). Of a mapping's values the strings become
+            that; the others stay those of the first example.
+        leave_out: leave out demonstrations that do not fit the model's context, of all labels
+            alike, instead of refusing them. A text may take half of the context, and is cut where
+            the demonstrations leave it less than it needs.
+        seed: of the order of the demonstrations, and of those that are left out.
+        device: `"auto"` or torch's name of one; a loaded model stays where it is.
+        dtype: `"auto"` or torch's name of one; a loaded model keeps its own.
+        chat: put each prompt, demonstrations included, into the tokenizer's chat template.
+        tokenizer: for a loaded model whose config does not say where it came from.
+
+    Attributes:
+        classes_: the labels, `[classes]`, sorted.
+        choices_: the words ranked for each of them.
+        templates_: the templates' sources.
+        fields_: the names of the examples' fields.
+        demonstrations_: what precedes the prompts: a text for each member of the ensemble, for each
+            template, `[templates][members]`.
+        demonstration_tokens_: the number of tokens of each of these texts.
+        examples_used_: how many of the examples are demonstrations; all but with `leave_out`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module = EMBEDDED_MODEL,
+        template: str | Sequence[str] | None = None,
+        choices: Mapping[Any, str] | None = None,
+        *,
+        ensemble: Ensemble = "none",
+        orderings: int = 5,
+        calibrate: bool = False,
+        leave_out: bool = False,
+        seed: int = 0,
+        device: str = "auto",
+        dtype: str = "auto",
+        chat: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.model = model
+        self.template = template
+        self.choices = choices
+        self.ensemble = ensemble
+        self.orderings = orderings
+        self.calibrate = calibrate
+        self.leave_out = leave_out
+        self.seed = seed
+        self.device = device
+        self.dtype = dtype
+        self.chat = chat
+        self.tokenizer = tokenizer
+
+    def fit(self, texts: Sequence[Text], labels: ArrayLike) -> InContextClassifier:
+        """Take labelled texts as demonstrations.
+
+        Args:
+            texts: strings, or mappings from field names to values, `[examples]`.
+            labels: strings, integers or booleans, `[examples]`.
+
+        Raises:
+            IA3Error: the data, a template or the choices are unusable, or the demonstrations and
+                the longest of the texts exceed the model's context; the message says how many fit.
+                With `leave_out` only where none does.
+        """
+        if self.ensemble not in ENSEMBLES:
+            raise IA3Error(f"ensemble is {self.ensemble!r}, expected one of {list(ENSEMBLES)}")
+        if self.orderings < 1:
+            raise IA3Error(f"orderings is {self.orderings}, expected at least 1")
+        task = self._read_task(texts, labels)
+        encoder = Encoder(self.base, task.choices, chat=self.chat)
+        written = [_written(task, template) for template in task.templates]
+        longest = [
+            longest_input(
+                self.base, [encoder.encode(example, template) for example in task.examples]
+            )
+            for template in task.templates
+        ]
+        kept: Sequence[int] = range(len(task.examples))
+        if self.leave_out:
+            # One very long text would leave no room for any: longer ones are cut.
+            longest = [min(text, context_length(self.base) // 2) for text in longest]
+            # Where none fits, all are refused.
+            kept = self._fitting(task.labels, written, longest) or kept
+        groups = self._groups(kept)
+        demonstrations, tokens = [], []
+        for of_template, longest_text in zip(written, longest, strict=True):
+            members = _joined(of_template, groups)
+            tokens.append(self._check_fit(members, of_template, longest_text))
+            demonstrations.append(members)
+        self._keep_task(
+            task.classes, task.choices, [t.source for t in task.templates], list(task.examples[0])
+        )
+        self.demonstrations_ = demonstrations
+        self.demonstration_tokens_ = tokens
+        self.examples_used_ = len(kept)
+        self.settings_ = {"chat": self.chat, "calibrate": self.calibrate}
+        self._content_free = {
+            name: CONTENT_FREE if isinstance(value, str) else value
+            for name, value in task.examples[0].items()
+        }
+        self._prefixes: dict[tuple[str, str], Prefix] = {}
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The keys and values belong to the model, which is not saved either.
+        state = super().__getstate__()
+        return {**state, "_prefixes": {}} if "_prefixes" in state else state
+
+    def _groups(self, kept: Sequence[int]) -> list[list[int]]:
+        """Which demonstrations precede a prompt, in which order: one list a member."""
+        if self.ensemble == "one-shot":
+            return [[i] for i in kept]
+        draw = random.Random(self.seed)
+        members = self.orderings if self.ensemble == "orderings" else 1
+        return [draw.sample(kept, len(kept)) for _ in range(members)]
+
+    def _fitting(
+        self, labels: Sequence[Label], written: Sequence[Sequence[str]], longest: Sequence[int]
+    ) -> list[int]:
+        """As many of the demonstrations as fit, `written` and `longest` for each template."""
+        context = context_length(self.base)
+
+        def fit(kept: Sequence[int]) -> bool:
+            groups = self._groups(kept)
+            return all(
+                max(token_counts(self.base, _joined(of_template, groups))) <= context - text
+                for of_template, text in zip(written, longest, strict=True)
+            )
+
+        order = _labels_in_turn(labels, self.seed)
+        if self.ensemble == "one-shot":
+            return sorted(i for i in order if fit([i]))
+        kept = fitting(self.base, written, [context - text for text in longest], order)
+        # In the order that is drawn they may have a few tokens more.
+        while kept and not fit(sorted(kept)):
+            kept.pop()
+        return sorted(kept)
+
+    def _check_fit(self, members: Sequence[str], written: Sequence[str], longest: int) -> list[int]:
+        """The number of tokens of each member's demonstrations; an error where one is too long."""
+        context = context_length(self.base)
+        room = context - longest
+        counts = token_counts(self.base, members)
+        if max(counts) > room:
+            # So many fit whichever they are.
+            sums = accumulate(sorted(token_counts(self.base, written), reverse=True))
+            fitting = sum(total <= room for total in sums)
+            advice = "give so many, or shorter ones" if fitting else "give shorter ones"
+            if self.ensemble != "one-shot" and fitting:
+                advice += (
+                    ", or use leave_out=True, or ensemble='one-shot', where each has a prompt of "
+                    "its own"
+                )
+            raise IA3Error(
+                f"the demonstrations have {max(counts)} tokens and the longest text with its "
+                f"answer {longest}; the context of {self.base.name!r} has {context}: {fitting} "
+                f"demonstrations fit; {advice}"
+            )
+        return counts
+
+    def _probabilities(
+        self, examples: list[Mapping[str, Any]], progress: Callable[[int], None] | None
+    ) -> Tensor:
+        base = self.base
+        encoder = Encoder(base, self.choices_, chat=self.settings_["chat"])
+        members = [
+            WithDemonstrations(source, demonstrations)
+            for source, of_template in zip(self.templates_, self.demonstrations_, strict=True)
+            for demonstrations in of_template
+        ]
+        total = torch.zeros(len(examples), len(self.choices_), dtype=torch.float64)
+        with base.lock:
+            for member in members:
+                scores = self._scores(base, encoder, member, examples, progress)
+                if self.settings_["calibrate"]:
+                    # Before the softmax, so that no probability is divided by a tiny one.
+                    scores -= self._scores(base, encoder, member, [self._content_free], None)
+                total += scores.softmax(-1)
+        warn_of_cut_texts(encoder, len(examples) * len(members), stacklevel=4)
+        return total / len(members)
+
+    def _scores(
+        self,
+        base: BaseModel,
+        encoder: Encoder,
+        member: WithDemonstrations,
+        examples: Sequence[Mapping[str, Any]],
+        progress: Callable[[int], None] | None,
+    ) -> Tensor:
+        """`[examples, choices]`, float64: the mean log-probabilities of one member."""
+        parts = []
+        for start in range(0, len(examples), ENCODED_AT_ONCE):
+            encoded = [encoder.encode(e, member) for e in examples[start : start + ENCODED_AT_ONCE]]
+            near = min(map(longest_sequence, encoded)) <= longest_shared(base)
+            if not (near and caches_prefix(base)):
+                parts.append(choice_scores(base, encoded, progress=progress))
+                continue
+            key = (member.source, member.demonstrations)
+            prefix = self._prefixes.get(key)
+            if prefix is None or not prefix.belongs_to(base):
+                # Whatever the others share with the first prompt is found by comparing them.
+                prefix = self._prefixes[key] = cached_prefix(base, encoded[0].prompt)
+            parts.append(choice_scores_after(base, prefix, encoded, progress=progress))
+        return torch.cat(parts).double()
+
+
+class WithDemonstrations(Template):
+    """A template whose prompts begin with the same text.
+
+    Args:
+        source: of the prompts themselves.
+        demonstrations: precedes each of them.
+    """
+
+    def __init__(self, source: str, demonstrations: str) -> None:
+        super().__init__(source)
+        self.demonstrations = demonstrations
+
+    def render(self, example: Mapping[str, Any], answer_choices: Sequence[str]) -> str:
+        """The prompt for one example, after the demonstrations.
+
+        Raises:
+            IA3Error: as in `Template`.
+        """
+        return self.demonstrations + super().render(example, answer_choices)
+
+
+def fitting(
+    base: BaseModel,
+    written: Sequence[Sequence[str]],
+    room: Sequence[int],
+    order: Sequence[int],
+) -> list[int]:
+    """As many demonstrations as fit, in the order given; one that does not is passed over.
+
+    Args:
+        base: the model.
+        written: the text of each demonstration, `[templates][demonstrations]`.
+        room: tokens for all of them together, `[templates]`.
+        order: the demonstrations' indices, in the order that they are tried and joined in.
+    """
+    alone = [token_counts(base, of_template) for of_template in written]
+    kept: list[int] = []
+    texts, tokens = [""] * len(written), [0] * len(written)
+    for i in order:
+        # A first look: what does not fit by the sum of tokens is not joined to be counted.
+        if any(t + a[i] > r for t, a, r in zip(tokens, alone, room, strict=True)):
+            continue
+        with_next = [text + w[i] for text, w in zip(texts, written, strict=True)]
+        # Counted together, because tokens may run across the break.
+        counts = token_counts(base, with_next)
+        if all(count <= r for count, r in zip(counts, room, strict=True)):
+            kept.append(i)
+            texts, tokens = with_next, counts
+    return kept
+
+
+def longest_input(base: BaseModel, examples: Sequence[EncodedExample]) -> int:
+    """The tokens of the longest prompt, with its longest answer where the model reads that."""
+    # An encoder's input has no answer in it.
+    return max(len(e.prompt) if base.is_encoder_decoder else longest_sequence(e) for e in examples)
+
+
+def _written(task: LabelledTexts, template: Template) -> list[str]:
+    """Every example as a demonstration: its prompt and its answer."""
+    words = dict(zip(task.classes, task.choices, strict=True))
+    return [
+        f"{template.render(example, task.choices)} {words[label]}{BREAK}"
+        for example, label in zip(task.examples, task.labels, strict=True)
+    ]
+
+
+def _joined(written: Sequence[str], groups: Sequence[Sequence[int]]) -> list[str]:
+    """The demonstrations of each member, as one text."""
+    return ["".join(written[i] for i in group) for group in groups]
+
+
+def _labels_in_turn(labels: Sequence[Label], seed: int) -> list[int]:
+    """The examples' indices: one of each label, drawn, then another of each."""
+    draw = random.Random(seed)
+    by_label: dict[Label, list[int]] = {}
+    for i, label in enumerate(labels):
+        by_label.setdefault(label, []).append(i)
+    for indices in by_label.values():
+        draw.shuffle(indices)
+    return [i for turn in zip_longest(*by_label.values()) for i in turn if i is not None]
+
+
+def token_counts(base: BaseModel, texts: Sequence[str]) -> list[int]:
+    """The number of each text's tokens, without special ones."""
+    ids = base.tokenizer(list(texts), add_special_tokens=False, truncation=False)["input_ids"]
+    return [len(of_text) for of_text in ids]

@@ -1,0 +1,87 @@
+"""Results that are kept as they come: a JSON Lines file that survives a kill and a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import IA3Error
+
+
+def read_records(
+    path: str | Path, is_record: Callable[[dict[str, Any]], bool], what: str
+) -> list[dict[str, Any]]:
+    """The records of a file; none if it is not there.
+
+    A last line that was cut off while it was written is passed over.
+
+    Args:
+        path: the file.
+        is_record: whether an object is a record of this kind.
+        what: it records, for the message.
+
+    Raises:
+        IA3Error: a line is no such record.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    *whole, last = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(whole, 1):
+        record = _parsed(line)
+        if record is None or not is_record(record):
+            raise _not(path, number, what)
+        records.append(record)
+    # An editor may have left out the end of the line.
+    record = _parsed(last)
+    if record is not None:
+        if not is_record(record):
+            raise _not(path, len(whole) + 1, what)
+        records.append(record)
+    return records
+
+
+def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Add a record to a file that `read_records` reads; it is on the disk when this returns.
+
+    Raises:
+        OSError: the disk is full or may not be written; the records before stay whole.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = path.read_bytes() if path.exists() else b""
+    last = content[content.rfind(b"\n") + 1 :]
+    line = f"{json.dumps(record)}\n".encode()
+    if last and _parsed(last) is not None:
+        line, last = b"\n" + line, b""
+    end = len(content) - len(last)
+    try:
+        with open(path, "ab") as file:
+            file.truncate(end)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        # A disk that fills up may have taken a part.
+        if path.exists():
+            os.truncate(path, end)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _not(path: Path, line: int, what: str) -> IA3Error:
+    return IA3Error(
+        f"{path}, line {line}: not {what}; remove the line to compute it again, or give another "
+        "folder"
+    )

@@ -1,0 +1,286 @@
+"""Labelled data from files: CSV, TSV and JSON Lines as lists of rows."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import IA3Error, did_you_mean
+from .atomic import write_file, write_stdout
+
+# What separates the values in files of a suffix; JSON Lines need nothing.
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}
+
+
+class Row(dict[str, Any]):
+    """Column name -> value. `where` names the file and the line for messages."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
+
+
+def delimiter_of(path: Path) -> str | None:
+    """What separates values in this file, by its suffix; `None` for JSON Lines.
+
+    Raises:
+        IA3Error: the suffix is none of `.csv`, `.tsv`, `.jsonl` and `.ndjson`.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in DELIMITERS:
+        ends = f"ends in {path.suffix!r}" if suffix else "has no suffix"
+        raise IA3Error(f"{path} {ends}, expected one of {', '.join(DELIMITERS)}")
+    return DELIMITERS[suffix]
+
+
+def read_table(path: str | Path, text: Sequence[str] = (), label: str | None = None) -> list[Row]:
+    """The rows of a UTF-8 file, by its suffix: `.csv`, `.tsv`, `.jsonl` or `.ndjson`.
+
+    Args:
+        path: the file.
+        text: columns that every row must have, with a text; one that is empty brings a warning.
+        label: a column that every row must have, with a label; labels are of one type.
+
+    Returns:
+        One mapping a row, from column name to value; strings from CSV and TSV.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IA3Error: the file is empty, not UTF-8, not of its format, or lacks a column or value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        kind = "is not a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"data file {path} {kind}")
+    delimiter = delimiter_of(path)
+    content = _decoded(path)
+    if delimiter is None:
+        rows = list(_jsonl_rows(path, content))
+    else:
+        rows = list(_csv_rows(path, content, delimiter))
+    if not rows:
+        raise IA3Error(f"data file {path} {'has no rows' if content.strip() else 'is empty'}")
+    check_rows(path, rows, text, label)
+    return rows
+
+
+def check_rows(
+    source: str | Path, rows: Sequence[Row], text: Sequence[str], label: str | None = None
+) -> None:
+    """Refuse rows without a text or a label; one whose text is empty brings a warning.
+
+    Args:
+        source: where all of them are from, for messages.
+        rows: at least one.
+        text: as in `read_table`.
+        label: as in `read_table`.
+
+    Raises:
+        IA3Error: a column is not there, or a value in it is no text or no label.
+    """
+    for column in (*text, *(() if label is None else (label,))):
+        _check_column(source, rows, column)
+    for row in rows:
+        for column in text:
+            _check_text(row, column)
+        if label is not None:
+            _check_label(row, label, type(rows[0][label]))
+    empty = [row for row in rows if text and not any(str(row[c]).strip() for c in text)]
+    if empty:
+        more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
+        warnings.warn(f"{empty[0].where}: the text is empty{more}", stacklevel=2)
+
+
+def fields_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The examples' fields: one column is the field `text`, several keep their names."""
+    if len(columns) == 1:
+        return [{"text": str(row[columns[0]])} for row in rows]
+    return [{column: str(row[column]) for column in columns} for row in rows]
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path | None, *, as_json: bool) -> None:
+    """Write rows with all columns that occur.
+
+    Args:
+        rows: at least one.
+        path: its suffix decides the format; a file appears whole or not at all. Standard output
+            where `None`.
+        as_json: JSON Lines instead of CSV on standard output.
+
+    Raises:
+        IA3Error: the suffix is unknown.
+        OSError: the disk is full or may not be written; what was there before stays.
+    """
+    on_stdout = None if as_json else ","
+    delimiter = on_stdout if path is None else delimiter_of(path)
+    content = (_jsonl(rows) if delimiter is None else _csv(rows, delimiter)).encode()
+    if path is None:
+        write_stdout(content)
+    else:
+        write_file(path, content)
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def _decoded(path: Path) -> str:
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise IA3Error(f"{path} is UTF-16: save it as UTF-8 (iconv -f utf-16 -t utf-8)")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # The positions are those in the object: a byte order mark is not in it.
+        line = error.object[: error.start].count(b"\n") + 1
+        raise IA3Error(
+            f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the "
+            "file as UTF-8 (for example: iconv -f latin1 -t utf-8)"
+        ) from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise IA3Error(f"{path}, line {line}: a NUL byte; the file is damaged, or is not UTF-8")
+    return text
+
+
+def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
+    # The limit, 128 KiB a value, is not the file's fault; it is one for the whole process.
+    limit = csv.field_size_limit(max(len(text), 1))
+    # Only \n, \r and \r\n end lines; str.splitlines would end them at U+2028 and others too.
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    start = 1
+    try:
+        for values in lines:
+            where = f"{path}, line {start}"
+            start = lines.line_num + 1
+            if not values:
+                continue
+            if header is None:
+                header = values
+                for column in header:
+                    if header.count(column) > 1:
+                        raise IA3Error(f"{where}: the column {column!r} is there more than once")
+            elif len(values) == len(header):
+                yield Row(dict(zip(header, values, strict=True)), where)
+            else:
+                quotes = f"; a text that holds {delimiter!r} needs double quotes around it"
+                raise IA3Error(
+                    f"{where}: {len(values)} values, expected {len(header)} as in the header"
+                    f"{quotes if len(values) > len(header) else ''}"
+                )
+    except csv.Error as error:
+        unclosed = str(error) == "unexpected end of data"
+        problem = "a double quote opens a value and none closes it" if unclosed else error
+        raise IA3Error(f"{path}, line {start}: {problem}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line, parse_constant=_refuse_constant)
+            # Half of a surrogate pair can be escaped in JSON, but is no text.
+            json.dumps(row, ensure_ascii=False).encode()
+        except json.JSONDecodeError as error:
+            raise IA3Error(f"{where}: not JSON: {error.msg} (column {error.colno})") from error
+        except UnicodeEncodeError as error:
+            raise IA3Error(f"{where}: half a surrogate pair, which is no character") from error
+        except (ValueError, RecursionError) as error:
+            raise IA3Error(f"{where}: {error}") from error
+        if not isinstance(row, dict):
+            raise IA3Error(f"{where}: {_shown(row)}, expected one object a line")
+        yield Row(row, where)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON: write null, or a number")
+
+
+def _check_column(source: str | Path, rows: Sequence[Row], column: str) -> None:
+    lacking = [row for row in rows if column not in row]
+    if not lacking:
+        return
+    # In JSON Lines, each row has columns of its own.
+    where = source if len(lacking) == len(rows) else lacking[0].where
+    columns = list(lacking[0])
+    hint = did_you_mean(column, columns)
+    delimiter = DELIMITERS.get(Path(source).suffix.lower())
+    for other in (",", ";", "\t"):
+        if delimiter not in (None, other) and len(columns) == 1 and other in columns[0]:
+            hint = f"; the file looks separated by {other!r}, expected {delimiter!r}"
+    raise IA3Error(f"{where}: no column {column!r} among {columns}{hint}")
+
+
+def _check_text(row: Row, column: str) -> None:
+    value = row[column]
+    if not isinstance(value, str | int | float):
+        raise IA3Error(f"{row.where}: the text {column!r} is {_shown(value)}, expected a string")
+
+
+def _check_label(row: Row, column: str, kind: type) -> None:
+    value = row[column]
+    if not isinstance(value, str | int):
+        raise IA3Error(
+            f"{row.where}: the label {column!r} is {_shown(value)}, expected a string or an integer"
+        )
+    if isinstance(value, str) and not value.strip():
+        raise IA3Error(f"{row.where}: the label {column!r} is empty")
+    if type(value) is not kind:
+        raise IA3Error(
+            f"{row.where}: the label {_shown(value)} is of another type than the first row's: "
+            "write all as strings, or all as integers"
+        )
+
+
+def _shown(value: Any) -> str:
+    """A value as its file has it, cut short."""
+    text = _json(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def _jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(
+        _json({column: _finite(value) for column, value in row.items()}) + "\n" for row in rows
+    )
+
+
+def _csv(rows: Sequence[Mapping[str, Any]], delimiter: str) -> str:
+    text = io.StringIO(newline="")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """What JSON has and CSV has not is written as JSON."""
+    return _json(_finite(value)) if isinstance(value, bool | int | list | dict) else value
+
+
+def _json(value: Any) -> str:
+    """As JSON; what Parquet has and JSON has not, such as dates, as a string."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    """The value, with null for what JSON has no number for."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,1 +1,0 @@
-"""This project's (IA)³ inside other libraries."""

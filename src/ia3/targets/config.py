@@ -1,0 +1,274 @@
+"""What to rescale: `IA3Config`, with PEFT's names and PEFT's `adapter_config.json`."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from enum import Enum, StrEnum
+from pathlib import Path
+from typing import Any, Unpack
+
+from ..errors import IA3Error, did_you_mean
+from ..files.atomic import write_files
+from ..files.hub import CONFIG_NAME, HubOptions, adapter_folder
+
+Modules = str | list[str] | set[str] | tuple[str, ...] | None
+
+
+class TaskType(StrEnum):
+    """What a model is for, in PEFT's words."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(StrEnum):
+    """The kinds of adapters this library knows, in PEFT's words."""
+
+    IA3 = "IA3"
+
+
+OPTIONAL_STRING = ((str, type(None)), "a string")
+BOOLEAN = (bool, "True or False")
+# What a file may get wrong; other fields have checks of their own.
+FIELD_TYPES: list[tuple[str, Any, str]] = [
+    ("base_model_name_or_path", *OPTIONAL_STRING),
+    ("revision", *OPTIONAL_STRING),
+    ("inference_mode", *BOOLEAN),
+    ("fan_in_fan_out", *BOOLEAN),
+    ("init_ia3_weights", *BOOLEAN),
+    ("paper_sites", *BOOLEAN),
+    ("auto_mapping", (dict, type(None)), "a mapping"),
+]
+
+
+def _as_set(modules: Modules, field_name: str) -> str | set[str] | None:
+    if modules is None or isinstance(modules, str):
+        return modules
+    if isinstance(modules, list | tuple | set) and all(isinstance(m, str) for m in modules):
+        return set(modules)
+    raise IA3Error(f"{field_name} is {modules!r}, expected a list of names or a regular expression")
+
+
+@dataclass
+class IA3Config:
+    """Which activations of a model get a learned vector.
+
+    Args:
+        task_type: a `TaskType`, e.g. `"CAUSAL_LM"`: which class `get_peft_model` returns. For
+            sequence and token classification the classifier is trained and saved too.
+        base_model_name_or_path: the base model's name or folder; filled in from the model.
+        revision: the base model's revision on the hub.
+        inference_mode: the adapter's vectors do not require gradients.
+        target_modules: the modules to rescale. A list matches whole names or dotted suffixes
+            (`"k"` matches `block.0.attn.k`), a string is a regular expression that must match the
+            whole name, `"all-linear"` is every linear layer but the output layer, and `None`
+            chooses by architecture: PEFT's defaults for the types PEFT knows, the paper's sites,
+            found from the model's structure, for the others.
+        exclude_modules: modules to leave out, in the same forms.
+        feedforward_modules: those of the targets whose *input* is rescaled (the feed-forward inner
+            activation of the paper) rather than their output, in the same forms.
+        fan_in_fan_out: the weight is stored `[in, out]`; recorded for PEFT, found from the module.
+        modules_to_save: further modules to train and save in full, by the ends of their names.
+        init_ia3_weights: start from ones (the identity). Otherwise from a normal distribution.
+        auto_mapping: PEFT's hint for finding the base model's class.
+        paper_sites: the sites of the paper (section 3.3) on any architecture: keys, values and the
+            feed-forward inner activation. PEFT's defaults rescale the queries of several
+            architectures, and all of a fused q-k-v projection, whose query part stays one here.
+
+    Raises:
+        IA3Error: `feedforward_modules` names modules that are not among `target_modules`,
+            `paper_sites` comes with modules, or `task_type` is not one.
+    """
+
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    target_modules: Modules = None
+    exclude_modules: Modules = None
+    feedforward_modules: Modules = None
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
+    init_ia3_weights: bool = True
+    auto_mapping: dict[str, Any] | None = None
+    peft_type: str = "IA3"
+    paper_sites: bool = False
+    unknown: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, kinds, expected in FIELD_TYPES:
+            if not isinstance(getattr(self, name), kinds):
+                raise IA3Error(f"{name} is {getattr(self, name)!r}, expected {expected}")
+        if self.peft_type != "IA3":
+            raise IA3Error(f"peft_type is {self.peft_type!r}, expected 'IA3'")
+        self.peft_type = PeftType.IA3
+        if self.task_type is not None:
+            self.task_type = _task_type(self.task_type)
+        if self.modules_to_save is not None:
+            names = self.modules_to_save
+            listed = isinstance(names, list | tuple | set)
+            if not listed or not all(isinstance(name, str) and name for name in names):
+                raise IA3Error(f"modules_to_save is {names!r}, expected a list of names")
+            self.modules_to_save = sorted(names) if isinstance(names, set) else list(names)
+        self.target_modules = _as_set(self.target_modules, "target_modules")
+        self.exclude_modules = _as_set(self.exclude_modules, "exclude_modules")
+        self.feedforward_modules = _as_set(self.feedforward_modules, "feedforward_modules")
+        targets, feedforward = self.target_modules, self.feedforward_modules
+        if self.paper_sites and (targets is not None or feedforward is not None):
+            raise IA3Error(
+                "paper_sites=True chooses target_modules and feedforward_modules itself: leave "
+                "them out"
+            )
+        if isinstance(targets, set) and isinstance(feedforward, set):
+            outside = sorted(feedforward - targets)
+            if outside:
+                raise IA3Error(
+                    f"feedforward_modules {outside} are not among target_modules "
+                    f"{sorted(targets)}: add them there too"
+                )
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """False: the Trainer asks every config of PEFT's."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they stand in `adapter_config.json`, sets as sorted lists.
+
+        `paper_sites` is among them only while it has not been resolved into modules.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
+        if not self.paper_sites:
+            del values["paper_sites"]
+        values.update(self.unknown)
+        return {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in sorted(values.items())
+        }
+
+    def to_json(self) -> str:
+        """The text of `adapter_config.json`."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> IA3Config:
+        """Build from the keys of an `adapter_config.json`; unknown keys are kept and named.
+
+        Raises:
+            IA3Error: a value makes no sense, or it is not the config of an (IA)³ adapter.
+        """
+        peft_type = values.get("peft_type", "IA3")
+        if peft_type != "IA3":  # its own keys are not worth a warning
+            raise IA3Error(f"{source}: peft_type is {peft_type!r}, expected 'IA3'")
+        known = {f.name for f in fields(cls)} - {"unknown"}
+        unknown = {key: value for key, value in values.items() if key not in known}
+        surprising = sorted(unknown.keys() - {"peft_version"})
+        if surprising:
+            warnings.warn(
+                f"{source}: unknown keys {surprising} are kept and not used", stacklevel=2
+            )
+        values = {key: value for key, value in values.items() if key in known}
+        try:
+            targets = _as_set(values.get("target_modules"), "target_modules")
+            feedforward = _as_set(values.get("feedforward_modules"), "feedforward_modules")
+            if isinstance(targets, set) and isinstance(feedforward, set):
+                values["target_modules"], values["feedforward_modules"] = feedforward_among(
+                    targets, feedforward
+                )
+            return cls(**values, unknown=unknown)
+        except IA3Error as error:
+            raise IA3Error(f"{source}: {error}") from error
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> IA3Config:
+        """Read an `adapter_config.json`.
+
+        Raises:
+            IA3Error: the file is not JSON, or not the config of an (IA)³ adapter.
+        """
+        return cls.from_text(Path(path).read_bytes(), str(path))
+
+    @classmethod
+    def from_text(cls, text: bytes, source: str) -> IA3Config:
+        """What an `adapter_config.json` holds; `source` is its path, and raises as `from_json`."""
+        try:
+            values = json.loads(text.decode("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise IA3Error(f"{source} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise IA3Error(f"{source} holds {type(values).__name__}, expected a JSON object")
+        return cls.from_dict(values, source=source)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `adapter_config.json` into a folder.
+
+        Raises:
+            OSError: the disk is full or may not be written.
+        """
+        write_files(save_directory, {CONFIG_NAME: self.to_json().encode()})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **hub: Unpack[HubOptions]
+    ) -> IA3Config:
+        """Read an adapter's config from its folder or from the hub.
+
+        Raises:
+            FileNotFoundError: there is none.
+            IA3Error: it is not the config of an (IA)³ adapter.
+        """
+        folder = adapter_folder(pretrained_model_name_or_path, [CONFIG_NAME], **hub)
+        if not (folder / CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"no adapter in {folder}: {CONFIG_NAME} is not there")
+        return cls.from_json(folder / CONFIG_NAME)
+
+
+def _task_type(value: str) -> TaskType:
+    known = [task.value for task in TaskType]
+    name = value.value if isinstance(value, Enum) else value
+    if name not in known:
+        raise IA3Error(
+            f"task_type is {value!r}, expected one of {', '.join(known)}"
+            f"{did_you_mean(str(name), known)}"
+        )
+    return TaskType(name)
+
+
+def matches(name: str, modules: Iterable[str] | str) -> bool:
+    """PEFT's rule: a string is a full regular expression, a list holds names or dotted suffixes."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(name == module or name.endswith(f".{module}") for module in modules)
+
+
+def matches_feedforward(name: str, modules: Iterable[str] | str) -> bool:
+    """PEFT's rule for feed-forward modules: a list's entry may also be the end of a last part.
+
+    The side decides a vector's shape, so that it must be found by the same rule as PEFT's.
+    """
+    if isinstance(modules, str):
+        return matches(name, modules)
+    return any(name.endswith(module) for module in modules)
+
+
+def feedforward_among(
+    targets: Iterable[str], feedforward: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """The same choice with the feed-forward entries a subset of the targets: (targets, those).
+
+    PEFT wants a subset, but writes its own defaults whatever the targets. A longer target
+    (`mlp.down_proj` for `down_proj`) stands in for the entry, an entry inside a wider target
+    (`mlp.c_proj` in `c_proj`) is named among the targets too, and one outside all is dropped.
+    """
+    pairs = [(target, module) for target in targets for module in feedforward]
+    longer = {target for target, module in pairs if target.endswith(module)}
+    inside = {module for target, module in pairs if module.endswith(f".{target}")}
+    return sorted({*targets, *inside}), sorted(longer | inside)

@@ -1,0 +1,572 @@
+"""The paper's sites, found from a model's structure: keys, values, feed-forward inner activation.
+
+Nothing here knows model types. Attention is a module whose children are queries, keys and values by
+the names the field uses; a feed-forward layer is a down projection by its usual names whose sizes
+undo those of a layer beside it. What cannot be told for sure is an error, never a guess: a site too
+many or too few trains and scores almost as well as the right ones, so that nobody would notice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from ..core.activations import Side, activation_of
+from ..core.experts import is_experts
+from ..core.names import Frozen
+from ..errors import IA3Error
+
+Role = Literal["query", "key", "value", "keys and values", "latent", "fused", "shared"]
+
+
+@dataclass(frozen=True)
+class PaperTarget:
+    """One of the paper's sites.
+
+    Attributes:
+        name: the module's full name in the model.
+        side: which activation of the module is rescaled.
+        frozen: half-open ranges `[start, end)` of the activation's values that are no keys or
+            values and must stay one, in ascending order.
+        why: what the activation is, for people.
+    """
+
+    name: str
+    side: Side
+    frozen: Frozen
+    why: str
+
+
+def paper_targets(model: nn.Module) -> list[PaperTarget]:
+    """The sites of (IA)³ as Liu et al. 2022 (section 3.3) have them, in the model's order.
+
+    These are the outputs of every key and value projection, in self- and cross-attention, and the
+    inputs of every feed-forward layer's down projection, which are its inner activation. Linear
+    attention has keys and values too; a state-space mixer has none and is left out.
+
+    Args:
+        model: any module; may be on the meta device.
+
+    Raises:
+        IA3Error: no attention or no feed-forward layer is found, or one is found whose keys and
+            values, or inner activation, cannot be told from the rest.
+    """
+    tree = _Tree(model)
+    targets = [target for name in tree.attentions for target in _keys_and_values(tree, name)]
+    _refuse_unknown_attention(tree)
+    if not targets:
+        raise IA3Error(
+            f"no attention with query, key and value projections was found in "
+            f"{type(model).__name__}, and the paper's sites are theirs (a recurrent or state-space "
+            "model has none): name what to rescale in target_modules"
+        )
+    return tree.in_order([*targets, *_feedforward(tree)])
+
+
+def feedforward_targets(model: nn.Module) -> list[PaperTarget]:
+    """Those of `paper_targets` that are feed-forward inner activations.
+
+    Raises:
+        IA3Error: none is found, or a layer's experts cannot be rescaled.
+    """
+    tree = _Tree(model)
+    return tree.in_order(_feedforward(tree))
+
+
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of a model's blocks, by name, in the model's order.
+
+    A block is a layer with an attention, among others in a list that is in no other such list. A
+    decoder-only model has one list, an encoder-decoder two.
+
+    Args:
+        model: any module; may be on the meta device.
+    """
+    tree = _Tree(model)
+    return {
+        name: stack
+        for name in sorted(tree.stacks, key=lambda name: tree.order[name])
+        if isinstance(stack := tree.modules[name], nn.ModuleList)
+        and not any(above in tree.stacks for above in _above(name))
+    }
+
+
+def names_or_suffixes(
+    model: nn.Module, names: Sequence[str], apart_from: Collection[str] = ()
+) -> list[str]:
+    """The shortest list of entries by which PEFT selects exactly these modules of the model.
+
+    An entry selects the module of that very name and all those whose names end in a dot and it.
+
+    Args:
+        model: the base model.
+        names: names of its modules.
+        apart_from: further names that no entry may be the end of, dot or not: PEFT's rule for
+            `feedforward_modules`, which looks at the targets only. So the inputs' entries are found
+            apart from the outputs' names.
+
+    Returns:
+        The entries, sorted; an entry is a module's last part where that suffices, its whole name
+        where nothing shorter does.
+
+    Raises:
+        IA3Error: a name is no module's, or selects others too even in full.
+    """
+    everywhere = Counter(end for name, _ in model.named_modules() for end in _ends(name))
+    wanted = Counter(end for name in set(names) for end in _ends(name))
+    entries = set()
+    for name in names:
+        # The shortest of a name's entries covers all that its longer ones cover, so that taking the
+        # shortest for each name gives the fewest.
+        entry = next(
+            (
+                end
+                for end in _ends(name)
+                if everywhere[end] == wanted[end]
+                and not any(other.endswith(end) for other in apart_from)
+            ),
+            None,
+        )
+        if entry is None:
+            raise IA3Error(
+                f"module {name!r} of {type(model).__name__} cannot be selected by its name, which "
+                "is not there or ends another module's: give target_modules as a regular expression"
+            )
+        entries.add(entry)
+    return sorted(entries)
+
+
+def _ends(name: str) -> list[str]:
+    """A name's dotted suffixes, shortest first, the whole name last."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+
+
+# -- the words of the field ------------------------------------------------------------------------
+
+_WORDS: dict[str, str] = {
+    **dict.fromkeys(("q", "wq", "query", "queries"), "q"),
+    **dict.fromkeys(("k", "wk", "key", "keys"), "k"),
+    **dict.fromkeys(("v", "wv", "value", "values"), "v"),
+    **dict.fromkeys(("kv", "wkv"), "kv"),
+    **dict.fromkeys(("qk", "wqk"), "qk"),
+    **dict.fromkeys(("qkv", "wqkv", "qkvz", "qvk"), "qkv"),
+}
+# Children that prepare or describe queries, keys and values without projecting tokens to them.
+_BESIDE = {"pos", "position", "relative", "rel", "rotary", "bias", "norm", "layernorm", "gate"}
+_CONVOLUTION = re.compile(r"s?conv(olution)?\d*d?")
+# Fused projections whose names do not say so.
+_FUSED_NAMES = {"c_attn", "att_proj", "W_pack", "in_proj"}
+_DOWN_NAMES = {
+    "down_proj", "dense_4h_to_h", "fc2", "fc_2", "fc_out", "ff2", "ffw_layer_2", "layer_2", "lin2",
+    "linear2", "linear_2", "linear_fc2", "mlp_fc2", "dense2", "dense_2", "proj_down", "w2",
+}  # fmt: skip
+# An attention's last layer is called that too.
+_LAST_NAMES = {"c_proj", "proj_out", "w_out", "wo", "Wo"}
+_ATTENTION_CLASS = re.compile(r"(attention|attn)\d*$", re.IGNORECASE)
+# Parts that are built like a feed-forward layer and are none.
+_NO_LAYERS = re.compile(r"adapter|router|norm")
+# The linear layer within a module that adds dropout, a norm or clipping to it.
+_WRAPPED_NAMES = ("dense", "linear", "base_layer")
+
+
+def _is_called_attention(module: nn.Module) -> bool:
+    return any(_ATTENTION_CLASS.search(kind.__name__) for kind in type(module).__mro__)
+
+
+def _role(name: str, attention: nn.Module) -> Role | None:
+    if name in _FUSED_NAMES and _is_called_attention(attention):
+        return "fused"
+    parts = [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+[0-9]*d?", name)]
+    if any(part in _BESIDE or _CONVOLUTION.fullmatch(part) for part in parts):
+        return None
+    words = "".join(_WORDS.get(part, "") for part in parts)
+    if words == "kv":
+        # DeepSeek's names for the way down (a) to a latent of low rank and up again (b).
+        return "latent" if {"a", "down"} & set(parts) else "keys and values"
+    if "q" in words and "k" in words:
+        return "fused" if "v" in words else "shared"
+    roles: dict[str, Role] = {"q": "query", "k": "key", "v": "value"}
+    return roles.get(words)
+
+
+# -- the model as a tree ---------------------------------------------------------------------------
+
+
+class _Tree:
+    """A model's modules by name, and where its attention is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.order = {name: index for index, name in enumerate(self.modules)}
+        # Name of an attention -> its children's names and roles.
+        self.attentions = {
+            name: roles
+            for name, module in self.modules.items()
+            if (roles := _attention_roles(name, module))
+        }
+        # Every module that has an attention within it.
+        self.holders = {holder for name in self.attentions for holder in _above(name)}
+        # Lists of layers: with an item that is more than an attention alone.
+        self.stacks = {
+            name
+            for name in self.holders
+            if isinstance(self.modules[name], nn.ModuleList | nn.Sequential | nn.ModuleDict)
+            and any(child in self.holders for child in self.children(name))
+        }
+
+    def children(self, name: str) -> list[str]:
+        """The full names of a module's children, less those that an earlier module has too."""
+        names = [f"{name}.{child}" if name else child for child in self.modules[name]._modules]
+        return [child for child in names if child in self.modules]
+
+    def projection(self, name: str) -> str | None:
+        """The module itself if its output can be rescaled, or the one such that it wraps."""
+        if _is_projection(self.modules[name]):
+            return name
+        inside = self.projections(name)
+        named = [f"{name}.{child}" for child in _WRAPPED_NAMES if f"{name}.{child}" in inside]
+        return named[0] if named else inside[0] if len(inside) == 1 else None
+
+    def projections(self, name: str) -> list[str]:
+        """All modules within this one, and itself, whose output can be rescaled."""
+        return [
+            f"{name}.{child}" if child else name
+            for child, module in self.modules[name].named_modules()
+            if _is_projection(module)
+        ]
+
+    def layer(self, name: str) -> str | None:
+        """The layer, with an attention, that a module is part of.
+
+        For a layer without attention in a list of layers with it, that is the list. `None` for what
+        stands beside whole lists, as projectors and heads do.
+        """
+        holder = next((above for above in _above(name) if above in self.holders), None)
+        if holder is None:
+            return None
+        below = f"{holder}." if holder else ""
+        nested = any(stack != holder and stack.startswith(below) for stack in self.stacks)
+        return None if nested else holder
+
+    def in_order(self, targets: list[PaperTarget]) -> list[PaperTarget]:
+        return sorted(targets, key=lambda target: self.order[target.name])
+
+
+def _attention_roles(name: str, module: nn.Module) -> dict[str, Role]:
+    """The queries, keys and values among a module's children; nothing if it is no attention."""
+    if "indexer" in f"{name}.{type(module).__name__}".lower():
+        # It chooses which tokens are attended to; its keys are not those that are attended to.
+        return {}
+    roles = {
+        child: role
+        for child, part in module.named_children()
+        if (role := _role(child, module)) and any(map(_is_projection, part.modules()))
+    }
+    found = set(roles.values())
+    if {"query", "key"} <= found:
+        # Where keys serve as values too, the values' place is there and empty.
+        empty = [attribute for attribute, value in vars(module).items() if value is None]
+        found |= {_role(child, module) or "query" for child in [*empty, *module._modules]}
+    is_attention = {"query", "key", "value"} <= found or found & {
+        "fused",
+        "shared",
+        "keys and values",
+    }
+    return roles if is_attention else {}
+
+
+def _above(name: str) -> list[str]:
+    """The names of the modules that a module is in, nearest first: `a.b` -> `["a", ""]`."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
+
+
+def _is_projection(module: nn.Module) -> bool:
+    return not isinstance(module, nn.Embedding) and activation_of(module, "output") is not None
+
+
+# -- keys and values -------------------------------------------------------------------------------
+
+
+def _keys_and_values(tree: _Tree, attention: str) -> list[PaperTarget]:
+    roles = tree.attentions[attention]
+    targets = []
+    for child, role in roles.items():
+        name = f"{attention}.{child}" if attention else child
+        # An attention may be one of another's parts; and of a module that two share, there is only
+        # the first name.
+        if role == "query" or name in tree.attentions or name not in tree.modules:
+            continue
+        projection = tree.projection(name)
+        if projection is None or role == "shared":
+            reason = "gives queries and keys at once" if role == "shared" else "is not one layer"
+            raise IA3Error(
+                f"{name!r} ({type(tree.modules[name]).__name__}) {reason}, so that its keys cannot "
+                f"be rescaled alone: name what to rescale in target_modules"
+            )
+        frozen: Frozen = ()
+        why = {"key": "keys", "value": "values"}.get(role, "keys and values")
+        size = _size(tree.modules[projection], "output")
+        if role == "latent":
+            latent = _latent_size(tree, attention)
+            if size == latent:
+                continue
+            frozen, why = ((0, latent),), "rotary keys: the latent stays one"
+        elif role == "fused":
+            layout = _layout(tree, attention, name)
+            # In cross-attention the same name may stand for keys and values alone.
+            if "query" not in roles.values():
+                groups, ranges = layout(tree.modules[attention], size)
+                starts = range(0, size, size // groups)
+                frozen = tuple((at + start, at + end) for at in starts for start, end in ranges)
+                why = "fused q-k-v: queries stay one"
+        targets.append(PaperTarget(projection, "output", frozen, why))
+    return targets
+
+
+def _latent_size(tree: _Tree, attention: str) -> int:
+    """How wide the latent is that keys and values are projected from."""
+    for child, role in tree.attentions[attention].items():
+        projection = tree.projection(f"{attention}.{child}" if attention else child)
+        if role == "keys and values" and projection is not None:
+            return _size(tree.modules[projection], "input")
+    raise IA3Error(
+        f"attention {attention!r} ({type(tree.modules[attention]).__name__}) has a latent for keys "
+        "and values and no projection from it: name what to rescale in target_modules"
+    )
+
+
+def _size(module: nn.Module, side: Side) -> int:
+    activation = activation_of(module, side)
+    assert activation is not None
+    return activation.dim
+
+
+def _refuse_unknown_attention(tree: _Tree) -> None:
+    """Every attention in a list of layers must be one whose keys and values were found."""
+    for name, module in tree.modules.items():
+        if not any(
+            isinstance(tree.modules[a], nn.ModuleList | nn.Sequential) for a in _above(name)
+        ):
+            continue  # an attention that pools for a head
+        if isinstance(module, nn.MultiheadAttention):
+            raise IA3Error(
+                f"{name!r} is a torch.nn.MultiheadAttention, which projects to queries, keys and "
+                "values with one parameter and no module whose output could be rescaled: name what "
+                "to rescale in target_modules"
+            )
+        if (
+            _is_called_attention(module)
+            and name not in tree.holders
+            and not any(above in tree.attentions for above in (name, *_above(name)))
+            and len(tree.projections(name)) > 2
+            and not any(_role(child, module) for child in module._modules)
+        ):
+            raise IA3Error(
+                f"the keys and values of attention {name!r} ({type(module).__name__}) could not be "
+                f"told from its parts {list(module._modules)}: name what to rescale in "
+                "target_modules"
+            )
+
+
+# -- fused projections -----------------------------------------------------------------------------
+
+# Of an attention and the size of its fused output: how many equal groups the output consists of,
+# and which values of each group are neither keys nor values.
+Layout = Callable[[Any, int], tuple[int, Frozen]]
+
+
+def _first_third(attention: Any, size: int) -> tuple[int, Frozen]:
+    """All queries, then all keys, then all values (or values, then keys)."""
+    return 1, ((0, size // 3),)
+
+
+def _first(queries: Callable[[Any], int]) -> Layout:
+    """All queries, as many as given, then fewer keys and values."""
+    return lambda attention, size: (1, ((0, queries(attention)),))
+
+
+def _by_groups(groups: Callable[[Any], int]) -> Layout:
+    """Groups, each a third queries first."""
+    return lambda attention, size: (groups(attention), ((0, size // groups(attention) // 3),))
+
+
+def _falcon(attention: Any, size: int) -> tuple[int, Frozen]:
+    heads, head_dim = attention.num_heads, attention.head_dim
+    if attention.new_decoder_architecture:
+        return attention.num_kv_heads, ((0, heads // attention.num_kv_heads * head_dim),)
+    return (1, ((0, heads * head_dim),)) if attention.multi_query else (heads, ((0, head_dim),))
+
+
+def _gpt_bigcode(attention: Any, size: int) -> tuple[int, Frozen]:
+    if attention.multi_query:
+        return 1, ((0, attention.embed_dim),)
+    return attention.num_heads, ((0, attention.head_dim),)
+
+
+def _qwen3_next(attention: Any, size: int) -> tuple[int, Frozen]:
+    """Groups of queries, keys, values and the output's gate."""
+    queries = attention.head_k_dim
+    values = attention.num_v_heads // attention.num_k_heads * attention.head_v_dim
+    start = 2 * queries + values
+    return attention.num_k_heads, ((0, queries), (start, start + values))
+
+
+# Classes of transformers. The order within a projection cannot be told from its shape, and a class
+# of the same name elsewhere may have another one.
+_LAYOUTS: dict[str, Layout] = {
+    **dict.fromkeys(
+        (
+            "Attention", "BarkSelfAttention", "Blip2Attention", "BlipAttention",
+            "CohereCompassVisionAttention", "DecisionTransformerGPT2Attention",
+            "DeepseekOcr2SamVisionAttention", "Dots3NoteVisionAttention",
+            "Ernie4_5_VLMoeVisionAttention", "Florence2VisionChannelAttention",
+            "Florence2VisionWindowAttention", "GPT2Attention", "Glm4vMoeVisionAttention",
+            "Glm4vVisionAttention", "Glm5NextVisionAttention", "GlmImageVisionAttention",
+            "GlmOcrVisionAttention", "GotOcr2VisionAttention", "HieraMaskUnitAttention",
+            "ImageGPTAttention", "InstructBlipAttention", "InstructBlipVideoAttention",
+            "LayoutLMv2SelfAttention", "MgpstrAttention", "ModernBertAttention", "MptAttention",
+            "PPFormulaNetVisionAttention", "PPOCRV5MobileRecAttention",
+            "PPOCRV5ServerRecAttention", "PPOCRV6SmallRecAttention", "Qwen2_5_VLVisionAttention",
+            "Qwen3OmniMoeVisionAttention", "Qwen3VLMoeVisionAttention", "Qwen3VLVisionAttention",
+            "Qwen3_5MoeVisionAttention", "Qwen3_5VisionAttention", "Qwen4ExpVisionAttention",
+            "SLANeXtVisionAttention", "Sam2MultiScaleAttention", "SamHQVisionAttention",
+            "SamVisionAttention", "SegGptAttention", "TimesformerSelfAttention",
+            "UnlimitedOcrSamVisionAttention", "VisionAttention", "VitDetAttention",
+        ),
+        _first_third,
+    ),
+    **dict.fromkeys(("BloomAttention", "PersimmonAttention"), _by_groups(lambda a: a.num_heads)),
+    **dict.fromkeys(
+        ("DisentangledSelfAttention", "GPTNeoXJapaneseAttention", "MiniMaxLightningAttention"),
+        _by_groups(lambda a: a.num_attention_heads),
+    ),
+    "GPTNeoXAttention": _by_groups(lambda a: a.config.num_attention_heads),
+    # Cut in four for the machines it was trained on.
+    "CodeGenAttention": _by_groups(lambda a: 4),
+    **dict.fromkeys(
+        ("Phi3Attention", "Phi4MultimodalAttention"),
+        _first(lambda a: a.config.num_attention_heads * a.head_dim),
+    ),
+    "DbrxAttention": _first(lambda a: a.num_heads * a.head_dim),
+    "Exaone4_5_VisionAttention": _first(lambda a: a.q_dim),
+    **dict.fromkeys(
+        ("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet", "Qwen4ExpTextGatedDeltaNet"),
+        _first(lambda a: a.key_dim),
+    ),
+    "Qwen3NextGatedDeltaNet": _qwen3_next,
+    "FalconAttention": _falcon,
+    "GPTBigCodeAttention": _gpt_bigcode,
+}  # fmt: skip
+
+
+def _layout(tree: _Tree, attention: str, name: str) -> Layout:
+    """The order of queries, keys and values in a fused projection's output."""
+    for kind in type(tree.modules[attention]).__mro__:
+        if kind.__name__ in _LAYOUTS and kind.__module__.startswith("transformers."):
+            return _LAYOUTS[kind.__name__]
+    raise IA3Error(
+        f"{name!r} gives queries, keys and values at once, in an order that is not known for "
+        f"{type(tree.modules[attention]).__name__}: name what to rescale in target_modules"
+    )
+
+
+# -- feed-forward layers ---------------------------------------------------------------------------
+
+_INNER = "feed-forward inner activation"
+
+
+def _feedforward(tree: _Tree) -> list[PaperTarget]:
+    within = [
+        (name, layer)
+        for name in tree.modules
+        if (layer := tree.layer(name)) is not None
+        and not _NO_LAYERS.search(name.removeprefix(layer).lower())
+    ]
+    targets, with_names = [], set()
+    for name, layer in within:
+        module = tree.modules[name]
+        down = _down_projection(tree, name)
+        if is_experts(module):
+            targets.append(PaperTarget(name, "inner", (), "experts' inner activation"))
+        elif _holds_experts(module):
+            raise IA3Error(
+                f"{name!r} ({type(module).__name__}) holds experts in a form that cannot be "
+                "rescaled: name what to rescale in target_modules"
+            )
+        elif down is not None:
+            targets.append(PaperTarget(down, "input", (), _INNER))
+        else:
+            continue
+        with_names.add(layer)
+    for name, layer in within:
+        if layer not in with_names and (down := _plain_down_projection(tree, name)) is not None:
+            targets.append(PaperTarget(down, "input", (), _INNER))
+    if not targets:
+        raise IA3Error(
+            f"no feed-forward layer was found in {type(tree.model).__name__}: name what to rescale "
+            "in target_modules"
+        )
+    return targets
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether a module other than a linear layer has the weights of experts itself."""
+    return (
+        "expert" in type(module).__name__.lower()
+        and not _is_projection(module)
+        and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    )
+
+
+def _down_projection(tree: _Tree, name: str) -> str | None:
+    """The child with the name of a down projection and the sizes of one, if there is such."""
+    in_attention = name in tree.attentions or _is_called_attention(tree.modules[name])
+    children = [
+        child
+        for child in tree.children(name)
+        if child not in tree.holders
+        and child not in tree.attentions
+        and child.rpartition(".")[2] not in tree.attentions.get(name, {})
+    ]
+    for child in children:
+        last = child.rpartition(".")[2]
+        named_down = last in _DOWN_NAMES or (
+            not in_attention and (last in _LAST_NAMES or "output" in last.split("_"))
+        )
+        if named_down and (down := tree.projection(child)) is not None:
+            ups = [up for other in children if other != child for up in tree.projections(other)]
+            if any(_undoes(tree, down, up) for up in ups):
+                return down
+    return None
+
+
+def _plain_down_projection(tree: _Tree, name: str) -> str | None:
+    """The last of a module's children, if by their sizes all are one feed-forward layer."""
+    if any(above in tree.attentions for above in (name, *_above(name))):
+        return None
+    children = [child for child in tree.children(name) if _is_projection(tree.modules[child])]
+    inside = [other for other in tree.projections(name) if other != name]
+    if len(children) < 2 or inside != children:
+        return None
+    *ups, down = children
+    if isinstance(tree.modules[down], nn.Conv2d | nn.Conv3d):
+        return None  # of images, not of tokens
+    widens = _size(tree.modules[down], "input") > _size(tree.modules[down], "output")
+    return down if widens and all(_undoes(tree, down, up) for up in ups) else None
+
+
+def _undoes(tree: _Tree, down: str, up: str) -> bool:
+    """Whether one layer's sizes lead back to where another's come from, gated or not."""
+    inner, outer = _size(tree.modules[down], "input"), _size(tree.modules[down], "output")
+    return _size(tree.modules[up], "input") == outer and _size(tree.modules[up], "output") in (
+        inner,
+        2 * inner,
+    )

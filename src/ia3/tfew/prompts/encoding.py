@@ -1,0 +1,233 @@
+"""From an example's fields to token ids: the prompt's and every answer choice's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...base.loading import BaseModel
+from ...errors import IA3Error
+from .templates import Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A choice is tokenised after the end of a prompt, whose last characters decide how.
+_TAIL_CHARACTERS = 12
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Token ids of a prompt and of its answer choices, ready to be scored."""
+
+    prompt: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class TrainingExample:
+    """One example, encoded with every template, and the index of its right choice."""
+
+    encoded: tuple[EncodedExample, ...]
+    label: int
+
+
+class Encoder:
+    """Renders and tokenises examples for one model.
+
+    Args:
+        base: the model and its tokenizer.
+        answer_choices: the words to rank, in the order of the labels; none where each example
+            brings its own.
+        chat: put the prompt into the tokenizer's chat template, as the user's message.
+        max_prompt_tokens: a prompt of more is shortened as one is that exceeds the model's context;
+            by default only that one is.
+
+    Raises:
+        IA3Error: `max_prompt_tokens` is below 1, or `chat` is asked of a tokenizer that has no chat
+            template.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        answer_choices: Sequence[str] = (),
+        *,
+        chat: bool,
+        max_prompt_tokens: int | None = None,
+    ) -> None:
+        if chat and not base.tokenizer.chat_template:
+            raise IA3Error(f"the tokenizer of {base.name!r} has no chat template: use chat=False")
+        if max_prompt_tokens is not None and max_prompt_tokens < 1:
+            raise IA3Error(f"max_prompt_tokens is {max_prompt_tokens}, expected at least 1")
+        self.answer_choices = list(answer_choices)
+        self.truncated = 0
+        self._tokenizer = base.tokenizer
+        self._chat = chat
+        self._encoder_decoder = base.is_encoder_decoder
+        self._max_length = context_length(base)
+        self._max_prompt_tokens = max_prompt_tokens
+        self._choice_ids: dict[str, tuple[tuple[int, ...], ...]] = {}
+
+    def encode(
+        self,
+        example: Mapping[str, Any],
+        template: Template,
+        answer_choices: Sequence[str] | None = None,
+    ) -> EncodedExample:
+        """Token ids of one example.
+
+        A prompt longer than the model's context, or than `max_prompt_tokens`, is shortened by
+        cutting the end of its longest field; `truncated` counts the examples that were cut. The
+        choices are never cut.
+
+        Args:
+            example: field name -> value.
+            template: of the prompt.
+            answer_choices: this example's own; by default the encoder's.
+
+        Raises:
+            IA3Error: the template does not render, does not fit even with empty fields, there is no
+                choice to rank, two choices are the same tokens, or one has none.
+        """
+        words = tuple(self.answer_choices if answer_choices is None else answer_choices)
+        if not words:
+            raise IA3Error(f"template {template.name!r} has no answer choices to rank")
+        text = self._prompt_text(example, template, words)
+        prompt = self._prompt_ids(text)
+        if not prompt:
+            raise IA3Error(f"the prompt {text!r} has no token: there is nothing to answer")
+        choices = self._choices_after(text, words)
+        room = self._max_length
+        if not self._encoder_decoder:
+            room -= max(len(choice) for choice in choices)
+        limit = f"the model's context has room for {room}"
+        if self._max_prompt_tokens is not None and self._max_prompt_tokens < room:
+            room = self._max_prompt_tokens
+            limit = f"max_prompt_tokens is {room}"
+        if len(prompt) > room:
+            self.truncated += 1
+            prompt = self._truncated_prompt(
+                dict(example), template, words, len(prompt), room, limit
+            )
+        return EncodedExample(prompt, choices)
+
+    def _prompt_text(
+        self, example: Mapping[str, Any], template: Template, words: tuple[str, ...]
+    ) -> str:
+        text = template.render(example, words)
+        if not text.strip():
+            raise IA3Error(f"template {template.name!r} renders nothing for {dict(example)!r}")
+        if not self._chat:
+            return text
+        rendered: str = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        )
+        return rendered
+
+    def _prompt_ids(self, text: str) -> tuple[int, ...]:
+        # A chat template writes its special tokens itself.
+        ids = self._tokenizer(text, add_special_tokens=not self._chat, truncation=False)[
+            "input_ids"
+        ]
+        if not self._encoder_decoder and ids and ids[-1] == self._tokenizer.eos_token_id:
+            ids = ids if self._chat else ids[:-1]
+        return tuple(ids)
+
+    def _choices_after(self, prompt: str, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of the choices: with the separating space, and what follows a prompt's end."""
+        tail = prompt[-_TAIL_CHARACTERS:]
+        if words != tuple(self.answer_choices):
+            # An example's own choices hardly come again.
+            return self._choice_ids_after(tail, words)
+        if tail not in self._choice_ids:
+            self._choice_ids[tail] = self._choice_ids_after(tail, words)
+        return self._choice_ids[tail]
+
+    def _choice_ids_after(self, tail: str, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        if self._encoder_decoder:
+            ids = [tuple(self._tokenizer(word)["input_ids"]) for word in words]
+        else:
+            separator = "" if tail[-1].isspace() else " "
+            ids = [_ids_after(self._tokenizer, tail, separator + word) for word in words]
+        for index, choice in enumerate(ids):
+            if not choice:
+                raise IA3Error(f"choice {words[index]!r} has no token")
+            if choice in ids[:index]:
+                raise IA3Error(
+                    f"choices {words[ids.index(choice)]!r} and {words[index]!r} are the same "
+                    "tokens: give one other words"
+                )
+        return tuple(ids)
+
+    def _truncated_prompt(
+        self,
+        example: dict[str, Any],
+        template: Template,
+        words: tuple[str, ...],
+        length: int,
+        room: int,
+        limit: str,
+    ) -> tuple[int, ...]:
+        prompt: tuple[int, ...] = ()
+        while length > room:
+            texts = {name: v for name, v in example.items() if isinstance(v, str) and v}
+            longest = max(
+                (name for name in texts if template.reads(name)),
+                key=lambda name: len(texts[name]),
+                default=None,
+            )
+            if longest is None:
+                raise IA3Error(
+                    f"template {template.name!r} needs {length} tokens without any text; {limit}"
+                )
+            example[longest] = self._without_last_tokens(texts[longest], length - room)
+            prompt = self._prompt_ids(self._prompt_text(example, template, words))
+            length = len(prompt)
+        return prompt
+
+    def _without_last_tokens(self, text: str, count: int) -> str:
+        """The text's beginning, shorter by so many tokens, and by one character at least."""
+        if not self._tokenizer.is_fast:
+            ids = self._tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+            shorter: str = self._tokenizer.decode(ids[: max(0, len(ids) - count)])
+            return shorter if len(shorter) < len(text) else text[: len(text) // 2]
+        offsets = self._tokenizer(
+            text, add_special_tokens=False, truncation=False, return_offsets_mapping=True
+        )["offset_mapping"]
+        # Where the first token that is cut begins: a character of several tokens is cut whole.
+        end = offsets[-count][0] if count < len(offsets) else 0
+        return text[: min(end, len(text) - 1)]
+
+
+def _ids_after(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> tuple[int, ...]:
+    first = tokenizer(before, add_special_tokens=False)["input_ids"]
+    both = tokenizer(before + text, add_special_tokens=False)["input_ids"]
+    if both[: len(first)] == first:
+        return tuple(both[len(first) :])
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def context_length(base: BaseModel) -> int:
+    """Tokens the model takes: what its positions allow, else what its tokenizer says."""
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = getattr(base.model.config, name, None)
+        if (
+            isinstance(value, int)
+            and value > 0
+            and getattr(base.model.config, "model_type", "") not in ("t5", "mt5")
+        ):
+            return value
+    return int(min(base.tokenizer.model_max_length, 10**9))
+
+
+def warn_of_cut_texts(encoder: Encoder, prompts: int, *, stacklevel: int) -> None:
+    """One warning for all texts that an encoder has cut, if there are any."""
+    if encoder.truncated:
+        warnings.warn(
+            f"{encoder.truncated} of {prompts} prompts are longer than the model's context: their "
+            "texts were cut at the end",
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,391 @@
+"""Manifests: YAML files that name tasks, for the commands that take many."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...errors import IA3Error, did_you_mean
+from ...files.tables import DELIMITERS, Row
+from .labels import readable
+from .promptsource import PromptTemplate, read_promptsource
+from .tasks import HELD_OUT_TASKS, RAFT_TASKS, Task, few_shot, load_templates, read_rows
+from .templates import ALL_FIELDS, ANSWER_CHOICES, SEPARATOR, Template
+
+# More is no list of tasks, but data.
+LARGEST = 1 << 20
+
+KEYS = (
+    "data",
+    "split",
+    "subset",
+    "test",
+    "test_split",
+    "k",
+    "seed",
+    "templates",
+    "template",
+    "label",
+    "choices",
+)
+_NEEDS = {
+    "seed": "k",
+    "label": "template",
+    "choices": "template",
+    "test_split": "test",
+}
+EXPECTED = "expected 'tasks:' and under it a mapping from names to tasks"
+_FILES = (*DELIMITERS, ".parquet")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def read_manifest(path: str | Path) -> list[Task]:
+    """The tasks that a manifest names, in its order.
+
+    ::
+
+        tasks:
+          copa:
+            data: copa.jsonl
+          rte:
+            data: rte.jsonl
+            templates: promptsource/rte
+            k: 32
+            seed: 42
+          tickets:
+            data: tickets.csv
+            template: "{{ text }}\\nCategory:"
+            label: queue
+            choices: {acct: account, ship: delivery}
+            test: test.csv
+
+    | key | meaning | by default |
+    |---|---|---|
+    | `data` | what is trained on, as `read_rows` takes it | |
+    | `split`, `subset` | of a folder or a data set of the hub | `train`, none |
+    | `test` | what is evaluated on, of the same subset | nothing |
+    | `test_split` | its split | `test` |
+    | `k` | so many examples of `data`, drawn by `few_shot` | all |
+    | `seed` | of that draw | 0 |
+    | `templates` | the name of own templates (`load_templates`); a promptsource file or folder | the task's name |
+    | `template` | instead of `templates`: the prompt, or a list of prompts | |
+    | `label` | with `template`: the column of the right answer | `label` |
+    | `choices` | with `template`: label -> words | the labels, made readable |
+
+    Files are relative to the manifest. A name of the hub has no suffix of a data file and at most
+    one slash, and is no file here. Of a promptsource file those templates are taken that pose the
+    data set's own task and have answer choices. Labels are compared as text, as CSV has nothing
+    else; JSON's true is `true`.
+
+    Raises:
+        FileNotFoundError: the manifest or a file that it names is not there.
+        IA3Error: it is not such a file, or a task's data or templates cannot be used; the message
+            names the manifest, the task and the key.
+        MissingExtraError: the package that reads a task's data is not installed.
+    """  # noqa: E501
+    path = Path(path)
+    tasks = []
+    for name, entry in tasks_in(path, read_yaml(path, ["tasks"])).items():
+        with naming(f"{path}: task {name!r}"):
+            tasks.append(_task(path.parent, name, entry))
+    return tasks
+
+
+# -- the file --------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]
+    """Every value is the text that is written: the label `no` is no false, and 01 is not 1."""
+
+    def construct_scalar(self, node: Any) -> str:
+        text: str = super().construct_scalar(node)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{text!r} is not Unicode text", node.start_mark
+            ) from error
+        return text
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+            seen.add(key)
+        return mapping
+
+
+def read_yaml(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """A manifest's keys and values, every scalar as the text that is written.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IA3Error: it is not YAML, no mapping, or has a key that is not among these.
+    """
+    if not path.is_file():
+        kind = "is not a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"manifest {path} {kind}")
+    if path.stat().st_size > LARGEST:
+        raise IA3Error(f"{path} is larger than {LARGEST} bytes, expected a YAML file of tasks")
+    try:
+        content = yaml.load(path.read_text("utf-8"), Loader=_Loader)
+    except RecursionError as error:
+        raise IA3Error(f"{path} is nested too deep, expected a YAML file of tasks") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        unquoted = "unhashable" in str(error)
+        hint = "; a template that begins with '{' needs quotes around it" if unquoted else ""
+        raise IA3Error(f"{path} is not YAML: {error}{hint}") from error
+    if not isinstance(content, dict):
+        raise IA3Error(f"{path} is {shown(content)}, {EXPECTED}")
+    for key in content:
+        if key not in keys:
+            raise IA3Error(
+                f"{path}: unknown key {shown(key)}, {EXPECTED}{did_you_mean(str(key), keys)}"
+            )
+    return content
+
+
+def tasks_in(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Task name -> its keys and values.
+
+    Raises:
+        IA3Error: there are none, or one is no mapping.
+    """
+    tasks = content.get("tasks")
+    if not isinstance(tasks, dict) or not tasks:
+        raise IA3Error(f"{path}: tasks is {shown(tasks)}, {EXPECTED}")
+    for name, entry in tasks.items():
+        if not isinstance(name, str) or not name.strip():
+            raise IA3Error(f"{path}: a task's name is {shown(name)}, expected a text")
+        if not isinstance(entry, dict):
+            raise IA3Error(
+                f"{path}: task {name!r} is {shown(entry)}, expected a mapping with the key 'data'"
+            )
+    return tasks
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Errors that say where."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}: {error}") from error
+    except IA3Error as error:
+        raise IA3Error(f"{where}: {error}") from error
+
+
+def check_keys(entry: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Raise `IA3Error` for a key that is not among these."""
+    for key in entry:
+        if key not in keys:
+            raise IA3Error(
+                f"unknown key {shown(key)}, expected some of {', '.join(keys)}"
+                f"{did_you_mean(str(key), keys)}"
+            )
+
+
+# -- a task ----------------------------------------------------------------------------------------
+
+
+def _task(folder: Path, name: str, entry: dict[str, Any]) -> Task:
+    check_keys(entry, KEYS)
+    for key, needed in _NEEDS.items():
+        if key in entry and needed not in entry:
+            raise IA3Error(f"there is {key!r} without {needed!r}, which it belongs to")
+    if "template" in entry and "templates" in entry:
+        raise IA3Error("there are 'template' and 'templates', expected one of them")
+    data, test = text_of(entry, "data"), text_of(entry, "test")
+    if data is None:
+        raise IA3Error("there is no 'data', expected a file, a folder or a name of the hub")
+    split, subset = text_of(entry, "split") or "train", text_of(entry, "subset")
+    k, seed = whole_number(entry, "k"), whole_number(entry, "seed")
+    written = None if "template" in entry else _written_templates(folder, name, entry)
+    with naming("data"):
+        train_rows = read_rows(source_of(folder, data), split=split, subset=subset)
+    test_rows: list[Row] = []
+    if test is not None:
+        test_split = text_of(entry, "test_split") or "test"
+        with naming("test"):
+            test_rows = read_rows(source_of(folder, test), split=test_split, subset=subset)
+    templates = written or _inline_templates(entry, train_rows, test_rows)
+    if k is not None:
+        with naming("k"):
+            train_rows = few_shot(train_rows, k, seed or 0)
+    return Task(name, templates, train_rows, test_rows)
+
+
+def source_of(folder: Path, named: str) -> str | Path:
+    """The file or folder of this name, or the name where it is the hub's."""
+    path = folder / named
+    if path.exists():
+        return path
+    if path.suffix.lower() in _FILES or not _HUB_NAME.fullmatch(named):
+        raise FileNotFoundError(f"{path} does not exist")
+    return named
+
+
+def _written_templates(folder: Path, name: str, entry: dict[str, Any]) -> list[PromptTemplate]:
+    """Those of a promptsource file, or this project's own."""
+    named = text_of(entry, "templates")
+    own = (*HELD_OUT_TASKS, *RAFT_TASKS)
+    if named is None and name not in own:
+        raise IA3Error(
+            "there are no templates of this name: expected 'templates' or 'template'"
+            f"{did_you_mean(name, own)}"
+        )
+    named = named or name
+    with naming("templates"):
+        if named in own:
+            found = load_templates(named)
+        elif (folder / named).exists():
+            found = read_promptsource(folder / named)
+        elif "/" in named or Path(named).suffix:
+            raise FileNotFoundError(f"{folder / named} does not exist")
+        else:
+            # Says which there are.
+            found = load_templates(named)
+        templates = [t for t in found if t.original_task and t.choices is not None]
+        if not templates:
+            raise IA3Error(
+                f"none of the {len(found)} in {named} has original_task: true and answer_choices"
+            )
+    return templates
+
+
+def _inline_templates(
+    entry: dict[str, Any], train: Sequence[Row], test: Sequence[Row]
+) -> list[PromptTemplate]:
+    sources = texts_of(entry, "template") or []
+    for source in sources:
+        if SEPARATOR in source:
+            raise IA3Error(
+                f"template {source!r} holds {SEPARATOR!r}: expected the prompt alone; the answer "
+                "is made from 'label' and 'choices'"
+            )
+        if sources.count(source) > 1:
+            raise IA3Error(f"template {source!r} is there twice")
+        for name in (ANSWER_CHOICES, ALL_FIELDS):
+            if Template(source).assigns(name):
+                raise IA3Error(
+                    f"template {source!r} sets {name!r}, which the answer is made from: expected "
+                    "another name"
+                )
+    column = text_of(entry, "label") or "label"
+    words = _words(entry, column, train, test)
+    # Python writes a text as Jinja reads it, so that braces in a label are no template.
+    choices = f" {SEPARATOR} ".join(f"{{{{ {text!r} }}}}" for text in words.values())
+    order = {label: index for index, label in enumerate(words)}
+    as_rendered = {str(row[column]): order[_label(row, column)] for row in (*train, *test)} | order
+    target = f"{{{{ answer_choices[{as_rendered!r}[fields[{column!r}] | string]] }}}}"
+    return [
+        PromptTemplate(
+            source,
+            Template(f"{source} {SEPARATOR} {target}", source),
+            Template(choices, source),
+        )
+        for source in sources
+    ]
+
+
+def _words(
+    entry: dict[str, Any], column: str, train: Sequence[Row], test: Sequence[Row]
+) -> dict[str, str]:
+    """Label -> the words that are ranked for it."""
+    given = entry.get("choices")
+    if given is None:
+        words = {label: readable(label) for label in sorted({_label(r, column) for r in train})}
+    elif isinstance(given, dict):
+        words = given
+    else:
+        raise IA3Error(f"choices is {shown(given)}, expected a mapping from labels to words")
+    for label, text in words.items():
+        if not isinstance(text, str) or not text.strip():
+            raise IA3Error(f"choices: the words of {label!r} are {shown(text)}, expected a text")
+        if SEPARATOR in text:
+            raise IA3Error(f"choices: the words {text!r} hold {SEPARATOR!r}, which separates them")
+    words = {label: text.strip() for label, text in words.items()}
+    if len(words) < 2:
+        raise IA3Error(f"the labels are {list(words)}, expected at least two")
+    for text in words.values():
+        same = [other for other in words if words[other] == text]
+        if len(same) > 1:
+            raise IA3Error(
+                f"the labels {same[0]!r} and {same[1]!r} have the same words {text!r}: give other "
+                "words in 'choices'"
+            )
+    for row in (*train, *test):
+        label = _label(row, column)
+        if label not in words:
+            raise IA3Error(
+                f"{row.where}: the label {label!r} is not among the choices {list(words)}"
+                f"{did_you_mean(label, words)}"
+            )
+    return words
+
+
+def _label(row: Row, column: str) -> str:
+    """A row's label as text."""
+    if column not in row:
+        raise IA3Error(
+            f"{row.where}: no column {column!r} among {list(row)}{did_you_mean(column, row)}"
+        )
+    value = row[column]
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise IA3Error(
+            f"{row.where}: the label {column!r} is {value!r}, expected a text or a whole number"
+        )
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+def text_of(entry: Mapping[str, Any], key: str) -> str | None:
+    """A text; `None` if it is not there."""
+    value = entry.get(key)
+    if value is not None and (not isinstance(value, str) or not value.strip()):
+        raise IA3Error(f"{key} is {shown(value)}, expected a text")
+    return value
+
+
+def texts_of(entry: Mapping[str, Any], key: str) -> list[str] | None:
+    """A text or a list of texts, as a list; `None` if it is not there."""
+    given = entry.get(key)
+    texts = [given] if isinstance(given, str) else given
+    if key in entry and (
+        not isinstance(texts, list)
+        or not texts
+        or not all(isinstance(text, str) and text.strip() for text in texts)
+    ):
+        raise IA3Error(f"{key} is {shown(given)}, expected a text or a list of texts")
+    return texts
+
+
+def whole_number(entry: Mapping[str, Any], key: str) -> int | None:
+    """A whole number, not below 0; `None` if it is not there."""
+    value = entry.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not re.fullmatch("[0-9]{1,10}", value):
+        raise IA3Error(f"{key} is {shown(value)}, expected a whole number")
+    return int(value)
+
+
+def shown(value: Any) -> str:
+    """A value for a message; never a whole structure, which may refer to itself a thousandfold."""
+    if value is None or value == "":
+        return "empty"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else f"{value[:57]}...")
+    return "a mapping" if isinstance(value, dict) else "a list"

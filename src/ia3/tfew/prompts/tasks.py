@@ -1,0 +1,255 @@
+"""Tasks: labelled examples from files or the hub, few-shot samples, and templates to ask with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from ...errors import IA3Error, MissingExtraError, did_you_mean
+from ...files.tables import DELIMITERS, Row, read_table
+from .encoding import EncodedExample, Encoder
+from .promptsource import PromptTemplate, read_promptsource, shown
+
+if TYPE_CHECKING:
+    from .encoding import TrainingExample
+
+_Row = TypeVar("_Row")
+
+# The T-Few authors' five samples of each data set, in the order they ran them.
+SEEDS = (42, 1024, 0, 1, 32)
+
+# The tasks held out of T0's training, on which the paper compares methods (section 4.1).
+HELD_OUT_TASKS = (
+    "copa",
+    "h-swag",
+    "storycloze",
+    "anli-r1",
+    "anli-r2",
+    "anli-r3",
+    "cb",
+    "rte",
+    "wsc",
+    "winogrande",
+    "wic",
+)
+RAFT_TASKS = (
+    "ade_corpus_v2",
+    "banking_77",
+    "neurips_impact_statement_risks",
+    "one_stop_english",
+    "overruling",
+    "semiconductor_org_types",
+    "systematic_review_inclusion",
+    "tai_safety_research",
+    "terms_of_service",
+    "tweet_eval_hate",
+    "twitter_complaints",
+)
+
+_TEMPLATE_FILES = Path(__file__).parent / "template_files"
+# One task in three rounds of data, and so one file of templates.
+_SAME_TEMPLATES = {"anli-r1": "anli", "anli-r2": "anli", "anli-r3": "anli"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set and the ways to ask for its labels.
+
+    An example's label is what a template's target renders, so no field is named here: the
+    templates know which it is.
+
+    Attributes:
+        name: for results and messages.
+        templates: all that are trained on and evaluated with. Of a promptsource file, the paper
+            takes those whose `original_task` is true.
+        train: field name -> value, for each example.
+        test: in the same fields.
+    """
+
+    name: str
+    templates: Sequence[PromptTemplate]
+    train: Sequence[Mapping[str, Any]]
+    test: Sequence[Mapping[str, Any]] = ()
+
+    def __post_init__(self) -> None:
+        if not self.templates:
+            raise IA3Error(f"task {self.name!r} has no templates")
+
+    def training_examples(self, encoder: Encoder) -> list[TrainingExample]:
+        """The training set, each example with all templates that ask something of it.
+
+        Templates may list their choices in different orders, and the losses do not depend on it:
+        the right choice is put first everywhere, so that the examples' `label` is 0.
+
+        Raises:
+            IA3Error: an example has no answer, no template asks anything of it, or see
+                `PromptTemplate.render` and `Encoder.encode`.
+        """
+        # Brings transformers' Trainer, which reading and evaluation do without.
+        from .encoding import TrainingExample
+
+        examples = []
+        for number, row in enumerate(self.train):
+            encoded = []
+            for template in self.templates:
+                labelled = encode_labelled(encoder, template, row)
+                if labelled is not None:
+                    encoded.append(_right_choice_first(*labelled))
+            if not encoded:
+                raise IA3Error(
+                    f"task {self.name!r}: no template asks anything of training example {number}: "
+                    f"{dict(row)!r}"
+                )
+            examples.append(TrainingExample(tuple(encoded), 0))
+        return examples
+
+
+def encode_labelled(
+    encoder: Encoder, template: PromptTemplate, row: Mapping[str, Any]
+) -> tuple[EncodedExample, int] | None:
+    """An example's token ids and the index of its right choice.
+
+    Returns:
+        `None` where the template asks nothing of this example.
+
+    Raises:
+        IA3Error: the example has no answer, or see `PromptTemplate.render` and `Encoder.encode`;
+            the message names the template and the example.
+    """
+    rendered = template.render(row)
+    if rendered is None:
+        return None
+    named = f"template {template.name!r}"
+    if rendered.answer is None:
+        raise IA3Error(f"{named} renders no target for {shown(row)}: expected a labelled example")
+    try:
+        return encoder.encode(row, template.prompt, rendered.choices), rendered.answer
+    except IA3Error as error:
+        problem = str(error) if str(error).startswith(named) else f"{named}: {error}"
+        raise IA3Error(f"{problem}, for {shown(row)}") from error
+
+
+def _right_choice_first(encoded: EncodedExample, answer: int) -> EncodedExample:
+    choices = encoded.choices
+    return EncodedExample(
+        encoded.prompt, (choices[answer], *choices[:answer], *choices[answer + 1 :])
+    )
+
+
+def load_templates(task: str) -> list[PromptTemplate]:
+    """This project's own templates of one of `HELD_OUT_TASKS` or `RAFT_TASKS`.
+
+    The fields are named as the task's data has them; RAFT's choices are in the order of the
+    benchmark's label names.
+
+    Raises:
+        IA3Error: there is no such task.
+    """
+    known = (*HELD_OUT_TASKS, *RAFT_TASKS)
+    if task not in known:
+        raise IA3Error(
+            f"no templates for a task {task!r}: expected one of {', '.join(known)}"
+            f"{did_you_mean(task, known)}"
+        )
+    return read_promptsource(_TEMPLATE_FILES / f"{_SAME_TEMPLATES.get(task, task)}.yaml")
+
+
+def few_shot(rows: Sequence[_Row], k: int, seed: int) -> list[_Row]:
+    """A sample of `k` rows: of the same rows, the very one that the T-Few authors drew.
+
+    They shuffle the whole training set and take the first `k`, whatever the labels; their seeds
+    are `SEEDS`.
+
+    Raises:
+        IA3Error: there are fewer rows, or the seed is not one.
+    """
+    if not 1 <= k <= len(rows):
+        raise IA3Error(f"a sample of {k} rows of {len(rows)}, expected 1 to {len(rows)}")
+    if not 0 <= seed < 2**32:
+        raise IA3Error(f"seed is {seed}, expected 0 to 2**32 - 1")
+    order = np.random.RandomState(seed).permutation(len(rows))
+    return [rows[i] for i in order[:k]]
+
+
+def read_rows(source: str | Path, *, split: str = "train", subset: str | None = None) -> list[Row]:
+    """Examples from a file, a folder of the `datasets` library, or the hub.
+
+    Args:
+        source: a `.csv`, `.tsv`, `.jsonl`, `.ndjson` or `.parquet` file; a folder that
+            `save_to_disk` wrote; or a hub name.
+        split: of a folder that has several, and of the hub's data sets.
+        subset: of the hub's data sets that have several.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IA3Error: the file or folder is broken or empty, or the data set or split is unknown.
+        MissingExtraError: the package that reads the source is not installed.
+    """
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        values = _folder_rows(path, split)
+    elif suffix == ".parquet":
+        values = _parquet_rows(path)
+    elif path.is_file() or suffix in DELIMITERS:
+        return read_table(path)
+    else:
+        values = _hub_rows(str(source), split, subset)
+    if not values:
+        raise IA3Error(f"{source} has no rows")
+    return [Row(row, f"{source}, row {number}") for number, row in enumerate(values)]
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingExtraError("pyarrow", "datasets", f"reading {path}") from error
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {path} does not exist")
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise IA3Error(f"{path} is not a Parquet file: {error}") from error
+    return rows
+
+
+def _folder_rows(folder: Path, split: str) -> list[dict[str, Any]]:
+    try:
+        from datasets import DatasetDict, load_from_disk
+    except ImportError as error:
+        raise MissingExtraError("datasets", "datasets", f"reading {folder}") from error
+    try:
+        loaded = load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise IA3Error(
+            f"{folder} is not a folder that the datasets library's save_to_disk wrote: {error}"
+        ) from error
+    if isinstance(loaded, DatasetDict):
+        if split not in loaded:
+            raise IA3Error(f"{folder} has no split {split!r}, only {', '.join(loaded)}")
+        loaded = loaded[split]
+    return list(loaded)
+
+
+def _hub_rows(name: str, split: str, subset: str | None) -> list[dict[str, Any]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise MissingExtraError(
+            "datasets",
+            "datasets",
+            f"{name!r} is neither a file nor a folder: reading it from the hub",
+        ) from error
+    try:
+        return list(load_dataset(name, subset, split=split))
+    except (OSError, ValueError) as error:
+        raise IA3Error(
+            f"no data {name!r} (subset {subset!r}, split {split!r}): it is neither a file, nor a "
+            f"folder, nor can it be had from the hub: {error}"
+        ) from error

@@ -1,0 +1,221 @@
+"""Prompts from fields: Jinja in its sandbox."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from ...errors import IA3Error, MissingExtraError, did_you_mean
+
+try:
+    from jinja2 import (
+        StrictUndefined,
+        TemplateError,
+        TemplateSyntaxError,
+        UndefinedError,
+        meta,
+        nodes,
+        pass_context,
+    )
+    from jinja2.exceptions import SecurityError
+    from jinja2.runtime import Context
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+except ImportError as error:
+    raise MissingExtraError("jinja2", "tfew", "rendering prompt templates") from error
+
+ANSWER_CHOICES = "answer_choices"
+ALL_FIELDS = "fields"
+SEPARATOR = "|||"
+
+# What separates the parts once they are rendered: three bars in a field separate nothing.
+_RENDERED_SEPARATOR = f"\0{SEPARATOR}\0"
+
+# Templates come with adapters from anywhere, and `'a' * 10**10` would take the machine's memory.
+# The plain ways to make something that large are bounded or left out.
+_LARGEST = 100_000
+_PADDING_METHODS = frozenset(
+    ("center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill")
+)
+_PADDING_FILTERS = ("center", "format", "indent", "wordwrap")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(("*", "**", "%", "+"))
+
+    def __init__(self) -> None:
+        # Not optimised: constants would be folded when a template is compiled, past the bounds.
+        super().__init__(undefined=StrictUndefined, autoescape=False, optimized=False)
+        del self.globals["lipsum"]
+        for name in _PADDING_FILTERS:
+            del self.filters[name]
+        # What promptsource adds to Jinja.
+        self.filters["choice"] = _choice
+        self.filters["most_frequent"] = _most_frequent
+        self.globals["zip"] = zip
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        pads = isinstance(obj, str) and attr in _PADDING_METHODS
+        return not pads and super().is_safe_attribute(obj, attr, value)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(x) if isinstance(x, str | list | tuple) else abs(x) for x in (left, right)]
+        text = isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple)
+        if (
+            operator == "**"
+            or (operator == "%" and text)
+            or (operator == "*" and sizes[0] * sizes[1] > _LARGEST)
+            or (operator == "+" and text and sum(sizes) > _LARGEST)
+        ):
+            raise SecurityError(f"{operator!r} could make too much")
+        return super().call_binop(context, operator, left, right)
+
+
+# A field may be cut at its end to fit the model: the draw must not change with it.
+_DRAWN_BY = 8
+
+
+@pass_context
+def _choice(context: Context, items: Sequence[Any]) -> Any:
+    """One of the items: for the same example always the same, so that prompt and target agree."""
+    fields = {
+        name: value[:_DRAWN_BY] if isinstance(value, str) else value
+        for name, value in context[ALL_FIELDS].items()
+    }
+    return random.Random(repr(sorted(fields.items()))).choice(items)
+
+
+def _most_frequent(items: Sequence[Any]) -> list[Any]:
+    counts = Counter(items)
+    return [item for item, count in counts.items() if count == max(counts.values())]
+
+
+_environment = _Environment()
+
+
+class Template:
+    """A prompt template: Jinja over the names of an example's fields.
+
+    `{{ answer_choices }}` is the list of the words to rank, and `{{ fields["Tweet text"] }}`
+    reaches a field whose name Jinja cannot write. The prompt ends where the answer begins: white
+    space at its end is dropped. As in promptsource, what follows `|||` is not the prompt but the
+    target, and white space is then dropped at both ends.
+
+    Args:
+        source: e.g. `"{{ text }}\\nIs this review positive or negative?"`.
+        name: what messages call it; by default its source.
+
+    Raises:
+        IA3Error: the source is not Jinja.
+    """
+
+    def __init__(self, source: str, name: str | None = None) -> None:
+        self.source = source
+        self.name = name or source
+        try:
+            self._compiled = _compile(source.replace(SEPARATOR, _RENDERED_SEPARATOR))
+            parsed = _environment.parse(source)
+        except TemplateSyntaxError as error:
+            raise IA3Error(
+                f"template {self.name!r}: {error.message} (line {error.lineno})"
+            ) from error
+        except RecursionError as error:
+            raise IA3Error(f"template {self.name[:80]!r}... is nested too deep") from error
+        variables = meta.find_undeclared_variables(parsed) - _environment.globals.keys()
+        lookups = _lookups(parsed)
+        self._variables = frozenset({*variables, *lookups})
+        # Whatever else is done with `fields` may read them all.
+        uses = [name for name in parsed.find_all(nodes.Name) if name.name == ALL_FIELDS]
+        self._reads_all = len(uses) > len(lookups)
+        self._assigned = frozenset(
+            name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"
+        )
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it renders the same for every example."""
+        return not self._variables
+
+    def assigns(self, name: str) -> bool:
+        """Whether the template gives this name a value of its own somewhere."""
+        return name in self._assigned
+
+    def reads(self, field: str) -> bool:
+        """Whether what is rendered depends on an example's field."""
+        return field in self._variables or self._reads_all
+
+    def render(self, example: Mapping[str, Any], answer_choices: Sequence[str]) -> str:
+        """The prompt for one example. A target is not rendered: its fields may be missing.
+
+        Raises:
+            IA3Error: the template names a field the example lacks, or reaches for Python internals.
+        """
+        prompt = ""
+        with self._explained(example):
+            for text in self._compiled.generate(_context(example, answer_choices)):
+                before, separator, _ = text.partition(_RENDERED_SEPARATOR)
+                prompt += before
+                if separator:
+                    break
+        return prompt.strip() if SEPARATOR in self.source else prompt.rstrip()
+
+    def parts(self, example: Mapping[str, Any], answer_choices: Sequence[str]) -> list[str]:
+        """All that is rendered, split at the template's `|||`, without white space at any end.
+
+        Raises:
+            IA3Error: as in `render`.
+        """
+        with self._explained(example):
+            rendered: str = self._compiled.render(_context(example, answer_choices))
+        return [part.strip() for part in rendered.split(_RENDERED_SEPARATOR)]
+
+    @contextmanager
+    def _explained(self, example: Mapping[str, Any]) -> Iterator[None]:
+        """Whatever rendering raises, as an error that names the template."""
+        try:
+            yield
+        except UndefinedError as error:
+            missing = sorted(self._variables - example.keys() - {ANSWER_CHOICES, ALL_FIELDS})
+            lacking = f", not {', '.join(map(repr, missing))}" if missing else ""
+            hint = did_you_mean(missing[0], example) if missing else ""
+            raise IA3Error(
+                f"template {self.name!r}: {error.message}; the example has the fields "
+                f"{sorted(example)}{lacking}{hint}"
+            ) from error
+        except SecurityError as error:
+            raise IA3Error(f"template {self.name!r} is refused: {error}") from error
+        except (
+            ArithmeticError,
+            AttributeError,
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            RecursionError,
+            MemoryError,
+        ) as error:
+            raise IA3Error(f"template {self.name!r}: {type(error).__name__}: {error}") from error
+
+
+def _context(example: Mapping[str, Any], answer_choices: Sequence[str]) -> dict[str, Any]:
+    return {**example, ALL_FIELDS: dict(example), ANSWER_CHOICES: list(answer_choices)}
+
+
+def _lookups(parsed: nodes.Template) -> list[str]:
+    """The names in `fields["a name"]`, as often as they are there."""
+    return [
+        item.arg.value
+        for item in parsed.find_all(nodes.Getitem)
+        if isinstance(item.node, nodes.Name)
+        and item.node.name == ALL_FIELDS
+        and isinstance(item.arg, nodes.Const)
+        and isinstance(item.arg.value, str)
+    ]
+
+
+@lru_cache(maxsize=1024)
+def _compile(source: str) -> Any:
+    return _environment.from_string(source)

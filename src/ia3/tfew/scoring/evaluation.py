@@ -1,0 +1,158 @@
+"""A task's score under each of its templates, and their median, as the paper reports it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ...base.loading import BaseModel
+from ...errors import IA3Error, MissingExtraError
+from ..prompts.encoding import EncodedExample, Encoder
+from ..prompts.tasks import Task, encode_labelled
+from .prefix import ranking_scores
+
+try:
+    from sklearn.metrics import accuracy_score, f1_score
+except ImportError as error:
+    raise MissingExtraError("scikit-learn", "tfew", "evaluating a task") from error
+
+Metric = Literal["accuracy", "macro_f1"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some scores, and the quartiles on either side of it."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @property
+    def interquartile_range(self) -> float:
+        """From the lower to the upper quartile."""
+        return self.upper - self.lower
+
+
+def spread(scores: Sequence[float]) -> Spread:
+    """The median and the quartiles, linear between two scores.
+
+    Raises:
+        IA3Error: there is no score.
+    """
+    if not scores:
+        raise IA3Error("no scores to take the median of")
+    lower, median, upper = np.percentile(scores, [25, 50, 75])
+    return Spread(float(median), float(lower), float(upper))
+
+
+@dataclass(frozen=True)
+class TemplateScore:
+    """The score under one template, over the examples that it asks something of."""
+
+    template: str
+    score: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A task's scores, one a template."""
+
+    task: str
+    metric: Metric
+    templates: tuple[TemplateScore, ...]
+
+    @property
+    def spread(self) -> Spread:
+        """Over the templates."""
+        return spread([template.score for template in self.templates])
+
+
+def evaluate(
+    base: BaseModel,
+    task: Task,
+    *,
+    metric: Metric = "accuracy",
+    chat: bool = False,
+    max_tokens: int = 4096,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Rank the choices of every test example, under every template (paper section 3.5).
+
+    Args:
+        base: the model, with the adapter to evaluate active on it.
+        task: its `test` examples are labelled.
+        metric: `"accuracy"`; or `"macro_f1"`, the mean over the labels of their F1 scores, which
+            needs templates whose choices are the same for every example.
+        chat: put each prompt into the tokenizer's chat template.
+        max_tokens: computed in one forward pass, unless one example alone is longer.
+        progress: called with the number of examples done since the last call, once a template.
+
+    Raises:
+        IA3Error: there are no test examples, one has no answer, a template asks nothing of any of
+            them, the metric does not apply, or the model's scores are not finite.
+    """
+    if metric not in ("accuracy", "macro_f1"):
+        raise IA3Error(f"metric is {metric!r}, expected 'accuracy' or 'macro_f1'")
+    if not task.test:
+        raise IA3Error(f"task {task.name!r} has no test examples to evaluate")
+    encoder = Encoder(base, chat=chat)
+    scores = []
+    for template in task.templates:
+        if metric == "macro_f1" and template.fixed_choices is None:
+            raise IA3Error(
+                f"template {template.name!r} takes its choices from each example, and macro F1 "
+                "needs the same labels for all: use metric='accuracy'"
+            )
+        rendered = [encode_labelled(encoder, template, row) for row in task.test]
+        asked = [example for example in rendered if example is not None]
+        if not asked:
+            raise IA3Error(f"template {template.name!r} asks nothing of any test example")
+        predicted = predict_choices(
+            base, [encoded for encoded, _ in asked], max_tokens=max_tokens, progress=progress
+        )
+        answers = [answer for _, answer in asked]
+        if metric == "accuracy":
+            score = accuracy_score(answers, predicted)
+        else:
+            score = f1_score(answers, predicted, average="macro")
+        scores.append(TemplateScore(template.name, float(score), len(asked)))
+    return Evaluation(task.name, metric, tuple(scores))
+
+
+def predict_choices(
+    base: BaseModel,
+    examples: Sequence[EncodedExample],
+    *,
+    max_tokens: int = 4096,
+    progress: Callable[[int], None] | None = None,
+) -> list[int]:
+    """The index of each example's most likely choice, by length-normalised log-probability.
+
+    Args:
+        base: as in `evaluate`.
+        examples: each with any number of choices.
+        max_tokens: as in `evaluate`.
+        progress: as in `evaluate`.
+
+    Raises:
+        IA3Error: the model's scores are not finite.
+    """
+    predicted = [0] * len(examples)
+    for count in sorted({len(example.choices) for example in examples}):
+        rows = [i for i, example in enumerate(examples) if len(example.choices) == count]
+        scores = ranking_scores(
+            base, [examples[i] for i in rows], max_tokens=max_tokens, progress=progress
+        )
+        if not torch.isfinite(scores).all():
+            raise IA3Error(
+                "the model's scores are not finite: its weights or the vectors are broken, or its "
+                "dtype is too narrow"
+            )
+        for i, best in zip(rows, scores.argmax(1).tolist(), strict=True):
+            predicted[i] = best
+    return predicted

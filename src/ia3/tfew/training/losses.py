@@ -1,0 +1,185 @@
+"""The three loss terms of T-Few (paper section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from ...errors import IA3Error
+from ..scoring.token_scores import TokenScores
+
+# Added to 1 − p, as in the authors' code: a certain wrong token costs −log(1e-2), not infinity.
+UNLIKELIHOOD_FLOOR = 1e-2
+
+
+@dataclass(frozen=True)
+class TFewLoss:
+    """The terms of T-Few's loss, each a scalar and unweighted, and `total`, their weighted sum."""
+
+    total: Tensor
+    lm: Tensor
+    length_norm: Tensor
+    unlikelihood: Tensor
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the terms of a batch are divided by: its examples, and the tokens of their choices."""
+
+    examples: int
+    right: int
+    wrong: int
+
+
+def tfew_loss(
+    logits: Tensor,
+    target_ids: Tensor,
+    labels: Tensor,
+    *,
+    pad_token_id: int | None = None,
+    target_mask: Tensor | None = None,
+    lm: float = 1.0,
+    length_norm: float = 1.0,
+    unlikelihood: float = 1.0,
+) -> TFewLoss:
+    """T-Few's loss from the logits of all answer choices.
+
+    Args:
+        logits: `[batch, choices, length, vocabulary]`, floating; those at a place predict the token
+            of `target_ids` at the same place. Half precision is computed in float32.
+        target_ids: `[batch, choices, length]`, integers; any value where there is no token.
+        labels: `[batch]`, integers, the index of each right choice.
+        pad_token_id: the id in `target_ids` that is no token. Give the mask instead where the end
+            of a text has the same id.
+        target_mask: `[batch, choices, length]`, true (or not 0) where there is a token. A choice
+            with no token is no choice, so that rows may have fewer choices than others.
+        lm: weight of the right choices' mean token cross-entropy.
+        length_norm: weight of the cross-entropy over the choices' mean log-probabilities.
+        unlikelihood: weight of the mean of −log(1 − p + 1e-2) over the wrong choices' tokens.
+
+    Returns:
+        Scalars, float32 (float64 for float64 logits). `unlikelihood` is 0 where nothing is wrong.
+
+    Raises:
+        IA3Error: shapes or dtypes do not fit together, a label or a target is out of range, a label
+            points at a choice with no token, or not exactly one of `pad_token_id` and `target_mask`
+            is given.
+    """
+    mask = _target_mask(logits, target_ids, pad_token_id, target_mask)
+    _check_labels(labels, mask)
+    tokens = target_ids[mask].to(logits.device, torch.int64)
+    outside = tokens[(tokens < 0) | (tokens >= logits.shape[-1])]
+    if outside.numel():
+        raise IA3Error(
+            f"target_ids has {int(outside[0])} at a place with a token, expected 0 to "
+            f"{logits.shape[-1] - 1}: mask what is no token (target_mask or pad_token_id)"
+        )
+    # Only where there is a token: whatever the logits are elsewhere, no gradient comes from there.
+    rows = logits[mask]
+    if rows.dtype != torch.float64:
+        rows = rows.float()
+    scored = rows.gather(1, tokens[:, None])[:, 0] - rows.logsumexp(-1)
+    log_probs = scored.new_zeros(mask.shape).masked_scatter(mask, scored)
+    return token_loss(
+        TokenScores(log_probs, mask),
+        labels.to(mask.device, torch.int64),
+        lm=lm,
+        length_norm=length_norm,
+        unlikelihood=unlikelihood,
+    )
+
+
+def token_loss(
+    scores: TokenScores,
+    labels: Tensor,
+    *,
+    lm: float = 1.0,
+    length_norm: float = 1.0,
+    unlikelihood: float = 1.0,
+    counts: Counts | None = None,
+) -> TFewLoss:
+    """The loss from token log-probabilities.
+
+    Args:
+        scores: of all choices of a batch.
+        labels: `[batch]`, int64, the index of each right choice.
+        lm, length_norm, unlikelihood: the terms' weights in `total`.
+        counts: of the whole batch, where `scores` are those of a part of it: the parts' terms, and
+            their gradients, then add up to the whole batch's.
+
+    Returns:
+        `lm`: mean cross-entropy of the right choices' tokens. `length_norm`: cross-entropy of the
+        softmax over β (equation 2). `unlikelihood`: mean of −log(1 − p + 1e-2) over the wrong
+        choices' tokens (equation 1, with the constant of the authors' code); 0 where none is wrong.
+    """
+    log_probs, mask = scores.log_probs, scores.mask
+    right = F.one_hot(labels, log_probs.shape[1]).bool()[:, :, None] & mask
+    wrong = mask & ~right
+    right_log_probs, wrong_log_probs = log_probs[right], log_probs[wrong]
+    counts = counts or Counts(len(labels), right_log_probs.numel(), wrong_log_probs.numel())
+    unlikely = -torch.log1p(UNLIKELIHOOD_FLOOR - wrong_log_probs.exp())
+    terms = {
+        "lm": -right_log_probs.sum() / counts.right,
+        "length_norm": F.cross_entropy(scores.mean_log_probs(), labels, reduction="sum")
+        / counts.examples,
+        "unlikelihood": unlikely.sum() / max(counts.wrong, 1),
+    }
+    weights = {"lm": lm, "length_norm": length_norm, "unlikelihood": unlikelihood}
+    # A term of weight 0 is left out: 0 times a term that is not finite would not be 0.
+    weighted = [weights[name] * term for name, term in terms.items() if weights[name]]
+    total = torch.stack(weighted).sum() if weighted else terms["lm"] * 0
+    return TFewLoss(total, **terms)
+
+
+def _target_mask(
+    logits: Tensor, target_ids: Tensor, pad_token_id: int | None, target_mask: Tensor | None
+) -> Tensor:
+    if logits.dim() != 4 or not logits.is_floating_point():
+        raise IA3Error(
+            f"logits are {_described(logits)}, expected floating [batch, choices, length, "
+            "vocabulary]"
+        )
+    if target_ids.shape != logits.shape[:3] or not _is_integer(target_ids):
+        raise IA3Error(
+            f"target_ids are {_described(target_ids)}, expected integers "
+            f"{list(logits.shape[:3])}, as the logits {list(logits.shape)} have them"
+        )
+    if (pad_token_id is None) == (target_mask is None):
+        both = "neither" if pad_token_id is None else "both"
+        raise IA3Error(f"expected one of pad_token_id and target_mask, {both} given")
+    if target_mask is None:
+        return torch.ne(target_ids, pad_token_id).to(logits.device)  # type: ignore[arg-type]
+    if target_mask.shape != target_ids.shape:
+        raise IA3Error(
+            f"target_mask is {_described(target_mask)}, expected {list(target_ids.shape)}, as "
+            "target_ids"
+        )
+    return target_mask.to(logits.device).bool()
+
+
+def _check_labels(labels: Tensor, mask: Tensor) -> None:
+    batch, choices, _ = mask.shape
+    if labels.shape != (batch,) or not _is_integer(labels):
+        raise IA3Error(f"labels are {_described(labels)}, expected integers [{batch}]")
+    if not batch:
+        raise IA3Error("the batch has no examples: there is nothing to average over")
+    having = mask.any(-1).tolist()
+    for row, label in enumerate(labels.tolist()):
+        if not 0 <= label < choices:
+            raise IA3Error(f"labels[{row}] is {label}, expected 0 to {choices - 1}")
+        if not having[row][label]:
+            raise IA3Error(
+                f"labels[{row}] is {label}, a choice with no token: row {row} has tokens in "
+                f"choices {[c for c, has in enumerate(having[row]) if has]}"
+            )
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype}"

@@ -1,0 +1,178 @@
+"""Vectors trained on a mixture of tasks, for new tasks to begin with (paper section 3.4)."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from ...adapter.store import Adapter
+from ...base.loading import BaseModel
+from ...errors import IA3Error
+from ...targets.config import IA3Config
+from ..prompts.encoding import Encoder, TrainingExample, warn_of_cut_texts
+from ..prompts.tasks import Task
+from ..temporary_adapter import adapted, all_linear
+from .trainer import CHECKPOINT_STEPS, DrawnExamples, TFewConfig, TrainingStep, train
+
+# T0's (Sanh et al. 2022, arXiv 2110.08207), for whose mixture the paper's vectors were trained. T0
+# besides counts an example of a smaller data set once for each template; here templates weigh
+# nothing.
+CAP = 500_000
+# A checkpoint has a record of every step before it: a long run writes fewer of them.
+_CHECKPOINTS = 200
+
+
+def mixing_rates(sizes: Mapping[str, int], cap: int = CAP) -> dict[str, float]:
+    """How often each task is drawn: by its number of examples, but none as if it had more than cap.
+
+    Raffel et al. 2020 (arXiv 1910.10683), section 3.5.2: min(n, cap) / Σ min(n, cap).
+
+    Args:
+        sizes: task name -> its number of examples.
+        cap: the size limit.
+
+    Returns:
+        Task name -> probability, in the same order; they sum to one.
+
+    Raises:
+        IA3Error: there are no tasks, one has no examples, or the cap is below 1.
+    """
+    if not sizes:
+        raise IA3Error("there are no tasks to mix: expected at least one")
+    if cap < 1:
+        raise IA3Error(f"cap is {cap}, expected at least 1")
+    for name, size in sizes.items():
+        if size < 1:
+            raise IA3Error(f"task {name!r} has {size} training examples, expected at least one")
+    total = sum(min(size, cap) for size in sizes.values())
+    return {name: min(size, cap) / total for name, size in sizes.items()}
+
+
+class Mixture(DrawnExamples):
+    """Examples of several tasks: a task by its rate, then one of its examples, each as likely.
+
+    Args:
+        examples: task name -> its training set.
+        rates: task name -> probability.
+        count: how many items there are.
+        seed: of the draws; each depends on it and on the item's number alone.
+    """
+
+    def __init__(
+        self,
+        examples: Mapping[str, Sequence[TrainingExample]],
+        rates: Mapping[str, float],
+        count: int,
+        seed: int,
+    ) -> None:
+        self._examples = dict(examples)
+        self._rates = {name: rates[name] for name in self._examples}
+        self._cumulative = list(accumulate(self._rates.values()))
+        self._count = count
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> TrainingExample:
+        if not 0 <= index < self._count:
+            raise IndexError(f"item {index} of {self._count}")
+        draws = random.Random(f"{self._seed}, item {index}")
+        (name,) = draws.choices(list(self._examples), cum_weights=self._cumulative)
+        return draws.choice(self._examples[name])
+
+    def digest(self) -> str:
+        """Of the tasks, their rates, their examples and the seed."""
+        digest = hashlib.sha256(repr(self._seed).encode())
+        for name, rate in self._rates.items():
+            digest.update(repr((name, rate, len(self._examples[name]))).encode())
+            for example in self._examples[name]:
+                digest.update(repr(example).encode())
+        return digest.hexdigest()
+
+
+def pretrain(
+    base: BaseModel,
+    tasks: Sequence[Task],
+    config: TFewConfig,
+    *,
+    cap: int = CAP,
+    sites: IA3Config | None = None,
+    on_step: Callable[[TrainingStep], None] | None = None,
+    checkpoints: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Adapter:
+    """Train new vectors on a mixture of tasks (paper section 3.4); the base model is left as found.
+
+    Every example of every step is of a task drawn by `mixing_rates`. The paper takes 100,000 steps
+    with a batch of 16 and the optimizer of the recipe, on T0's mixture. Its authors' code trains
+    on the right answers alone there: `TFewConfig(length_norm=0, unlikelihood=0)`.
+
+    Args:
+        base: the model.
+        tasks: their `train` examples are taken; their names differ.
+        config: the recipe.
+        cap: as in `mixing_rates`.
+        sites: which activations are rescaled; by default those of `FewShotClassifier`, whose
+            `init_from` takes the result with any.
+        on_step: called after every optimizer step.
+        checkpoints: as in `train`, every 25 steps, or 200 times where that is less often.
+        progress: called before the first step with the number of examples that were encoded since
+            the last call, once a task.
+
+    Returns:
+        The vectors, float32 on the CPU, with the base model's name in their config.
+
+    Raises:
+        DivergedError: the loss is not finite.
+        IA3Error: there are no tasks, two have one name, one has no or unusable examples, a setting
+            is out of range, or the checkpoint is another run's.
+        OSError: a checkpoint cannot be written; the one before it stays.
+    """
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise IA3Error(f"two tasks have the name {name!r}: expected different names")
+    rates = mixing_rates({task.name: len(task.train) for task in tasks}, cap)
+    encoder = Encoder(base, chat=False)
+    examples: dict[str, list[TrainingExample]] = {}
+    for task in tasks:
+        examples[task.name] = _encoded(task, encoder)
+        if progress is not None:
+            progress(len(task.train))
+    prompts = sum(len(e.encoded) for of_task in examples.values() for e in of_task)
+    warn_of_cut_texts(encoder, prompts, stacklevel=3)
+    mixture = Mixture(examples, rates, config.steps * config.batch_size, config.seed)
+    if sites is None:
+        sites = all_linear(base)
+    saving: dict[str, Any] = {}
+    if checkpoints is not None:
+        saving["save_steps"] = max(CHECKPOINT_STEPS, config.steps // _CHECKPOINTS)
+    with adapted(base, sites, None) as ia3_model:
+        train(
+            base,
+            ia3_model,
+            mixture,
+            config,
+            on_step,
+            checkpoints=checkpoints,
+            # They are drawn already: shuffling them would only make a list of all their numbers.
+            train_sampling_strategy="sequential",
+            **saving,
+        )
+        adapter = ia3_model.adapter("default")
+    adapter.vectors = {name: vector.cpu().clone() for name, vector in adapter.vectors.items()}
+    adapter.copies = {name: value.cpu().clone() for name, value in adapter.copies.items()}
+    return adapter
+
+
+def _encoded(task: Task, encoder: Encoder) -> list[TrainingExample]:
+    try:
+        return task.training_examples(encoder)
+    except IA3Error as error:
+        where = f"task {task.name!r}: "
+        raise IA3Error(f"{where}{str(error).removeprefix(where)}") from error

@@ -1,0 +1,613 @@
+"""The T-Few recipe (paper section 3.5), on transformers' `Trainer`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.optimization import Adafactor, get_linear_schedule_with_warmup
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    TrainOutput,
+    get_last_checkpoint,
+    rotate_checkpoints,
+)
+
+from ...adapter.fingerprint import Fingerprint, fingerprint
+from ...adapter.layout import WEIGHTS_NAME
+from ...base.loading import BaseModel
+from ...compat.state_dicts import set_peft_model_state_dict
+from ...errors import IA3Error, MissingExtraError
+from ...files.atomic import check_folder, new_folder_beside
+from ...model.ia3_model import DEFAULT_ADAPTER, IA3Model
+from ..prompts.encoding import EncodedExample, TrainingExample
+from ..scoring.choices import MAX_TOKENS, example_batches, token_scores
+from ..scoring.kept_states import KeptStates, kept_states
+from .losses import Counts, token_loss
+
+if importlib.util.find_spec("accelerate") is None:
+    raise MissingExtraError("accelerate", "tfew", "training")
+
+# In a checkpoint, beside the Trainer's own files: which run it is of, and its steps so far.
+RUN_NAME = "ia3_run.json"
+CHECKPOINT_STEPS = 25
+# The authors' Adafactor scales its steps by the size of a vector; the Trainer's does not.
+ADAFACTOR = {"scale_parameter": True, "relative_step": False}
+# Of a run, what is compared by a digest, which says nothing in a message.
+DIGESTS = ("examples", "base model", "first vectors")
+
+
+@dataclass(frozen=True)
+class TFewConfig:
+    """The paper's hyper-parameters, the same for every task (section 3.5).
+
+    Args:
+        steps: optimizer steps.
+        batch_size: examples a step, each with all its choices.
+        learning_rate: of Adafactor, at its peak.
+        warmup_ratio: share of the steps in which the rate rises from 0; then it falls linearly.
+        max_grad_norm: gradients are clipped to this norm.
+        seed: of the order of the examples and of the templates drawn.
+        lm, length_norm, unlikelihood: the weights of the loss's terms (`ia3.tfew.tfew_loss`).
+        max_tokens: computed at once; a step of more is computed in parts, with the same gradients.
+            Lower it where memory runs out.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    warmup_ratio: float = 0.06
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    lm: float = 1.0
+    length_norm: float = 1.0
+    unlikelihood: float = 1.0
+    max_tokens: int = MAX_TOKENS
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise IA3Error(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise IA3Error(f"learning_rate is {self.learning_rate}, expected a number above 0")
+        if not 0 <= self.warmup_ratio < 1:
+            raise IA3Error(f"warmup_ratio is {self.warmup_ratio}, expected 0 to less than 1")
+        if not 0 <= self.seed < 2**32:
+            raise IA3Error(f"seed is {self.seed}, expected 0 to 2**32 - 1")
+        weights = self.weights
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise IA3Error(f"{name} is {weight}, expected 0 or a number above 0")
+        if not any(weights.values()):
+            raise IA3Error(f"{', '.join(weights)} are all 0: there is no loss to train with")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights of the loss's terms, by name."""
+        return {name: getattr(self, name) for name in ("lm", "length_norm", "unlikelihood")}
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What one optimizer step saw; the terms are not weighted."""
+
+    step: int
+    steps: int
+    loss: float
+    lm: float
+    length_norm: float
+    unlikelihood: float
+
+
+class DivergedError(IA3Error):
+    """The loss or a vector is no longer finite; `step` says since when."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(
+            f"training diverged at step {step}: {what}; lower the learning rate, or look for "
+            "texts that are empty or out of place"
+        )
+        self.step = step
+
+
+class DrawnExamples(Dataset[TrainingExample]):
+    """A training set whose items are drawn when they are asked for: item i is always the same.
+
+    It may be as long as the training, at no cost of memory.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many items may be asked for."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Of all that its items depend on: a checkpoint of another training set is refused."""
+
+
+def train(
+    base: BaseModel,
+    ia3_model: IA3Model,
+    examples: Sequence[TrainingExample] | DrawnExamples,
+    config: TFewConfig,
+    on_step: Callable[[TrainingStep], None] | None = None,
+    *,
+    checkpoints: str | Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    **arguments: Any,
+) -> list[TrainingStep]:
+    """Train the active adapters' vectors; the global random state is left as it was.
+
+    Args:
+        base: the model under `ia3_model`, with its tokenizer.
+        ia3_model: carries the vectors to train.
+        examples: the training set; one template is drawn for each at every step.
+        config: the recipe.
+        on_step: called after every optimizer step of this call.
+        checkpoints: a folder for checkpoints, every 25 steps (`save_steps`) and at the end; the
+            last one is kept. If it has one of this very run, training goes on from there, and ends
+            with the vectors of a run without a break: on a CPU, to the last bit.
+        callbacks: the Trainer's.
+        arguments: further `TrainingArguments`, as `training_arguments` takes them.
+
+    Returns:
+        One record a step, those before the checkpoint included.
+
+    Raises:
+        DivergedError: the loss is not finite. The vectors are then those before that step.
+        IA3Error: the checkpoint is another run's, or an argument does not fit.
+        OSError: a checkpoint cannot be written; the one before it stays.
+    """
+    last = None
+    if checkpoints is not None:
+        check_folder(checkpoints)
+        last = last_checkpoint(checkpoints)
+        arguments = {
+            "save_strategy": "steps",
+            "save_steps": CHECKPOINT_STEPS,
+            "save_total_limit": 1,
+            **arguments,
+        }
+    with tempfile.TemporaryDirectory() as nowhere, random_state_kept():
+        settings = training_arguments(base, config, checkpoints or nowhere, **arguments)
+        trainer = TFewTrainer(base, ia3_model, examples, config, settings, callbacks)
+        if on_step is not None:
+            trainer.add_callback(_OnStep(trainer.history, on_step))
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    for name in ia3_model.active_adapters:
+        error = not_finite(ia3_model.vectors(name), config.steps)
+        if error is not None:
+            raise error
+    return trainer.history
+
+
+def not_finite(vectors: Mapping[str, Tensor], step: int) -> DivergedError | None:
+    """What is wrong with vectors (by module) after a step that made them infinite or no numbers."""
+    for module, vector in vectors.items():
+        if not torch.isfinite(vector).all():
+            return DivergedError(step, f"the vector of {module!r} is not finite")
+    return None
+
+
+def training_arguments(
+    base: BaseModel, config: TFewConfig, folder: str | Path, **arguments: Any
+) -> TrainingArguments:
+    """The recipe as transformers' `TrainingArguments`.
+
+    Args:
+        base: the model to train on.
+        config: the recipe.
+        folder: for checkpoints and logs.
+        arguments: further ones, or others instead: `bf16=True`, `gradient_accumulation_steps=4` (of
+            `batch_size` examples together), `logging_steps=10`, `save_steps=100`, `report_to=...`
+
+    Raises:
+        IA3Error: the model is on a GPU that the Trainer would not train on, or the batch does not
+            divide into so many parts.
+    """
+    if base.device.type == "cuda" and base.device.index not in (None, 0):
+        raise IA3Error(
+            f"training on {base.device} is not supported: choose the GPU with CUDA_VISIBLE_DEVICES"
+        )
+    parts = arguments.get("gradient_accumulation_steps", 1)
+    if parts < 1 or config.batch_size % parts:
+        raise IA3Error(
+            f"gradient_accumulation_steps is {parts}, expected a divisor of the batch_size "
+            f"{config.batch_size}"
+        )
+    settings = TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "max_steps": config.steps,
+            "per_device_train_batch_size": config.batch_size // parts,
+            "optim": "adafactor",
+            "learning_rate": config.learning_rate,
+            "lr_scheduler_type": "linear",
+            "max_grad_norm": config.max_grad_norm,
+            "seed": config.seed,
+            "use_cpu": base.device.type == "cpu",
+            # The Trainer writes it into the model's config, where it would stay.
+            "use_cache": getattr(base.model.config, "use_cache", False),
+            "save_strategy": "steps" if "save_steps" in arguments else "no",
+            "logging_strategy": "steps" if "logging_steps" in arguments else "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": False,
+            **arguments,
+        }
+    )
+    # On a machine of several GPUs the Trainer would multiply the batch and split the model.
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint with the most steps in a folder, if there is one."""
+    found = get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+    return None if found is None else Path(found)
+
+
+class TFewTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer with T-Few's loss, optimizer and schedule.
+
+    The terms of a step are means over all its tokens and examples, however many parts it is
+    computed in: gradient accumulation and `TFewConfig.max_tokens` change no gradient but by
+    rounding. Checkpoints hold the adapters alone, beside the state of the optimizer, the schedule
+    and the random numbers, and appear whole or not at all.
+
+    Args:
+        base: the model under `ia3_model`, with its tokenizer.
+        ia3_model: its active adapters are trained.
+        examples: the training set.
+        config: the recipe.
+        arguments: made by `training_arguments`.
+        callbacks: the Trainer's.
+
+    Attributes:
+        history: one `TrainingStep` a step.
+
+    Raises:
+        IA3Error: there are no examples, or several processes train.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        ia3_model: IA3Model,
+        examples: Sequence[TrainingExample] | DrawnExamples,
+        config: TFewConfig,
+        arguments: TrainingArguments,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        if not examples:
+            raise IA3Error("there are no examples to train on: expected at least one")
+        if arguments.world_size > 1:
+            raise IA3Error(
+                f"{arguments.world_size} processes train: expected one, as gradients are not "
+                "averaged over processes"
+            )
+        adafactor = {"lr": arguments.learning_rate, **ADAFACTOR}
+        super().__init__(
+            model=ia3_model,
+            args=arguments,
+            train_dataset=examples if isinstance(examples, DrawnExamples) else list(examples),
+            data_collator=_as_they_are,
+            callbacks=list(callbacks),
+            optimizer_cls_and_kwargs=(
+                (Adafactor, adafactor) if arguments.optim == "adafactor" else None
+            ),
+        )
+        # It prints what on_step says already.
+        self.callback_handler.callbacks = [
+            c for c in self.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"
+        ]
+        self.history: list[TrainingStep] = []
+        self._base = base
+        self._config = config
+        self._run = _described_run(ia3_model, examples, config)
+        self._logged = 0
+        self._terms = torch.zeros(4)
+        self._parts_left = 0
+        self._staging: Path | None = None
+
+    # -- a step -----------------------------------------------------------------------------------
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The authors' schedule, unless the arguments name another."""
+        scheduler: torch.optim.lr_scheduler.LRScheduler
+        if self.args.lr_scheduler_type != "linear":
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
+            return scheduler
+        self.lr_scheduler = scheduler = linear_schedule(
+            self.optimizer if optimizer is None else optimizer,
+            self._config.warmup_ratio,
+            num_training_steps,
+        )
+        self._created_lr_scheduler = True
+        return scheduler
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """All parts of one step, with their templates drawn and what the loss is divided by."""
+        parts, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        draws = template_draws(self._config, self.state.global_step)
+        drawn = [[draws.choice(e.encoded) for e in part["examples"]] for part in parts]
+        labels = [[e.label for e in part["examples"]] for part in parts]
+        counts = count(
+            [example for part in drawn for example in part],
+            [label for part in labels for label in part],
+        )
+        self._terms = torch.zeros(4)
+        self._parts_left = len(parts)
+        return [
+            {"examples": of_part, "labels": torch.tensor(right), "counts": counts}
+            for of_part, right in zip(drawn, labels, strict=True)
+        ], items
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The gradients of one part of a step, itself in parts where it has too many tokens."""
+        model.train()
+        examples: list[EncodedExample] = inputs["examples"]
+        terms = torch.zeros(4, device=self.args.device)
+        # In a context of its own: autocast would hand on the weights that it has cast here, and
+        # they have no gradients.
+        with self.accelerator.autocast():
+            kept = self._kept
+        for part in example_batches(self._base, examples, self._config.max_tokens):
+            # The model's own forward is called, which the Trainer has not wrapped in autocast.
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                scores = token_scores(
+                    self._base,
+                    [examples[i] for i in part],
+                    max_tokens=self._config.max_tokens,
+                    kept=kept,
+                )
+                loss = token_loss(
+                    scores,
+                    inputs["labels"][part].to(scores.mask.device),
+                    counts=inputs["counts"],
+                    **self._config.weights,
+                )
+            self.accelerator.backward(loss.total)
+            each = torch.stack([loss.total, loss.lm, loss.length_norm, loss.unlikelihood])
+            terms += each.detach().to(terms)
+        self._terms = self._terms.to(terms) + terms
+        self._parts_left -= 1
+        if self._parts_left == 0:
+            step = self.state.global_step + 1
+            record = TrainingStep(step, self.args.max_steps, *self._terms.tolist())
+            if not math.isfinite(record.loss):
+                raise DivergedError(step, f"the loss is {record.loss}")
+            self.history.append(record)
+        return terms[0]
+
+    @cached_property
+    def _kept(self) -> KeptStates | None:
+        """What enters the lowest block that is trained, for as long as the training lasts."""
+        if isinstance(self.train_dataset, DrawnExamples):
+            # Of so many examples hardly one comes again.
+            return None
+        examples = [e for example in self.train_dataset for e in example.encoded]
+        draws = self.args.max_steps * self._config.batch_size
+        return kept_states(self._base, examples, draws)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the terms too: their means over the steps since the last time."""
+        since = self.history[self._logged :]
+        if "loss" in logs and since:
+            self._logged = len(self.history)
+            for name in self._config.weights:
+                logs[name] = sum(getattr(step, name) for step in since) / len(since)
+        super().log(logs, start_time)
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, or go on from a checkpoint of this run: a folder, or `True` for the last one.
+
+        Raises:
+            DivergedError: the loss is not finite. The vectors are then those before that step.
+            IA3Error: the checkpoint is another run's.
+        """
+        folder = Path(self.args.output_dir)
+        # What a run left behind that was killed while it wrote.
+        for left in folder.glob(f".{PREFIX_CHECKPOINT_DIR}.*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if resume_from_checkpoint is True:
+            last = last_checkpoint(folder)
+        else:
+            last = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if last is not None and len(self._steps_in(last)) >= self.args.max_steps:
+            # The Trainer would go on to the end of the epoch.
+            self._load_from_checkpoint(str(last))
+            return TrainOutput(self.args.max_steps, self.history[-1].loss, {})
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            # It takes memory, and the model may change before the next training.
+            self.__dict__.pop("_kept", None)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self.model.save_pretrained(output_dir or self.args.output_dir)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint, written beside its place and then renamed into it."""
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._staging = new_folder_beside(folder / PREFIX_CHECKPOINT_DIR)
+        try:
+            super()._save_checkpoint(model, trial)
+            written = self._staging / name
+            run = {"run": self._run, "history": [asdict(step) for step in self.history]}
+            (written / RUN_NAME).write_text(json.dumps(run), "utf-8")
+            for path in written.rglob("*"):
+                if path.is_file():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+            # One of the same step holds the same.
+            shutil.rmtree(folder / name, ignore_errors=True)
+            written.rename(folder / name)
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        rotate_checkpoints(str(folder), save_total_limit=self.args.save_total_limit)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint = Path(resume_from_checkpoint)
+        self.history[:] = self._steps_in(checkpoint)
+        self._logged = len(self.history)
+        for name in self.model.peft_config:
+            folder = checkpoint if name == DEFAULT_ADAPTER else checkpoint / name
+            tensors = load_file(folder / WEIGHTS_NAME)
+            missing, unexpected = set_peft_model_state_dict(self.model, tensors, name)
+            for key in (*missing, *unexpected):
+                raise IA3Error(f"{folder}: {key!r} is only in one of the file and adapter {name!r}")
+
+    def _steps_in(self, checkpoint: Path) -> list[TrainingStep]:
+        """The steps before a checkpoint of this run."""
+        path = checkpoint / RUN_NAME
+        if not path.is_file():
+            raise IA3Error(
+                f"{checkpoint} is no checkpoint of a T-Few run: it has no {RUN_NAME}; give another "
+                "folder"
+            )
+        read = json.loads(path.read_text("utf-8"))
+        for name, value in self._run.items():
+            there = read["run"].get(name)
+            if there != value:
+                what = f"had other {name}" if name in DIGESTS else f"had {name}={there!r}"
+                here = "" if name in DIGESTS else f", this one {value!r}"
+                raise IA3Error(
+                    f"{checkpoint} is another run's: it {what}{here}; give another folder, or "
+                    "remove this one to begin anew"
+                )
+        return [TrainingStep(**step) for step in read["history"]]
+
+
+class _OnStep(TrainerCallback):  # type: ignore[misc]
+    def __init__(
+        self, history: list[TrainingStep], on_step: Callable[[TrainingStep], None]
+    ) -> None:
+        self._history = history
+        self._on_step = on_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._on_step(self._history[-1])
+
+
+def _as_they_are(batch: list[TrainingExample]) -> dict[str, Any]:
+    return {"examples": batch}
+
+
+def template_draws(config: TFewConfig, step: int) -> random.Random:
+    """Draws the templates of a step (from 0), in the order of its examples.
+
+    By the step's number, not from a generator: the Trainer's loader is a part ahead of the step, so
+    that a checkpoint's random state would not lead to the same draws again.
+    """
+    return random.Random(f"{config.seed}/{step}")
+
+
+def linear_schedule(
+    optimizer: torch.optim.Optimizer, warmup_ratio: float, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The authors' schedule: the warm-up may end within a step."""
+    schedule: torch.optim.lr_scheduler.LambdaLR = get_linear_schedule_with_warmup(
+        optimizer, warmup_ratio * steps, steps
+    )
+    return schedule
+
+
+def count(examples: Sequence[EncodedExample], labels: Sequence[int]) -> Counts:
+    """What the terms of a step are divided by."""
+    right = sum(len(e.choices[label]) for e, label in zip(examples, labels, strict=True))
+    tokens = sum(len(choice) for e in examples for choice in e.choices)
+    return Counts(len(examples), right, tokens - right)
+
+
+def _described_run(
+    ia3_model: IA3Model,
+    examples: Sequence[TrainingExample] | DrawnExamples,
+    config: TFewConfig,
+) -> dict[str, Any]:
+    """What makes a run this one: its recipe, and digests of what it begins with."""
+    first = [ia3_model.vectors(name) for name in ia3_model.active_adapters]
+    return described_run(fingerprint(ia3_model.model), first, examples, config)
+
+
+def described_run(
+    base: Fingerprint,
+    first_vectors: Sequence[Mapping[str, Tensor]],
+    examples: Sequence[TrainingExample] | DrawnExamples,
+    config: TFewConfig,
+) -> dict[str, Any]:
+    """What makes a run this one, in what JSON has.
+
+    Args:
+        base: of the base model.
+        first_vectors: module name -> vector, of each adapter that is trained.
+        examples: the training set.
+        config: the recipe.
+    """
+    recipe = asdict(config)
+    # Memory is the machine's matter: a run that lacked it may go on in smaller parts.
+    del recipe["max_tokens"]
+    if isinstance(examples, DrawnExamples):
+        data = examples.digest()
+    else:
+        data = hashlib.sha256(repr([astuple(e) for e in examples]).encode()).hexdigest()
+    start = hashlib.sha256()
+    for vectors in first_vectors:
+        for module, vector in vectors.items():
+            start.update(module.encode())
+            start.update(vector.detach().float().cpu().numpy().tobytes())
+    return {
+        **recipe,
+        "examples": data,
+        "base model": hashlib.sha256(base.to_json().encode()).hexdigest(),
+        "first vectors": start.hexdigest(),
+    }
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """After the context, the global random state is what it was before."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

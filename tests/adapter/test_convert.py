@@ -1,0 +1,354 @@
+"""Adapters of the T-Few authors' code: onto the right sites, with the same outputs, or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import MakeInputs, MakeModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from support.paths import SHARED
+from torch import Tensor, nn
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
+
+from ia3 import IA3Config, IA3Error, IA3Model
+from ia3.adapter.convert import convert_tfew_authors, read_tfew_authors, structure_of
+from ia3.targets.structure import paper_targets
+
+T03B = SHARED / "golden" / "t03b_ia3_finish.pt"
+
+KEY = "decoder.block.0.layer.1.EncDecAttention.k.multi_lora_b"
+INNER = "decoder.block.1.layer.2.DenseReluDense.wi_1.multi_lora_b"
+
+
+def vectors_of(model: nn.Module) -> dict[str, Tensor]:
+    """What the authors' code would save for a model: every vector near one, all different."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"{name}.multi_lora_b": 1 + 0.3 * torch.randn(module.out_features, 1, generator=generator)
+        for name, module in model.named_modules()
+        if name.endswith(("Attention.k", "Attention.v", "DenseReluDense.wi_1"))
+    }
+
+
+@pytest.fixture
+def their_file(tiny_t5: PreTrainedModel, tmp_path: Path) -> Path:
+    path = tmp_path / "finish.pt"
+    torch.save(vectors_of(tiny_t5), path)
+    return path
+
+
+def test_t0_3b(tmp_path: Path) -> None:
+    if not T03B.is_file():
+        pytest.skip(f"the T-Few authors' adapter is not at {T03B}")
+    config = T5Config(
+        vocab_size=32128,
+        d_model=2048,
+        d_kv=64,
+        d_ff=5120,
+        num_layers=24,
+        num_heads=32,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(config)
+    adapter, vectors = convert_tfew_authors(T03B, model)
+    theirs = torch.load(T03B, weights_only=True)
+    assert len(vectors) == len(theirs) == 192
+    assert sum(vector.numel() for vector in vectors.values()) == 540_672
+    assert vectors.keys() == {target.name for target in paper_targets(model)}
+    for name, vector in vectors.items():
+        if name.endswith(".wo"):
+            expected = theirs[f"{name.removesuffix('wo')}wi_1.multi_lora_b"].T
+            assert vector.shape == (1, 5120)
+        else:
+            expected = theirs[f"{name}.multi_lora_b"]
+            assert vector.shape == (2048, 1)
+        torch.testing.assert_close(vector, expected, rtol=0, atol=0)
+        assert vector.dtype == torch.float32
+        assert vector.device.type == "cpu"
+    assert adapter.task_type == "SEQ_2_SEQ_LM"
+    assert adapter.target_modules == {"k", "v", "wo"}
+    assert adapter.feedforward_modules == {"wo"}
+    IA3Model(model, adapter, vectors=vectors).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(saved) == 192
+    for name, vector in vectors.items():
+        assert torch.equal(saved[f"base_model.model.{name}.ia3_l"], vector)
+
+
+def test_same_logits_in_peft_as_in_the_authors_layout(
+    tiny_t5: PreTrainedModel, their_file: Path, make_model: MakeModel, make_inputs: MakeInputs
+) -> None:
+    config, vectors = convert_tfew_authors(their_file, tiny_t5)
+    theirs = make_model("t5")
+    for name, vector in vectors_of(theirs).items():
+        theirs.get_submodule(name.removesuffix(".multi_lora_b")).register_forward_hook(
+            lambda _module, _args, output, vector=vector: output * vector.flatten()
+        )
+    adapted = peft.get_peft_model(
+        tiny_t5,
+        peft.IA3Config(
+            task_type=config.task_type,
+            target_modules=config.target_modules,
+            feedforward_modules=config.feedforward_modules,
+        ),
+    )
+    parameters = {
+        name.removeprefix("base_model.model.").removesuffix(".ia3_l.default"): parameter
+        for name, parameter in adapted.named_parameters()
+        if name.endswith(".ia3_l.default")
+    }
+    assert parameters.keys() == vectors.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            assert parameter.shape == vectors[name].shape
+            parameter.copy_(vectors[name])
+        inputs = make_inputs("t5")
+        expected, plain = theirs(**inputs).logits, make_model("t5")(**inputs).logits
+        torch.testing.assert_close(adapted(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - plain).abs().max() > 1e-2
+
+
+def test_half_precision_file_gives_float32(tiny_t5: PreTrainedModel, tmp_path: Path) -> None:
+    path = tmp_path / "finish.pt"
+    torch.save({name: vector.half() for name, vector in vectors_of(tiny_t5).items()}, path)
+    _, vectors = convert_tfew_authors(path, tiny_t5)
+    assert {vector.dtype for vector in vectors.values()} == {torch.float32}
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+IA3 = Path(sys.executable).parent / "ia3"
+
+
+def convert(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(IA3), "convert", *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def place(tiny_t5: PreTrainedModel, their_file: Path) -> Path:
+    """A folder with the authors' file and the model's config, whose weights are elsewhere."""
+    folder = their_file.parent
+    tiny_t5.config.save_pretrained(folder / "only-config")
+    return folder
+
+
+def test_a_converted_adapter_computes_what_the_authors_did(
+    place: Path, tiny_t5: PreTrainedModel, make_model: MakeModel, make_inputs: MakeInputs
+) -> None:
+    done = convert(place, "finish.pt", "--model", "only-config", "--out", "new/adapter", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = vectors_of(tiny_t5)
+    weights = place / "new/adapter/adapter_model.safetensors"
+    assert json.loads(done.stdout) == {
+        "adapter": "new/adapter",
+        "vectors": len(expected),
+        "values": sum(vector.numel() for vector in expected.values()),
+        "adapter_bytes": weights.stat().st_size,
+    }
+    assert {path.name for path in weights.parent.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors")
+    }
+    config = IA3Config.from_pretrained(place / "new/adapter")
+    assert config.base_model_name_or_path == "only-config"
+    assert config.inference_mode
+    with safe_open(weights, framework="pt") as file:
+        # Nobody saw the base model's values.
+        assert file.metadata() == {"format": "pt"}
+
+    theirs = make_model("t5")
+    for name, vector in expected.items():
+        module = theirs.get_submodule(name.removesuffix(".multi_lora_b"))
+        with torch.no_grad():
+            module.weight.mul_(vector)
+    inputs = make_inputs("t5")
+    for library in (IA3Model, peft.PeftModel):
+        adapted = library.from_pretrained(make_model("t5"), place / "new/adapter")
+        with torch.no_grad():
+            found, scaled = adapted(**inputs).logits, theirs(**inputs).logits
+            plain = make_model("t5")(**inputs).logits
+        torch.testing.assert_close(found, scaled, rtol=1e-5, atol=1e-5)
+        assert (scaled - plain).abs().max() > 1e-2
+
+
+def test_a_folder_is_replaced_only_when_told(place: Path) -> None:
+    (place / "adapter").mkdir()
+    command = ("finish.pt", "--model", "only-config", "--out", "adapter")
+    done = convert(place, *command)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: adapter exists already")
+    assert not list((place / "adapter").iterdir())
+    done = convert(place, *command, "--force")
+    # Keys and values of 6 attentions, 32 each, and the inner activations of 4 layers, 48 each.
+    assert done.returncode == 0
+    assert done.stderr.startswith("16 vectors of 576 values; ")
+    assert len(list((place / "adapter").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "message"),
+    [
+        ("absent.pt", "only-config", "absent.pt: No such file"),
+        ("broken.pt", "only-config", "broken.pt is not a whole file"),
+        ("finish.pt", "wider", "'encoder.block.0.layer.0.SelfAttention.k.multi_lora_b' is [32, 1]"),
+    ],
+)
+def test_refused_with_one_line(place: Path, file: str, model: str, message: str) -> None:
+    (place / "broken.pt").write_bytes((place / "finish.pt").read_bytes()[:500])
+    T5Config.from_pretrained(place / "only-config", d_kv=16).save_pretrained(place / "wider")
+    done = convert(place, file, "--model", model, "--out", "adapter")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert message in done.stderr
+    assert not (place / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "no model '.*': it is neither a folder with a config.json"),
+        ("{", "no model '.*'"),
+        ('{"model_type": "no-such-type"}', "no model '.*'"),
+        ('{"model_type": "llama"}', "is a llama, expected a T5 with gated feed-forward layers"),
+        (
+            '{"model_type": "t5", "d_model": 32, "num_layers": "two"}',
+            "'.*'.*'num_layers' expected int",
+        ),
+        ('{"model_type": "t5", "d_model": -1}', "the config of '.*' describes no model"),
+    ],
+)
+def test_configs_of_no_t5(tmp_path: Path, config: str | None, message: str) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(IA3Error, match=message):
+        structure_of(tmp_path)
+
+
+def test_a_structure_has_no_weights(place: Path, tiny_t5: PreTrainedModel) -> None:
+    structure = structure_of(place / "only-config")
+    assert {parameter.device.type for parameter in structure.parameters()} == {"meta"}
+    shapes = {name: parameter.shape for name, parameter in structure.named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in tiny_t5.named_parameters()}
+
+
+# -- vectors that do not fit -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda v: v.pop(KEY), rf"'{KEY}' \[32, 1\] is missing"),
+        (lambda v: v.pop(INNER), rf"'{INNER}' \[48, 1\] is missing"),
+        (
+            lambda v: v.update({KEY.replace(".k.", ".q."): v[KEY]}),
+            rf"'{KEY.replace('.k.', '.q.')}' has no site in T5.* did you mean",
+        ),
+        (
+            lambda v: v.update({KEY.replace("block.0", "block.2"): v[KEY]}),
+            r"'decoder.block.2.* has no site in T5ForConditionalGeneration",
+        ),
+        (lambda v: v.update({KEY: v[KEY][:31]}), rf"'{KEY}' is \[31, 1\], expected \[32, 1\]"),
+        (lambda v: v.update({KEY: v[KEY].T}), rf"'{KEY}' is \[1, 32\], expected \[32, 1\]"),
+        (lambda v: v.update({INNER: v[KEY]}), rf"'{INNER}' is \[32, 1\], expected \[48, 1\]"),
+        (lambda v: v.update({KEY: v[KEY].flatten()}), rf"'{KEY}' is \[32\] .*\[dim, 1\]"),
+        (lambda v: v.update({KEY: v[KEY].long()}), rf"'{KEY}' is \[32, 1\] torch.int64, expected"),
+        (lambda v: v.update({KEY: "ones"}), rf"'{KEY}' is a str, expected"),
+        (
+            lambda v: v.update({"encoder.block.0.layer.0.SelfAttention.k.lora_a": v[KEY]}),
+            r"'encoder.*lora_a' is not an \(IA\)³ vector, expected vectors named like",
+        ),
+        (lambda v: v.update({3: v[KEY]}), r"3 is not an \(IA\)³ vector"),
+        (lambda v: v.clear(), "holds an empty dict, expected vectors named like"),
+    ],
+)
+def test_vectors_that_do_not_fit(
+    tiny_t5: PreTrainedModel,
+    tmp_path: Path,
+    change: Callable[[dict[Any, Any]], object],
+    expected: str,
+) -> None:
+    vectors: dict[Any, Any] = dict(vectors_of(tiny_t5))
+    change(vectors)
+    path = tmp_path / "finish.pt"
+    torch.save(vectors, path)
+    with pytest.raises(IA3Error, match=f"finish.pt.*{expected}"):
+        convert_tfew_authors(path, tiny_t5)
+
+
+def test_t5_without_gates(their_file: Path) -> None:
+    """There `wi`'s output goes through the activation before it reaches `wo`."""
+    config = T5Config(
+        vocab_size=48, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0
+    )
+    with pytest.raises(IA3Error, match=r"finish.pt is for a T5 with gated .* which T5For"):
+        convert_tfew_authors(their_file, T5ForConditionalGeneration(config))
+
+
+def test_another_model(their_file: Path, tiny_llama: PreTrainedModel) -> None:
+    with pytest.raises(IA3Error, match=r"finish.pt is for a T5 .* which LlamaForCausalLM is not"):
+        convert_tfew_authors(their_file, tiny_llama)
+
+
+# -- files that are none ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_file(their_file: Path, share: float) -> None:
+    content = their_file.read_bytes()
+    their_file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(IA3Error, match=r"finish.pt is not a whole file of tensors alone"):
+        read_tfew_authors(their_file)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"not a file of torch's", pickle.dumps({"key": 1}), b"PK\x03\x04", b"\x80\x02}q\x00."],
+)
+def test_file_of_something_else(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "finish.pt"
+    path.write_bytes(content)
+    with pytest.raises(IA3Error, match=r"finish.pt (is not|holds|.*is not an)"):
+        read_tfew_authors(path)
+
+
+class _Code:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, zipped: bool) -> None:
+    path, trace = tmp_path / "finish.pt", tmp_path / "trace"
+    vectors = {"encoder.k.multi_lora_b": torch.ones(2, 1), "more": _Code(trace)}
+    torch.save(vectors, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(IA3Error, match=r"finish.pt is not a whole file of tensors alone"):
+        read_tfew_authors(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)  # it would have
+    assert trace.exists()
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_tfew_authors(tmp_path / "finish.pt")

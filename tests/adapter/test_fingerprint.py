@@ -1,0 +1,290 @@
+"""A warning on the wrong base model, and none on the right one however it was loaded."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeInputs, MakeModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.pairs import randomize, vectors
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+
+from ia3 import IA3Config, IA3Model
+from ia3.adapter.fingerprint import Fingerprint, fingerprint
+
+WEIGHTS = "adapter_model.safetensors"
+SIZES: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+WRONG = "may be the wrong base model"
+
+
+def seeded(make: Callable[[], nn.Module], seed: int) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make().eval()
+
+
+def llama(seed: int = 0) -> PreTrainedModel:
+    model: PreTrainedModel = seeded(lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), seed)
+    # As after training, when norms are no longer ones.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def adapted(base: nn.Module, **config: Any) -> IA3Model:
+    model = IA3Model(base, IA3Config(**config))
+    randomize(vectors(model))
+    return model
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """The folder of an adapter for `llama()`."""
+    folder = tmp_path / "adapter"
+    adapted(llama()).save_pretrained(folder)
+    return folder
+
+
+def header(folder: Path) -> dict[str, str]:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        metadata: dict[str, str] = file.metadata()
+    return metadata
+
+
+def says(load: Callable[[], object]) -> list[str]:
+    """What is warned about the base model."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load()
+    return [str(each.message) for each in caught if WRONG in str(each.message)]
+
+
+def test_the_header_holds_what_was_seen(adapter: Path) -> None:
+    metadata = header(adapter)
+    assert metadata["format"] == "pt"
+    seen = json.loads(metadata["ia3_base_model"])
+    assert seen["model_type"] == "llama"
+    parameters = dict(llama().named_parameters())
+    assert "model.embed_tokens.weight" in seen["samples"]
+    for name, (shape, values) in seen["samples"].items():
+        assert list(parameters[name].shape) == shape
+        assert set(values) <= set(parameters[name].flatten().tolist())
+    # An adapter stays small.
+    assert len(metadata["ia3_base_model"]) < 8 * 300
+
+
+@given(
+    st.text(),
+    st.dictionaries(
+        st.text(),
+        st.tuples(st.lists(st.integers(0, 2**40)), st.lists(st.floats(allow_nan=False, width=32))),
+    ),
+)
+@settings(max_examples=30, deadline=None)
+def test_written_and_read(
+    model_type: str, samples: dict[str, tuple[list[int], list[float]]]
+) -> None:
+    seen = Fingerprint(model_type, samples)
+    assert Fingerprint.from_json(seen.to_json(), "file") == seen
+
+
+def test_saved_again_unchanged(adapter: Path, tmp_path: Path) -> None:
+    IA3Model.from_pretrained(llama(), adapter).save_pretrained(tmp_path / "again")
+    assert header(tmp_path / "again") == header(adapter)
+
+
+def resized(tokens: int) -> PreTrainedModel:
+    model = llama()
+    model.resize_token_embeddings(tokens)
+    return model
+
+
+def on_meta() -> PreTrainedModel:
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+RIGHT: dict[str, Callable[[], nn.Module]] = {
+    "the same": llama,
+    "bfloat16": lambda: llama().bfloat16(),
+    "float16": lambda: llama().half(),
+    "float64": lambda: llama().double(),
+    "bfloat16 and back": lambda: llama().bfloat16().float(),
+    "more tokens": lambda: resized(64),
+    "fewer tokens": lambda: resized(40),
+    "in training": lambda: llama().train(),
+    "weights not there yet": on_meta,
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_no_warning_on_the_right_base(adapter: Path, kind: str) -> None:
+    base = RIGHT[kind]()
+    assert says(lambda: IA3Model.from_pretrained(base, adapter)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_warning_on_weights_of_another_seed(
+    adapter: Path, make_inputs: MakeInputs, dtype: torch.dtype
+) -> None:
+    (message,) = says(lambda: IA3Model.from_pretrained(llama(seed=1).to(dtype), adapter))
+    assert "'default'" in message
+    assert "'model.embed_tokens.weight' are not those" in message
+    # It is a warning: the adapter is there.
+    model = adapted(llama(seed=1))
+    loaded: list[IA3Model] = []
+    says(lambda: loaded.append(IA3Model.from_pretrained(llama(seed=1), adapter)))
+    inputs = make_inputs("llama")
+    assert torch.equal(loaded[0](**inputs).logits, model(**inputs).logits)
+
+
+def test_a_warning_on_another_seed_even_with_more_tokens(adapter: Path) -> None:
+    """Where the embeddings cannot be compared, the norms can."""
+    base = llama(seed=1)
+    base.resize_token_embeddings(64)
+    (message,) = says(lambda: IA3Model.from_pretrained(base, adapter))
+    assert "norm" in message
+
+
+def test_a_warning_on_another_architecture(adapter: Path) -> None:
+    mistral = seeded(lambda: MistralForCausalLM(MistralConfig(**SIZES)), 0)
+    (message,) = says(lambda: IA3Model.from_pretrained(mistral, adapter))
+    assert "its model type is 'mistral', the adapter's base model is 'llama'" in message
+
+
+def test_a_further_adapter_is_looked_at_too(adapter: Path) -> None:
+    right, wrong = adapted(llama()), adapted(llama(seed=1))
+    assert says(lambda: right.load_adapter(adapter, "further")) == []
+    (message,) = says(lambda: wrong.load_adapter(adapter, "further"))
+    assert "'further'" in message
+
+
+def test_no_warning_for_files_that_say_nothing(adapter: Path) -> None:
+    """PEFT's, that is."""
+    save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS, {"format": "pt"})
+    assert says(lambda: IA3Model.from_pretrained(llama(seed=1), adapter)) == []
+    save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS)
+    assert says(lambda: IA3Model.from_pretrained(llama(seed=1), adapter)) == []
+
+
+def test_an_untrained_head_is_no_other_base(tmp_path: Path) -> None:
+    """Each time a body is loaded for classification, its head is new."""
+
+    def with_head(seed: int) -> PreTrainedModel:
+        model: PreTrainedModel = seeded(
+            lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES)), seed
+        )
+        model.model.load_state_dict(llama().model.state_dict())
+        return model
+
+    adapted(with_head(0), task_type="SEQ_CLS").save_pretrained(tmp_path)
+    assert not torch.equal(with_head(0).score.weight, with_head(1).score.weight)
+    assert says(lambda: IA3Model.from_pretrained(with_head(1), tmp_path)) == []
+
+
+# -- what adapters change is not the base ----------------------------------------------------------
+
+
+class Convolutions(nn.Module):
+    """A network of which an adapter can rescale every layer that is not linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`[batch, length]` to `[batch, length, 4]`."""
+        result: Tensor = self.out(self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2))
+        return result
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "llama": (
+        lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+        {"target_modules": ["embed_tokens", "lm_head"]},
+    ),
+    "convolutions": (Convolutions, {"target_modules": ["embed", "conv", "out"]}),
+    "linear layers alone": (
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)),
+        {"target_modules": ["0", "1"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_merged_weights_are_not_the_bases(kind: str, tmp_path: Path) -> None:
+    """Saved while merged, loaded onto a base that has another adapter merged: still the same."""
+    make, modules = NETS[kind]
+    config = {**modules, "feedforward_modules": []}
+    model = adapted(seeded(make, 0), **config)
+    model.save_pretrained(tmp_path / "plain")
+    model.merge_adapter()
+    model.save_pretrained(tmp_path / "merged")
+    for folder in ("plain", "merged"):
+        base = seeded(make, 0)
+        assert says(lambda: IA3Model.from_pretrained(base, tmp_path / folder)) == []  # noqa: B023
+        other = adapted(seeded(make, 0), **config)
+        other.merge_adapter()
+        assert says(lambda: other.load_adapter(tmp_path / folder, "b")) == []  # noqa: B023
+    wrong = seeded(make, 1)
+    (message,) = says(lambda: IA3Model.from_pretrained(wrong, tmp_path / "plain"))
+    assert "are not those of the adapter's base model" in message
+
+
+def test_a_rescaled_model_is_seen_as_its_base(make_model: MakeModel, tmp_path: Path) -> None:
+    plain = fingerprint(make_model("llama"))
+    model = adapted(
+        make_model("llama"), target_modules=["embed_tokens", "k_proj"], feedforward_modules=[]
+    )
+    model.add_adapter("second", IA3Config(modules_to_save=["lm_head"]))
+    assert fingerprint(model.model) == plain
+    assert plain.difference(model.model) is None
+
+
+# -- two fingerprints ------------------------------------------------------------------------------
+
+
+def test_fingerprints_are_compared_where_both_looked() -> None:
+    def seen(kind: str = "llama", **samples: tuple[list[int], list[float]]) -> Fingerprint:
+        return Fingerprint(kind, samples)
+
+    one = seen(embed=([4, 2], [1.0, -2.0]), norm=([2], [0.5, 0.25]))
+    assert one.difference_from(one) is None
+    # Rounding, a parameter that the other did not look at, and one that was given another size.
+    assert one.difference_from(seen(embed=([4, 2], [1.004, -1.996]))) is None
+    assert one.difference_from(seen(head=([4, 2], [9.0, 9.0]))) is None
+    assert one.difference_from(seen(embed=([5, 2], [9.0, 9.0]))) is None
+    said = one.difference_from(seen(embed=([4, 2], [1.0, 2.0])))
+    assert said == "the values of 'embed' are not the same in both"
+    said = one.difference_from(seen("gpt2", embed=([4, 2], [1.0, -2.0])))
+    assert said == "one's model type is 'llama', the other's 'gpt2'"

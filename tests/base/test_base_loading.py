@@ -1,0 +1,117 @@
+"""The embedded model's conversion, and loading from folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from ia3 import IA3Error
+from ia3.base.loading import EMBEDDED_MODEL, embedded_model_folder, load_base_model
+
+PREPARE = [sys.executable, "-m", "ia3", "prepare"]
+
+
+@pytest.mark.slow
+def test_a_conversion_cut_off_leaves_nothing_and_the_next_is_whole(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    environment = {**os.environ, "IA3_HOME": str(home)}
+    models = home / "models"
+    for _ in range(3):
+        with subprocess.Popen(
+            PREPARE,
+            env=environment,
+            stderr=subprocess.PIPE,
+            # What runs in a shell's background ignores it, and its children do.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        ) as process:
+            while process.poll() is None and not (models.exists() and list(models.iterdir())):
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+        if process.returncode != 0:
+            break
+        # It was done before it was looked at again: the machine is busy.
+        shutil.rmtree(models)
+    assert process.returncode == 130
+    assert list(models.iterdir()) == []
+
+    subprocess.run(PREPARE, env=environment, check=True, capture_output=True)
+    assert [folder.name for folder in models.iterdir()] == [EMBEDDED_MODEL]
+    config = json.loads((models / EMBEDDED_MODEL / "config.json").read_text())
+    assert "quantization_config" not in config
+    with safe_open(models / EMBEDDED_MODEL / "model.safetensors", "pt") as weights:
+        assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"F32"}  # noqa: SIM118
+
+
+def test_the_embedded_model_speaks_english() -> None:
+    base = load_base_model(EMBEDDED_MODEL)
+    ids = base.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        following = base.model(input_ids=ids).logits[0, -1].argmax()
+    assert base.tokenizer.decode(following).strip() == "Paris"
+
+
+def test_one_model_is_loaded_once_whatever_asks_for_it() -> None:
+    assert load_base_model(EMBEDDED_MODEL) is load_base_model(EMBEDDED_MODEL)
+    assert load_base_model(EMBEDDED_MODEL, device="cpu", dtype="float32") is load_base_model(
+        EMBEDDED_MODEL
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"model": "no/such-model"}, "no model 'no/such-model'"),
+        ({"model": "no-such-folder"}, "no model 'no-such-folder'"),
+        ({"model": EMBEDDED_MODEL, "device": "toaster"}, "device 'toaster'"),
+        ({"model": EMBEDDED_MODEL, "device": "meta"}, "device 'meta'"),
+        ({"model": EMBEDDED_MODEL, "dtype": "int8"}, "dtype 'int8'"),
+        ({"model": EMBEDDED_MODEL, "dtype": "nonsense"}, "dtype 'nonsense'"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(arguments: dict[str, str], says: str) -> None:
+    with pytest.raises(IA3Error, match=says):
+        load_base_model(**arguments)
+
+
+def test_a_truncated_checkpoint_and_a_missing_tokenizer_are_named(
+    tmp_path: Path, tiny_llama: torch.nn.Module
+) -> None:
+    folder = tmp_path / "tiny"
+    tiny_llama.save_pretrained(folder)
+    with pytest.raises(IA3Error, match="cannot be loaded"):
+        load_base_model(folder)
+    AutoTokenizer.from_pretrained(embedded_model_folder()).save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(IA3Error, match="cannot be loaded"):
+        load_base_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("hidden_size", "many", "hidden_size.*expected int.*many"),
+        ("num_attention_heads", 7, "not a multiple of the number of attention heads .7."),
+    ],
+)
+def test_a_config_with_a_wrong_value_is_named_with_its_field(
+    tmp_path: Path, tiny_llama: torch.nn.Module, field: str, value: object, says: str
+) -> None:
+    tiny_llama.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(IA3Error, match=f"{path} is broken: .*{says}"):
+        load_base_model(tmp_path)

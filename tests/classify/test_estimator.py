@@ -1,0 +1,745 @@
+"""`FewShotClassifier`: fitting, predicting, files, and what it leaves behind."""
+
+import gc
+import json
+import pickle
+import random
+import threading
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone, is_classifier
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import FunctionTransformer
+from support.tfew import (
+    hook_count,
+    plain_token_scores,
+    state_bits,
+    tiny_llama,
+    tiny_t5,
+    word_tokenizer,
+)
+from torch import nn
+
+from ia3 import FewShotClassifier, IA3Model
+from ia3.base.loading import EMBEDDED_MODEL, load_base_model
+from ia3.errors import IA3Error
+from ia3.tfew.prompts.encoding import Encoder
+from ia3.tfew.prompts.templates import Template
+from ia3.tfew.training.trainer import DivergedError
+
+TEXTS = [
+    "I was charged twice this month.",
+    "Please send the invoice again.",
+    "My parcel never arrived.",
+    "The courier left the box in the rain.",
+    "How much does the yearly plan cost?",
+    "The tracking page shows nothing.",
+]
+LABELS = ["billing", "billing", "delivery", "delivery", "billing", "delivery"]
+NEW = ["The bill is wrong.", "Where is the van?", "Refund me, please, at once."]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_base_model(EMBEDDED_MODEL).tokenizer
+
+
+@pytest.fixture
+def model():
+    return tiny_llama(vocabulary=49152)
+
+
+@pytest.fixture
+def make(model, tokenizer):
+    """A classifier of the tiny model, with few steps."""
+
+    def classifier(**settings):
+        settings = {"model": model, "steps": 3, "tokenizer": tokenizer, **settings}
+        return FewShotClassifier(**settings)
+
+    return classifier
+
+
+def vectors_equal(a: FewShotClassifier, b: FewShotClassifier) -> bool:
+    return a.adapter_.vectors.keys() == b.adapter_.vectors.keys() and all(
+        torch.equal(a.adapter_.vectors[name], b.adapter_.vectors[name])
+        for name in a.adapter_.vectors
+    )
+
+
+def snapshot(model: nn.Module):
+    """All that must be as it was: bits, hooks, modules, modes, gradients, config."""
+    return (
+        state_bits(model),
+        hook_count(model),
+        [name for name, _ in model.named_modules()],
+        [module.training for module in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+        [p.grad is None for p in model.parameters()],
+        model.config.to_dict(),
+    )
+
+
+def assert_untouched(model: nn.Module, before) -> None:
+    bits, *rest = before
+    new_bits, *new_rest = snapshot(model)
+    assert bits.keys() == new_bits.keys()
+    assert all(torch.equal(bits[name], new_bits[name]) for name in bits)
+    assert new_rest == rest
+
+
+# -- predictions -----------------------------------------------------------------------------------
+
+
+def test_probabilities_are_the_softmax_of_mean_log_probabilities(make, model, tokenizer):
+    classifier = make(steps=0, template="{{ text }}\nQueue:").fit(TEXTS, LABELS)
+    base = classifier.base
+    encoder = Encoder(base, ["billing", "delivery"], chat=False)
+    for text, row in zip(NEW, classifier.predict_proba(NEW), strict=True):
+        # steps=0 is the bare model.
+        example = encoder.encode({"text": text}, Template("{{ text }}\nQueue:"))
+        with torch.no_grad():
+            means = torch.stack([t.mean() for t in plain_token_scores(base, example)])
+        np.testing.assert_allclose(row, means.double().softmax(0).numpy(), atol=1e-5)
+
+
+def test_rows_sum_to_one_and_predict_takes_the_largest(make):
+    classifier = make().fit(TEXTS, LABELS)
+    probabilities = classifier.predict_proba(NEW)
+    assert probabilities.shape == (3, 2)
+    np.testing.assert_allclose(probabilities.sum(1), 1)
+    assert (probabilities >= 0).all()
+    predicted = classifier.predict(NEW)
+    assert predicted.tolist() == classifier.classes_[probabilities.argmax(1)].tolist()
+    hits = np.mean(predicted == np.array(["billing", "delivery", "billing"]))
+    assert classifier.score(NEW, ["billing", "delivery", "billing"]) == hits
+
+
+def test_training_changes_the_predictions_of_the_vectors_alone(make):
+    bare = make(steps=0).fit(TEXTS, LABELS)
+    tuned = make(steps=5).fit(TEXTS, LABELS)
+    assert all((vector == 1).all() for vector in bare.adapter_.vectors.values())
+    assert bare.history_ == []
+    assert any((vector != 1).any() for vector in tuned.adapter_.vectors.values())
+    assert not np.allclose(bare.predict_proba(NEW), tuned.predict_proba(NEW))
+
+
+def test_loss_falls_and_every_step_is_recorded(make):
+    seen = []
+    classifier = make(steps=30, learning_rate=3e-2).fit(TEXTS, LABELS, on_step=seen.append)
+    assert classifier.history_ == seen
+    assert [record.step for record in seen] == list(range(1, 31))
+    losses = [record.loss for record in seen]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    for record in seen:
+        terms = record.lm + record.length_norm + record.unlikelihood
+        assert record.loss == pytest.approx(terms, rel=1e-5)
+
+
+def test_several_templates_are_averaged(make):
+    templates = ["{{ text }}\nCategory:", "Message: {{ text }}\nQueue:"]
+    both = make(steps=0, template=templates).fit(TEXTS, LABELS)
+    single = [make(steps=0, template=t).fit(TEXTS, LABELS).predict_proba(NEW) for t in templates]
+    np.testing.assert_allclose(both.predict_proba(NEW), np.mean(single, axis=0), atol=1e-6)
+    assert make(template=templates).fit(TEXTS, LABELS).templates_ == templates
+
+
+def test_the_order_of_texts_does_not_matter_in_prediction(make):
+    classifier = make().fit(TEXTS, LABELS)
+    together = classifier.predict_proba(TEXTS + NEW)
+    alone = np.concatenate([classifier.predict_proba([text]) for text in TEXTS + NEW])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_progress_counts_every_text_once_a_template(make):
+    classifier = make(steps=0, template=["{{ text }} a", "{{ text }} b"]).fit(TEXTS, LABELS)
+    done = []
+    classifier.predict(NEW, progress=done.append)
+    assert sum(done) == 2 * len(NEW)
+
+
+# -- labels and choices ----------------------------------------------------------------------------
+
+
+def test_a_label_that_never_occurs_in_training_is_a_class(make):
+    choices = {"billing": "bill", "delivery": "parcel", "account": "login or password"}
+    classifier = make(choices=choices).fit(TEXTS, LABELS)
+    assert classifier.classes_.tolist() == ["account", "billing", "delivery"]
+    assert classifier.choices_ == ["login or password", "bill", "parcel"]
+    assert classifier.predict_proba(NEW).shape == (3, 3)
+    classifier.score(NEW, ["account"] * 3)
+
+
+def test_names_of_labels_are_made_readable(make):
+    labels = ["card_arrival", "lostCard"] * 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        classifier = make(steps=0).fit(TEXTS, labels)
+    assert classifier.classes_.tolist() == ["card_arrival", "lostCard"]
+    assert classifier.choices_ == ["card arrival", "lost card"]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [1, 1, 0, 0, 1, 0],
+        np.array([1, 1, 0, 0, 1, 0]),
+        [np.int64(x) for x in (1, 1, 0, 0, 1, 0)],
+    ],
+)
+def test_integer_labels_warn_and_are_ranked_as_numerals(make, labels):
+    with pytest.warns(UserWarning, match=r"\[0, 1\].*choices"):
+        classifier = make().fit(TEXTS, labels)
+    assert classifier.choices_ == ["0", "1"]
+    assert classifier.classes_.tolist() == [0, 1]
+    predicted = classifier.predict(NEW)
+    assert predicted.dtype.kind == "i"
+    classifier.score(TEXTS, labels)
+
+
+def test_integer_labels_with_choices_do_not_warn(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        classifier = make(choices={0: "bad", 1: "good", 10: "grand"}).fit(TEXTS, [1, 0] * 3)
+    assert classifier.classes_.tolist() == [0, 1, 10]
+    assert classifier.choices_ == ["bad", "good", "grand"]
+
+
+def test_booleans_are_labels(make):
+    classifier = make(choices={True: "yes", False: "no"}).fit(TEXTS, [True, False] * 3)
+    assert classifier.classes_.tolist() == [False, True]
+    assert classifier.predict(NEW).dtype == bool
+
+
+def test_fields_and_default_template(make):
+    rows = [{"subject": "hello", "Body text": text} for text in TEXTS]
+    classifier = make(steps=1).fit(rows, LABELS)
+    assert classifier.predict(rows[:2]).shape == (2,)
+    with pytest.raises(IA3Error, match="Body text"):
+        classifier.predict([{"subject": "no body"}])
+    with pytest.raises(IA3Error, match="did you mean 'subject'"):
+        make(template="{{ sbject }}").fit(rows, LABELS)
+
+
+# -- determinism -----------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_vectors_bit_for_bit(make):
+    first, second = (make(seed=7, steps=4).fit(TEXTS, LABELS) for _ in range(2))
+    assert vectors_equal(first, second)
+    assert first.history_ == second.history_
+    np.testing.assert_array_equal(first.predict_proba(NEW), second.predict_proba(NEW))
+
+
+def test_another_seed_gives_other_vectors(make):
+    # With a batch of all examples, the order of training makes no difference: give more.
+    texts, labels = TEXTS * 4, LABELS * 4
+    first, second = (make(seed=seed, steps=4).fit(texts, labels) for seed in (0, 1))
+    assert not vectors_equal(first, second)
+
+
+def test_the_seed_draws_the_templates(make):
+    templates = ["{{ text }} a:", "{{ text }} b:"]
+    first, again, other = (
+        make(seed=seed, steps=4, template=templates).fit(TEXTS, LABELS) for seed in (0, 0, 3)
+    )
+    assert vectors_equal(first, again)
+    assert not vectors_equal(first, other)
+
+
+def test_the_global_random_state_is_neither_used_nor_changed(make):
+    torch.manual_seed(1)
+    first = make(steps=2).fit(TEXTS, LABELS)
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    second = make(steps=2).fit(TEXTS, LABELS)
+    second.predict(NEW)
+    assert random.getstate() == states[0]
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[1], strict=True))
+    assert torch.equal(torch.random.get_rng_state(), states[2])
+    assert vectors_equal(first, second)
+
+
+# -- scikit-learn ----------------------------------------------------------------------------------
+
+
+def test_clone_shares_the_model_and_forgets_the_fit(make, model):
+    fitted = make(steps=2, choices={"billing": "bill", "delivery": "post"}).fit(TEXTS, LABELS)
+    copy = clone(fitted)
+    assert copy is not fitted
+    assert copy.model is model
+    assert copy.get_params() == fitted.get_params()
+    with pytest.raises(NotFittedError):
+        copy.predict(NEW)
+
+
+def test_get_and_set_params(make):
+    classifier = make(steps=9)
+    assert classifier.get_params()["steps"] == 9
+    assert classifier.set_params(steps=0, template="{{ text }} =") is classifier
+    assert (classifier.steps, classifier.template) == (0, "{{ text }} =")
+    with pytest.raises(ValueError, match="nosuch"):
+        classifier.set_params(nosuch=1)
+
+
+def test_is_a_classifier_with_a_short_name(make):
+    assert is_classifier(make())
+    assert repr(FewShotClassifier(steps=5)) == "FewShotClassifier(steps=5)"
+
+
+def test_pipeline(make):
+    pipeline = Pipeline(
+        [
+            ("lower", FunctionTransformer(lambda texts: [t.lower() for t in texts])),
+            ("classify", make(steps=1)),
+        ]
+    ).fit(TEXTS, LABELS)
+    classifier = make(steps=1).fit([t.lower() for t in TEXTS], LABELS)
+    np.testing.assert_array_equal(
+        pipeline.predict_proba(NEW), classifier.predict_proba([t.lower() for t in NEW])
+    )
+
+
+def test_grid_search_over_steps_and_rate(make, model):
+    before = snapshot(model)
+    grid = {"steps": [0, 2], "learning_rate": [1e-3, 1e-2]}
+    search = GridSearchCV(make(), grid, cv=2).fit(TEXTS, LABELS)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    assert search.best_estimator_.model is model
+    assert set(search.predict(NEW)) <= {"billing", "delivery"}
+    assert_untouched(model, before)
+
+
+def test_cross_validation_on_arrays(make):
+    scores = cross_val_score(make(steps=1), np.array(TEXTS), np.array(LABELS), cv=2)
+    assert scores.shape == (2,)
+
+
+def test_pickle_carries_the_fit(make):
+    fitted = make(steps=2).fit(TEXTS, LABELS)
+    copy = pickle.loads(pickle.dumps(fitted))
+    np.testing.assert_array_equal(copy.predict_proba(NEW), fitted.predict_proba(NEW))
+
+
+@pytest.mark.parametrize("call", ["predict", "predict_proba", "save"])
+def test_not_fitted(make, tmp_path, call):
+    with pytest.raises(NotFittedError):
+        getattr(make(), call)(tmp_path if call == "save" else NEW)
+    with pytest.raises(NotFittedError):
+        make().score(NEW, LABELS[:3])
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_predicts_the_same(make, model, tokenizer, tmp_path):
+    fitted = make(
+        template=["{{ text }}\nQueue:", "{{ text }} ->"],
+        choices={"billing": "bïll", "delivery": "parcel", "account": "login"},
+    ).fit(TEXTS, LABELS)
+    fitted.save(tmp_path / "adapter")
+    loaded = FewShotClassifier.load(tmp_path / "adapter", model=model, tokenizer=tokenizer)
+    np.testing.assert_array_equal(loaded.predict_proba(NEW), fitted.predict_proba(NEW))
+    assert loaded.predict(NEW).tolist() == fitted.predict(NEW).tolist()
+    assert loaded.classes_.tolist() == fitted.classes_.tolist()
+    assert vectors_equal(loaded, fitted)
+    # And it can be fitted again, with what it was fitted with.
+    assert vectors_equal(loaded.fit(TEXTS, LABELS), fitted)
+
+
+def test_integer_labels_survive_the_disk(make, model, tokenizer, tmp_path):
+    fitted = make(steps=1, choices={1: "good", 0: "bad"}).fit(TEXTS, [1, 0] * 3)
+    fitted.save(tmp_path)
+    loaded = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
+    assert loaded.predict(NEW).tolist() == fitted.predict(NEW).tolist()
+    assert loaded.classes_.tolist() == [0, 1]
+
+
+def test_peft_reads_what_is_saved(make, tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    make(steps=4, learning_rate=3e-2).fit(TEXTS, LABELS).save(tmp_path)
+    ids = torch.tensor([tokenizer(NEW[0])["input_ids"]])
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(vocabulary=49152), tmp_path).eval()
+    ours = IA3Model.from_pretrained(tiny_llama(vocabulary=49152), tmp_path)
+    with torch.no_grad():
+        bare = tiny_llama(vocabulary=49152)(ids).logits
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
+        assert (ours(ids).logits - bare).abs().max() > 1e-3
+
+
+def test_load_of_nothing_or_of_rubbish(make, tmp_path, model, tokenizer):
+    with pytest.raises(FileNotFoundError, match="no classifier"):
+        FewShotClassifier.load(tmp_path / "nowhere", model=model, tokenizer=tokenizer)
+    make(steps=0).fit(TEXTS, LABELS).save(tmp_path)
+    task = tmp_path / "ia3_task.json"
+    good = json.loads(task.read_text("utf-8"))
+    for bad in ("{", "[]", "{}", json.dumps({**good, "choices": ["one"]})):
+        task.write_text(bad, "utf-8")
+        with pytest.raises(IA3Error, match=r"ia3_task\.json"):
+            FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
+    task.write_text(json.dumps({**good, "format": 99}), "utf-8")
+    with pytest.raises(IA3Error, match="format 99"):
+        FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
+    task.write_text(json.dumps(good), "utf-8")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors"):
+        FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
+
+
+# -- the base model --------------------------------------------------------------------------------
+
+
+def test_two_classifiers_share_one_base(make):
+    first = make().fit(TEXTS, LABELS)
+    expected = first.predict_proba(NEW)
+    second = make(seed=3).fit(TEXTS[::-1], LABELS)
+    assert first.base is second.base
+    np.testing.assert_array_equal(first.predict_proba(NEW), expected)
+    assert not np.allclose(second.predict_proba(NEW), expected)
+
+
+def test_the_base_is_untouched_after_fit_and_predict(make, model):
+    model.get_parameter("lm_head.weight").requires_grad_(False)
+    model.model.layers[1].train()  # a mode of its own
+    before = snapshot(model)
+    classifier = make().fit(TEXTS, LABELS)
+    assert_untouched(model, before)
+    classifier.predict(NEW)
+    assert_untouched(model, before)
+
+
+def test_the_base_is_untouched_after_an_exception(make, model):
+    before = snapshot(model)
+
+    def stop(record):
+        if record.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make().fit(TEXTS, LABELS, on_step=stop)
+    assert_untouched(model, before)
+    classifier = make().fit(TEXTS, LABELS)
+
+    def fail(done):
+        raise RuntimeError("the screen is gone")
+
+    with pytest.raises(RuntimeError, match="the screen is gone"):
+        classifier.predict(NEW, progress=fail)
+    assert_untouched(model, before)
+    with pytest.raises(IA3Error):
+        make(template="{{ nosuch }}").fit(TEXTS, LABELS)
+    assert_untouched(model, before)
+
+
+def test_a_loaded_model_is_let_go(tokenizer):
+    model = tiny_llama(vocabulary=49152)
+    gone = weakref.ref(model)
+    classifier = FewShotClassifier(model, steps=1, tokenizer=tokenizer).fit(TEXTS, LABELS)
+    del model, classifier
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_model_with_adapters_on_it_is_refused(make, model):
+    from ia3 import IA3Config
+
+    ia3_model = IA3Model(model, IA3Config())
+    with pytest.raises(IA3Error, match="has adapters already"):
+        make().fit(TEXTS, LABELS)
+    ia3_model.unload()
+    make(steps=1).fit(TEXTS, LABELS)
+
+
+def test_threads_take_turns(make):
+    classifiers = [make(seed=seed, steps=2) for seed in range(3)]
+    expected = [clone(c).fit(TEXTS, LABELS).predict_proba(NEW) for c in classifiers]
+    results = {}
+
+    def work(index):
+        results[index] = classifiers[index].fit(TEXTS, LABELS).predict_proba(NEW)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(3):
+        np.testing.assert_allclose(results[index], expected[index], atol=1e-5)
+
+
+def test_threads_with_tokenizers_of_their_own_take_turns(make, tokenizer):
+    # One model, several tokenizer objects: it is the model that can carry one adapter at a time.
+    tokenizers = [tokenizer, pickle.loads(pickle.dumps(tokenizer))]
+    expected = make(steps=4).fit(TEXTS, LABELS).predict_proba(NEW)
+    results = {}
+
+    def work(index):
+        for _ in range(3):
+            classifier = make(steps=4, tokenizer=tokenizers[index])
+            results[index] = classifier.fit(TEXTS, LABELS).predict_proba(NEW)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        np.testing.assert_allclose(results[index], expected, atol=1e-5)
+
+
+def test_vectors_are_float32_on_a_bfloat16_base(make, model):
+    model.to(torch.bfloat16)
+    before = snapshot(model)
+    classifier = make(steps=4).fit(TEXTS, LABELS)
+    assert {vector.dtype for vector in classifier.adapter_.vectors.values()} == {torch.float32}
+    # Changes finer than bfloat16 holds near 1 (2**-8 below it, 2**-7 above).
+    assert any(
+        (vector.to(torch.bfloat16).float() != vector).any()
+        for vector in classifier.adapter_.vectors.values()
+    )
+    np.testing.assert_allclose(classifier.predict_proba(NEW).sum(1), 1)
+    assert_untouched(model, before)
+
+
+# -- divergence ------------------------------------------------------------------------------------
+
+
+def test_divergence_says_the_step_and_keeps_the_earlier_fit(make, model):
+    classifier = make().fit(TEXTS, LABELS)
+    expected = classifier.predict_proba(NEW)
+    before = snapshot(model)
+    classifier.set_params(learning_rate=1e30, steps=10)
+    with pytest.raises(DivergedError, match="diverged at step") as caught:
+        classifier.fit(TEXTS, LABELS)
+    assert 1 < caught.value.step <= 10
+    assert_untouched(model, before)
+    np.testing.assert_array_equal(classifier.predict_proba(NEW), expected)
+
+
+def test_a_broken_weight_is_seen_at_the_first_step(make, model):
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] = torch.nan
+    with pytest.raises(DivergedError, match="loss is nan") as caught:
+        make().fit(TEXTS, LABELS)
+    assert caught.value.step == 1
+    assert hook_count(model) == 0
+    # The untuned model's answers are refused, not made up.
+    with pytest.raises(IA3Error, match="not finite"):
+        make(steps=0).fit(TEXTS, LABELS).predict(NEW)
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+def test_unusable_texts_and_labels(make):
+    for texts, labels, message in [
+        ([], [], "no texts"),
+        (TEXTS, ["billing"] * 6, r"all labels are 'billing'.*at least two"),
+        (TEXTS, LABELS[:-1], "6 texts and 5 labels"),
+        ([*TEXTS[:-1], None], LABELS, "text 5 is None"),
+        ([*TEXTS[:-1], 3.5], LABELS, r"text 5 is 3\.5"),
+        ("one text", ["billing"], "one str"),
+        (TEXTS, [*LABELS[:-1], None], "label 5 is None"),
+        (TEXTS, [*LABELS[:-1], float("nan")], "label 5 is nan"),
+        (TEXTS, [*LABELS[:-1], 3], "mix strings and numbers"),
+        (TEXTS, ["a_b", "a b"] * 3, "the same tokens"),
+    ]:
+        with pytest.raises(IA3Error, match=message):
+            make().fit(texts, labels)
+
+
+def test_unusable_settings(make):
+    for settings, message in [
+        ({"choices": {"billing": "bill", "deliveries": "post"}}, "did you mean 'deliveries'"),
+        ({"choices": {"billing": "same", "delivery": "same"}}, "the same tokens"),
+        ({"template": []}, "at least one template"),
+        ({"template": "{{ text"}, "line 1"),
+        ({"template": "{{ txt }}"}, "did you mean 'text'"),
+        ({"steps": -1}, "steps is -1"),
+        ({"upper_blocks": 0}, "upper_blocks is 0, expected 1 to 2: .* has 2 blocks"),
+        ({"upper_blocks": 3}, "upper_blocks is 3, expected 1 to 2"),
+        ({"upper_blocks": 1, "init_from": "folder"}, "give one of them"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+    ]:
+        with pytest.raises(IA3Error, match=message):
+            make(**settings).fit(TEXTS, LABELS)
+
+
+def test_unknown_names_of_models_devices_and_dtypes(tmp_path):
+    for settings, message in [
+        ({"model": str(tmp_path)}, "no model"),
+        ({"device": "gpu"}, "device 'gpu' is unknown"),
+        ({"dtype": "float33"}, "dtype 'float33' is unknown"),
+        ({"dtype": "int64"}, "dtype 'int64' is unknown"),
+    ]:
+        with pytest.raises(IA3Error, match=message):
+            FewShotClassifier(**settings).fit(TEXTS, LABELS)
+
+
+def test_a_loaded_model_of_unknown_origin_needs_a_tokenizer(model):
+    model.config._name_or_path = ""
+    with pytest.raises(IA3Error, match="tokenizer="):
+        FewShotClassifier(model).fit(TEXTS, LABELS)
+
+
+def test_an_unknown_label_in_evaluation_is_named(make):
+    classifier = make(steps=0).fit(TEXTS, LABELS)
+    with pytest.raises(IA3Error, match=r"'deliver' \(row 1\).*did you mean 'delivery'"):
+        classifier.score(NEW, ["billing", "deliver", "billing"])
+    with pytest.raises(IA3Error, match="3 texts and 2 labels"):
+        classifier.score(NEW, ["billing", "delivery"])
+    with pytest.raises(IA3Error, match="text 1 is None"):
+        classifier.predict(["x", None])
+    with pytest.raises(IA3Error, match="no texts"):
+        classifier.predict([])
+
+
+def test_truncation_is_one_warning(tokenizer):
+    model = tiny_llama(vocabulary=49152, max_position_embeddings=64)
+    classifier = FewShotClassifier(model, steps=1, tokenizer=tokenizer)
+    long = "word " * 500
+    with pytest.warns(UserWarning, match="2 of 6 prompts are longer") as caught:
+        classifier.fit([*TEXTS[:4], long, long], LABELS)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="1 of 2 prompts are longer") as caught:
+        assert classifier.predict_proba([long, "short"]).shape == (2, 2)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        classifier.predict(["short"])
+
+
+# -- other models ----------------------------------------------------------------------------------
+
+
+def test_encoder_decoder(tmp_path):
+    words = sorted({word for text in TEXTS + NEW for word in text.replace(".", " ").split()})
+    tokenizer = word_tokenizer([*words[:80], "billing", "delivery"], end=True)
+    model = tiny_t5()
+    before = snapshot(model)
+    classifier = FewShotClassifier(model, steps=4, tokenizer=tokenizer).fit(TEXTS, LABELS)
+    assert_untouched(model, before)
+    assert classifier.adapter_.config.task_type == "SEQ_2_SEQ_LM"
+    probabilities = classifier.predict_proba(NEW)
+    np.testing.assert_allclose(probabilities.sum(1), 1)
+    bare = FewShotClassifier(model, steps=0, tokenizer=tokenizer).fit(TEXTS, LABELS)
+    assert not np.allclose(bare.predict_proba(NEW), probabilities)
+    classifier.save(tmp_path)
+    loaded = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
+    np.testing.assert_array_equal(loaded.predict_proba(NEW), probabilities)
+
+
+def test_upper_blocks(make, model, tokenizer, tmp_path):
+    classifier = make(upper_blocks=1).fit(TEXTS, LABELS)
+    vectors = classifier.adapter_.vectors
+    assert {name.split(".")[2] for name in vectors} == {"1"}
+    whole = make(upper_blocks=2).fit(TEXTS, LABELS)
+    assert vectors_equal(whole, make().fit(TEXTS, LABELS))
+    classifier.save(tmp_path)
+    loaded = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
+    assert loaded.upper_blocks == 1
+    np.testing.assert_array_equal(loaded.predict_proba(NEW), classifier.predict_proba(NEW))
+    assert vectors_equal(loaded.set_params(steps=3).fit(TEXTS, LABELS), classifier)
+
+
+def test_a_classifier_saved_before_there_were_upper_blocks(make, model, tokenizer, tmp_path):
+    make().fit(TEXTS, LABELS).save(tmp_path)
+    path = tmp_path / "ia3_task.json"
+    task = json.loads(path.read_text())
+    del task["upper_blocks"]
+    path.write_text(json.dumps(task))
+    loaded = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
+    assert loaded.upper_blocks is None
+
+
+def test_chat(make):
+    plain, chat = make(steps=0).fit(TEXTS, LABELS), make(steps=0, chat=True).fit(TEXTS, LABELS)
+    assert not np.allclose(plain.predict_proba(NEW), chat.predict_proba(NEW))
+    make(steps=1, chat=True).fit(TEXTS, LABELS)
+
+
+def test_settings_changed_after_the_fit_change_no_prediction(make, tmp_path):
+    classifier = make(steps=1).fit(TEXTS, LABELS)
+    before = classifier.predict_proba(NEW)
+    classifier.set_params(chat=True, steps=7)
+    assert np.array_equal(classifier.predict_proba(NEW), before)
+    classifier.save(tmp_path / "saved")
+    task = json.loads((tmp_path / "saved" / "ia3_task.json").read_text())
+    assert (task["chat"], task["steps"]) == (False, 1)
+
+
+def test_fields_may_have_any_name(make):
+    rows = [{"fields": "hello", "answer_choices": text, "{{ x }}": "braces"} for text in TEXTS]
+    classifier = make(steps=0).fit(rows, LABELS)
+    assert classifier.predict(rows[:2]).shape == (2,)
+
+
+def test_labels_that_are_digits_in_a_file_warn_too(make):
+    with pytest.warns(UserWarning, match="what they mean"):
+        make(steps=0).fit(TEXTS, [str(len(label)) for label in LABELS])
+
+
+def test_choices_are_words(make):
+    for words in (1, " ", None):
+        with pytest.raises(IA3Error, match="expected words"):
+            make(choices=dict.fromkeys(set(LABELS), words)).fit(TEXTS, LABELS)
+
+
+# -- the real model --------------------------------------------------------------------------------
+
+FOOD = [
+    "The soup needs more salt.",
+    "She baked a loaf of bread this morning.",
+    "We had pasta with tomato sauce.",
+    "Peel the onions and fry them in butter.",
+    "The cake was sweet and full of cream.",
+    "He ordered rice with grilled chicken.",
+    "These apples taste sour.",
+    "Boil the potatoes for twenty minutes.",
+]
+SPORT = [
+    "The striker scored in the last minute.",
+    "She won the tennis match in two sets.",
+    "Our team lost the final by one goal.",
+    "He ran the marathon in three hours.",
+    "The referee showed him a red card.",
+    "The swimmer broke the world record.",
+    "They trained for the relay race all summer.",
+    "The goalkeeper saved the penalty.",
+]
+NEW_FOOD = [
+    "Add some pepper to the stew.",
+    "The cheese melted on the pizza.",
+    "I drank a cup of coffee with milk.",
+    "The salad came with olives and fish.",
+    "Grandmother makes the best pancakes.",
+    "Stir the flour into the eggs.",
+]
+NEW_SPORT = [
+    "The cyclist won the final stage.",
+    "Their coach praised the defenders after the game.",
+    "She lifted the trophy after the championship.",
+    "The boxer was knocked out in round two.",
+    "The basketball player missed both free throws.",
+    "Fans cheered as the runner crossed the line.",
+]
+
+
+def test_the_real_model_learns(tokenizer):
+    # The words say nothing of the texts, so that the untuned model can only guess.
+    settings = {"choices": {"food": "blue", "sport": "green"}, "learning_rate": 1e-2}
+    texts, labels = FOOD + SPORT, ["food"] * 8 + ["sport"] * 8
+    held_out, answers = NEW_FOOD + NEW_SPORT, ["food"] * 6 + ["sport"] * 6
+    untuned = FewShotClassifier(steps=0, **settings).fit(texts, labels)
+    tuned = FewShotClassifier(steps=20, **settings).fit(texts, labels)
+    assert tuned.score(held_out, answers) > untuned.score(held_out, answers)
+    assert tuned.base is untuned.base

@@ -1,0 +1,367 @@
+"""Vectors on layers that others have a hand in too: their hooks, and their changes of weights."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import (  # type: ignore[import-untyped]
+    ModelHook,
+    add_hook_to_module,
+    remove_hook_from_module,
+)
+from support.snapshots import assert_unchanged, hooks_on, snapshot
+from torch import Tensor, nn
+from torch.nn.functional import linear, silu
+from torch.nn.utils import parametrize
+
+from ia3 import IA3Config, IA3Model
+
+VALUES = torch.linspace(-1.0, 2.0, 12, dtype=torch.float64).reshape(3, 4)
+LAYERS = ["key", "mlp.up", "mlp.down"]
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, values: Tensor) -> Tensor:
+        result: Tensor = self.down(silu(self.gate(values)) * self.up(values))
+        return result
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.mlp = nn.Linear(4, 4), Mlp()
+
+    def forward(self, values: Tensor) -> Tensor:
+        result: Tensor = self.mlp(self.key(values))
+        return result
+
+
+def network() -> Network:
+    torch.manual_seed(0)
+    return Network().eval()
+
+
+def adapted(base: nn.Module, *targets: str) -> IA3Model:
+    """With vectors on the outputs of these, and on the down projection's input."""
+    modules = [*(targets or ("key",)), "down"]
+    config = IA3Config(target_modules=modules, feedforward_modules=["down"])
+    model = IA3Model(base, config).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    for vector in model.vectors("default").values():
+        vector.data = torch.rand(vector.shape, generator=generator, dtype=torch.float64) + 0.5
+    return model
+
+
+def flat(model: IA3Model) -> dict[str, Tensor]:
+    """Layer -> its vector, `[dim]`."""
+    return {name: vector.detach().flatten() for name, vector in model.vectors("default").items()}
+
+
+def by_hand(base: Any, vectors: dict[str, Tensor], values: Tensor = VALUES) -> Tensor:
+    """What the network with these vectors gives; from its weights as they are."""
+
+    def layer(module: Any, values: Tensor) -> Tensor:
+        return linear(values, module.weight, module.bias)
+
+    with torch.no_grad():
+        key = layer(base.key, values) * vectors.get("key", 1.0)
+        up = layer(base.mlp.up, key) * vectors.get("mlp.up", 1.0)
+        inner = silu(layer(base.mlp.gate, key)) * up * vectors.get("mlp.down", 1.0)
+        return layer(base.mlp.down, inner)
+
+
+def check(model: IA3Model) -> None:
+    """The model is its weights and vectors: with and without gradients, switched off, and again."""
+    vectors = flat(model)
+    expected = by_hand(model.model, vectors)
+    for _ in range(2):
+        torch.testing.assert_close(model(VALUES).detach(), expected)
+        with torch.no_grad():
+            # The product of the call before is used again.
+            torch.testing.assert_close(model(VALUES), expected)
+            torch.testing.assert_close(model(VALUES), expected)
+            with model.disable_adapter():
+                torch.testing.assert_close(model(VALUES), by_hand(model.model, {}))
+
+
+def doubled(layer: nn.Module) -> None:
+    class Double(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    for name in ("weight", "bias"):
+        parametrize.register_parametrization(layer, name, Double())
+
+
+def replaced(layer: nn.Module) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach() + 1, requires_grad=False)
+
+
+def written(layer: Any) -> None:
+    layer.weight.data = layer.weight.detach() - 1
+
+
+def without_bias(layer: Any) -> None:
+    layer.bias = nn.Parameter(torch.zeros_like(layer.bias), requires_grad=False)
+
+
+def normed(layer: nn.Module) -> None:
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    layer.parametrizations.weight.original0.data.mul_(3)  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("change", [doubled, replaced, written, without_bias, normed])
+def test_weights_changed_under_an_active_adapter(
+    change: Callable[[nn.Module], None], layer: str
+) -> None:
+    model = adapted(network())
+    check(model)
+    before = model(VALUES)
+    change(model.model.get_submodule(layer))
+    assert not torch.allclose(model(VALUES), before)
+    check(model)
+
+
+def test_weights_given_for_one_call() -> None:
+    model = adapted(network())
+    weights = {"key.weight": torch.ones(4, 4, dtype=torch.float64)}
+    with torch.no_grad():
+        found = torch.func.functional_call(model.model, weights, VALUES)
+    model.model.key.weight.data.fill_(1.0)
+    torch.testing.assert_close(found, by_hand(model.model, flat(model)))
+
+
+@pytest.mark.parametrize("targets", [("key",), ("up",), ("key", "up")], ids=" ".join)
+def test_vectors_changed_under_an_active_adapter(targets: tuple[str, ...]) -> None:
+    """The product that is kept between calls without gradients is of the values as they are."""
+    model = adapted(network(), *targets)
+    check(model)
+    vectors = model.vectors("default")
+
+    def in_place(vector: nn.Parameter) -> None:
+        with torch.no_grad():
+            vector.mul_(1.5)
+
+    def by_data(vector: nn.Parameter) -> None:
+        vector.data = vector.detach() + 0.25
+
+    for change in (in_place, by_data):
+        for vector in vectors.values():
+            change(vector)
+            check(model)
+    state = {name: tensor + 0.125 for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    check(model)
+    model.double().half().double()
+    check(model)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_a_hook_that_changes_the_output(layer: str, first: bool) -> None:
+    """One that was there before the adapter adds to what is rescaled, a later one to the result."""
+    base = network()
+
+    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + 1
+
+    def shift(module: Any) -> None:
+        # The same without a hook.
+        module.bias.data.add_(1)
+
+    twin, target = network().double(), base.get_submodule(layer)
+    if first:
+        target.register_forward_hook(add)
+        shift(twin.get_submodule(layer))
+    model = adapted(base)
+    vectors = flat(model)
+    if not first:
+        target.register_forward_hook(add)
+        # The vector of the down projection's input stands on the up projection's output.
+        vector = {"key": vectors["key"], "mlp.up": vectors["mlp.down"]}.get(layer, 1.0)
+        twin.get_submodule(layer).bias.data.add_(1 / vector)  # type: ignore[union-attr, operator]
+    expected = by_hand(twin, vectors)
+    torch.testing.assert_close(model(VALUES).detach(), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(VALUES), expected)
+        torch.testing.assert_close(model(VALUES), expected)
+
+
+@pytest.mark.parametrize("targets", [("key",), ("up",), ("key", "up")], ids=" ".join)
+def test_accelerates_hooks_come_and_go_while_adapters_do(targets: tuple[str, ...]) -> None:
+    base = network()
+    model = adapted(base, *targets)
+    for active_before in (True, False):
+        for active_after in (True, False):
+            (model.enable_adapter_layers if active_before else model.disable_adapter_layers)()
+            add_hook_to_module(base.key, ModelHook())
+            add_hook_to_module(base.mlp.up, ModelHook())
+            add_hook_to_module(base.mlp.down, ModelHook())
+            (model.enable_adapter_layers if active_after else model.disable_adapter_layers)()
+            expected = by_hand(base, flat(model) if active_after else {})
+            torch.testing.assert_close(model(VALUES).detach(), expected)
+            remove_hook_from_module(base, recurse=True)
+            torch.testing.assert_close(model(VALUES).detach(), expected)
+            model.enable_adapter_layers()
+            check(model)
+    model.unload()
+    torch.testing.assert_close(base(VALUES), by_hand(base, {}))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_copy_of_one_layer_is_its_own(layer: str) -> None:
+    """It computes from its own weights, and a down projection rescales its input itself."""
+    model = adapted(network())
+    vectors = flat(model)
+    twin: Any = copy.deepcopy(model.model.get_submodule(layer))
+    model.model.get_submodule(layer).weight.data.zero_()  # type: ignore[union-attr, operator]
+    values = torch.ones(2, twin.in_features, dtype=torch.float64)
+    if layer == "mlp.down":
+        values = values * vectors["mlp.down"]
+    expected = linear(values, twin.weight, twin.bias)
+    if layer == "key":
+        expected = expected * vectors["key"]
+    # The up projection's own has no vector: it carried another layer's.
+    torch.testing.assert_close(twin(torch.ones(2, twin.in_features).double()), expected)
+
+
+def test_a_layer_put_in_the_place_of_one_that_carries() -> None:
+    """Then the down projection's input is rescaled, whichever of the two was replaced."""
+    base = network()
+    model = adapted(base)
+    assert base.mlp.down.ia3_l.site_state.carrier is not None
+    base.mlp.up = nn.Linear(4, 6).double().requires_grad_(False)
+    check(model)
+
+
+def test_nothing_is_left_behind() -> None:
+    base = network()
+    before = snapshot(base)
+    modules = ["key", "up", "down"]
+    model = IA3Model(base, IA3Config(target_modules=modules, feedforward_modules=["down"]))
+    assert base.mlp.down.ia3_l.site_state.carrier is not None
+    assert sum(map(hooks_on, base.modules())) == 3
+    with model.disable_adapter():
+        assert not any(map(hooks_on, base.modules()))
+    model.merge_adapter()
+    assert not any(map(hooks_on, base.modules()))
+    model.unmerge_adapter()
+    model.unload()
+    assert_unchanged(base, before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_code_follows_what_is_active() -> None:
+    torch.compiler.reset()
+    model = adapted(network(), "key", "up")
+    compiled = torch.compile(model.model, backend="eager", fullgraph=True)
+    expected = by_hand(model.model, flat(model))
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(VALUES), expected)
+            with model.disable_adapter():
+                torch.testing.assert_close(compiled(VALUES), by_hand(model.model, {}))
+
+
+@pytest.mark.parametrize("first", ["vectors", "copy"])
+def test_a_copy_of_a_layer_that_carries(first: str) -> None:
+    """`modules_to_save` has the up projection, and another adapter a vector on the down's."""
+    base = network()
+    before = snapshot(base)
+    down = IA3Config(target_modules=["down"], feedforward_modules=["down"])
+    saved = IA3Config(target_modules=["key"], feedforward_modules=[], modules_to_save=["up"])
+    configs = {"vectors": down, "copy": saved}
+    second = "copy" if first == "vectors" else "vectors"
+    model = IA3Model(base, configs[first], first).eval()
+    model.add_adapter(second, configs[second])
+    model.set_adapter(["vectors", "copy"])
+    vector = model.vectors("vectors")["mlp.down"]
+    vector.data = vector + 0.5
+    assert base.mlp.down.ia3_l.site_state.carrier is not None
+    values = VALUES.float()
+    expected = by_hand(base, {"mlp.down": vector.detach().flatten()}, values)
+    torch.testing.assert_close(model(values).detach(), expected)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(values).detach(), by_hand(base, {}, values))
+    torch.testing.assert_close(model(values).detach(), expected)
+    assert [name for name, _ in base.mlp.up.ia3_l["copy"].named_modules()] == [""]
+    assert hooks_on(base.mlp.up.ia3_l["copy"]) == 0
+    vector.data = torch.ones_like(vector)
+    model.unload()
+    assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_forward_wrapped_by_others(layer: str) -> None:
+    """Switched off and on under a wrapper, or after it has gone, vectors multiply once."""
+    base = network()
+    model = adapted(base)
+    target = base.get_submodule(layer)
+    before: Any = target.forward
+    target.forward = lambda input: before(input)
+    check(model)
+    target.forward = before
+    check(model)
+    with model.disable_adapter():
+        pass
+    check(model)
+    model.unload()
+    torch.testing.assert_close(base(VALUES), by_hand(base, {}))
+    assert not any(map(hooks_on, base.modules()))
+
+
+def test_a_later_pre_hook_comes_first() -> None:
+    """There is no place between what a forward rescales and what it computes from that."""
+    model = adapted(network())
+    base: Any = model.model
+    base.mlp.up = nn.Linear(4, 6).double().requires_grad_(False)  # nothing carries
+    seen: list[Tensor] = []
+    base.mlp.down.register_forward_pre_hook(lambda module, args: seen.extend(args))
+    check(model)
+    with torch.no_grad():
+        key = linear(VALUES, base.key.weight, base.key.bias) * flat(model)["key"]
+        torch.testing.assert_close(seen[0], silu(base.mlp.gate(key)) * base.mlp.up(key))
+
+
+def test_adapters_switched_while_another_thread_computes() -> None:
+    """What is kept is of the adapters that are active, whatever came in between."""
+    model = adapted(network())
+    model.add_adapter("other", model.peft_config["default"])
+    for vector in model.vectors("other").values():
+        vector.data = vector * 3
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def compute() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                try:
+                    model(VALUES)
+                except BaseException as error:
+                    errors.append(error)
+                    return
+
+    threads = [threading.Thread(target=compute) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(300):
+        for names in ("default", "other"):
+            model.set_adapter(names, inference_mode=True)
+        with model.disable_adapter():
+            pass
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[:1]
+    model.set_adapter("default", inference_mode=True)
+    check(model)

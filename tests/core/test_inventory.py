@@ -1,0 +1,187 @@
+"""What adapters have put on a model is found anew where the model has changed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.tfew import tiny_llama
+from support.two_adapters import output, wide_and_narrow
+from torch import nn
+
+from ia3 import IA3Config, IA3Error, IA3Model
+from ia3.core.saved_modules import Copies
+from ia3.core.sites import Site, sites
+
+CONFIG = IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[])
+
+
+def names(model: IA3Model) -> list[str]:
+    return list(model.vectors("default"))
+
+
+def test_a_replaced_block_takes_its_sites_with_it() -> None:
+    model = IA3Model(tiny_llama(), CONFIG)
+    before = names(model)
+    model.set_adapter("default")
+    model.model.model.layers[0] = nn.Identity()
+    assert names(model) == [name for name in before if "layers.0." not in name]
+    assert names(model) == [name for name, _, _ in sites(model.model)]
+
+
+def test_a_replaced_layer_and_its_return() -> None:
+    model = IA3Model(tiny_llama(), CONFIG)
+    before = names(model)
+    attention = model.model.model.layers[1].self_attn
+    held = attention.k_proj
+    attention.k_proj = nn.Linear(32, 16, bias=False)
+    assert names(model) == [n for n in before if n != "model.layers.1.self_attn.k_proj"]
+    attention.k_proj = held
+    assert sorted(names(model)) == sorted(before)
+
+
+def test_adapters_with_other_sites_come_and_go() -> None:
+    model = IA3Model(tiny_llama(), CONFIG)
+    other = IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=[])
+    model.add_adapter("other", other)
+    assert list(model.vectors("other")) == [n.replace("k_proj", "q_proj") for n in names(model)]
+    model.delete_adapter("other")
+    assert [name for name, _, _ in sites(model.model)] == names(model)
+
+
+def test_copies_switch_their_own_adapters() -> None:
+    model = IA3Model(tiny_llama(), CONFIG)
+    model.add_adapter("second", CONFIG)
+    ids = torch.arange(5)[None]
+    for vector in model.vectors("second").values():
+        vector.data.uniform_(0.2, 2)
+    plain = model(ids).logits
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied.set_adapter("second")
+        assert not torch.equal(copied(ids).logits, plain)
+        assert torch.equal(model(ids).logits, plain)
+        for vector in copied.vectors("second").values():
+            vector.data.fill_(1)
+        assert torch.equal(copied(ids).logits, plain)
+        assert any((v != 1).any() for v in model.vectors("second").values())
+
+
+def merged(model: IA3Model) -> None:
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
+def disabled(model: IA3Model) -> None:
+    with model.disable_adapter():
+        pass
+
+
+def routed(model: IA3Model) -> None:
+    with model.route(["narrow", "wide"]):
+        pass
+
+
+def replaced(model: IA3Model) -> None:
+    """By another adapter of the name, with fewer sites."""
+    active = model.active_adapters
+    model.set_adapter("wide")
+    model.delete_adapter("other")
+    model.add_adapter("other", NARROW)
+    model.set_adapter(active)
+
+
+NARROW = IA3Config(target_modules=["v_proj"], feedforward_modules=[])
+WIDE = IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])
+
+
+@pytest.mark.parametrize(
+    "between",
+    [IA3Model.fuse_mlp, merged, disabled, routed, replaced, IA3Model.unfuse_mlp],
+    ids=lambda change: change.__name__,
+)
+def test_only_what_is_active_multiplies(between: Callable[[IA3Model], object]) -> None:
+    """Whichever adapters were active before, and whatever was done since."""
+    ids = torch.arange(10).reshape(2, 5)
+    model = IA3Model(tiny_llama(), WIDE, "wide")
+    for name, config in (("other", WIDE), ("narrow", NARROW)):
+        model.add_adapter(name, config)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("wide", "narrow", "other"):
+        for vector in model.vectors(name).values():
+            vector.data = torch.rand(vector.shape, generator=generator) + 0.5
+
+    def expected(*names: str) -> torch.Tensor:
+        base = tiny_llama()
+        for name in names:
+            alone = IA3Model(base, model.peft_config[name], vectors=model.vectors(name))
+            base = alone.merge_and_unload()
+        with torch.no_grad():
+            return base(ids).logits
+
+    for order in (["wide", "other", "narrow", "wide"], ["narrow", "wide", "other"]):
+        for name in order:
+            model.set_adapter(name)
+            for again in range(2):
+                with torch.no_grad():
+                    torch.testing.assert_close(model(ids).logits, expected(name))
+                if not again:
+                    between(model)
+        model.set_adapter(["narrow", "wide"])
+        torch.testing.assert_close(model(ids).logits.detach(), expected("narrow", "wide"))
+
+
+def test_parameters_that_somebody_else_holds_from_now_on() -> None:
+    """As DeepSpeed does, which gives each module a dict of its own."""
+    model = wide_and_narrow()
+    for module in model.modules():
+        module._parameters = OrderedDict(module._parameters)  # type: ignore[assignment]
+    model.delete_adapter("narrow")
+    # Where the other one has its own.
+    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    model.add_adapter("narrow", config)
+    model.set_adapter("narrow")
+    plain = output(model)
+    assert all(vector.requires_grad for vector in model.vectors("narrow").values())
+    assert not any(vector.requires_grad for vector in model.vectors("wide").values())
+    for vector in model.vectors("narrow").values():
+        vector.data.fill_(2)
+    assert not torch.equal(output(model), plain)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_adapters_trained_by_an_optimizer_that_leaves_no_trace(compiled: bool) -> None:
+    model = wide_and_narrow()
+    model.set_adapter(["wide", "narrow"])
+    ids = torch.arange(5)[None]
+    training = torch.compile(model, backend="aot_eager") if compiled else model
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True
+    )
+    output(model)
+    training(input_ids=ids, labels=ids).loss.backward()
+    output(model)
+    optimizer.step()
+    # Activated anew, nothing is known of before.
+    found = output(model)
+    model.set_adapter(["wide", "narrow"])
+    assert torch.equal(found, output(model))
+
+
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+def test_shallow_copies_for_several_gpus_are_refused(saved: list[str] | None) -> None:
+    config = IA3Config(target_modules=["q_proj"], feedforward_modules=[], modules_to_save=saved)
+    model = IA3Model(tiny_llama(), config)
+    model.add_adapter("second", config)
+    held = (module for module in model.modules() if isinstance(module, (Site, Copies)))
+    for module in held:
+        # As torch.nn.parallel.replicate does with every module of the model, for every GPU.
+        with pytest.raises(IA3Error, match="torchrun"):
+            module._replicate_for_data_parallel()
+    model.set_adapter("second")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".second" in name for name in trained)

@@ -1,0 +1,650 @@
+"""Merging: exact, reversible to the bit, all or nothing, and where PEFT's is not."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import MakeInputs, MakeModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.pairs import randomize, relative, vectors
+from support.snapshots import assert_unchanged, hooks_on, snapshot, weights
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ia3 import IA3Config, IA3Error, IA3Model
+
+Adapted = Any  # an `IA3Model` or a `peft.PeftModel`: they share their names
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
+
+
+def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(**inputs).logits
+    return result
+
+
+# -- any small network -----------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Layers one after the other, each told how to bring the values into its shape and back."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`[batch, 6]` ids to `[batch, 6, dim]`."""
+        values: Tensor = self.layers[0](ids)
+        for layer in list(self.layers)[1:]:
+            values = values.tanh()
+            if isinstance(layer, nn.Conv1d):
+                values = layer(values.transpose(1, 2)).transpose(1, 2).contiguous()
+            elif isinstance(layer, nn.Conv2d):
+                values = (
+                    layer(values.transpose(1, 2)[..., None])[..., 0].transpose(1, 2).contiguous()
+                )
+            else:
+                values = layer(values)
+        return values
+
+
+KINDS: dict[str, Callable[[int, int, int, bool], nn.Module]] = {
+    "linear": lambda i, o, groups, bias: nn.Linear(i, o, bias=bias),
+    "Conv1D": lambda i, o, groups, bias: Conv1D(o, i),
+    "conv1d": lambda i, o, groups, bias: nn.Conv1d(i, o, 3, padding=1, groups=groups, bias=bias),
+    "conv2d": lambda i, o, groups, bias: nn.Conv2d(
+        i, o, (3, 1), padding=(1, 0), groups=groups, bias=bias, padding_mode="circular"
+    ),
+}
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+
+
+@st.composite
+def nets(draw: st.DrawFn) -> tuple[Net, list[str]]:
+    """A network, and those of its layers whose inputs are to be rescaled."""
+    seed, groups = draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from([1, 2, 3]))
+    dims = [groups * draw(st.integers(1, 4)) for _ in range(draw(st.integers(2, 4)))]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = [nn.Embedding(5, dims[0])]
+        for wide, out in pairwise(dims):
+            kind = draw(st.sampled_from(sorted(KINDS)))
+            layers.append(KINDS[kind](wide, out, groups, draw(st.booleans())))
+    inputs = [f"layers.{i}" for i in range(1, len(layers)) if draw(st.booleans())]
+    return Net(layers).to(draw(st.sampled_from(list(TOLERANCES)))), inputs
+
+
+def draw_vectors(model: IA3Model, adapters: list[str], seed: int) -> None:
+    """Values of both signs, zeros, and some too small to be divided by."""
+    generator = torch.Generator().manual_seed(seed)
+    for adapter in adapters:
+        for vector in model.vectors(adapter).values():
+            values = 1 + torch.randn(vector.shape, generator=generator)
+            values[torch.rand(vector.shape, generator=generator) < 0.1] = 0.0
+            values[torch.rand(vector.shape, generator=generator) < 0.1] = 1e-30
+            with torch.no_grad():
+                vector.copy_(values)
+
+
+@given(nets(), st.integers(1, 3), st.integers(0, 2**31), st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None)
+@torch.no_grad()
+def test_merging_is_the_product_and_unmerging_its_undoing(
+    net: tuple[Net, list[str]], count: int, seed: int, order: Any
+) -> None:
+    base, inputs = net
+    dtype = base.layers[0].weight.dtype
+    ids = torch.tensor([[0, 1, 2, 3, 4, 0], [4, 4, 1, 0, 2, 3]])
+    plain, before = base(ids), weights(base)
+    adapters = [f"adapter{i}" for i in range(count)]
+    config = IA3Config(
+        target_modules=[f"layers.{i}" for i in range(len(base.layers))], feedforward_modules=inputs
+    )
+    model = IA3Model(base, config, adapters[0])
+    for adapter in adapters[1:]:
+        model.add_adapter(adapter, config)
+    if dtype == torch.float64:
+        model.double()
+    draw_vectors(model, adapters, seed)
+    model.set_adapter(adapters)
+    expected = model(ids)
+
+    # One by one in any order, or at once.
+    if order.random() < 0.5:
+        model.merge_adapter(safe_merge=True)
+    else:
+        for adapter in order.sample(adapters, count):
+            model.merge_adapter([adapter])
+            torch.testing.assert_close(
+                model(ids), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype]
+            )
+    scale = max(1.0, float(expected.double().norm()))
+    assert float((model(ids).double() - expected.double()).norm()) < TOLERANCES[dtype] * scale
+    assert not any(map(hooks_on, base.modules()))
+    with model.disable_adapter():
+        assert torch.equal(model(ids), plain)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert weights(base) == before
+    assert torch.equal(model(ids), expected)
+
+    product = {
+        name: torch.stack([model.vectors(adapter)[name].detach() for adapter in adapters]).prod(0)
+        for name in model.vectors(adapters[0])
+    }
+    model.add_adapter("product", config, product)
+    model.set_adapter("product")
+    tolerance = max(1e-6, TOLERANCES[dtype])  # new vectors are float32
+    assert float((model(ids).double() - expected.double()).norm()) < tolerance * scale
+    assert model.unload() is base
+    assert weights(base) == before
+    assert torch.equal(base(ids), plain)
+
+
+# -- where PEFT loses something --------------------------------------------------------------------
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(64, 48),
+    "Conv1D": lambda: Conv1D(48, 64),
+    "conv2d": lambda: nn.Conv2d(64, 48, 3, groups=4),
+}
+
+
+def both(make: Callable[[], nn.Module], adapters: tuple[str, ...] = ("default",)) -> list[Adapted]:
+    """Ours and PEFT's, on one module called `layer`, all adapters active."""
+
+    def base() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = make()
+            for parameter in module.parameters():
+                nn.init.normal_(parameter)
+            return nn.ModuleDict({"layer": module})
+
+    modules: dict[str, Any] = {"target_modules": ["layer"], "feedforward_modules": []}
+    ours = IA3Model(base(), IA3Config(**modules), adapters[0])
+    theirs = peft.get_peft_model(base(), peft.IA3Config(**modules), adapters[0])
+    for model, config in ((ours, IA3Config), (theirs, peft.IA3Config)):
+        for adapter in adapters[1:]:
+            model.add_adapter(adapter, config(**modules))
+        for seed, adapter in enumerate(adapters):
+            randomize(vectors(model, adapter), seed)
+        tuner = model if model is ours else model.base_model
+        tuner.set_adapter(list(adapters))
+    return [ours, theirs]
+
+
+def merge_and_back(model: Adapted) -> None:
+    model.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unmerge result can be inaccurate")
+        model.unmerge_adapter()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("values", ["random", "tiny", "zero"])
+def test_unmerging_restores_the_bits_where_peft_does_not(
+    kind: str, dtype: torch.dtype, values: str
+) -> None:
+    restored = []
+    for model in both(lambda: LAYERS[kind]().to(dtype)):
+        if values != "random":
+            with torch.no_grad():
+                vector = vectors(model)["layer"].flatten()
+                vector[::7] = 1e-9 if values == "tiny" else 0.0
+        before = list(weights(model).values())
+        merge_and_back(model)
+        restored.append(list(weights(model).values()) == before)
+    assert restored == [True, False]
+
+
+def tensors(model: Adapted) -> list[Tensor]:
+    """The layer's weight and bias."""
+    return [p.detach().clone() for name, p in model.named_parameters() if "ia3_l" not in name]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("vector_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("safe", [False, True])
+def test_merging_rounds_once_where_peft_rounds_for_each_adapter(
+    kind: str, vector_dtype: torch.dtype, safe: bool
+) -> None:
+    """Three adapters over a bfloat16 base, against the products in float64."""
+    adapters = ("one", "two", "three")
+    models = both(lambda: LAYERS[kind]().bfloat16(), adapters)
+    if vector_dtype == torch.bfloat16:
+        models[1].to(torch.bfloat16)  # takes PEFT's vectors along
+    factor = torch.ones(48, dtype=torch.float64)
+    for adapter in adapters:
+        ours, theirs = (vectors(model, adapter)["layer"] for model in models)
+        assert theirs.dtype == vector_dtype
+        ours.data.copy_(theirs.data)  # rounded where PEFT's is
+        factor *= theirs.detach().double().flatten()
+    plain = tensors(models[0])
+    shapes = [[1, -1] if kind == "Conv1D" else [-1, *[1] * (plain[0].dim() - 1)], [-1]]
+    exact = [t.double() * factor.reshape(shape) for t, shape in zip(plain, shapes, strict=True)]
+    off, distances = [], []
+    for model in models:
+        model.merge_adapter(safe_merge=safe)
+        found = tensors(model)
+        off.append(
+            torch.cat([(f != e.bfloat16()).flatten() for f, e in zip(found, exact, strict=True)])
+            .double()
+            .mean()
+            .item()
+        )
+        distances.append([relative(f, e) for f, e in zip(found, exact, strict=True)])
+    # Rounding float64 and float32 products to bfloat16 is the same but for a few ties.
+    assert off[0] < 1e-3
+    assert off[1] > 0.2
+    assert all(ours < theirs / 1.3 for ours, theirs in zip(*distances, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["vector", "weight", "bias"])
+def test_safe_merge_is_all_or_nothing_where_peft_stops_halfway(value: float, where: str) -> None:
+    """The bad value is in the last of three layers."""
+
+    def base() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+
+    modules: dict[str, Any] = {"target_modules": ["0", "1", "2"], "feedforward_modules": []}
+    changed = []
+    for model in (
+        IA3Model(base(), IA3Config(**modules), "mine"),
+        peft.get_peft_model(base(), peft.IA3Config(**modules), "mine"),
+    ):
+        randomize(vectors(model, "mine"))
+        parameter = (
+            vectors(model, "mine")["2"]
+            if where == "vector"
+            else next(
+                p
+                for name, p in model.named_parameters()
+                if ".2." in name and name.endswith(f".{where}")
+            )
+        )
+        parameter.data.view(-1)[1] = value
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="mine") as error:
+            model.merge_adapter(safe_merge=True)
+        changed.append(snapshot(model)["bits"] != before["bits"])
+        if isinstance(model, IA3Model):
+            assert isinstance(error.value, IA3Error)
+            part = "bias" if where == "bias" else "weight"
+            assert f"merging ['mine'] into 2.{part} gives values that are not" in str(error.value)
+            assert_unchanged(model, before)
+            values = torch.randn(3, 4)
+            with pytest.raises(IA3Error, match="not finite"):
+                model.merge_and_unload(safe_merge=True)
+            assert_unchanged(model, before)
+            assert model.active_adapters == ["mine"]
+            model(values)
+    assert changed == [False, True]
+
+
+def test_safe_merge_notices_what_half_precision_cannot_hold() -> None:
+    base = nn.Sequential(nn.Linear(2, 2, bias=False)).half()
+    nn.init.constant_(base[0].weight, 40000.0)
+    model = IA3Model(base, IA3Config(target_modules=["0"], feedforward_modules=[]))
+    nn.init.constant_(model.vectors("default")["0"], 2.0)
+    before = weights(base)
+    with pytest.raises(IA3Error, match="not finite"):
+        model.merge_adapter(safe_merge=True)
+    assert weights(base) == before
+
+
+# -- weights that cannot take a vector -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "other"), [(["lm_head"], "transformer.wte"), (["wte"], "lm_head")]
+)
+def test_a_tied_weight_is_not_merged_into(
+    tiny_gpt2: PreTrainedModel, make_inputs: MakeInputs, targets: list[str], other: str
+) -> None:
+    inputs = make_inputs("gpt2")
+    config = IA3Config(target_modules=[*targets, "c_attn"], feedforward_modules=[])
+    model = IA3Model(tiny_gpt2, config)
+    randomize(vectors(model))
+    expected, before = logits(model, inputs), snapshot(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(IA3Error, match=rf"{targets[0]}\.weight: '{other}' shares it and would"):
+            merge()
+        assert_unchanged(model, before)
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_peft_merges_into_a_tied_weight(make_model: MakeModel, make_inputs: MakeInputs) -> None:
+    inputs = make_inputs("gpt2")
+    modules: dict[str, Any] = {"target_modules": ["lm_head"], "feedforward_modules": []}
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        theirs = peft.get_peft_model(make_model("gpt2"), peft.IA3Config(**modules))
+    randomize(vectors(theirs))
+    expected = logits(theirs, inputs)
+    merged = theirs.merge_and_unload()
+    assert relative(logits(merged, inputs), expected) > 0.1
+    # Once the two are apart, both of ours agree.
+    base = make_model("gpt2")
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
+    ours = IA3Model(base, IA3Config(**modules))
+    randomize(vectors(ours))
+    assert relative(logits(ours, inputs), expected) < 1e-6
+    assert relative(logits(ours.merge_and_unload(), inputs), expected) < 1e-6
+
+
+def test_embeddings_of_their_own_are_merged_into(
+    tiny_llama: PreTrainedModel, make_inputs: MakeInputs
+) -> None:
+    """PEFT does not rescale embeddings at all."""
+    inputs = make_inputs("llama")
+    modules: dict[str, Any] = {"target_modules": ["embed_tokens"], "feedforward_modules": []}
+    with pytest.raises(ValueError, match=r"Embedding.* is not supported"):
+        peft.get_peft_model(copy.deepcopy(tiny_llama), peft.IA3Config(**modules))
+    model = IA3Model(tiny_llama, IA3Config(**modules))
+    randomize(vectors(model))
+    expected = logits(model, inputs)
+    assert relative(logits(model.merge_and_unload(), inputs), expected) < 1e-6
+
+
+class Holder(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.before = nn.Linear(4, 4)
+        self.layer = layer
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(4, 4).to(torch.float8_e4m3fn), "a Linear with torch.float8_e4m3fn"),
+        (lambda: nn.Linear(4, 4, dtype=torch.complex64), "a Linear with torch.complex64 weights"),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            "a ParametrizedLinear with no weights",
+        ),
+        (lambda: nn.Linear(4, 4, device="meta"), "its weights are not there"),
+        (lambda: nn.Embedding(4, 4, max_norm=1.0), "max_norm would undo the vector"),
+    ],
+    ids=["float8", "complex", "parametrized", "meta", "max_norm"],
+)
+def test_weights_that_cannot_take_a_vector(make: Callable[[], nn.Module], message: str) -> None:
+    base = Holder(make())
+    config = IA3Config(target_modules=["before", "layer"], feedforward_modules=[])
+    model = IA3Model(base, config)
+    randomize({"before": model.vectors("default")["before"]})
+    before = snapshot(model)
+    with pytest.raises(IA3Error, match="cannot merge into 'layer'") as error:
+        model.merge_adapter()
+    assert message in str(error.value)
+    assert_unchanged(model, before)
+
+
+# -- several adapters, and what happens to a merged model ------------------------------------------
+
+
+@pytest.fixture
+def three(tiny_llama: PreTrainedModel) -> IA3Model:
+    """Adapters "a" and "b" on the same modules, "c" on some of them and on another; "a" active."""
+    model = IA3Model(tiny_llama, IA3Config(), "a")
+    model.add_adapter("b", IA3Config())
+    model.add_adapter("c", IA3Config(target_modules=["q_proj", "v_proj"]))
+    for seed, adapter in enumerate("abc"):
+        randomize(vectors(model, adapter), seed)
+    return model
+
+
+@pytest.fixture
+def inputs(make_inputs: MakeInputs) -> dict[str, Tensor]:
+    return make_inputs("llama")
+
+
+def unmerged(model: IA3Model, adapters: list[str], inputs: dict[str, Tensor]) -> Tensor:
+    """The logits with these adapters, none merged."""
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    twin.set_adapter(adapters)
+    return logits(twin, inputs)
+
+
+@pytest.mark.parametrize("steps", [["a", "b", "c"], ["c", "a", "b"], ["abc"], ["bc", "a"], ["b"]])
+def test_adapters_are_merged_in_any_order_or_in_part(
+    three: IA3Model, inputs: dict[str, Tensor], steps: list[str]
+) -> None:
+    before = weights(three.model)
+    three.set_adapter(["a", "b", "c"])
+    expected = logits(three, inputs)
+    for step in steps:
+        three.merge_adapter(list(step))
+        assert relative(logits(three, inputs), expected) < 1e-6
+    three.unmerge_adapter()
+    assert weights(three.model) == before
+    assert torch.equal(logits(three, inputs), expected)
+
+
+def test_merging_adapters_that_are_not_active(three: IA3Model, inputs: dict[str, Tensor]) -> None:
+    """What is merged takes the place of what is active, as in PEFT."""
+    expected = unmerged(three, ["b", "c"], inputs)
+    three.merge_adapter(["b", "c"])
+    assert relative(logits(three, inputs), expected) < 1e-6
+    three.unmerge_adapter()
+    assert torch.equal(logits(three, inputs), unmerged(three, ["a"], inputs))
+
+
+@pytest.mark.parametrize("names", [["b"], ["b", "c"], ["c"], ["a", "b", "c"]])
+def test_unloading_with_adapters_by_name(
+    three: IA3Model, inputs: dict[str, Tensor], names: list[str]
+) -> None:
+    expected = unmerged(three, names, inputs)
+    merged = three.merge_and_unload(adapter_names=names)
+    assert relative(logits(merged, inputs), expected) < 1e-6
+    assert not any("ia3" in key for key in merged.state_dict())
+
+
+def test_one_name_is_no_list_of_letters(
+    tiny_llama: PreTrainedModel, inputs: dict[str, Tensor]
+) -> None:
+    model = IA3Model(tiny_llama, IA3Config(), "first")
+    model.add_adapter("second", IA3Config())
+    randomize(vectors(model, "second"))
+    expected = unmerged(model, ["second"], inputs)
+    model.merge_adapter("second")
+    assert relative(logits(model, inputs), expected) < 1e-6
+    model.unmerge_adapter()
+    assert relative(logits(model.merge_and_unload(adapter_names="second"), inputs), expected) < 1e-6
+
+
+def test_unloading_with_no_adapter(three: IA3Model, inputs: dict[str, Tensor]) -> None:
+    with three.disable_adapter():
+        expected = logits(three, inputs)
+    assert torch.equal(logits(three.merge_and_unload(adapter_names=[]), inputs), expected)
+
+
+def test_unloading_what_is_merged_already(three: IA3Model, inputs: dict[str, Tensor]) -> None:
+    expected = unmerged(three, ["b"], inputs)
+    three.merge_adapter(["b"])
+    assert relative(logits(three.merge_and_unload(), inputs), expected) < 1e-6
+
+
+def test_choosing_an_adapter_unmerges_first(three: IA3Model, inputs: dict[str, Tensor]) -> None:
+    before = weights(three.model)
+    expected = unmerged(three, ["b"], inputs)
+    three.merge_adapter()
+    with pytest.warns(UserWarning, match="merged; they are unmerged first"):
+        three.set_adapter("b")
+    assert weights(three.model) == before
+    assert torch.equal(logits(three, inputs), expected)
+
+
+def test_other_adapters_come_and_go_while_one_is_merged(
+    three: IA3Model, inputs: dict[str, Tensor], tmp_path: Any
+) -> None:
+    before = weights(three.model)
+    expected = logits(three, inputs)
+    three.save_pretrained(tmp_path, adapter_name="b")
+    three.merge_adapter()
+    merged = logits(three, inputs)
+    three.delete_adapter("b")
+    three.delete_adapter("c")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the base model is still the one it was saved for
+        three.load_adapter(tmp_path, "again")
+    three.add_adapter("new", IA3Config(target_modules="all-linear"))
+    assert torch.equal(logits(three, inputs), merged)
+    with pytest.raises(IA3Error, match="'a' is merged: unmerge_adapter"):
+        three.delete_adapter("a")
+    three.unmerge_adapter()
+    assert weights(three.model) == before
+    assert torch.equal(logits(three, inputs), expected)
+
+
+def test_a_merge_that_fails_leaves_the_earlier_one(
+    three: IA3Model, inputs: dict[str, Tensor]
+) -> None:
+    three.set_adapter(["a", "c"])
+    before = weights(three.model)
+    expected = logits(three, inputs)
+    three.merge_adapter(["a"])
+    merged = snapshot(three)
+    three.vectors("c")["model.layers.1.self_attn.q_proj"].data[3] = torch.nan
+    broken = snapshot(three)
+    with pytest.raises(IA3Error, match=r"layers\.1\.self_attn\.q_proj\.weight.*not finite"):
+        three.merge_adapter(["c"], safe_merge=True)
+    assert_unchanged(three, broken)
+    assert merged["modules"] == broken["modules"]
+    randomize(vectors(three, "c"), seed=2)
+    assert relative(logits(three, inputs), expected) < 1e-6
+    three.merge_adapter(["c"], safe_merge=True)
+    assert relative(logits(three, inputs), expected) < 1e-6
+    three.unmerge_adapter()
+    assert weights(three.model) == before
+
+
+def test_disabled_adapters_are_not_merged(three: IA3Model, inputs: dict[str, Tensor]) -> None:
+    """The model is to compute as the base model does until they are enabled."""
+    with three.disable_adapter():
+        expected = logits(three, inputs)
+        with pytest.raises(IA3Error, match="adapters are disabled"):
+            three.merge_adapter()
+        assert torch.equal(logits(three, inputs), expected)
+    adapted = logits(three, inputs)
+    three.disable_adapter_layers()
+    assert relative(logits(three.merge_and_unload(), inputs), adapted) < 1e-6
+
+
+def through_torch(model: IA3Model) -> IA3Model:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded: IA3Model = torch.load(buffer, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_torch],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_copies_of_a_merged_model_unmerge_by_themselves(
+    three: IA3Model, inputs: dict[str, Tensor], copied: Callable[[IA3Model], IA3Model]
+) -> None:
+    before, expected = weights(three.model), logits(three, inputs)
+    three.merge_adapter()
+    merged, after = logits(three, inputs), weights(three.model)
+    twin = copied(three)
+    assert torch.equal(logits(twin, inputs), merged)
+    twin.unmerge_adapter()
+    assert weights(twin.model) == before
+    assert torch.equal(logits(twin, inputs), expected)
+    assert weights(three.model) == after
+    assert torch.equal(logits(three, inputs), merged)
+    randomize(vectors(twin, "a"), seed=9)
+    three.unmerge_adapter()
+    assert torch.equal(logits(three, inputs), expected)
+    twin.merge_and_unload()
+    assert weights(three.model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_cast_while_merged_unmerges_to_the_cast_base(
+    three: IA3Model, make_model: MakeModel, inputs: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    three.merge_adapter()
+    three.to(dtype)
+    three.unmerge_adapter()
+    assert weights(three.model) == weights(make_model("llama").to(dtype))
+    with three.disable_adapter():
+        assert torch.equal(logits(three, inputs), logits(make_model("llama").to(dtype), inputs))
+    # Merged again, it is rounded once from the weights that there are now.
+    three.merge_adapter()
+    name = "model.layers.0.self_attn.k_proj"
+    plain = make_model("llama").to(dtype).get_submodule(name).weight.detach()
+    product = plain.double() * three.vectors("a")[name].detach().double()
+    assert torch.equal(three.model.get_submodule(name).weight.detach(), product.to(dtype))
+
+
+def test_optimizers_keep_the_parameters_they_have(three: IA3Model) -> None:
+    """A merge changes what the base's parameters hold, never which they are."""
+    before = {name: id(parameter) for name, parameter in three.named_parameters()}
+    three.merge_adapter()
+    assert {name: id(parameter) for name, parameter in three.named_parameters()} == before
+    three.unmerge_adapter()
+    assert {name: id(parameter) for name, parameter in three.named_parameters()} == before
+
+
+def test_unloading_a_merge_keeps_what_is_active_beside_it(
+    three: IA3Model, inputs: dict[str, Tensor]
+) -> None:
+    expected = unmerged(three, ["a", "b"], inputs)
+    three.set_adapter(["a", "b"])
+    three.merge_adapter(["a"])
+    assert relative(logits(three.merge_and_unload(), inputs), expected) < 1e-6
+
+
+def test_a_merge_that_runs_out_of_memory_changes_nothing(
+    three: IA3Model, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three.set_adapter(["a"])
+    three.merge_adapter(["a"])
+    expected = logits(three, inputs)
+
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("ia3.core.folding._scaled", fail)
+    with pytest.raises(MemoryError):
+        three.merge_adapter(["b"])
+    assert torch.equal(logits(three, inputs), expected)
+
+
+def test_unloading_twice_leaves_the_next_adapter_alone(
+    three: IA3Model, inputs: dict[str, Tensor]
+) -> None:
+    base = three.unload()
+    after = IA3Model(base, IA3Config(init_ia3_weights=False))
+    expected = logits(after, inputs)
+    assert three.unload() is base
+    assert torch.equal(logits(after, inputs), expected)
+    with pytest.raises(IA3Error, match="was unloaded"):
+        three.add_adapter("more", IA3Config())

@@ -1,0 +1,601 @@
+"""Which layer can take a feed-forward vector: on real MLPs and on ones made to mislead."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from conftest import VOCABULARY, MakeModel
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from ia3 import IA3Config, IA3Model
+from ia3.core.mlp import Carriers, up_projection
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+LLAMA_MLP = "model.layers.0.mlp"
+
+
+def t5(projection: str) -> PreTrainedModel:
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=1,
+            num_heads=4,
+            feed_forward_proj=projection,
+        )
+    )
+
+
+GATED: dict[str, tuple[Callable[[], PreTrainedModel], str, str, str]] = {
+    "qwen2": (
+        lambda: AutoModelForCausalLM.from_config(Qwen2Config(**SIZES)),
+        LLAMA_MLP,
+        "down_proj",
+        "up_proj",
+    ),
+    "gemma3": (
+        lambda: AutoModelForCausalLM.from_config(Gemma3TextConfig(**SIZES)),
+        LLAMA_MLP,
+        "down_proj",
+        "up_proj",
+    ),
+    "t5-encoder": (
+        lambda: t5("gated-gelu"),
+        "encoder.block.0.layer.1.DenseReluDense",
+        "wo",
+        "wi_1",
+    ),
+    # A ReLU lets positive factors through, so that its gate would do for them.
+    "t5-decoder-relu": (
+        lambda: t5("gated-relu"),
+        "decoder.block.0.layer.2.DenseReluDense",
+        "wo",
+        "wi_1",
+    ),
+}
+
+NOT_GATED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "t5-relu": (lambda: t5("relu"), "encoder.block.0.layer.1.DenseReluDense.wo"),
+    "falcon": (
+        lambda: AutoModelForCausalLM.from_config(
+            FalconConfig(
+                vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+            )
+        ),
+        "transformer.h.0.mlp.dense_4h_to_h",
+    ),
+    # fc1 and fc2 stand in the decoder layer itself.
+    "opt": (
+        lambda: AutoModelForCausalLM.from_config(
+            OPTConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                word_embed_proj_dim=32,
+                ffn_dim=48,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                activation_function="relu",
+            )
+        ),
+        "model.decoder.layers.0.fc2",
+    ),
+    # Half of gate_up_proj's rows would do, but no module has them as its output.
+    "phi3": (
+        lambda: AutoModelForCausalLM.from_config(Phi3Config(**SIZES)),
+        f"{LLAMA_MLP}.down_proj",
+    ),
+    "mixtral": (
+        lambda: AutoModelForCausalLM.from_config(MixtralConfig(**SIZES)),
+        f"{LLAMA_MLP}.experts",
+    ),
+    "attention": (
+        lambda: AutoModelForCausalLM.from_config(Qwen2Config(**SIZES | {"num_key_value_heads": 4})),
+        "model.layers.0.self_attn.o_proj",
+    ),
+}
+
+
+def with_vector(module: nn.Module, side: str, vector: Tensor, mlp: nn.Module, x: Tensor) -> Tensor:
+    if side == "output":
+        handle = module.register_forward_hook(lambda _m, _a, output: output * vector)
+    else:
+        handle = module.register_forward_pre_hook(lambda _m, args: (args[0] * vector,))
+    try:
+        with torch.no_grad():
+            return mlp(x)
+    finally:
+        handle.remove()
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("kind", GATED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    make, mlp_name, down, up = GATED[kind]
+    model = make().to(dtype).eval()
+    assert up_projection(model, f"{mlp_name}.{down}") == f"{mlp_name}.{up}"
+    mlp = model.get_submodule(mlp_name)
+    vector = torch.randn(48, dtype=dtype)
+    x = torch.randn(2, 5, 32, dtype=dtype)
+    wanted = with_vector(mlp.get_submodule(down), "input", vector, mlp, x)
+    hoisted = with_vector(mlp.get_submodule(up), "output", vector, mlp, x)
+    assert relative(hoisted, wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("kind", NOT_GATED)
+def test_not_gated(kind: str) -> None:
+    make, name = NOT_GATED[kind]
+    assert up_projection(make(), name) is None
+
+
+def _compiled(mlp: nn.Module) -> None:
+    mlp.act_fn = torch.compile(mlp.act_fn, backend="eager")
+
+
+def _scripted(mlp: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        mlp.act_fn = torch.jit.script(nn.SiLU())
+
+
+def _bound(mlp: nn.Module) -> None:
+    mlp.forward = MethodType(type(mlp).forward, mlp)
+
+
+def _bound_with_more(mlp: nn.Module) -> None:
+    mlp.forward = partial(mlp.forward)
+
+
+@pytest.mark.parametrize("change", [_compiled, _scripted, _bound, _bound_with_more])
+@pytest.mark.parametrize("training", [False, True])
+def test_forwards_that_are_still_the_mlps(
+    tiny_llama: PreTrainedModel, change: Callable[[nn.Module], None], training: bool
+) -> None:
+    mlp = tiny_llama.train(training).get_submodule(LLAMA_MLP)
+    change(mlp)
+    before = [(part, {**part.__dict__}) for part in mlp.modules()]
+    assert up_projection(mlp, "down_proj") == "up_proj"
+    assert [(part, {**part.__dict__}) for part in mlp.modules()] == before
+
+
+def test_a_layer_that_is_reached_from_elsewhere(tiny_llama: PreTrainedModel) -> None:
+    mlp = tiny_llama.get_submodule(LLAMA_MLP)
+    # Not one of its modules: the vector would go into the sum as well.
+    mlp.skip = [mlp.up_proj]
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        result: Tensor = self.down_proj(inner) + self.skip[0](x).mean(-1, keepdim=True)
+        return result
+
+    mlp.forward = MethodType(forward, mlp)
+    assert up_projection(mlp, "down_proj") is None
+
+
+def test_conv1d_is_linear_but_not_gated(make_model: MakeModel) -> None:
+    assert up_projection(make_model("gpt2"), "transformer.h.0.mlp.c_proj") is None
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "act_fn"])
+def test_only_the_down_projection(tiny_llama: PreTrainedModel, name: str) -> None:
+    assert up_projection(tiny_llama, f"{LLAMA_MLP}.{name}") is None
+
+
+def test_no_such_module(tiny_llama: PreTrainedModel) -> None:
+    with pytest.raises(AttributeError, match="downproj"):
+        up_projection(tiny_llama, f"{LLAMA_MLP}.downproj")
+
+
+def test_the_mlp_itself(tiny_llama: PreTrainedModel) -> None:
+    assert up_projection(tiny_llama.get_submodule(LLAMA_MLP), "down_proj") == "up_proj"
+
+
+def test_meta_device() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES))
+    assert up_projection(model, f"{LLAMA_MLP}.down_proj") == f"{LLAMA_MLP}.up_proj"
+
+
+def test_offloaded(tiny_llama: PreTrainedModel) -> None:
+    model = cpu_offload(tiny_llama, torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    assert up_projection(model, f"{LLAMA_MLP}.down_proj") == f"{LLAMA_MLP}.up_proj"
+    model(torch.tensor([[3, 4]]))  # the forwards accelerate put there are there again
+
+
+def test_weights_of_zero_prove_as_much(tiny_llama: PreTrainedModel) -> None:
+    for parameter in tiny_llama.parameters():
+        nn.init.zeros_(parameter)
+    assert up_projection(tiny_llama, f"{LLAMA_MLP}.down_proj") == f"{LLAMA_MLP}.up_proj"
+
+
+def test_changes_nothing(tiny_llama: PreTrainedModel) -> None:
+    tiny_llama.train()
+    tiny_llama.get_submodule(LLAMA_MLP).get_submodule("act_fn").eval()
+    before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    attributes = {name: dict(vars(module)) for name, module in tiny_llama.named_modules()}
+    hooks = {name: copy.copy(m._forward_hooks) for name, m in tiny_llama.named_modules()}
+    random_state = torch.get_rng_state()
+    for name in ("down_proj", "up_proj"):  # one found, one not
+        up_projection(tiny_llama, f"{LLAMA_MLP}.{name}")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.is_grad_enabled()
+    for name, value in tiny_llama.state_dict().items():
+        assert torch.equal(value, before[name])
+    for name, module in tiny_llama.named_modules():
+        assert vars(module) == attributes[name]
+        assert module._forward_hooks == hooks[name]
+
+
+class Gated(nn.Module):
+    """What each of the MLPs below changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The names are the wrong way round: nothing may be read off them.
+        self.up_proj = nn.Linear(8, 12)
+        self.gate_proj = nn.Linear(8, 12)
+        self.down_proj = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(functional.silu(self.up_proj(x)) * self.gate_proj(x))
+
+
+class Dropped(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        inner = functional.silu(self.up_proj(x)) * self.gate_proj(x)
+        return self.down_proj(functional.dropout(inner, 0.5, self.training))
+
+
+class Normed(Gated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.norm(functional.silu(self.up_proj(x)) * self.gate_proj(x)))
+
+
+class LeaksToTheOutput(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.gate_proj(x)
+        return self.down_proj(functional.silu(self.up_proj(x)) * value) + value.mean()
+
+
+class Shifted(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(functional.silu(self.up_proj(x)) * (self.gate_proj(x) + 1))
+
+
+class TwiceThrough(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        once = self.down_proj(functional.silu(self.up_proj(x)) * self.gate_proj(x))
+        return self.down_proj(functional.silu(self.up_proj(once)) * self.gate_proj(once))
+
+
+class WithAResidual(Gated):
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return super().forward(x) + residual
+
+
+class ShiftedAtTimes(Gated):
+    def forward(self, x: Tensor, shift: float = 0.0) -> Tensor:
+        return self.down_proj(functional.silu(self.up_proj(x)) * (self.gate_proj(x) + shift))
+
+
+class ZeroAtFirst(Gated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = functional.silu(self.up_proj(x)) * self.gate_proj(x)
+        return self.down_proj(inner * self.gain)
+
+
+class Absolute(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.gate_proj(x).abs())
+
+
+class ReadsTheWeight(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        value = functional.linear(x, self.gate_proj.weight, self.gate_proj.bias)
+        return self.down_proj(functional.silu(self.up_proj(x)) * value)
+
+
+class Broken(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("only on Tuesdays")
+
+
+@pytest.mark.parametrize("mlp", [Gated, Dropped])
+def test_names_do_not_matter(mlp: type[Gated]) -> None:
+    assert up_projection(nn.Sequential(mlp()), "0.down_proj") == "0.gate_proj"
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        Normed,
+        LeaksToTheOutput,
+        Shifted,
+        TwiceThrough,
+        WithAResidual,
+        ShiftedAtTimes,
+        ZeroAtFirst,
+        Absolute,
+        ReadsTheWeight,
+        Broken,
+    ],
+)
+def test_misleading(mlp: type[Gated]) -> None:
+    module = mlp().train()
+    assert up_projection(nn.Sequential(module), "0.down_proj") is None
+    assert all(part.training for part in module.modules())
+    assert not any("forward" in vars(part) for part in module.modules())
+
+
+# -- rescaled there --------------------------------------------------------------------------------
+
+
+def llama() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "num_hidden_layers": 2})).eval()
+
+
+def adapted(base: nn.Module, **modules: object) -> IA3Model:
+    model = IA3Model(base, IA3Config(task_type="CAUSAL_LM", **modules))  # type: ignore[arg-type]
+    for seed, vector in enumerate(model.vectors("default").values()):
+        with torch.no_grad():
+            vector.copy_(1 + 0.5 * seeded(*vector.shape, seed=seed))
+    return model
+
+
+def seeded(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+IDS = torch.arange(1, 13).reshape(2, 6)
+
+
+def result(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=IDS).logits
+    return logits
+
+
+def plain_result(model: IA3Model) -> Tensor:
+    model.use_plain_product()
+    logits = result(model)
+    model.use_plain_product(False)
+    return logits
+
+
+def saved_bytes(model: nn.Module) -> int:
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            # Held, so that no address is used twice.
+            storages[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()  # type: ignore[operator]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(inputs_embeds=embedded, labels=IDS)
+    return sum(size for size, _ in storages.values())
+
+
+def test_no_feed_forward_activation_is_kept() -> None:
+    base = llama()
+    frozen = saved_bytes(base)
+    model = adapted(base)
+    least = saved_bytes(model)
+    model.use_plain_product()
+    plain = saved_bytes(model)
+    feed_forward = 2 * IDS.numel() * 48 * 4
+    keys_and_values = 2 * 2 * IDS.numel() * 16 * 4
+    divisors = 2 * (48 + 2 * 16) * 4
+    assert plain - least >= feed_forward - divisors
+    assert least - frozen <= keys_and_values + divisors
+
+
+def test_the_file_is_the_same_whichever_side_was_used(tmp_path: Path) -> None:
+    model = adapted(llama())
+    model.save_pretrained(tmp_path / "least")
+    model.use_plain_product()
+    model.save_pretrained(tmp_path / "plain")
+    names = sorted(path.name for path in (tmp_path / "least").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "plain").iterdir())
+    for name in names:
+        content = (tmp_path / "least" / name).read_bytes()
+        assert content == (tmp_path / "plain" / name).read_bytes()
+
+
+@pytest.mark.parametrize("modules", [{}, {"target_modules": "all-linear"}], ids=str)
+def test_gradients_are_the_plain_products(modules: dict[str, object]) -> None:
+    model = adapted(llama().double(), **modules)
+    gradients = []
+    for plain in (True, False):
+        model.use_plain_product(plain)
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append({n: v.grad.clone() for n, v in model.vectors("default").items()})  # type: ignore[union-attr]
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_adapters_added_later_are_rescaled_alike() -> None:
+    model = adapted(llama())
+    model.use_plain_product()
+    model.add_adapter("outputs", IA3Config(target_modules=["up_proj"], feedforward_modules=[]))
+    for seed, vector in enumerate(model.vectors("outputs").values()):
+        vector.data.copy_(1 + 0.5 * seeded(*vector.shape, seed=90 + seed))
+    model.set_adapter(["default", "outputs"])
+    torch.testing.assert_close(result(model), plain_result(model))
+    model.set_adapter("outputs")
+    torch.testing.assert_close(result(model), plain_result(model))
+    model.delete_adapter("default")
+    torch.testing.assert_close(result(model), plain_result(model))
+
+
+class Around(nn.Module):
+    """As other libraries put their adapters around a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.extra = nn.Linear(32, 48, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base_layer(x) + self.extra(x)
+        return result
+
+
+@pytest.mark.parametrize("how", ["around", "another"])
+def test_a_layer_replaced_later_does_not_lose_the_vector(how: str) -> None:
+    """Its output is not the one that was proven: the vector goes back to the down projection."""
+    base = llama()
+    model = adapted(base)
+    mlp = base.get_submodule(LLAMA_MLP)
+    torch.manual_seed(1)
+    up = mlp.get_submodule("up_proj")
+    mlp.up_proj = Around(up) if how == "around" else nn.Linear(32, 48, bias=False)
+    replaced = result(model)
+    assert not torch.allclose(replaced, result(model.unload()))
+    torch.testing.assert_close(replaced, plain_result(adapted_alike(base)))
+
+
+def adapted_alike(base: nn.Module) -> IA3Model:
+    return adapted(base, target_modules=["k_proj", "v_proj", "down_proj"])
+
+
+def test_changed_vectors_are_heeded_by_the_next_call() -> None:
+    """Products are kept between calls: a step, a load, a cast or an exchange must not be missed."""
+    model = adapted(llama())
+    vectors = model.vectors("default")
+    before = result(model)
+    with torch.no_grad():
+        for vector in vectors.values():
+            vector.mul_(1.1)
+    stepped = result(model)
+    assert not torch.allclose(stepped, before)
+    torch.testing.assert_close(stepped, plain_result(model))
+    for vector in vectors.values():
+        vector.data = torch.ones_like(vector)
+    torch.testing.assert_close(result(model), result(model.get_base_model()))
+    exchanged = result(model)
+    model.double()
+    torch.testing.assert_close(result(model).float(), exchanged)
+    model.unload()
+
+
+def test_a_down_projection_replaced_later_takes_its_vector_along() -> None:
+    base = llama()
+    model = adapted(base)
+    down = base.get_submodule(f"{LLAMA_MLP}.down_proj")
+    mlp = base.get_submodule(LLAMA_MLP)
+    mlp.down_proj = nn.Linear(48, 32, bias=False)
+    mlp.down_proj.weight = down.weight  # type: ignore[union-attr]
+    replaced = result(model)
+    torch.testing.assert_close(replaced, plain_result(model))
+    # What is left of the adapter comes off.
+    unloaded = result(model.unload())
+    torch.testing.assert_close(unloaded, result(llama()))
+
+
+def test_a_copied_down_projection_keeps_its_vector() -> None:
+    base = llama()
+    model = adapted(base)
+    before = result(model)
+    torch.testing.assert_close(result(copy.deepcopy(model)), before)
+    mlp = base.get_submodule(LLAMA_MLP)
+    mlp.down_proj = copy.deepcopy(mlp.down_proj)
+    torch.testing.assert_close(result(model), before)
+
+
+@pytest.mark.parametrize("shared", ["up_proj", "down_proj"])
+def test_layers_of_two_mlps_carry_nothing(shared: str) -> None:
+    base = llama()
+    first, second = (base.get_submodule(f"model.layers.{i}.mlp") for i in range(2))
+    setattr(second, shared, getattr(first, shared))
+    model = adapted(base)
+    torch.testing.assert_close(result(model), plain_result(model))
+
+
+def test_an_optimizer_that_leaves_no_trace_is_heeded() -> None:
+    model = adapted(llama())
+    model.add_adapter("second", IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    model.set_adapter(["default", "second"])
+    result(model)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    for vector in model.vectors("second").values():
+        vector.data.mul_(2)
+    torch.testing.assert_close(result(model), plain_result(model))
+
+
+class Halving(nn.Module):
+    """Gated by a setting that no submodule shows."""
+
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.gated = gated
+        self.gate_proj = nn.Linear(32, 48, bias=False)
+        self.up_proj = nn.Linear(32, 48, bias=False)
+        self.down_proj = nn.Linear(48, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        inner = torch.sigmoid(gate) * (up if self.gated else torch.tanh(up))
+        result: Tensor = self.down_proj(inner)
+        return result
+
+
+def test_blocks_made_alike_are_tried_out_once_and_others_apart() -> None:
+    model = nn.Sequential(*[Halving(gated) for gated in (True, True, False, True, False)])
+    carriers = Carriers(model)
+    found = [carriers.of(f"{i}.down_proj") for i in range(5)]
+    assert [carrier is not None for carrier in found] == [True, True, False, True, False]
+    for i, carrier in enumerate(found):
+        assert carrier is None or carrier.module is model[i].up_proj

@@ -1,0 +1,275 @@
+"""The operation and its gradient, against the definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ia3.core.rescale import rescale
+from ia3.errors import IA3Error
+
+# Values that are hard to divide out again: an exact zero, both signs, tiny ones.
+AWKWARD = [0.0, -0.0, 1.0, -1.5, 1e-3, -1e-25, 1e-25, 3.0]
+
+
+def seeded(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def gradients(
+    activation: Tensor, vector: Tensor, weight: Tensor, *, in_place: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(result, gradient of the activation, gradient of the vector) of the loss Σ weight ⊙ y′²."""
+    activation = activation.clone().requires_grad_()
+    vector = vector.clone().requires_grad_()
+    result = rescale(activation.clone(), vector, in_place=in_place)
+    (result.square() * weight).sum().backward()
+    assert activation.grad is not None
+    assert vector.grad is not None
+    return result.detach(), activation.grad, vector.grad
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("form", [{}, {"keep_result": True}, {"in_place": True}], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 8), (5, 8), (2, 2, 3, 8)])
+def test_gradient_is_the_derivative(form: dict[str, bool], shape: tuple[int, ...]) -> None:
+    activation = seeded(*shape).requires_grad_()
+    vector = torch.tensor(AWKWARD, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        # The clone is the fresh output of some layer.
+        lambda a, v: rescale(a.clone(), v, **form).sin(),
+        (activation, vector),
+    )
+
+
+def test_gradient_of_the_vector_alone() -> None:
+    """The first layer of a frozen model: nothing below the activation requires gradients."""
+    vector = torch.tensor(AWKWARD, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda v: rescale(seeded(4, 8), v, in_place=True).sin(), (vector,)
+    )
+
+
+def test_float32_gradients_are_as_good_as_the_plain_products() -> None:
+    activation, weight = seeded(64, 256, 32), seeded(64, 256, 32, seed=1)
+    vector = seeded(32, seed=2)
+    vector[:8] = torch.tensor(AWKWARD)
+    _, want_activation, want_vector = gradients(activation, vector, weight, in_place=False)
+    single = [t.float() for t in (activation, vector, weight)]
+    _, plain_activation, plain_vector = gradients(*single, in_place=False)
+    _, ours_activation, ours_vector = gradients(*single, in_place=True)
+    for ours, plain, want in (
+        (ours_activation, plain_activation, want_activation),
+        (ours_vector, plain_vector, want_vector),
+    ):
+        assert relative(ours, want) < max(2 * relative(plain, want), 2e-7)
+
+
+def test_zero_in_the_vector_still_learns() -> None:
+    """Dividing y′ by l would give 0/0 here."""
+    for value in (0.0, 1e-25):
+        vector = torch.full((4,), value, requires_grad=True)
+        activation = seeded(6, 4, dtype=torch.float32)
+        rescale(activation.clone(), vector, in_place=True).sum().backward()
+        assert vector.grad is not None
+        torch.testing.assert_close(vector.grad, activation.sum(0))
+
+
+def test_bfloat16_is_within_its_rounding() -> None:
+    activation = seeded(32, 64, 16, dtype=torch.bfloat16)
+    weight = seeded(32, 64, 16, dtype=torch.bfloat16, seed=1)
+    vector = 1 + 0.3 * seeded(16, dtype=torch.float32, seed=2)
+    want = gradients(activation.double(), vector.double(), weight.double(), in_place=False)
+    found = gradients(activation, vector, weight, in_place=True)
+    assert found[0].dtype == torch.bfloat16
+    assert found[1].dtype == torch.bfloat16
+    assert found[2].dtype == torch.float32
+    for ours, expected in zip(found, want, strict=True):
+        assert relative(ours, expected) < 2**-8  # one rounding to bfloat16's 8 bits
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_in_place_returns_the_same_tensor(trained: bool) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        activation = seeded(3, 4, dtype=dtype)
+        expected = activation.clone() * 2
+        result = rescale(activation, torch.full((4,), 2.0, requires_grad=trained), in_place=True)
+        assert result is activation
+        assert torch.equal(result, expected)
+        assert result.dtype == dtype
+
+
+def test_without_in_place_the_activation_is_left_alone() -> None:
+    activation = seeded(3, 4)
+    before = activation.clone()
+    result = rescale(activation, torch.full((4,), 2.0))
+    assert torch.equal(activation, before)
+    assert torch.equal(result, before * 2)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        pytest.param(seeded(3, 4, dtype=torch.float16), id="float16"),
+        pytest.param(seeded(4), id="one axis"),
+    ],
+)
+def test_what_cannot_be_exact_in_place_is_left_alone(activation: Tensor) -> None:
+    before = activation.clone()
+    vector = torch.tensor([0.0, 1.0, -1.0, 2.0], requires_grad=True)
+    result = rescale(activation, vector, in_place=True)
+    assert torch.equal(activation, before)
+    assert torch.equal(result, (before * vector).to(before.dtype))
+    assert result.dtype == before.dtype
+
+
+@pytest.mark.parametrize(
+    "activation", [seeded(2, 12).view(2, 3, 4), seeded(3, 8)[:, :4]], ids=["view", "slice"]
+)
+def test_a_view_is_not_written_over_in_training(activation: Tensor) -> None:
+    before = activation.clone()
+    vector = torch.tensor(AWKWARD[:4], dtype=torch.float64)
+    result = rescale(activation, vector.clone().requires_grad_(), keep_result=True, in_place=True)
+    assert torch.equal(activation, before)
+    torch.testing.assert_close(result, before * vector, rtol=0, atol=1e-15)
+    assert torch.autograd.gradcheck(
+        lambda v: rescale(activation, v, keep_result=True, in_place=True).sin(),
+        (vector.requires_grad_(),),
+    )
+
+
+def test_float16_vector_has_a_finite_gradient() -> None:
+    """float16 cannot hold the stand-in for zero, whatever the activation's dtype."""
+    vector = torch.zeros(4, dtype=torch.float16, requires_grad=True)
+    rescale(torch.ones(3, 4), vector, in_place=True).sum().backward()
+    assert vector.grad is not None
+    assert torch.equal(vector.grad, torch.full((4,), 3.0, dtype=torch.float16))
+
+
+def test_functional_transforms() -> None:
+    activation, vector = seeded(5, 4), seeded(4, seed=1)
+    found = torch.func.grad(lambda v: rescale(activation.clone(), v, in_place=True).sum())(vector)
+    torch.testing.assert_close(found, activation.sum(0))
+
+
+def test_compiled_graph_leaves_its_input_alone() -> None:
+    activation = seeded(3, 4, dtype=torch.float32)
+    before = activation.clone()
+    vector = torch.tensor([0.0, 1.0, -1.0, 2.0], requires_grad=True)
+    compiled = torch.compile(
+        lambda a, v: rescale(a, v, in_place=True), fullgraph=True, backend="aot_eager"
+    )
+    result = compiled(activation, vector)
+    assert torch.equal(activation, before)
+    result.sum().backward()
+    assert vector.grad is not None
+    torch.testing.assert_close(vector.grad, before.sum(0))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("keeper", [torch.exp, torch.relu, torch.tanh])
+def test_overwriting_what_another_operation_saved_raises(keeper: object, trained: bool) -> None:
+    """A caller who is wrong about freshness gets an error, never a wrong gradient."""
+    assert callable(keeper)
+    kept = keeper(seeded(3, 4).requires_grad_())
+    result = rescale(kept, seeded(4, seed=1).requires_grad_(trained), in_place=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+def test_output_changed_afterwards_raises() -> None:
+    """The gradient comes from y′, so that a later write to it must not pass unnoticed."""
+    result = rescale(seeded(3, 4), seeded(4, seed=1).requires_grad_(), in_place=True)
+    with torch.no_grad():
+        result.add_(1)
+    with pytest.raises(IA3Error, match=r"use_plain_product\(\).*modified by an inplace operation"):
+        result.sum().backward()
+
+
+@pytest.mark.parametrize("form", [{"keep_result": True}, {"in_place": True}], ids=str)
+def test_keeping_the_result_saves_no_second_copy(form: dict[str, bool]) -> None:
+    """A linear layer reading y′ keeps it anyway: with the operation itself, one tensor in all."""
+    reader = nn.Linear(16, 16, bias=False, dtype=torch.float64)
+
+    def saved_bytes(**form: bool) -> int:
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        activation = seeded(100, 16).requires_grad_()
+        vector = torch.ones(16, dtype=torch.float64, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = reader(rescale(activation.clone(), vector, **form)).sum()
+        loss.backward()
+        return sum(storages.values())
+
+    activation_bytes = 100 * 16 * 8
+    assert saved_bytes(**form) + activation_bytes <= saved_bytes() + 16 * 8
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    seed=st.integers(0, 2**16),
+    values=st.lists(st.floats(-4, 4, width=32) | st.sampled_from(AWKWARD), min_size=5, max_size=5),
+)
+def test_both_forms_agree(shape: list[int], seed: int, values: list[float]) -> None:
+    activation, weight = seeded(*shape, seed=seed), seeded(*shape, seed=seed + 1)
+    vector = torch.tensor(values[: shape[-1]], dtype=torch.float64)
+    plain = gradients(activation, vector, weight, in_place=False)
+    in_place = gradients(activation, vector, weight, in_place=True)
+    for ours, expected in zip(in_place, plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-15)
+
+
+# -- a factor of each row --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [{}, {"keep_result": True}, {"in_place": True}], ids=str)
+@pytest.mark.parametrize(
+    ("activation", "factor"),
+    [
+        ((3, 4, 8), (3, 1, 8)),
+        ((3, 2, 4, 8), (3, 1, 1, 8)),
+        ((3, 4, 8), (3, 4, 8)),
+        ((3, 8), (3, 8)),
+        ((6, 8), (3, 1, 8)),
+        ((6, 4, 8), (3, 1, 1, 8)),
+    ],
+    ids=str,
+)
+def test_gradient_of_a_factor_for_each_row(
+    form: dict[str, bool], activation: tuple[int, ...], factor: tuple[int, ...]
+) -> None:
+    values = seeded(*activation).requires_grad_()
+    factors = seeded(*factor, seed=1)
+    for row in factors:
+        row.view(-1)[:8] = torch.tensor(AWKWARD).roll(int(row.view(-1)[0] * 8))
+    assert torch.autograd.gradcheck(
+        lambda a, f: rescale(a.clone(), f, **form).sin(), (values, factors.requires_grad_())
+    )
+
+
+@pytest.mark.parametrize("form", [{}, {"in_place": True}], ids=str)
+def test_rows_that_became_several_have_the_factor_of_theirs(form: dict[str, bool]) -> None:
+    activation, factors = seeded(6, 4, 8), seeded(3, 1, 1, 8, seed=1)
+    expected = torch.stack([activation[i] * factors[i // 2, 0] for i in range(6)])
+    assert torch.equal(rescale(activation, factors, **form), expected)
+
+
+def test_a_factor_that_is_larger_than_the_activation_widens_it() -> None:
+    activation = seeded(1, 4, 8).requires_grad_()
+    factors = seeded(3, 1, 8, seed=1).requires_grad_()
+    assert rescale(activation, factors, keep_result=True).shape == (3, 4, 8)
+    assert torch.autograd.gradcheck(
+        lambda a, f: rescale(a, f, keep_result=True).sin(), (activation, factors)
+    )

@@ -1,0 +1,613 @@
+"""Methods compared on the same samples: what they score and cost, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+import warnings
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.paths import REPOSITORY
+from support.tfew import tiny_llama, tiny_t5, word_tokenizer
+
+from ia3.adapter.store import adapter_files
+from ia3.classify.estimator import FewShotClassifier
+from ia3.errors import IA3Error
+from ia3.experiments.comparison import Run, Sample, Settings, compare, draw_samples, summaries
+from ia3.experiments.in_context import InContextClassifier
+from ia3.experiments.setfit import SetFit
+from ia3.report.comparison import HEADER, cells, markdown, notes, picture
+from ia3.tfew.scoring.evaluation import Spread
+
+IA3 = Path(sys.executable).parent / "ia3"
+SETFIT_PYTHON = REPOSITORY / ".venv-setfit" / "bin" / "python"
+
+WORDS = ["the", "bill", "was", "wrong", "charged", "twice", "for", "van", "came", "late", "box"]
+WORDS += ["where", "is", "my", "rain", "paid", "no", "invoice", "driver", "left"]
+TEMPLATE = "question : {{ text }}\nabout"
+TEMPLATE_WORDS = 3
+CHOICES = {"bill": "money", "van": "the delivery"}
+CHOICE_WORDS = 3
+TOKENIZER = word_tokenizer([*WORDS, "money", "the", "delivery", "question", ":", "about"])
+
+
+def rows_of(count: int, seed: int) -> tuple[list[str], list[str]]:
+    """Texts of 3 to 8 words, half of them of either label."""
+    draw = random.Random(seed)
+    labels = ["bill", "van"] * (count // 2)
+    texts = [" ".join([label, *draw.choices(WORDS, k=draw.randint(2, 7))]) for label in labels]
+    return texts, labels
+
+
+TRAIN = rows_of(12, 1)
+TEST = rows_of(10, 2)
+SHOTS, SEEDS, STEPS = 2, 2, 3
+
+
+def settings_of(model: Any, **changed: Any) -> Settings:
+    given = {"template": TEMPLATE, "choices": CHOICES, "tokenizer": TOKENIZER, "steps": STEPS}
+    return Settings(model, **{**given, **changed})
+
+
+def write_csv(path: Path, texts: Sequence[str], labels: Sequence[str]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *zip(texts, labels, strict=True)])
+
+
+class Place:
+    """A folder with a tiny model and data, to run the command in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        model = tiny_llama()
+        model.save_pretrained(folder / "model")
+        TOKENIZER.save_pretrained(folder / "model")
+        write_csv(folder / "train.csv", *TRAIN)
+        write_csv(folder / "test.csv", *TEST)
+
+    def run(self, *command: Any, data: str = "train.csv") -> subprocess.CompletedProcess[str]:
+        names = ("0", "1") if data.endswith("jsonl") else CHOICES
+        choices = zip(names, CHOICES.values(), strict=True)
+        arguments = [x for label, words in choices for x in ("--choice", f"{label}={words}")]
+        arguments += ["--model", "model", "--data", data, "--template", TEMPLATE]
+        return subprocess.run(
+            [str(IA3), "compare", *arguments, *map(str, command)],
+            cwd=self.folder,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+            capture_output=True,
+            encoding="utf-8",
+            timeout=300,
+        )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("comparison"))
+
+
+ASKED = ("--test", "test.csv", "--shots", SHOTS, "--seeds", SEEDS, "--steps", STEPS)
+
+
+@pytest.fixture(scope="module")
+def compared(place: Place) -> dict[str, Any]:
+    """What `--json` printed of a comparison in `out`."""
+    done = place.run(*ASKED, "--out", "out", "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def the_samples() -> list[Sample]:
+    as_fields = [[{"text": text} for text in texts] for texts, _ in (TRAIN, TEST)]
+    return draw_samples(as_fields[0], TRAIN[1], as_fields[1], TEST[1], shots=SHOTS, seeds=SEEDS)
+
+
+def run_of(compared: dict[str, Any], method: str, seed: int) -> dict[str, Any]:
+    (run,) = (r for r in compared["runs"] if (r["method"], r["seed"]) == (method, seed))
+    return run
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_every_method_runs_on_every_sample_and_the_untuned_model_once(compared):
+    assert Counter(run["method"] for run in compared["runs"]) == {
+        "zero-shot": 1,
+        "icl": SEEDS,
+        "tfew": SEEDS,
+    }
+    assert [summary["method"] for summary in compared["methods"]] == ["zero-shot", "icl", "tfew"]
+
+
+def test_the_accuracy_is_the_classifiers_own_on_the_same_sample(compared, place):
+    model = str(place.folder / "model")
+    for sample in the_samples():
+        common = {"model": model, "template": TEMPLATE, "choices": CHOICES}
+        trained = FewShotClassifier(**common, steps=STEPS, seed=sample.seed)
+        for method, classifier in (
+            ("zero-shot", FewShotClassifier(**common, steps=0)),
+            ("icl", InContextClassifier(**common, seed=sample.seed)),
+            ("tfew", trained),
+        ):
+            if method == "zero-shot" and sample.seed > 0:
+                continue
+            classifier.fit(sample.texts, sample.labels)
+            run = run_of(compared, method, sample.seed)
+            assert run["accuracy"] == classifier.score(sample.test_texts, sample.test_labels)
+            assert run["answers"] == len(TEST[0])
+        size = sum(map(len, adapter_files(trained.adapter_).values()))
+        # The model's name is in the config, and here it is the whole path.
+        assert abs(run_of(compared, "tfew", sample.seed)["stored_bytes"] - size) < len(model) + 100
+
+
+def test_the_costs_are_those_of_the_paper_by_hand(compared):
+    parameters = sum(p.numel() for p in tiny_llama().parameters())
+    words = sum(len(text.split()) for text in TEST[0]) / len(TEST[0])
+    tokens = words + TEMPLATE_WORDS + CHOICE_WORDS
+    batch = 2 * SHOTS
+    for sample in the_samples():
+        demonstrations = sum(
+            len(text["text"].split()) + TEMPLATE_WORDS + len(CHOICES[label].split())
+            for text, label in zip(sample.texts, sample.labels, strict=True)
+        )
+        shown = [text["text"].split() for text in sample.texts]
+        trained = sum(map(len, shown)) / len(shown) + TEMPLATE_WORDS + CHOICE_WORDS
+        tfew, icl = (run_of(compared, method, sample.seed) for method in ("tfew", "icl"))
+        assert tfew["flops_an_answer"] == pytest.approx(2 * parameters * tokens)
+        assert tfew["flops_before"] == pytest.approx(6 * parameters * trained * STEPS * batch)
+        assert icl["flops_an_answer"] == pytest.approx(2 * parameters * tokens)
+        assert icl["flops_before"] == pytest.approx(2 * parameters * demonstrations)
+        assert icl["flops_uncached"] == pytest.approx(2 * parameters * (tokens + demonstrations))
+        assert icl["stored_bytes"] == 4 * demonstrations
+        assert (icl["examples_used"], icl["examples"]) == (4, 4)
+    zero_shot = run_of(compared, "zero-shot", 0)
+    assert zero_shot["flops_an_answer"] == pytest.approx(2 * parameters * tokens)
+    assert (zero_shot["flops_before"], zero_shot["train_seconds"]) == (0, 0)
+    assert (zero_shot["stored_bytes"], zero_shot["examples"]) == (0, 0)
+
+
+def test_the_files_say_what_was_printed(compared, place):
+    out = place.folder / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "results.jsonl",
+        "table.md",
+        "comparison.png",
+        "comparison.svg",
+    }
+    kept = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in run.items() if k != "conditions"} for run in kept] == compared["runs"]
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG\r\n")
+    drawn = "".join(ET.fromstring((out / "comparison.svg").read_bytes()).itertext())
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (out / "table.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
+    assert header == list(HEADER)
+    for row, summary in zip(rows, compared["methods"], strict=True):
+        assert row[0] in drawn
+        accuracies = [
+            run["accuracy"] for run in compared["runs"] if run["method"] == summary["method"]
+        ]
+        assert row[1] == f"{100 * sum(accuracies) / len(accuracies):.1f}"
+        assert row[3] == str(len(accuracies))
+
+
+def test_without_test_data_the_rest_is_answered_and_nothing_is_repeated(place):
+    command = ("--shots", 4, "--seeds", 2, "--methods", "zero-shot, icl", "--out", "rest")
+    done = place.run(*command)
+    assert done.returncode == 0, done.stderr
+    assert "in-context" in done.stdout
+    results = place.folder / "rest" / "results.jsonl"
+    runs = [json.loads(line) for line in results.read_text().splitlines()]
+    # Each seed has test texts of its own, for the untuned model too.
+    assert [(run["method"], run["seed"]) for run in runs] == [
+        ("zero-shot", 0),
+        ("icl", 0),
+        ("zero-shot", 1),
+        ("icl", 1),
+    ]
+    assert {run["answers"] for run in runs} == {12 - 2 * 4}
+    before, printed = results.read_bytes(), done.stdout
+    again = place.run(*command)
+    assert (again.returncode, again.stdout) == (0, printed)
+    assert results.read_bytes() == before
+    anew = place.run(*command, "--force")
+    assert anew.returncode == 0, anew.stderr
+    assert len(results.read_text().splitlines()) == 4
+    assert results.read_bytes() != before
+
+
+def test_labels_may_be_numbers_in_one_file_and_text_in_the_other(place):
+    numbers = {"bill": 0, "van": 1}
+    (place.folder / "numbers.jsonl").write_text(
+        "".join(
+            json.dumps({"text": text, "label": numbers[label]}) + "\n"
+            for text, label in zip(*TRAIN, strict=True)
+        )
+    )
+    write_csv(place.folder / "numbers.csv", TEST[0], [str(numbers[label]) for label in TEST[1]])
+    done = place.run(
+        *("--test", "numbers.csv", "--methods", "zero-shot", "--out", "numbered", "--json"),
+        data="numbers.jsonl",
+    )
+    assert done.returncode == 0, done.stderr
+    untuned = FewShotClassifier(str(place.folder / "model"), TEMPLATE, CHOICES, steps=0).fit(*TRAIN)
+    (run,) = json.loads(done.stdout)["runs"]
+    assert run["accuracy"] == untuned.score(*TEST)
+
+
+def test_the_command_refuses_before_anything_is_written(place):
+    write_csv(place.folder / "strange.csv", ["my bill", "my van"], ["bill", "vam"])
+    for command, message in (
+        (("--test", "strange.csv"), "strange.csv, line 3: the label 'vam'"),
+        (("--shots", 1, "--ensemble", "ordering"), "did you mean 'orderings'?"),
+    ):
+        done = place.run(*command, "--out", "refused")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+        assert message in done.stderr
+        assert not (place.folder / "refused").exists()
+
+
+def test_a_folder_that_is_not_a_comparisons_is_left_alone(place):
+    other = place.folder / "other"
+    other.mkdir()
+    (other / "precious.txt").write_text("mine")
+    done = place.run(*ASKED, "--out", "other")
+    assert done.returncode == 1
+    assert "--force" in done.stderr
+    assert [path.name for path in other.iterdir()] == ["precious.txt"]
+
+
+# -- going on --------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_cut_off_is_repeated_and_no_other(tmp_path):
+    settings, samples, results = settings_of(tiny_llama()), the_samples(), tmp_path / "r.jsonl"
+    methods = ["zero-shot", "tfew"]
+    first = compare(samples, methods, settings, results=results)
+    whole = results.read_bytes().splitlines(keepends=True)
+    assert len(whole) == len(first) == 3
+    results.write_bytes(b"".join(whole[:2]) + whole[2][:40])
+    again = compare(samples, methods, settings, results=results)
+    kept = results.read_bytes().splitlines(keepends=True)
+    assert kept[:2] == whole[:2]
+    assert len(kept) == 3
+    assert again[:2] == first[:2]
+    # The same training, timed again.
+    assert (again[2].seed, again[2].accuracy) == (first[2].seed, first[2].accuracy)
+
+
+@pytest.mark.parametrize(
+    ("changed", "repeated"),
+    [
+        ({}, set()),
+        ({"steps": 2}, {"tfew"}),
+        ({"learning_rate": 1e-3}, {"tfew"}),
+        ({"calibrate": True}, {"icl"}),
+        ({"ensemble": "one-shot"}, {"icl"}),
+        ({"template": "{{ text }} about"}, {"zero-shot", "icl", "tfew"}),
+        ({"model": tiny_llama(seed=1)}, {"zero-shot", "icl", "tfew"}),
+        ({"choices": {**CHOICES, "rain": "rain"}}, {"zero-shot", "icl", "tfew"}),
+    ],
+)
+def test_a_method_runs_again_when_its_own_settings_change(tmp_path, changed, repeated):
+    samples, results = the_samples()[:1], tmp_path / "results.jsonl"
+    methods = ["zero-shot", "icl", "tfew"]
+    compare(samples, methods, settings_of(tiny_llama(), steps=1), results=results)
+    other = {"model": tiny_llama(), "steps": 1, **changed}
+    compare(samples, methods, settings_of(**other), results=results)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert {line["method"] for line in lines[3:]} == repeated
+    assert len(lines) == 3 + len(repeated)
+
+
+def test_other_test_texts_are_answered_anew(tmp_path):
+    results = tmp_path / "results.jsonl"
+    settings = settings_of(tiny_llama())
+    (sample,) = draw_samples(*TRAIN, *TEST, seeds=1)
+    compare([sample], ["zero-shot"], settings, results=results)
+    fewer = Sample(0, sample.texts, sample.labels, sample.test_texts[:3], sample.test_labels[:3])
+    (run,) = compare([fewer], ["zero-shot"], settings, results=results)
+    assert run.answers == 3
+    # Other examples change nothing for the untuned model.
+    others = Sample(0, *rows_of(4, 9), sample.test_texts, sample.test_labels)
+    compare([others], ["zero-shot"], settings, results=results)
+    assert len(results.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("line", ["no json", '{"method": "tfew"}', "[]"])
+def test_a_results_file_of_something_else_is_refused_and_kept(tmp_path, line):
+    results = tmp_path / "results.jsonl"
+    results.write_text(line + "\n")
+    with pytest.raises(IA3Error, match="line 1: not a run"):
+        compare(the_samples(), ["zero-shot"], settings_of(tiny_llama()), results=results)
+    assert results.read_text() == line + "\n"
+
+
+# -- costs of other set-ups ------------------------------------------------------------------------
+
+
+def test_an_answer_costs_as_many_prompts_as_there_are_templates():
+    templates = [TEMPLATE, "question : {{ text }}\nabout the"]
+    parameters = sum(p.numel() for p in tiny_llama().parameters())
+    words = sum(len(text.split()) for text in TEST[0]) / len(TEST[0])
+    tokens = 2 * (words + CHOICE_WORDS + TEMPLATE_WORDS) + 1
+    samples = draw_samples(*TRAIN, *TEST, seeds=1)
+    settings = settings_of(tiny_llama(), template=templates, ensemble="one-shot")
+    zero_shot, icl, tfew = compare(samples, ["zero-shot", "icl", "tfew"], settings)
+    assert zero_shot.flops_an_answer == pytest.approx(2 * parameters * tokens)
+    assert icl.flops_an_answer == pytest.approx(len(TRAIN[0]) * 2 * parameters * tokens)
+    assert tfew.flops_an_answer == pytest.approx(2 * parameters * tokens)
+    # In training a text meets one template, in a batch of 8 or of what is left.
+    shown = sum(len(text.split()) for text in TRAIN[0]) / len(TRAIN[0])
+    trained = shown + CHOICE_WORDS + TEMPLATE_WORDS + 0.5
+    batch = len(TRAIN[0]) / -(-len(TRAIN[0]) // 8)
+    assert tfew.flops_before == pytest.approx(6 * parameters * trained * STEPS * batch)
+
+
+def test_an_encoder_decoder_reads_its_demonstrations_for_every_answer():
+    samples = draw_samples(*TRAIN, *TEST, shots=1, seeds=1)
+    settings = settings_of(tiny_t5(), tokenizer=word_tokenizer(WORDS, end=True))
+    (run,) = compare(samples, ["icl"], settings)
+    assert run.flops_an_answer == run.flops_uncached
+    assert run.flops_before == 0
+    assert notes(summaries([run])) == []
+
+
+# -- demonstrations that do not all fit ------------------------------------------------------------
+
+
+def shown(context: int, **changed: Any) -> InContextClassifier:
+    model = tiny_llama(max_position_embeddings=context)
+    arguments = {"template": TEMPLATE, "choices": CHOICES, "tokenizer": TOKENIZER, **changed}
+    return InContextClassifier(model, **arguments, leave_out=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_long_demonstration_does_not_keep_the_short_ones_out(seed):
+    texts = [*["it was late"] * 9, "it was late " * 50]
+    labels = [["bill", "van"][i % 2] for i in range(10)]
+    classifier = shown(200, seed=seed, choices=None).fit(texts, labels)
+    assert classifier.examples_used_ == 9
+
+
+def test_training_costs_what_training_texts_and_part_batches_have():
+    # Nine examples are batches of 8 and 1, and their texts are shorter than those to answer.
+    texts, labels = ["late"] * 9, ["bill", "van"] * 4 + ["bill"]
+    samples = draw_samples(texts, labels, ["late " * 20], ["van"], seeds=1)
+    settings = settings_of(tiny_llama(), choices=None, steps=2)
+    (run,) = compare(samples, ["tfew"], settings)
+    parameters = sum(p.numel() for p in tiny_llama().parameters())
+    tokens = 1 + TEMPLATE_WORDS + 2
+    assert run.flops_before == pytest.approx(6 * parameters * tokens * 9)
+
+
+@pytest.mark.parametrize("ensemble", ["none", "orderings", "one-shot"])
+@pytest.mark.parametrize("context", [36, 50, 77, 100, 400])
+def test_as_many_demonstrations_stay_as_fit(context, ensemble):
+    classifier = shown(context, ensemble=ensemble).fit(*TRAIN)
+    used = classifier.examples_used_
+    longest = max(len(text.split()) for text in TRAIN[0]) + TEMPLATE_WORDS
+    (members,) = classifier.demonstration_tokens_
+    # The last token of a choice predicts nothing, and is not read.
+    room = context - longest - max(len(words.split()) for words in CHOICES.values())
+    assert max(members) <= room + 1
+    each = [
+        len(text.split()) + TEMPLATE_WORDS + len(CHOICES[label].split())
+        for text, label in zip(*TRAIN, strict=True)
+    ]
+    if ensemble == "one-shot":
+        assert used == len(members) == sum(tokens <= room for tokens in each)
+    else:
+        (texts,) = classifier.demonstrations_
+        assert all(text.count("question") == used for text in texts)
+        answers = Counter(
+            line.split("about ")[1] for line in texts[0].split("\n") if "about" in line
+        )
+        assert abs(answers["money"] - answers["the delivery"]) <= 1
+        # The next one would not have fitted, or there is none.
+        assert used == len(each) or max(members) + max(each) > room
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        classifier.predict(TRAIN[0])
+
+
+def test_one_long_text_leaves_room_for_demonstrations():
+    texts, labels = TRAIN
+    classifier = shown(100).fit([*texts, "rain " * 200], [*labels, "van"])
+    assert 2 <= classifier.examples_used_ < len(texts)
+
+
+def test_leaving_out_changes_nothing_where_all_fit_and_cannot_help_where_none_does():
+    every = InContextClassifier(tiny_llama(), TEMPLATE, CHOICES, tokenizer=TOKENIZER, seed=3)
+    every.fit(*TRAIN)
+    assert shown(512, seed=3).fit(*TRAIN).demonstrations_ == every.demonstrations_
+    with pytest.raises(IA3Error, match="0 demonstrations fit"):
+        shown(12).fit(*TRAIN)
+
+
+def test_a_comparison_says_how_many_demonstrations_fit():
+    settings = settings_of(tiny_llama(max_position_embeddings=77))
+    runs = compare(draw_samples(*TRAIN, *TEST, seeds=1), ["icl", "tfew"], settings)
+    icl, tfew = runs
+    assert 0 < icl.examples_used < icl.examples == len(TRAIN[0])
+    assert tfew.examples_used == tfew.examples == len(TRAIN[0])
+    said = f"{icl.examples_used} of {len(TRAIN[0])}"
+    assert cells(summaries(runs)[0])[-1] == said
+    assert said in markdown(summaries(runs))
+
+
+# -- samples ---------------------------------------------------------------------------------------
+
+
+@given(
+    labels=st.lists(st.sampled_from("abc"), min_size=6, max_size=30),
+    shots=st.integers(1, 4),
+    seeds=st.integers(1, 3),
+)
+def test_a_sample_has_its_shots_of_each_label_and_leaves_the_rest(labels, shots, seeds):
+    texts = [f"text {i}" for i in range(len(labels))]
+    counts = Counter(labels)
+    if min(counts.values()) < shots or sum(counts.values()) == shots * len(counts):
+        with pytest.raises(IA3Error, match="shots is"):
+            draw_samples(texts, labels, shots=shots, seeds=seeds)
+        return
+    samples = draw_samples(texts, labels, shots=shots, seeds=seeds)
+    assert [sample.seed for sample in samples] == list(range(seeds))
+    for sample in samples:
+        assert Counter(sample.labels) == dict.fromkeys(counts, shots)
+        assert sorted([*sample.texts, *sample.test_texts]) == sorted(texts)
+        pairs = {*zip(sample.texts, sample.labels, strict=True)}
+        assert pairs | {*zip(sample.test_texts, sample.test_labels, strict=True)} == {
+            *zip(texts, labels, strict=True)
+        }
+    assert draw_samples(texts, labels, shots=shots, seeds=seeds) == samples
+
+
+def test_seeds_draw_different_samples():
+    samples = draw_samples(*rows_of(40, 3), shots=5, seeds=3)
+    assert len({tuple(sample.texts) for sample in samples}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"shots": 0}, "shots is 0"),
+        ({"seeds": 0, "shots": 1}, "seeds is 0"),
+        ({}, "nothing to test on"),
+        ({"shots": 6}, "leaves none to test on"),
+        ({"shots": 7}, "'bill' has 6 examples"),
+        ({"test_texts": ["a"]}, "or neither"),
+        ({"test_texts": [], "test_labels": []}, "no test texts"),
+        ({"test_texts": ["a"], "test_labels": ["bill", "van"]}, "1 texts and 2 labels"),
+    ],
+)
+def test_samples_that_cannot_be_drawn_are_refused(changed, message):
+    with pytest.raises(IA3Error, match=message):
+        draw_samples(*TRAIN, **changed)
+
+
+def test_a_test_label_without_a_choice_is_refused_before_anything_runs(tmp_path):
+    samples = draw_samples(*TRAIN, ["my bill"], ["bil"], seeds=1)
+    with pytest.raises(IA3Error, match=r"'bil' \(row 0\).*did you mean 'bill'"):
+        compare(samples, settings=settings_of(tiny_llama()), results=tmp_path / "results.jsonl")
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("methods", "changed", "message"),
+    [
+        (["zero-shot", "tfw"], {}, "did you mean 'tfew'?"),
+        (["tfew", "tfew"], {}, "more than once"),
+        ([], {}, "no methods"),
+        (["setfit"], {}, "setfit-requirements.txt"),
+        (["setfit"], {"setfit": SetFit(sys.executable)}, "setfit==1.2.0"),
+        (["setfit"], {"setfit": SetFit("no-such-python")}, "interpreter that runs"),
+        (["setfit"], {"setfit": SetFit(sys.executable, "./none")}, "is not a folder"),
+        (["icl"], {"ensemble": "ordering"}, "did you mean 'orderings'?"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(
+    tmp_path, methods, changed, message
+):
+    with pytest.raises(IA3Error) as caught:
+        compare(
+            the_samples(),
+            methods,
+            settings_of(tiny_llama(), **changed),
+            results=tmp_path / "results.jsonl",
+        )
+    assert message in str(caught.value)
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+# -- table and picture -----------------------------------------------------------------------------
+
+
+def run(method: str, seed: int = 0, **changed: Any) -> Run:
+    values: dict[str, Any] = {
+        "accuracy": 0.5,
+        "train_seconds": 60.0,
+        "answer_seconds": 0.05,
+        "flops_before": 1e15,
+        "flops_an_answer": 1e10,
+        "flops_uncached": None,
+        "stored_bytes": 1000,
+        "examples": 32,
+        "examples_used": 32,
+        "answers": 10,
+    }
+    return Run(method, seed, **{**values, **changed})
+
+
+def test_a_summary_has_the_median_and_the_quartiles():
+    accuracies = [0.9, 0.5, 0.7, 0.6, 0.8]
+    seconds = [10.0, 1.0, 99.0, 2.0, 3.0]
+    runs = [
+        run("tfew", i, accuracy=a, train_seconds=s)
+        for i, (a, s) in enumerate(zip(accuracies, seconds, strict=True))
+    ]
+    (summary,) = summaries(runs)
+    assert summary.accuracy == Spread(0.7, 0.6, 0.8)
+    assert summary.train_seconds == 3.0
+    assert cells(summary)[:5] == ["T-Few", "70.0", "60.0 to 80.0", "5", "3"]
+
+
+def test_one_run_has_no_quartiles_to_show():
+    (summary,) = summaries([run("zero-shot")])
+    assert cells(summary)[2] == "-"
+
+
+@pytest.mark.parametrize("methods", [["tfew"], ["zero-shot", "icl"], ["icl", "tfew", "setfit"]])
+def test_a_picture_names_what_is_compared_and_is_the_same_each_time(methods):
+    found = summaries(
+        [run(method, flops_uncached=1e12 if method == "icl" else None) for method in methods]
+    )
+    svg = picture(found, "svg")
+    text = "".join(ET.fromstring(svg).itertext())
+    for summary in found:
+        assert cells(summary)[0] in text
+    for other in {"T-Few", "SetFit", "in-context", "zero-shot"} - {cells(s)[0] for s in found}:
+        assert other not in text
+    assert ("nothing cached" in text) == ("icl" in methods)
+    assert picture(found, "svg") == svg
+    assert picture(found, "png") == picture(found, "png")
+
+
+def test_nothing_makes_no_table_and_no_picture():
+    with pytest.raises(IA3Error, match="no runs"):
+        markdown([])
+    with pytest.raises(IA3Error, match="no runs"):
+        picture([], "png")
+
+
+# -- SetFit ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not SETFIT_PYTHON.exists(), reason="there is no .venv-setfit: make .venv-setfit/.ready"
+)
+def test_setfit_answers_the_same_sample(tmp_path):
+    samples = draw_samples(*TRAIN, *TEST, shots=2, seeds=1)
+    settings = Settings(setfit=SetFit(SETFIT_PYTHON), device="cpu")
+    results = tmp_path / "results.jsonl"
+    (found,) = compare(samples, ["setfit"], settings, results=results)
+    assert (found.method, found.examples, found.answers) == ("setfit", 4, len(TEST[0]))
+    # The labels are words of the texts.
+    assert found.accuracy > 0.5
+    assert found.train_seconds > 0
+    assert found.stored_bytes > 1e6
+    # 20 iterations make 2 · 20 pairs of each of the 4 examples; a text has 5 tokens at least.
+    assert found.flops_before > found.flops_an_answer * 100
+    assert compare(samples, ["setfit"], settings, results=results) == [found]

@@ -1,0 +1,380 @@
+"""In-context learning against the plain way: every prompt written out and computed in whole."""
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import cross_val_score
+from support.scoring import NOT_SHARING, SHARING, WINDOWED, base_of, random_examples
+from support.tfew import (
+    hook_count,
+    plain_token_scores,
+    random_model,
+    state_bits,
+    tiny_llama,
+    tiny_t5,
+    word_tokenizer,
+)
+
+from ia3.base.loading import EMBEDDED_MODEL, BaseModel, load_base_model
+from ia3.errors import IA3Error
+from ia3.experiments.in_context import InContextClassifier
+from ia3.tfew.prompts.encoding import EncodedExample
+from ia3.tfew.scoring.prefix import (
+    cached_prefix,
+    caches_prefix,
+    choice_scores_after,
+    ranking_scores,
+)
+
+TEXTS = [
+    "charged twice this month",
+    "send the invoice again please",
+    "my parcel never came",
+    "the box was left outside in the rain",
+    "what does one year cost",
+    "the tracking page shows nothing",
+]
+LABELS = ["bill", "bill", "van", "van", "bill", "van"]
+NEW = ["the invoice was charged twice", "where is my box", "N/A in the parcel", "rain"]
+CHOICES = {"bill": "money", "van": "the delivery"}
+TEMPLATE = "question : {{ text }}\nabout"
+TOKENIZER = word_tokenizer(
+    " ".join([*TEXTS, *NEW, *CHOICES.values(), "question : about topic N / A where is"]).split()
+)
+
+MODELS = {**SHARING, **NOT_SHARING, **WINDOWED}
+
+
+def make(name="llama", **changed) -> InContextClassifier:
+    model = tiny_t5() if name == "t5" else random_model(MODELS[name])
+    arguments = {"template": TEMPLATE, "choices": CHOICES, "tokenizer": TOKENIZER, **changed}
+    return InContextClassifier(model, **arguments)
+
+
+def plain_scores(base: BaseModel, example: EncodedExample) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.stack([tokens.mean() for tokens in plain_token_scores(base, example)])
+
+
+def written_out(classifier: InContextClassifier, text: str) -> np.ndarray:
+    """The probabilities of one text from prompts that are put together here, word by word."""
+    base = classifier.base
+
+    def ids(of_text):
+        return tuple(base.tokenizer(of_text)["input_ids"])
+
+    def scores(demonstrations, prompt):
+        space = "" if base.is_encoder_decoder else " "
+        choices = tuple(ids(space + words) for words in CHOICES.values())
+        return plain_scores(base, EncodedExample(ids(demonstrations + prompt), choices)).double()
+
+    def prompt(of_text):
+        return f"question : {of_text}\nabout"
+
+    probabilities = []
+    for demonstrations in classifier.demonstrations_[0]:
+        β = scores(demonstrations, prompt(text))
+        if classifier.calibrate:
+            blank = scores(demonstrations, prompt("N/A")).softmax(-1)
+            divided = β.softmax(-1) / blank
+            probabilities.append(divided / divided.sum())
+        else:
+            probabilities.append(β.softmax(-1))
+    return torch.stack(probabilities).mean(0).numpy()
+
+
+def tokens_seen(model, work) -> list[int]:
+    """How many tokens the model was given, call by call."""
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        work()
+    finally:
+        handle.remove()
+    return seen
+
+
+# -- scores after a prefix -------------------------------------------------------------------------
+
+SHAPES = [(12, (1, 3, 2)), (7, (2, 2, 1)), (1, (1, 1, 1)), (90, (2, 5, 1)), (30, (3, 3, 3))]
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_scores_after_a_prefix_equal_those_of_whole_prompts(name):
+    base = base_of(name)
+    examples = random_examples(SHAPES * 3, shared=180)
+    assert caches_prefix(base)
+    prefix = cached_prefix(base, examples[0].prompt)
+    scores = choice_scores_after(base, prefix, examples)
+    assert not scores.requires_grad
+    for row, example in zip(scores, examples, strict=True):
+        torch.testing.assert_close(row, plain_scores(base, example), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*SHARING, *WINDOWED])
+def test_prompts_that_share_a_part_of_the_prefix_or_nothing(name):
+    base = base_of(name)
+    whole = random_examples([(9, (2, 1)), (4, (1, 3))], shared=60)
+    part = [EncodedExample((*e.prompt[:20], 5, 6, 7), e.choices) for e in whole]
+    none = random_examples([(3, (2, 2)), (40, (1, 2))], seed=9)
+    examples = [*none, *whole, *part, EncodedExample(whole[0].prompt[:1], whole[0].choices)]
+    prefix = cached_prefix(base, whole[0].prompt[:60])
+    scores = choice_scores_after(base, prefix, examples)
+    for row, example in zip(scores, examples, strict=True):
+        torch.testing.assert_close(row, plain_scores(base, example), atol=1e-5, rtol=0)
+    # The prefix itself is as it was: the same scores again, in another order.
+    again = choice_scores_after(base, prefix, examples[::-1])
+    torch.testing.assert_close(again.flip(0), scores, atol=1e-5, rtol=0)
+
+
+@given(
+    prefix=st.integers(1, 60),
+    prompts=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=15, deadline=None)
+def test_any_lengths(prefix, prompts, seed):
+    base = base_of("llama")
+    examples = random_examples([(n, (2, 1, 3)) for n in prompts], seed, shared=prefix)
+    scores = choice_scores_after(base, cached_prefix(base, examples[0].prompt), examples)
+    for row, example in zip(scores, examples, strict=True):
+        torch.testing.assert_close(row, plain_scores(base, example), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*NOT_SHARING, "t5", "bart", "gpt_neo"])
+def test_these_keep_no_prefix(name):
+    assert not caches_prefix(base_of(name))
+
+
+def test_bfloat16_keeps_a_prefix_too():
+    base = BaseModel(tiny_llama().to(torch.bfloat16), word_tokenizer(), "tiny")
+    assert caches_prefix(base)
+    examples = random_examples(SHAPES, shared=50)
+    scores = choice_scores_after(base, cached_prefix(base, examples[0].prompt), examples)
+    wide = BaseModel(tiny_llama(), word_tokenizer(), "tiny")
+    plain = torch.stack([plain_scores(wide, example) for example in examples])
+    torch.testing.assert_close(scores, plain, atol=0.2, rtol=0)
+
+
+def test_the_prefix_is_not_computed_again():
+    base = base_of("llama")
+    examples = random_examples([(6, (1, 2))] * 10, shared=300)
+    prefix = cached_prefix(base, examples[0].prompt)
+    caches_prefix(base)
+    seen = tokens_seen(base.model, lambda: choice_scores_after(base, prefix, examples))
+    assert sum(seen) <= 10 * (6 + 1 + 2)
+
+
+@pytest.mark.parametrize(("shared", "count"), [(300, 10), (60, 10), (150, 2), (700, 2)])
+def test_what_prompts_share_is_computed_once(shared, count):
+    """Also where a few tokens follow it, so that all of them together are not many."""
+    base = base_of("llama")
+    examples = random_examples([(6, (1, 2))] * count, shared=shared)
+    caches_prefix(base)
+    seen = tokens_seen(base.model, lambda: ranking_scores(base, examples, max_tokens=800))
+    assert sum(seen) <= shared + max(512, count * (6 + 1 + 2))
+
+
+# -- the classifier --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "calibrate"), [("none", False), ("orderings", True), ("one-shot", False)]
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "bloom", "mistral", "gemma3", "t5"])
+def test_probabilities_are_those_of_prompts_written_out(name, ensemble, calibrate):
+    classifier = make(name, ensemble=ensemble, orderings=2, calibrate=calibrate)
+    classifier.fit(TEXTS, LABELS)
+    probabilities = classifier.predict_proba(NEW)
+    expected = np.stack([written_out(classifier, text) for text in NEW])
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+    assert np.ptp(probabilities[:, 0]) > 1e-3
+    assert classifier.predict(NEW).tolist() == [
+        ["bill", "van"][i] for i in expected.argmax(1).tolist()
+    ]
+
+
+def test_a_real_tokenizer_sees_the_text_in_one_piece():
+    # Its tokens reach over the line breaks between demonstrations and texts.
+    tokenizer = load_base_model(EMBEDDED_MODEL).tokenizer
+    classifier = InContextClassifier(
+        tiny_llama(vocabulary=49152), TEMPLATE, CHOICES, tokenizer=tokenizer
+    ).fit(TEXTS, LABELS)
+    texts = [*NEW, " indented", "\nbroken"]
+    expected = np.stack([written_out(classifier, text) for text in texts])
+    np.testing.assert_allclose(classifier.predict_proba(texts), expected, atol=1e-5)
+
+
+def test_demonstrations_are_prompts_with_their_answers():
+    one_shot = make(ensemble="one-shot").fit(TEXTS, LABELS)
+    written = [
+        f"question : {text}\nabout {CHOICES[label]}\n\n"
+        for text, label in zip(TEXTS, LABELS, strict=True)
+    ]
+    assert one_shot.demonstrations_ == [written]
+    assert one_shot.demonstration_tokens_ == [[len(TOKENIZER(w)["input_ids"]) for w in written]]
+    (alone,) = make(seed=3).fit(TEXTS, LABELS).demonstrations_[0]
+    orderings = make(ensemble="orderings", orderings=4, seed=3).fit(TEXTS, LABELS)
+    for together in [alone, *orderings.demonstrations_[0]]:
+        assert sorted(together.split("\n\n")[:-1]) == sorted(w.strip() for w in written)
+    assert len({*orderings.demonstrations_[0]}) == 4
+    assert make(seed=3).fit(TEXTS, LABELS).demonstrations_ == [[alone]]
+    assert make(seed=4).fit(TEXTS, LABELS).demonstrations_ != [[alone]]
+
+
+def test_templates_are_averaged_each_with_its_own_demonstrations():
+    other = "{{ text }}\ntopic :"
+    both = make(template=[TEMPLATE, other]).fit(TEXTS, LABELS)
+    each = [make(template=t).fit(TEXTS, LABELS).predict_proba(NEW) for t in (TEMPLATE, other)]
+    np.testing.assert_allclose(both.predict_proba(NEW), np.mean(each, 0), atol=1e-6)
+    assert np.abs(each[0] - each[1]).max() > 1e-3
+
+
+def test_a_text_without_content_is_undecided_when_calibrated():
+    classifier = make(calibrate=True, ensemble="orderings").fit(TEXTS, LABELS)
+    np.testing.assert_allclose(classifier.predict_proba(["N/A"]), [[0.5, 0.5]], atol=1e-6)
+    assert abs(make().fit(TEXTS, LABELS).predict_proba(["N/A"])[0, 0] - 0.5) > 1e-3
+
+
+def test_demonstrations_are_computed_once():
+    classifier = make(ensemble="orderings", orderings=2, calibrate=True).fit(TEXTS, LABELS)
+    demonstrations = sum(classifier.demonstration_tokens_[0])
+    classifier.predict_proba(NEW)
+    model = classifier.model
+    one_by_one = tokens_seen(model, lambda: [classifier.predict_proba([text]) for text in NEW])
+    # Four texts and a text without content each time, for two members.
+    assert sum(one_by_one) < demonstrations
+    classifier.fit(TEXTS, LABELS)
+    assert sum(tokens_seen(model, lambda: classifier.predict_proba(NEW[:1]))) > demonstrations
+
+
+def test_another_model_computes_its_own_demonstrations():
+    classifier = make().fit(TEXTS, LABELS)
+    classifier.predict_proba(NEW)
+    other = tiny_llama(seed=1)
+    expected = make().set_params(model=other).fit(TEXTS, LABELS).predict_proba(NEW)
+    np.testing.assert_allclose(
+        classifier.set_params(model=other).predict_proba(NEW), expected, atol=1e-6
+    )
+
+
+def test_many_texts_in_any_order():
+    classifier = make().fit(TEXTS, LABELS)
+    texts = [f"{a} {b}" for a in NEW * 9 for b in TEXTS + NEW]
+    done = []
+    probabilities = classifier.predict_proba(texts, progress=done.append)
+    assert sum(done) == len(texts) == 360
+    alone = [classifier.predict_proba([texts[i]])[0] for i in (0, 100, 359)]
+    np.testing.assert_allclose(probabilities[[0, 100, 359]], alone, atol=1e-5)
+
+
+def test_mappings_and_integer_labels():
+    rows = [{"text": text, "place": place} for place, text in enumerate(TEXTS)]
+    classifier = make(
+        template="{{ place }} {{ text }}", choices={0: "money", 1: "the delivery"}, calibrate=True
+    )
+    classifier.fit(rows, [int(label == "van") for label in LABELS])
+    # Numbers of the first example stand in the text without content.
+    blank = {"text": "N/A", "place": 0}
+    np.testing.assert_allclose(classifier.predict_proba([blank]), [[0.5, 0.5]], atol=1e-6)
+    assert classifier.score(rows, classifier.predict(rows)) == 1.0
+    with pytest.raises(IA3Error, match="no field 'place'"):
+        classifier.predict([{"text": "rain"}])
+
+
+def test_the_model_stays_as_it_was():
+    classifier = make(ensemble="orderings", orderings=2)
+    model = classifier.model
+    model.train()
+    before = state_bits(model)
+    classifier.fit(TEXTS, LABELS).predict(NEW)
+    assert model.training
+    assert hook_count(model) == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# -- what does not fit -----------------------------------------------------------------------------
+
+
+def limited(context: int, **changed) -> InContextClassifier:
+    model = tiny_llama(max_position_embeddings=context)
+    return InContextClassifier(model, TEMPLATE, CHOICES, tokenizer=TOKENIZER, **changed)
+
+
+@pytest.mark.parametrize("context", [30, 37, 45, 60])
+def test_as_many_demonstrations_fit_as_the_error_says(context):
+    with pytest.raises(IA3Error, match=r"\d+ demonstrations fit") as caught:
+        limited(context).fit(TEXTS, LABELS)
+    fitting = int(str(caught.value).split(" demonstrations fit")[0].split()[-1])
+    assert 0 < fitting < len(TEXTS)
+    # Those that take the most room.
+    longest = sorted(range(len(TEXTS)), key=lambda i: -len(TEXTS[i].split()))
+    labels = ["bill", "van"] * 3
+
+    def fit(count):
+        return limited(context).fit([TEXTS[i] for i in longest[:count]], labels[:count])
+
+    if fitting > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fit(fitting).predict([TEXTS[longest[0]]])
+    with pytest.raises(IA3Error, match="demonstrations fit"):
+        fit(fitting + 1)
+
+
+def test_one_shot_fits_where_all_together_do_not():
+    classifier = limited(40, ensemble="one-shot").fit(TEXTS, LABELS)
+    assert classifier.predict_proba(NEW).shape == (4, 2)
+    with pytest.raises(IA3Error, match=r"0 demonstrations fit; give shorter ones$"):
+        limited(16, ensemble="one-shot").fit(TEXTS, LABELS)
+
+
+def test_a_text_too_long_behind_its_demonstrations_is_cut():
+    classifier = limited(96).fit(TEXTS, LABELS)
+    with pytest.warns(UserWarning, match="1 of 2 prompts are longer"):
+        probabilities = classifier.predict_proba(["rain " * 90, "rain"])
+    assert np.isfinite(probabilities).all()
+
+
+def test_unusable_settings():
+    with pytest.raises(IA3Error, match="ensemble is 'one_shot', expected one of"):
+        make(ensemble="one_shot").fit(TEXTS, LABELS)
+    with pytest.raises(IA3Error, match="orderings is 0"):
+        make(orderings=0).fit(TEXTS, LABELS)
+    with pytest.raises(IA3Error, match="6 texts and 5 labels"):
+        make().fit(TEXTS, LABELS[:5])
+    with pytest.raises(IA3Error, match="no texts"):
+        make().fit([], [])
+    with pytest.raises(NotFittedError, match="InContextClassifier"):
+        make().predict(NEW)
+
+
+def test_a_broken_model_is_an_error():
+    classifier = make().fit(TEXTS, LABELS)
+    with torch.no_grad():
+        next(classifier.model.parameters()).fill_(torch.nan)
+    with pytest.raises(IA3Error, match="not finite"):
+        classifier.predict(NEW)
+
+
+# -- scikit-learn ----------------------------------------------------------------------------------
+
+
+def test_clone_pickle_and_cross_validation():
+    classifier = make(ensemble="one-shot", calibrate=True).fit(TEXTS, LABELS)
+    before = classifier.predict_proba(NEW)
+    copy = pickle.loads(pickle.dumps(classifier))
+    np.testing.assert_allclose(copy.predict_proba(NEW), before, atol=1e-6)
+    again = clone(classifier)
+    assert again.model is classifier.model
+    np.testing.assert_allclose(again.fit(TEXTS, LABELS).predict_proba(NEW), before, atol=1e-6)
+    assert cross_val_score(again, TEXTS, LABELS, cv=3).shape == (3,)

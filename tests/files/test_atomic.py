@@ -1,0 +1,148 @@
+"""Files are written whole or not at all, also on a disk that is full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ia3.files.atomic import check_folder, write_file, write_files
+
+BEFORE = {"a": b"old a", "b": b"old b", "other": b"stays"}
+AFTER = {"a": b"new a", "b": b"new b" * 1000}
+
+
+@contextmanager
+def full_disk(limit: int = 1000) -> Iterator[None]:
+    """No file may grow beyond this many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() if p.is_file() else b"" for p in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, content in BEFORE.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_a_new_folder_with_what_is_above_it(tmp_path: Path) -> None:
+    write_files(tmp_path / "x" / "y", AFTER)
+    assert contents(tmp_path / "x" / "y") == AFTER
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["y"]
+
+
+def test_others_may_read_as_far_as_the_umask_lets_them(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        write_files(tmp_path / "x", AFTER)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "x" / "a").stat().st_mode) == 0o640
+
+
+def test_other_files_of_a_folder_stay(folder: Path) -> None:
+    write_files(folder, AFTER)
+    assert contents(folder) == {**BEFORE, **AFTER}
+
+
+def test_full_disk_leaves_no_new_folder(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(OSError) as raised:
+        write_files(tmp_path / "x" / "y" / "z", AFTER)
+    assert raised.value.errno == errno.EFBIG
+    assert raised.value.filename == str(tmp_path / "x" / "y" / "z" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_leaves_an_old_folder_as_it_was(folder: Path) -> None:
+    with full_disk(), pytest.raises(OSError):
+        write_files(folder, AFTER)
+    assert contents(folder) == BEFORE
+
+
+def test_interruption_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*paths: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    monkeypatch.setattr(Path, "rename", interrupt)
+    for target in (folder, folder.parent / "x" / "y"):
+        with pytest.raises(KeyboardInterrupt):
+            write_files(target, AFTER)
+    assert contents(folder) == BEFORE
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folder_in_the_place_of_a_file_is_found_before_any_is_replaced(folder: Path) -> None:
+    (folder / "c").mkdir()
+    with pytest.raises(FileExistsError, match="c is not a file"):
+        write_files(folder, {**AFTER, "c": b""})
+    assert contents(folder) == {**BEFORE, "c": b""}
+
+
+def test_a_file_in_the_place_of_the_folder(folder: Path) -> None:
+    for target in (folder / "a", folder / "a" / "b"):
+        with pytest.raises(OSError):
+            write_files(target, AFTER)
+    assert contents(folder) == BEFORE
+
+
+def test_the_longest_name_of_a_file(folder: Path) -> None:
+    name = "n" * 255
+    for content in (b"new", b"newer"):
+        write_file(folder / name, content)
+        assert contents(folder) == {**BEFORE, name: content}
+
+
+def test_one_file(folder: Path) -> None:
+    write_file(folder / "a", b"new")
+    write_file(folder / "deeper" / "c", b"new")
+    assert (folder / "a").read_bytes() == (folder / "deeper" / "c").read_bytes() == b"new"
+    with full_disk(), pytest.raises(OSError) as raised:
+        write_file(folder / "other", b"x" * 2000)
+    assert raised.value.filename == str(folder / "other")
+    assert (folder / "other").read_bytes() == b"stays"
+
+
+def test_a_link_stays_one(folder: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(folder / "a")
+    write_file(link, b"new")
+    assert link.is_symlink()
+    assert (folder / "a").read_bytes() == b"new"
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="pipe is not a file"):
+        write_file(tmp_path / "pipe", b"new")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_what_cannot_be_written_later(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for fine in (folder, folder / "x" / "y", Path("x"), Path("x/y"), Path()):
+        check_folder(fine)
+    for name in ("a", "a/x"):
+        with pytest.raises(NotADirectoryError):
+            check_folder(name)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError):
+        check_folder("x")

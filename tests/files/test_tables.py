@@ -1,0 +1,233 @@
+"""Data files: what is read, what is refused and how, what is written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ia3.errors import IA3Error
+from ia3.files.tables import Row, fields_of, read_table, write_table
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Any:
+    """Writes a file of a name, and gives its path."""
+
+    def write(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+def values(rows: list[Row]) -> list[list[Any]]:
+    return [list(row.values()) for row in rows]
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def test_quoted_fields_keep_delimiters_quotes_and_line_ends(written: Any) -> None:
+    path = written("a.csv", 'text,label\n"one, ""two""\r\nthree",x\nfour,y\n')
+    assert values(read_table(path)) == [['one, "two"\r\nthree', "x"], ["four", "y"]]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_and_byte_order_mark(written: Any, end: str) -> None:
+    path = written("a.csv", "\ufeff" + end.join(["text,label", "one,x", "", "two,y"]))
+    rows = read_table(path, ["text"], "label")
+    assert rows == [{"text": "one", "label": "x"}, {"text": "two", "label": "y"}]
+    assert [row.where for row in rows] == [f"{path}, line 2", f"{path}, line 4"]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
+def test_unicode_line_separators_are_text(written: Any, character: str) -> None:
+    text = f"one{character}two"
+    assert values(read_table(written("a.csv", f"text,label\n{text},x\n"))) == [[text, "x"]]
+    line = json.dumps({"text": text}, ensure_ascii=False)
+    assert values(read_table(written("a.jsonl", f"{line}\n"))) == [[text]]
+
+
+def test_tsv_and_suffixes_of_any_case(written: Any) -> None:
+    assert values(read_table(written("a.TSV", "text\tlabel\none, two\tx\n"))) == [["one, two", "x"]]
+
+
+def test_json_lines_keep_types(written: Any) -> None:
+    path = written("a.ndjson", '\ufeff{"text": "é", "label": 3, "more": [1]}\r\n\r\n{"text": ""}\n')
+    rows = read_table(path)
+    assert rows == [{"text": "é", "label": 3, "more": [1]}, {"text": ""}]
+    assert rows[1].where == f"{path}, line 3"
+
+
+def test_very_large_fields(written: Any) -> None:
+    limit = csv.field_size_limit()
+    text = "word " * 100_000
+    assert values(read_table(written("a.csv", f"text,label\n{text},x\n"))) == [[text, "x"]]
+    assert csv.field_size_limit() == limit
+
+
+def test_fields_of_one_and_of_several_columns() -> None:
+    rows = [{"subject": "a", "stars": 5, "label": "x"}]
+    assert fields_of(rows, ["subject"]) == [{"text": "a"}]
+    assert fields_of(rows, ["subject", "stars"]) == [{"subject": "a", "stars": "5"}]
+
+
+def test_empty_texts_bring_one_warning(written: Any) -> None:
+    path = written("a.csv", "title,text,label\n,one,x\n, ,y\n,,z\n")
+    with pytest.warns(UserWarning, match=r"a\.csv, line 3: the text is empty \(and 1 more\)$"):
+        read_table(path, ["title", "text"], "label")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_table(written("b.csv", "title,text\n,one\n"), ["title", "text"])
+
+
+BAD_FILES = {
+    "empty": ("a.csv", "", "a.csv is empty"),
+    "blank lines": ("a.jsonl", "\n\n", "a.jsonl is empty"),
+    "header only": ("a.csv", "text,label\n", "a.csv has no rows"),
+    "suffix": ("a.xlsx", "PK", "ends in '.xlsx', expected one of .csv, .tsv, .jsonl, .ndjson"),
+    "no suffix": ("a", "text,label\na,b\n", "has no suffix"),
+    "missing column": (
+        "a.csv",
+        "txt,label\na,b\n",
+        "a.csv: no column 'text' among ['txt', 'label']; did you mean 'txt'?",
+    ),
+    "other delimiter": ("a.csv", "text;label\na;b\n", "looks separated by ';', expected ','"),
+    "key missing in one row": (
+        "a.jsonl",
+        '{"text": "a", "label": "b"}\n\n{"txt": "a", "label": "b"}\n',
+        "line 3: no column 'text' among ['txt', 'label']; did you mean 'txt'?",
+    ),
+    "column twice": (
+        "a.csv",
+        "text,label,text\na,b,c\n",
+        "line 1: the column 'text' is there more than once",
+    ),
+    "too many values": (
+        "a.csv",
+        'text,label\n"a\nb",x\none, two,y\n',
+        "line 4: 3 values, expected 2 as in the header; a text that holds ',' needs double quotes",
+    ),
+    "too few values": ("a.csv", "text,label\na,x\nb\n", "line 3: 1 values, expected 2"),
+    "open quote": (
+        "a.csv",
+        'text,label\na,x\n"b,y\nc,x\n',
+        "line 3: a double quote opens a value and none closes it",
+    ),
+    "text after a quote": ("a.csv", 'text,label\n"a"b,x\n', "line 2: ',' expected after '\"'"),
+    "latin-1": (
+        "a.csv",
+        "text,label\na,x\ncafé,y\n".encode("latin-1"),
+        "line 3: byte 0xe9 is not UTF-8; save the file as UTF-8",
+    ),
+    "latin-1 after a byte order mark": (
+        "a.csv",
+        b"\xef\xbb\xbftext,label\ncaf\xe9,y\n",
+        "line 2: byte 0xe9",
+    ),
+    "UTF-16": ("a.csv", "text,label\na,x\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
+    "NUL": ("a.csv", "text,label\na,x\nb\0c,y\n", "line 3: a NUL byte"),
+    "empty label": ("a.csv", "text,label\na,x\nb, \n", "line 3: the label 'label' is empty"),
+    "not JSON": ("a.jsonl", '{"text": "a"}\n{"text": }\n', "line 2: not JSON: Expecting value"),
+    "NaN": ("a.jsonl", '{"text": "a", "label": NaN}\n', "line 1: NaN is not JSON"),
+    "not an object": ("a.jsonl", '[{"text": "a"}]\n', 'line 1: [{"text": "a"}], expected one obj'),
+    "deep": ("a.jsonl", "[" * 100_000 + "\n", "line 1: "),
+    "huge number": ("a.jsonl", '{"label": ' + "1" * 5000 + "}\n", "line 1: "),
+    "half a surrogate pair": (
+        "a.jsonl",
+        '{"text": "\\ud83d", "label": 1}\n',
+        "line 1: half a surrogate pair",
+    ),
+    "null text": (
+        "a.jsonl",
+        '{"text": null, "label": 1}\n',
+        "line 1: the text 'text' is null, expected a string",
+    ),
+    "list as text": (
+        "a.jsonl",
+        '{"text": ["a"], "label": 1}\n',
+        "line 1: the text 'text' is [\"a\"], expected a string",
+    ),
+    "null label": (
+        "a.jsonl",
+        '{"text": "a", "label": "x"}\n{"text": "a", "label": null}\n',
+        "line 2: the label 'label' is null, expected a string or an integer",
+    ),
+    "fraction as label": ("a.jsonl", '{"text": "a", "label": 0.5}\n', "label 'label' is 0.5, exp"),
+    "labels of two types": (
+        "a.jsonl",
+        '{"text": "a", "label": 1}\n{"text": "b", "label": "1"}\n',
+        'line 2: the label "1" is of another type',
+    ),
+    "integer and boolean": (
+        "a.jsonl",
+        '{"text": "a", "label": 1}\n{"text": "b", "label": true}\n',
+        "line 2: the label true is of another type",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(written: Any, case: str) -> None:
+    name, content, message = BAD_FILES[case]
+    path = written(name, content)
+    with pytest.raises(IA3Error) as raised:
+        read_table(path, ["text"], "label")
+    assert message in str(raised.value)
+    assert str(raised.value).startswith((str(path), f"data file {path}"))
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.csv does not exist"):
+        read_table(tmp_path / "none.csv")
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        read_table(tmp_path)
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+ROWS: list[dict[str, Any]] = [
+    {"text": 'one, "two"\nthree', "label": 1, "note": None},
+    {"text": "é\u2028", "seen": True, "tags": ["a"], "probability": 0.25},
+]
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t")])
+def test_csv_holds_all_columns(tmp_path: Path, suffix: str, delimiter: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    write_table(ROWS, path, as_json=False)
+    with open(path, newline="", encoding="utf-8") as file:
+        assert next(csv.reader(file, delimiter=delimiter)) == [
+            *("text", "label", "note", "seen", "tags", "probability")
+        ]
+    assert values(read_table(path)) == [
+        ['one, "two"\nthree', "1", "", "", "", ""],
+        ["é\u2028", "", "", "true", '["a"]', "0.25"],
+    ]
+
+
+def test_json_lines_round_trip(tmp_path: Path) -> None:
+    write_table(ROWS, tmp_path / "a.jsonl", as_json=False)
+    assert read_table(tmp_path / "a.jsonl") == ROWS
+
+
+def test_standard_output(capfdbinary: Any) -> None:
+    write_table(ROWS[1:], None, as_json=True)
+    out = capfdbinary.readouterr().out
+    assert json.loads(out) == ROWS[1]
+    assert "é".encode() in out
+    write_table([{"text": "a"}], None, as_json=False)
+    assert capfdbinary.readouterr().out == b"text\na\n"
+
+
+def test_unknown_suffix_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(IA3Error, match=r"ends in '\.txt'"):
+        write_table(ROWS, tmp_path / "a.txt", as_json=False)
+    assert not list(tmp_path.iterdir())

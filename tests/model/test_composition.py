@@ -1,0 +1,408 @@
+"""Adapted models in the hands of everything else: copies, compilers, casts, generation, files."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.architectures import ARCHITECTURES, VOCABULARY, batch, build, output
+from support.pairs import Adapted, adapted_pair, randomize, relative, vectors
+from support.snapshots import hooks_on
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import ia3
+
+EVERY_MODEL = pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "gemma3"])
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+    # transformers' own, under torch 2.13 and its own newer names.
+    pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning"),
+]
+
+
+def adapted(kind: str, dtype: torch.dtype = torch.float32, **config: Any) -> ia3.IA3Model:
+    """A model of that kind with an adapter of random vectors."""
+    config = {**ARCHITECTURES[kind].modules, **config}
+    model = ia3.get_peft_model(build(kind, dtype), ia3.IA3Config(**config))
+    randomize(vectors(model))
+    return model
+
+
+def logits(kind: str, model: Adapted) -> Tensor:
+    with torch.no_grad():
+        return output(kind, model)
+
+
+def loss_of(kind: str, model: Adapted, **options: Any) -> Tensor:
+    result: Tensor = model(**batch(kind), use_cache=False, **options).logits.float()
+    targets = torch.randint(
+        VOCABULARY, result.shape[:-1], generator=torch.Generator().manual_seed(2)
+    )
+    return nn.functional.cross_entropy(result.flatten(0, -2), targets.flatten())
+
+
+def gradients(model: Adapted) -> dict[str, Tensor]:
+    found = {}
+    for name, vector in vectors(model).items():
+        assert vector.grad is not None, name
+        found[name] = vector.grad.clone()
+    model.zero_grad()
+    return found
+
+
+def hooks(model: nn.Module) -> dict[str, int]:
+    counts = {name: hooks_on(module) for name, module in model.named_modules()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def plain_keys(model: nn.Module) -> list[str]:
+    return [key for key in model.state_dict() if "ia3_l" not in key.split(".")]
+
+
+# -- copies ----------------------------------------------------------------------------------------
+
+
+def _pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _saved(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = [copy.deepcopy, _pickled, _saved]
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("copied", COPIES)
+def test_copies_are_whole_and_independent(kind: str, copied: Callable[[Any], Any]) -> None:
+    base_logits = logits(kind, build(kind))
+    model = adapted(kind)
+    model.add_adapter("second", ia3.IA3Config())
+    randomize(vectors(model, "second"), seed=1)
+    model.set_adapter(["default", "second"])
+    expected = logits(kind, model)
+    twin = copied(model)
+    assert twin.active_adapters == ["default", "second"]
+    assert torch.equal(logits(kind, twin), expected)
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
+
+    randomize(vectors(twin, "second"), seed=2)
+    changed = logits(kind, twin)
+    assert relative(changed, expected) > 1e-3
+    assert torch.equal(logits(kind, model), expected)
+    model.unload()
+    assert torch.equal(logits(kind, twin), changed)
+
+    loss_of(kind, twin).backward()
+    assert all(vector.grad is not None for vector in vectors(twin, "second").values())
+    twin.set_adapter("default")
+    twin.delete_adapter("second")
+    assert torch.equal(logits(kind, twin), logits(kind, adapted(kind)))
+    unloaded = twin.unload()
+    assert torch.equal(logits(kind, unloaded), base_logits)
+    assert not hooks(unloaded)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_of_a_merged_model_unmerges(copied: Callable[[Any], Any]) -> None:
+    model = adapted("llama", torch.bfloat16)
+    expected = logits("llama", model)
+    model.merge_adapter()
+    twin = copied(model)
+    twin.unmerge_adapter()
+    assert torch.equal(logits("llama", twin), expected)
+    model.unmerge_adapter()
+    assert torch.equal(logits("llama", model), expected)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_has_its_own_modules_to_save(copied: Callable[[Any], Any]) -> None:
+    model = adapted("llama", modules_to_save=["lm_head"])
+    head = next(p for n, p in model.named_parameters() if "lm_head.ia3_l.default" in n)
+    with torch.no_grad():
+        head.mul_(2)
+    expected = logits("llama", model)
+    twin = copied(model)
+    assert torch.equal(logits("llama", twin), expected)
+    with torch.no_grad():
+        head.mul_(2)
+    assert torch.equal(logits("llama", model), 2 * expected)
+    assert torch.equal(logits("llama", twin), expected)
+    model.unload()
+    assert torch.equal(logits("llama", twin), expected)
+    assert torch.equal(logits("llama", twin.unload()), logits("llama", build("llama")))
+
+
+# -- compilers and checkpointing -------------------------------------------------------------------
+
+
+@EVERY_MODEL
+def test_compiled_as_one_graph(kind: str) -> None:
+    model = adapted(kind)
+    loss = loss_of(kind, model)
+    loss.backward()
+    expected = gradients(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = loss_of(kind, compiled)
+    found.backward()
+    assert relative(found, loss) < 1e-6
+    for name, gradient in gradients(model).items():
+        assert relative(gradient, expected[name]) < 1e-5, name
+
+
+def test_a_compiled_model_follows_its_adapters() -> None:
+    """By default Dynamo does not look at hooks again once it has compiled a module's call."""
+    kind = "llama"
+    base = build(kind)
+    torch.compiler.reset()
+    compiled = torch.compile(base, fullgraph=True, backend="eager")
+    seen = []
+
+    def check(step: str) -> None:
+        with torch.no_grad():
+            seen.append(loss_of(kind, compiled).item())
+            assert seen[-1] == pytest.approx(loss_of(kind, base).item(), rel=1e-6), step
+
+    check("before")
+    model = ia3.get_peft_model(base, ia3.IA3Config())
+    randomize(vectors(model))
+    check("attached")
+    model.add_adapter("second", ia3.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    randomize(vectors(model, "second"), seed=1)
+    check("a second one added")
+    model.set_adapter("second")
+    check("the second one active")
+    model.set_adapter(["default", "second"])
+    check("both active")
+    model.disable_adapter_layers()
+    check("disabled")
+    model.enable_adapter_layers()
+    check("enabled")
+    model.merge_adapter()
+    check("merged")
+    model.unmerge_adapter()
+    check("unmerged")
+    model.delete_adapter("default")
+    check("the first one deleted")
+    model.unload()
+    check("unloaded")
+    assert len({round(value, 4) for value in seen}) == 4  # the base, each of the two, and both
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("first", ["adapter", "checkpointing"])
+def test_gradient_checkpointing_needs_nothing_more(kind: str, reentrant: bool, first: str) -> None:
+    """Enabled on the adapted model, or before it on the base, gradients are the usual ones."""
+    model = adapted(kind).train()
+    loss_of(kind, model).backward()
+    expected = gradients(model)
+
+    options = {"use_reentrant": reentrant}
+    base = build(kind).train()
+    if first == "checkpointing":
+        base.gradient_checkpointing_enable(options)
+    model = ia3.get_peft_model(base, ia3.IA3Config())
+    if first == "adapter":
+        model.gradient_checkpointing_enable(options)
+    randomize(vectors(model))
+    loss_of(kind, model).backward()
+    for name, gradient in gradients(model).items():
+        assert relative(gradient, expected[name]) < 1e-5, name
+
+    model.unload()
+    without_adapter = build(kind)
+    without_adapter.gradient_checkpointing_enable(options)  # may leave hooks of its own
+    assert hooks(base) == hooks(without_adapter)
+
+
+# -- dtypes ----------------------------------------------------------------------------------------
+
+
+@EVERY_MODEL
+def test_autocast_is_pefts(kind: str) -> None:
+    results = []
+    for model in adapted_pair(lambda dtype: build(kind, dtype), ARCHITECTURES[kind].modules):
+        with torch.autocast("cpu", torch.bfloat16):
+            result = model(**batch(kind), use_cache=False).logits
+            loss = loss_of(kind, model)
+        loss.backward()
+        results.append((result, loss, gradients(model)))
+    (ours, our_loss, our_gradients), (theirs, their_loss, their_gradients) = results
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert relative(ours, theirs) < 1e-2
+    assert relative(our_loss, their_loss) < 1e-2
+    assert relative(ours, logits(kind, adapted(kind))) > 1e-4  # it was computed in bfloat16
+    for name, expected in their_gradients.items():
+        assert our_gradients[name].dtype == torch.float32
+        assert relative(our_gradients[name], expected) < 1e-2, name
+
+
+CASTS: dict[str, tuple[Callable[[Any], Any], torch.dtype]] = {
+    "half": (lambda model: model.half(), torch.float16),
+    "bfloat16": (lambda model: model.bfloat16(), torch.bfloat16),
+    "to": (lambda model: model.to(torch.bfloat16), torch.bfloat16),
+    "to device and dtype": (lambda model: model.to("cpu", torch.float16), torch.float16),
+    "the base alone": (lambda model: model.model.to(torch.bfloat16), torch.bfloat16),
+    "there and back": (lambda model: model.half().float().bfloat16(), torch.bfloat16),
+}
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("cast", CASTS)
+def test_vectors_stay_float32_over_a_base_that_is_cast(kind: str, cast: str) -> None:
+    """So that the vectors can still learn; PEFT's are cast too."""
+    change, dtype = CASTS[cast]
+    model = adapted(kind)
+    before = {name: vector.detach().clone() for name, vector in vectors(model).items()}
+    parameters = dict(vectors(model))
+    change(model)
+    base = [p for name, p in model.named_parameters() if "ia3_l" not in name]
+    assert {p.dtype for p in base} == {dtype}
+    for name, vector in vectors(model).items():
+        assert vector is parameters[name]  # the one in the optimizer
+        assert vector.dtype == torch.float32
+        assert torch.equal(vector, before[name])
+    found = logits(kind, model)
+    assert found.dtype == dtype
+    assert relative(found, logits(kind, adapted(kind))) < 3e-2
+    if cast != "there and back":
+        assert torch.equal(found, logits(kind, adapted(kind, dtype)))
+    loss_of(kind, model).backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+    loaded = model.state_dict()
+    assert {v.dtype for k, v in loaded.items() if "ia3_l" in k.split(".")} == {torch.float32}
+
+
+def test_vectors_are_float32_again_after_a_detour_through_float64() -> None:
+    model = adapted("llama")
+    expected = logits("llama", model)
+    model.double()
+    assert relative(logits("llama", model), expected) < 1e-5
+    model.float()
+    assert {vector.dtype for vector in vectors(model).values()} == {torch.float32}
+    assert torch.equal(logits("llama", model), expected)
+
+
+# -- generation ------------------------------------------------------------------------------------
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 20},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "static cache": {"do_sample": False, "cache_implementation": "static"},
+    "no cache": {"do_sample": False, "use_cache": False},
+}
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("how", GENERATION)
+def test_generation_is_pefts(kind: str, how: str) -> None:
+    inputs = {name: value for name, value in batch(kind).items() if name != "decoder_input_ids"}
+    # Padding to the right is not what a decoder expects.
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, **GENERATION[how]}
+
+    def generated(model: Any) -> Tensor:
+        torch.manual_seed(0)
+        tokens: Tensor = model.generate(**inputs, **options)
+        return tokens
+
+    ours, theirs = adapted_pair(lambda dtype: build(kind, dtype), ARCHITECTURES[kind].modules)
+    expected = generated(theirs)
+    assert torch.equal(generated(ours), expected)
+    assert torch.equal(generated(ours.get_base_model()), expected)
+    with ours.disable_adapter():
+        without = generated(ours)
+    assert not torch.equal(without, expected)
+    assert torch.equal(without, generated(build(kind)))
+
+
+# -- the base model's own checkpoints --------------------------------------------------------------
+
+
+@EVERY_MODEL
+def test_only_vectors_are_added_to_the_base_models_state(kind: str) -> None:
+    base = build(kind)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    modules = dict(base.named_modules())
+    model = ia3.get_peft_model(base, ia3.IA3Config())
+    model.add_adapter("second", ia3.IA3Config())
+    added = {
+        f"{name}.ia3_l.{adapter}" for adapter in ("default", "second") for name in vectors(model)
+    }
+    state = base.state_dict()
+    assert plain_keys(base) == list(before)
+    assert state.keys() - before.keys() == added
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    assert all(base.get_submodule(name) is module for name, module in modules.items())
+    assert model.unload() is base
+    assert list(base.state_dict()) == list(before)
+    assert [*base.named_modules()] == [*modules.items()]
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_base_checkpoint_loads_strictly_under_the_adapter(kind: str, assign: bool) -> None:
+    other = build(kind)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    base = build(kind)
+    model = ia3.get_peft_model(base, ia3.IA3Config())
+    randomize(vectors(model))
+    before = logits(kind, model)
+    result = base.load_state_dict(other.state_dict(), strict=True, assign=assign)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    on_other = ia3.get_peft_model(other, ia3.IA3Config())
+    randomize(vectors(on_other))
+    found = logits(kind, model)
+    assert torch.equal(found, logits(kind, on_other))
+    assert relative(found, before) > 1e-3
+
+
+def test_a_base_checkpoint_that_lacks_a_weight_is_still_refused() -> None:
+    base = build("llama")
+    incomplete = base.state_dict()
+    del incomplete["model.layers.0.self_attn.k_proj.weight"]
+    ia3.get_peft_model(base, ia3.IA3Config())
+    with pytest.raises(RuntimeError, match=r"Missing key.*self_attn\.k_proj\.weight"):
+        base.load_state_dict(incomplete)
+
+
+def test_state_of_the_adapted_model_loads_into_its_like() -> None:
+    model = adapted("llama")
+    twin = ia3.get_peft_model(build("llama"), ia3.IA3Config())
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(logits("llama", twin), logits("llama", model))
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_the_base_model_saves_a_plain_checkpoint(kind: str, shard: str, tmp_path: Path) -> None:
+    model = adapted(kind)
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    base.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "20KB")
+    read, report = type(base).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert plain_keys(read) == list(read.state_dict())
+    plain = build(kind).state_dict()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in read.state_dict().items())
+    assert torch.equal(logits(kind, read.eval()), logits(kind, build(kind)))

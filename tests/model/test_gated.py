@@ -1,0 +1,328 @@
+"""act(gate) ⊙ up ⊙ vector in one operation, against the definition in float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ia3.model import gated
+from ia3.model.gated import GateActivation, gated_product
+
+# An exact zero, both signs, tiny ones: what a division by the vector would stumble over.
+AWKWARD = [0.0, -0.0, 1.0, -1.5, 1e-3, -1e-25, 1e-25, 3.0]
+
+REFERENCE = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+    "gelu_tanh": lambda x: x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "relu": lambda x: torch.where(x > 0, x, 0.0),
+}
+
+EVERY_FUNCTION = pytest.mark.parametrize("function", REFERENCE)
+
+
+def seeded(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def definition(gate: Tensor, up: Tensor, vector: Tensor | None, function: str) -> Tensor:
+    product = REFERENCE[function](gate) * up
+    return product if vector is None else product * vector
+
+
+def plain(gate: Tensor, up: Tensor, vector: Tensor, function: str) -> Tensor:
+    """As a layer's forward and a hook on its down projection's input compute it."""
+    functions = {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+        "relu": functional.relu,
+    }
+    return ((functions[function](gate) * up) * vector).to(gate.dtype)
+
+
+def results(operation: object, inputs: list[Tensor], weight: Tensor, function: str) -> list[Tensor]:
+    """The result, and the gradients of gate, up and vector of Σ weight ⊙ result²."""
+    assert callable(operation)
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    result = operation(*leaves, function)
+    loss = (result.square() * weight.to(result.dtype)).sum()
+    return [result.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture(params=[gated.CHUNK, 24], ids=["one chunk", "chunks"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 8 in chunks of 3, which do not divide them evenly."""
+    monkeypatch.setattr(gated, "CHUNK", request.param)
+
+
+@pytest.mark.usefixtures("chunk")
+@EVERY_FUNCTION
+@pytest.mark.parametrize("shape", [(2, 5, 8), (4, 8), (8,)])
+def test_gradient_is_the_derivative(function: GateActivation, shape: tuple[int, ...]) -> None:
+    gate, up = seeded(*shape).requires_grad_(), seeded(*shape, seed=1).requires_grad_()
+    vector = torch.tensor(AWKWARD, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda g, u, v: gated_product(g, u, v, function).sin(), (gate, up, vector)
+    )
+    assert torch.autograd.gradcheck(
+        lambda g, u: gated_product(g, u, None, function).sin(), (gate, up)
+    )
+
+
+@EVERY_FUNCTION
+@pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (1, 0, 1), (0, 1, 1), (0, 0, 1)])
+def test_only_some_need_a_gradient(function: GateActivation, needed: tuple[int, ...]) -> None:
+    inputs = [seeded(3, 8), seeded(3, 8, seed=1), torch.tensor(AWKWARD, dtype=torch.float64)]
+    leaves = [t.requires_grad_(bool(n)) for t, n in zip(inputs, needed, strict=True)]
+    assert torch.autograd.gradcheck(lambda *t: gated_product(*t, function), leaves)
+
+
+@pytest.mark.usefixtures("chunk")
+@EVERY_FUNCTION
+def test_is_the_definition(function: GateActivation) -> None:
+    inputs = [4 * seeded(3, 5, 8), seeded(3, 5, 8, seed=1), torch.tensor(AWKWARD).double()]
+    weight = seeded(3, 5, 8, seed=2)
+    found = results(gated_product, inputs, weight, function)
+    for ours, expected in zip(found, results(definition, inputs, weight, function), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
+
+
+@EVERY_FUNCTION
+def test_float32_is_as_near_as_separate_operations(function: GateActivation) -> None:
+    vector = seeded(96, seed=2)
+    vector[:8] = torch.tensor(AWKWARD)
+    inputs = [2 * seeded(2000, 96), seeded(2000, 96, seed=1), vector]
+    weight = seeded(2000, 96, seed=3)
+    # The same numbers in both precisions.
+    inputs, weight = [t.float().double() for t in inputs], weight.float().double()
+    want = results(definition, inputs, weight, function)
+    single = [t.float() for t in inputs]
+    ours = results(gated_product, single, weight, function)
+    theirs = results(plain, single, weight, function)
+    for mine, their, expected in zip(ours, theirs, want, strict=True):
+        assert relative(mine, expected) < max(1.5 * relative(their, expected), 2e-7)
+
+
+@EVERY_FUNCTION
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(function: GateActivation, dtype: torch.dtype) -> None:
+    gate, up = seeded(40, 64, dtype=dtype), seeded(40, 64, dtype=dtype, seed=1)
+    vector = 1 + 0.3 * seeded(64, dtype=torch.float32, seed=2)
+    weight = seeded(40, 64, dtype=dtype, seed=3)
+    leaves = [t.clone().requires_grad_() for t in (gate, up, vector)]
+    result = gated_product(*leaves, function)
+    found = torch.autograd.grad((result * weight).sum(), leaves)
+    wide = [t.double().requires_grad_() for t in (gate, up, vector)]
+    exact = definition(*wide, function)
+    expected = torch.autograd.grad((exact * weight.double()).sum(), wide)
+    assert [t.dtype for t in (result, *found)] == [dtype, dtype, dtype, torch.float32]
+    # Half a unit in the last place, of normal numbers; separate operations round three times.
+    unit = torch.finfo(dtype).eps / 2
+    for ours, want in ((result, exact), (found[0], expected[0]), (found[1], expected[1])):
+        limit = unit * want.abs() * 1.01 + torch.finfo(dtype).tiny + 1e-6 * want.abs().max()
+        assert bool(((ours.double() - want).abs() <= limit).all())
+    assert relative(found[2], expected[2]) < 1e-6
+
+
+def test_different_dtypes_promote() -> None:
+    gate = seeded(3, 8, dtype=torch.bfloat16).requires_grad_()
+    up = seeded(3, 8, dtype=torch.float32, seed=1).requires_grad_()
+    result = gated_product(gate, up, None, "silu")
+    assert result.dtype == torch.float32
+    result.sum().backward()
+    assert gate.grad is not None
+    assert gate.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(result, functional.silu(gate.float()) * up)
+
+
+def test_any_strides() -> None:
+    wide, vector = seeded(5, 4, 8).requires_grad_(), seeded(8, seed=1).requires_grad_()
+    up = seeded(8, 5, 4, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda w, u, v: gated_product(w.transpose(0, 1), u.permute(2, 1, 0), v, "silu"),
+        (wide, up, vector),
+    )
+
+
+def test_of_no_tokens() -> None:
+    gate = torch.zeros(2, 0, 8, requires_grad=True)
+    vector = torch.ones(8, requires_grad=True)
+    result = gated_product(gate, gate, vector, "silu")
+    assert result.shape == (2, 0, 8)
+    result.sum().backward()
+    assert torch.equal(vector.grad, torch.zeros(8))  # type: ignore[arg-type]
+
+
+def test_inputs_are_left_alone() -> None:
+    tensors = [seeded(3, 8), seeded(3, 8, seed=1), seeded(8, seed=2)]
+    before = [t.clone() for t in tensors]
+    result = gated_product(*[t.requires_grad_() for t in tensors], "silu")  # type: ignore[arg-type]
+    result.sum().backward()
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+
+
+def test_changed_afterwards_raises() -> None:
+    gate = seeded(3, 8).requires_grad_() * 1
+    result = gated_product(gate, seeded(3, 8, seed=1), None, "silu")
+    gate.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+@EVERY_FUNCTION
+def test_second_derivative(function: GateActivation) -> None:
+    gate, up = seeded(3, 8).requires_grad_(), seeded(3, 8, seed=1).requires_grad_()
+    vector = torch.tensor(AWKWARD, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda g, u, v: gated_product(g * 1, u * 1, v, function).sin(), (gate, up, vector)
+    )
+    # Of one tensor as both, and where nothing else depends on it.
+    loss = gated_product(gate, gate, None, function).sum()
+    (grad,) = torch.autograd.grad(loss, gate, create_graph=True)
+    expected = definition(gate, gate, None, function).sum()
+    (want,) = torch.autograd.grad(expected, gate, create_graph=True)
+    torch.testing.assert_close(grad, want)
+    second, wanted = (torch.autograd.grad(g.square().sum(), gate)[0] for g in (grad, want))
+    torch.testing.assert_close(second, wanted)
+
+
+@EVERY_FUNCTION
+def test_saves_gate_up_and_the_vector(function: GateActivation) -> None:
+    leaves = [seeded(3, 8), seeded(3, 8, seed=1), seeded(8, seed=2)]
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        gated_product(*[t.requires_grad_() for t in leaves], function)
+    assert {t.untyped_storage().data_ptr() for t in saved} == {t.data_ptr() for t in leaves}
+
+
+def test_with_the_vector_alone_to_train_no_more_than_the_product_is_saved() -> None:
+    gate, up = seeded(3, 8), seeded(3, 8, seed=1)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
+        gated_product(gate, up, torch.ones(8, requires_grad=True).double(), "silu")
+    assert sum(saved) < gate.numel() + up.numel()
+
+
+@EVERY_FUNCTION
+def test_functional_transforms(function: GateActivation) -> None:
+    inputs = (seeded(3, 8), seeded(3, 8, seed=1), torch.tensor(AWKWARD).double())
+
+    def loss(gate: Tensor, up: Tensor, vector: Tensor) -> Tensor:
+        return gated_product(gate, up, vector, function).square().sum()
+
+    found = torch.func.grad(loss, argnums=(0, 1, 2))(*inputs)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    expected = torch.autograd.grad(definition(*leaves, function).square().sum(), leaves)
+    for ours, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, want)
+    mapped = torch.vmap(gated_product, in_dims=(0, 0, None, None))(*inputs, function)
+    torch.testing.assert_close(mapped, definition(*inputs, function))
+
+
+@EVERY_FUNCTION
+def test_compiled(function: GateActivation) -> None:
+    leaves = [seeded(3, 8), seeded(3, 8, seed=1), torch.tensor(AWKWARD).double()]
+    leaves = [t.requires_grad_() for t in leaves]
+    compiled = torch.compile(gated_product, fullgraph=True, backend="aot_eager")
+    result = compiled(*leaves, function)
+    expected = definition(*leaves, function)
+    torch.testing.assert_close(result, expected)
+    for ours, want in zip(
+        torch.autograd.grad(result.square().sum(), leaves),
+        torch.autograd.grad(expected.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, want)
+
+
+def test_autocast() -> None:
+    values = seeded(3, 8, dtype=torch.float32)
+    weights = [seeded(12, 8, dtype=torch.float32, seed=s).requires_grad_() for s in (1, 2)]
+    vector = (1 + seeded(12, dtype=torch.float32, seed=3)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        gate, up = (functional.linear(values, weight) for weight in weights)
+        result = gated_product(gate, up, vector, "silu")
+    assert result.dtype == torch.bfloat16
+    result.float().square().sum().backward()
+    expected = definition(gate.double(), up.double(), vector.double(), "silu")
+    assert relative(result.detach(), expected.detach()) < 2**-8
+    assert vector.grad is not None
+    assert weights[0].grad is not None
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+
+
+def check_kernels(device: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Every kernel against the definition, at sizes that its blocks do not divide."""
+    cases = itertools.product(REFERENCE, dtypes, (True, False), ((2, 300), (3, 13, 48)))
+    for function, dtype, with_vector, shape in cases:
+        gate = (3 * seeded(*shape)).to(dtype)
+        up, weight = seeded(*shape, dtype=dtype, seed=1), seeded(*shape, dtype=dtype, seed=2)
+        inputs = [gate, up]
+        if with_vector:
+            vector = seeded(shape[-1], seed=3)
+            vector[: len(AWKWARD)] = torch.tensor(AWKWARD)
+            inputs.append(vector if dtype == torch.float64 else vector.float())
+        wide = [t.double().requires_grad_() for t in inputs]
+        exact = definition(*wide[:2], wide[2] if with_vector else None, function)
+        want = [exact, *torch.autograd.grad((exact * weight.double()).sum(), wide)]
+
+        leaves = [t.to(device).requires_grad_() for t in inputs]
+        vector_leaf = leaves[2] if with_vector else None
+        result = gated_product(leaves[0], leaves[1], vector_leaf, function)
+        loss = (result * weight.to(device)).sum()
+        grads = torch.autograd.grad(loss, leaves, retain_graph=True)
+        for ours, expected in zip([result, *grads], want, strict=True):
+            error = relative(ours.detach().cpu(), expected.detach())
+            # Triton's interpreter cuts bfloat16 off instead of rounding it.
+            limit = max(2 * torch.finfo(ours.dtype).eps, 1e-15)
+            assert error < limit, (function, dtype, with_vector, shape, error)
+        if device != "cpu":
+            again = torch.autograd.grad(loss, leaves)
+            assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_kernels_on_cuda() -> None:
+    pytest.importorskip("triton")
+    check_kernels("cuda", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+
+
+def test_kernels_as_triton_interprets_them() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("no triton")
+    # The variable must be set before the kernels are imported.
+    program = (
+        "from ia3.model import gated; gated._has_kernels = lambda gate: True\n"
+        "from test_gated import check_kernels, torch\n"
+        "check_kernels('cpu', (torch.float64, torch.bfloat16))"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,318 @@
+"""Equal to PEFT in numbers and files, on every architecture PEFT has defaults for and on others."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.architectures import ARCHITECTURES, build, output
+from support.pairs import (
+    Adapted,
+    Values,
+    adapted_pair,
+    assert_equal_to_peft,
+    relative,
+    vectors,
+)
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import ia3
+
+EVERY_ARCHITECTURE = pytest.mark.parametrize("kind", ARCHITECTURES)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+pytestmark = [  # PEFT's
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+
+
+def pair(kind: str, dtype: torch.dtype, adapters: tuple[str, ...] = ("default",)) -> list[Adapted]:
+    return adapted_pair(
+        lambda dtype: build(kind, dtype), ARCHITECTURES[kind].modules, dtype, adapters
+    )
+
+
+def outputs(kind: str) -> Callable[[Adapted], Values]:
+    def measure(model: Adapted) -> Values:
+        with torch.no_grad():
+            return {"logits": output(kind, model)}
+
+    return measure
+
+
+def loss(result: Tensor) -> Tensor:
+    """The distance to random targets."""
+    targets = torch.randn(result.shape, generator=torch.Generator().manual_seed(2))
+    return (result.float() - targets).square().mean()
+
+
+def gradients(kind: str, *adapters: str) -> Callable[[Adapted], Values]:
+    def measure(model: Adapted) -> Values:
+        loss(output(kind, model)).backward()
+        found = {}
+        for adapter in adapters or ("default",):
+            for name, vector in vectors(model, adapter).items():
+                assert vector.grad is not None
+                found[f"{name} {adapter}"] = vector.grad
+        return found
+
+    return measure
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+@EVERY_ARCHITECTURE
+@EVERY_DTYPE
+def test_untrained_adapter_changes_no_bit(kind: str, dtype: torch.dtype) -> None:
+    base = build(kind, dtype)
+    with torch.no_grad():
+        expected = output(kind, base)
+    modules = ARCHITECTURES[kind].modules
+    theirs = peft.get_peft_model(build(kind, dtype), peft.IA3Config(**modules))
+    ours = ia3.get_peft_model(base, ia3.IA3Config(**modules))
+    shapes = {name: vector.shape for name, vector in vectors(theirs).items()}
+    assert {name: vector.shape for name, vector in vectors(ours).items()} == shapes
+    for model in (ours, theirs):
+        assert torch.equal(output(kind, model), expected)  # as in training
+        with torch.no_grad():
+            assert torch.equal(output(kind, model), expected)
+
+
+@EVERY_ARCHITECTURE
+@EVERY_DTYPE
+def test_logits_gradients_and_merged_logits(kind: str, dtype: torch.dtype) -> None:
+    models = pair(kind, dtype)
+    assert_equal_to_peft(outputs(kind), models)
+    assert_equal_to_peft(gradients(kind), models)
+    assert_equal_to_peft(outputs(kind), [model.merge_and_unload() for model in models])
+
+
+@EVERY_ARCHITECTURE
+@EVERY_DTYPE
+def test_what_takes_least_memory_is_as_exact(kind: str, dtype: torch.dtype) -> None:
+    """In place, and hoisted onto the up projection: the rounding differs, its size does not."""
+    ours, theirs, *_ = pair(kind, dtype)
+    ours.use_plain_product(False)
+    wider = torch.float64 if dtype == torch.float32 else torch.float32
+    modules = ARCHITECTURES[kind].modules
+    exact = adapted_pair(lambda _: build(kind, dtype).to(wider), modules)[1]
+    if hasattr(exact.get_base_model(), "set_experts_implementation"):
+        # The others have no float64.
+        exact.get_base_model().set_experts_implementation("eager")
+    for measure in (outputs(kind), gradients(kind)):
+        errors = [
+            [relative(values[name], expected) for name, expected in measure(exact).items()]
+            for values in (measure(ours), measure(theirs))
+        ]
+        mean, peft_mean = (sum(each) / len(each) for each in errors)
+        assert mean <= 1.3 * peft_mean + 1e-7
+        assert max(errors[0]) <= 2 * max(errors[1]) + 1e-7
+
+
+@EVERY_ARCHITECTURE
+@EVERY_DTYPE
+def test_five_steps_of_training(kind: str, dtype: torch.dtype) -> None:
+    models = pair(kind, dtype)
+    for model in models:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in trained]
+        optimizer = torch.optim.AdamW(trained, lr=3e-3)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss(output(kind, model)).backward()
+            optimizer.step()
+        assert not any(torch.equal(*each) for each in zip(trained, before, strict=True))
+    assert_equal_to_peft(vectors, models, 1e-5)  # type: ignore[arg-type]
+    assert_equal_to_peft(outputs(kind), models, 1e-5)
+
+
+@EVERY_ARCHITECTURE
+@EVERY_DTYPE
+def test_files_load_in_both_directions(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    ours, theirs, *_ = pair(kind, dtype)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    written = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    again = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    assert again.keys() == written.keys()
+    for name, tensor in written.items():
+        assert again[name].dtype == tensor.dtype == torch.float32
+        assert torch.equal(again[name], tensor)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys")
+        read_by_peft = peft.PeftModel.from_pretrained(build(kind, dtype), str(tmp_path / "ours"))
+        read_by_us = ia3.IA3Model.from_pretrained(build(kind, dtype), tmp_path / "theirs")
+    read_by_us.use_plain_product()
+    expected = outputs(kind)(theirs)["logits"]
+    assert torch.equal(outputs(kind)(read_by_peft)["logits"], expected)
+    assert relative(outputs(kind)(read_by_us)["logits"], expected) < 1e-6
+    assert not any(p.requires_grad for p in read_by_us.parameters())
+
+
+def test_files_of_several_adapters_load_in_both_directions(tmp_path: Path) -> None:
+    kind = "llama"
+    ours, theirs = pair(kind, torch.float32, ("default", "second"))
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    read_by_peft = peft.PeftModel.from_pretrained(build(kind), str(tmp_path / "ours"))
+    read_by_us = ia3.PeftModel.from_pretrained(build(kind), tmp_path / "theirs")
+    read_by_peft.load_adapter(str(tmp_path / "ours" / "second"), "second")
+    read_by_us.load_adapter(tmp_path / "theirs" / "second", "second")
+    for adapter in ("default", "second"):
+        for model in (theirs, read_by_peft, read_by_us):
+            model.set_adapter(adapter)
+        expected = outputs(kind)(theirs)["logits"]
+        assert torch.equal(outputs(kind)(read_by_peft)["logits"], expected)
+        assert relative(outputs(kind)(read_by_us)["logits"], expected) < 1e-6
+
+
+@EVERY_ARCHITECTURE
+@EVERY_DTYPE
+def test_several_active_adapters(kind: str, dtype: torch.dtype) -> None:
+    models = pair(kind, dtype, ("default", "second"))
+    alone = outputs(kind)(models[0])["logits"]
+    for model in models:
+        model.base_model.set_adapter(["default", "second"])
+    assert relative(outputs(kind)(models[0])["logits"], alone) > 1e-2
+    assert_equal_to_peft(outputs(kind), models)
+    assert_equal_to_peft(gradients(kind, "default", "second"), models)
+    merged = [model.merge_and_unload() for model in models]
+    if dtype == torch.float32:
+        assert_equal_to_peft(outputs(kind), merged)
+        return
+    # PEFT rounds after each adapter: the weights differ, and are compared before anything else is
+    # rounded.
+    ours, theirs, float32 = (model.state_dict() for model in merged)
+    assert ours.keys() == theirs.keys()
+    nearer = 0
+    for name, exact in float32.items():
+        found, expected = ((each[name].float() - exact).norm() for each in (ours, theirs))
+        assert found <= expected, name
+        nearer += int(found < expected)
+    assert nearer
+
+
+@EVERY_ARCHITECTURE
+@EVERY_DTYPE
+def test_weighted_adapters(kind: str, dtype: torch.dtype) -> None:
+    models = pair(kind, dtype, ("default", "second"))
+    for model in models:
+        model.base_model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum")
+        model.base_model.set_adapter("sum")
+    ours, theirs, float32 = (vectors(models[i], "sum") for i in (0, 1, -1))
+    for name, expected in float32.items():
+        assert torch.equal(ours[name], expected), name
+        # Over a bfloat16 base PEFT rounds the sum to bfloat16.
+        theirs[name].data = expected.detach().clone()
+    assert_equal_to_peft(outputs(kind), models)
+    assert_equal_to_peft(outputs(kind), [model.merge_and_unload() for model in models])
+
+
+# -- plain modules ---------------------------------------------------------------------------------
+
+# A first layer, a second one, and inputs for them.
+PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 8), lambda: nn.Linear(8, 5), (4, 6)),
+    "linear without bias": (
+        lambda: nn.Linear(6, 8, bias=False),
+        lambda: nn.Linear(8, 5, bias=False),
+        (2, 3, 6),
+    ),
+    "Conv1D": (lambda: Conv1D(8, 6), lambda: Conv1D(5, 8), (2, 3, 6)),
+    "conv2d": (
+        lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1),
+        lambda: nn.Conv2d(8, 5, 2, bias=False),
+        (2, 6, 7, 9),
+    ),
+    "conv2d in groups": (
+        lambda: nn.Conv2d(6, 8, 3, groups=2),
+        lambda: nn.Conv2d(8, 4, (2, 1), dilation=2, groups=4),
+        (2, 6, 7, 9),
+    ),
+    "conv2d by depth": (
+        lambda: nn.Conv2d(6, 12, 3, groups=6),
+        lambda: nn.Conv2d(12, 12, 3, groups=12, bias=False),
+        (2, 6, 7, 9),
+    ),
+    "conv3d": (
+        lambda: nn.Conv3d(6, 8, 3, padding="same"),
+        lambda: nn.Conv3d(8, 5, (1, 2, 3), bias=False),
+        (2, 6, 4, 5, 6),
+    ),
+    "conv3d in groups": (
+        lambda: nn.Conv3d(6, 8, 3, groups=2),
+        lambda: nn.Conv3d(8, 4, (1, 2, 3), groups=4),
+        (2, 6, 4, 5, 6),
+    ),
+}
+SIDES: dict[str, dict[str, Any]] = {
+    "outputs": {"target_modules": ["first", "second"], "feedforward_modules": []},
+    "inputs": {"target_modules": ["first", "second"], "feedforward_modules": ["first", "second"]},
+    "both": {"target_modules": r"first|second", "feedforward_modules": r"second"},
+}
+
+
+def plain(kind: str, dtype: torch.dtype) -> nn.Module:
+    first, second, _ = PLAIN[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = OrderedDict(first=first(), between=nn.Tanh(), second=second())
+        for layer in (layers["first"], layers["second"]):
+            if getattr(layer, "bias", None) is not None:
+                nn.init.normal_(layer.bias)
+    return nn.Sequential(layers).to(dtype)
+
+
+def plain_outputs(kind: str) -> Callable[[Adapted], Values]:
+    inputs = torch.randn(PLAIN[kind][2], generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def measure(model: Adapted) -> Values:
+        dtype = next(p.dtype for name, p in model.named_parameters() if "ia3_l" not in name)
+        result: Tensor = model(inputs.to(dtype))
+        if not result.requires_grad:
+            return {"result": result}
+        loss(result).backward()
+        found = {name: vector.grad for name, vector in vectors(model).items()}
+        return {
+            "result": result,
+            **{name: grad for name, grad in found.items() if grad is not None},
+        }
+
+    return measure
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("sides", SIDES)
+@EVERY_DTYPE
+def test_plain_modules(kind: str, sides: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    def make(dtype: torch.dtype) -> nn.Module:
+        return plain(kind, dtype)
+
+    models = adapted_pair(make, SIDES[sides], dtype)
+    ours, theirs, *_ = models
+    measure = plain_outputs(kind)
+    assert measure(ours).keys() == {"result", "first", "second"}
+    for model in models:
+        model.zero_grad()
+    assert_equal_to_peft(measure, models)
+
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    read_by_peft = peft.PeftModel.from_pretrained(make(dtype), str(tmp_path / "ours"))
+    read_by_us = ia3.IA3Model.from_pretrained(make(dtype), tmp_path / "theirs")
+    expected = vectors(theirs)
+    for read in (vectors(read_by_peft), vectors(read_by_us)):
+        assert read.keys() == expected.keys()
+        assert all(torch.equal(read[name], expected[name]) for name in expected)
+
+    assert_equal_to_peft(measure, [model.merge_and_unload() for model in models])

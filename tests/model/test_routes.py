@@ -1,0 +1,960 @@
+"""Batches whose rows have different adapters: each is what it would be alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import copy
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.architectures import ARCHITECTURES, VOCABULARY, batch, build
+from support.pairs import randomize, relative, vectors
+from support.snapshots import hooks_on
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import ia3
+from ia3.core import route as routing
+
+BASE = "__base__"
+NAMES = ["default", "b", "c"]
+MIXES = [NAMES, ["b", BASE, "c"], ["c", "c", "default"], [BASE] * 3]
+KINDS = ["llama", "gpt2", "opt", "t5", "mt5", "bart", "qwen3", "gemma3", "falcon", "bert"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning"),
+]
+
+
+def several(
+    kind: str, names: Sequence[str] = NAMES, dtype: torch.dtype = torch.float32, **config: Any
+) -> ia3.IA3Model:
+    """A model with adapters of random vectors; the last one has fewer sites than the others."""
+    config = {**ARCHITECTURES[kind].modules, **config}
+    model = ia3.get_peft_model(build(kind, dtype), ia3.IA3Config(**config), names[0])
+    sites = list(vectors(model, names[0]))
+    fewer = {"target_modules": sites[::2], "feedforward_modules": _inputs(model, sites[::2])}
+    for name in names[1:]:
+        config = {**config, **fewer} if name == names[-1] else config
+        model.add_adapter(name, ia3.IA3Config(**config))
+    for seed, name in enumerate(names):
+        randomize(vectors(model, name), seed)
+    model.set_adapter(names[0], inference_mode=True)
+    return model
+
+
+def _inputs(model: ia3.IA3Model, modules: Sequence[str]) -> list[str]:
+    """Those of the modules whose input is rescaled."""
+    found = model.vectors(model.active_adapters[0])
+    return [name for name in modules if found[name].shape[0] == 1]
+
+
+def logits(model: Any, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(**inputs, use_cache=False).logits
+    return result
+
+
+def logits_by_name(model: ia3.IA3Model, **inputs: Any) -> dict[str, Tensor]:
+    """What the whole batch gives with each adapter active."""
+    before = model.active_adapters
+    found = {}
+    for name in model.peft_config:
+        model.set_adapter(name, inference_mode=True)
+        found[name] = logits(model, **inputs)
+    with model.disable_adapter():
+        found[BASE] = logits(model, **inputs)
+    model.set_adapter(before, inference_mode=True)
+    return found
+
+
+def picked(of: dict[str, Tensor], names: Sequence[str]) -> Tensor:
+    return torch.stack([of[name][row] for row, name in enumerate(names)])
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(map(hooks_on, model.modules()))
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_row_is_what_it_would_be_with_its_adapter_active(kind: str) -> None:
+    model = several(kind)
+    inputs = batch(kind)
+    expected = logits_by_name(model, **inputs)
+    for names in MIXES:
+        found = logits(model, **inputs, adapter_names=names)
+        assert torch.equal(found, picked(expected, names)), names
+        with model.route(names):
+            assert torch.equal(logits(model, **inputs), found)
+            assert torch.equal(logits(model.get_base_model(), **inputs), found)
+    assert relative(expected["b"], expected[BASE]) > 1e-3
+    assert torch.equal(logits(model, **inputs), expected["default"])
+
+
+@pytest.mark.parametrize("how", ["plain", "fused", "all-linear", "merged and back", "frozen"])
+def test_every_way_of_rescaling_is_routed(how: str) -> None:
+    config: dict[str, Any] = {}
+    if how == "all-linear":
+        config = {"target_modules": "all-linear"}
+    model = _with_frozen_queries() if how == "frozen" else several("llama", **config)
+    inputs = batch("llama")
+    if how == "plain":
+        model.use_plain_product()
+    if how == "fused":
+        model.fuse_mlp()
+    if how == "merged and back":
+        model.merge_adapter()
+        with pytest.raises(ia3.IA3Error, match="merged"):
+            logits(model, **inputs, adapter_names=NAMES)
+        model.unmerge_adapter()
+    expected = logits_by_name(model, **inputs)
+    for names in MIXES:
+        found = logits(model, **inputs, adapter_names=names)
+        assert torch.equal(found, picked(expected, names)), names
+
+
+def _with_frozen_queries() -> ia3.IA3Model:
+    """Phi-3's queries, keys and values are one layer, whose first rows stay one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = hf.Phi3ForCausalLM(
+            hf.Phi3Config(
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=32,
+                pad_token_id=0,
+            )
+        ).eval()
+    model = ia3.get_peft_model(base, ia3.IA3Config(paper_sites=True))
+    for name in NAMES[1:]:
+        model.add_adapter(name, ia3.IA3Config(paper_sites=True))
+    for seed, name in enumerate(NAMES):
+        randomize(vectors(model, name), seed)
+    return model
+
+
+def test_convolutions_are_routed() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten()).eval()
+    config = ia3.IA3Config(target_modules=["0", "2"], feedforward_modules=["2"])
+    model = ia3.IA3Model(base, config)
+    model.add_adapter("b", config)
+    for seed, name in enumerate(["default", "b"]):
+        randomize(vectors(model, name), seed)
+    pictures = torch.randn(3, 3, 6, 6)
+    expected = {}
+    for name in ("default", "b"):
+        model.set_adapter(name)
+        expected[name] = model(pictures).detach()
+    names = ["b", "default", "b"]
+    found = model(pictures, adapter_names=names)
+    assert torch.equal(found, picked(expected, names))
+    found.square().sum().backward()
+    assert all(vector.grad is not None for vector in vectors(model, "b").values())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    names=st.lists(st.sampled_from([*NAMES, BASE]), min_size=1, max_size=6),
+    length=st.integers(1, 9),
+    left=st.booleans(),
+    seed=st.integers(0, 2**16),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_any_mix_equals_its_rows_alone(
+    names: list[str], length: int, left: bool, seed: int, dtype: torch.dtype
+) -> None:
+    model = _model_in(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (len(names), length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in mask:
+        padding = int(torch.randint(0, length, (), generator=generator))
+        row[:padding] = 0
+        if not left:
+            row.copy_(row.flip(0))
+    found = logits(model, input_ids=ids, attention_mask=mask, adapter_names=names)
+    assert found.dtype == dtype
+    within = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    for row, name in enumerate(names):
+        alone = {"input_ids": ids[row : row + 1], "attention_mask": mask[row : row + 1]}
+        expected = logits(model, **alone, adapter_names=[name])
+        seen = mask[row].bool()
+        assert relative(found[row][seen], expected[0][seen]) < within, name
+
+
+_models: dict[torch.dtype, ia3.IA3Model] = {}
+
+
+def _model_in(dtype: torch.dtype) -> ia3.IA3Model:
+    if dtype not in _models:
+        _models[dtype] = several("llama", dtype=dtype)
+    return _models[dtype]
+
+
+def test_values_that_changed_are_seen() -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    before = logits(model, **inputs, adapter_names=NAMES)
+    randomize(vectors(model, "b"), seed=7)
+    after = logits(model, **inputs, adapter_names=NAMES)
+    assert torch.equal(after, picked(logits_by_name(model, **inputs), NAMES))
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
+
+
+def test_a_copy_of_a_routed_model_is_its_own(tmp_path: Any) -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    with model.route(NAMES):
+        expected = logits(model, **inputs)
+        twin = copy.deepcopy(model)
+        # Nobody routed the copy.
+        assert torch.equal(logits(twin, **inputs)[0], expected[0])
+        assert not torch.equal(logits(twin, **inputs)[1], expected[1])
+    torch.save(model, tmp_path / "model.pt")
+    read = torch.load(tmp_path / "model.pt", weights_only=False)
+    for each in (twin, read):
+        assert torch.equal(logits(each, **inputs, adapter_names=NAMES), expected)
+        base = each.unload()
+        assert hooks(base) == 0
+
+
+def test_a_model_of_another_kind_in_the_same_call_keeps_its_adapters() -> None:
+    model, other = several("llama"), several("qwen3")
+    inputs = batch("llama")
+    expected = logits(model, **inputs, adapter_names=MIXES[1])
+    active = logits(other, **inputs)
+    with model.route(MIXES[1]):
+        assert torch.equal(logits(other, **inputs), active)
+        with other.route(MIXES[2]):
+            routed = logits(other, **inputs)
+            assert torch.equal(logits(model, **inputs), expected)
+        assert torch.equal(logits(other, **inputs), active)
+    assert torch.equal(routed, logits(other, **inputs, adapter_names=MIXES[2]))
+
+
+# -- tokens ----------------------------------------------------------------------------------------
+
+
+def _packed() -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Sequences, and all of them in one row."""
+    generator = torch.Generator().manual_seed(3)
+    alone = [torch.randint(3, VOCABULARY, (1, n), generator=generator) for n in (4, 6, 3)]
+    positions = torch.cat([torch.arange(ids.shape[1]) for ids in alone])[None]
+    return alone, {"input_ids": torch.cat(alone, 1), "position_ids": positions}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_packed_sequences_have_an_adapter_each(training: bool) -> None:
+    model = several("llama")
+    if training:
+        model.set_adapter(NAMES)
+    alone, packed = _packed()
+    names = ["c", BASE, "b"]
+    by_token = [n for n, ids in zip(names, alone, strict=True) for _ in range(ids.shape[1])]
+    index = torch.tensor([[names.index(name) for name in by_token]])
+    found = logits(model, **packed, adapter_names=[by_token])
+    with model.route(names, index):
+        assert torch.equal(logits(model, **packed), found)
+    parts = found.split([ids.shape[1] for ids in alone], 1)
+    for ids, name, part in zip(alone, names, parts, strict=True):
+        expected = logits(model, input_ids=ids, adapter_names=[name])
+        assert relative(part, expected) < 1e-5, name
+
+
+def test_tokens_that_were_not_named_are_refused() -> None:
+    model = several("llama")
+    _, packed = _packed()
+    with pytest.raises(ia3.IA3Error, match=r"\[1, 12\] tokens.*\[1, 13\]"):
+        logits(model, **packed, adapter_names=[["b"] * 12])
+    with (
+        model.route([["b"] * 12]),
+        pytest.raises(ia3.IA3Error, match=r"\[1, 12\] tokens.*\[1, 13\]"),
+    ):
+        logits(model, **packed)
+    with pytest.raises(ia3.IA3Error, match="from 0 to 2, expected 0 to 1"):
+        model.route(["b", "c"], torch.tensor([[0, 1, 2]])).__enter__()
+    with pytest.raises(ia3.IA3Error, match=r"torch\.float32, expected"):
+        model.route(["b"], torch.zeros(1, 3)).__enter__()
+    with pytest.raises(ia3.IA3Error, match=r"lists of \[2, 1\] names"):
+        model.route([["b", "b"], ["c"]]).__enter__()
+    with pytest.raises(ia3.IA3Error, match="those to come have no names"):
+        model.generate(packed["input_ids"], adapter_names=[["b"] * 13])
+    with pytest.raises(ia3.IA3Error, match="encoder and a decoder"):
+        logits(several("t5"), **batch("t5"), adapter_names=[["b"] * 7] * 3)
+
+
+# -- generation ------------------------------------------------------------------------------------
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "several of the beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "static cache": {"do_sample": False, "cache_implementation": "static"},
+    "no cache": {"do_sample": False, "use_cache": False},
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("how", GENERATION)
+def test_generation_goes_on_with_each_rows_adapter(kind: str, how: str) -> None:
+    model = several(kind)
+    ids = batch(kind)["input_ids"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, **GENERATION[how]}
+    each = options.get("num_return_sequences", 1)
+    by_name = {}
+    for name in NAMES:
+        model.set_adapter(name)
+        by_name[name] = model.generate(ids, **options).unflatten(0, (3, each))
+    with model.disable_adapter():
+        by_name[BASE] = model.generate(ids, **options).unflatten(0, (3, each))
+    assert not torch.equal(by_name["b"], by_name[BASE])
+    for names in MIXES[:2]:
+        expected = picked(by_name, names).flatten(0, 1)
+        assert torch.equal(model.generate(ids, **options, adapter_names=names), expected)
+        config = hf.GenerationConfig(**options)
+        with model.route(names):
+            assert torch.equal(model.generate(ids, config), expected)
+
+
+def test_sampled_sequences_have_their_rows_adapter() -> None:
+    """With ten adapters of which one leaves nothing but noise, by the scores of what is sampled."""
+    model = several("llama")
+    ids = batch("llama")["input_ids"]
+    options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 4, "pad_token_id": 0}
+    torch.manual_seed(0)
+    found = model.generate(
+        ids,
+        **options,
+        adapter_names=NAMES,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    rows = [name for name in NAMES for _ in range(4)]
+    last = logits(model, input_ids=found.sequences[:, :-1], adapter_names=rows)[:, -1]
+    assert relative(found.logits[-1], last) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["assistant", "prompt lookup"])
+def test_assisted_generation(how: str) -> None:
+    model = several("llama")
+    ids = batch("llama")["input_ids"][:1]
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assisted: dict[str, Any] = {"prompt_lookup_num_tokens": 2}
+    if how == "assistant":
+        assistant = several("llama")
+        assistant.set_adapter("c")
+        assisted = {"assistant_model": assistant}
+    for name in ("b", BASE):
+        expected = model.generate(ids, **options, adapter_names=[name])
+        assert torch.equal(
+            model.generate(ids, **options, **assisted, adapter_names=[name]), expected
+        )
+
+
+def test_rows_that_became_several_elsewhere_are_refused() -> None:
+    model = several("llama")
+    ids = batch("llama")["input_ids"]
+    with (
+        model.route(NAMES),
+        pytest.raises(ia3.IA3Error, match=r"\[3\] rows.*\[6, 7\].*IA3Model\.generate"),
+    ):
+        model.get_base_model().generate(ids, num_beams=2, max_new_tokens=2, pad_token_id=0)
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def _loss(model: Any, rows: slice = slice(None), **options: Any) -> Tensor:
+    """The sum of the rows' losses."""
+    inputs = {name: value[rows] for name, value in batch("llama").items()}
+    result = model(**inputs, use_cache=False, **options).logits
+    targets = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(2))[rows]
+    return nn.functional.cross_entropy(result.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def _gradients(model: ia3.IA3Model, names: Sequence[str] = NAMES) -> dict[str, Tensor]:
+    found = {
+        f"{adapter} {name}": vector.grad
+        for adapter in names
+        for name, vector in vectors(model, adapter).items()
+        if vector.grad is not None
+    }
+    model.zero_grad()
+    return found
+
+
+def _separate(model: ia3.IA3Model, names: Sequence[str]) -> dict[str, Tensor]:
+    """The gradients of a run for each row, with its adapter alone."""
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        _loss(model, slice(row, row + 1)).backward()
+    return _gradients(model)
+
+
+def _assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert relative(gradient, expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("how", ["usual", "plain", "fused"])
+@pytest.mark.parametrize("names", [NAMES, ["c", "b", "c"]], ids=str)
+def test_gradients_are_those_of_separate_runs(how: str, names: list[str]) -> None:
+    model = several("llama")
+    if how == "plain":
+        model.use_plain_product()
+    if how == "fused":
+        model.fuse_mlp()
+    with torch.no_grad():  # A zero must learn, too.
+        next(iter(vectors(model, "c").values())).view(-1)[:2] = 0
+    expected = _separate(model, names)
+    model.set_adapter(NAMES)
+    _loss(model, adapter_names=names).backward()
+    _assert_alike(_gradients(model), expected)
+
+
+def test_one_adapter_trains_beside_others_that_do_not() -> None:
+    model = several("llama")
+    expected = _separate(model, ["b"])
+    model.set_adapter("b")
+    _loss(model, adapter_names=["b", "c", BASE]).backward()
+    found = _gradients(model)
+    assert {name.split()[0] for name in found} == {"b"}
+    _assert_alike(found, expected)
+
+
+def test_steps_within_one_route_see_each_others_values() -> None:
+    model = several("llama")
+    model.set_adapter(NAMES)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with model.route(NAMES):
+        _loss(model).backward()
+        optimizer.step()
+        after = logits(model, **batch("llama"))
+    assert torch.equal(after, picked(logits_by_name(model, **batch("llama")), NAMES))
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def test_bad_names_are_refused_before_anything_runs() -> None:
+    model = several("llama")
+    ran = []
+    handle = model.get_base_model().register_forward_pre_hook(lambda *_: ran.append(1))
+    inputs = batch("llama")
+    bad: list[tuple[Any, str]] = [
+        (["default", "bb", "c"], "no adapter 'bb' .* did you mean 'b'"),
+        (["default", "b"], r"\[2\] rows, but the input is \[3, 7\]"),
+        ([*NAMES, "b"], r"\[4\] rows, but the input is \[3, 7\]"),
+        ("b", "is 'b', expected a list"),
+        ([], r"is \[\], expected a list"),
+        (["b", 3, "c"], "holds 3, expected names"),
+    ]
+    for names, message in bad:
+        with pytest.raises(ia3.IA3Error, match=message):
+            logits(model, **inputs, adapter_names=names)
+        with pytest.raises(ia3.IA3Error, match=message):
+            model.generate(inputs["input_ids"], adapter_names=names)
+    assert not ran
+    handle.remove()
+    with pytest.raises(ia3.IA3Error, match="means the base model"):
+        model.add_adapter(BASE, ia3.IA3Config())
+
+
+def test_adapters_with_copies_or_experts_are_not_mixed() -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    model.add_adapter("head", ia3.IA3Config(modules_to_save=["lm_head"]))
+    expected = logits(model, **inputs, adapter_names=NAMES)
+    with pytest.raises(ia3.IA3Error, match=r"'head' has a copy of 'lm_head' \(modules_to_save\)"):
+        logits(model, **inputs, adapter_names=["b", "head", "c"])
+    model.set_adapter("head")
+    with pytest.raises(ia3.IA3Error, match=r"'head' is active, whose copy of 'lm_head'"):
+        logits(model, **inputs, adapter_names=NAMES)
+    model.set_adapter("default")
+    assert torch.equal(logits(model, **inputs, adapter_names=NAMES), expected)
+
+    experts = ia3.get_peft_model(
+        build("mixtral"), ia3.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    )
+    experts.add_adapter(
+        "inner", ia3.IA3Config(target_modules=["experts"], feedforward_modules=["experts"])
+    )
+    for seed, name in enumerate(["default", "inner"]):
+        randomize(vectors(experts, name), seed)
+    with pytest.raises(ia3.IA3Error, match="'inner' rescales within the experts"):
+        logits(experts, **batch("mixtral"), adapter_names=["inner"] * 3)
+    with experts.disable_adapter():
+        base = logits(experts, **batch("mixtral"))
+    experts.set_adapter("inner")
+    assert torch.equal(logits(experts, **batch("mixtral"), adapter_names=[BASE] * 3), base)
+
+
+def test_layers_that_see_the_tokens_of_one_expert_are_not_mixed() -> None:
+    """As many tokens as rows, or twice as many, may come to an expert by chance."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, values: Tensor) -> Tensor:
+            tokens = values.flatten(0, 1)
+            halves = tokens[::2], tokens[1::2]
+            return torch.cat([e(h) for e, h in zip(self.experts, halves, strict=True)])
+
+    config = ia3.IA3Config(target_modules=[r"0", r"1"], feedforward_modules=[])
+    model = ia3.IA3Model(Block(), config)
+    with pytest.raises(ia3.IA3Error, match=r"within the experts 'experts\.0'"):
+        model(torch.ones(2, 4, 4), adapter_names=["default", BASE])
+
+
+def test_what_would_change_an_open_route_is_refused() -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    expected = logits(model, **inputs, adapter_names=NAMES)
+    with model.route(NAMES):
+        for change in (
+            model.unload,
+            model.merge_adapter,
+            model.disable_adapter_layers,
+            lambda: model.delete_adapter("b"),
+        ):
+            with pytest.raises(ia3.IA3Error, match="a route of this model is on"):
+                change()
+        model.set_adapter("c")
+        assert torch.equal(logits(model, **inputs), expected)
+    with model.disable_adapter(), pytest.raises(ia3.IA3Error, match="disabled"):
+        logits(model, **inputs, adapter_names=NAMES)
+    model.set_adapter("c")
+    unrouted = hooks(model)
+    with pytest.raises(KeyError), model.route(NAMES):
+        raise KeyError
+    assert hooks(model) > unrouted  # they stay for the next one
+    assert torch.equal(logits(model, **inputs), logits_by_name(model, **inputs)["c"])
+    model.set_adapter("c")
+    assert hooks(model) == unrouted
+    assert hooks(model.unload()) == 0
+
+
+def test_a_module_that_sees_something_else_than_the_batch_is_refused() -> None:
+    """DeBERTa's keys are also taken of its relative positions, which have no rows."""
+    config = hf.DebertaV2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        relative_attention=True,
+        share_att_key=True,
+        pos_att_type=["c2p", "p2c"],
+    )
+    model = ia3.get_peft_model(hf.DebertaV2ForMaskedLM(config).eval(), ia3.IA3Config())
+    inputs = batch("deberta-v2")
+    with pytest.raises(ia3.IA3Error, match=r"3 rows.*key_proj.*cannot be routed"):
+        model(**inputs, adapter_names=["default", BASE, "default"])
+
+
+# -- checkpointing and threads ---------------------------------------------------------------------
+
+
+def _in_another_thread(call: Callable[[], Any]) -> Any:
+    """What a call in a thread of its own returns; its exception is raised here."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("where", ["here", "another thread", "another route", "disabled"])
+@pytest.mark.parametrize("which", ["blocks", "the whole model"])
+def test_what_is_computed_again_has_the_same_route(reentrant: bool, where: str, which: str) -> None:
+    model = several("llama")
+    expected = _separate(model, ["c", "b", "c"])
+    model.set_adapter(NAMES)
+    model.train()
+    with model.route(["c", "b", "c"]):
+        if which == "blocks":
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            loss = _loss(model)
+        else:
+            inputs = batch("llama")
+            embeddings = model.get_input_embeddings()(inputs["input_ids"]).requires_grad_()
+            result = checkpoint(
+                lambda given: _loss_of(model, given, inputs["attention_mask"]),
+                embeddings,
+                use_reentrant=reentrant,
+            )
+            loss = result
+    if where == "here":
+        loss.backward()
+    elif where == "another thread":
+        _in_another_thread(loss.backward)
+    elif where == "another route":
+        with model.route([BASE] * 3):
+            loss.backward()
+    else:
+        with model.disable_adapter():
+            loss.backward()
+    _assert_alike(_gradients(model), expected)
+
+
+def _loss_of(model: Any, embeddings: Tensor, mask: Tensor) -> Tensor:
+    result = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits
+    targets = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(2))
+    return nn.functional.cross_entropy(result.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_a_forward_with_names_is_computed_again_with_them(reentrant: bool) -> None:
+    model = several("llama")
+    expected = _separate(model, NAMES)
+    model.set_adapter(NAMES)
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    first = _loss(model, adapter_names=NAMES)
+    second = _loss(model, adapter_names=[BASE, "b", BASE])
+    del second
+    first.backward()
+    _assert_alike(_gradients(model), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_what_was_not_routed_is_not_routed_when_it_is_computed_again(reentrant: bool) -> None:
+    model = several("llama")
+    model.set_adapter("b")
+    _loss(model).backward()
+    expected = _gradients(model)
+    with model.route(NAMES):
+        pass  # of the first one on, checkpoints know
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    loss = _loss(model)
+    with model.route([BASE] * 3):
+        loss.backward()
+    _assert_alike(_gradients(model), expected)
+
+
+def test_frozen_adapters_are_computed_again_as_they_were() -> None:
+    """Gradients flow through to the embeddings, whatever the adapters are by then."""
+    model = several("llama")
+    inputs = batch("llama")
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+
+    def loss() -> Tensor:
+        with model.route(["b", "c", "b"]):
+            return _loss_of(model, embeddings, inputs["attention_mask"])
+
+    loss().backward()
+    expected = embeddings.grad
+    embeddings.grad = None
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    again = loss()
+    randomize(vectors(model, "b"), seed=9)
+    again.backward()
+    assert expected is not None
+    assert embeddings.grad is not None
+    assert relative(embeddings.grad, expected) < 1e-6
+
+
+def test_a_backward_pass_after_the_adapters_are_gone_is_refused() -> None:
+    for change in ("unload", "merge"):
+        model = several("llama")
+        model.set_adapter(NAMES)
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        loss = _loss(model, adapter_names=NAMES)
+        if change == "unload":
+            model.unload()
+        else:
+            model.merge_adapter()
+        with pytest.raises(ia3.IA3Error, match=r"lost adapters|are merged"):
+            loss.backward()
+
+
+def test_threads_do_not_see_each_others_routes() -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    mixes = [*MIXES, ["default", BASE, "b"], None]
+    expected = [logits(model, **inputs, adapter_names=names) for names in mixes]
+    together = threading.Barrier(len(mixes))
+
+    def run(names: list[str] | None) -> list[Tensor]:
+        together.wait()
+        found = []
+        for turn in range(20):
+            with torch.no_grad():
+                if names is None or turn % 2:
+                    found.append(logits(model, **inputs, adapter_names=names))
+                else:
+                    with model.route(names):
+                        found.append(logits(model, **inputs))
+        return found
+
+    with ThreadPoolExecutor(len(mixes)) as pool:
+        for results, wanted in zip(pool.map(run, mixes), expected, strict=True):
+            assert all(torch.equal(found, wanted) for found in results)
+
+    with model.route(MIXES[1]):
+        assert torch.equal(_in_another_thread(lambda: logits(model, **inputs)), expected[-1])
+        _in_another_thread(lambda: model.set_adapter("c"))  # takes no hooks away
+        assert torch.equal(logits(model, **inputs), expected[1])
+
+
+def test_a_torch_without_the_places_to_bind_does_not_train_routed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = several("llama")
+    monkeypatch.setattr(routing, "_bound", set())
+    monkeypatch.delattr(torch.utils.checkpoint, "CheckpointFunction")
+    assert logits(model, **batch("llama"), adapter_names=NAMES).isfinite().all()
+    with pytest.raises(ia3.IA3Error, match="no checkpointing that could be told"):
+        _loss(model, adapter_names=NAMES)
+
+
+# -- compilers -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _reset_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_reset_compiler")
+@pytest.mark.parametrize("what", ["base", "adapted", "fused"])
+def test_a_compiled_model_follows_routes(what: str) -> None:
+    model = several("llama")
+    if what == "fused":
+        model.fuse_mlp()
+    inputs = batch("llama")
+    by_name = logits_by_name(model, **inputs)
+    compiled = torch.compile(model.get_base_model() if what == "base" else model, backend="eager")
+
+    def check(names: list[str] | None) -> None:
+        wanted = by_name["b"] if names is None else picked(by_name, names)
+        assert relative(logits(compiled, **inputs), wanted) < 1e-6
+
+    model.set_adapter("b", inference_mode=True)
+    check(None)
+    for names in MIXES:
+        with model.route(names):
+            check(names)
+        check(None)
+    model.set_adapter("b", inference_mode=True)
+    check(None)
+    with model.route(MIXES[0]):
+        check(MIXES[0])
+    found = logits(torch.compile(model, backend="eager"), **inputs, adapter_names=MIXES[1])
+    assert relative(found, picked(by_name, MIXES[1])) < 1e-6
+
+
+@pytest.mark.usefixtures("_reset_compiler")
+def test_one_graph_cannot_be_routed() -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    expected = logits(compiled, **inputs)
+    with model.route(NAMES), pytest.raises(torch._dynamo.exc.Unsupported):
+        logits(compiled, **inputs)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        logits(compiled, **inputs, adapter_names=NAMES)
+    model.set_adapter("default", inference_mode=True)
+    assert torch.equal(logits(compiled, **inputs), expected)
+
+
+@pytest.mark.usefixtures("_reset_compiler")
+def test_an_exported_graph_does_not_keep_a_route() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k_proj = nn.Linear(4, 5)
+
+        def forward(self, values: Tensor) -> Tensor:
+            result: Tensor = self.k_proj(values)
+            return result
+
+    config = ia3.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    model = ia3.IA3Model(Head().eval(), config)
+    with (
+        model.route(["default", BASE]),
+        pytest.raises(Exception, match=r"routed|graph break|disable"),
+    ):
+        torch.export.export(model.get_base_model(), (torch.ones(2, 3, 4),), strict=False)
+
+
+# -- what must not go wrong silently ---------------------------------------------------------------
+
+
+def test_a_route_is_gone_when_nobody_holds_it() -> None:
+    model = several("llama")
+    gc.disable()
+    try:
+        with model.route(NAMES):
+            route = weakref.ref(routing.current_route(model))  # type: ignore[arg-type]
+            logits(model, **batch("llama"))
+        assert route() is None
+    finally:
+        gc.enable()
+
+
+def test_yielding_within_a_route_is_an_error_and_leaves_none_behind() -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    before = logits(model, **inputs)
+
+    def streamed(names: Sequence[str]) -> Iterator[Tensor]:
+        with model.route(names):
+            yield logits(model, **inputs)
+
+    one, other = streamed(["b"] * 3), streamed([BASE] * 3)
+    next(one), next(other)
+    with pytest.raises(ia3.IA3Error, match="do not yield"):
+        list(one)
+    list(other)
+    assert routing.current_route(model) is None
+    assert torch.equal(logits(model, **inputs), before)
+    model.delete_adapter("b")  # no route counts as open
+
+    elsewhere = streamed(["c"] * 3)
+    contextvars.copy_context().run(next, elsewhere)
+    with pytest.raises(ia3.IA3Error, match="do not yield"):
+        contextvars.copy_context().run(list, elsewhere)
+
+
+def test_a_task_has_the_route_it_was_started_in() -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    expected = logits(model, **inputs, adapter_names=["b"] * 3)
+
+    async def later() -> Tensor:
+        await asyncio.sleep(0)
+        return logits(model, **inputs)
+
+    async def start() -> tuple[Tensor, Tensor]:
+        with model.route(["b"] * 3):
+            awaited, left = asyncio.create_task(later()), asyncio.create_task(later())
+            within = await awaited
+        return within, await left
+
+    assert all(torch.equal(found, expected) for found in asyncio.run(start()))
+
+
+def test_a_name_that_is_given_again_has_its_own_rows() -> None:
+    """Its vectors may lie where those of the deleted one were."""
+    model = several("llama")
+    inputs = batch("llama")
+    config = ia3.IA3Config(target_modules=r".*layers\.0\.self_attn\.k_proj", feedforward_modules=[])
+    model.add_adapter("again", config)
+    ((name, vector),) = model.vectors("again").items()
+    for value in range(2, 30):
+        logits(model, **inputs, adapter_names=["again"] * 3)
+        model.delete_adapter("again")
+        model.add_adapter("again", config, {name: torch.full_like(vector, value)})
+        routed = logits(model, **inputs, adapter_names=["again"] * 3)
+        model.set_adapter("again", inference_mode=True)
+        torch.testing.assert_close(routed, logits(model, **inputs))
+        model.set_adapter("b", inference_mode=True)
+
+
+def test_a_batch_of_more_rows_is_refused_whoever_is_called() -> None:
+    model = several("opt")
+    six = torch.cat([batch("opt")["input_ids"]] * 2)
+    for called in (model, model.get_base_model()):
+        with model.route(NAMES), pytest.raises(ia3.IA3Error, match="expected one name each"):
+            called(input_ids=six)
+
+
+class Unpadded(nn.Module):
+    """Takes padding out before its layers, so that rows have different numbers of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        result: Tensor = self.layer(x[mask])
+        return result
+
+
+def test_tokens_without_their_padding_are_refused() -> None:
+    base = Unpadded()
+    model = ia3.IA3Model(base, ia3.IA3Config(target_modules=["layer"], feedforward_modules=[]))
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    with pytest.raises(ia3.IA3Error, match="'layer'"):
+        model(torch.randn(2, 3, 8), mask, adapter_names=["default", BASE])
+
+
+def test_an_adapter_activated_within_a_route_does_not_reach_its_rows() -> None:
+    model = several("llama")
+    inputs = batch("llama")
+    with model.route(["b"] * 3):
+        expected = logits(model, **inputs)
+        model.add_adapter("new", ia3.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+        randomize(model.vectors("new"), 9)
+        model.set_adapter("new", inference_mode=True)
+        assert torch.equal(logits(model, **inputs), expected)
+    assert relative(logits(model, **inputs), expected) > 1e-3
+
+
+def test_a_backward_pass_goes_on_with_the_vectors_of_a_deleted_adapter() -> None:
+    def gradients(delete: bool) -> Tensor:
+        model = several("llama")
+        model.set_adapter(NAMES)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        vector = next(iter(model.vectors("default").values()))
+        loss = model(**batch("llama"), adapter_names=NAMES).logits.square().mean()
+        if delete:
+            model.delete_adapter("b")
+        loss.backward()
+        assert vector.grad is not None
+        return vector.grad
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=0, atol=0)
+
+
+def test_a_generation_config_that_leaves_beams_to_the_models_own() -> None:
+    model = several("llama")
+    model.generation_config.num_beams = 3
+    ids = batch("llama")["input_ids"][:2]
+    config = hf.GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=None)
+    found = model.generate(ids, config, adapter_names=["b", BASE])
+    assert torch.equal(
+        found, model.generate(ids, generation_config=config, adapter_names=["b", BASE])
+    )
+    assert config.disable_compile is not True
+    model.set_adapter("b", inference_mode=True)
+    assert torch.equal(found[:1], model.generate(ids[:1], config))
+
+
+def test_names_that_are_no_names_are_refused() -> None:
+    model = several("llama")
+    ids = batch("llama")["input_ids"]
+    with pytest.raises(ia3.IA3Error, match="'__base__' is the base model"):
+        model(ids, adapter_names=["b", None, "c"])
+    with pytest.raises(ia3.IA3Error, match="one name a token"):
+        model(ids[:2, :2], adapter_names=[["b", "c"], "bc"])
+
+
+def test_a_traced_graph_does_not_keep_a_route() -> None:
+    model = several("llama")
+    layer = model.get_base_model().model.layers[0].self_attn.k_proj
+    with model.route(["b"]), pytest.raises(ia3.IA3Error, match="traced"):
+        torch.jit.trace(layer, torch.randn(1, 2, layer.in_features), check_trace=False)

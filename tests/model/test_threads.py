@@ -1,0 +1,210 @@
+"""One thread changes the adapters while others call the model, or change them too."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from support.tfew import tiny_llama
+from support.two_adapters import NARROW, WIDE, output, wide_and_narrow
+from torch import nn
+from torch.nn import functional
+
+from ia3 import IA3Error, IA3Model
+from ia3.core.route import LOCK
+from ia3.core.sites import Site
+from ia3.model import ia3_model as model_module
+
+
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def meanwhile(action: Callable[[], object], times: int, beside: Callable[[], object]) -> None:
+    """Do one thing so many times while another thread does another all the time."""
+    done = threading.Event()
+
+    def again() -> None:
+        while not done.is_set():
+            beside()
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(again)
+        try:
+            for _ in range(times):
+                action()
+        finally:
+            done.set()
+        other.result()
+
+
+def test_a_call_while_an_adapter_is_added() -> None:
+    """Whether an up projection can carry a vector is tried out, which no call may see."""
+    base = tiny_llama()
+    model = IA3Model(base, NARROW).eval()
+    seen: list[torch.Tensor] = []
+
+    class Activation(nn.Module):
+        called = False
+
+        def forward(self, gate: torch.Tensor) -> torch.Tensor:
+            if trying and not Activation.called:
+                Activation.called = True
+                with ThreadPoolExecutor(1) as pool:
+                    seen.append(pool.submit(output, model).result())
+            return functional.silu(gate)
+
+    trying = False
+    for layer in base.model.layers:
+        layer.mlp.act_fn = Activation()
+    expected = output(model)
+    trying = True
+    model.add_adapter("wide", WIDE)
+    (found,) = seen
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_adapters_that_come_and_go_are_found_whole() -> None:
+    model = wide_and_narrow()
+    count = len(model.vectors("wide"))
+
+    def come_and_go() -> None:
+        model.add_adapter("third", WIDE)
+        assert len(model.vectors("third")) == count
+        model.delete_adapter("third")
+
+    # Where nobody else has vectors.
+    model.set_adapter("narrow")
+    model.delete_adapter("wide")
+    meanwhile(come_and_go, 200, lambda: (model.set_adapter("narrow"), model.vectors("narrow")))
+    assert not [name for name, _ in model.unload().named_parameters() if ".ia3_l." in name]
+
+
+@pytest.mark.filterwarnings("ignore:adapter 'wide' was active")
+def test_a_call_while_the_active_adapter_is_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide_and_narrow()
+    model.set_adapter("narrow")
+    expected = output(model)
+    model.set_adapter("wide")
+    remove, seen = Site.remove, []
+
+    def then_call(site: Site, adapter: str) -> None:
+        remove(site, adapter)
+        with ThreadPoolExecutor(1) as pool:
+            seen.append(pool.submit(output, model).result())
+
+    monkeypatch.setattr(Site, "remove", then_call)
+    model.delete_adapter("wide")
+    assert len(seen) > 1
+    assert all(torch.equal(found, expected) for found in seen)
+
+
+@pytest.mark.filterwarnings("ignore:adapter 'wide' was active")
+def test_an_adapter_that_is_deleted_during_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide_and_narrow()
+    product = Site.product
+
+    def then_delete(site: Site, adapters: tuple[str, ...]) -> torch.Tensor:
+        result = product(site, adapters)
+        if "wide" in model.peft_config:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(model.delete_adapter, "wide").result()
+        return result
+
+    monkeypatch.setattr(Site, "product", then_delete)
+    found = output(model)
+    assert model.active_adapters == ["narrow"]
+    assert torch.equal(found, output(model))
+
+
+def test_rows_of_an_adapter_that_is_being_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide_and_narrow()
+    take_off = model._take_off
+
+    def call() -> None:
+        output(model, adapter_names=["narrow"])
+
+    with ThreadPoolExecutor(1) as pool:
+        calls = []
+
+        def late(adapter: str) -> None:
+            calls.append(pool.submit(call))
+            threading.Event().wait(0.2)
+            take_off(adapter)
+
+        monkeypatch.setattr(model, "_take_off", late)
+        model.delete_adapter("narrow")
+        with pytest.raises(IA3Error, match="'narrow' was deleted"):
+            calls[0].result()
+
+
+@pytest.mark.parametrize("fuses_meanwhile", [True, False])
+def test_a_switch_while_another_thread_fuses(
+    monkeypatch: pytest.MonkeyPatch, fuses_meanwhile: bool
+) -> None:
+    """Or takes that back; each waits until the other is done."""
+    model = wide_and_narrow()
+    model.set_adapter("narrow")
+    change, target, names = model.fuse_mlp, model.set_adapter, ("wide",)
+    if not fuses_meanwhile:
+        model.fuse_mlp()
+        change, target, names = lambda: model.set_adapter("wide"), model.unfuse_mlp, ()
+    other = threading.Thread(target=target, args=names)
+    find = model_module.site_in
+
+    def late(module: nn.Module) -> Site | None:
+        site = find(module)
+        if other.ident is None:
+            other.start()
+            other.join(0.5)
+        return site
+
+    monkeypatch.setattr(model_module, "site_in", late)
+    change()
+    other.join()
+    found = output(model)
+    model.unfuse_mlp()
+    assert model.active_adapters == ["wide"]
+    torch.testing.assert_close(found, output(wide_and_narrow()))
+
+
+def test_a_switch_to_an_adapter_that_is_deleted_meanwhile() -> None:
+    model = wide_and_narrow()
+    with ThreadPoolExecutor(1) as pool:
+        with LOCK:
+            switch = pool.submit(model.set_adapter, "narrow")
+            threading.Event().wait(0.2)
+            model.delete_adapter("narrow")
+        with pytest.raises(IA3Error, match="no adapter 'narrow'"):
+            switch.result()
+    assert model.active_adapters == ["wide"]
+
+
+def test_a_switch_after_a_deletion_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide_and_narrow()
+    model.add_adapter("third", NARROW)
+    switch = threading.Thread(target=model.set_adapter, args=("third",))
+
+    def late(message: str, **_: Any) -> None:
+        assert message == "adapter 'wide' was active; 'narrow' is active now"
+        switch.start()
+        switch.join(0.2)
+
+    monkeypatch.setattr(warnings, "warn", late)
+    model.delete_adapter("wide")
+    switch.join()
+    assert model.active_adapters == ["third"]

@@ -1,0 +1,322 @@
+"""The report: the grid's numbers, and an HTML page that is whole, safe and the same every time."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from support.page import Page
+
+from ia3.errors import IA3Error
+from ia3.report.heatmap import layer_site_grid
+from ia3.report.training_report import training_report
+from ia3.tfew.training.trainer import TrainingStep
+
+
+def history(steps: int) -> list[TrainingStep]:
+    return [
+        TrainingStep(i + 1, steps, 3 / (i + 1) + 0.3, 2 / (i + 1), 1 / (i + 1), 0.3)
+        for i in range(steps)
+    ]
+
+
+def llama_vectors(layers: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"model.layers.{i}.{site}": 1 + 0.1 * torch.randn(16, generator=generator)
+        for i in range(layers)
+        for site in ("self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
+    }
+
+
+def report(**changes: Any) -> str:
+    arguments: dict[str, Any] = {
+        "title": "Support tickets",
+        "facts": [("accuracy before", "50.0%"), ("accuracy after", "87.5%")],
+        "history": history(30),
+        "classes": ["billing", "bug", "other"],
+        "confusion_before": [[3, 1, 0], [2, 2, 0], [0, 4, 0]],
+        "confusion_after": [[4, 0, 0], [0, 4, 0], [0, 1, 3]],
+        "vectors": llama_vectors(4),
+    }
+    return training_report(**(arguments | changes))
+
+
+# -- the grid -------------------------------------------------------------------------------------
+
+
+def test_the_grid_of_hand_computed_vectors() -> None:
+    grid = layer_site_grid(
+        {
+            "model.layers.0.mlp.down_proj": torch.tensor([2.0, 0.5, 1.0, 4.0]),
+            "model.layers.0.self_attn.k_proj": torch.tensor([-1.0, 1.005, 0.995, -0.25]),
+            "model.layers.1.mlp.down_proj": torch.tensor([0.0, 1.0]),
+        }
+    )
+    assert grid.layers == ["0", "1"]
+    assert grid.sites == ["mlp.down_proj", "self_attn.k_proj"]
+    octaves_of_k = (np.log2(1.005) + np.log2(0.995) - 2) / 4
+    assert_allclose(grid.mean, [[0.5, octaves_of_k], [-3.0, np.nan]], atol=1e-6)
+    std_of_k = np.std([-1.0, 1.005, 0.995, -0.25])
+    assert_allclose(grid.spread, [[np.std([2, 0.5, 1, 4]), std_of_k], [0.5, np.nan]], rtol=1e-6)
+    assert_array_equal(grid.inhibited, [[0.25, 0.25], [0.5, np.nan]])
+    assert_array_equal(grid.amplified, [[0.5, 0.0], [0.0, np.nan]])
+
+
+def test_the_identity_is_zero_everywhere() -> None:
+    vectors = {f"model.layers.{i}.mlp.down_proj": torch.ones(8) for i in range(2)}
+    grid = layer_site_grid(vectors)
+    for values in (grid.mean, grid.spread, grid.inhibited, grid.amplified):
+        assert_array_equal(values, np.zeros((2, 1)))
+    Page(report(vectors=vectors))
+
+
+def test_layers_are_sorted_by_number() -> None:
+    names = [f"transformer.h.{i}.mlp.c_proj" for i in (10, 9, 0, 11, 2)]
+    grid = layer_site_grid({name: torch.ones(2) for name in names})
+    assert grid.layers == ["0", "2", "9", "10", "11"]
+    assert grid.sites == ["mlp.c_proj"]
+
+
+def test_t5_has_its_encoder_first_and_no_cross_attention_there() -> None:
+    grid = layer_site_grid(
+        {
+            "decoder.block.0.layer.0.SelfAttention.k": torch.ones(2),
+            "decoder.block.0.layer.1.EncDecAttention.k": torch.ones(2),
+            "encoder.block.10.layer.0.SelfAttention.k": torch.ones(2),
+            "encoder.block.2.layer.1.DenseReluDense.wo": torch.ones(2),
+        }
+    )
+    assert grid.layers == ["encoder.2", "encoder.10", "decoder.0"]
+    assert grid.sites == [
+        "layer.DenseReluDense.wo",
+        "layer.EncDecAttention.k",
+        "layer.SelfAttention.k",
+    ]
+    assert_array_equal(np.isnan(grid.mean), [[0, 1, 1], [1, 1, 0], [1, 0, 0]])
+
+
+def test_the_experts_of_a_layer_share_a_cell() -> None:
+    grid = layer_site_grid(
+        {
+            "model.layers.0.mlp.experts.0.down_proj": torch.tensor([2.0, 2.0, 2.0]),
+            "model.layers.0.mlp.experts.1.down_proj": torch.tensor([0.5]),
+        }
+    )
+    assert grid.sites == ["mlp.experts.down_proj"]
+    assert_allclose(grid.mean, [[0.5]])
+    assert_allclose(grid.inhibited, [[0.25]])
+
+
+def test_a_module_outside_the_layers_comes_last() -> None:
+    grid = layer_site_grid({"lm_head": torch.ones(2), "layers.0.wo": torch.ones(2)})
+    assert grid.layers == ["0", "other"]
+    assert grid.sites == ["lm_head", "wo"]
+
+
+def test_trained_half_precision_parameters_are_read() -> None:
+    vector = torch.nn.Parameter(torch.full((4,), 0.5, dtype=torch.bfloat16))
+    assert_array_equal(layer_site_grid({"h.0.wo": vector}).mean, [[-1.0]])
+
+
+def test_a_vector_without_values_is_named() -> None:
+    with pytest.raises(IA3Error, match=r"'h\.0\.wo' has no values"):
+        layer_site_grid({"h.0.wo": torch.ones(0)})
+
+
+# -- the page -------------------------------------------------------------------------------------
+
+
+def test_the_page_is_whole_and_shows_what_it_was_given() -> None:
+    page = Page(report())
+    assert page.texts["h1"] == page.texts["title"][:1] == ["Support tickets"]
+    assert page.texts["dd"] == ["50.0%", "87.5%"]
+    # The curve, two matrices, three maps.
+    assert page.count("svg") == page.count("figcaption") + 1 == 6
+    assert page.texts["small"] == ["41.7% right, 5 of 12", "91.7% right, 11 of 12"]
+    tooltips = page.texts["title"]
+    assert "true bug, predicted billing: 2" in tooltips
+    assert "true other, predicted other: 3" in tooltips
+    assert {"training step", "loss", "true label", "predicted label", "layer"} <= set(
+        page.texts["text"]
+    )
+
+
+def test_the_maps_show_the_grids_numbers() -> None:
+    page = Page(report(vectors={"h.0.wo": torch.tensor([2.0, 0.5, 1.0, 4.0])}))
+    assert "layer 0, wo: +0.500 octaves" in page.texts["title"]
+    assert "layer 0, wo: 25% inhibited" in page.texts["title"]
+    assert "layer 0, wo: 50% amplified" in page.texts["title"]
+
+
+def test_nothing_is_fetched() -> None:
+    source = report()
+    assert "http" not in re.sub("http-equiv", "", source)
+    for tag, attributes in Page(source).elements:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "img", "image", "base")
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href"):
+                assert value is not None
+                assert value.startswith("#")
+    assert not re.search(r"url\((?!#)|@import", source)
+
+
+def test_references_inside_the_page_are_unique_and_resolve() -> None:
+    elements = Page(report()).elements
+    identifiers = [a["id"] for _, a in elements if "id" in a]
+    assert len(identifiers) == len(set(identifiers))
+    values = [v or "" for _, attributes in elements for v in attributes.values()]
+    targets = {t for v in values for t in re.findall(r"url\(#([^)]+)\)|^#(.+)$", v) for t in t if t}
+    assert targets
+    assert targets <= set(identifiers)
+
+
+def test_every_colour_follows_the_theme() -> None:
+    source = report()
+    drawn = "".join(re.findall(r"<svg.*?</svg>", source, re.DOTALL))
+    assert set(re.findall(r"#[0-9a-f]{6}\b", drawn)) == set()
+    named = set(re.findall(r"var\(--([\w-]+)\)", source))
+    defined = set(re.findall(r"--([\w-]+):", source))
+    assert named == defined
+
+
+@pytest.mark.parametrize("count", [3, 25])
+def test_names_are_text_whatever_they_contain(count: int) -> None:
+    evil = "</text></svg><script>alert('1')</script>"
+    classes = [evil, '" onload="alert(1)', "a & b", *(f"class {i}" for i in range(count - 3))]
+    counts = np.ones((count, count))
+    source = report(
+        title=evil,
+        facts=[(evil, evil)],
+        classes=classes,
+        confusion_before=counts,
+        confusion_after=counts,
+        vectors={f"h.0.{evil.replace('.', '')}": torch.ones(2)},
+    )
+    page = Page(source)
+    assert page.count("script") == 0
+    assert "onload" not in {name for _, attributes in page.elements for name in attributes}
+    assert page.texts["h1"] == [evil]
+    assert f"true {evil}, predicted a & b: 1" in page.texts["title"]
+
+
+def test_names_with_formulas_other_scripts_and_control_characters_are_drawn() -> None:
+    source = report(title="\ud800", classes=["$5 or $10^$", "卡丢了", "a\x00b\x1b\ud800\nc"])
+    assert source.encode()
+    page = Page(source)
+    labels = page.texts["text"]
+    assert {"$5 or $10^$", "卡丢了", "a\ufffdb\ufffd\ufffd c"} <= set(labels)
+
+
+def test_the_same_input_gives_the_same_bytes() -> None:
+    assert report() == report()
+
+
+def test_the_users_own_settings_neither_matter_nor_change() -> None:
+    import matplotlib
+
+    plain = report()
+    with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 30, "axes.grid": True}):
+        assert report() == plain
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+def test_without_steps_there_is_no_curve() -> None:
+    page = Page(report(history=[]))
+    assert page.count("svg") == 5
+    assert any("no training steps" in text for text in page.texts["p"])
+
+
+def test_a_single_step_is_a_point() -> None:
+    page = Page(report(history=history(1)))
+    # The step, the layer and the counts.
+    assert "1" in page.texts["text"]
+    assert page.count("use") >= 4
+
+
+def test_without_vectors_and_examples_the_page_says_so() -> None:
+    none = np.zeros((3, 3))
+    page = Page(report(vectors={}, confusion_before=none, confusion_after=none, facts=[]))
+    assert page.texts["small"] == ["no examples", "no examples"]
+    assert "There are no vectors." in page.texts["p"]
+
+
+def test_a_layer_that_lacks_a_site_is_marked() -> None:
+    vectors = {
+        "encoder.block.0.layer.0.SelfAttention.k": torch.full((2,), 0.5),
+        "decoder.block.0.layer.0.SelfAttention.k": torch.full((2,), 2.0),
+        "decoder.block.0.layer.1.EncDecAttention.k": torch.ones(2),
+    }
+    source = report(vectors=vectors)
+    page = Page(source)
+    assert page.texts["title"].count("layer encoder.0, layer.EncDecAttention.k: no vector") == 3
+    assert page.texts["text"].count("×") == 3
+    assert {"encoder", "decoder"} <= set(page.texts["text"])
+    assert "nan" not in source.lower()
+
+
+def test_many_classes_are_numbered_and_their_mistakes_listed() -> None:
+    classes = [f"intent_{i}" for i in range(77)]
+    before = 5 * np.eye(77) + np.eye(77, k=1)
+    after = 9 * np.eye(77)
+    after[4, 2] = 3
+    source = report(classes=classes, confusion_before=before, confusion_after=after)
+    page = Page(source)
+    assert page.texts["li"] == classes
+    assert page.texts["td"] == ["intent_4", "intent_2", "0", "3"]
+    assert {"10", "70"} <= set(page.texts["text"])
+    assert not set(classes) & set(page.texts["text"])
+    assert len(source) < 500_000
+
+
+def test_few_classes_have_their_names_and_counts_in_the_matrix() -> None:
+    counts = np.full((20, 20), 123)
+    classes = [f"intent_{i}" for i in range(20)]
+    page = Page(report(classes=classes, confusion_before=counts, confusion_after=counts))
+    assert page.texts["text"].count("123") == 800
+    assert page.texts["text"].count("intent_7") == 4
+
+
+def test_a_matrix_that_does_not_fit_is_named() -> None:
+    with pytest.raises(IA3Error, match=r"confusion_after has the shape \[2, 2\].* \[3, 3\]"):
+        report(confusion_after=np.eye(2))
+    with pytest.raises(IA3Error, match="confusion_before has an entry that is negative"):
+        report(confusion_before=-np.eye(3))
+    with pytest.raises(IA3Error, match="no classes"):
+        report(classes=[])
+
+
+# -- what is imported -----------------------------------------------------------------------------
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_importing_the_package_is_light() -> None:
+    heavy = "{'torch', 'transformers', 'matplotlib', 'numpy'}"
+    assert run(f"import sys, ia3.report; print({heavy} & set(sys.modules))") == "set()"
+
+
+def test_without_matplotlib_the_extra_is_named() -> None:
+    code = """
+import sys
+sys.modules["matplotlib"] = None
+from ia3.errors import MissingExtraError
+from ia3.report.training_report import training_report
+try:
+    training_report(title="", facts=[], history=[], classes=["a"], confusion_before=[[1]],
+                    confusion_after=[[1]], vectors={})
+except MissingExtraError as error:
+    print(error)
+"""
+    assert "drawing the report needs the package 'matplotlib'" in run(code)
+    assert "pip install 'ia3[report]'" in run(code)

@@ -1,0 +1,146 @@
+"""Tiny models that share a prompt among choices, and some that cannot."""
+
+from __future__ import annotations
+
+import random
+
+from transformers import (
+    BartConfig,
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    T5Config,
+)
+
+from ia3.base.loading import BaseModel
+from ia3.tfew.prompts.encoding import EncodedExample
+from support.tfew import (
+    VOCABULARY,
+    random_base,
+)
+
+WIDTH = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+
+
+LLAMA = {**WIDTH, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.2}
+
+
+SHARING = {
+    "llama": LlamaConfig(**LLAMA, num_key_value_heads=2, max_position_embeddings=512),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        initializer_range=0.2,
+    ),
+    "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2),
+    "gpt_neox": GPTNeoXConfig(**LLAMA, max_position_embeddings=512),
+    "opt": OPTConfig(
+        **WIDTH, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=32, init_std=0.2
+    ),
+}
+
+
+NOT_SHARING = {
+    "bloom": BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2
+    ),
+    "falcon-alibi": FalconConfig(**WIDTH, num_attention_heads=4, alibi=True, initializer_range=0.2),
+    "mamba": MambaConfig(**WIDTH, state_size=8, initializer_range=0.2),
+}
+
+
+# Share short prompts; beyond the window each choice needs a row of its own.
+WINDOWED = {
+    "mistral": MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=16),
+    "gemma3": Gemma3TextConfig(
+        **LLAMA,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    # Its window lies over places in the sequence, which sharing changes.
+    "gpt_neo": GPTNeoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=16,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+    ),
+}
+
+
+ENCODER_DECODER = {
+    "t5": T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    ),
+    "bart": BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_position_embeddings=256,
+        init_std=0.2,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=2,
+    ),
+}
+
+
+ALL = {**SHARING, **NOT_SHARING, **WINDOWED, **ENCODER_DECODER}
+
+
+bases: dict[str, BaseModel] = {}
+
+
+def base_of(name: str) -> BaseModel:
+    if name not in bases:
+        bases[name] = random_base(ALL[name])
+    return bases[name]
+
+
+def random_examples(shapes, seed=0, shared=0):
+    """Examples of random tokens.
+
+    Args:
+        shapes: for every example its prompt's length and its choices' lengths.
+        seed: of the tokens.
+        shared: so many tokens at the beginning of every prompt are the same.
+    """
+    draw = random.Random(seed)
+
+    def ids(count):
+        return tuple(draw.randrange(3, VOCABULARY) for _ in range(count))
+
+    prefix = ids(shared)
+    return [
+        EncodedExample(prefix + ids(prompt), tuple(ids(c) for c in choices))
+        for prompt, choices in shapes
+    ]

@@ -1,0 +1,309 @@
+"""From fields to token ids, with the embedded model's own tokenizer."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.tfew import tiny_llama, tiny_t5, word_tokenizer
+
+from ia3.base.loading import EMBEDDED_MODEL, BaseModel, load_base_model
+from ia3.errors import IA3Error
+from ia3.tfew.prompts.encoding import Encoder
+from ia3.tfew.prompts.templates import Template
+
+TOKENIZER = load_base_model(EMBEDDED_MODEL).tokenizer
+
+TEMPLATE = Template("{{ text }}\nCategory:")
+CHOICES = ["billing", "card arrival", "lost or stolen phone"]
+
+
+def base_of(context: int = 512) -> BaseModel:
+    """A tiny model with the embedded model's tokenizer and a context of so many tokens."""
+    model = tiny_llama(vocabulary=64, max_position_embeddings=context)
+    return BaseModel(model, TOKENIZER, "tiny")
+
+
+BASE = base_of()
+
+
+def encoder(choices=CHOICES, *, base=BASE, chat=False) -> Encoder:
+    return Encoder(base, choices, chat=chat)
+
+
+def ids_of(text: str) -> tuple[int, ...]:
+    return tuple(TOKENIZER(text)["input_ids"])
+
+
+# -- prompt and choices ----------------------------------------------------------------------------
+
+
+def test_tokens_are_those_of_the_joined_text():
+    encoded = encoder().encode({"text": "Where is my card?"}, TEMPLATE)
+    assert encoded.prompt == ids_of("Where is my card?\nCategory:")
+    for choice, words in zip(encoded.choices, CHOICES, strict=True):
+        assert encoded.prompt + choice == ids_of(f"Where is my card?\nCategory: {words}")
+
+
+def is_whole(text: str) -> bool:
+    """Whether the tokenizer can write it: its vocabulary lacks a few bytes."""
+    return bool(text.strip()) and TOKENIZER.decode(ids_of(text)) == text
+
+
+def characters(*excluded):
+    """Characters that the tokenizer can write: hardly a long text of others would be whole."""
+    drawn = st.characters(codec="utf-8", exclude_categories=["Cs", *excluded])
+    return drawn.filter(lambda character: is_whole(f"a{character}a"))
+
+
+words = st.text(characters("Cc"), min_size=1, max_size=30).filter(
+    lambda text: is_whole(text) and not text[0].isspace()
+)
+
+
+@given(text=words, ending=st.sampled_from(["", ":", " =", "?", "\nAnswer:", " 12", "'", "é", "→"]))
+@settings(max_examples=150, deadline=None)
+def test_tokens_are_those_of_the_joined_text_whatever_it_is(text, ending):
+    template = Template("{{ text }}" + ending)
+    prompt = (text + ending).rstrip()
+    encoded = encoder().encode({"text": text}, template)
+    for choice, answer in zip(encoded.choices, CHOICES, strict=True):
+        assert encoded.prompt + choice == ids_of(f"{prompt} {answer}")
+
+
+@given(st.lists(words, min_size=2, max_size=4, unique=True))
+@settings(max_examples=100, deadline=None)
+def test_choices_decode_to_their_words(choices):
+    encoded = encoder(choices).encode({"text": "x"}, TEMPLATE)
+    for choice, answer in zip(encoded.choices, choices, strict=True):
+        assert TOKENIZER.decode(choice) == f" {answer}"
+
+
+def test_equal_choices_are_refused():
+    with pytest.raises(IA3Error, match=r"'billing' and 'billing' are the same"):
+        encoder(["billing", "other", "billing"]).encode({"text": "x"}, TEMPLATE)
+
+
+def test_an_empty_choice_is_refused():
+    base = BaseModel(tiny_llama(), word_tokenizer(["x", "yes"]), "words")
+    with pytest.raises(IA3Error, match="choice '' has no token"):
+        Encoder(base, ["yes", ""], chat=False).encode({"text": "x"}, Template("{{ text }}"))
+
+
+def test_choices_that_the_tokenizer_does_not_tell_apart_are_refused():
+    base = BaseModel(tiny_llama(), word_tokenizer(["x"]), "words")
+    with pytest.raises(IA3Error, match="'yes' and 'no' are the same tokens"):
+        Encoder(base, ["yes", "no"], chat=False).encode({"text": "x"}, Template("{{ text }}"))
+
+
+def test_a_prompt_of_nothing_is_refused():
+    with pytest.raises(IA3Error, match="renders nothing"):
+        encoder().encode({"text": "  "}, Template("{{ text }}"))
+
+
+# -- truncation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "word " * 400,
+        "x" * 4000,
+        "naïve café " * 300,
+        "日本語のテキスト" * 200,
+        "👩‍🚀🏳️‍🌈" * 100,
+        "<|im_end|>" * 300,
+        "a , b .  c\n\n" * 200,
+    ],
+)
+def test_a_long_text_is_cut_at_its_end(text):
+    shortening = encoder(base=base_of(64))
+    encoded = shortening.encode({"text": text}, TEMPLATE)
+    room = 64 - max(map(len, encoded.choices))
+    assert len(encoded.prompt) <= room
+    assert len(encoded.prompt) > room - 12  # no more was cut than needed
+    prompt = TOKENIZER.decode(encoded.prompt)
+    assert prompt.endswith("\nCategory:")
+    kept = prompt.removesuffix("\nCategory:")
+    assert kept
+    assert text.startswith(kept)
+    assert shortening.truncated == 1
+
+
+NARROW = base_of(40)
+
+
+@given(st.text(characters(), min_size=40, max_size=300).filter(is_whole))
+@settings(max_examples=60, deadline=None)
+def test_any_text_fits_and_only_its_end_is_cut(text):
+    shortening = encoder(base=NARROW)
+    encoded = shortening.encode({"text": text}, Template("Text: {{ text }}\nCategory:"))
+    assert len(encoded.prompt) + max(map(len, encoded.choices)) <= 40
+    prompt = TOKENIZER.decode(encoded.prompt)
+    assert prompt.startswith("Text: ")
+    assert prompt.endswith("\nCategory:")
+    if shortening.truncated:
+        assert text.startswith(prompt.removeprefix("Text: ").removesuffix("\nCategory:"))
+
+
+def test_what_fits_is_not_cut():
+    prompt = ids_of("word word word\nCategory:")
+    longest = max(len(ids_of(f" {c}")) for c in CHOICES)
+    exact = encoder(base=base_of(len(prompt) + longest))
+    assert exact.encode({"text": "word word word"}, TEMPLATE).prompt == prompt
+    assert exact.truncated == 0
+
+
+def test_every_cut_example_is_counted_once():
+    shortening = encoder(base=base_of(64))
+    for text in ("short", "word " * 400, "x y " * 900, "short too"):
+        shortening.encode({"text": text}, TEMPLATE)
+    assert shortening.truncated == 2
+
+
+def test_the_longest_field_of_the_prompt_is_cut():
+    example = {"title": "a title", "body": "word " * 300, "unread": "y " * 5000}
+    encoded = encoder(base=base_of(64)).encode(
+        example, Template("{{ title }}\n{{ body }}\nCategory:")
+    )
+    prompt = TOKENIZER.decode(encoded.prompt)
+    assert prompt.startswith("a title\nword word")
+    assert prompt.endswith("\nCategory:")
+    assert len(example["body"]) == 1500  # the caller's example is as it was
+
+
+def test_two_long_fields_are_both_cut_where_they_must_be():
+    example = {"one": "word " * 300, "two": "other " * 300}
+    encoded = encoder(base=base_of(64)).encode(example, Template("{{ one }}\n{{ two }}\nCategory:"))
+    assert len(encoded.prompt) <= 64
+    assert TOKENIZER.decode(encoded.prompt).endswith("\nCategory:")
+
+
+def test_a_template_too_long_by_itself_is_an_error():
+    with pytest.raises(IA3Error, match=r"without any text.*context has room for"):
+        encoder(base=base_of(32)).encode({"text": "hello"}, Template("word " * 50 + "{{ text }}:"))
+
+
+def test_no_text_field_to_cut_is_an_error():
+    with pytest.raises(IA3Error, match="context has room for"):
+        encoder(base=base_of(32)).encode(
+            {"numbers": list(range(100))}, Template("{{ numbers }}\nCategory:")
+        )
+
+
+def limited(tokens: int, base: BaseModel = BASE) -> Encoder:
+    return Encoder(base, CHOICES, chat=False, max_prompt_tokens=tokens)
+
+
+@given(text=words.map(lambda text: f"{text} " * 12), tokens=st.integers(8, 60))
+@settings(max_examples=60, deadline=None)
+def test_a_prompt_is_cut_to_a_limit_below_the_context(text, tokens):
+    whole = encoder().encode({"text": text}, TEMPLATE)
+    cutting = limited(tokens)
+    encoded = cutting.encode({"text": text}, TEMPLATE)
+    assert encoded.choices == whole.choices
+    assert len(encoded.prompt) <= tokens
+    kept = TOKENIZER.decode(encoded.prompt)
+    assert kept.endswith("\nCategory:")
+    assert text.startswith(kept.removesuffix("\nCategory:"))
+    assert cutting.truncated == (len(whole.prompt) > tokens)
+    if not cutting.truncated:
+        assert encoded == whole
+
+
+def test_the_limit_is_on_the_prompt_alone():
+    prompt = ids_of("word word word\nCategory:")
+    exact, less = limited(len(prompt)), limited(len(prompt) - 1)
+    assert exact.encode({"text": "word word word"}, TEMPLATE).prompt == prompt
+    assert exact.truncated == 0
+    assert len(less.encode({"text": "word word word"}, TEMPLATE).prompt) == len(prompt) - 1
+    assert less.truncated == 1
+
+
+def test_the_smaller_of_limit_and_context_holds():
+    text = {"text": "word " * 400}
+    narrow = base_of(64)
+    by_context = encoder(base=narrow).encode(text, TEMPLATE)
+    assert limited(300, narrow).encode(text, TEMPLATE) == by_context
+    assert len(limited(20, narrow).encode(text, TEMPLATE).prompt) == 20
+
+
+def test_a_limit_that_the_template_alone_exceeds_is_named():
+    with pytest.raises(IA3Error, match=r"without any text; max_prompt_tokens is 20"):
+        limited(20).encode({"text": "hello"}, Template("word " * 50 + "{{ text }}:"))
+
+
+@pytest.mark.parametrize("tokens", [0, -3])
+def test_a_limit_below_one_is_an_error(tokens):
+    with pytest.raises(IA3Error, match=f"max_prompt_tokens is {tokens}, expected at least 1"):
+        limited(tokens)
+
+
+# -- chat ------------------------------------------------------------------------------------------
+
+
+def test_chat_puts_the_prompt_into_the_chat_template():
+    encoded = encoder(chat=True).encode({"text": "Where is my card?"}, TEMPLATE)
+    conversation = [{"role": "user", "content": "Where is my card?\nCategory:"}]
+    expected = TOKENIZER.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert list(encoded.prompt) == expected
+    # The answer is the assistant's turn: it begins at once, without a space.
+    assert [TOKENIZER.decode(c) for c in encoded.choices] == CHOICES
+    spoken = TOKENIZER.apply_chat_template(
+        [*conversation, {"role": "assistant", "content": CHOICES[1]}],
+        tokenize=True,
+        return_dict=False,
+    )
+    answered = list(encoded.prompt + encoded.choices[1])
+    assert spoken[: len(answered)] == answered
+
+
+def test_chat_keeps_the_template_whole_when_the_text_is_cut():
+    shortening = encoder(chat=True, base=base_of(80))
+    encoded = shortening.encode({"text": "word " * 500}, TEMPLATE)
+    prompt = TOKENIZER.decode(encoded.prompt)
+    assert prompt.startswith("<|im_start|>system\n")
+    assert prompt.endswith("\nCategory:<|im_end|>\n<|im_start|>assistant\n")
+    assert "word word" in prompt
+    assert shortening.truncated == 1
+
+
+def test_chat_without_a_chat_template_is_an_error():
+    with pytest.raises(IA3Error, match=r"no chat template.*chat=False"):
+        Encoder(BaseModel(tiny_llama(), word_tokenizer(), "words"), ["a", "b"], chat=True)
+
+
+# -- encoder-decoder -------------------------------------------------------------------------------
+
+
+def test_encoder_decoder_choices_stand_alone_with_their_end():
+    tokenizer = word_tokenizer(["is", "it", "good", "bad", "not"], end=True)
+    base = BaseModel(tiny_t5(), tokenizer, "t5")
+    encoded = Encoder(base, ["good", "not bad"], chat=False).encode(
+        {"text": "it is"}, Template("{{ text }}")
+    )
+    vocabulary = tokenizer.get_vocab()
+    assert encoded.prompt == (vocabulary["it"], vocabulary["is"], vocabulary["</s>"])
+    assert encoded.choices == (
+        (vocabulary["good"], vocabulary["</s>"]),
+        (vocabulary["not"], vocabulary["bad"], vocabulary["</s>"]),
+    )
+
+
+def test_encoder_decoder_choices_take_no_room_from_the_prompt():
+    tokenizer = word_tokenizer(["a", "b", "c"], end=True)
+    tokenizer.model_max_length = 10
+    base = BaseModel(tiny_t5(), tokenizer, "t5")
+    cutting = Encoder(base, ["b " * 9, "c"], chat=False)
+    assert len(cutting.encode({"text": "a " * 9}, Template("{{ text }}")).prompt) == 10
+    assert cutting.truncated == 0
+    assert len(cutting.encode({"text": "a " * 50}, Template("{{ text }}")).prompt) == 10
+    assert cutting.truncated == 1
+
+
+def test_an_end_written_by_the_tokenizer_does_not_stand_between_prompt_and_answer():
+    base = BaseModel(tiny_llama(), word_tokenizer(["a", "b", "c"], end=True), "words")
+    encoded = Encoder(base, ["b", "c"], chat=False).encode({"text": "a"}, Template("{{ text }}"))
+    end = base.tokenizer.eos_token_id
+    assert end not in encoded.prompt
+    assert all(end not in choice for choice in encoded.choices)

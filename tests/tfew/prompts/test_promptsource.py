@@ -1,0 +1,318 @@
+"""promptsource's files, read and rendered as promptsource does, with errors where it has none."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import jinja2
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from support.paths import SHARED
+
+from ia3.errors import IA3Error
+from ia3.files.tables import Row, read_table
+from ia3.tfew.prompts.promptsource import PromptTemplate, read_promptsource
+from ia3.tfew.prompts.templates import Template
+
+DATA = SHARED / "data"
+
+# promptsource's files, and the T-Few authors' samples with the fields they name.
+FILES = {
+    "anli-r1": "anli",
+    "anli-r2": "anli",
+    "anli-r3": "anli",
+    "boolq": "super_glue/boolq",
+    "cb": "super_glue/cb",
+    "copa": "super_glue/copa",
+    "h-swag": "hellaswag",
+    "rte": "super_glue/rte",
+    "sst2": "glue/sst2",
+    "storycloze": "story_cloze/2016",
+    "wic": "super_glue/wic",
+    "winogrande": "winogrande/winogrande_xl",
+    "wsc": "super_glue/wsc.fixed",
+}
+
+FILE = """
+dataset: letters
+templates:
+  0: !Template
+    id: 0
+    name: whose
+    jinja: "{{ text }}\\nWhose is it? ||| {{ answer_choices[label] }}"
+    answer_choices: mine ||| yours
+    reference: ''
+    metadata: !TemplateMetadata
+      choices_in_prompt: false
+      languages: [en]
+      metrics: [Accuracy]
+      original_task: true
+  1: !Template
+    id: 1
+    name: free
+    jinja: "{{ text }} goes on: ||| {{ rest }}"
+    answer_choices: null
+    reference: ''
+    metadata: !TemplateMetadata
+      metrics: [BLEU, ROUGE]
+      original_task: false
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "templates.yaml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def of(jinja: str, choices: str | None = "no ||| yes") -> PromptTemplate:
+    return PromptTemplate("asked", Template(jinja, "asked"), choices and Template(choices, "asked"))
+
+
+plain_jinja = cache(jinja2.Environment().from_string)
+
+
+def as_promptsource_renders(template: PromptTemplate, row: dict) -> tuple[list[str], list[str]]:
+    """Its two steps in plain Jinja: the choices, and the parts; three bars in fields are hidden."""
+    hidden = {k: v.replace("|||", "<bars>") if isinstance(v, str) else v for k, v in row.items()}
+
+    def parts(source: str, **more: object) -> list[str]:
+        rendered = plain_jinja(source).render(**hidden, **more)
+        return [part.strip().replace("<bars>", "|||") for part in rendered.split("|||")]
+
+    choices = parts(template.choices.source)
+    return choices, parts(template.prompt.source, answer_choices=choices)
+
+
+# -- against promptsource --------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
+@pytest.mark.parametrize("task", FILES)
+def test_its_files_render_as_it_renders_them(task):
+    templates = [t for t in read_promptsource(DATA / "promptsource" / FILES[task]) if t.choices]
+    nothing = 0
+    rows = [row for path in (DATA / "tfew" / task).glob("*.jsonl") for row in read_table(path)]
+    for template in templates:
+        # Its draws differ from call to call, and so between prompt and target.
+        draws = "choice %}" in template.prompt.source or "choice}}" in template.prompt.source
+        for row in rows:
+            rendered = template.render(row)
+            if draws:
+                assert rendered.answer is not None
+                continue
+            choices, parts = as_promptsource_renders(template, row)
+            if rendered is None:
+                nothing += 1
+                assert parts == [""]
+                continue
+            assert list(rendered.choices) == choices
+            assert [rendered.prompt, choices[rendered.answer]] == parts
+            assert template.prompt.render(row, choices) == parts[0]
+            if template.original_task:
+                assert rendered.answer == row["label"]
+    # Only COPA's have some that ask about causes alone, or effects alone.
+    assert (nothing > 0) == (task == "copa")
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
+def test_its_files_of_trec_and_ag_news():
+    lines = (DATA / "trec" / "test.txt").read_text("latin-1").splitlines()[:100]
+    rows = [{"coarse_label": int(line[0]), "text": line[2:]} for line in lines]
+    names = []
+    for template in read_promptsource(DATA / "promptsource" / "trec"):
+        if "fine_label" in template.prompt.source:
+            continue
+        names.append(template.name)
+        for row in rows:
+            assert template.render(row).answer == row["coarse_label"]
+    assert len(names) == 5
+    for template in read_promptsource(DATA / "promptsource" / "ag_news"):
+        for label in range(4):
+            rendered = template.render({"text": "Shares fell.", "label": label})
+            assert rendered.answer == label
+            assert "Shares fell." in rendered.prompt
+
+
+words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=20)
+# A bar at the end of a choice runs into the three that separate choices.
+barless = words.filter(lambda text: "|" not in text)
+
+
+@given(text=words, bars=st.booleans(), choices=st.lists(barless, min_size=2, max_size=5))
+def test_any_text_renders_as_in_promptsource(text, bars, choices):
+    row = {"text": f"{text}|||{text}" if bars else text, "words": choices, "label": 0}
+    template = of(
+        "About {{ text }}: ||| {{ answer_choices[label] }}", "{{ words | join('|||') }} ||| z"
+    )
+    expected, parts = as_promptsource_renders(template, {**row, "words": choices})
+    assume(all(expected) and len(set(expected)) == len(choices) + 1)
+    rendered = template.render(row)
+    assert [rendered.prompt, rendered.choices[rendered.answer]] == parts
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_a_file_gives_its_templates_by_name(tmp_path):
+    free, whose = read_promptsource(written(tmp_path, FILE))
+    assert (whose.name, free.name) == ("whose", "free")
+    assert whose.original_task
+    assert not free.original_task
+    assert (whose.metrics, free.metrics) == (("Accuracy",), ("BLEU", "ROUGE"))
+    assert whose.fixed_choices == ("mine", "yours")
+    assert free.fixed_choices is None
+    assert read_promptsource(tmp_path)[1].name == "whose"
+    rendered = whose.render({"text": "A letter.", "label": 1})
+    assert rendered.prompt == "A letter.\nWhose is it?"
+    assert rendered.choices[rendered.answer] == "yours"
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:os.system ['touch {path}']",
+        "!!python/object/new:pathlib.Path ['{path}']",
+        "!!python/name:os.system ''",
+        "!Other {{}}",
+    ],
+)
+def test_nothing_but_the_two_tags_is_built(tmp_path, tag):
+    text = FILE.replace("mine ||| yours", tag.format(path=tmp_path / "made"))
+    with pytest.raises(IA3Error, match="is not a file of templates"):
+        read_promptsource(written(tmp_path, text))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("templates:", "prompts:", "has no templates"),
+        ("name: whose", "name: 3", "name of template 0 is 3, expected a text"),
+        ("name: whose", "name: free", "two templates of the name 'free'"),
+        ("mine ||| yours", "7", r"answer_choices of template 'whose' is 7.*quotes"),
+        ("{{ text }}\\nWhose", "{{ text", "template 'whose'.*line"),
+        ("it? |||", "it?", r"template 'whose' has no '\|\|\|'"),
+        ("reference: ''", "reference: '", "is not a file of templates"),
+        ("  0: !Template", "  0: [1]\n  2: !Template", "template 0 is list, expected a mapping"),
+    ],
+)
+def test_a_broken_file_is_explained(tmp_path, old, new, message):
+    with pytest.raises(IA3Error, match=message) as caught:
+        read_promptsource(written(tmp_path, FILE.replace(old, new, 1)))
+    assert "templates.yaml" in str(caught.value)
+
+
+def test_no_file_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_promptsource(tmp_path / "none.yaml")
+
+
+# -- rendering -------------------------------------------------------------------------------------
+
+
+def test_choices_come_from_fields():
+    template = of("{{ q }} ||| {{ answer_choices[label] }}", "{{ a }} ||| {{ b }}")
+    assert template.fixed_choices is None
+    rendered = template.render({"q": "Which?", "a": "a cat ", "b": "a|||dog", "label": 1})
+    assert rendered.choices == ("a cat", "a|||dog")
+    assert rendered.answer == 1
+
+
+def test_a_condition_around_all_of_it_leaves_examples_out():
+    template = of("{% if ask %} {{ q }} ||| {{ answer_choices[1] }} {% endif %}")
+    assert template.render({"ask": False, "q": "Is it?"}) is None
+    assert template.render({"ask": False, "q": "Is it?"}, labelled=False) is None
+    assert template.render({"ask": True, "q": "Is it?"}).prompt == "Is it?"
+    assert template.render({"ask": True, "q": "Is it?"}, labelled=False).prompt == "Is it?"
+
+
+def test_an_unknown_label_has_no_answer():
+    template = of("{{ q }} ||| {% if label != -1 %}{{ answer_choices[label] }}{% endif %}")
+    assert template.render({"q": "Is it?", "label": -1}).answer is None
+
+
+def test_an_unlabelled_example_needs_no_label_field():
+    template = of("{{ q }} ||| {{ answer_choices[label] }}")
+    rendered = template.render({"q": "Is it?"}, labelled=False)
+    assert (rendered.prompt, rendered.choices, rendered.answer) == ("Is it?", ("no", "yes"), None)
+    with pytest.raises(IA3Error, match=r"fields \['q'\], not 'label'"):
+        template.render({"q": "Is it?"})
+
+
+DRAWS = "{% set i = range(40) | choice %}{{ text }} {{ i }}? ||| {{ answer_choices[i] }}"
+
+
+def test_a_draw_is_the_same_in_prompt_and_target():
+    template = of(DRAWS, " ||| ".join(f"n{i}" for i in range(40)))
+    drawn = set()
+    for number in range(30):
+        example = {"text": f"{number} words " * 50}
+        rendered = template.render(example)
+        assert rendered.prompt.endswith(f" {rendered.answer}?")
+        # A prompt that is too long for the model is rendered again, with its text cut.
+        assert template.prompt.render({"text": example["text"][:80]}, rendered.choices).endswith(
+            f" {rendered.answer}?"
+        )
+        drawn.add(rendered.answer)
+    assert len(drawn) > 10
+
+
+def test_what_promptsource_adds_to_jinja():
+    source = "{% for a, b in zip(xs, ys) %}{{ a }}{{ b }} {% endfor %}{{ xs | most_frequent }}"
+    assert Template(source).render({"xs": [3, 1, 3, 1, 2], "ys": "abc"}, []) == "3a 1b 3c [3, 1]"
+
+
+def test_three_bars_end_the_prompt():
+    template = Template("{{ q }} {{ bars }} ||| {{ nowhere }}")
+    assert template.render({"q": " Is it?", "bars": "a|||b"}, []) == "Is it? a|||b"
+    assert not template.is_constant
+    assert Template("no ||| yes").parts({}, []) == ["no", "yes"]
+
+
+def test_a_template_says_which_fields_it_reads_by_lookup():
+    template = Template('{{ fields["Tweet text"] }} {{ ID }}')
+    assert template.reads("Tweet text")
+    assert template.reads("ID")
+    assert not template.reads("Label")
+    assert Template("{% for name in fields %}{{ name }}{% endfor %}").reads("Label")
+    assert Template('{{ fields["a"] }}{{ fields[key] }}').reads("Label")
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+EXAMPLE = Row({"q": "Is it?", "x": "same", "label": 1}, "data.csv, line 7")
+
+
+@pytest.mark.parametrize(
+    ("jinja", "choices", "message"),
+    [
+        ("{{ question }} ||| {{ answer_choices[label] }}", "no ||| yes", "'question' is undefined"),
+        ("{{ q }} ||| {{ answer }}", "no ||| yes", "'answer' is undefined"),
+        ("{{ q }} ||| {{ answer_choices[label] }}", "no ||| {{ y }}", "'y' is undefined"),
+        ("{{ q }} ||| {{ answer_choices[label] }}", None, "has no answer choices"),
+        ("{{ q }} ||| no", "{% if not q %}no ||| yes{% endif %}", "renders no answer choices"),
+        ("{{ q }} ||| no", "no ||| ", r"empty choice \(number 2\)"),
+        ("{{ q }} ||| same", "{{ x }} ||| same", "renders the choice 'same' twice"),
+        ("{{ q }} ||| maybe", "no ||| yes", r"target 'maybe', which is not among .*'no', 'yes'"),
+        ("{{ q }} ||| {{ answer_choices[5] }}", "no ||| yes", "5"),
+        ("{{ q }} ||| no ||| yes", "no ||| yes", "renders 3 parts"),
+        ("{{ q }}{% if not q %} ||| no{% endif %}", "no ||| yes", "renders 1 parts"),
+        ("{{ q.__class__.__mro__ }} ||| no", "no ||| yes", "refused|undefined|unsafe"),
+        ("{{ q }} ||| no", "no ||| {{ q.__class__.__base__ }}", "refused|undefined|unsafe"),
+    ],
+)
+def test_errors_name_the_template_and_the_example(jinja, choices, message):
+    with pytest.raises(IA3Error, match=message) as caught:
+        of(jinja, choices).render(EXAMPLE)
+    assert "'asked'" in str(caught.value)
+    assert "data.csv, line 7" in str(caught.value)
+    assert "'Is it?'" in str(caught.value)
+
+
+def test_a_long_example_is_cut_in_the_message():
+    with pytest.raises(IA3Error, match="Is it") as caught:
+        of("{{ q }} ||| maybe").render({"q": "Is it? " * 10_000})
+    assert len(str(caught.value)) < 1000

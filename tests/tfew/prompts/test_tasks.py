@@ -1,0 +1,525 @@
+"""Tasks: samples, sources of examples, own templates, training and evaluation over templates."""
+
+from __future__ import annotations
+
+import ast
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.paths import SHARED
+from support.tfew import plain_token_scores, tiny_llama, tiny_t5, word_tokenizer
+from tokenizers import normalizers
+
+import ia3
+import ia3.tfew
+from ia3.base.loading import BaseModel
+from ia3.errors import IA3Error, MissingExtraError
+from ia3.files.tables import Row, read_table
+from ia3.model.ia3_model import IA3Model
+from ia3.targets.config import IA3Config
+from ia3.tfew.prompts.encoding import Encoder
+from ia3.tfew.prompts.promptsource import PromptTemplate, read_promptsource
+from ia3.tfew.prompts.tasks import (
+    HELD_OUT_TASKS,
+    RAFT_TASKS,
+    SEEDS,
+    Task,
+    encode_labelled,
+    few_shot,
+    load_templates,
+    read_rows,
+)
+from ia3.tfew.prompts.templates import Template
+from ia3.tfew.scoring.evaluation import evaluate, predict_choices, spread
+from ia3.tfew.training.trainer import TFewConfig, train
+
+DATA = SHARED / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
+
+WORDS = ["the", "cat", "dog", "bird", "is", "it", "so", "no", "yes", "sat", "ran", "flew", "sings"]
+WORDS += ["barks", "purrs", "one", "two", "three"]
+
+
+def template_of(name: str, jinja: str, choices: str) -> PromptTemplate:
+    return PromptTemplate(name, Template(jinja, name), Template(choices, name))
+
+
+FIXED = template_of("fixed", "the {{ animal }} ||| {{ answer_choices[label] }}", "no ||| yes")
+TURNED = template_of(
+    "turned", "is it the {{ animal }} ||| {{ answer_choices[1 - label] }}", "yes ||| no"
+)
+OWN = template_of(
+    "own", "the {{ animal }} so ||| {{ answer_choices[label] }}", "{{ ends | join(' ||| ') }}"
+)
+ONLY_CATS = template_of(
+    "cats", "{% if animal == 'cat' %}the cat ||| {{ answer_choices[label] }}{% endif %}", "no|||yes"
+)
+ROWS = [
+    {"animal": "cat", "ends": ["barks", "purrs"], "label": 1},
+    {"animal": "dog", "ends": ["barks", "sings two", "flew"], "label": 0},
+    {"animal": "bird", "ends": ["ran", "sings", "purrs"], "label": 1},
+    {"animal": "cat", "ends": ["flew one two three", "sat"], "label": 0},
+    {"animal": "bird", "ends": ["barks", "flew"], "label": 1},
+]
+
+
+def base_of(kind: str = "llama", seed: int = 0) -> BaseModel:
+    if kind == "t5":
+        return BaseModel(tiny_t5(seed), word_tokenizer(WORDS, end=True), "t5")
+    return BaseModel(tiny_llama(seed), word_tokenizer(WORDS), "llama")
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", [ia3, ia3.tfew])
+def test_every_public_name_is_there(package):
+    assert set(package.__all__) <= set(dir(package))
+    everything = {}
+    exec(f"from {package.__name__} import *", everything)
+    assert set(package.__all__) <= everything.keys()
+    # What type checkers see.
+    tree = ast.parse(Path(package.__file__).read_text("utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    imported = [a.asname for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names]
+    assigned = [t.id for n in block.body if isinstance(n, ast.Assign) for t in n.targets]
+    assert sorted([*imported, *assigned]) == package.__all__
+    with pytest.raises(AttributeError, match="nosuch"):
+        package.nosuch  # noqa: B018
+
+
+def test_reading_rows_does_without_the_trainer(tmp_path):
+    (tmp_path / "a.csv").write_text("animal,label\ncat,1\n")
+    code = (
+        "import sys; from ia3.tfew import Task, few_shot, load_templates, read_rows; "
+        "print(read_rows('a.csv'), 'transformers.trainer' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == "[{'animal': 'cat', 'label': '1'}] False\n", done.stderr
+
+
+# -- samples ---------------------------------------------------------------------------------------
+
+# The sizes of the training sets.
+SIZES = {
+    "anli-r1": 16946,
+    "anli-r2": 45460,
+    "anli-r3": 100459,
+    "boolq": 9427,
+    "cb": 250,
+    "copa": 400,
+    "h-swag": 39905,
+    "rte": 2490,
+    "storycloze": 1871,
+    "wic": 5428,
+    "winogrande": 40398,
+    "wsc": 554,
+}
+
+
+@needs_data
+@pytest.mark.parametrize("task", SIZES)
+def test_samples_are_the_authors(task):
+    for seed in SEEDS:
+        sample = read_rows(DATA / "tfew" / task / f"{seed}_seed.jsonl")
+        drawn = few_shot(range(SIZES[task]), len(sample), seed)
+        assert drawn == [row["idx"] for row in sample]
+
+
+def test_a_sample_leaves_the_random_state_and_the_rows_alone():
+    rows = [{"n": i} for i in range(50)]
+    before = np.random.get_state()[1].copy()
+    sample = few_shot(rows, 20, 7)
+    assert (np.random.get_state()[1] == before).all()
+    assert rows == [{"n": i} for i in range(50)]
+    assert len({row["n"] for row in sample}) == 20
+    assert few_shot(rows, 20, 8) != sample
+    assert sorted(row["n"] for row in few_shot(rows, 50, 7)) == list(range(50))
+
+
+@pytest.mark.parametrize(("k", "seed"), [(0, 0), (6, 0), (3, -1), (3, 2**32)])
+def test_impossible_samples(k, seed):
+    with pytest.raises(IA3Error, match=r"expected (1 to 5|0 to 2\*\*32 - 1)"):
+        few_shot(ROWS, k, seed)
+
+
+# -- sources ---------------------------------------------------------------------------------------
+
+
+def test_rows_from_text_files(tmp_path):
+    (tmp_path / "a.csv").write_text("animal,label\ncat,1\n")
+    (tmp_path / "a.jsonl").write_text('{"animal": "cat", "label": 1}\n')
+    assert read_rows(tmp_path / "a.csv") == [{"animal": "cat", "label": "1"}]
+    assert read_rows(str(tmp_path / "a.jsonl")) == [{"animal": "cat", "label": 1}]
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "b.csv")
+
+
+@pytest.mark.datasets
+def test_rows_from_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    rows = read_rows(tmp_path / "a.parquet")
+    assert rows == ROWS
+    assert rows[2].where.endswith("a.parquet, row 2")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 this is none")
+    with pytest.raises(IA3Error, match=r"broken.parquet is not a Parquet file"):
+        read_rows(tmp_path / "broken.parquet")
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "absent.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS).slice(0, 0), tmp_path / "empty.parquet")
+    with pytest.raises(IA3Error, match="has no rows"):
+        read_rows(tmp_path / "empty.parquet")
+
+
+@pytest.mark.datasets
+def test_rows_from_folders_of_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    data = datasets.Dataset.from_list([{"text": "cat", "label": "yes"}], features=features)
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "several")
+    assert read_rows(tmp_path / "one") == [{"text": "cat", "label": 1}]
+    assert read_rows(tmp_path / "several", split="test") == [{"text": "cat", "label": 1}]
+    with pytest.raises(IA3Error, match=r"no split 'dev', only train, test"):
+        read_rows(tmp_path / "several", split="dev")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(IA3Error, match="not a folder that the datasets library"):
+        read_rows(tmp_path / "other")
+
+
+@pytest.mark.datasets
+def test_a_name_that_is_nowhere_is_an_error():
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    with pytest.raises(IA3Error, match=r"no data 'nobody/nothing'.*neither a file"):
+        read_rows("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [("datasets", "super_glue"), ("datasets", "."), ("pyarrow", "a.parquet")],
+)
+def test_a_missing_package_is_named_with_its_extra(package, source, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"'{package}'.*ia3\[datasets\]"):
+        read_rows(source)
+
+
+# -- own templates ---------------------------------------------------------------------------------
+
+NLI = {"premise": "Ann owns a red car.", "hypothesis": "Ann owns a car."}
+STORY = {f"input_sentence_{i}": f"Part {i}." for i in range(1, 5)}
+# Rows in the fields of the tasks' data, each with the index of its right choice.
+HELD_OUT_ROWS = {
+    "copa": [
+        ({"premise": "It rained.", "choice1": "A", "choice2": "B", "question": q, "label": 1}, 1)
+        for q in ("cause", "effect")
+    ],
+    "h-swag": [
+        ({"activity_label": "Sport", "ctx": "He runs and", "endings": list("abcd"), "label": x}, 2)
+        for x in (2, "2")
+    ],
+    "storycloze": [
+        ({**STORY, "sentence_quiz1": "A", "sentence_quiz2": "B", "answer_right_ending": 2}, 1)
+    ],
+    **{f"anli-r{i}": [({**NLI, "label": x}, x) for x in range(3)] for i in (1, 2, 3)},
+    "cb": [({**NLI, "label": x}, x) for x in range(3)],
+    "rte": [({**NLI, "label": x}, x) for x in range(2)],
+    "wsc": [({"text": "Al saw he fell.", "span1_text": "Al", "span2_text": "he", "label": 1}, 1)],
+    "winogrande": [
+        ({"sentence": "The _ is big.", "option1": "cat", "option2": "dog", "answer": "2"}, 1)
+    ],
+    "wic": [
+        ({"word": "bank", "sentence1": "A bank.", "sentence2": "The bank.", "label": x}, x)
+        for x in range(2)
+    ],
+}
+
+
+@pytest.mark.parametrize("task", HELD_OUT_TASKS)
+def test_every_held_out_task_has_templates(task):
+    templates = load_templates(task)
+    assert len(templates) >= 3
+    for row, answer in HELD_OUT_ROWS[task]:
+        prompts = set()
+        for template in templates:
+            rendered = template.render(row)
+            assert rendered.answer == answer
+            prompts.add(rendered.prompt)
+            # What every prompt must tell, or it asks nothing.
+            told = rendered.prompt + "".join(rendered.choices)
+            unread = {"label", "answer", "answer_right_ending", "activity_label", "question"}
+            for name, value in row.items():
+                if isinstance(value, str) and name not in unread and "_" not in value:
+                    assert value in told, (template.name, name)
+        assert len(prompts) == len(templates)
+
+
+@needs_data
+@pytest.mark.parametrize("task", HELD_OUT_TASKS)
+def test_held_out_templates_ask_for_the_datas_labels(task):
+    templates = load_templates(task)
+    for path in (DATA / "tfew" / task).glob("*.jsonl"):
+        for row in read_table(path):
+            for template in templates:
+                assert template.render(row).answer == row["label"]
+
+
+@pytest.mark.parametrize("task", RAFT_TASKS)
+def test_every_raft_task_has_a_template(task):
+    (template,) = load_templates(task)
+    assert len(template.fixed_choices) >= 2
+
+
+@needs_data
+@pytest.mark.parametrize("task", RAFT_TASKS)
+def test_raft_templates_follow_the_benchmark(task):
+    (template,) = load_templates(task)
+    folder = DATA / "raft" / task
+    labels = json.loads((folder / "task.json").read_text())["label_columns"]["Label"]
+    fields = json.loads((DATA / "raft" / "prompt_settings.jsonl").read_text().split("\n")[0])[task]
+    assert len(template.fixed_choices) == len(labels)
+    for row in read_table(folder / "train.csv"):
+        rendered = template.render(row)
+        assert rendered.answer == labels.index(row["Label"])
+        marked = {**row, **{name: f"<{name}>" for name in fields}}
+        prompt = template.render(marked).prompt
+        places = [prompt.index(f"<{name}>") for name in fields]
+        assert places == sorted(places)
+    assert all(template.prompt.reads(name) for name in fields)
+    assert not any(template.prompt.reads(name) for name in row if name not in (*fields, "Label"))
+    for row in read_table(folder / "test_unlabeled.csv")[:50]:
+        assert template.render(row, labelled=False).answer is None
+
+
+def test_banking_names_all_its_topics():
+    (template,) = load_templates("banking_77")
+    row = {"Query": "Where is my card?", "Label": "card_arrival"}
+    rendered = template.render(row)
+    assert len(rendered.choices) == 77
+    assert all(choice in rendered.prompt for choice in rendered.choices)
+    assert rendered.choices[rendered.answer] == "card arrival"
+
+
+def test_an_unknown_task_is_an_error():
+    with pytest.raises(IA3Error, match=r"'winogrand'.*did you mean 'winogrande'"):
+        load_templates("winogrand")
+
+
+# -- choices of an example's own -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_an_examples_own_choices_are_encoded_as_fixed_ones_are(kind):
+    base = base_of(kind)
+    own = Encoder(base, chat=False)
+    for row in ROWS:
+        encoded, answer = encode_labelled(own, OWN, row)
+        fixed = Encoder(base, row["ends"], chat=False).encode(row, OWN.prompt)
+        assert encoded == fixed
+        assert answer == row["label"]
+
+
+def test_the_encoders_choices_and_an_examples_own_do_not_mix():
+    encoder = Encoder(base_of(), ["yes", "no"], chat=False)
+    template = Template("{{ animal }}")
+    before = encoder.encode(ROWS[0], template)
+    assert encoder.encode(ROWS[0], template, ["no", "yes"]).choices == before.choices[::-1]
+    assert encoder.encode(ROWS[0], template) == before
+
+
+def test_no_choices_at_all_are_an_error():
+    with pytest.raises(IA3Error, match="'asked' has no answer choices"):
+        Encoder(base_of(), chat=False).encode(ROWS[0], Template("{{ animal }}", "asked"))
+
+
+UNUSABLE = {
+    # Words that this tokenizer does not know are one token, all the same.
+    "choices 'zebra' and 'gnu' are the same tokens": ["cat", "zebra", "gnu"],
+    "choice '~~' has no token": ["cat", "~~"],
+}
+
+
+@pytest.mark.parametrize("problem", UNUSABLE)
+@pytest.mark.parametrize("use", ["training", "evaluation"])
+def test_choices_without_tokens_of_their_own_are_named_with_template_and_example(use, problem):
+    base = base_of()
+    # As T5's tokenizer drops control characters.
+    base.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    rows = [
+        Row({"animal": "cat", "ends": ["barks", "purrs"], "label": 1}, "a.jsonl, line 1"),
+        Row({"animal": "dog", "ends": UNUSABLE[problem], "label": 0}, "a.jsonl, line 2"),
+    ]
+    task = Task("t", [FIXED, OWN], rows, rows)
+    uses = {
+        "training": lambda: task.training_examples(Encoder(base, chat=False)),
+        "evaluation": lambda: evaluate(base, task),
+    }
+    with pytest.raises(IA3Error) as raised:
+        uses[use]()
+    message = str(raised.value)
+    assert problem in message
+    assert "template 'own'" in message
+    assert "the example of a.jsonl, line 2: {'animal': 'dog'" in message
+
+
+def test_a_prompt_that_does_not_fit_is_named_with_its_example():
+    base = BaseModel(tiny_llama(max_position_embeddings=8), word_tokenizer(WORDS), "short")
+    template = template_of("long", "the " * 9 + "||| {{ answer_choices[0] }}", "no ||| yes")
+    with pytest.raises(IA3Error, match=r"^template 'long' needs .* the example \{'animal': 'cat'"):
+        encode_labelled(Encoder(base, chat=False), template, ROWS[0])
+
+
+def test_a_prompt_is_cut_and_its_choices_are_not():
+    base = BaseModel(tiny_llama(max_position_embeddings=24), word_tokenizer(WORDS), "short")
+    template = template_of("t", "{{ a }} ||| {{ answer_choices[0] }}", "{{ a }} one ||| {{ a }} no")
+    encoded, _ = encode_labelled(Encoder(base, chat=False), template, {"a": "cat " * 12})
+    assert [len(choice) for choice in encoded.choices] == [13, 13]
+    assert 1 <= len(encoded.prompt) <= 24 - 13
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def test_training_examples_hold_every_template_that_asks():
+    encoder = Encoder(base_of(), chat=False)
+    examples = Task("t", [FIXED, TURNED, OWN, ONLY_CATS], ROWS).training_examples(encoder)
+    assert [len(e.encoded) for e in examples] == [4, 3, 3, 4, 3]
+    for row, example in zip(ROWS, examples, strict=True):
+        asked = [t for t in (FIXED, TURNED, OWN, ONLY_CATS) if t.render(row) is not None]
+        for template, encoded in zip(asked, example.encoded, strict=True):
+            expected, answer = encode_labelled(encoder, template, row)
+            assert encoded.prompt == expected.prompt
+            assert encoded.choices[example.label] == expected.choices[answer]
+            assert sorted(encoded.choices) == sorted(expected.choices)
+
+
+def test_an_example_that_nothing_asks_about_is_an_error():
+    with pytest.raises(IA3Error, match=r"'t'.*training example 1: .*'dog'"):
+        Task("t", [ONLY_CATS], ROWS).training_examples(Encoder(base_of(), chat=False))
+
+
+def test_an_example_without_an_answer_is_an_error():
+    template = template_of("t", "the {{ animal }} ||| ", "no ||| yes")
+    with pytest.raises(IA3Error, match=r"'t' renders no target for .*'cat'"):
+        Task("t", [template], ROWS).training_examples(Encoder(base_of(), chat=False))
+
+
+def test_a_task_without_templates_is_an_error():
+    with pytest.raises(IA3Error, match="'t' has no templates"):
+        Task("t", [], ROWS)
+
+
+def test_training_on_a_task_raises_its_score():
+    base = base_of(seed=3)
+    task = Task("t", [FIXED, TURNED, OWN], ROWS, ROWS)
+    before = evaluate(base, task).spread.median
+    model = IA3Model(base.model, IA3Config(task_type="CAUSAL_LM", target_modules="all-linear"))
+    history = train(
+        base,
+        model,
+        task.training_examples(Encoder(base, chat=False)),
+        TFewConfig(steps=15, learning_rate=5e-2),
+    )
+    assert history[-1].loss < history[0].loss
+    assert evaluate(base, task).spread.median > before
+
+
+# -- evaluation ------------------------------------------------------------------------------------
+
+
+def best_choice(base: BaseModel, template: PromptTemplate, row: dict) -> tuple[int, int]:
+    """The choice with the highest mean of its tokens' log-probabilities, and the right one."""
+    encoded, answer = encode_labelled(Encoder(base, chat=False), template, row)
+    means = [scores.mean() for scores in plain_token_scores(base, encoded)]
+    return int(torch.stack(means).argmax()), answer
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_accuracy_is_that_of_one_choice_after_the_other(kind):
+    base = base_of(kind, seed=1)
+    task = Task("t", [FIXED, OWN, ONLY_CATS], (), ROWS)
+    done = []
+    evaluation = evaluate(base, task, progress=done.append)
+    assert [(t.template, t.examples) for t in evaluation.templates] == [
+        ("fixed", 5),
+        ("own", 5),
+        ("cats", 2),
+    ]
+    for template, score in zip(task.templates, evaluation.templates, strict=True):
+        asked = [row for row in ROWS if template.render(row) is not None]
+        right = [p == a for p, a in (best_choice(base, template, row) for row in asked)]
+        assert score.score == sum(right) / len(right)
+    assert sum(done) == 12
+
+
+def test_macro_f1_is_the_mean_over_the_labels():
+    for seed in range(2):
+        base = base_of(seed=seed)
+        rows = [{"animal": a, "label": i % 2} for i, a in enumerate(WORDS)]
+        (score,) = evaluate(base, Task("t", [FIXED], (), rows), metric="macro_f1").templates
+        pairs = [best_choice(base, FIXED, row) for row in rows]
+        f1 = []
+        for label in {x for pair in pairs for x in pair}:
+            hits = sum(p == a == label for p, a in pairs)
+            f1.append(
+                2 * hits / (sum(p == label for p, _ in pairs) + sum(a == label for _, a in pairs))
+            )
+        assert score.score == pytest.approx(statistics.mean(f1))
+
+
+def test_macro_f1_needs_the_same_labels_for_all():
+    with pytest.raises(IA3Error, match=r"'own' takes its choices from each example"):
+        evaluate(base_of(), Task("t", [OWN], (), ROWS), metric="macro_f1")
+
+
+def test_nothing_to_evaluate_is_an_error():
+    with pytest.raises(IA3Error, match="'t' has no test examples"):
+        evaluate(base_of(), Task("t", [FIXED], ROWS))
+    with pytest.raises(IA3Error, match="'cats' asks nothing of any test example"):
+        evaluate(base_of(), Task("t", [ONLY_CATS], (), ROWS[1:3]))
+
+
+def test_scores_that_are_no_numbers_are_an_error():
+    base = base_of()
+    with torch.no_grad():
+        base.model.get_output_embeddings().weight.fill_(torch.nan)
+    encoded, _ = encode_labelled(Encoder(base, chat=False), FIXED, ROWS[0])
+    with pytest.raises(IA3Error, match="not finite"):
+        predict_choices(base, [encoded])
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 10, 15])
+def test_spread_is_the_median_and_the_quartiles(count):
+    scores = np.random.default_rng(count).random(count).tolist()
+    lower, median, upper = statistics.quantiles(scores, n=4, method="inclusive")
+    result = spread(scores)
+    assert (result.lower, result.median, result.upper) == pytest.approx((lower, median, upper))
+    assert result.interquartile_range == pytest.approx(upper - lower)
+    assert spread([0.5]).median == 0.5
+
+
+@needs_data
+def test_a_task_of_promptsources_and_the_authors_files():
+    templates = read_promptsource(DATA / "promptsource" / "super_glue" / "cb")
+    rows = read_rows(DATA / "tfew" / "cb" / "42_seed.jsonl")[:4]
+    words = [word for t in templates for word in t.fixed_choices]
+    base = BaseModel(tiny_llama(), word_tokenizer(words), "llama")
+    task = Task("cb", [t for t in templates if t.original_task], rows, rows[:1])
+    examples = task.training_examples(Encoder(base, chat=False))
+    assert [len(example.encoded) for example in examples] == [15] * 4
+    evaluation = evaluate(base, task)
+    assert [score.template for score in evaluation.templates] == [t.name for t in templates]
+    assert {score.score for score in evaluation.templates} <= {0.0, 1.0}

@@ -1,0 +1,504 @@
+"""Scores of answer choices against the plain way: one whole text after the other."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.scoring import (
+    ALL,
+    ENCODER_DECODER,
+    LLAMA,
+    NOT_SHARING,
+    SHARING,
+    WINDOWED,
+    base_of,
+    random_examples,
+)
+from support.tfew import (
+    VOCABULARY,
+    hook_count,
+    plain_token_scores,
+    random_base,
+    tiny_llama,
+    tiny_t5,
+    word_tokenizer,
+)
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    BertConfig,
+    CohereConfig,
+    Gemma2Config,
+    Qwen2Config,
+)
+
+from ia3 import IA3Config, IA3Model
+from ia3.base.loading import BaseModel
+from ia3.errors import IA3Error
+from ia3.tfew.prompts.encoding import EncodedExample
+from ia3.tfew.scoring.choices import (
+    attends_to_one_prompt,
+    choice_scores,
+    shares_prompt,
+    token_scores,
+)
+from ia3.tfew.scoring.shared_prompt import (
+    encoder_decoder_scores,
+    expanded_scores,
+    shared_scores,
+)
+from ia3.tfew.scoring.token_scores import TokenScores
+from ia3.tfew.scoring.vocabulary import POSITIONS
+from ia3.tfew.training.losses import token_loss
+
+SHAPES = [
+    (12, (1, 3, 2)),
+    (7, (2, 2, 1, 4)),  # one choice more than the others
+    (1, (1, 1)),  # nothing but one token
+    (150, (2, 5)),
+    (30, (3,) * 20),
+]
+
+
+def assert_plain(base: BaseModel, examples, scores: TokenScores, tolerance=1e-4):
+    assert scores.log_probs.shape[0] == len(examples)
+    with torch.no_grad():
+        for i, example in enumerate(examples):
+            plain = plain_token_scores(base, example)
+            for c, of_choice in enumerate(plain):
+                assert scores.mask[i, c].sum() == len(of_choice)
+                assert scores.mask[i, c, : len(of_choice)].all()
+                torch.testing.assert_close(
+                    scores.log_probs[i, c, : len(of_choice)], of_choice, atol=tolerance, rtol=0
+                )
+            assert not scores.mask[i, len(plain) :].any()
+    assert (scores.log_probs[~scores.mask] == 0).all()
+
+
+def with_random_vectors(base: BaseModel) -> IA3Model:
+    """Adapters well away from the identity, so that their gradients say something."""
+    ia3_model = IA3Model(base.model, IA3Config())
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for vector in ia3_model.vectors("default").values():
+            vector.copy_(1 + 0.3 * torch.randn(vector.shape, generator=generator))
+    return ia3_model
+
+
+# -- equal to the plain way ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_scores_equal_the_plain_way(name):
+    base = base_of(name)
+    examples = random_examples(SHAPES)
+    with torch.no_grad():
+        assert_plain(base, examples, token_scores(base, examples))
+        # One after the other, too: batching changes nothing.
+        for example in examples:
+            assert_plain(base, [example], token_scores(base, [example]))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_scores_with_a_common_beginning_equal_the_plain_way(name):
+    base = base_of(name)
+    shapes = [(5, (2, 1)), (0, (1, 3)), (40, (2, 2)), (1, (1, 1))]
+    examples = random_examples(shapes, shared=23)
+    # The same prompt twice.
+    examples.append(examples[0])
+    with torch.no_grad():
+        assert_plain(base, examples, token_scores(base, examples))
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_these_share_the_prompt(name):
+    assert shares_prompt(base_of(name))
+
+
+@pytest.mark.parametrize("name", NOT_SHARING)
+def test_these_cannot_share_the_prompt(name):
+    assert not shares_prompt(base_of(name))
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_the_tree_mask_would_be_wrong_beyond_the_window(name):
+    # Or else the test above says nothing about the fall-back.
+    base = base_of(name)
+    examples = random_examples([(40, (3, 2, 4, 4, 4, 4))])
+    with torch.no_grad():
+        shared = shared_scores(base, examples).log_probs
+        expanded = expanded_scores(base, examples)
+        assert_plain(base, examples, expanded)
+    assert (shared - expanded.log_probs).abs().max() > 1e-2
+
+
+def test_a_window_that_is_turned_off_is_no_window():
+    config = Qwen2Config(
+        **LLAMA, num_key_value_heads=2, sliding_window=16, use_sliding_window=False
+    )
+    base = random_base(config)
+    examples = random_examples(SHAPES)
+    with torch.no_grad():
+        assert_plain(base, examples, token_scores(base, examples))
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_shared_and_expanded_agree_in_scores_and_gradients(name):
+    base = base_of(name)
+    examples = random_examples(SHAPES, shared=9)
+    labels = torch.tensor([i % len(e.choices) for i, e in enumerate(examples)])
+    ia3_model = with_random_vectors(base)
+    try:
+        vectors = list(ia3_model.vectors("default").values())
+        shared, expanded = shared_scores(base, examples), expanded_scores(base, examples)
+        torch.testing.assert_close(shared.log_probs, expanded.log_probs, atol=1e-4, rtol=0)
+        assert torch.equal(shared.mask, expanded.mask)
+        ours = torch.autograd.grad(token_loss(shared, labels).total, vectors)
+        plain = torch.autograd.grad(token_loss(expanded, labels).total, vectors)
+    finally:
+        ia3_model.unload()
+    assert any(gradient.abs().max() > 1e-3 for gradient in plain)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "t5", "bart"])
+def test_gradients_equal_the_plain_way(name):
+    base = base_of(name)
+    examples = random_examples([(12, (1, 3, 2)), (7, (2, 1))], shared=4)
+    ia3_model = with_random_vectors(base)
+    try:
+        vectors = list(ia3_model.vectors("default").values())
+        scores = token_scores(base, examples)
+        # A different weight for every token, so that none can stand in for another.
+        weights = torch.arange(scores.log_probs.numel()).reshape(scores.log_probs.shape) + 1.0
+        ours = torch.autograd.grad((scores.log_probs * weights).sum(), vectors)
+        total = torch.zeros(())
+        for i, example in enumerate(examples):
+            for c, tokens in enumerate(plain_token_scores(base, example)):
+                total = total + (tokens * weights[i, c, : len(tokens)]).sum()
+        plain = torch.autograd.grad(total, vectors)
+    finally:
+        ia3_model.unload()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_prompt_is_encoded_once_and_its_keys_too(name, checkpointing):
+    base = random_base(ENCODER_DECODER[name])
+    examples = random_examples([(12, (1, 3, 2, 2)), (7, (2, 1))])
+    assert attends_to_one_prompt(base)
+    plain = encoder_decoder_scores(base, examples).log_probs
+    if checkpointing:
+        for config in (base.model.config, *base.model.modules()):
+            for rate in ("dropout", "attention_dropout", "activation_dropout", "dropout_rate"):
+                if isinstance(getattr(config, rate, None), float):
+                    setattr(config, rate, 0.0)
+        for module in base.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        base.model.gradient_checkpointing_enable()
+        base.model.train()
+    attention = base.model.get_decoder().modules()
+    name_of_keys = "EncDecAttention" if name == "t5" else "encoder_attn"
+    (layer,) = [getattr(m, name_of_keys) for m in attention if hasattr(m, name_of_keys)][:1]
+    rows = []
+    keys = layer.k if name == "t5" else layer.k_proj
+    keys.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    scores = token_scores(base, examples)
+    torch.testing.assert_close(scores.log_probs, plain, atol=1e-5, rtol=0)
+    # Blocks that are checkpointed are given no cache to take them from.
+    assert rows == [6 if checkpointing else 2]
+
+
+# -- any mix of lengths ----------------------------------------------------------------------------
+
+prompts = st.one_of(st.integers(1, 20), st.integers(129, 300))
+choice_lengths = st.one_of(
+    st.lists(st.integers(1, 6), min_size=2, max_size=5),
+    st.lists(st.integers(1, 3), min_size=30, max_size=80),
+)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "t5"])
+@given(
+    shapes=st.lists(st.tuples(prompts, choice_lengths), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+    shared=st.sampled_from([0, 0, 1, 30, 140]),
+)
+@settings(max_examples=8, deadline=None)
+def test_any_mix_of_lengths_equals_the_plain_way(name, shapes, seed, shared):
+    base = base_of(name)
+    examples = random_examples(shapes, seed, shared)
+    with torch.no_grad():
+        scores = token_scores(base, examples)
+        assert_plain(base, examples, scores)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=2, max_size=12),
+    seed=st.integers(0, 1000),
+    max_tokens=st.sampled_from([1, 64, 300, 4096]),
+)
+@settings(max_examples=15, deadline=None)
+def test_packing_never_changes_a_score(lengths, seed, max_tokens):
+    base = base_of("llama")
+    examples = random_examples([(n, (2, 1, 3)) for n in lengths], seed)
+    together = choice_scores(base, examples, max_tokens=max_tokens)
+    alone = torch.cat([choice_scores(base, [example]) for example in examples])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+
+
+# -- choices that begin alike ----------------------------------------------------------------------
+
+# Of three tokens, so that nearly all choices begin like another, or are the beginning of one.
+alike = st.lists(
+    st.lists(st.integers(3, 5), min_size=1, max_size=5).map(tuple),
+    min_size=2,
+    max_size=12,
+    unique=True,
+).map(tuple)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@given(
+    choices=st.lists(alike, min_size=1, max_size=4),
+    shared=st.sampled_from([0, 1, 20]),
+    own=st.sampled_from([1, 7, 150]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=15, deadline=None)
+def test_choices_that_begin_alike_score_as_each_in_a_row_of_its_own(
+    name, choices, shared, own, seed
+):
+    base = base_of(name)
+    prompts = random_examples([(own, ())] * len(choices), seed, shared)
+    # The first prompt a second time, with choices of its own.
+    prompts[-1] = prompts[0]
+    examples = [EncodedExample(e.prompt, c) for e, c in zip(prompts, choices, strict=True)]
+    ia3_model = with_random_vectors(base)
+    try:
+        vectors = list(ia3_model.vectors("default").values())
+        together, apart = shared_scores(base, examples), expanded_scores(base, examples)
+        torch.testing.assert_close(together.log_probs, apart.log_probs, atol=1e-4, rtol=0)
+        assert torch.equal(together.mask, apart.mask)
+        # A different weight for every token, so that none can stand in for another.
+        count = together.log_probs.numel()
+        weights = torch.linspace(1, 2, count).reshape(together.log_probs.shape)
+        ours = torch.autograd.grad((together.log_probs * weights).sum(), vectors)
+        plain = torch.autograd.grad((apart.log_probs * weights).sum(), vectors)
+    finally:
+        ia3_model.unload()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_what_choices_begin_with_is_computed_once():
+    base = base_of("llama")
+    begin = (5, 6, 7, 8)
+    choices = tuple((*begin, *end) for end in [(3,), (4,), (9, 3), (9, 4), ()])
+    (prompt,) = random_examples([(10, ())])
+    example = EncodedExample(prompt.prompt, choices)
+    tokens = []
+    handle = base.model.register_forward_pre_hook(
+        lambda module, args, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    with torch.no_grad():
+        assert shares_prompt(base)
+        tokens.clear()
+        scores = token_scores(base, [example], max_tokens=15)
+        handle.remove()
+        assert_plain(base, [example], scores)
+    # The prompt, what all begin with, and the 9 that two go on with; last tokens predict nothing.
+    assert tokens == [10 + 4 + 1]
+
+
+# -- choice scores ---------------------------------------------------------------------------------
+
+
+def test_choice_scores_are_mean_log_probabilities_in_the_order_given():
+    base = base_of("gpt2")
+    examples = random_examples([(9, (1, 4)), (60, (2, 2)), (3, (3, 1))])
+    done = []
+    scores = choice_scores(base, examples, max_tokens=20, progress=done.append)
+    with torch.no_grad():
+        plain = [[float(t.mean()) for t in plain_token_scores(base, e)] for e in examples]
+    torch.testing.assert_close(scores, torch.tensor(plain), atol=1e-4, rtol=0)
+    assert sum(done) == len(examples)
+    assert scores.dtype == torch.float32
+    assert not scores.requires_grad
+
+
+def test_no_examples_no_scores():
+    assert choice_scores(base_of("llama"), []).shape[0] == 0
+
+
+def test_scoring_leaves_the_model_as_it_was():
+    base = BaseModel(tiny_llama(attention_dropout=0.5), word_tokenizer(), "tiny")
+    base.model.train()
+    examples = random_examples([(9, (1, 4)), (60, (2, 2))])
+    first = choice_scores(base, examples)
+    assert base.model.training
+    # Dropout does not touch scores.
+    assert torch.equal(first, choice_scores(base, examples))
+    assert hook_count(base.model) == 0
+
+
+def test_scores_in_bfloat16_are_near_those_in_float32():
+    wide = BaseModel(tiny_llama(), word_tokenizer(), "tiny")
+    narrow = BaseModel(tiny_llama().to(torch.bfloat16), word_tokenizer(), "tiny")
+    examples = random_examples([(9, (1, 4)), (60, (2, 2)), (150, (1, 1))])
+    assert shares_prompt(narrow)
+    scores = choice_scores(narrow, examples)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, choice_scores(wide, examples), atol=0.2, rtol=0)
+
+
+# -- the output layer ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "bloom", "mamba", "t5", "bart"])
+def test_only_answer_positions_are_projected(name):
+    base = base_of(name)
+    examples = random_examples([(150, (1, 3, 2)), (20, (2, 2))])
+    rows = []
+    handle = base.model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: rows.append(output[..., 0].numel())
+    )
+    try:
+        with torch.no_grad():
+            token_scores(base, examples)  # the model is tried out before the first scores
+            rows.clear()
+            scores = token_scores(base, examples)
+    finally:
+        handle.remove()
+    assert rows
+    assert sum(rows) <= int(scores.mask.sum())
+
+
+def test_one_token_choices_take_one_projection_a_prompt():
+    base = base_of("llama")
+    examples = random_examples([(20, (1,) * 50), (30, (1,) * 50)])
+    rows = []
+    handle = base.model.lm_head.register_forward_hook(
+        lambda module, args, output: rows.append(output[..., 0].numel())
+    )
+    try:
+        with torch.no_grad():
+            token_scores(base, examples)
+            rows.clear()
+            scores = token_scores(base, examples)
+    finally:
+        handle.remove()
+    assert rows == [2]
+    assert_plain(base, examples, scores)
+
+
+def test_the_output_layer_has_no_hook_left_after_an_error():
+    base = BaseModel(tiny_llama(max_position_embeddings=64), word_tokenizer(), "tiny")
+    beyond = EncodedExample((5, VOCABULARY + 5), ((3,), (4,)))
+    with pytest.raises(IndexError):
+        token_scores(base, [beyond])
+    assert hook_count(base.model) == 0
+
+
+def test_a_model_without_an_output_layer_is_refused():
+    class Bodiless(type(tiny_llama())):
+        def get_output_embeddings(self) -> nn.Module | None:
+            return None
+
+    model = Bodiless(tiny_llama().config)
+    with pytest.raises(IA3Error, match="output embeddings"):
+        token_scores(BaseModel(model, word_tokenizer(), "x"), random_examples([(3, (1, 1))]))
+
+
+def test_t5_tied_and_scaled_head_is_taken_as_it_is():
+    # T5 scales what it projects where the head is tied to the embeddings.
+    base = BaseModel(tiny_t5(), word_tokenizer(), "tiny")
+    assert base.model.config.tie_word_embeddings
+    examples = random_examples([(9, (1, 4)), (140, (2, 2))])
+    with torch.no_grad():
+        assert_plain(base, examples, token_scores(base, examples))
+
+
+def test_long_examples_among_short_ones_repeat_only_their_own_prompts():
+    base = random_base(WINDOWED["mistral"])
+    short, long = random_examples([(6, (2, 1)), (9, (1, 3))]), random_examples([(30, (2, 2, 1))])
+    examples = [short[0], long[0], short[1]]
+    tokens = []
+    handle = base.model.register_forward_pre_hook(
+        lambda module, args, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    with torch.no_grad():
+        assert shares_prompt(base)
+        tokens.clear()
+        scores = token_scores(base, examples)
+        handle.remove()
+        assert_plain(base, examples, scores)
+    assert sum(tokens) < 3 * 33 + 2 * 15
+
+
+def test_a_model_that_sees_the_answer_is_refused():
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        initializer_range=0.2,
+    )
+    with pytest.raises(IA3Error, match="BertLMHeadModel is not causal"):
+        token_scores(random_base(config), random_examples(SHAPES))
+
+
+def test_the_verdict_on_a_broken_model_is_not_kept():
+    base = random_base(SHARING["llama"])
+    weight = next(iter(base.model.parameters()))
+    whole = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+        assert not shares_prompt(base)
+        weight.copy_(whole)
+    assert shares_prompt(base)
+
+
+class WidestProjection(TorchDispatchMode):
+    """Notes the most rows of logits that any operation gives."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape[-1:] == (VOCABULARY,):
+            self.rows = max(self.rows, result.numel() // VOCABULARY)
+        return result
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_logits_of_a_batch_are_never_there_at_once(name):
+    base = base_of(name)
+    with_random_vectors(base)
+    examples = random_examples([(5, [4] * 12), (7, [3] * 12), (4, [5] * 12)])
+    shares_prompt(base)
+    with WidestProjection() as seen:
+        scores = token_scores(base, examples)
+        token_loss(scores, torch.tensor([0, 1, 2])).total.backward()
+    assert scores.mask.sum() > 2 * POSITIONS
+    assert 0 < seen.rows <= POSITIONS
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**LLAMA, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5),
+        CohereConfig(**LLAMA, num_key_value_heads=2, logit_scale=0.25, pad_token_id=0),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_what_a_model_does_to_its_logits_is_heeded(config):
+    base = random_base(config)
+    examples = random_examples([(5, [2, 1, 3]), (7, [1, 2])])
+    assert_plain(base, examples, token_scores(base, examples))
+    assert "forward" not in vars(base.model.get_output_embeddings())

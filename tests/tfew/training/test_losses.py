@@ -1,0 +1,360 @@
+"""The three loss terms: hand-computed, by property, from logits. The authors': test_golden.py."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ia3.errors import IA3Error
+from ia3.tfew import tfew_loss
+from ia3.tfew.scoring.token_scores import TokenScores
+from ia3.tfew.training.losses import Counts, TFewLoss, token_loss
+
+TERMS = ("lm", "length_norm", "unlikelihood", "total")
+
+
+def scores_of(probabilities: list[list[list[float]]]) -> TokenScores:
+    """Token probabilities, `[batch][choices][tokens]`, ragged."""
+    batch, choices = len(probabilities), max(map(len, probabilities))
+    length = max(len(tokens) for example in probabilities for tokens in example)
+    log_probs = torch.zeros(batch, choices, length)
+    mask = torch.zeros(batch, choices, length, dtype=torch.bool)
+    for i, example in enumerate(probabilities):
+        for c, tokens in enumerate(example):
+            for t, p in enumerate(tokens):
+                log_probs[i, c, t] = math.log(p)
+                mask[i, c, t] = True
+    return TokenScores(log_probs, mask)
+
+
+def loss_of(probabilities: list[list[list[float]]], labels: list[int]) -> TFewLoss:
+    return token_loss(scores_of(probabilities), torch.tensor(labels))
+
+
+# -- by hand ---------------------------------------------------------------------------------------
+
+
+def test_lm_is_the_mean_over_the_right_tokens_of_the_whole_batch():
+    # Three right tokens in all, so that the longer answer weighs more.
+    loss = loss_of([[[0.5, 0.25], [0.9]], [[0.1], [0.125]]], [0, 1])
+    assert loss.lm.item() == pytest.approx((1 + 2 + 3) * math.log(2) / 3)
+
+
+def test_length_norm_compares_means_not_sums():
+    # The sums differ (0.25 against 0.5), the means do not: a coin toss.
+    loss = loss_of([[[0.5, 0.5], [0.5]]], [0])
+    assert loss.length_norm.item() == pytest.approx(math.log(2))
+
+
+def test_length_norm_of_unequal_choices():
+    loss = loss_of([[[0.8, 0.2], [0.1], [0.3, 0.3]]], [2])
+    # exp(mean log p) is the geometric mean: 0.4, 0.1 and 0.3.
+    assert loss.length_norm.item() == pytest.approx(-math.log(0.3 / 0.8))
+
+
+def test_unlikelihood_is_the_mean_over_wrong_tokens():
+    loss = loss_of([[[0.9], [0.5, 0.2]], [[0.3], [0.7]]], [0, 1])
+    expected = -sum(math.log(1 - p + 1e-2) for p in (0.5, 0.2, 0.3)) / 3
+    assert loss.unlikelihood.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_unlikelihood_of_a_certain_wrong_token_is_finite():
+    loss = loss_of([[[0.5], [1.0]]], [0])
+    assert loss.unlikelihood.item() == pytest.approx(-math.log(1e-2), rel=1e-4)
+
+
+def test_unlikelihood_is_zero_where_nothing_is_wrong():
+    loss = loss_of([[[0.5, 0.5]]], [0])
+    assert loss.unlikelihood.item() == 0
+    assert loss.length_norm.item() == 0
+    assert loss.total.item() == pytest.approx(math.log(2))
+
+
+def test_a_choice_with_no_token_is_no_choice():
+    with_hole = loss_of([[[0.5], [0.2], []], [[0.3], [0.4], [0.6]]], [1, 2])
+    first, second = loss_of([[[0.5], [0.2]]], [1]), loss_of([[[0.3], [0.4], [0.6]]], [2])
+    length_norm = (first.length_norm + second.length_norm) / 2
+    torch.testing.assert_close(with_hole.length_norm, length_norm)
+    # One wrong token in the first example, two in the second.
+    unlikelihood = (first.unlikelihood + 2 * second.unlikelihood) / 3
+    torch.testing.assert_close(with_hole.unlikelihood, unlikelihood)
+    assert scores_of([[[0.5], [0.2], []]]).mean_log_probs()[0, 2].item() == -math.inf
+
+
+# -- by property -----------------------------------------------------------------------------------
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[TokenScores, Tensor]:
+    batch, choices = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    labels = [draw(st.integers(0, choices - 1)) for _ in range(batch)]
+    # From all but impossible to certain; wrong choices may be missing, the right one never.
+    token = st.floats(-40, 0, width=32)
+    log_probs = torch.zeros(batch, choices, 3)
+    mask = torch.zeros(batch, choices, 3, dtype=torch.bool)
+    for i in range(batch):
+        for c in range(choices):
+            values = draw(st.lists(token, min_size=1 if c == labels[i] else 0, max_size=3))
+            log_probs[i, c, : len(values)] = torch.tensor(values)
+            mask[i, c, : len(values)] = True
+    return TokenScores(log_probs, mask), torch.tensor(labels)
+
+
+@given(batches())
+@settings(max_examples=100, deadline=None)
+def test_total_is_the_plain_sum_and_gradients_are_finite(batch):
+    scores, labels = batch
+    log_probs = scores.log_probs.requires_grad_()
+    loss = token_loss(TokenScores(log_probs, scores.mask), labels)
+    torch.testing.assert_close(loss.total, loss.lm + loss.length_norm + loss.unlikelihood)
+    loss.total.backward()
+    assert torch.isfinite(loss.total)
+    assert torch.isfinite(log_probs.grad[scores.mask]).all()
+
+
+@given(batches(), st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_the_order_of_choices_does_not_matter(batch, random):
+    scores, labels = batch
+    order = list(range(scores.mask.shape[1]))
+    random.shuffle(order)
+    permuted = TokenScores(scores.log_probs[:, order], scores.mask[:, order])
+    moved = torch.tensor([order.index(label) for label in labels.tolist()])
+    before, after = token_loss(scores, labels), token_loss(permuted, moved)
+    for term in ("lm", "length_norm", "unlikelihood", "total"):
+        torch.testing.assert_close(getattr(after, term), getattr(before, term))
+
+
+@given(batches())
+@settings(max_examples=50, deadline=None)
+def test_every_term_falls_when_the_right_answer_is_likelier(batch):
+    scores, labels = batch
+    right = torch.nn.functional.one_hot(labels, scores.mask.shape[1]).bool()[:, :, None]
+    better = TokenScores(
+        torch.where(right, scores.log_probs / 2, scores.log_probs * 2), scores.mask
+    )
+    before, after = token_loss(scores, labels), token_loss(better, labels)
+    for term in ("lm", "length_norm", "unlikelihood"):
+        assert getattr(after, term) <= getattr(before, term) + 1e-6
+
+
+# -- parts of a batch ------------------------------------------------------------------------------
+
+
+@given(batches(), st.data())
+@settings(max_examples=50, deadline=None)
+def test_the_terms_of_parts_add_up(batch, data):
+    scores, labels = batch
+    cut = data.draw(st.integers(0, len(labels)))
+    right = torch.nn.functional.one_hot(labels, scores.mask.shape[1]).bool()[:, :, None]
+    counts = Counts(
+        len(labels), int((scores.mask & right).sum()), int((scores.mask & ~right).sum())
+    )
+    whole = token_loss(scores, labels, lm=0.5, unlikelihood=2.0)
+    parts = [
+        token_loss(
+            TokenScores(scores.log_probs[part], scores.mask[part]),
+            labels[part],
+            lm=0.5,
+            unlikelihood=2.0,
+            counts=counts,
+        )
+        for part in (slice(0, cut), slice(cut, None))
+    ]
+    for term in TERMS:
+        summed = sum(getattr(part, term) for part in parts)
+        torch.testing.assert_close(summed, getattr(whole, term))
+
+
+# -- from logits -----------------------------------------------------------------------------------
+
+PAD = 0
+
+
+@st.composite
+def logit_batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits float64, targets padded with 0, labels; some rows have fewer choices."""
+    batch, choices, length, vocabulary = (draw(st.integers(1, n)) for n in (3, 4, 3, 5))
+    vocabulary += 1
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    logits = 4 * torch.randn(
+        batch, choices, length, vocabulary, generator=generator, dtype=torch.float64
+    )
+    targets = torch.zeros(batch, choices, length, dtype=torch.int64)
+    labels = [draw(st.integers(0, choices - 1)) for _ in range(batch)]
+    for i in range(batch):
+        for c in range(choices):
+            count = draw(st.integers(1 if c == labels[i] else 0, length))
+            ids = st.lists(st.integers(1, vocabulary - 1), min_size=count, max_size=count)
+            targets[i, c, :count] = torch.tensor(draw(ids), dtype=torch.int64)
+    return logits, targets, torch.tensor(labels)
+
+
+def by_definition(logits: Tensor, targets: Tensor, labels: Tensor) -> dict[str, float]:
+    """The paper's formulas, one number after the other."""
+    right, wrong, length_norms = [], [], []
+    for i, label in enumerate(labels.tolist()):
+        means = {}
+        for c in range(targets.shape[1]):
+            log_probs = []
+            for t, token in enumerate(targets[i, c].tolist()):
+                if token != PAD:
+                    e = [math.exp(x) for x in logits[i, c, t].tolist()]
+                    log_probs.append(math.log(e[token] / sum(e)))
+            (right if c == label else wrong).extend(log_probs)
+            if log_probs:
+                means[c] = sum(log_probs) / len(log_probs)
+        normaliser = sum(math.exp(mean) for mean in means.values())
+        length_norms.append(-math.log(math.exp(means[label]) / normaliser))
+    unlikely = [-math.log(1 - math.exp(p) + 1e-2) for p in wrong]
+    return {
+        "lm": -sum(right) / len(right),
+        "length_norm": sum(length_norms) / len(length_norms),
+        "unlikelihood": sum(unlikely) / max(1, len(unlikely)),
+    }
+
+
+@given(logit_batches())
+@settings(max_examples=60, deadline=None)
+def test_terms_from_logits_are_those_of_the_paper(batch):
+    loss = tfew_loss(*batch, pad_token_id=PAD)
+    expected = by_definition(*batch)
+    for term, value in expected.items():
+        assert getattr(loss, term).item() == pytest.approx(value, rel=1e-9, abs=1e-12), term
+    assert loss.total.item() == pytest.approx(sum(expected.values()), rel=1e-9)
+    assert loss.total.dtype == torch.float64
+
+
+@given(logit_batches(), st.floats(0, 3), st.floats(0, 3), st.floats(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_the_total_is_weighted(batch, lm, length_norm, unlikelihood):
+    weights = {"lm": lm, "length_norm": length_norm, "unlikelihood": unlikelihood}
+    loss = tfew_loss(*batch, pad_token_id=PAD, **weights)
+    plain = tfew_loss(*batch, pad_token_id=PAD)
+    expected = sum(weight * getattr(plain, term) for term, weight in weights.items())
+    torch.testing.assert_close(loss.total, torch.as_tensor(expected, dtype=torch.float64))
+    for term in weights:
+        assert torch.equal(getattr(loss, term), getattr(plain, term))
+
+
+@given(logit_batches(), st.integers(0, 2), st.integers(0, 2), st.sampled_from([0, -100, 10**9]))
+@settings(max_examples=60, deadline=None)
+def test_padding_changes_nothing(batch, longer, further, filler):
+    """More length, more choices that are none, any ids and broken logits there."""
+    logits, targets, labels = batch
+    mask = targets != PAD
+    wide = torch.nn.functional.pad(mask, (0, longer, 0, further))
+    padded = torch.full(wide.shape, filler)
+    padded[wide] = targets[mask]
+    broken = torch.full((*wide.shape, logits.shape[-1]), torch.nan, dtype=torch.float64)
+    broken[wide] = logits[mask]
+    logits = logits.clone().requires_grad_()
+    broken.requires_grad_()
+    before = tfew_loss(logits, targets, labels, pad_token_id=PAD)
+    after = tfew_loss(broken, padded, labels, target_mask=wide)
+    for term in TERMS:
+        torch.testing.assert_close(getattr(after, term), getattr(before, term))
+    before.total.backward()
+    after.total.backward()
+    torch.testing.assert_close(broken.grad[wide], logits.grad[mask])
+    assert not broken.grad[~wide].any()
+
+
+@given(logit_batches(), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_the_order_of_choices_and_of_rows_does_not_matter(batch, random):
+    logits, targets, labels = batch
+    columns, rows = list(range(targets.shape[1])), list(range(len(labels)))
+    random.shuffle(columns)
+    random.shuffle(rows)
+    moved = torch.tensor([columns.index(label) for label in labels.tolist()])
+    before = tfew_loss(logits, targets, labels, pad_token_id=PAD)
+    after = tfew_loss(
+        logits[rows][:, columns], targets[rows][:, columns], moved[rows], pad_token_id=PAD
+    )
+    for term in TERMS:
+        torch.testing.assert_close(getattr(after, term), getattr(before, term))
+
+
+@given(logit_batches())
+@settings(max_examples=40, deadline=None)
+def test_what_the_logits_have_in_common_does_not_matter(batch):
+    logits, targets, labels = batch
+    before = tfew_loss(logits, targets, labels, pad_token_id=PAD)
+    after = tfew_loss(logits + 7.0, targets, labels, pad_token_id=PAD)
+    torch.testing.assert_close(after.total, before.total)
+
+
+def test_gradcheck():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 2, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([[[1, 2], [3, 0], [0, 0]], [[2, 0], [1, 1], [3, 2]]])
+    labels = torch.tensor([1, 2])
+    for term in TERMS:
+        assert torch.autograd.gradcheck(
+            lambda x, term=term: getattr(tfew_loss(x, targets, labels, pad_token_id=PAD), term),
+            (logits,),
+        )
+
+
+def test_half_precision_is_computed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 2, 50, generator=generator).bfloat16()
+    targets = torch.randint(1, 50, (2, 3, 2), generator=generator)
+    labels = torch.tensor([0, 2])
+    half = tfew_loss(logits, targets, labels, pad_token_id=PAD)
+    assert half.total.dtype == torch.float32
+    torch.testing.assert_close(
+        half.total, tfew_loss(logits.float(), targets, labels, pad_token_id=PAD).total
+    )
+
+
+def test_a_mask_where_padding_and_the_end_share_an_id():
+    """Id 0 ends every choice and pads it: the mask counts the first, the id could not."""
+    logits = torch.randn(1, 2, 3, 4, dtype=torch.float64)
+    targets = torch.tensor([[[2, 0, 0], [3, 1, 0]]])
+    mask = torch.tensor([[[1, 1, 0], [1, 1, 1]]])
+    log_probs = logits.log_softmax(-1)
+    loss = tfew_loss(logits, targets, torch.tensor([0]), target_mask=mask)
+    expected = -(log_probs[0, 0, 0, 2] + log_probs[0, 0, 1, 0]) / 2
+    torch.testing.assert_close(loss.lm, expected)
+
+
+LOGITS = torch.zeros(2, 3, 4, 5)
+TARGETS = torch.ones(2, 3, 4, dtype=torch.int64)
+LABELS = torch.tensor([0, 2])
+HOLE = torch.ones(2, 3, 4).index_fill(1, torch.tensor([2]), 0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"logits": LOGITS[0]}, r"logits are \[3, 4, 5\] torch.float32, expected floating"),
+        ({"logits": LOGITS.long()}, r"torch.int64, expected floating"),
+        ({"target_ids": TARGETS[:, :2]}, r"target_ids are \[2, 2, 4\].*expected.*\[2, 3, 4\]"),
+        ({"target_ids": TARGETS.float()}, r"target_ids are .*torch.float32, expected integers"),
+        ({"target_ids": TARGETS + 4}, r"target_ids has 5 .*expected 0 to 4: mask"),
+        ({"target_ids": TARGETS - 2}, r"target_ids has -1 .*expected 0 to 4: mask"),
+        ({"labels": LABELS[:, None]}, r"labels are \[2, 1\].*expected integers \[2\]"),
+        ({"labels": LABELS[:1]}, r"labels are \[1\].*expected integers \[2\]"),
+        ({"labels": LABELS.float()}, r"labels are .*torch.float32, expected integers"),
+        ({"labels": LABELS + 1}, r"labels\[1\] is 3, expected 0 to 2"),
+        ({"labels": LABELS - 1}, r"labels\[0\] is -1, expected 0 to 2"),
+        ({"target_mask": HOLE}, r"labels\[1\] is 2, a choice with no token.*\[0, 1\]"),
+        ({"target_mask": HOLE[..., 0]}, r"target_mask is \[2, 3\].*expected \[2, 3, 4\]"),
+        ({"target_mask": None}, "expected one of pad_token_id and target_mask, neither given"),
+        ({"pad_token_id": 0}, "expected one of pad_token_id and target_mask, both given"),
+        (
+            {"logits": LOGITS[:0], "target_ids": TARGETS[:0], "labels": LABELS[:0]}
+            | {"target_mask": TARGETS[:0]},
+            "no examples",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(changed, message):
+    given = {"logits": LOGITS, "target_ids": TARGETS, "labels": LABELS, "target_mask": TARGETS}
+    with pytest.raises(IA3Error, match=message):
+        tfew_loss(**(given | changed))
