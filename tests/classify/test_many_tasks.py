@@ -32,7 +32,7 @@ from ia3.classify.many_tasks import (
     batches,
     train_many,
 )
-from ia3.core.sites import sites
+from ia3.core.inventory import sites
 from ia3.tfew import TFewConfig, TFewTrainer, TrainingExample, TrainingStep, train
 from ia3.tfew import training_arguments as make_arguments
 from ia3.tfew.prompts.encoding import EncodedExample

@@ -14,8 +14,9 @@ from support.two_adapters import output, wide_and_narrow
 from torch import nn
 
 from ia3 import IA3Config, IA3Error, IA3Model
-from ia3.core.saved_modules import Copies
-from ia3.core.sites import Site, sites
+from ia3.core.inventory import sites
+from ia3.core.saved_modules import SavedModule
+from ia3.core.sites import Site
 
 CONFIG = IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[])
 
@@ -176,7 +177,7 @@ def test_shallow_copies_for_several_gpus_are_refused(saved: list[str] | None) ->
     config = IA3Config(target_modules=["q_proj"], feedforward_modules=[], modules_to_save=saved)
     model = IA3Model(tiny_llama(), config)
     model.add_adapter("second", config)
-    held = (module for module in model.modules() if isinstance(module, (Site, Copies)))
+    held = (module for module in model.modules() if isinstance(module, (Site, SavedModule)))
     for module in held:
         # As torch.nn.parallel.replicate does with every module of the model, for every GPU.
         with pytest.raises(IA3Error, match="torchrun"):

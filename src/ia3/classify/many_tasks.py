@@ -19,8 +19,9 @@ from torch.utils.data import BatchSampler
 from transformers.optimization import Adafactor
 
 from ..base.loading import BaseModel
+from ..core.inventory import sites
 from ..core.route import Route, entered
-from ..core.sites import Site, sites
+from ..core.sites import Site
 from ..errors import IA3Error
 from ..model.gather import is_within_experts
 from ..model.ia3_model import IA3Model

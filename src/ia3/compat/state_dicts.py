@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.layout import KEY_PREFIX
+from ..core.inventory import sites
 from ..core.names import ATTRIBUTE
-from ..core.saved_modules import copies_of
-from ..core.sites import sites
+from ..core.saved_modules import saved_module_of
 from ..errors import IA3Error
 from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..targets.config import IA3Config
@@ -155,7 +155,7 @@ def _keys(base: nn.Module, adapter_name: str) -> dict[str, str]:
         if adapter_name in site
     }
     for name, module in base.named_modules():
-        copies = copies_of(module)
+        copies = saved_module_of(module)
         if copies is not None and adapter_name in copies:
             for key in copies[adapter_name].state_dict():
                 keys[f"{name}.{ATTRIBUTE}.{adapter_name}.{key}"] = f"{name}.{key}"

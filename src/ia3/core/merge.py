@@ -11,8 +11,9 @@ from ..errors import IA3Error
 from . import quantized
 from .activations import Side
 from .folding import Change, fold, is_finite, owner_of, read, write
+from .inventory import sites
 from .names import ATTRIBUTE
-from .sites import displace, site_of, sites
+from .sites import displace, site_of
 
 
 class Merge:

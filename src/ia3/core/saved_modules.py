@@ -1,7 +1,7 @@
 """Whole modules that train and are saved with an adapter: `modules_to_save`.
 
 A module named there keeps its weights and its place. Each adapter gets a copy of it, held in a
-`Copies` registered on the module as `ia3_l`, and calls go to the active adapter's copy.
+`SavedModule` registered on the module as `ia3_l`, and calls go to the active adapter's copy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HOOKS = (
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-class Copies(nn.Module):
+class SavedModule(nn.Module):
     """Every adapter's copy of one base module."""
 
     def __init__(self) -> None:
@@ -92,10 +92,10 @@ class Copies(nn.Module):
             self.active = None
 
 
-def copies_of(module: nn.Module) -> Copies | None:
+def saved_module_of(module: nn.Module) -> SavedModule | None:
     """The copies held on a module, if it has any."""
     copies = module._modules.get(ATTRIBUTE)
-    return copies if isinstance(copies, Copies) else None
+    return copies if isinstance(copies, SavedModule) else None
 
 
 def find_modules_to_save(
@@ -131,11 +131,11 @@ def find_modules_to_save(
     return list(found)
 
 
-def hold(module: nn.Module) -> Copies:
+def attach_saved_module(module: nn.Module) -> SavedModule:
     """The module's copies; from now on calls to the module go to the active one."""
-    copies = copies_of(module)
+    copies = saved_module_of(module)
     if copies is None:
-        copies = Copies()
+        copies = SavedModule()
         # A vector on the module's output is one on the copy's too.
         make_way(module)
         module.add_module(ATTRIBUTE, copies)
@@ -144,9 +144,9 @@ def hold(module: nn.Module) -> Copies:
     return copies
 
 
-def release(module: nn.Module) -> None:
-    """Take the copies off a module, which is then what it was before `hold`."""
-    if copies_of(module) is not None:
+def detach_saved_module(module: nn.Module) -> None:
+    """Take the copies off a module, which is then what it was before `attach_saved_module`."""
+    if saved_module_of(module) is not None:
         _put_back(module)
         del module._modules[ATTRIBUTE]
 
@@ -159,13 +159,13 @@ def shared_parameters(model: nn.Module) -> set[int]:
     return {identity for identity, count in counts.items() if count > 1}
 
 
-def settle(module: nn.Module, adapter: str, shared: Collection[int] = ()) -> None:
+def keep_saved_module(module: nn.Module, adapter: str, shared: Collection[int] = ()) -> None:
     """Give the module itself the values of an adapter's copy, for good.
 
     Args:
         shared: the ids of parameters that other modules have too, and which must not change there.
     """
-    copies = copies_of(module)
+    copies = saved_module_of(module)
     assert copies is not None
     twin = copies[adapter]
     for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
@@ -179,7 +179,9 @@ def settle(module: nn.Module, adapter: str, shared: Collection[int] = ()) -> Non
             write(owner, last, value)
 
 
-def check_copies(values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module) -> None:
+def check_saved_modules(
+    values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module
+) -> None:
     """Check an adapter's copies of whole modules against the model.
 
     Args:
@@ -212,8 +214,8 @@ def check_copies(values: Mapping[str, Tensor], saved: Sequence[str], model: nn.M
             )
 
 
-def load_copy(twin: nn.Module, name: str, values: Mapping[str, Tensor]) -> None:
-    """Give a copy its values, which `check_copies` has seen.
+def load_saved_module(twin: nn.Module, name: str, values: Mapping[str, Tensor]) -> None:
+    """Give a copy its values, which `check_saved_modules` has seen.
 
     Args:
         twin: the copy.
@@ -241,7 +243,7 @@ def _put_back(module: nn.Module) -> None:
 
 
 def _forward(module: nn.Module, before: Any, *args: Any, **kwargs: Any) -> Any:
-    copies = copies_of(module)
+    copies = saved_module_of(module)
     if copies is not None and copies.active is not None:
         return copies[copies.active](*args, **kwargs)
     if before is not None:

@@ -6,10 +6,8 @@ Its vectors are its parameters, one per adapter, so that they move, save and tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
-from itertools import repeat
-from operator import contains
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +21,8 @@ from .hooks import Input, OutputHandle
 from .mlp import Carrier, Carriers
 from .names import ATTRIBUTE, Frozen, Target
 from .patch import refuse_replica
-from .route import LOCK, factor_of, is_routed
-from .saved_modules import Copies, allow_plain_checkpoint, copies_of
+from .route import factor_of, is_routed
+from .saved_modules import allow_plain_checkpoint, saved_module_of
 
 Handle = Input | OutputHandle | experts.Handle
 
@@ -334,115 +332,6 @@ def site_of(module: nn.Module) -> Site | None:
     return site if isinstance(site, Site) else None
 
 
-@dataclass
-class Found:
-    """A model's modules, and what adapters have put on them.
-
-    Attributes:
-        modules: name -> module, in the model's order.
-        sites: the base module's name, the module, and the site on it.
-        copies: the base module's name, the module, and the copies of it.
-        states: of all sites.
-        targets: what was chosen from these modules before, by whatever it was chosen by.
-        telling: parameters that tell the model from others, once they are chosen.
-        ready: when adapters were activated last, all sites got their hooks, for routes or not, and
-            all of these adapters; `None` where that was not so, or what is merged or fused has
-            changed since.
-    """
-
-    modules: dict[str, nn.Module]
-    sites: list[tuple[str, nn.Module, Site]]
-    copies: list[tuple[str, nn.Module, Copies]]
-    targets: dict[Hashable, list[Target]] = field(default_factory=dict)
-    telling: list[str] | None = None
-    ready: bool | None = None
-
-    def __post_init__(self) -> None:
-        self.states = [site.site_state for _, _, site in self.sites]
-
-    def vectors(self) -> list[dict[str, nn.Parameter | None]]:
-        """Each site's, by adapter."""
-        return [state.vectors for state in self.states]
-
-
-_Children = dict[str, nn.Module | None]
-_NO_CHILDREN: _Children = {}
-
-
-class Attachments:
-    """What adapters have put on a model's modules: found by one walk, and kept.
-
-    The walk is done again where any module came, went or was replaced.
-
-    Args:
-        model: the base model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        # Each module's children, the dict that holds them and what was in it; and what was found.
-        # Put in place at once, as other threads look.
-        self._known: tuple[list[_Children], list[_Children], Found] | None = None
-
-    def found(self) -> Found:
-        """The model as it is now."""
-        with LOCK:
-            # Lists and dicts compare by identity first, at the speed of C.
-            known = self._known
-            if known is not None and known[0] == known[1]:
-                return known[2]
-            modules = dict(self.model.named_modules())
-            # Nothing is ever put on a site.
-            held = [module._modules for module in modules.values() if type(module) is not Site]
-            # One dict for all that are empty: this is read often, and slow to come from memory.
-            # Before sites are looked for: what comes after that is seen the next time.
-            copied = [dict(c) if c else _NO_CHILDREN for c in held]
-            on = [(name, m, m._modules.get(ATTRIBUTE)) for name, m in modules.items()]
-            found = Found(
-                modules,
-                [(name, module, site) for name, module, site in on if isinstance(site, Site)],
-                [(name, module, held) for name, module, held in on if isinstance(held, Copies)],
-            )
-            self._known = held, copied, found
-            return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy finds its own.
-        return {"model": self.model, "_known": None}
-
-
-def activate(found: Found, adapters: tuple[str, ...], routed: bool) -> None:
-    """`Site.activate` at all sites of a model.
-
-    From one adapter to another mostly nothing but a name changes at each site.
-    """
-    vectors = found.vectors()
-    if (
-        adapters
-        and found.ready is routed
-        and all(all(map(contains, vectors, repeat(name))) for name in adapters)
-    ):
-        for state in found.states:
-            state.active = adapters
-            state.kept = None
-        return
-    # An interruption leaves some sites as they were.
-    found.ready = None
-    ready = True
-    for _, module, site in found.sites:
-        site.activate(module, adapters, routed)
-        ready = ready and bool(site._handles) and len(site.site_state.active) == len(adapters)
-    found.ready = routed if ready else None
-
-
-def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
-    """Every site on a model: the base module's name, the module and the site."""
-    for name, module in list(model.named_modules()):
-        site = site_of(module)
-        if site is not None:
-            yield name, module, site
-
-
 def _is_routed(site: Site) -> bool:
     return _is_routed_uncompiled(site) if is_compiling() else is_routed(site)
 
@@ -467,7 +356,7 @@ def check_free(module: nn.Module, target: Target) -> None:
             f"module {target.name!r}: this adapter rescales its {target.side}, another one on this "
             f"model its {site.side}; adapters of one model must agree on feedforward_modules"
         )
-    if copies_of(module) is not None:
+    if saved_module_of(module) is not None:
         raise IA3Error(
             f"module {target.name!r} is in another adapter's modules_to_save: it cannot be "
             "rescaled as well"

@@ -18,7 +18,7 @@ from ..core.activations import linear_features
 from ..core.names import ATTRIBUTE
 from ..core.patch import SLOTS, give_back, own_forward, slot_for
 from ..core.rescale import rescale
-from ..core.saved_modules import HOOKS, copies_of
+from ..core.saved_modules import HOOKS, saved_module_of
 from ..core.sites import Site, site_of
 from ..errors import IA3Error
 from ..targets.structure import feedforward_targets
@@ -110,7 +110,7 @@ def gated_layer(module: nn.Module) -> GatedLayer | str:
     linear = {name: size for name, child in children.items() if (size := linear_features(child))}
     if len(linear) != 3:
         return f"it has {len(linear)} linear layers, expected a gate, an up and a down projection"
-    if copies_of(module) is not None:
+    if saved_module_of(module) is not None:
         return "an adapter has a copy of it (modules_to_save)"
     if module._parameters or module._buffers:
         return "it has parameters or buffers of its own"

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.activations import Side
+from ..core.inventory import Contents
 from ..core.route import BASE, LOCK, Host, Names, Route
-from ..core.sites import Found, Site
+from ..core.sites import Site
 from ..errors import IA3Error
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Rows:
     """The rows of a model's own adapters, each kept until its vectors change."""
 
     def __init__(self) -> None:
-        self._found: Found | None = None
+        self._found: Contents | None = None
         self._sites: dict[Site, str] = {}
         self._routed: list[Site] = []
         self._kept: dict[str, _Kept] = {}
@@ -81,7 +82,7 @@ class Rows:
     def route(
         self,
         host: Host,
-        find: Callable[[], Found],
+        find: Callable[[], Contents],
         adapters: Collection[str],
         bank: AdapterBank | None,
         names: Sequence[str],
@@ -180,7 +181,7 @@ class Rows:
             self._kept[name] = kept
         return kept
 
-    def _look_at(self, found: Found) -> None:
+    def _look_at(self, found: Contents) -> None:
         if self._found is not found:
             self._sites = {site: name for name, _, site in found.sites}
             self._routed = [site for site in self._sites if site.side != "inner"]
@@ -229,7 +230,7 @@ def is_within_experts(module: str, side: Side) -> bool:
     return side == "inner" or "experts" in module.split(".")
 
 
-def _check_mixable(found: Found, name: str) -> None:
+def _check_mixable(found: Contents, name: str) -> None:
     for module, _, copies in found.copies:
         if name in copies:
             raise IA3Error(

@@ -25,22 +25,23 @@ from ..adapter.combining import CombinationType, MajoritySign, combine
 from ..adapter.fingerprint import Fingerprint, fingerprint, telling_parameters
 from ..adapter.store import Adapter
 from ..core.activations import device_of
+from ..core.inventory import Contents, Inventory, activate
 from ..core.merge import Merge
 from ..core.mlp import Carriers
 from ..core.names import ATTRIBUTE, Target
 from ..core.route import BASE, LOCK, Names, Opening, Route, current_route, entered, watch
 from ..core.saved_modules import (
-    Copies,
-    check_copies,
-    copies_of,
+    SavedModule,
+    attach_saved_module,
+    check_saved_modules,
+    detach_saved_module,
     find_modules_to_save,
-    hold,
-    load_copy,
-    release,
-    settle,
+    keep_saved_module,
+    load_saved_module,
+    saved_module_of,
     shared_parameters,
 )
-from ..core.sites import Attachments, Found, Site, activate, check_free, displace, place, site_of
+from ..core.sites import Site, check_free, displace, place, site_of
 from ..errors import IA3Error, did_you_mean
 from ..files.atomic import check_folder, write_files
 from ..files.hub import CONFIG_NAME, HubOptions, adapter_folder
@@ -104,7 +105,7 @@ class IA3Model(nn.Module):
     _enabled: bool
     _unloaded: bool
     _merge: Merge
-    _attachments: Attachments
+    _inventory: Inventory
     _fused: list[str]
     _trained_before: list[str]
     _ignored_before: set[str] | list[str] | None
@@ -542,7 +543,7 @@ class IA3Model(nn.Module):
 
         The product is taken in float32 and rounded once to the base's dtype; bitsandbytes and
         torchao weights have their quantization constants scaled instead. Adapters may be merged on
-        top of others. Copies of whole modules (`modules_to_save`) stay beside the original.
+        top of others. SavedModule of whole modules (`modules_to_save`) stay beside the original.
 
         Args:
             adapter_names: the active adapters if not given.
@@ -601,7 +602,7 @@ class IA3Model(nn.Module):
         shared = shared_parameters(self.model)
         for _, module, copies in self._copies():
             for name in set(names).intersection(copies.adapters):
-                settle(module, name, shared)
+                keep_saved_module(module, name, shared)
         self._merge.keep()
         model = self.unload()
         _untie(model)
@@ -624,7 +625,7 @@ class IA3Model(nn.Module):
             for _, module, _ in self._sites():
                 displace(module)
             for _, module, _ in self._copies():
-                release(module)
+                detach_saved_module(module)
         parameters = dict(self.model.named_parameters())
         for name in self._trained_before:
             # Somebody may have put another module in its place.
@@ -636,7 +637,7 @@ class IA3Model(nn.Module):
         self.peft_config.clear()
         self._active = ()
         # It holds every module, also those that the model may part with later.
-        self._attachments = Attachments(self.model)
+        self._inventory = Inventory(self.model)
         self._show_to_checkpoints(set())
         return self.model
 
@@ -881,7 +882,7 @@ class IA3Model(nn.Module):
         self._enabled = True
         self._unloaded = False
         self._merge = Merge(model)
-        self._attachments = Attachments(model)
+        self._inventory = Inventory(model)
         self._fused = []
         self._requires_input_grads = False
         self._plain = False
@@ -932,7 +933,7 @@ class IA3Model(nn.Module):
             )
             self._check_can_be_copied(saved)
             if stored is not None:
-                check_copies(stored.copies, saved, self.model)
+                check_saved_modules(stored.copies, saved, self.model)
                 self._warn_of_other_base(adapter_name, stored)
             try:
                 self._put_on(adapter_name, resolved, stored, found, targets, saved, copy=copy)
@@ -955,7 +956,7 @@ class IA3Model(nn.Module):
         adapter_name: str,
         config: IA3Config,
         stored: Adapter | None,
-        found: Found,
+        found: Contents,
         targets: Sequence[Target],
         saved: Sequence[str],
         *,
@@ -982,10 +983,10 @@ class IA3Model(nn.Module):
             site.add(adapter_name, vector, target.frozen)
         for name in saved:
             module = self.model.get_submodule(name)
-            copies = hold(module)
+            copies = attach_saved_module(module)
             copies.add(adapter_name, module)
             if stored is not None:
-                load_copy(copies[adapter_name], name, stored.copies)
+                load_saved_module(copies[adapter_name], name, stored.copies)
 
     def _take_off(self, adapter_name: str) -> None:
         """Take away what the modules have of an adapter, and what is of no use without it."""
@@ -999,10 +1000,10 @@ class IA3Model(nn.Module):
             if adapter_name in copies:
                 copies.remove(adapter_name)
             if not copies.adapters:
-                release(module)
+                detach_saved_module(module)
 
     def _fitting(
-        self, config: IA3Config, stored: Adapter | None, found: Found
+        self, config: IA3Config, stored: Adapter | None, found: Contents
     ) -> tuple[IA3Config, list[Target]]:
         """What a config, or a stored adapter, rescales here; nothing is changed.
 
@@ -1052,7 +1053,7 @@ class IA3Model(nn.Module):
         held = [(name, copies) for name, _, copies in self._copies() if adapter_name in copies]
         kind = type(self.model).__name__
         check_vectors(stored.vectors, [site.target(name) for name, site in having], kind)
-        check_copies(stored.copies, [name for name, _ in held], self.model)
+        check_saved_modules(stored.copies, [name for name, _ in held], self.model)
         for name, site in having:
             here, there = site.frozen.get(adapter_name, ()), stored.frozen.get(name, ())
             if here != there:
@@ -1064,7 +1065,7 @@ class IA3Model(nn.Module):
             for name, site in having:
                 site[adapter_name].copy_(stored.vectors[name])
         for name, copies in held:
-            load_copy(copies[adapter_name], name, stored.copies)
+            load_saved_module(copies[adapter_name], name, stored.copies)
 
     def _route(self, names: Names, token_index: Tensor | None = None) -> Route:
         if self._unloaded:
@@ -1162,7 +1163,7 @@ class IA3Model(nn.Module):
             self._check_outside_copies(name)
             module = self.model.get_submodule(name)
             for part_name, part in module.named_modules(prefix=name):
-                if site_of(part) is not None or (part is not module and copies_of(part)):
+                if site_of(part) is not None or (part is not module and saved_module_of(part)):
                     raise IA3Error(
                         f"modules_to_save: another adapter on this model has vectors or a copy in "
                         f"{part_name!r}, which is part of {name!r}"
@@ -1176,7 +1177,7 @@ class IA3Model(nn.Module):
         parts = name.split(".")
         for end in range(1, len(parts)):
             around = ".".join(parts[:end])
-            if copies_of(self.model.get_submodule(around)) is not None:
+            if saved_module_of(self.model.get_submodule(around)) is not None:
                 raise IA3Error(
                     f"module {name!r} is part of {around!r}, which another adapter on this model "
                     "has in its modules_to_save"
@@ -1185,13 +1186,13 @@ class IA3Model(nn.Module):
     def _sites(self) -> list[tuple[str, nn.Module, Site]]:
         return self._found().sites
 
-    def _copies(self) -> list[tuple[str, nn.Module, Copies]]:
+    def _copies(self) -> list[tuple[str, nn.Module, SavedModule]]:
         return self._found().copies
 
-    def _found(self) -> Found:
-        if self._attachments.model is not self.model:
-            self._attachments = Attachments(self.model)
-        return self._attachments.found()
+    def _found(self) -> Contents:
+        if self._inventory.model is not self.model:
+            self._inventory = Inventory(self.model)
+        return self._inventory.now()
 
     def _copied_values(self, adapter: str) -> dict[str, Tensor]:
         return {
@@ -1224,7 +1225,9 @@ class IA3Model(nn.Module):
             self._require_grad(names, inference_mode, found, leaving)
             self._activate(names, found)
 
-    def _activate(self, names: tuple[str, ...] | None = None, found: Found | None = None) -> None:
+    def _activate(
+        self, names: tuple[str, ...] | None = None, found: Contents | None = None
+    ) -> None:
         """Have these be active, or those that are; with `found`, where nothing else has changed."""
         # What one thread fuses or activates, another may be about to activate.
         with LOCK:
@@ -1249,7 +1252,7 @@ class IA3Model(nn.Module):
                 copies.active = next((name for name in active if name in copies), None)
 
     def _require_grad(
-        self, names: Sequence[str], inference_mode: bool, found: Found, leaving: str | None
+        self, names: Sequence[str], inference_mode: bool, found: Contents, leaving: str | None
     ) -> None:
         self._rows.forget()
         wanted = set() if inference_mode else set(names)
@@ -1275,7 +1278,7 @@ class IA3Model(nn.Module):
                     if parameter.is_floating_point():
                         parameter.requires_grad_(name in wanted)
 
-    def _keys(self, adapter: str, found: Found) -> set[str]:
+    def _keys(self, adapter: str, found: Contents) -> set[str]:
         """What the base model's state dict calls an adapter's vectors and copies."""
         held = [f"{name}.{ATTRIBUTE}.{adapter}" for name, _, site in found.sites if adapter in site]
         held += [
