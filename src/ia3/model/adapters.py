@@ -384,8 +384,9 @@ class Adapters:
                 for _, _, site in contents.sites:
                     if name in site:
                         site[name].requires_grad = name in trained
-            for twin in self.copies_of(name).values():
-                for parameter in twin.parameters():
+        for _, _, copies in contents.copies:
+            for name in set(copies.adapters) - {leaving}:
+                for parameter in copies[name].parameters():
                     if parameter.is_floating_point():
                         parameter.requires_grad_(name in trained)
 

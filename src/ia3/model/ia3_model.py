@@ -664,7 +664,7 @@ class IA3Model(nn.Module):
                 self._adapters.load_into(adapter_name, adapter)
             else:
                 self._add(adapter_name, adapter.config, adapter)
-        if not is_trainable:
+        if not is_trainable and any(module.training for module in self.modules()):
             self.eval()
 
     def push_to_hub(
