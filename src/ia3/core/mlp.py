@@ -12,8 +12,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, partial
-from types import MethodType
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from .activations import device_of, linear_features
 from .names import ATTRIBUTE
-from .patch import SLOTS
+from .patch import SLOTS, rebound
 
 TOKENS = 3
 
@@ -295,22 +294,9 @@ def _twin(
             own["forward"] = stand_ins[module]
         else:
             for slot in set(SLOTS) & own.keys():
-                forward = _rebound(own[slot], module, twin)
+                forward = rebound(own[slot], module, twin)
                 if forward is not None:
                     own[slot] = forward
                 elif within:
                     raise ValueError("somebody else's forward")
     return made[module]
-
-
-def _rebound(forward: Any, module: nn.Module, twin: nn.Module) -> Callable[..., Any] | None:
-    """A forward in a module's own place, for its copy; `None` where it is bound to nothing."""
-    if getattr(forward, "__self__", None) is module:
-        return MethodType(forward.__func__, twin)
-    if isinstance(forward, partial):
-        bound = _rebound(forward.func, module, twin)
-        if bound is not None:
-            return partial(bound, *forward.args, **forward.keywords)
-        if forward.args[:1] == (module,):
-            return partial(forward.func, twin, *forward.args[1:], **forward.keywords)
-    return None
