@@ -47,7 +47,7 @@ from ..files.atomic import check_folder, write_files
 from ..files.hub import CONFIG_NAME, HubOptions, adapter_folder
 from ..targets.config import IA3Config, TaskType
 from ..targets.resolve import check_vectors, resolve, selection
-from .fusing import fuse, is_fused, site_in, unfuse
+from .fused_mlp import fuse, is_fused, mark_sites, unfuse
 from .gather import Rows, is_within_experts, named
 from .trainers import known_to_trainer
 
@@ -1242,9 +1242,7 @@ class IA3Model(nn.Module):
                 # Blocks may have been taken out, or given another forward.
                 found.ready = None
                 fused = [found.modules[name] for name in self._fused if name in found.modules]
-                in_block = {id(site_in(module)) for module in fused}
-                for _, _, site in found.sites:
-                    site.in_block = id(site) in in_block
+                mark_sites([site for _, _, site in found.sites], fused)
             if not self._routes.open:
                 watch(self.model, False)
             activate(found, active, routed=bool(self._routes.open))
