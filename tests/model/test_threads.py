@@ -113,24 +113,6 @@ def test_a_call_while_the_active_adapter_is_deleted(monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(found, expected) for found in seen)
 
 
-@pytest.mark.filterwarnings("ignore:adapter 'wide' was active")
-def test_an_adapter_that_is_deleted_during_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = wide_and_narrow()
-    product = Site.product
-
-    def then_delete(site: Site, adapters: tuple[str, ...]) -> torch.Tensor:
-        result = product(site, adapters)
-        if "wide" in model.peft_config:
-            with ThreadPoolExecutor(1) as pool:
-                pool.submit(model.delete_adapter, "wide").result()
-        return result
-
-    monkeypatch.setattr(Site, "product", then_delete)
-    found = output(model)
-    assert model.active_adapters == ["narrow"]
-    assert torch.equal(found, output(model))
-
-
 def test_rows_of_an_adapter_that_is_being_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = wide_and_narrow()
     take_off = model._take_off

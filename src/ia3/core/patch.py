@@ -46,7 +46,10 @@ class Patch:
     @property
     def below(self) -> Callable[..., Any]:
         """The forward that was replaced: another patch's, another library's or the class's."""
-        return own_forward(self.module) if self.before is None else self.before
+        if self.before is not None:
+            return self.before
+        # Not a method: torch.compile cannot trace how one is made.
+        return partial(type(self.module).forward, self.module)
 
     # `inspect.signature` of the module's forward stays what it was.
     __wrapped__ = below
@@ -103,7 +106,7 @@ def rebound(forward: Any, module: nn.Module, twin: nn.Module) -> Callable[..., A
     if isinstance(forward, Patch):
         return rebound(forward.below, module, twin)
     if getattr(forward, "__self__", None) is module:
-        return MethodType(forward.__func__, twin)
+        return partial(forward.__func__, twin)
     if isinstance(forward, partial):
         bound = rebound(forward.func, module, twin)
         if bound is not None:

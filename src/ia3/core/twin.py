@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .hooks import Input, Output
+from .hooks import InputHook, OutputHook
 from .patch import SLOTS, rebound
 
 Forwards = Mapping[nn.Module, Callable[[Tensor], Tensor]]
@@ -74,8 +74,11 @@ def _twin(
     # What was compiled has the module's own weights in it.
     own.pop("_compiled_call_impl", None)
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-        others = (item for item in own[hooks].items() if not _is_ours(item[1]))
-        own[hooks] = OrderedDict(others)
+        own[hooks] = OrderedDict(
+            (key, hook)
+            for key, hook in own[hooks].items()
+            if not isinstance(hook, InputHook | OutputHook)
+        )
     own["_modules"] = {
         name: None if child is None else _twin(child, stand_ins, training, made)
         for name, child in module._modules.items()
@@ -89,7 +92,3 @@ def _twin(
             raise ValueError("its forward was replaced by a function that works for itself alone")
         own[slot] = forward or own[slot]
     return twin
-
-
-def _is_ours(hook: object) -> bool:
-    return isinstance(getattr(hook, "__self__", None), Input | Output)

@@ -192,8 +192,6 @@ class Rows:
 class _Stacked:
     """The values at a site as gradients reach them: the very vectors, stacked.
 
-    Vectors stay those of an adapter that is deleted meanwhile: a backward pass may be to come.
-
     Args:
         names: in this order.
         sites: where adapters of the model's own may have vectors.
@@ -208,13 +206,14 @@ class _Stacked:
     ) -> None:
         self.names = names
         self.others = others
-        self._readers = {
-            site: {name: site.reader(name) for name in names if name in site} for site in sites
-        }
+        self._having = {site: [name for name in names if name in site] for site in sites}
 
     def __call__(self, site: Site) -> Tensor | None:
-        readers = self._readers.get(site, {})
-        rows = {name: read().reshape(-1) for name, read in readers.items()}
+        having = self._having.get(site, ())
+        for name in having:
+            if name not in site:
+                raise IA3Error(f"adapter {name!r} was deleted while a call with it was running")
+        rows = {name: site.vector(name).reshape(-1) for name in having}
         like = next(iter(rows.values()), None)
         for name, parts in self.others.items():
             if site in parts:

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
-from weakref import WeakSet
 
 import torch
 import transformers
@@ -22,14 +21,14 @@ from transformers import PreTrainedModel
 
 from ..adapter import store
 from ..adapter.combining import CombinationType, MajoritySign, combine
-from ..adapter.fingerprint import Fingerprint, fingerprint, telling_parameters
+from ..adapter.fingerprint import Fingerprint, fingerprint
 from ..adapter.store import Adapter
 from ..core.activations import device_of
 from ..core.inventory import Contents, Inventory, activate
 from ..core.merge import Merge
 from ..core.mlp import Carriers
 from ..core.names import ATTRIBUTE, Target
-from ..core.route import BASE, LOCK, Names, Opening, Route, current_route, entered, watch
+from ..core.route import BASE, LOCK, Names, Route, current_route, entered, watch
 from ..core.saved_modules import (
     SavedModule,
     attach_saved_module,
@@ -46,7 +45,7 @@ from ..errors import IA3Error, did_you_mean
 from ..files.atomic import check_folder, write_files
 from ..files.hub import CONFIG_NAME, HubOptions, adapter_folder
 from ..targets.config import IA3Config, TaskType
-from ..targets.resolve import check_vectors, resolve, selection
+from ..targets.resolve import check_vectors, resolve
 from .fused_mlp import fuse, is_fused, mark_sites, unfuse
 from .gather import Rows, is_within_experts, named
 from .trainers import known_to_trainer
@@ -68,8 +67,8 @@ DEFAULT_ADAPTER = "default"
 # vector, and a vector that is set ("frozen") would be the attribute.
 TAKEN = {
     *dir(nn.Module()),
-    *("site_state", "side", "activation", "frozen", "banked", "merged", "in_block"),
-    *("must_be_hook", "_handles", "_settled", "active"),
+    *Site.__annotations__,
+    *SavedModule.__annotations__,
 }
 
 
@@ -310,7 +309,7 @@ class IA3Model(nn.Module):
         """
         self._plain = plain
         for _, _, site in self._sites():
-            site.site_state.in_place = not plain
+            site.in_place = not plain
 
     def forward(self, *args: Any, adapter_names: Names | None = None, **kwargs: Any) -> Any:
         """The base model's forward, with the active adapters.
@@ -527,7 +526,7 @@ class IA3Model(nn.Module):
         with LOCK:
             for target in targets:
                 site = place(found.modules[target.name], target, carriers)
-                site.site_state.in_place = not self._plain
+                site.in_place = not self._plain
                 site.banked = True
                 sites[target.name] = site
             # Fused layers have to know the site that is theirs.
@@ -709,16 +708,7 @@ class IA3Model(nn.Module):
         return self._adapter(adapter_name, self._fingerprint())
 
     def _fingerprint(self) -> Fingerprint:
-        found, merged = self._found(), bool(self._merge.adapters)
-        if found.telling and not merged:
-            known = fingerprint(self.model, found.telling)
-            # Weights may have been loaded, or offloaded, since these were chosen.
-            if len(known.samples) == len(found.telling):
-                return known
-        names = telling_parameters(self.model)
-        if not merged:  # else some are passed over
-            found.telling = names
-        return fingerprint(self.model, names)
+        return fingerprint(self.model)
 
     def _adapter(self, adapter_name: str, base: Fingerprint) -> Adapter:
         config = dataclasses.replace(self.peft_config[adapter_name], inference_mode=True)
@@ -938,13 +928,7 @@ class IA3Model(nn.Module):
             try:
                 self._put_on(adapter_name, resolved, stored, found, targets, saved, copy=copy)
                 self.peft_config[adapter_name] = resolved
-                ranges = {target.name: target.frozen for target in targets}
-                found = self._found()
-                kept = found.targets
-                if len(kept) >= len(self.peft_config):  # of adapters that are gone
-                    kept.clear()
-                kept[selection(resolved, ranges)] = targets
-                self._hide_from_checkpoints(self._keys(adapter_name, found))
+                self._hide_from_checkpoints(self._keys(adapter_name, self._found()))
             except BaseException:
                 # Memory may have run out, or somebody has interrupted.
                 self.peft_config.pop(adapter_name, None)
@@ -979,7 +963,7 @@ class IA3Model(nn.Module):
             else:
                 vector = torch.randn(shape, device=device)
             site = place(module, target, carriers)
-            site.site_state.in_place = not self._plain
+            site.in_place = not self._plain
             site.add(adapter_name, vector, target.frozen)
         for name in saved:
             module = self.model.get_submodule(name)
@@ -1010,16 +994,12 @@ class IA3Model(nn.Module):
         Raises:
             IA3Error: it does not fit the model, or not the other adapters on it.
         """
-        known = frozen = None
-        if stored is not None:
-            frozen = stored.frozen
-            known = found.targets.get(selection(config, frozen))
-        resolved, targets = resolve(self.model, config, frozen, found.modules, known)
-        if targets is not known:  # those have sites, and were checked when they got them
-            for target in targets:
-                check_free(found.modules[target.name], target)
-                if found.copies:
-                    self._check_outside_copies(target.name)
+        frozen = None if stored is None else stored.frozen
+        resolved, targets = resolve(self.model, config, frozen, found.modules)
+        for target in targets:
+            check_free(found.modules[target.name], target)
+            if found.copies:
+                self._check_outside_copies(target.name)
         if stored is not None:
             check_vectors(stored.vectors, targets, type(self.model).__name__)
         return resolved, targets
@@ -1091,7 +1071,7 @@ class IA3Model(nn.Module):
             )
         return self._rows.route(self, self._found, self.peft_config, bank, different, index)
 
-    def _open(self, route: Route, opening: Opening) -> None:
+    def _open(self, route: Route) -> None:
         """Have the hooks there that ask for a route; until `_close` nothing takes them away."""
         with LOCK:
             found = self._found()
@@ -1110,14 +1090,14 @@ class IA3Model(nn.Module):
             lost = route.sites.keys() - {site for _, _, site in found.sites}
             if any(route.values(site) is not None for site in lost):
                 raise IA3Error("the model that was routed has lost adapters since")
-            self._routes.open.add(opening)
+            self._routes.open += 1
             watch(self.model, True)
-            if not all(state.routed for state in found.states):
+            if not all(site.routed for _, _, site in found.sites):
                 self._activate()
 
-    def _close(self, opening: Opening) -> None:
+    def _close(self) -> None:
         with LOCK:
-            self._routes.open.discard(opening)
+            self._routes.open -= 1
 
     def _owns(self, site: Site) -> bool:
         return any(site is each for _, _, each in self._sites())
@@ -1237,10 +1217,8 @@ class IA3Model(nn.Module):
             active = names if self._enabled else ()
             if found is None:
                 found = self._found()
-                found.ready = None
             if self._fused:
                 # Blocks may have been taken out, or given another forward.
-                found.ready = None
                 fused = [found.modules[name] for name in self._fused if name in found.modules]
                 mark_sites([site for _, _, site in found.sites], fused)
             if not self._routes.open:
@@ -1257,7 +1235,7 @@ class IA3Model(nn.Module):
         changing = {*self._active, *names}
         # Somebody may have asked for all gradients there are: it shows at an adapter's first site.
         seen: set[str] = set()
-        held = found.vectors()
+        held = [site._parameters for _, _, site in found.sites]
         for vectors in held:
             for name in vectors.keys() - seen:
                 if vectors[name].requires_grad:  # type: ignore[union-attr]
@@ -1313,10 +1291,10 @@ class IA3Model(nn.Module):
 
 
 class _Routing:
-    """The routes of a model that are on, each time they were entered, and its bank."""
+    """How many times routes of a model are entered now, and its bank."""
 
     def __init__(self) -> None:
-        self.open: WeakSet[Opening] = WeakSet()
+        self.open = 0
         self.bank: AdapterBank | None = None
 
     def __reduce__(self) -> tuple[type[_Routing], tuple[()]]:
