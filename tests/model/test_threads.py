@@ -19,7 +19,6 @@ from torch.nn import functional
 from ia3 import IA3Error, IA3Model
 from ia3.core.route import LOCK
 from ia3.core.sites import Site
-from ia3.model import adapters as adapters_module
 
 
 @pytest.fixture
@@ -113,24 +112,6 @@ def test_a_call_while_the_active_adapter_is_deleted(monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(found, expected) for found in seen)
 
 
-@pytest.mark.filterwarnings("ignore:adapter 'wide' was active")
-def test_an_adapter_that_is_deleted_during_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = wide_and_narrow()
-    product = Site.product
-
-    def then_delete(site: Site, adapters: tuple[str, ...]) -> torch.Tensor:
-        result = product(site, adapters)
-        if "wide" in model.peft_config:
-            with ThreadPoolExecutor(1) as pool:
-                pool.submit(model.delete_adapter, "wide").result()
-        return result
-
-    monkeypatch.setattr(Site, "product", then_delete)
-    found = output(model)
-    assert model.active_adapters == ["narrow"]
-    assert torch.equal(found, output(model))
-
-
 def test_rows_of_an_adapter_that_is_being_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = wide_and_narrow()
     remove = Site.remove
@@ -162,16 +143,15 @@ def test_a_switch_while_another_thread_fuses(
         model.fuse_mlp()
         change, target, names = lambda: model.set_adapter("wide"), model.unfuse_mlp, ()
     other = threading.Thread(target=target, args=names)
-    find = adapters_module.site_in
+    activate = Site.activate
 
-    def late(module: nn.Module) -> Site | None:
-        site = find(module)
+    def late(site: Site, *given: Any, **options: Any) -> None:
+        activate(site, *given, **options)
         if other.ident is None:
             other.start()
             other.join(0.5)
-        return site
 
-    monkeypatch.setattr(adapters_module, "site_in", late)
+    monkeypatch.setattr(Site, "activate", late)
     change()
     other.join()
     found = output(model)

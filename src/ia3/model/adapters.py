@@ -6,7 +6,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Collection, Sequence
-from weakref import WeakSet
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +17,9 @@ from ..core.inventory import Contents, Inventory
 from ..core.merge import Merge
 from ..core.mlp import Carriers
 from ..core.names import ATTRIBUTE, Target
-from ..core.route import BASE, LOCK, Opening, watch
+from ..core.route import BASE, LOCK, watch
 from ..core.saved_modules import (
+    SavedModule,
     attach_saved_module,
     check_saved_modules,
     detach_saved_module,
@@ -31,23 +32,12 @@ from ..errors import IA3Error, did_you_mean
 from ..targets.config import IA3Config
 from ..targets.resolve import check_vectors, resolve
 from .frozen_base import FrozenBase
-from .fusing import fuse, is_fused, site_in, unfuse
+from .fused_mlp import fuse, is_fused, mark_sites, unfuse
 from .heads import with_head
 
 # The attributes of the modules that hold vectors or copies: setting one ("training") would set the
 # vector, and a vector that is set ("frozen") would be the attribute.
-TAKEN = {
-    *dir(nn.Module()),
-    *("site_state", "side", "activation", "frozen", "banked", "merged", "in_block"),
-    *("must_be_hook", "_handles", "_settled", "active"),
-}
-
-
-class OpenRoutes(WeakSet[Opening]):
-    """The routes of a model that are on, one entry for each time one was entered."""
-
-    def __reduce__(self) -> tuple[type[OpenRoutes], tuple[()]]:
-        return OpenRoutes, ()  # a copy of the model is not routed
+TAKEN = {*dir(nn.Module()), *Site.__annotations__, *SavedModule.__annotations__}
 
 
 class Adapters:
@@ -58,39 +48,39 @@ class Adapters:
     Args:
         model: the base model, without adapters.
         merge: what is merged into its weights.
-        open_routes: its routes that are on. Some changes are refused meanwhile.
 
     Attributes:
         configs: adapter name -> its config, with its modules named.
         active: the adapters that multiply.
         enabled: False: none multiplies, and the model computes as the base model does.
-        unloaded: True: everything was taken off, for good.
-        base: the base model's own parameters, frozen or not.
+        unloaded: everything was taken off, for good.
+        base: the base model's own parameters.
 
     Raises:
         IA3Error: the model has adapters already.
     """
 
-    def __init__(self, model: nn.Module, merge: Merge, open_routes: OpenRoutes) -> None:
-        taken = next(
-            (n for n, module in model.named_modules() if ATTRIBUTE in module._modules), None
-        )
-        if taken is not None:
+    def __init__(self, model: nn.Module, merge: Merge) -> None:
+        on = next((name for name, m in model.named_modules() if ATTRIBUTE in m._modules), None)
+        if on is not None:
             raise IA3Error(
-                f"{type(model).__name__} has adapters already (at {taken!r}): use add_adapter on "
+                f"{type(model).__name__} has adapters already (at {on!r}): use add_adapter on "
                 "its IA3Model, or unload() that first"
             )
         self.model = model
         self.merge = merge
-        self.open_routes = open_routes
         self.base = FrozenBase(model)
         self.configs: dict[str, IA3Config] = {}
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.unloaded = False
         self._inventory = Inventory(model)
+        self._open_routes = 0
         self._fused: list[str] = []
         self._plain = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open_routes": 0}  # a copy is not routed
 
     # -- what there is ----------------------------------------------------------------------------
 
@@ -105,6 +95,10 @@ class Adapters:
     def copies_of(self, name: str) -> dict[str, nn.Module]:
         """Module name -> an adapter's copy of the module (`modules_to_save`)."""
         return {m: copies[name] for m, _, copies in self.contents().copies if name in copies}
+
+    def merged_modules(self) -> set[str]:
+        """The modules that have adapters merged into them."""
+        return {module for module, _, site in self.contents().sites if site.merged}
 
     def stored(self, name: str) -> Adapter:
         """An adapter as it is off its model. Its tensors may share the model's memory."""
@@ -132,10 +126,10 @@ class Adapters:
         self.check_known(found)
         return found
 
-    # -- checks -----------------------------------------------------------------------------------
+    # -- checks: each raises IA3Error -------------------------------------------------------------
 
     def check_known(self, names: Collection[str]) -> None:
-        """Raise `IA3Error` where the model has no adapter of a name."""
+        """The model has adapters of these names."""
         for name in names:
             if name not in self.configs:
                 raise IA3Error(
@@ -144,27 +138,27 @@ class Adapters:
                 )
 
     def check_loaded(self) -> None:
-        """Raise `IA3Error` after `unload`."""
+        """The model has not been unloaded."""
         if self.unloaded:
             raise IA3Error("this model was unloaded: make a new one")
 
     def check_enabled(self, before: str) -> None:
-        """Raise `IA3Error` while adapters are disabled."""
+        """Adapters are not disabled."""
         if not self.enabled:
             raise IA3Error(f"adapters are disabled: enable_adapter_layers() before {before}")
 
     def check_unrouted(self, what: str) -> None:
-        """Raise `IA3Error` while a route is on. The caller holds the lock."""
-        if self.open_routes:
+        """No route of the model is on. The caller holds the lock."""
+        if self._open_routes:
             raise IA3Error(f"{what}: a route of this model is on, leave it first")
 
     def check_unmerged(self, name: str) -> None:
-        """Raise `IA3Error` while an adapter is merged."""
+        """An adapter is not merged."""
         if name in self.merge.adapters:
             raise IA3Error(f"adapter {name!r} is merged: unmerge_adapter() first")
 
     def check_one_copy(self, names: Collection[str]) -> None:
-        """Raise `IA3Error` where two of the adapters have a copy of the same module."""
+        """No two of the adapters have a copy of the same module."""
         for module, _, copies in self.contents().copies:
             having = sorted(set(names).intersection(copies.adapters))
             if len(having) > 1:
@@ -173,15 +167,53 @@ class Adapters:
                     "of them can be active"
                 )
 
-    def warn_of_other_base(self, name: str, stored: Adapter) -> None:
-        """Warn where an adapter was trained on another base model than this one."""
-        merged = {module for module, _, site in self.contents().sites if site.merged}
-        difference = stored.base.difference(self.model, merged) if stored.base else None
-        if difference is not None:
-            warnings.warn(
-                f"this may be the wrong base model for adapter {name!r}: {difference}",
-                stacklevel=5,
-            )
+    def fit(
+        self, name: str, config: IA3Config, stored: Adapter | None
+    ) -> tuple[IA3Config, list[Target]]:
+        """What a config, or a stored adapter, rescales on this model; nothing is changed.
+
+        Warns where a stored adapter was trained on another base model.
+
+        Raises:
+            IA3Error: it does not fit the model, or not the other adapters on it.
+        """
+        contents = self.contents()
+        frozen = None if stored is None else stored.frozen
+        resolved, targets = resolve(self.model, config, frozen)
+        for target in targets:
+            check_free(contents.modules[target.name], target)
+            self._check_outside_copies(target.name, contents)
+        if stored is not None:
+            check_vectors(stored.vectors, targets, type(self.model).__name__)
+            if stored.base and (other := stored.base.difference(self.model, self.merged_modules())):
+                warnings.warn(
+                    f"this may be the wrong base model for adapter {name!r}: {other}", stacklevel=5
+                )
+        return resolved, targets
+
+    def _check_can_be_copied(self, saved: Sequence[str]) -> None:
+        contents = self.contents()
+        for name in saved:
+            self._check_outside_copies(name, contents)
+            module = contents.modules[name]
+            for part_name, part in module.named_modules(prefix=name):
+                if site_of(part) is not None or (part is not module and saved_module_of(part)):
+                    raise IA3Error(
+                        f"modules_to_save: another adapter on this model has vectors or a copy in "
+                        f"{part_name!r}, which is part of {name!r}"
+                    )
+                if is_fused(part):
+                    raise IA3Error(
+                        f"modules_to_save: {part_name!r} in {name!r} is fused: unfuse_mlp() first"
+                    )
+
+    def _check_outside_copies(self, name: str, contents: Contents) -> None:
+        for around, _, _ in contents.copies:
+            if name.startswith(f"{around}."):
+                raise IA3Error(
+                    f"module {name!r} is part of {around!r}, which another adapter on this model "
+                    "has in its modules_to_save"
+                )
 
     # -- adding and removing ----------------------------------------------------------------------
 
@@ -197,14 +229,12 @@ class Adapters:
                 raise IA3Error(f"adapter {name!r} exists already: delete it or choose another")
             check_name(name)
             config = dataclasses.replace(config, modules_to_save=with_head(self.model, config))
-            resolved, targets = self.fit(config, stored)
-            saved = find_modules_to_save(
-                self.model, resolved.modules_to_save, strict=stored is None
-            )
+            resolved, targets = self.fit(name, config, stored)
+            strict = stored is None
+            saved = find_modules_to_save(self.model, resolved.modules_to_save, strict=strict)
             self._check_can_be_copied(saved)
             if stored is not None:
                 check_saved_modules(stored.copies, saved, self.model)
-                self.warn_of_other_base(name, stored)
             try:
                 self._add_vectors(name, config, targets, stored)
                 self._add_copies(name, saved, stored)
@@ -213,29 +243,12 @@ class Adapters:
                 self._take_off(name)
                 raise
 
-    def fit(self, config: IA3Config, stored: Adapter | None) -> tuple[IA3Config, list[Target]]:
-        """What a config, or a stored adapter, rescales on this model; nothing is changed.
-
-        Raises:
-            IA3Error: it does not fit the model, or not the other adapters on it.
-        """
-        contents = self.contents()
-        frozen = None if stored is None else stored.frozen
-        resolved, targets = resolve(self.model, config, frozen)
-        for target in targets:
-            check_free(contents.modules[target.name], target)
-            if contents.copies:
-                self._check_outside_copies(target.name)
-        if stored is not None:
-            check_vectors(stored.vectors, targets, type(self.model).__name__)
-        return resolved, targets
-
     def place(self, targets: Sequence[Target]) -> dict[str, Site]:
         """Module name -> the site there, placed now where there is none."""
         modules, carriers = self.contents().modules, Carriers(self.model)
         sites = {target.name: place(modules[target.name], target, carriers) for target in targets}
         for site in sites.values():
-            site.site_state.in_place = not self._plain
+            site.in_place = not self._plain
         return sites
 
     def _add_vectors(
@@ -307,7 +320,6 @@ class Adapters:
             self._take_off(name)
 
     def _take_off(self, name: str) -> None:
-        """Remove an adapter's config, vectors and copies, and sites that are of no use without."""
         self.configs.pop(name, None)
         contents = self.contents()
         for _, module, site in contents.sites:
@@ -319,31 +331,6 @@ class Adapters:
                 copies.remove(name)
             if not copies.adapters:
                 detach_saved_module(module)
-
-    def _check_can_be_copied(self, saved: Sequence[str]) -> None:
-        for name in saved:
-            self._check_outside_copies(name)
-            module = self.model.get_submodule(name)
-            for part_name, part in module.named_modules(prefix=name):
-                if site_of(part) is not None or (part is not module and saved_module_of(part)):
-                    raise IA3Error(
-                        f"modules_to_save: another adapter on this model has vectors or a copy in "
-                        f"{part_name!r}, which is part of {name!r}"
-                    )
-                if is_fused(part):
-                    raise IA3Error(
-                        f"modules_to_save: {part_name!r} in {name!r} is fused: unfuse_mlp() first"
-                    )
-
-    def _check_outside_copies(self, name: str) -> None:
-        parts = name.split(".")
-        for end in range(1, len(parts)):
-            around = ".".join(parts[:end])
-            if saved_module_of(self.model.get_submodule(around)) is not None:
-                raise IA3Error(
-                    f"module {name!r} is part of {around!r}, which another adapter on this model "
-                    "has in its modules_to_save"
-                )
 
     # -- which of them multiply and train ---------------------------------------------------------
 
@@ -391,29 +378,26 @@ class Adapters:
                         parameter.requires_grad_(name in trained)
 
     def activate(self, names: tuple[str, ...] | None = None) -> None:
-        """Have these adapters multiply from the next call on; for `None`, those that should.
+        """Have these adapters multiply from the next call on; for `None`, those that did.
 
-        Called after each change of what is merged, fused or routed, which decide with it which
-        modules get a hook.
+        Called after each change of what is merged, fused or routed too, by which it depends where
+        hooks are needed.
         """
         with LOCK:
-            if names is not None:
-                self.active = names
+            self.active = self.active if names is None else names
             active = self.active if self.enabled else ()
-            contents, routed = self.contents(), bool(self.open_routes)
-            if not routed:
-                watch(self.model, False)
-            # Fused layers may have been taken out of the model.
-            fused = [contents.modules[name] for name in self._fused if name in contents.modules]
-            in_block = {id(site_in(module)) for module in fused}
+            contents, routed = self.contents(), self._open_routes > 0
+            watch(self.model, routed)
+            if self._fused:  # of these layers, some may have been taken out of the model
+                fused = [contents.modules[name] for name in self._fused if name in contents.modules]
+                mark_sites([site for _, _, site in contents.sites], fused)
             for _, module, site in contents.sites:
-                site.in_block = id(site) in in_block
                 site.activate(module, active, routed)
             for _, _, copies in contents.copies:
                 copies.active = next((name for name in active if name in copies), None)
 
     def enable(self, enabled: bool) -> None:
-        """Have the active adapters multiply, or none. Merged ones are unmerged first, and stay so.
+        """Have the active adapters multiply, or none: merged ones are unmerged then, and stay so.
 
         Raises:
             IA3Error: they are to be disabled while a route is on.
@@ -435,12 +419,25 @@ class Adapters:
 
     # -- how they multiply ------------------------------------------------------------------------
 
+    def route_opened(self) -> None:
+        """Have the hooks there that ask for a route. Until `route_closed` nothing removes them."""
+        with LOCK:
+            self._open_routes += 1
+            watch(self.model, True)
+            if not all(site.routed for _, _, site in self.contents().sites):
+                self.activate()
+
+    def route_closed(self) -> None:
+        """Undo `route_opened`; the hooks stay until the next change."""
+        with LOCK:
+            self._open_routes -= 1
+
     def use_plain_product(self, plain: bool) -> None:
         """Rescale at the very module, or where it costs the least memory."""
         with LOCK:
             self._plain = plain
             for _, _, site in self.contents().sites:
-                site.site_state.in_place = not plain
+                site.in_place = not plain
 
     def fuse(self) -> int:
         """Fuse the model's gated feed-forward layers; returns how many are fused now."""
@@ -457,8 +454,6 @@ class Adapters:
                 self._fused = []
                 unfuse(self.model)
                 self.activate()
-
-    # -- the end ----------------------------------------------------------------------------------
 
     def unload(self) -> None:
         """Take everything off the model, which is then what it was."""

@@ -32,6 +32,10 @@ class AutoPeftModel:
 
     task_type: TaskType | None = None
 
+    def __init_subclass__(cls, task: TaskType | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.task_type = task or cls.task_type
+
     def __init__(self) -> None:
         raise IA3Error(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained()")
 
@@ -89,44 +93,32 @@ class AutoPeftModel:
             config.base_model_name_or_path, revision=config.revision, **base_options
         )
         _fit_vocabulary(base, folder, base_options.get("trust_remote_code", False))
-        kind = IA3Model if cls.task_type is None else MODEL_CLASSES[cls.task_type]
+        kind = MODEL_CLASSES.get(cls.task_type, IA3Model)
         return kind.from_pretrained(base, folder, adapter_name, is_trainable, config)
 
 
-class AutoPeftModelForCausalLM(AutoPeftModel):
+class AutoPeftModelForCausalLM(AutoPeftModel, task=TaskType.CAUSAL_LM):
     """An adapter with its decoder-only language model."""
 
-    task_type = TaskType.CAUSAL_LM
 
-
-class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel, task=TaskType.SEQ_2_SEQ_LM):
     """An adapter with its encoder-decoder language model."""
 
-    task_type = TaskType.SEQ_2_SEQ_LM
 
-
-class AutoPeftModelForSequenceClassification(AutoPeftModel):
+class AutoPeftModelForSequenceClassification(AutoPeftModel, task=TaskType.SEQ_CLS):
     """An adapter with its sequence classifier."""
 
-    task_type = TaskType.SEQ_CLS
 
-
-class AutoPeftModelForTokenClassification(AutoPeftModel):
+class AutoPeftModelForTokenClassification(AutoPeftModel, task=TaskType.TOKEN_CLS):
     """An adapter with its token classifier."""
 
-    task_type = TaskType.TOKEN_CLS
 
-
-class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+class AutoPeftModelForQuestionAnswering(AutoPeftModel, task=TaskType.QUESTION_ANS):
     """An adapter with its question answerer."""
 
-    task_type = TaskType.QUESTION_ANS
 
-
-class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+class AutoPeftModelForFeatureExtraction(AutoPeftModel, task=TaskType.FEATURE_EXTRACTION):
     """An adapter with its model of hidden states."""
-
-    task_type = TaskType.FEATURE_EXTRACTION
 
 
 AUTO_CLASSES = {

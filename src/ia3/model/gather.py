@@ -115,8 +115,6 @@ def make_route(
 class StackedVectors:
     """The values of several adapters at a site, `[names, dim]`, through which gradients flow.
 
-    An adapter that is deleted later keeps its vectors here: a backward pass may be to come.
-
     Args:
         names: in the order of the rows; a name that has nothing at a site counts as ones there.
         sites: where the model's own adapters may have vectors.
@@ -134,12 +132,14 @@ class StackedVectors:
         self._names = names
         self._others = others
         self._gathered = gathered
-        self._readers = {
-            site: {name: site.reader(name) for name in names if name in site} for site in sites
-        }
+        self._having = {site: [name for name in names if name in site] for site in sites}
 
     def __call__(self, site: Site) -> Tensor | None:
-        rows = {name: read().reshape(-1) for name, read in self._readers.get(site, {}).items()}
+        having = self._having.get(site, [])
+        gone = next((name for name in having if name not in site), None)
+        if gone is not None:
+            raise IA3Error(f"adapter {gone!r} was deleted while a call with it was running")
+        rows = {name: site.vector(name).reshape(-1) for name in having}
         like = next(iter(rows.values()), self._gathered.get(site))
         if like is None:
             return None

@@ -24,13 +24,16 @@ from ..errors import IA3Error
 from ..files.hub import HubOptions
 from ..targets.config import IA3Config, TaskType
 from . import saving
-from .adapters import Adapters, OpenRoutes
+from .adapters import Adapters
 from .adapters import check_name as check_name
 from .gather import RowSource
 from .merging import merge_adapters, merge_for_good, untie
 from .routes import Routes
 from .saving import DEFAULT_ADAPTER as DEFAULT_ADAPTER
 from .trainers import tell_trainer
+
+# Task -> the class of its models: those at the end of this file.
+MODEL_CLASSES: dict[str | None, type[IA3Model]] = {}
 
 
 class IA3Model(nn.Module):
@@ -62,6 +65,12 @@ class IA3Model(nn.Module):
     task: TaskType | None = None
 
     model: nn.Module
+
+    def __init_subclass__(cls, task: TaskType | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if task is not None:
+            cls.task = task
+            MODEL_CLASSES[task] = cls
 
     def __init__(
         self,
@@ -96,7 +105,7 @@ class IA3Model(nn.Module):
         Raises:
             IA3Error: the adapter does not fit the model, which is then unchanged.
         """
-        kind = model_class(adapter.config) if cls is IA3Model else cls
+        kind = MODEL_CLASSES.get(adapter.config.task_type, cls) if cls is IA3Model else cls
         self = kind.__new__(kind)
         self._begin(model)
         with saving.naming(source):
@@ -113,9 +122,8 @@ class IA3Model(nn.Module):
 
     def _begin(self, model: nn.Module) -> None:
         super().__init__()
-        open_routes, self._merge = OpenRoutes(), Merge(model)
-        self._adapters = Adapters(model, self._merge, open_routes)
-        self._routes = Routes(self._adapters, open_routes)
+        self._adapters = Adapters(model, Merge(model))
+        self._routes = Routes(self._adapters)
         self.model = model
         tell_trainer(IA3Model)
 
@@ -308,7 +316,7 @@ class IA3Model(nn.Module):
     # A compiler knows no thread's route.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_routed(self, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self._routes.enter(names, call=(args, kwargs)):
+        with self._routes.entered(names, call=(args, kwargs)):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Names | None = None, **kwargs: Any) -> Any:
@@ -357,7 +365,7 @@ class IA3Model(nn.Module):
             >>> logits.shape
             torch.Size([3, 4, 64])
         """
-        with self._routes.enter(names, token_index):
+        with self._routes.entered(names, token_index):
             yield
 
     def use_plain_product(self, plain: bool = True) -> None:
@@ -751,55 +759,29 @@ def get_peft_model(
         raise IA3Error("mixed=True: there is only one kind of adapter here")
     if revision is not None:
         peft_config.revision = revision
-    return model_class(peft_config)(model, peft_config, adapter_name)
+    kind = MODEL_CLASSES.get(peft_config.task_type, IA3Model)
+    return kind(model, peft_config, adapter_name)
 
 
-def model_class(config: IA3Config) -> type[IA3Model]:
-    """The class for a config's task type."""
-    return MODEL_CLASSES[TaskType(config.task_type)] if config.task_type else IA3Model
-
-
-class PeftModelForCausalLM(IA3Model):
+class PeftModelForCausalLM(IA3Model, task=TaskType.CAUSAL_LM):
     """A decoder-only language model with adapters."""
 
-    task = TaskType.CAUSAL_LM
 
-
-class PeftModelForSeq2SeqLM(IA3Model):
+class PeftModelForSeq2SeqLM(IA3Model, task=TaskType.SEQ_2_SEQ_LM):
     """An encoder-decoder language model with adapters."""
 
-    task = TaskType.SEQ_2_SEQ_LM
 
-
-class PeftModelForSequenceClassification(IA3Model):
+class PeftModelForSequenceClassification(IA3Model, task=TaskType.SEQ_CLS):
     """A sequence classifier with adapters; its head trains and is saved with them."""
 
-    task = TaskType.SEQ_CLS
 
-
-class PeftModelForTokenClassification(IA3Model):
+class PeftModelForTokenClassification(IA3Model, task=TaskType.TOKEN_CLS):
     """A token classifier with adapters; its head trains and is saved with them."""
 
-    task = TaskType.TOKEN_CLS
 
-
-class PeftModelForFeatureExtraction(IA3Model):
-    """A model whose hidden states are wanted, with adapters."""
-
-    task = TaskType.FEATURE_EXTRACTION
-
-
-class PeftModelForQuestionAnswering(IA3Model):
+class PeftModelForQuestionAnswering(IA3Model, task=TaskType.QUESTION_ANS):
     """An extractive question answerer with adapters; its head trains and is saved with them."""
 
-    task = TaskType.QUESTION_ANS
 
-
-MODEL_CLASSES: dict[TaskType, type[IA3Model]] = {
-    TaskType.CAUSAL_LM: PeftModelForCausalLM,
-    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
-    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
-    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
-}
+class PeftModelForFeatureExtraction(IA3Model, task=TaskType.FEATURE_EXTRACTION):
+    """A model whose hidden states are wanted, with adapters."""

@@ -3,62 +3,51 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from ..adapter.store import Adapter
-from ..core.route import BASE, LOCK, Names, Opening, Route, current_route, entered, watch
+from ..core.route import BASE, LOCK, Names, Route, current_route, entered
 from ..core.sites import Site, displace
 from ..errors import IA3Error, did_you_mean
-from .adapters import Adapters, OpenRoutes
+from .adapters import Adapters
 from .gather import RowSource, is_within_experts, make_route, read_names
 from .heads import with_head
 
 
 class Routes:
-    """The routes of one model; what `core.route` knows as their host.
+    """The routes of one model, whose host they are, and its bank.
 
     Args:
         adapters: the model's own.
-        open_routes: the same as theirs. Only this class adds to it.
 
     Attributes:
         model: the base model.
         bank: the adapters that can be named beside the model's own; a copy of the model has none.
     """
 
-    def __init__(self, adapters: Adapters, open_routes: OpenRoutes) -> None:
+    def __init__(self, adapters: Adapters) -> None:
         self.model = adapters.model
         self.bank: RowSource | None = None
         self._adapters = adapters
-        self._open_routes = open_routes
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "bank": None}
 
-    def check_not_in_bank(self, name: str) -> None:
-        """Raise `IA3Error` where the bank has an adapter of this name."""
-        if self.bank is not None and name in self.bank:
-            raise IA3Error(
-                f"the model's bank has an adapter {name!r} already: remove it or choose another"
-            )
-
     # -- routes -----------------------------------------------------------------------------------
 
-    def enter(
-        self,
-        names: Names,
-        token_index: Tensor | None = None,
-        call: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
-    ) -> AbstractContextManager[None]:
+    @contextmanager
+    def entered(
+        self, names: Names, token_index: Tensor | None = None, call: tuple[Any, Any] | None = None
+    ) -> Iterator[None]:
         """Within the context, calls of the model in this thread or task have these adapters.
 
         Args:
             names, token_index: as for `read_names`.
-            call: the arguments of the call to come, which are checked first.
+            call: the arguments of the call to come, by place and by name, which are checked first.
 
         Raises:
             IA3Error: a name is unknown, or the model or an adapter cannot be routed.
@@ -66,14 +55,11 @@ class Routes:
         route = self._route(names, token_index)
         if call is not None:
             route.check(*call)
-        return entered(route)
+        with entered(route):
+            yield
 
     def generate(self, names: Names | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model's `generate` with an adapter a row; those of the current route for `None`.
-
-        Raises:
-            IA3Error: as `enter`, or tokens are routed.
-        """
+        """As `IA3Model.generate`; without names, the rows of the current route, if there is one."""
         model: Any = self.model
         route = current_route(self) if names is None else self._route(names)
         if route is None:
@@ -121,17 +107,15 @@ class Routes:
             )
         return make_route(self, adapters.contents, adapters.configs, bank, different, index)
 
-    # What core.route asks of the host of its routes.
-
-    def _open(self, route: Route, opening: Opening) -> None:
+    def _open(self, route: Route) -> None:
         adapters = self._adapters
         with LOCK:
-            contents, merged = adapters.contents(), adapters.merge.adapters
-            if merged:
+            if merged := adapters.merge.adapters:
                 raise IA3Error(
                     f"adapters {sorted(merged)} are merged, in all rows: unmerge_adapter() before "
                     "routing"
                 )
+            contents = adapters.contents()
             for name, _, copies in contents.copies:
                 if copies.active is not None:
                     raise IA3Error(
@@ -142,37 +126,32 @@ class Routes:
             lost = route.sites.keys() - {site for _, _, site in contents.sites}
             if any(route.values(site) is not None for site in lost):
                 raise IA3Error("the model that was routed has lost adapters since")
-            self._open_routes.add(opening)
-            watch(self.model, True)
-            if not all(site.site_state.routed for _, _, site in contents.sites):
-                adapters.activate()
+            adapters.route_opened()
 
-    def _close(self, opening: Opening) -> None:
-        with LOCK:
-            self._open_routes.discard(opening)
+    def _close(self) -> None:
+        self._adapters.route_closed()
 
-    def _owns(self, site: Site) -> bool:
+    def _owns(self, site: Any) -> bool:
         return any(site is each for _, _, each in self._adapters.contents().sites)
 
     # -- the bank ---------------------------------------------------------------------------------
 
-    def attach(self, bank: RowSource) -> None:
-        """Have a bank's adapters known.
+    def check_not_in_bank(self, name: str) -> None:
+        """Raise `IA3Error` where the bank has an adapter of this name."""
+        if self.bank is not None and name in self.bank:
+            raise IA3Error(
+                f"the model's bank has an adapter {name!r} already: remove it or choose another"
+            )
 
-        Raises:
-            IA3Error: there is a bank already, or the model was unloaded.
-        """
+    def attach(self, bank: RowSource) -> None:
+        """Have a bank's adapters known."""
         self._adapters.check_loaded()
         if self.bank is not None:
             raise IA3Error("the model has a bank already: close() that first")
         self.bank = bank
 
     def detach(self) -> None:
-        """Undo `attach`, and take off the sites that only the bank needed.
-
-        Raises:
-            IA3Error: a route is on.
-        """
+        """Undo `attach`, and take off the sites that only the bank needed."""
         with LOCK:
             self._adapters.check_unrouted("detaching the bank")
             self.bank = None
@@ -182,26 +161,20 @@ class Routes:
                     displace(module)
 
     def sites_for_bank(self, name: str, adapter: Adapter) -> dict[str, Site]:
-        """Module name -> the site for each vector of a bank's adapter, placed now if it is new.
-
-        Raises:
-            IA3Error: the adapter does not fit the model, or cannot be mixed with others; the model
-                is then unchanged.
-        """
+        """As `IA3Model.sites_for_bank`."""
         adapters = self._adapters
         if adapter.copies or with_head(self.model, adapter.config):
             raise IA3Error(
                 f"adapter {name!r} has copies of modules (modules_to_save), which all rows of a "
                 "batch would go through: it cannot be in a bank"
             )
-        _, targets = adapters.fit(adapter.config, adapter)
+        _, targets = adapters.fit(name, adapter.config, adapter)
         inner = next((t.name for t in targets if is_within_experts(t.name, t.side)), None)
         if inner is not None:
             raise IA3Error(
                 f"adapter {name!r} rescales within the experts {inner!r}, whose tokens are no "
                 "longer in the order of the batch: it cannot be in a bank"
             )
-        adapters.warn_of_other_base(name, adapter)
         with LOCK:
             sites = adapters.place(targets)
             for site in sites.values():

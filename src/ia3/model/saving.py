@@ -53,7 +53,7 @@ def to_save(adapters: Adapters, names: Sequence[str]) -> dict[str, Adapter]:
         IA3Error: a name is unknown.
     """
     adapters.check_known(names)
-    merged = {module for module, _, site in adapters.contents().sites if site.merged}
+    merged = adapters.merged_modules()
     base = fingerprint(adapters.model, merged)
     found = {name: adapters.stored(name) for name in names}
     for adapter in found.values():
