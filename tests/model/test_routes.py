@@ -468,6 +468,8 @@ def test_bad_names_are_refused_before_anything_runs() -> None:
         ("b", "is 'b', expected a list"),
         ([], r"is \[\], expected a list"),
         (["b", 3, "c"], "holds 3, expected names"),
+        (["b", None, "c"], "'__base__' is the base model"),
+        ([["b", "c"], "bc"], "one name a token"),
     ]
     for names, message in bad:
         with pytest.raises(ia3.IA3Error, match=message):
@@ -856,23 +858,6 @@ def test_a_task_has_the_route_it_was_started_in() -> None:
     assert all(torch.equal(found, expected) for found in asyncio.run(start()))
 
 
-def test_a_name_that_is_given_again_has_its_own_rows() -> None:
-    """Its vectors may lie where those of the deleted one were."""
-    model = several("llama")
-    inputs = batch("llama")
-    config = ia3.IA3Config(target_modules=r".*layers\.0\.self_attn\.k_proj", feedforward_modules=[])
-    model.add_adapter("again", config)
-    ((name, vector),) = model.vectors("again").items()
-    for value in range(2, 30):
-        logits(model, **inputs, adapter_names=["again"] * 3)
-        model.delete_adapter("again")
-        model.add_adapter("again", config, {name: torch.full_like(vector, value)})
-        routed = logits(model, **inputs, adapter_names=["again"] * 3)
-        model.set_adapter("again", inference_mode=True)
-        torch.testing.assert_close(routed, logits(model, **inputs))
-        model.set_adapter("b", inference_mode=True)
-
-
 def test_a_batch_of_more_rows_is_refused_whoever_is_called() -> None:
     model = several("opt")
     six = torch.cat([batch("opt")["input_ids"]] * 2)
@@ -935,15 +920,6 @@ def test_a_generation_config_that_leaves_beams_to_the_models_own() -> None:
     assert config.disable_compile is not True
     model.set_adapter("b", inference_mode=True)
     assert torch.equal(found[:1], model.generate(ids[:1], config))
-
-
-def test_names_that_are_no_names_are_refused() -> None:
-    model = several("llama")
-    ids = batch("llama")["input_ids"]
-    with pytest.raises(ia3.IA3Error, match="'__base__' is the base model"):
-        model(ids, adapter_names=["b", None, "c"])
-    with pytest.raises(ia3.IA3Error, match="one name a token"):
-        model(ids[:2, :2], adapter_names=[["b", "c"], "bc"])
 
 
 def test_a_traced_graph_does_not_keep_a_route() -> None:
