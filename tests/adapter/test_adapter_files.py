@@ -21,7 +21,7 @@ import torch
 from conftest import MakeInputs, MakeModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.pairs import randomize, relative, vectors
+from support.pairs import adapted, logits, randomize, relative, vectors
 from support.snapshots import assert_unchanged, snapshot
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
@@ -32,18 +32,6 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 K_PROJ = "base_model.model.model.layers.0.self_attn.k_proj.ia3_l"
 DOWN_PROJ = "base_model.model.model.layers.1.mlp.down_proj.ia3_l"
-
-
-def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**inputs).logits
-    return result
-
-
-def adapted(base: nn.Module, seed: int = 0, **config: Any) -> IA3Model:
-    model = IA3Model(base, IA3Config(**config))
-    randomize(vectors(model), seed)
-    return model
 
 
 @pytest.fixture
@@ -505,14 +493,14 @@ def test_files_of_all_versions_of_peft(
     model = IA3Model.from_pretrained(make_model("llama"), adapter)
     assert {f"base_model.model.{name}.ia3_l" for name in model.vectors("default")} == set(expected)
     inputs = make_inputs("llama")
-    reference = logits(adapted(make_model("llama")), inputs)
-    assert torch.equal(logits(model, inputs), reference)
+    reference = logits(adapted(make_model("llama")), **inputs)
+    assert torch.equal(logits(model, **inputs), reference)
     # And on to today's PEFT.
     model.save_pretrained(tmp_path / "again")
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         theirs = peft.PeftModel.from_pretrained(make_model("llama"), str(tmp_path / "again"))
-    assert relative(logits(theirs, inputs), reference) < 1e-6
+    assert relative(logits(theirs, **inputs), reference) < 1e-6
 
 
 def test_vectors_of_any_floating_dtype_become_float32(adapter: Path, make_model: MakeModel) -> None:
@@ -540,7 +528,7 @@ def test_what_a_future_version_says_is_kept(
         model = IA3Model.from_pretrained(make_model("llama"), adapter)
     assert len(caught) == 1
     assert str(adapter / CONFIG) in str(caught[0].message)
-    assert torch.equal(logits(model, inputs), logits(adapted(make_model("llama")), inputs))
+    assert torch.equal(logits(model, **inputs), logits(adapted(make_model("llama")), **inputs))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path / "copy")
@@ -548,7 +536,7 @@ def test_what_a_future_version_says_is_kept(
     assert {key: saved[key] for key in future} == future
     with pytest.warns(UserWarning, match="ia4"):  # PEFT names them too, and drops them
         theirs = peft.PeftModel.from_pretrained(make_model("llama"), str(tmp_path / "copy"))
-    assert relative(logits(theirs, inputs), logits(model, inputs)) < 1e-6
+    assert relative(logits(theirs, **inputs), logits(model, **inputs)) < 1e-6
 
 
 # -- where files lie -------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ class Contents:
         copies: the base module's name, the module, and the copies of it.
         states: of all sites.
         targets: what was chosen from these modules before, by whatever it was chosen by.
-        telling: parameters that tell the model from others, once they are chosen.
         ready: when adapters were activated last, all sites got their hooks, for routes or not, and
             all of these adapters; `None` where that was not so, or what is merged or fused has
             changed since.
@@ -36,7 +35,6 @@ class Contents:
     sites: list[tuple[str, nn.Module, Site]]
     copies: list[tuple[str, nn.Module, SavedModule]]
     targets: dict[Hashable, list[Target]] = field(default_factory=dict)
-    telling: list[str] | None = None
     ready: bool | None = None
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..adapter import store
 from ..adapter.combining import CombinationType, MajoritySign, combine
-from ..adapter.fingerprint import Fingerprint, fingerprint, telling_parameters
+from ..adapter.fingerprint import Fingerprint, fingerprint
 from ..adapter.store import Adapter
 from ..core.activations import device_of
 from ..core.inventory import Contents, Inventory, activate
@@ -709,16 +709,11 @@ class IA3Model(nn.Module):
         return self._adapter(adapter_name, self._fingerprint())
 
     def _fingerprint(self) -> Fingerprint:
-        found, merged = self._found(), bool(self._merge.adapters)
-        if found.telling and not merged:
-            known = fingerprint(self.model, found.telling)
-            # Weights may have been loaded, or offloaded, since these were chosen.
-            if len(known.samples) == len(found.telling):
-                return known
-        names = telling_parameters(self.model)
-        if not merged:  # else some are passed over
-            found.telling = names
-        return fingerprint(self.model, names)
+        return fingerprint(self.model, self._merged_modules())
+
+    def _merged_modules(self) -> set[str]:
+        """The modules whose weights have an adapter merged into them."""
+        return {name for name, _, site in self._sites() if site.merged}
 
     def _adapter(self, adapter_name: str, base: Fingerprint) -> Adapter:
         config = dataclasses.replace(self.peft_config[adapter_name], inference_mode=True)
@@ -1025,7 +1020,9 @@ class IA3Model(nn.Module):
         return resolved, targets
 
     def _warn_of_other_base(self, adapter_name: str, stored: Adapter) -> None:
-        difference = stored.base.difference(self.model) if stored.base else None
+        difference = (
+            stored.base.difference(self.model, self._merged_modules()) if stored.base else None
+        )
         if difference is not None:
             warnings.warn(
                 f"this may be the wrong base model for adapter {adapter_name!r}: {difference}",
