@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-# torch is imported where a model is looked at: what was seen of it is compared without.
 import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from ..core.names import ATTRIBUTE, model_type_of
 from ..errors import IA3Error
 
+# torch is imported where a model is looked at: fingerprints are compared without.
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -68,14 +69,14 @@ class Fingerprint:
     def difference(self, model: nn.Module, merged: Collection[str] = ()) -> str | None:
         """In words, how a model differs from the one this was taken of; `None` where it does not.
 
+        Values that cannot be compared (another shape after new tokens, quantized, not loaded yet)
+        are passed over.
+
         Args:
-            merged: the modules whose weights have adapters merged into them.
-
-        Values that cannot be compared (another shape after new tokens, quantized, not loaded yet,
-        an adapter merged into them) are passed over.
+            model: the base model.
+            merged: the modules whose weights have an adapter merged into them, which are passed
+                over too.
         """
-        from ..core.names import model_type_of
-
         found = model_type_of(model)
         if found != self.model_type:
             return f"its model type is {found!r}, the adapter's base model is {self.model_type!r}"
@@ -107,16 +108,14 @@ def fingerprint(model: nn.Module, merged: Collection[str] = ()) -> Fingerprint:
     """Look at a base model: its type, and a few values of a few parameters.
 
     Args:
-        model: the base model.
-        merged: the modules whose weights have adapters merged into them: passed over.
+        model: the base model; adapters that are on it are passed over.
+        merged: the modules whose weights have an adapter merged into them, which are passed over.
     """
-    from ..core.names import model_type_of
-
     samples = {}
     for name in _telling_parameters(model, merged):
         parameter = _parameter(model, name, merged)
-        if parameter is not None:
-            samples[name] = list(parameter.shape), _sample(parameter)
+        assert parameter is not None
+        samples[name] = list(parameter.shape), _sample(parameter)
     return Fingerprint(model_type_of(model), samples)
 
 
@@ -130,7 +129,7 @@ def _telling_parameters(model: nn.Module, merged: Collection[str]) -> list[str]:
     return chosen[:: max(1, math.ceil(len(chosen) / PARAMETERS))]
 
 
-def _telling(model: nn.Module, merged: Collection[str], linear: bool) -> list[str]:
+def _telling(model: nn.Module, merged: Collection[str], *, linear: bool) -> list[str]:
     """The base model's parameters that tell it from others, of linear layers or of the rest."""
     from ..core.activations import linear_features
 
@@ -139,8 +138,8 @@ def _telling(model: nn.Module, merged: Collection[str], linear: bool) -> list[st
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
         if module._parameters
-        and _is_the_base_models(prefix, merged)
         and (linear_features(module) is not None) is linear
+        and _is_the_base_models(prefix, merged)
         for name, parameter in module._parameters.items()
         if _can_be_sampled(parameter) and (parameter.dim() > 1 or not _is_constant(parameter))
     ]
@@ -159,10 +158,7 @@ def _parameter(model: nn.Module, name: str, merged: Collection[str]) -> Tensor |
 
 
 def _is_the_base_models(module: str, merged: Collection[str]) -> bool:
-    """Whether a module's weights are the base model's own."""
-    from ..core.names import ATTRIBUTE
-
-    return ATTRIBUTE not in module.split(".") and module not in merged
+    return module not in merged and ATTRIBUTE not in module.split(".")
 
 
 def _can_be_sampled(parameter: Tensor | None) -> TypeGuard[Tensor]:
