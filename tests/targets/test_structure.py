@@ -23,13 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ia3 import IA3Error
 from ia3.core.activations import activation_of
-from ia3.targets.config import matches, matches_feedforward
-from ia3.targets.structure import (
-    PaperTarget,
-    feedforward_targets,
-    names_or_suffixes,
-    paper_targets,
-)
+from ia3.core.names import Target
+from ia3.targets.matching import matches, matches_feedforward, names_or_suffixes
+from ia3.targets.structure import feedforward_targets, paper_targets
 
 HIDDEN, INNER, HEADS, HEAD_DIM = 32, 48, 4, 8
 VOCABULARY, TOKENS = 40, 5
@@ -746,7 +742,7 @@ def test_other_tokens_see_keys_and_values_and_nothing_else(case: Case) -> None:
 # -- what is left out ------------------------------------------------------------------------------
 
 
-def names(targets: Sequence[PaperTarget]) -> set[str]:
+def names(targets: Sequence[Target]) -> set[str]:
     return {target.name for target in targets}
 
 

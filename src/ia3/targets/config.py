@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from enum import Enum, StrEnum
 from pathlib import Path
@@ -14,8 +13,10 @@ from typing import Any, Unpack
 from ..errors import IA3Error, did_you_mean
 from ..files.atomic import write_files
 from ..files.hub import CONFIG_NAME, HubOptions, adapter_folder
+from .matching import feedforward_among
 
-Modules = str | list[str] | set[str] | tuple[str, ...] | None
+Entries = str | list[str] | set[str] | tuple[str, ...]
+Modules = Entries | None
 
 
 class TaskType(StrEnum):
@@ -50,6 +51,13 @@ FIELD_TYPES: list[tuple[str, Any, str]] = [
 
 
 def _as_set(modules: Modules, field_name: str) -> str | set[str] | None:
+    if isinstance(modules, str):
+        try:
+            re.compile(modules)
+        except re.error as error:
+            raise IA3Error(
+                f"{field_name} {modules!r} is not a regular expression: {error}"
+            ) from error
     if modules is None or isinstance(modules, str):
         return modules
     if isinstance(modules, list | tuple | set) and all(isinstance(m, str) for m in modules):
@@ -240,35 +248,3 @@ def _task_type(value: str) -> TaskType:
             f"{did_you_mean(str(name), known)}"
         )
     return TaskType(name)
-
-
-def matches(name: str, modules: Iterable[str] | str) -> bool:
-    """PEFT's rule: a string is a full regular expression, a list holds names or dotted suffixes."""
-    if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
-    return any(name == module or name.endswith(f".{module}") for module in modules)
-
-
-def matches_feedforward(name: str, modules: Iterable[str] | str) -> bool:
-    """PEFT's rule for feed-forward modules: a list's entry may also be the end of a last part.
-
-    The side decides a vector's shape, so that it must be found by the same rule as PEFT's.
-    """
-    if isinstance(modules, str):
-        return matches(name, modules)
-    return any(name.endswith(module) for module in modules)
-
-
-def feedforward_among(
-    targets: Iterable[str], feedforward: Iterable[str]
-) -> tuple[list[str], list[str]]:
-    """The same choice with the feed-forward entries a subset of the targets: (targets, those).
-
-    PEFT wants a subset, but writes its own defaults whatever the targets. A longer target
-    (`mlp.down_proj` for `down_proj`) stands in for the entry, an entry inside a wider target
-    (`mlp.c_proj` in `c_proj`) is named among the targets too, and one outside all is dropped.
-    """
-    pairs = [(target, module) for target in targets for module in feedforward]
-    longer = {target for target, module in pairs if target.endswith(module)}
-    inside = {module for target, module in pairs if module.endswith(f".{target}")}
-    return sorted({*targets, *inside}), sorted(longer | inside)
