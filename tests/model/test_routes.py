@@ -807,7 +807,7 @@ def test_a_route_is_gone_when_nobody_holds_it() -> None:
     gc.disable()
     try:
         with model.route(NAMES):
-            route = weakref.ref(routing.current_route(model))  # type: ignore[arg-type]
+            route = weakref.ref(routing.current_route(model._routes))  # type: ignore[arg-type]
             logits(model, **batch("llama"))
         assert route() is None
     finally:
@@ -828,7 +828,7 @@ def test_yielding_within_a_route_is_an_error_and_leaves_none_behind() -> None:
     with pytest.raises(ia3.IA3Error, match="do not yield"):
         list(one)
     list(other)
-    assert routing.current_route(model) is None
+    assert routing.current_route(model._routes) is None
     assert torch.equal(logits(model, **inputs), before)
     model.delete_adapter("b")  # no route counts as open
 
