@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,11 +24,7 @@ CLASSIFIERS = ("score", "classifier")
 
 
 def resolve(
-    model: nn.Module,
-    config: IA3Config,
-    frozen: Mapping[str, Frozen] | None = None,
-    modules: Mapping[str, nn.Module] | None = None,
-    known: list[Target] | None = None,
+    model: nn.Module, config: IA3Config, frozen: Mapping[str, Frozen] | None = None
 ) -> tuple[IA3Config, list[Target]]:
     """What a config rescales on this model.
 
@@ -59,26 +55,16 @@ def resolve(
         paper_sites=False,
         unknown=dict(config.unknown),
     )
-    if modules is None:
-        modules = dict(model.named_modules())
-    targets = known
-    if targets is None:
-        if frozen is None:
-            _check_entries(resolved, own_modules(modules), model)
-        why = {site.name: site.why for site in sites}
-        ranges = {**(frozen or {}), **{site.name: site.frozen for site in sites if site.frozen}}
-        targets = [
-            Target(
-                name,
-                side,
-                activation,
-                ranges.get(name, ()),
-                why.get(name) or _why(config, resolved, name, side),
-            )
-            for name, side, activation in _chosen(resolved, modules, model)
-        ]
-        for target in targets:
-            _check_ranges(target)
+    modules = dict(model.named_modules())
+    if frozen is None:
+        _check_entries(resolved, own_modules(modules), model)
+    why = {site.name: site.why for site in sites}
+    ranges = {**(frozen or {}), **{site.name: site.frozen for site in sites if site.frozen}}
+    targets = []
+    for name, side, activation in _chosen(resolved, modules, model):
+        reason = why.get(name) or _why(config, resolved, name, side)
+        targets.append(Target(name, side, activation, ranges.get(name, ()), reason))
+        _check_ranges(targets[-1])
     # PEFT warns where its loading has to mend this.
     resolved.fan_in_fan_out = any(isinstance(modules[t.name], Conv1D) for t in targets)
     return resolved, targets
@@ -113,16 +99,6 @@ def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
         for part, module in blocks[index].named_modules()
         if linear_features(module)
     ]
-
-
-def selection(config: IA3Config, frozen: Mapping[str, Frozen]) -> Hashable:
-    """What decides which modules a resolved config chooses from a model's, and what stays one."""
-    modules = (config.target_modules, config.exclude_modules, config.feedforward_modules)
-    return (
-        *(frozenset(each) if isinstance(each, set) else each for each in modules),
-        tuple(config.modules_to_save or ()),
-        frozenset((name, tuple(map(tuple, ranges))) for name, ranges in frozen.items() if ranges),
-    )
 
 
 def check_vectors(
