@@ -545,92 +545,95 @@ def test_a_head_changes_nothing(
     model: str, config: str, own: dict[str, Any], heads: set[str]
 ) -> None:
     headed = made(model, config, **own)(1)
-    targets = paper_targets(headed)
     assert heads <= {name for name, _ in headed.named_modules()}
     prefix = f"{headed.base_model_prefix}."
     bare = {prefix + target.name for target in paper_targets(headed.base_model)}
-    assert names(targets) == bare
+    assert names(paper_targets(headed)) == bare
 
 
-def test_projectors_and_pooling_heads_are_left_out() -> None:
-    """A vision-language model whose projector has a feed-forward layer's sizes and names."""
-    vision = {**VISION, "hidden_size": HIDDEN, "intermediate_size": INNER}
+def llava() -> nn.Module:
+    tower = {**VISION, **TOWER, "num_hidden_layers": 1, "vision_use_head": True}
     config = hf.LlavaConfig(
         text_config={"model_type": "llama", **GROUPED, "num_hidden_layers": 1},
-        vision_config={
-            "model_type": "siglip_vision_model",
-            **vision,
-            "num_attention_heads": HEADS,
-            "num_hidden_layers": 1,
-            "vision_use_head": True,
-        },
+        vision_config={"model_type": "siglip_vision_model", **tower},
         image_token_index=3,
     )
-    model = hf.LlavaForConditionalGeneration(config)
-    projector = model.get_submodule("model.multi_modal_projector")
-    assert projector.linear_1.weight.shape == projector.linear_2.weight.shape == (HIDDEN, HIDDEN)
-    tower, language = "model.vision_tower.encoder.layers.0", "model.language_model.layers.0"
-    assert any("head.attention" in name for name, _ in model.named_modules())
-    assert names(paper_targets(model)) == {
-        f"{tower}.self_attn.k_proj",
-        f"{tower}.self_attn.v_proj",
-        f"{tower}.mlp.fc2",
-        f"{language}.self_attn.k_proj",
-        f"{language}.self_attn.v_proj",
-        f"{language}.mlp.down_proj",
-    }
+    return hf.LlavaForConditionalGeneration(config)
 
 
-def test_state_space_mixers_are_left_out_and_their_feedforward_layers_are_not() -> None:
-    """Mamba's layers project to twice their inner size and back, as a gated layer does."""
-    config = hf.JambaConfig(
-        **{k: v for k, v in GROUPED.items() if k not in ("max_position_embeddings", "head_dim")},
-        num_hidden_layers=2,
-        attn_layer_offset=1,
-        attn_layer_period=2,
-        expert_layer_offset=1,
-        expert_layer_period=2,
-        num_experts=2,
-        mamba_d_state=4,
-        mamba_dt_rank=2,
-        use_mamba_kernels=False,
-    )
-    model = hf.JambaForCausalLM(config)
-    mixer = model.get_submodule("model.layers.0.mamba")
-    assert mixer.in_proj.out_features == 2 * mixer.out_proj.in_features
-    assert names(paper_targets(model)) == {
-        "model.layers.0.feed_forward.down_proj",
-        "model.layers.1.self_attn.k_proj",
-        "model.layers.1.self_attn.v_proj",
-        "model.layers.1.feed_forward.experts",
-    }
+def jamba() -> nn.Module:
+    sizes = {k: v for k, v in GROUPED.items() if k not in ("max_position_embeddings", "head_dim")}
+    layers = {"num_hidden_layers": 2, "attn_layer_offset": 1, "attn_layer_period": 2}
+    sparse = {"expert_layer_offset": 1, "expert_layer_period": 2, "num_experts": 2}
+    mixer = {"mamba_d_state": 4, "mamba_dt_rank": 2, "use_mamba_kernels": False}
+    return hf.JambaForCausalLM(hf.JambaConfig(**sizes, **layers, **sparse, **mixer))
 
 
-def test_a_bottleneck_adapter_is_no_feedforward_layer() -> None:
-    config = hf.XmodConfig(
-        **USUAL, num_hidden_layers=1, languages=["en_XX"], default_language="en_XX"
-    )
-    model = hf.XmodModel(config)
-    assert any("adapter_modules.en_XX.dense2" in name for name, _ in model.named_modules())
-    layer = "encoder.layer.0"
-    assert names(paper_targets(model)) == {
-        f"{layer}.attention.self.key",
-        f"{layer}.attention.self.value",
-        f"{layer}.output.dense",
-    }
+def xmod() -> nn.Module:
+    languages = {"languages": ["en_XX"], "default_language": "en_XX"}
+    return hf.XmodModel(hf.XmodConfig(**USUAL, num_hidden_layers=1, **languages))
 
 
-def test_keys_of_a_choice_of_tokens_are_left_out() -> None:
-    """DeepSeek's indexer has keys, by which it picks tokens; they are not attended to."""
-    kind = {"num_hidden_layers": 1, "index_n_heads": 2, "index_head_dim": 4}
-    config = hf.DeepseekV32Config(**USUAL, **LATENT, **kind, first_k_dense_replace=1)
-    model = hf.DeepseekV32Model(config)
-    assert any("indexer.wk" in name for name, _ in model.named_modules())
-    assert names(paper_targets(model)) == {
-        "layers.0.self_attn.kv_a_proj_with_mqa",
-        "layers.0.self_attn.kv_b_proj",
-        "layers.0.mlp.down_proj",
-    }
+def deepseek_v32() -> nn.Module:
+    own = {"num_hidden_layers": 1, "index_n_heads": 2, "index_head_dim": 4}
+    config = hf.DeepseekV32Config(**USUAL, **LATENT, **own, first_k_dense_replace=1)
+    return hf.DeepseekV32Model(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "left_out", "expected"),
+    [
+        # A projector with a feed-forward layer's sizes and names, and a head that pools.
+        (
+            llava,
+            ["model.multi_modal_projector.linear_2", "head.attention"],
+            [
+                f"model.{layer}.{name}"
+                for layer, down in (
+                    ("vision_tower.encoder.layers.0", "mlp.fc2"),
+                    ("language_model.layers.0", "mlp.down_proj"),
+                )
+                for name in ("self_attn.k_proj", "self_attn.v_proj", down)
+            ],
+        ),
+        # Mamba's layers project to twice their inner size and back, as a gated layer does.
+        (
+            jamba,
+            ["model.layers.0.mamba.in_proj", "model.layers.0.mamba.out_proj"],
+            [
+                "model.layers.0.feed_forward.down_proj",
+                "model.layers.1.self_attn.k_proj",
+                "model.layers.1.self_attn.v_proj",
+                "model.layers.1.feed_forward.experts",
+            ],
+        ),
+        # A bottleneck adapter.
+        (
+            xmod,
+            ["adapter_modules.en_XX.dense2"],
+            [
+                f"encoder.layer.0.{name}"
+                for name in ("attention.self.key", "attention.self.value", "output.dense")
+            ],
+        ),
+        # DeepSeek's indexer has keys, by which it picks tokens; they are not attended to.
+        (
+            deepseek_v32,
+            ["indexer.wk"],
+            [
+                f"layers.0.{name}"
+                for name in ("self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj", "mlp.down_proj")
+            ],
+        ),
+    ],
+)
+def test_what_looks_like_attention_or_a_feedforward_layer_is_left_out(
+    build: Callable[[], nn.Module], left_out: list[str], expected: list[str]
+) -> None:
+    model = build()
+    for part in left_out:
+        assert any(part in name for name, _ in model.named_modules())
+    assert names(paper_targets(model)) == set(expected)
 
 
 # -- models that nobody knows ----------------------------------------------------------------------
@@ -678,20 +681,20 @@ def in_layers(block: Callable[[], nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("key", "value", "query"),
     [
-        (("to_k", "to_v", "to_q"), {"to_k", "to_v"}),
-        (("Wk", "Wv", "Wq"), {"Wk", "Wv"}),
-        (("key_layer", "value_layer", "query_layer"), {"key_layer", "value_layer"}),
-        (("projKey", "projValue", "projQuery"), {"projKey", "projValue"}),
+        ("to_k", "to_v", "to_q"),
+        ("Wk", "Wv", "Wq"),
+        ("key_layer", "value_layer", "query_layer"),
+        ("projKey", "projValue", "projQuery"),
     ],
 )
-def test_own_attention_with_usual_words(words: tuple[str, str, str], expected: set[str]) -> None:
-    model = in_layers(lambda: Block(Separate(*words), plain_layer()))
+def test_own_attention_with_usual_words(key: str, value: str, query: str) -> None:
+    model = in_layers(lambda: Block(Separate(key, value, query), plain_layer()))
     assert names(paper_targets(model)) == {
         f"layers.{layer}.{name}"
         for layer in (0, 1)
-        for name in (*(f"mixing.{name}" for name in expected), "thinking.2")
+        for name in (f"mixing.{key}", f"mixing.{value}", "thinking.2")
     }
 
 
