@@ -1,4 +1,4 @@
-"""What a config would rescale, in a table for people."""
+"""What a config would rescale, printed as a table."""
 
 from __future__ import annotations
 
