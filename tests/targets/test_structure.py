@@ -636,7 +636,7 @@ def test_what_looks_like_attention_or_a_feedforward_layer_is_left_out(
     assert names(paper_targets(model)) == set(expected)
 
 
-# -- models that are not of transformers ------------------------------------------------------------
+# -- models that transformers does not have --------------------------------------------------------
 
 
 class Block(nn.Module):
