@@ -222,18 +222,13 @@ class IA3Config:
         Raises:
             IA3Error: the file is not JSON, or not the config of an (IA)³ adapter.
         """
-        return cls.from_text(Path(path).read_bytes(), str(path))
-
-    @classmethod
-    def from_text(cls, text: bytes, source: str) -> IA3Config:
-        """What an `adapter_config.json` holds; `source` is its path, and raises as `from_json`."""
         try:
-            values = json.loads(text.decode("utf-8"))
+            values = json.loads(Path(path).read_bytes().decode("utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise IA3Error(f"{source} is not JSON: {error}") from error
+            raise IA3Error(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
-            raise IA3Error(f"{source} holds {type(values).__name__}, expected a JSON object")
-        return cls.from_dict(values, source=source)
+            raise IA3Error(f"{path} holds {type(values).__name__}, expected a JSON object")
+        return cls.from_dict(values, source=str(path))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json` into a folder.

@@ -42,10 +42,10 @@ def paper_targets(model: nn.Module) -> list[Target]:
     targets = [target for name in tree.attentions for target in _keys_and_values(tree, name)]
     _refuse_unknown_attention(tree)
     if not targets:
-        raise IA3Error(
+        raise _left_to_caller(
             f"no attention with query, key and value projections was found in "
             f"{type(model).__name__}, and the paper's sites are theirs (a recurrent or state-space "
-            "model has none): name what to rescale in target_modules"
+            "model has none)"
         )
     return tree.in_order([*targets, *_feedforward(tree)])
 
@@ -198,6 +198,10 @@ class _Tree:
         return sorted(targets, key=lambda target: self.order[target.name])
 
 
+def _left_to_caller(problem: str) -> IA3Error:
+    return IA3Error(f"{problem}: name what to rescale in target_modules")
+
+
 def _attention_roles(name: str, module: nn.Module) -> dict[str, Role]:
     """The queries, keys and values among a module's children; nothing if it is no attention."""
     if "indexer" in f"{name}.{type(module).__name__}".lower():
@@ -242,9 +246,9 @@ def _keys_and_values(tree: _Tree, attention: str) -> list[Target]:
         projection = tree.projection(name)
         if projection is None or role == "shared":
             reason = "gives queries and keys at once" if role == "shared" else "is not one layer"
-            raise IA3Error(
+            raise _left_to_caller(
                 f"{name!r} ({type(tree.modules[name]).__name__}) {reason}, so that its keys cannot "
-                f"be rescaled alone: name what to rescale in target_modules"
+                "be rescaled alone"
             )
         frozen: Frozen = ()
         why = {"key": "keys", "value": "values"}.get(role, "keys and values")
@@ -269,9 +273,9 @@ def _latent_size(tree: _Tree, attention: str) -> int:
         projection = tree.projection(f"{attention}.{child}" if attention else child)
         if role == "keys and values" and projection is not None:
             return tree.activation(projection, "input").dim
-    raise IA3Error(
+    raise _left_to_caller(
         f"attention {attention!r} ({type(tree.modules[attention]).__name__}) has a latent for keys "
-        "and values and no projection from it: name what to rescale in target_modules"
+        "and values and no projection from it"
     )
 
 
@@ -282,10 +286,9 @@ def _refuse_unknown_attention(tree: _Tree) -> None:
         if not any(isinstance(holder, nn.ModuleList | nn.Sequential) for holder in holders):
             continue  # an attention that pools for a head
         if isinstance(module, nn.MultiheadAttention):
-            raise IA3Error(
+            raise _left_to_caller(
                 f"{name!r} is a torch.nn.MultiheadAttention, which projects to queries, keys and "
-                "values with one parameter and no module whose output could be rescaled: name what "
-                "to rescale in target_modules"
+                "values with one parameter and no module whose output could be rescaled"
             )
         if (
             _is_called_attention(module)
@@ -294,10 +297,9 @@ def _refuse_unknown_attention(tree: _Tree) -> None:
             and len(tree.projections(name)) > 2
             and not any(_role(child, module) for child in module._modules)
         ):
-            raise IA3Error(
+            raise _left_to_caller(
                 f"the keys and values of attention {name!r} ({type(module).__name__}) could not be "
-                f"told from its parts {list(module._modules)}: name what to rescale in "
-                "target_modules"
+                f"told from its parts {list(module._modules)}"
             )
 
 
@@ -318,10 +320,8 @@ def _feedforward(tree: _Tree) -> list[Target]:
         if is_experts(module):
             targets.append(tree.target(name, "inner", "experts' inner activation"))
         elif _holds_experts(module):
-            raise IA3Error(
-                f"{name!r} ({type(module).__name__}) holds experts in a form that cannot be "
-                "rescaled: name what to rescale in target_modules"
-            )
+            kind = type(module).__name__
+            raise _left_to_caller(f"{name!r} ({kind}) holds experts that cannot be rescaled")
         elif down is not None:
             targets.append(tree.target(down, "input", _INNER))
         else:
@@ -331,10 +331,7 @@ def _feedforward(tree: _Tree) -> list[Target]:
         if layer not in with_names and (down := _plain_down_projection(tree, name)) is not None:
             targets.append(tree.target(down, "input", _INNER))
     if not targets:
-        raise IA3Error(
-            f"no feed-forward layer was found in {type(tree.model).__name__}: name what to rescale "
-            "in target_modules"
-        )
+        raise _left_to_caller(f"no feed-forward layer was found in {type(tree.model).__name__}")
     return targets
 
 
