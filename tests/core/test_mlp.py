@@ -463,7 +463,8 @@ def test_gradients_are_the_plain_products(modules: dict[str, object]) -> None:
         model(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append({n: v.grad.clone() for n, v in model.vectors("default").items()})  # type: ignore[union-attr]
     for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-9, atol=1e-12, msg=name)
+        # Not nearer: LLaMA's norms compute in float32.
+        assert relative(gradients[1][name], expected) < 1e-6, name
 
 
 def test_adapters_added_later_are_rescaled_alike() -> None:

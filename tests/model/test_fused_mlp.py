@@ -28,8 +28,8 @@ from transformers import (
 
 from ia3 import IA3Config, IA3Error, IA3Model, load_base_model
 from ia3.base.loading import EMBEDDED_MODEL
-from ia3.core.mlp import up_projection
-from ia3.model.fusing import GatedLayer, gated_layer, is_fused
+from ia3.core.mlp import Mlp, up_projection
+from ia3.model.fused_mlp import gated_mlp, is_fused
 
 MLP = "model.layers.0.mlp"
 GATED = {"llama": 2, "mistral": 2, "qwen2": 2, "qwen3": 2, "gemma": 2, "gemma2": 2, "gemma3": 2}
@@ -385,8 +385,8 @@ def test_modules_to_save(tiny_llama: PreTrainedModel, make_inputs: MakeInputs) -
 
 def test_meta_device() -> None:
     base = build("llama").to("meta")
-    layer = gated_layer(base.get_submodule(MLP))
-    assert layer == GatedLayer("gate_proj", "up_proj", "down_proj", "silu", "act_fn", None, False)
+    layer = gated_mlp(base.get_submodule(MLP))
+    assert layer == Mlp("down_proj", "up_proj", "gate_proj", "silu", "act_fn", None, False)
 
 
 # -- what is left alone ----------------------------------------------------------------------------
@@ -443,8 +443,8 @@ class Named(Gated):
 def test_found_by_trying(kind: type[Gated], function: str, dtype: torch.dtype) -> None:
     module = kind().to(dtype).train()
     attributes, state = dict(vars(module)), torch.get_rng_state()
-    layer = gated_layer(module)
-    assert isinstance(layer, GatedLayer)
+    layer = gated_mlp(module)
+    assert isinstance(layer, Mlp)
     assert (layer.gate, layer.up, layer.down) == ("up_proj", "gate_proj", "down_proj")
     assert layer.function == function
     assert vars(module) == attributes
@@ -548,10 +548,10 @@ class ReadsTheWeight(Gated):
     ],
 )
 def test_anything_else_is_left_alone(kind: type[Gated]) -> None:
-    assert isinstance(gated_layer(kind().train()), str)
+    assert isinstance(gated_mlp(kind().train()), str)
 
 
 def test_a_replaced_forward_is_left_alone() -> None:
     module = Gated()
     module.forward = lambda x: x  # type: ignore[method-assign]
-    assert "replaced" in str(gated_layer(module))
+    assert "replaced" in str(gated_mlp(module))

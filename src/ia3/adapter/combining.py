@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import IA3Error, did_you_mean
-from ..targets.config import IA3Config, matches_feedforward
+from ..targets.config import IA3Config
+from ..targets.matching import matches_feedforward
 from .store import Adapter
 
 if TYPE_CHECKING:

@@ -100,7 +100,7 @@ class Merge:
         before = self.model.get_submodule(name)
         site = site_of(before)
         assert site is not None
-        active = site.site_state.active
+        active = site.active
         displace(before)
         module.add_module(ATTRIBUTE, site)
         site.activate(module, active)

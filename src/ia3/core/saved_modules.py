@@ -10,7 +10,6 @@ import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,9 +17,8 @@ from torch import Tensor, nn
 from ..errors import IA3Error, did_you_mean
 from .activations import device_of
 from .folding import write
-from .hooks import make_way
 from .names import ATTRIBUTE, base_modules
-from .patch import SLOTS, give_back, refuse_replica, slot_for
+from .patch import SLOTS, patch, patched, refuse_replica
 
 HOOKS = (
     "_forward_hooks",
@@ -36,11 +34,17 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class SavedModule(nn.Module):
-    """Every adapter's copy of one base module."""
+    """Every adapter's copy of one base module.
+
+    Attributes:
+        active: the adapter whose copy is called; `None` for the module itself.
+    """
+
+    active: str | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.active: str | None = None
+        self.active = None
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
     _replicate_for_data_parallel = refuse_replica
@@ -72,7 +76,7 @@ class SavedModule(nn.Module):
                 for part in hooked:
                     loaded.enter_context(align_module_device(part, device_of(part)))
             twin = copy.deepcopy(module, memo)
-        _put_back(twin)
+        _unpatch(twin)
         twin._modules.pop(ATTRIBUTE, None)
         # The base module's own hooks run when it is called, and lead here.
         for hooks in HOOKS:
@@ -136,18 +140,15 @@ def attach_saved_module(module: nn.Module) -> SavedModule:
     copies = saved_module_of(module)
     if copies is None:
         copies = SavedModule()
-        # A vector on the module's output is one on the copy's too.
-        make_way(module)
         module.add_module(ATTRIBUTE, copies)
-        slot = slot_for(module)
-        module.__dict__[slot] = partial(_forward, module, module.__dict__.get(slot))
+        _ToActiveCopy(module)
     return copies
 
 
 def detach_saved_module(module: nn.Module) -> None:
     """Take the copies off a module, which is then what it was before `attach_saved_module`."""
     if saved_module_of(module) is not None:
-        _put_back(module)
+        _unpatch(module)
         del module._modules[ATTRIBUTE]
 
 
@@ -234,18 +235,22 @@ def allow_plain_checkpoint(module: nn.Module, incompatible_keys: Any) -> None:
     missing[:] = [key for key in missing if ATTRIBUTE not in key.split(".")]
 
 
-def _put_back(module: nn.Module) -> None:
-    """Take `_forward` out of the slot it is in."""
-    for slot in SLOTS:
-        ours = module.__dict__.get(slot)
-        if isinstance(ours, partial) and ours.func is _forward:
-            give_back(module, slot, ours.args[1])
+class _ToActiveCopy:
+    """The forward of a module with copies: calls go to the active adapter's, if there is one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.patch = patch(module, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        copies = saved_module_of(self.module)
+        active = None if copies is None else copies.active
+        if copies is None or active is None:
+            return self.patch.below(*args, **kwargs)
+        return copies[active](*args, **kwargs)
 
 
-def _forward(module: nn.Module, before: Any, *args: Any, **kwargs: Any) -> Any:
-    copies = saved_module_of(module)
-    if copies is not None and copies.active is not None:
-        return copies[copies.active](*args, **kwargs)
-    if before is not None:
-        return before(*args, **kwargs)
-    return type(module).forward(module, *args, **kwargs)
+def _unpatch(module: nn.Module) -> None:
+    found = patched(module, _ToActiveCopy)
+    if found is not None:
+        found.remove()
