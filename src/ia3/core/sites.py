@@ -140,7 +140,7 @@ class Site(nn.Module):
 
     def vector(self, adapter: str) -> Tensor:
         """An adapter's vector, `Activation.shape`, with its frozen values one."""
-        vector: Tensor = self[adapter]
+        vector: Tensor = self._parameters[adapter]  # type: ignore[assignment]
         if vector.is_meta and hasattr(self, "_hf_hook"):
             # accelerate brings a module's tensors for its forward, and a site has none.
             hook: Any = self._hf_hook
@@ -220,7 +220,10 @@ class Site(nn.Module):
 
     def factor(self, activation: Tensor) -> Tensor | None:
         """What an activation here is multiplied by now; `None` for nothing."""
-        return factor_of(self, activation) if self.is_routed() else self.active_product()
+        if self.routed and is_routed(self):
+            return factor_of(self, activation)
+        active = self.active
+        return self.product(active) if active else None
 
     def _inner_factor(self) -> Tensor | None:
         return None if self.is_routed() else self.active_product()
