@@ -237,7 +237,7 @@ def site_of(module: nn.Module) -> Site | None:
 
 
 def check_free(module: nn.Module, target: Target) -> None:
-    """Raise `IA3Error` where another adapter's use of the module rules this one out."""
+    """Raise `IA3Error` where the module, as it is now, cannot get a site for this target."""
     site = site_of(module)
     if site is not None and site.side != target.side:
         raise IA3Error(
@@ -249,6 +249,8 @@ def check_free(module: nn.Module, target: Target) -> None:
             f"module {target.name!r} is in another adapter's modules_to_save: it cannot be "
             "rescaled as well"
         )
+    if target.side == "inner":
+        experts.check_forward(module)
 
 
 def place(module: nn.Module, target: Target, carriers: Carriers) -> Site:
