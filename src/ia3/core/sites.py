@@ -191,12 +191,12 @@ class Site(nn.Module):
             output = OutputHook.on(module)
             output.own = self
             return (partial(output.remove, self),)
-        hooks: list[InputHook | OutputHook] = [InputHook(module, self)]
-        if self.carrier is not None:
-            output = OutputHook.on(self.carrier.module)
-            output.carried = self
-            hooks.append(output)
-        return tuple(partial(hook.remove, self) for hook in hooks)
+        remove_input = InputHook(module, self).remove
+        if self.carrier is None:
+            return (remove_input,)
+        output = OutputHook.on(self.carrier.module)
+        output.carried = self
+        return remove_input, partial(output.remove, self)
 
     def is_carried(self) -> bool:
         """Whether the carrier's output is rescaled, and not the module's input."""
@@ -223,6 +223,7 @@ class Site(nn.Module):
         if self.routed and is_routed(self):
             routed: Tensor | None = factor_of(self, activation)
             return routed
+        # As active_product, in a call less: a decoded token asks a hundred times.
         active = self.active
         return self.product(active) if active else None
 
