@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.pairs import randomize, vectors
+from support.pairs import adapted
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -56,12 +56,6 @@ def llama(seed: int = 0) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-def adapted(base: nn.Module, **config: Any) -> IA3Model:
-    model = IA3Model(base, IA3Config(**config))
-    randomize(vectors(model))
     return model
 
 
@@ -269,6 +263,12 @@ def test_a_rescaled_model_is_seen_as_its_base(make_model: MakeModel, tmp_path: P
     model.add_adapter("second", IA3Config(modules_to_save=["lm_head"]))
     assert fingerprint(model.model) == plain
     assert plain.difference(model.model) is None
+    # Merged modules are passed over only where they are named.
+    model.merge_adapter()
+    assert "'model.embed_tokens.weight'" in str(plain.difference(model.model))
+    merged = list(model.vectors("default"))
+    assert plain.difference(model.model, merged) is None
+    assert "model.embed_tokens.weight" not in fingerprint(model.model, merged).samples
 
 
 # -- two fingerprints ------------------------------------------------------------------------------

@@ -95,23 +95,6 @@ def test_no_such_adapter(tiny_llama: PreTrainedModel, name: str) -> None:
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def test_writing_into_a_folder_keeps_its_other_files(adapter: Path, make_model: MakeModel) -> None:
-    (adapter / "README.md").write_text("mine")
-    replacement = adapted(make_model("llama"), seed=1)
-    replacement.save_pretrained(adapter)
-    assert sorted(path.name for path in adapter.iterdir()) == ["README.md", CONFIG, WEIGHTS]
-    assert (adapter / "README.md").read_text() == "mine"
-    found = IA3Model.from_pretrained(make_model("llama"), adapter).vectors("default")
-    for name, vector in replacement.vectors("default").items():
-        assert torch.equal(found[name], vector)
-
-
-def test_new_folders_are_as_readable_as_any(adapter: Path, tmp_path: Path) -> None:
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    assert adapter.stat().st_mode == plain.stat().st_mode
-
-
 def test_a_file_where_the_folder_should_be(tmp_path: Path, tiny_llama: PreTrainedModel) -> None:
     path = tmp_path / "taken"
     path.write_text("mine")

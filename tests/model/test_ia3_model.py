@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from conftest import MakeInputs, MakeModel
-from support.pairs import randomize, relative, vectors
+from support.pairs import adapted, logits, randomize, relative, vectors
 from support.snapshots import hooks_on
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,18 +33,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWar
 Inputs = dict[str, Tensor]
 
 
-def random_adapter(base: PreTrainedModel, seed: int = 0, **config: Any) -> IA3Model:
-    model = IA3Model(base, IA3Config(**config))
-    randomize(model.vectors("default"), seed)
-    return model
-
-
-def logits(model: Any, inputs: Inputs) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**inputs).logits
-    return result
-
-
 def bits(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -60,7 +48,7 @@ def pair(make_model: MakeModel) -> Callable[[str, str], tuple[IA3Model, Any]]:
     """(ours, PEFT's) on the same base model, with the same random vectors."""
 
     def make(kind: str, choice: str) -> tuple[IA3Model, Any]:
-        model = random_adapter(make_model(kind), **CONFIGS[choice])
+        model = adapted(make_model(kind), **CONFIGS[choice])
         peft_model = peft.get_peft_model(make_model(kind), peft.IA3Config(**CONFIGS[choice]))
         theirs = vectors(peft_model)
         randomize(theirs)
@@ -82,7 +70,7 @@ def test_logits_gradients_and_merge_are_pefts(
     choice: str,
 ) -> None:
     (model, peft_model), inputs = pair(kind, choice), make_inputs(kind)
-    assert relative(logits(model, inputs), logits(peft_model, inputs)) < 1e-6
+    assert relative(logits(model, **inputs), logits(peft_model, **inputs)) < 1e-6
     model(**inputs).loss.backward()
     peft_model(**inputs).loss.backward()
     theirs = vectors(peft_model)
@@ -95,7 +83,7 @@ def test_logits_gradients_and_merge_are_pefts(
         f"model.{name}.ia3_l.default" for name in model.vectors("default")
     ]
     merged, peft_merged = model.merge_and_unload(), peft_model.merge_and_unload()
-    assert relative(logits(merged, inputs), logits(peft_merged, inputs)) < 1e-6
+    assert relative(logits(merged, **inputs), logits(peft_merged, **inputs)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -123,11 +111,11 @@ def test_we_read_pefts_files(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = IA3Model.from_pretrained(make_model(kind), tmp_path)
-    expected = logits(peft_model, inputs)
-    assert relative(logits(model, inputs), expected) < 1e-6
+    expected = logits(peft_model, **inputs)
+    assert relative(logits(model, **inputs), expected) < 1e-6
     model.save_pretrained(tmp_path / "again")
     again = peft.PeftModel.from_pretrained(make_model(kind), str(tmp_path / "again"))
-    assert relative(logits(again, inputs), expected) < 1e-6
+    assert relative(logits(again, **inputs), expected) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -138,10 +126,10 @@ def test_peft_reads_our_files_where_the_feedforward_modules_were_found_by_defaul
     make_model: MakeModel, make_inputs: MakeInputs, tmp_path: Path, kind: str, targets: list[str]
 ) -> None:
     """PEFT refuses feed-forward modules that are not among the targets."""
-    model, inputs = random_adapter(make_model(kind), target_modules=targets), make_inputs(kind)
+    model, inputs = adapted(make_model(kind), target_modules=targets), make_inputs(kind)
     model.save_pretrained(tmp_path)
     peft_model = peft.PeftModel.from_pretrained(make_model(kind), str(tmp_path))
-    assert relative(logits(peft_model, inputs), logits(model, inputs)) < 1e-6
+    assert relative(logits(peft_model, **inputs), logits(model, **inputs)) < 1e-6
 
 
 def test_saved_config_is_for_inference_and_the_model_trains_on(
@@ -170,16 +158,16 @@ def test_unload_gives_back_the_model(
     trained = [parameter.requires_grad for parameter in base.parameters()]
     modules = list(base.named_modules())
     parameters = dict(base.named_parameters())
-    before, expected = bits(base), logits(base, inputs)
+    before, expected = bits(base), logits(base, **inputs)
 
-    model = random_adapter(base, **CONFIGS[choice])
+    model = adapted(base, **CONFIGS[choice])
     attached = dict(model.model.named_modules())
     assert all(attached[name] is module for name, module in modules)
     now = dict(base.named_parameters())
     assert all(now[name] is parameter for name, parameter in parameters.items())
     assert not any(parameter.requires_grad for parameter in parameters.values())
     assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in before.items())
-    assert not torch.equal(logits(model, inputs), expected)
+    assert not torch.equal(logits(model, **inputs), expected)
     model(**inputs).loss.backward()
     model.merge_adapter()
 
@@ -191,7 +179,7 @@ def test_unload_gives_back_the_model(
     assert [parameter.requires_grad for parameter in base.parameters()] == trained
     assert all(parameter.grad is None for parameter in base.parameters())
     assert not any(map(hooks_on, base.modules()))
-    assert torch.equal(logits(base, inputs), expected)
+    assert torch.equal(logits(base, **inputs), expected)
     IA3Model(base, IA3Config())  # and it can be adapted again
 
 
@@ -201,19 +189,19 @@ def test_merge_and_unmerge(
     make_model: MakeModel, make_inputs: MakeInputs, kind: str, choice: str
 ) -> None:
     base, inputs = make_model(kind), make_inputs(kind)
-    model = random_adapter(base, **CONFIGS[choice])
-    before, expected = bits(base), logits(model, inputs)
+    model = adapted(base, **CONFIGS[choice])
+    before, expected = bits(base), logits(model, **inputs)
     model.merge_adapter(safe_merge=True)
     assert not same_bits(bits(base), before)
-    assert relative(logits(model, inputs), expected) < 1e-6
+    assert relative(logits(model, **inputs), expected) < 1e-6
     with pytest.warns(UserWarning, match="merged already"):
         model.merge_adapter()
-    assert relative(logits(model, inputs), expected) < 1e-6
+    assert relative(logits(model, **inputs), expected) < 1e-6
     with pytest.raises(IA3Error, match="is merged"):
         model.delete_adapter("default")
     model.unmerge_adapter()
     assert same_bits(bits(base), before)
-    assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model, **inputs), expected)
 
 
 # -- several adapters ------------------------------------------------------------------------------
@@ -224,52 +212,24 @@ def test_disabled_adapters_compute_as_the_base_model(
     tiny_llama: PreTrainedModel, make_inputs: MakeInputs, merged: bool
 ) -> None:
     inputs = make_inputs("llama")
-    base_logits = logits(tiny_llama, inputs)
-    model = random_adapter(tiny_llama)
-    expected = logits(model, inputs)
+    base_logits = logits(tiny_llama, **inputs)
+    model = adapted(tiny_llama)
+    expected = logits(model, **inputs)
     if merged:
         model.merge_adapter()
     with model.disable_adapter():
-        assert torch.equal(logits(model, inputs), base_logits)
-    assert torch.equal(logits(model, inputs), expected)
+        assert torch.equal(logits(model, **inputs), base_logits)
+    assert torch.equal(logits(model, **inputs), expected)
     with pytest.raises(RuntimeError, match="inside"), model.disable_adapter():
         raise RuntimeError("inside")
-    assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model, **inputs), expected)
     model.disable_adapter_layers()
     model.set_adapter("default")
     with model.disable_adapter():
         pass
-    assert torch.equal(logits(model, inputs), base_logits)
+    assert torch.equal(logits(model, **inputs), base_logits)
     model.enable_adapter_layers()
-    assert torch.equal(logits(model, inputs), expected)
-
-
-@EVERY_MODEL
-def test_active_adapters_multiply(
-    make_model: MakeModel, make_inputs: MakeInputs, kind: str
-) -> None:
-    inputs = make_inputs(kind)
-    model = random_adapter(make_model(kind))
-    model.add_adapter("b", IA3Config())
-    randomize(model.vectors("b"), seed=5)
-    product = {
-        name: vector.detach() * model.vectors("b")[name].detach()
-        for name, vector in model.vectors("default").items()
-    }
-    model.add_adapter("product", IA3Config(), product)
-    model.set_adapter(["default", "b"])
-    assert model.active_adapters == ["default", "b"]
-    both = logits(model, inputs)
-    model(**inputs).loss.backward()
-    assert all(
-        v.grad is not None for name in ("default", "b") for v in model.vectors(name).values()
-    )
-    model.merge_adapter()
-    merged = logits(model, inputs)
-    model.unmerge_adapter()
-    model.set_adapter("product")
-    assert relative(both, logits(model, inputs)) < 1e-6
-    assert relative(merged, logits(model, inputs)) < 1e-6
+    assert torch.equal(logits(model, **inputs), expected)
 
 
 def test_only_active_adapters_are_trained(tiny_llama: PreTrainedModel) -> None:
@@ -289,16 +249,16 @@ def test_load_and_delete(
     tiny_llama: PreTrainedModel, make_model: MakeModel, make_inputs: MakeInputs, tmp_path: Path
 ) -> None:
     inputs = make_inputs("llama")
-    other = random_adapter(make_model("llama"), seed=3, target_modules=["q_proj"])
+    other = adapted(make_model("llama"), seed=3, target_modules=["q_proj"])
     other.save_pretrained(tmp_path)
-    base_logits = logits(tiny_llama, inputs)
-    model = random_adapter(tiny_llama)
-    expected = logits(model, inputs)
+    base_logits = logits(tiny_llama, **inputs)
+    model = adapted(tiny_llama)
+    expected = logits(model, **inputs)
     model.load_adapter(tmp_path, "other")
     assert model.active_adapters == ["default"]
-    assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model, **inputs), expected)
     model.set_adapter("other")
-    assert relative(logits(model, inputs), logits(other, inputs)) < 1e-6
+    assert relative(logits(model, **inputs), logits(other, **inputs)) < 1e-6
     model.set_adapter("other", inference_mode=True)
     assert model.get_nb_trainable_parameters()[0] == 0
     with pytest.warns(UserWarning, match="'default' is active now"):
@@ -306,9 +266,9 @@ def test_load_and_delete(
     assert model.active_adapters == ["default"]
     assert list(model.peft_config) == ["default"]
     with model.disable_adapter():
-        assert torch.equal(logits(model, inputs), base_logits)
+        assert torch.equal(logits(model, **inputs), base_logits)
     assert not hasattr(tiny_llama.get_submodule("model.layers.0.self_attn.q_proj"), "ia3_l")
-    assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model, **inputs), expected)
 
 
 @pytest.mark.parametrize(
@@ -356,18 +316,18 @@ def test_no_attribute_of_what_holds_adapters_is_an_adapters_name(
 
 
 def test_adapter_names_that_are_words(tiny_llama: PreTrainedModel, make_inputs: MakeInputs) -> None:
-    model, inputs = random_adapter(tiny_llama), make_inputs("llama")
-    expected = logits(model, inputs)
+    model, inputs = adapted(tiny_llama), make_inputs("llama")
+    expected = logits(model, **inputs)
     given = model.vectors("default")
     for name in ("product", "place", "vectors", "remove", "default-2", "kundin-7", "größe"):
         model.add_adapter(name, IA3Config(), given)
         model.set_adapter(name)
         model.train().eval().to(torch.float32)
-        assert torch.equal(logits(model, inputs), expected)
+        assert torch.equal(logits(model, **inputs), expected)
         assert f"model.model.layers.0.mlp.down_proj.ia3_l.{name}" in model.state_dict()
     twin = copy.deepcopy(model)
     twin.load_state_dict(model.state_dict(), assign=True)
-    assert torch.equal(logits(twin, inputs), expected)
+    assert torch.equal(logits(twin, **inputs), expected)
     assert model.unload() is tiny_llama
 
 
@@ -429,9 +389,9 @@ def test_hooks_of_others_keep_what_they_saw(
 
     if first:
         handle = layer.register_forward_hook(record)
-        model = random_adapter(tiny_llama)
+        model = adapted(tiny_llama)
     else:
-        model = random_adapter(tiny_llama)
+        model = adapted(tiny_llama)
         handle = layer.register_forward_hook(record, prepend=True)
     model(**inputs).loss.backward()
     seen, then = recorded

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import MakeInputs, MakeModel
 from safetensors.torch import load_file, save
+from support.pairs import logits
 from support.snapshots import hooks_on
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,12 +29,6 @@ def random_adapter(base: PreTrainedModel, config: IA3Config, seed: int) -> IA3Mo
     for vector in model.vectors("default").values():
         vector.data.uniform_(0.5, 2, generator=generator)
     return model.eval()
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**inputs).logits
-    return result
 
 
 @pytest.fixture
@@ -62,12 +57,13 @@ def test_every_way_to_an_adapter_computes_the_same(
     model.load_adapter(folders[2], "third")
     model.load_adapter(folders[1], "again")
     alone = [
-        logits(IA3Model.from_pretrained(make_model("llama"), folder), inputs) for folder in folders
+        logits(IA3Model.from_pretrained(make_model("llama"), folder), **inputs)
+        for folder in folders
     ]
     expected = {"default": alone[0], "second": alone[1], "third": alone[2], "again": alone[1]}
     for name in ("third", "default", "third", "second", "third", "again", "default", "second"):
         model.set_adapter(name)
-        assert torch.equal(logits(model, inputs), expected[name])
+        assert torch.equal(logits(model, **inputs), expected[name])
     layer = model.model.model.layers[0].self_attn
     assert [hooks_on(m) for m in (layer.q_proj, layer.k_proj)] == [0, 1]
     model.set_adapter("third")
@@ -88,7 +84,7 @@ def test_a_deleted_adapter_is_gone_from_memory(model: IA3Model, folders: list[Pa
 def test_a_refused_adapter_leaves_nothing(
     model: IA3Model, folders: list[Path], make_inputs: MakeInputs
 ) -> None:
-    keys, before = list(model.state_dict()), logits(model, make_inputs("llama"))
+    keys, before = list(model.state_dict()), logits(model, **make_inputs("llama"))
     path = folders[1] / "adapter_model.safetensors"
     tensors = load_file(path)
     tensors["base_model.model.model.layers.1.mlp.down_proj.ia3_l"] = torch.ones(1, 3)
@@ -96,7 +92,7 @@ def test_a_refused_adapter_leaves_nothing(
     with pytest.raises(IA3Error, match=r"layers\.1\.mlp\.down_proj.*\[1, 3\].*\[1, 48\]"):
         model.load_adapter(folders[1], "third")
     assert list(model.state_dict()) == keys
-    assert torch.equal(logits(model, make_inputs("llama")), before)
+    assert torch.equal(logits(model, **make_inputs("llama")), before)
 
 
 # -- a model that changes in between ---------------------------------------------------------------
@@ -106,14 +102,14 @@ def test_a_new_module_between_two_loads(
     model: IA3Model, folders: list[Path], make_inputs: MakeInputs
 ) -> None:
     model.set_adapter("second")
-    expected = logits(model, make_inputs("llama"))
+    expected = logits(model, **make_inputs("llama"))
     attention = model.model.model.layers[1].self_attn
     new = nn.Linear(32, 16, bias=False)
     new.weight = attention.k_proj.weight
     attention.k_proj = new
     model.load_adapter(folders[1], "third")
     model.set_adapter("third")
-    assert torch.equal(logits(model, make_inputs("llama")), expected)
+    assert torch.equal(logits(model, **make_inputs("llama")), expected)
 
 
 # -- vectors of their own --------------------------------------------------------------------------
@@ -164,16 +160,16 @@ def test_a_copy_of_a_model_with_loaded_adapters(
 ) -> None:
     inputs = make_inputs("llama")
     model.set_adapter("second")
-    before = logits(model, inputs)
+    before = logits(model, **inputs)
     twin = copy.deepcopy(model)
     twin.load_adapter(folders[1], "third")
     twin.delete_adapter("default")
     for vector in twin.vectors("second").values():
         vector.data.fill_(1)
-    assert torch.equal(logits(model, inputs), before)
-    assert not torch.equal(logits(twin, inputs), before)
+    assert torch.equal(logits(model, **inputs), before)
+    assert not torch.equal(logits(twin, **inputs), before)
     twin.set_adapter("third")
-    assert torch.equal(logits(twin, inputs), before)
+    assert torch.equal(logits(twin, **inputs), before)
     assert list(model.peft_config) == ["default", "second"]
 
 

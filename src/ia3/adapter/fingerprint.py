@@ -111,31 +111,23 @@ def fingerprint(model: nn.Module, merged: Collection[str] = ()) -> Fingerprint:
         model: the base model; adapters that are on it are passed over.
         merged: the modules whose weights have an adapter merged into them, which are passed over.
     """
-    samples = {}
-    for name in _telling_parameters(model, merged):
-        parameter = _parameter(model, name, merged)
-        assert parameter is not None
-        samples[name] = list(parameter.shape), _sample(parameter)
+    # Parameters of linear layers may be quantized, or new with every model that is loaded, as heads
+    # are: only where there are no others.
+    chosen = _telling(model, merged, linear=False) or _telling(model, merged, linear=True)
+    chosen = chosen[:: max(1, math.ceil(len(chosen) / PARAMETERS))]
+    samples = {name: (list(parameter.shape), _sample(parameter)) for name, parameter in chosen}
     return Fingerprint(model_type_of(model), samples)
 
 
-def _telling_parameters(model: nn.Module, merged: Collection[str]) -> list[str]:
-    """A few parameters that tell a base model from others.
-
-    Those of linear layers are left out where there are others: these may be quantized, or new with
-    every model that is loaded, as heads are.
-    """
-    chosen = _telling(model, merged, linear=False) or _telling(model, merged, linear=True)
-    return chosen[:: max(1, math.ceil(len(chosen) / PARAMETERS))]
-
-
-def _telling(model: nn.Module, merged: Collection[str], *, linear: bool) -> list[str]:
+def _telling(
+    model: nn.Module, merged: Collection[str], *, linear: bool
+) -> list[tuple[str, Tensor]]:
     """The base model's parameters that tell it from others, of linear layers or of the rest."""
     from ..core.activations import linear_features
 
     # Norms start as ones, so that they tell nothing before training.
     return [
-        f"{prefix}.{name}" if prefix else name
+        (f"{prefix}.{name}" if prefix else name, parameter)
         for prefix, module in model.named_modules()
         if module._parameters
         and (linear_features(module) is not None) is linear
@@ -148,13 +140,12 @@ def _telling(model: nn.Module, merged: Collection[str], *, linear: bool) -> list
 def _parameter(model: nn.Module, name: str, merged: Collection[str]) -> Tensor | None:
     """The base model's parameter of this name, if it is there and can be looked at."""
     path, _, last = name.rpartition(".")
-    module: nn.Module | None = model
-    for part in path.split(".") if path else ():
-        module = None if module is None else module._modules.get(part)
-    if module is None or not _is_the_base_models(path, merged):
+    try:
+        parameter = model.get_submodule(path)._parameters.get(last)
+    except AttributeError:
         return None
-    parameter = module._parameters.get(last)
-    return parameter if _can_be_sampled(parameter) else None
+    there = _is_the_base_models(path, merged) and _can_be_sampled(parameter)
+    return parameter if there else None
 
 
 def _is_the_base_models(module: str, merged: Collection[str]) -> bool:

@@ -212,34 +212,27 @@ def read_metadata(
     """What a header says beyond PEFT's: (the ranges that stay one, the base model).
 
     Args:
+        metadata: of the header.
         vectors: the modules that have one.
+        path: the file, for messages.
 
     Raises:
         IA3Error: it is malformed.
     """
-    frozen = _read_frozen(metadata, path)
-    base = None
-    if BASE_KEY in metadata:
-        base = Fingerprint.from_json(metadata[BASE_KEY], str(path))
-    without = sorted(frozen.keys() - set(vectors))
-    if without:
-        raise IA3Error(
-            f"{path}: the header's {FROZEN_KEY!r} names {without[0]!r}, which has no vector"
-        )
-    return frozen, base
-
-
-def _read_frozen(metadata: Mapping[str, str], path: Path) -> dict[str, Frozen]:
-    if FROZEN_KEY not in metadata:
-        return {}
     try:
-        read: Any = json.loads(metadata[FROZEN_KEY])
+        read: Any = json.loads(metadata.get(FROZEN_KEY, "{}"))
         frozen = {
             name: tuple((start, end) for start, end in ranges) for name, ranges in read.items()
         }
         places = [place for ranges in frozen.values() for both in ranges for place in both]
         if not all(type(place) is int for place in places):
             raise TypeError("expected whole numbers")
-        return frozen
     except (ValueError, TypeError, AttributeError) as error:
         raise IA3Error(f"{path}: the header's {FROZEN_KEY!r} is malformed: {error}") from error
+    without = sorted(frozen.keys() - set(vectors))
+    if without:
+        raise IA3Error(
+            f"{path}: the header's {FROZEN_KEY!r} names {without[0]!r}, which has no vector"
+        )
+    text = metadata.get(BASE_KEY)
+    return frozen, None if text is None else Fingerprint.from_json(text, str(path))

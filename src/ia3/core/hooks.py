@@ -58,13 +58,14 @@ class OutputHook:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         own, carried = self.own, self.carried
-        factor = None if own is None else own.factor(output)
-        if carried is None or not carried.is_carried():
-            inner = None
-        else:
+        factor = inner = None
+        if own is not None:
+            factor = own.factor(output)
+        if carried is not None and carried.is_carried():
             inner = carried.factor(output)
-            # One product: a second one in place would overwrite what the first one saved.
-            factor = inner if factor is None else factor if inner is None else factor * inner
+            if inner is not None:
+                # One product: a second one in place would overwrite what the first one saved.
+                factor = inner if factor is None else factor * inner
         if factor is None:
             return output
         in_place = (own is None or own.in_place) and is_fresh(module)
@@ -85,7 +86,7 @@ class InputHook:
         self.site = site
         self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
-    def remove(self, site: Multiplier) -> None:
+    def remove(self) -> None:
         """Multiply no longer."""
         self._handle.remove()
 
@@ -110,9 +111,10 @@ def is_fresh(module: nn.Module, own_hooks: int = 1) -> bool:
     Args:
         own_hooks: how many of its forward hooks are the caller's.
     """
+    own = module.__dict__
     return (
         type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and len(module._forward_hooks) == own_hooks
+        and "forward" not in own
+        and len(own["_forward_hooks"]) == own_hooks
         and not torch_module._global_forward_hooks
     )
