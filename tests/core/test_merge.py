@@ -632,7 +632,7 @@ def test_a_merge_that_runs_out_of_memory_changes_nothing(
     def fail(*args: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("ia3.core.folding._scaled", fail)
+    monkeypatch.setattr("ia3.core.weights._product", fail)
     with pytest.raises(MemoryError):
         three.merge_adapter(["b"])
     assert torch.equal(logits(three, inputs), expected)

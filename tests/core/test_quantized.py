@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from ia3 import IA3Config, IA3Error, IA3Model, get_peft_model
-from ia3.core.quantized import dequantised, fold_rows, is_quantized, read_slot, write_slot
+from ia3.core.quantized import dequantised, is_quantized, read_slot, scaled_rows, write_slot
 
 BESIDE = "lies beside the environment: see `test` in the Makefile"
 pytestmark = pytest.mark.quantized
@@ -136,7 +136,7 @@ def test_folded_equals_scaled(kind: str) -> None:
     layer, x, vector = quantized(kind), inputs(), scale()
     plain, before = dequantised(layer).double(), bits(layer)
     expected = layer(x) * vector
-    values = fold_rows(layer, vector)
+    values = scaled_rows(layer, vector)
     assert same(bits(layer), before)  # nothing has changed yet
     put(layer, values)
     output = layer(x)
@@ -153,7 +153,7 @@ def test_folded_equals_scaled(kind: str) -> None:
 def test_unfolded_has_the_original_bits(kind: str) -> None:
     layer, x = quantized(kind), inputs()
     output, before = layer(x), bits(layer)
-    originals = put(layer, fold_rows(layer, scale()))
+    originals = put(layer, scaled_rows(layer, scale()))
     assert not same(bits(layer), before)
     layer(x)
     layer = layer.to("cpu")
@@ -166,8 +166,8 @@ def test_unfolded_has_the_original_bits(kind: str) -> None:
 def test_folding_twice(kind: str) -> None:
     layer, x, vector = quantized(kind), inputs(), scale()
     expected = layer(x) * vector * vector
-    first = put(layer, fold_rows(layer, vector))
-    put(layer, fold_rows(layer, vector))
+    first = put(layer, scaled_rows(layer, vector))
+    put(layer, scaled_rows(layer, vector))
     assert relative(layer(x), expected) < 1e-6
     put(layer, first)
     assert relative(layer(x) * vector * vector, expected) == 0
@@ -180,7 +180,7 @@ def test_half_precision(kind: str, dtype: torch.dtype) -> None:
     layer.bias.data = layer.bias.data.to(dtype)
     bias = layer.bias.clone()
     plain = dequantised(layer, torch.float32)
-    values = fold_rows(layer, vector)
+    values = scaled_rows(layer, vector)
     assert values["bias"].dtype == dtype
     assert torch.equal(values["bias"], (bias.float() * vector.float()).to(dtype))
     put(layer, values)
@@ -207,7 +207,7 @@ def pickled(layer: Any) -> Any:
 def test_copies_of_a_folded_layer(kind: str, copied: Callable[[Any], Any]) -> None:
     layer, x = quantized(kind), inputs()
     original = layer(x)
-    before = put(layer, fold_rows(layer, scale()))
+    before = put(layer, scaled_rows(layer, scale()))
     folded = layer(x)
     twin = copied(layer)
     assert torch.equal(twin(x), folded)
@@ -224,7 +224,7 @@ def test_eight_bit_constants_before_and_after_the_first_forward(forward_first: b
     if forward_first:
         layer(x)
     original = read_slot(layer, "weight.SCB")
-    before = put(layer, fold_rows(layer, vector))
+    before = put(layer, scaled_rows(layer, vector))
     # Exact while it quantizes its input, too.
     assert relative(layer(x), expected) < 1e-6
     assert torch.equal(layer.state_dict()["SCB"], read_slot(layer, "weight.SCB"))
@@ -235,7 +235,7 @@ def test_eight_bit_constants_before_and_after_the_first_forward(forward_first: b
 def test_nested_constants_become_float32() -> None:
     layer = quantized("nf4-nested")
     assert layer.weight.quant_state.nested
-    before = put(layer, fold_rows(layer, scale()))
+    before = put(layer, scaled_rows(layer, scale()))
     state = layer.weight.quant_state
     assert not state.nested
     assert state.absmax.dtype == torch.float32
@@ -258,7 +258,7 @@ def test_repacked_for_the_cpu(kind: str) -> None:
     repack(layer)
     before, plain = bits(layer), dequantised(layer)
     assert relative(plain.weight, dequantised(quantized(kind)).weight) < 2**-8
-    originals = put(layer, fold_rows(layer, vector))
+    originals = put(layer, scaled_rows(layer, vector))
     assert relative(dequantised(layer).weight, plain.weight * vector[:, None]) < 1e-6
     assert relative(layer(inputs()), plain(inputs()) * vector) < 1e-6
     put(layer, originals)
@@ -282,7 +282,7 @@ def test_evaluating_and_saving_a_folded_layer() -> None:
     layer, x, vector = quantized("nf4-nested").eval(), inputs(), scale()
     layer.bias = None
     expected = dequantised(layer)(x) * vector
-    put(layer, fold_rows(layer, vector))
+    put(layer, scaled_rows(layer, vector))
     with torch.no_grad():
         assert relative(layer(x), expected) < 1e-6
     state = layer.state_dict()
@@ -297,7 +297,7 @@ def test_evaluating_and_saving_a_folded_layer() -> None:
 def test_a_block_that_spans_rows(kind: str) -> None:
     layer = quantized(kind, columns=96)
     with pytest.raises(IA3Error, match=r"rows of 96 values in blocks of 64.* spans two rows"):
-        fold_rows(layer, scale())
+        scaled_rows(layer, scale())
     assert relative(dequantised(layer)(inputs(96)), layer(inputs(96))) < 1e-6
 
 
@@ -305,7 +305,7 @@ def test_torchao_weights_that_cannot_be_folded() -> None:
     layer = nn.Linear(IN, OUT)
     ao.quantize_(layer, ao.Int8WeightOnlyConfig(granularity=ao.PerTensor()))
     with pytest.raises(IA3Error, match=r"blocks of \[96, 128\].* spans several rows"):
-        fold_rows(layer, scale())
+        scaled_rows(layer, scale())
     layer = nn.Linear(IN, OUT)
     ao.quantize_(layer, ao.Int8WeightOnlyConfig())
 
@@ -315,7 +315,7 @@ def test_torchao_weights_that_cannot_be_folded() -> None:
     layer.weight.__class__ = Unheard
     assert is_quantized(layer)
     with pytest.raises(IA3Error, match="Unheard keeps its constants"):
-        fold_rows(layer, scale())
+        scaled_rows(layer, scale())
 
 
 @pytest.mark.parametrize("kind", KINDS)
