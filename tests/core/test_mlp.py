@@ -1,4 +1,4 @@
-"""Which layer can take a feed-forward vector: on real MLPs and on ones made to mislead."""
+"""What an MLP computes, and which layer can take its vector: on real MLPs and misleading ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import VOCABULARY, MakeModel
+from conftest import VOCABULARY
+from support.memory import saved_bytes
+from support.pairs import randomize, relative, vectors
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
@@ -31,7 +33,7 @@ from transformers import (
 )
 
 from ia3 import IA3Config, IA3Model
-from ia3.core.mlp import Carriers, up_projection
+from ia3.core.mlp import Carriers, Mlp, read_mlp, up_projection
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -141,10 +143,6 @@ def with_vector(module: nn.Module, side: str, vector: Tensor, mlp: nn.Module, x:
         handle.remove()
 
 
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 @pytest.mark.parametrize("kind", GATED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gated(kind: str, dtype: torch.dtype) -> None:
@@ -210,10 +208,6 @@ def test_a_layer_that_is_reached_from_elsewhere(tiny_llama: PreTrainedModel) -> 
     assert up_projection(mlp, "down_proj") is None
 
 
-def test_conv1d_is_linear_but_not_gated(make_model: MakeModel) -> None:
-    assert up_projection(make_model("gpt2"), "transformer.h.0.mlp.c_proj") is None
-
-
 @pytest.mark.parametrize("name", ["gate_proj", "up_proj", "act_fn"])
 def test_only_the_down_projection(tiny_llama: PreTrainedModel, name: str) -> None:
     assert up_projection(tiny_llama, f"{LLAMA_MLP}.{name}") is None
@@ -224,14 +218,11 @@ def test_no_such_module(tiny_llama: PreTrainedModel) -> None:
         up_projection(tiny_llama, f"{LLAMA_MLP}.downproj")
 
 
-def test_the_mlp_itself(tiny_llama: PreTrainedModel) -> None:
-    assert up_projection(tiny_llama.get_submodule(LLAMA_MLP), "down_proj") == "up_proj"
-
-
 def test_meta_device() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES))
-    assert up_projection(model, f"{LLAMA_MLP}.down_proj") == f"{LLAMA_MLP}.up_proj"
+    expected = Mlp("down_proj", "up_proj", "gate_proj", "silu", "act_fn")
+    assert read_mlp(model.get_submodule(LLAMA_MLP), "down_proj") == expected
 
 
 def test_offloaded(tiny_llama: PreTrainedModel) -> None:
@@ -265,113 +256,123 @@ def test_changes_nothing(tiny_llama: PreTrainedModel) -> None:
         assert module._forward_hooks == hooks[name]
 
 
-class Gated(nn.Module):
-    """What each of the MLPs below changes."""
+# -- MLPs made to mislead --------------------------------------------------------------------------
 
-    def __init__(self) -> None:
+
+class Layers(nn.Module):
+    """Three linear layers whose names say nothing; `forward` is one of the functions below."""
+
+    def __init__(self, **parts: nn.Module | nn.Parameter) -> None:
         super().__init__()
-        # The names are the wrong way round: nothing may be read off them.
-        self.up_proj = nn.Linear(8, 12)
-        self.gate_proj = nn.Linear(8, 12)
-        self.down_proj = nn.Linear(12, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.up_proj(x)) * self.gate_proj(x))
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        for name, part in parts.items():
+            setattr(self, name, part)
 
 
-class Dropped(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        inner = functional.silu(self.up_proj(x)) * self.gate_proj(x)
-        return self.down_proj(functional.dropout(inner, 0.5, self.training))
+def inner(m: Any, x: Tensor) -> Tensor:
+    product: Tensor = functional.silu(m.a(x)) * m.b(x)
+    return product
 
 
-class Normed(Gated):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.norm(functional.silu(self.up_proj(x)) * self.gate_proj(x)))
+def leaks(m: Any, x: Tensor) -> Tensor:
+    value = m.b(x)
+    result: Tensor = m.c(functional.silu(m.a(x)) * value) + value.mean()
+    return result
 
 
-class LeaksToTheOutput(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        value = self.gate_proj(x)
-        return self.down_proj(functional.silu(self.up_proj(x)) * value) + value.mean()
+def reads_the_weight(m: Any, x: Tensor) -> Tensor:
+    up = functional.linear(x, m.b.weight, m.b.bias)
+    result: Tensor = m.c(functional.silu(m.a(x)) * up)
+    return result
 
 
-class Shifted(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.up_proj(x)) * (self.gate_proj(x) + 1))
+def broken(m: Any, x: Tensor) -> Tensor:
+    raise RuntimeError("only on Tuesdays")
 
 
-class TwiceThrough(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        once = self.down_proj(functional.silu(self.up_proj(x)) * self.gate_proj(x))
-        return self.down_proj(functional.silu(self.up_proj(once)) * self.gate_proj(once))
+def activation(name: str, formula: Callable[[Tensor], Tensor]) -> nn.Module:
+    module: nn.Module = type(name, (nn.Module,), {"forward": lambda _self, x: formula(x)})()
+    return module
 
 
-class WithAResidual(Gated):
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return super().forward(x) + residual
+def by_act(m: Any, x: Tensor) -> Tensor:
+    result: Tensor = m.c(m.act(m.a(x)) * m.b(x))
+    return result
 
 
-class ShiftedAtTimes(Gated):
-    def forward(self, x: Tensor, shift: float = 0.0) -> Tensor:
-        return self.down_proj(functional.silu(self.up_proj(x)) * (self.gate_proj(x) + shift))
+CLAMPED = activation("SiLU", lambda x: x.clamp(min=0))
+QUICK_GELU = activation("GELU", lambda x: x * (1.702 * x).sigmoid())
+
+# The forward, further parts, which layer is `up`, and the function of the gate.
+FORMS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], str | None, str | None]] = {
+    "a function": (lambda m, x: m.c(inner(m, x)), {}, "b", "silu"),
+    "the other way": (lambda m, x: m.c(m.a(x) * functional.gelu(m.b(x))), {}, "a", "gelu"),
+    "tanh": (
+        lambda m, x: m.c(functional.gelu(m.a(x), approximate="tanh") * m.b(x)),
+        {},
+        "b",
+        "gelu_tanh",
+    ),
+    "a module": (by_act, {"act": nn.SiLU()}, "b", "silu"),
+    "misnamed": (by_act, {"act": CLAMPED}, "b", "relu"),
+    "dropout": (lambda m, x: m.c(m.d(inner(m, x))), {"d": nn.Dropout(0.5)}, "b", "silu"),
+    # The vector can be carried, but it is not the gated form and nothing else.
+    "learned": (by_act, {"act": nn.PReLU()}, "b", None),
+    "quick gelu": (by_act, {"act": QUICK_GELU}, "b", None),
+    "dropped": (lambda m, x: m.c(functional.dropout(inner(m, x), 0.5, m.training)), {}, "b", None),
+    "dropped before": (lambda m, x: m.c(inner(m, m.d(x))), {"d": nn.Dropout(0.5)}, "b", None),
+    "normed before": (lambda m, x: m.c(inner(m, functional.rms_norm(x, (8,)))), {}, "b", None),
+    "gate clamped": (
+        lambda m, x: m.c(functional.silu(m.a(x).clamp(max=7)) * m.b(x)),
+        {},
+        "b",
+        None,
+    ),
+    "residual": (lambda m, x: x + m.c(inner(m, x)), {}, "b", None),
+    # Nothing is the same.
+    "up clamped": (
+        lambda m, x: m.c(functional.silu(m.a(x)) * m.b(x).clamp(-1, 1)),
+        {},
+        None,
+        None,
+    ),
+    "normed": (lambda m, x: m.c(m.norm(inner(m, x))), {"norm": nn.RMSNorm(12)}, None, None),
+    "leaks": (leaks, {}, None, None),
+    "shifted": (lambda m, x: m.c(functional.silu(m.a(x)) * (m.b(x) + 1)), {}, None, None),
+    "twice": (lambda m, x: m.c(inner(m, m.c(inner(m, x)))), {}, None, None),
+    "two tensors": (lambda m, x, shift=0.0: m.c(inner(m, x)) + shift, {}, None, None),
+    "zero at first": (
+        lambda m, x: m.c(inner(m, x) * m.gain),
+        {"gain": nn.Parameter(torch.zeros(12))},
+        None,
+        None,
+    ),
+    "absolute": (lambda m, x: m.c(m.b(x).abs()), {}, None, None),
+    "written over": (
+        lambda m, x: m.c(m.b(x).mul_(functional.silu(m.a(x)))),
+        {},
+        None,
+        None,
+    ),
+    "reads the weight": (reads_the_weight, {}, None, None),
+    "broken": (broken, {}, None, None),
+}
 
 
-class ZeroAtFirst(Gated):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.zeros(12))
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = functional.silu(self.up_proj(x)) * self.gate_proj(x)
-        return self.down_proj(inner * self.gain)
-
-
-class Absolute(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.gate_proj(x).abs())
-
-
-class ReadsTheWeight(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        value = functional.linear(x, self.gate_proj.weight, self.gate_proj.bias)
-        return self.down_proj(functional.silu(self.up_proj(x)) * value)
-
-
-class Broken(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        raise RuntimeError("only on Tuesdays")
-
-
-@pytest.mark.parametrize("mlp", [Gated, Dropped])
-def test_names_do_not_matter(mlp: type[Gated]) -> None:
-    assert up_projection(nn.Sequential(mlp()), "0.down_proj") == "0.gate_proj"
-
-
-@pytest.mark.parametrize(
-    "mlp",
-    [
-        Normed,
-        LeaksToTheOutput,
-        Shifted,
-        TwiceThrough,
-        WithAResidual,
-        ShiftedAtTimes,
-        ZeroAtFirst,
-        Absolute,
-        ReadsTheWeight,
-        Broken,
-    ],
-)
-def test_misleading(mlp: type[Gated]) -> None:
-    module = mlp().train()
-    assert up_projection(nn.Sequential(module), "0.down_proj") is None
-    assert all(part.training for part in module.modules())
-    assert not any("forward" in vars(part) for part in module.modules())
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_found_by_trying(kind: str, dtype: torch.dtype) -> None:
+    forward, parts, up, function = FORMS[kind]
+    mlp = type("Form", (Layers,), {"forward": forward})(**parts).to(dtype).train()
+    before = [(part, {**part.__dict__}) for part in mlp.modules()]
+    random_state = torch.get_rng_state()
+    found = read_mlp(mlp, "c")
+    assert isinstance(found, Mlp) == (up is not None)
+    if isinstance(found, Mlp):
+        assert (found.down, found.up, found.function) == ("c", up, function)
+        assert found.gate == (None if function is None else "ab".replace(str(up), ""))
+    assert [(part, {**part.__dict__}) for part in mlp.modules()] == before
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 # -- rescaled there --------------------------------------------------------------------------------
@@ -382,16 +383,10 @@ def llama() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "num_hidden_layers": 2})).eval()
 
 
-def adapted(base: nn.Module, **modules: object) -> IA3Model:
-    model = IA3Model(base, IA3Config(task_type="CAUSAL_LM", **modules))  # type: ignore[arg-type]
-    for seed, vector in enumerate(model.vectors("default").values()):
-        with torch.no_grad():
-            vector.copy_(1 + 0.5 * seeded(*vector.shape, seed=seed))
+def adapted(base: nn.Module, **modules: Any) -> IA3Model:
+    model = IA3Model(base, IA3Config(task_type="CAUSAL_LM", **modules))
+    randomize(vectors(model))
     return model
-
-
-def seeded(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 IDS = torch.arange(1, 13).reshape(2, 6)
@@ -410,30 +405,13 @@ def plain_result(model: IA3Model) -> Tensor:
     return logits
 
 
-def saved_bytes(model: nn.Module) -> int:
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            # Held, so that no address is used twice.
-            storages[storage.data_ptr()] = storage.nbytes(), tensor
-        return tensor
-
-    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()  # type: ignore[operator]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(inputs_embeds=embedded, labels=IDS)
-    return sum(size for size, _ in storages.values())
-
-
 def test_no_feed_forward_activation_is_kept() -> None:
     base = llama()
-    frozen = saved_bytes(base)
+    frozen = saved_bytes(base, IDS)
     model = adapted(base)
-    least = saved_bytes(model)
+    least = saved_bytes(model, IDS)
     model.use_plain_product()
-    plain = saved_bytes(model)
+    plain = saved_bytes(model, IDS)
     feed_forward = 2 * IDS.numel() * 48 * 4
     keys_and_values = 2 * 2 * IDS.numel() * 16 * 4
     divisors = 2 * (48 + 2 * 16) * 4
@@ -471,8 +449,7 @@ def test_adapters_added_later_are_rescaled_alike() -> None:
     model = adapted(llama())
     model.use_plain_product()
     model.add_adapter("outputs", IA3Config(target_modules=["up_proj"], feedforward_modules=[]))
-    for seed, vector in enumerate(model.vectors("outputs").values()):
-        vector.data.copy_(1 + 0.5 * seeded(*vector.shape, seed=90 + seed))
+    randomize(vectors(model, "outputs"), seed=9)
     model.set_adapter(["default", "outputs"])
     torch.testing.assert_close(result(model), plain_result(model))
     model.set_adapter("outputs")

@@ -14,6 +14,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from conftest import MakeInputs, MakeModel
 from support.architectures import batch, build, output
+from support.memory import saved_bytes
 from support.pairs import randomize, relative, vectors
 from support.snapshots import assert_unchanged, snapshot
 from torch import Tensor, nn
@@ -54,27 +55,6 @@ def assert_same_gradients(found: Any, expected: Any, tolerance: float = 1e-5) ->
     assert found[1].keys() == expected[1].keys()
     for name, grad in expected[1].items():
         assert relative(found[1][name], grad) < tolerance, name
-
-
-def saved_bytes(model: Any, embeddings: Tensor, labels: Tensor) -> int:
-    """What the backward pass keeps beside parameters and buffers, the input wanting gradients."""
-    held = [*model.parameters(), *model.buffers()]
-    known = {tensor.untyped_storage().data_ptr() for tensor in held}
-    storages: dict[int, int] = {}
-    # Kept alive: a storage's address tells it apart only as long as it is there.
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    embeddings = embeddings.detach().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(inputs_embeds=embeddings, labels=labels).loss.backward()
-    return sum(storages.values())
 
 
 # -- the same results ------------------------------------------------------------------------------
@@ -196,29 +176,27 @@ def test_keeps_less_than_the_frozen_model(config: type[PreTrainedConfig]) -> Non
         config(**sizes, vocab_size=64, num_attention_heads=4, num_key_value_heads=2)
     )
     labels = batch("llama")["input_ids"]
-    embeddings = base.get_input_embeddings()(labels)
     base.requires_grad_(False)
-    frozen = saved_bytes(base, embeddings, labels)
+    frozen = saved_bytes(base, labels)
     model = adapted(base)
     assert model.fuse_mlp() == 2
-    fused = saved_bytes(model, embeddings, labels)
+    fused = saved_bytes(model, labels)
     model.unfuse_mlp()
     assert fused < frozen
-    assert fused < saved_bytes(model, embeddings, labels)
+    assert fused < saved_bytes(model, labels)
 
 
 def test_smollm2() -> None:
     base = copy.deepcopy(load_base_model(EMBEDDED_MODEL).model)
     labels = torch.randint(3, 4000, (2, 24), generator=torch.Generator().manual_seed(0))
-    embeddings = base.get_input_embeddings()(labels)
     base.requires_grad_(False)
-    frozen = saved_bytes(base, embeddings, labels)
+    frozen = saved_bytes(base, labels)
     model = adapted(base)
     expected = loss_and_gradients(model, {"input_ids": labels, "labels": labels})
     assert model.fuse_mlp() == 30
     found = loss_and_gradients(model, {"input_ids": labels, "labels": labels})
     assert_same_gradients(found, expected, 1e-4)
-    assert saved_bytes(model, embeddings, labels) < frozen
+    assert saved_bytes(model, labels) < frozen
 
 
 # -- on and off ------------------------------------------------------------------------------------
@@ -383,12 +361,6 @@ def test_modules_to_save(tiny_llama: PreTrainedModel, make_inputs: MakeInputs) -
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_meta_device() -> None:
-    base = build("llama").to("meta")
-    layer = gated_mlp(base.get_submodule(MLP))
-    assert layer == Mlp("down_proj", "up_proj", "gate_proj", "silu", "act_fn", None, False)
-
-
 # -- what is left alone ----------------------------------------------------------------------------
 
 
@@ -405,153 +377,25 @@ def test_nothing_to_fuse(kind: str, reason: str) -> None:
 
 
 class Gated(nn.Module):
-    """What each of the layers below changes; the names are the wrong way round."""
-
     def __init__(self) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(8, 12)
-        self.gate_proj = nn.Linear(8, 12)
-        self.down_proj = nn.Linear(12, 8)
-        self.act = nn.SiLU()
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.up_proj(x)) * self.gate_proj(x))
-
-
-class ByAFunction(Gated):
-    def __init__(self) -> None:
-        super().__init__()
-        del self.act
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = functional.gelu(self.up_proj(x), approximate="tanh")
-        return self.down_proj(gate * self.gate_proj(x))
-
-
-class Named(Gated):
-    """Its activation's name says something else than it does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.act = type("SiLU", (nn.Module,), {"forward": lambda _self, x: x.clamp(min=0)})()
-
-
-@pytest.mark.parametrize(
-    ("kind", "function"), [(Gated, "silu"), (ByAFunction, "gelu_tanh"), (Named, "relu")]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_found_by_trying(kind: type[Gated], function: str, dtype: torch.dtype) -> None:
-    module = kind().to(dtype).train()
-    attributes, state = dict(vars(module)), torch.get_rng_state()
-    layer = gated_mlp(module)
-    assert isinstance(layer, Mlp)
-    assert (layer.gate, layer.up, layer.down) == ("up_proj", "gate_proj", "down_proj")
-    assert layer.function == function
-    assert vars(module) == attributes
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-class Learned(Gated):
-    def __init__(self) -> None:
-        super().__init__()
-        self.act = nn.PReLU()
-
-
-class QuickGelu(Gated):
-    def __init__(self) -> None:
-        super().__init__()
-        self.act = type(
-            "GELU", (nn.Module,), {"forward": lambda _s, x: x * (1.702 * x).sigmoid()}
-        )()
-
-
-class Dropped(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        inner = self.act(self.up_proj(x)) * self.gate_proj(x)
-        return self.down_proj(functional.dropout(inner, 0.5, self.training))
-
-
-class DroppedBefore(Gated):
-    def __init__(self) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.dropout(x))
-
-
-class Normed(Gated):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.norm(self.act(self.up_proj(x)) * self.gate_proj(x)))
-
-
-class NormedBefore(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(functional.rms_norm(x, (8,)))
-
-
-class Clamped(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up_proj(x).clamp(max=7), self.gate_proj(x).clamp(-7, 7)
-        return self.down_proj(self.act(gate) * up)
-
-
-class Shifted(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.up_proj(x)) * (self.gate_proj(x) + 1))
+        result: Tensor = self.down(functional.silu(self.gate(x)) * self.up(x))
+        return result
 
 
 class Residual(Gated):
+    """Its vector can be carried; it is not the gated form and nothing else."""
+
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
 
-class Two(Gated):
-    def forward(self, x: Tensor, shift: float = 0.0) -> Tensor:
-        return super().forward(x) + shift
-
-
-class Scaled(Gated):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(12))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.up_proj(x)) * self.gate_proj(x) * self.gain)
-
-
-class ReadsTheWeight(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        up = functional.linear(x, self.gate_proj.weight, self.gate_proj.bias)
-        return self.down_proj(self.act(self.up_proj(x)) * up)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        Learned,
-        QuickGelu,
-        Dropped,
-        DroppedBefore,
-        Normed,
-        NormedBefore,
-        Clamped,
-        Shifted,
-        Residual,
-        Two,
-        Scaled,
-        ReadsTheWeight,
-    ],
-)
-def test_anything_else_is_left_alone(kind: type[Gated]) -> None:
-    assert isinstance(gated_mlp(kind().train()), str)
-
-
-def test_a_replaced_forward_is_left_alone() -> None:
+def test_anything_else_is_left_alone() -> None:
+    assert isinstance(gated_mlp(Gated()), Mlp)
+    assert "something else than down(act(gate(x)) ⊙ up(x))" in str(gated_mlp(Residual()))
     module = Gated()
     module.forward = lambda x: x  # type: ignore[method-assign]
-    assert "replaced" in str(gated_mlp(module))
+    assert "forward was replaced" in str(gated_mlp(module))

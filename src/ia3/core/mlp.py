@@ -60,17 +60,20 @@ class Mlp:
     casts: bool = False
 
 
-def read_mlp(mlp: nn.Module, down: str) -> Mlp | str:
+def read_mlp(mlp: nn.Module, down: str, *, with_gate: bool = True) -> Mlp | str:
     """What an MLP computes; a string says why nothing is proven.
 
     `up` is the layer for which multiplying its output by a vector of both signs multiplies `down`'s
     input by that very vector, and reaches the MLP's result by no other way. No weight is read: the
     weights may be quantized, or on the meta device. Hooks of the MLP's parts run, except those of
-    adapters. The global random state is left alone.
+    adapters.
 
     Args:
         mlp: a module whose forward takes one tensor, `[1, tokens, hidden]`.
         down: the name of a linear layer among its children.
+        with_gate: look for `gate` too. This takes runs in training mode, which may draw random
+            numbers: the global random state is put back. Otherwise it is never touched, so that
+            other threads may be calling the model.
     """
     children = dict(mlp.named_children())
     linear = {name: size for name, part in children.items() if (size := linear_features(part))}
@@ -86,7 +89,11 @@ def read_mlp(mlp: nn.Module, down: str) -> Mlp | str:
             continue
         try:
             with torch.no_grad():
-                if _carries(mlp, children[name], children[down], hidden):
+                if not _carries(mlp, children[name], children[down], hidden):
+                    continue
+                if not with_gate:
+                    return Mlp(down, name)
+                with torch.random.fork_rng(devices=[]):
                     return _with_gate(mlp, name, down, hidden)
         except Exception as error:  # of a forward that this library knows nothing about
             return f"it cannot be tried out: {error}"
@@ -101,7 +108,7 @@ def up_projection(model: nn.Module, down_name: str) -> str | None:
     """
     model.get_submodule(down_name)
     parent, _, down = down_name.rpartition(".")
-    mlp = read_mlp(model.get_submodule(parent), down)
+    mlp = read_mlp(model.get_submodule(parent), down, with_gate=False)
     return f"{parent}.{mlp.up}".removeprefix(".") if isinstance(mlp, Mlp) else None
 
 
