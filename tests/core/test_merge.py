@@ -16,7 +16,7 @@ import torch
 from conftest import MakeInputs, MakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.pairs import randomize, relative, vectors
+from support.pairs import adapted, logits, randomize, relative, vectors
 from support.snapshots import assert_unchanged, hooks_on, snapshot, weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,12 +27,6 @@ from ia3 import IA3Config, IA3Error, IA3Model
 Adapted = Any  # an `IA3Model` or a `peft.PeftModel`: they share their names
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
-
-
-def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**inputs).logits
-    return result
 
 
 # -- any small network -----------------------------------------------------------------------------
@@ -336,34 +330,26 @@ def test_a_tied_weight_is_not_merged_into(
     assert torch.equal(logits(model, inputs), expected)
 
 
-def test_peft_merges_into_a_tied_weight(make_model: MakeModel, make_inputs: MakeInputs) -> None:
+def test_untied_weights_are_merged_into(make_model: MakeModel, make_inputs: MakeInputs) -> None:
+    """Where PEFT merges into the tied weight, both layers change."""
     inputs = make_inputs("gpt2")
     modules: dict[str, Any] = {"target_modules": ["lm_head"], "feedforward_modules": []}
     with pytest.warns(UserWarning, match="tie_word_embeddings"):
         theirs = peft.get_peft_model(make_model("gpt2"), peft.IA3Config(**modules))
     randomize(vectors(theirs))
     expected = logits(theirs, inputs)
-    merged = theirs.merge_and_unload()
-    assert relative(logits(merged, inputs), expected) > 0.1
-    # Once the two are apart, both of ours agree.
+    assert relative(logits(theirs.merge_and_unload(), inputs), expected) > 0.1
     base = make_model("gpt2")
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
-    ours = IA3Model(base, IA3Config(**modules))
-    randomize(vectors(ours))
+    ours = adapted(base, **modules)
     assert relative(logits(ours, inputs), expected) < 1e-6
     assert relative(logits(ours.merge_and_unload(), inputs), expected) < 1e-6
 
 
-def test_embeddings_of_their_own_are_merged_into(
-    tiny_llama: PreTrainedModel, make_inputs: MakeInputs
-) -> None:
+def test_embeddings_are_merged_into(tiny_llama: PreTrainedModel, make_inputs: MakeInputs) -> None:
     """PEFT does not rescale embeddings at all."""
     inputs = make_inputs("llama")
-    modules: dict[str, Any] = {"target_modules": ["embed_tokens"], "feedforward_modules": []}
-    with pytest.raises(ValueError, match=r"Embedding.* is not supported"):
-        peft.get_peft_model(copy.deepcopy(tiny_llama), peft.IA3Config(**modules))
-    model = IA3Model(tiny_llama, IA3Config(**modules))
-    randomize(vectors(model))
+    model = adapted(tiny_llama, target_modules=["embed_tokens"], feedforward_modules=[])
     expected = logits(model, inputs)
     assert relative(logits(model.merge_and_unload(), inputs), expected) < 1e-6
 
@@ -424,6 +410,9 @@ def unmerged(model: IA3Model, adapters: list[str], inputs: dict[str, Tensor]) ->
     """The logits with these adapters, none merged."""
     twin = copy.deepcopy(model)
     twin.unmerge_adapter()
+    if not adapters:
+        with twin.disable_adapter():
+            return logits(twin, inputs)
     twin.set_adapter(adapters)
     return logits(twin, inputs)
 
@@ -452,14 +441,33 @@ def test_merging_adapters_that_are_not_active(three: IA3Model, inputs: dict[str,
     assert torch.equal(logits(three, inputs), unmerged(three, ["a"], inputs))
 
 
-@pytest.mark.parametrize("names", [["b"], ["b", "c"], ["c"], ["a", "b", "c"]])
-def test_unloading_with_adapters_by_name(
-    three: IA3Model, inputs: dict[str, Tensor], names: list[str]
+@pytest.mark.parametrize(
+    ("active", "merged", "names", "result"),
+    [
+        ("a", "", ["b"], "b"),
+        ("a", "", ["b", "c"], "bc"),
+        ("a", "", ["c"], "c"),
+        ("a", "", ["a", "b", "c"], "abc"),
+        ("a", "", [], ""),
+        ("a", "b", None, "b"),
+        ("ab", "a", None, "ab"),
+    ],
+)
+def test_unloading(
+    three: IA3Model,
+    inputs: dict[str, Tensor],
+    active: str,
+    merged: str,
+    names: list[str] | None,
+    result: str,
 ) -> None:
-    expected = unmerged(three, names, inputs)
-    merged = three.merge_and_unload(adapter_names=names)
-    assert relative(logits(merged, inputs), expected) < 1e-6
-    assert not any("ia3" in key for key in merged.state_dict())
+    expected = unmerged(three, list(result), inputs)
+    three.set_adapter(list(active))
+    if merged:
+        three.merge_adapter(list(merged))
+    base = three.merge_and_unload(adapter_names=names)
+    assert relative(logits(base, inputs), expected) < 1e-6
+    assert not any("ia3" in key for key in base.state_dict())
 
 
 def test_one_name_is_no_list_of_letters(
@@ -473,18 +481,6 @@ def test_one_name_is_no_list_of_letters(
     assert relative(logits(model, inputs), expected) < 1e-6
     model.unmerge_adapter()
     assert relative(logits(model.merge_and_unload(adapter_names="second"), inputs), expected) < 1e-6
-
-
-def test_unloading_with_no_adapter(three: IA3Model, inputs: dict[str, Tensor]) -> None:
-    with three.disable_adapter():
-        expected = logits(three, inputs)
-    assert torch.equal(logits(three.merge_and_unload(adapter_names=[]), inputs), expected)
-
-
-def test_unloading_what_is_merged_already(three: IA3Model, inputs: dict[str, Tensor]) -> None:
-    expected = unmerged(three, ["b"], inputs)
-    three.merge_adapter(["b"])
-    assert relative(logits(three.merge_and_unload(), inputs), expected) < 1e-6
 
 
 def test_choosing_an_adapter_unmerges_first(three: IA3Model, inputs: dict[str, Tensor]) -> None:
@@ -611,15 +607,6 @@ def test_optimizers_keep_the_parameters_they_have(three: IA3Model) -> None:
     assert {name: id(parameter) for name, parameter in three.named_parameters()} == before
     three.unmerge_adapter()
     assert {name: id(parameter) for name, parameter in three.named_parameters()} == before
-
-
-def test_unloading_a_merge_keeps_what_is_active_beside_it(
-    three: IA3Model, inputs: dict[str, Tensor]
-) -> None:
-    expected = unmerged(three, ["a", "b"], inputs)
-    three.set_adapter(["a", "b"])
-    three.merge_adapter(["a"])
-    assert relative(logits(three.merge_and_unload(), inputs), expected) < 1e-6
 
 
 def test_a_merge_that_runs_out_of_memory_changes_nothing(

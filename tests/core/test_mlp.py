@@ -15,7 +15,7 @@ import torch
 from accelerate import cpu_offload
 from conftest import VOCABULARY
 from support.memory import saved_bytes
-from support.pairs import randomize, relative, vectors
+from support.pairs import adapted, logits, randomize, relative, vectors
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
@@ -383,19 +383,11 @@ def llama() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "num_hidden_layers": 2})).eval()
 
 
-def adapted(base: nn.Module, **modules: Any) -> IA3Model:
-    model = IA3Model(base, IA3Config(task_type="CAUSAL_LM", **modules))
-    randomize(vectors(model))
-    return model
-
-
 IDS = torch.arange(1, 13).reshape(2, 6)
 
 
 def result(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=IDS).logits
-    return logits
+    return logits(model, {"input_ids": IDS})
 
 
 def plain_result(model: IA3Model) -> Tensor:

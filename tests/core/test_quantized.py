@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from conftest import VOCABULARY
+from support.pairs import adapted, logits, relative
 from support.snapshots import hooks_on
 from torch import Tensor, nn
 from transformers import (
@@ -27,7 +28,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-from ia3 import IA3Config, IA3Error, IA3Model, get_peft_model
+from ia3 import IA3Error, IA3Model
 from ia3.core.quantized import dequantised, is_quantized, read_slot, scaled_rows, write_slot
 
 BESIDE = "lies beside the environment: see `test` in the Makefile"
@@ -100,10 +101,6 @@ def put(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
             before[slot] = read_slot(module, slot)
             write_slot(module, slot, value)
     return before
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def bits(module: nn.Module) -> list[Tensor]:
@@ -352,6 +349,7 @@ def test_bitsandbytes_is_not_imported() -> None:
 # -- a model --------------------------------------------------------------------------------------
 
 IDS = torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(3))
+INPUTS = {"input_ids": IDS}
 
 MODELS: dict[str, Any] = {
     "nf4": BitsAndBytesConfig(
@@ -394,21 +392,6 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
     return model.train()
 
 
-def adapted(model: PreTrainedModel) -> Any:
-    adapter: Any = get_peft_model(model, IA3Config(task_type="CAUSAL_LM"))
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
-    return adapter
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
-
-
 def gradients(model: Any) -> dict[str, Tensor]:
     model(IDS, labels=IDS).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -439,32 +422,32 @@ def test_peft_refuses_to_merge(kind: str, checkpoint: Path) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_merging_into_a_quantized_model(kind: str, checkpoint: Path) -> None:
     base = load(checkpoint, kind)
-    untouched = logits(base)
+    untouched = logits(base, INPUTS)
     adapter = adapted(base)
     layers = [module for module in base.modules() if is_quantized(module)]
     before = [bits(layer) for layer in layers]
-    expected = logits(adapter)
+    expected = logits(adapter, INPUTS)
     assert relative(expected, untouched) > 1e-2
     adapter.merge_adapter(safe_merge=True)
     assert not any(map(hooks_on, layers))
-    assert relative(logits(adapter), expected) < 2e-6
+    assert relative(logits(adapter, INPUTS), expected) < 2e-6
     adapter.unmerge_adapter()
     assert all(same(bits(x), y) for x, y in zip(layers, before, strict=True))
-    assert torch.equal(logits(adapter), expected)
+    assert torch.equal(logits(adapter, INPUTS), expected)
     merged = adapter.merge_and_unload()
     assert merged is base
     assert [module for module in merged.modules() if is_quantized(module)] == layers
-    assert relative(logits(merged), expected) < 2e-6
+    assert relative(logits(merged, INPUTS), expected) < 2e-6
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_saving_a_merged_model(kind: str, checkpoint: Path, tmp_path: Path) -> None:
     adapter = adapted(load(checkpoint, kind))
-    expected = logits(adapter)
+    expected = logits(adapter, INPUTS)
     merged = adapter.merge_and_unload()
     merged.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").train()
-    assert relative(logits(again), expected) < 2e-6
+    assert relative(logits(again, INPUTS), expected) < 2e-6
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -483,14 +466,14 @@ def test_a_vector_that_no_row_can_take(kind: str, tmp_path: Path) -> None:
         )
     ).save_pretrained(tmp_path)
     adapter = adapted(load(tmp_path, kind))
-    expected = logits(adapter)
+    expected = logits(adapter, INPUTS)
     with pytest.raises(IA3Error, match=r"layers\.0\.fc2.*columns.*dequantise=True"):
         adapter.merge_adapter()
-    assert torch.equal(logits(adapter), expected)
+    assert torch.equal(logits(adapter, INPUTS), expected)
     merged = adapter.merge_and_unload(dequantise=True)
     assert type(merged.get_submodule("model.decoder.layers.0.fc2")) is nn.Linear
     assert is_quantized(merged.get_submodule("model.decoder.layers.0.fc1"))
-    assert relative(logits(merged), expected) < 2e-6
+    assert relative(logits(merged, INPUTS), expected) < 2e-6
 
 
 def test_a_merge_that_is_not_finite(checkpoint: Path) -> None:

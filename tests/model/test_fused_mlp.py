@@ -15,7 +15,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from conftest import MakeInputs, MakeModel
 from support.architectures import batch, build, output
 from support.memory import saved_bytes
-from support.pairs import randomize, relative, vectors
+from support.pairs import adapted, randomize, relative, vectors
 from support.snapshots import assert_unchanged, snapshot
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,12 +34,6 @@ from ia3.model.fused_mlp import gated_mlp, is_fused
 
 MLP = "model.layers.0.mlp"
 GATED = {"llama": 2, "mistral": 2, "qwen2": 2, "qwen3": 2, "gemma": 2, "gemma2": 2, "gemma3": 2}
-
-
-def adapted(base: nn.Module, seed: int = 0, **config: Any) -> IA3Model:
-    model = IA3Model(base, IA3Config(**config))
-    randomize(vectors(model), seed)
-    return model
 
 
 def loss_and_gradients(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.pairs import relative
 from torch import Tensor
 from torch.nn import functional
 
+from ia3.core.mlp import FUNCTIONS
 from ia3.model.fused_mlp import gated_product
 
 # An exact zero, both signs, tiny ones: what a division by the vector would stumble over.
@@ -33,13 +35,7 @@ def definition(gate: Tensor, up: Tensor, vector: Tensor | None, function: str) -
 
 def plain(gate: Tensor, up: Tensor, vector: Tensor, function: str) -> Tensor:
     """As a layer's forward and a hook on its down projection's input compute it."""
-    functions = {
-        "silu": functional.silu,
-        "gelu": functional.gelu,
-        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-        "relu": functional.relu,
-    }
-    return ((functions[function](gate) * up) * vector).to(gate.dtype)
+    return ((FUNCTIONS[function](gate) * up) * vector).to(gate.dtype)
 
 
 def results(operation: object, inputs: list[Tensor], weight: Tensor, function: str) -> list[Tensor]:
@@ -49,10 +45,6 @@ def results(operation: object, inputs: list[Tensor], weight: Tensor, function: s
     result = operation(*leaves, function)
     loss = (result.square() * weight.to(result.dtype)).sum()
     return [result.detach(), *torch.autograd.grad(loss, leaves)]
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @EVERY_FUNCTION
