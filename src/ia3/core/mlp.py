@@ -12,6 +12,7 @@ import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -60,6 +61,7 @@ class Mlp:
     casts: bool = False
 
 
+@torch.no_grad()
 def read_mlp(mlp: nn.Module, down: str, *, with_gate: bool = True) -> Mlp | str:
     """What an MLP computes; a string says why nothing is proven.
 
@@ -88,15 +90,14 @@ def read_mlp(mlp: nn.Module, down: str, *, with_gate: bool = True) -> Mlp | str:
         if name == down or out != linear[down][0]:
             continue
         try:
-            with torch.no_grad():
-                if not _carries(mlp, children[name], children[down], hidden):
-                    continue
-                if not with_gate:
-                    return Mlp(down, name)
-                with torch.random.fork_rng(devices=[]):
-                    return _with_gate(mlp, name, down, hidden)
+            if not _carries(mlp, children[name], children[down], hidden):
+                continue
         except Exception as error:  # of a forward that this library knows nothing about
             return f"it cannot be tried out: {error}"
+        if with_gate:
+            with suppress(Exception), torch.random.fork_rng(devices=[]):
+                return _with_gate(mlp, name, down, hidden)
+        return Mlp(down, name)
     return f"no layer's output can take a vector in the place of {down!r}'s input"
 
 
@@ -156,14 +157,10 @@ class Carriers:
         modules = self._model.modules()
         return Counter(id(c) for module in modules for c in module._modules.values() if c)
 
-    def parent(self, name: str) -> nn.Module:
-        """The module that holds the one of this name."""
-        return self._model.get_submodule(name.rpartition(".")[0])
-
     def of(self, down_name: str) -> Carrier | None:
         """The carrier for a down projection's input; `None` where there is none."""
-        down = down_name.rpartition(".")[2]
-        parent = self.parent(down_name)
+        parent_name, _, down = down_name.rpartition(".")
+        parent = self._model.get_submodule(parent_name)
         kind = (down, _kind(parent))
         if kind not in self._found or kind[1] is None:
             self._found[kind] = up_projection(parent, down)
@@ -241,10 +238,7 @@ def _with_gate(mlp: nn.Module, up: str, down: str, hidden: int) -> Mlp:
     for dtype in (torch.float64, torch.float32):
         for training in (False, True):
             like = torch.empty(0, dtype=dtype, device="cpu")
-            try:
-                run = _Run(mlp, hidden, like, training=training, sizes=SIZES)
-            except Exception:  # as in `read_mlp`
-                return Mlp(down, up)
+            run = _Run(mlp, hidden, like, training=training, sizes=SIZES)
             functions &= run.functions(parts[gate], parts[up], parts[down])
             # One of the two dtypes is not the weight's.
             casts = casts or any(given.dtype != dtype for given in run.inputs[parts[down]])
