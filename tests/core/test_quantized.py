@@ -129,45 +129,26 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_folded_equals_scaled(kind: str) -> None:
+def test_scaled_rows_and_the_original_bits(kind: str) -> None:
     layer, x, vector = quantized(kind), inputs(), scale()
-    plain, before = dequantised(layer).double(), bits(layer)
-    expected = layer(x) * vector
+    plain, before, output = dequantised(layer).double(), bits(layer), layer(x)
     values = scaled_rows(layer, vector)
     assert same(bits(layer), before)  # nothing has changed yet
-    put(layer, values)
-    output = layer(x)
-    assert relative(output, expected) < 1e-6
-    assert not output[..., 0].any()
-    folded = dequantised(layer)
-    assert relative(folded.weight, plain.weight * vector[:, None]) < 1e-6
-    assert relative(folded.bias, plain.bias * vector) < 1e-6
+    originals = put(layer, values)
+    assert relative(layer(x), output * vector) < 1e-6
+    assert not layer(x)[..., 0].any()
+    scaled = dequantised(layer)
+    assert relative(scaled.weight, plain.weight * vector[:, None]) < 1e-6
+    assert relative(scaled.bias, plain.bias * vector) < 1e-6
     # The integers are those of before.
     assert same(bits(layer)[:1], before[:1])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_unfolded_has_the_original_bits(kind: str) -> None:
-    layer, x = quantized(kind), inputs()
-    output, before = layer(x), bits(layer)
-    originals = put(layer, scaled_rows(layer, scale()))
     assert not same(bits(layer), before)
-    layer(x)
+    put(layer, scaled_rows(layer, vector))
+    assert relative(layer(x), output * vector * vector) < 1e-6
     layer = layer.to("cpu")
     put(layer, originals)
     assert same(bits(layer), before)
     assert torch.equal(layer(x), output)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_folding_twice(kind: str) -> None:
-    layer, x, vector = quantized(kind), inputs(), scale()
-    expected = layer(x) * vector * vector
-    first = put(layer, scaled_rows(layer, vector))
-    put(layer, scaled_rows(layer, vector))
-    assert relative(layer(x), expected) < 1e-6
-    put(layer, first)
-    assert relative(layer(x) * vector * vector, expected) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -201,15 +182,15 @@ def pickled(layer: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_copies_of_a_folded_layer(kind: str, copied: Callable[[Any], Any]) -> None:
+def test_copies_of_a_scaled_layer(kind: str, copied: Callable[[Any], Any]) -> None:
     layer, x = quantized(kind), inputs()
     original = layer(x)
     before = put(layer, scaled_rows(layer, scale()))
-    folded = layer(x)
+    scaled = layer(x)
     twin = copied(layer)
-    assert torch.equal(twin(x), folded)
+    assert torch.equal(twin(x), scaled)
     put(layer, before)
-    assert torch.equal(twin(x), folded)  # shares nothing that is written
+    assert torch.equal(twin(x), scaled)  # shares nothing that is written
     assert torch.equal(copied(layer)(x), original)
 
 
@@ -275,7 +256,7 @@ def test_what_was_read_outlives_repacking(kind: str) -> None:
         assert torch.equal(layer(x), output)
 
 
-def test_evaluating_and_saving_a_folded_layer() -> None:
+def test_evaluating_and_saving_a_scaled_layer() -> None:
     layer, x, vector = quantized("nf4-nested").eval(), inputs(), scale()
     layer.bias = None
     expected = dequantised(layer)(x) * vector
@@ -298,7 +279,7 @@ def test_a_block_that_spans_rows(kind: str) -> None:
     assert relative(dequantised(layer)(inputs(96)), layer(inputs(96))) < 1e-6
 
 
-def test_torchao_weights_that_cannot_be_folded() -> None:
+def test_torchao_weights_that_cannot_be_scaled() -> None:
     layer = nn.Linear(IN, OUT)
     ao.quantize_(layer, ao.Int8WeightOnlyConfig(granularity=ao.PerTensor()))
     with pytest.raises(IA3Error, match=r"blocks of \[96, 128\].* spans several rows"):
@@ -363,23 +344,23 @@ MODELS: dict[str, Any] = {
 }
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaMA whose rows are whole blocks."""
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            pad_token_id=0,
-        )
-    ).save_pretrained(folder)
+    config = LlamaConfig(
+        **SIZES, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=2, pad_token_id=0
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
@@ -420,7 +401,7 @@ def test_peft_refuses_to_merge(kind: str, checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_merging_into_a_quantized_model(kind: str, checkpoint: Path) -> None:
+def test_merging_into_a_quantized_model(kind: str, checkpoint: Path, tmp_path: Path) -> None:
     base = load(checkpoint, kind)
     untouched = logits(base, INPUTS)
     adapter = adapted(base)
@@ -438,33 +419,19 @@ def test_merging_into_a_quantized_model(kind: str, checkpoint: Path) -> None:
     assert merged is base
     assert [module for module in merged.modules() if is_quantized(module)] == layers
     assert relative(logits(merged, INPUTS), expected) < 2e-6
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_saving_a_merged_model(kind: str, checkpoint: Path, tmp_path: Path) -> None:
-    adapter = adapted(load(checkpoint, kind))
-    expected = logits(adapter, INPUTS)
-    merged = adapter.merge_and_unload()
-    merged.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").train()
-    assert relative(logits(again, INPUTS), expected) < 2e-6
+    if kind != "torchao":
+        merged.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").train()
+        assert relative(logits(again, INPUTS), expected) < 2e-6
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_vector_that_no_row_can_take(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    OPTForCausalLM(
-        OPTConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            word_embed_proj_dim=64,
-            ffn_dim=128,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            dropout=0.0,
-        )
-    ).save_pretrained(tmp_path)
+    config = OPTConfig(
+        **SIZES, word_embed_proj_dim=64, ffn_dim=128, num_hidden_layers=1, dropout=0.0
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path)
     adapter = adapted(load(tmp_path, kind))
     expected = logits(adapter, INPUTS)
     with pytest.raises(IA3Error, match=r"layers\.0\.fc2.*columns.*dequantise=True"):
