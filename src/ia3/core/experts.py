@@ -1,11 +1,11 @@
 """Mixture-of-experts blocks whose experts are 3-D parameters: one vector per expert.
 
-Such a block has no submodule that carries the inner activation: its forward picks the weights of
-an expert and multiplies by them. So the forward is run on a shallow copy of the block in which one
-weight is a `_ScaledWeight`, the plain weight and beside it the vectors of its inner axis. A matrix
-product with it scales the other operand, and knows from how it was indexed which expert a row
-belongs to. Whatever else is done with it gets the multiplied weight: exact, only slower. The block
-itself stays as it is but for its `forward`.
+Such a block has no submodule whose input is the inner activation: its forward picks an expert's
+`down_proj` and multiplies by it. So the forward runs on a shallow copy of the block whose
+`down_proj` is a `_ScaledWeight`: the weight, and the vectors of its inner axis. A matrix product
+with it scales the other operand, and knows from how the weight was indexed which expert a row
+belongs to. Any other operation gets the weight multiplied by the vectors: exact, only slower. The
+block itself stays as it is but for its forward.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def experts_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def attach(module: nn.Module, vector: Callable[[], Tensor | None]) -> Patch:
-    """Multiply each expert's inner activation by a vector of its own from now on.
+    """Have each expert's inner activation multiplied by a vector of its own.
 
     The module's parameters, their names and its state dict stay as they are. Copying or pickling
     it takes along what is attached.
@@ -163,7 +163,7 @@ def _check_shape(module: nn.Module, vectors: Tensor) -> None:
 
 
 class _RescaledForward:
-    """A block's forward, run on a copy of the block in which one weight is scaled."""
+    """A block's forward, run on a shallow copy of the block with a scaled `down_proj`."""
 
     def __init__(self, module: nn.Module, vector: Callable[[], Tensor | None]) -> None:
         self.module = module
@@ -187,18 +187,14 @@ class _RescaledForward:
         return forward(*args, **kwargs)
 
 
-def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
 # -- the weight ------------------------------------------------------------------------------------
 
 
 class _ScaledWeight:
-    """A weight with an axis that vectors are to scale, the multiplication put off.
+    """A weight that is to be multiplied by vectors along one axis, but has not been yet.
 
     Args:
-        weight: `[experts, ., .]`, or what indexing left of it.
+        weight: `[experts, ., .]`, or what is left of that after indexing.
         vectors: `[experts, inner]`, or `[inner]` of one expert.
         axis: the inner axis, -1 or -2; matrix products contract it.
         rows: `[batch]`, the expert of each matrix of a gathered weight.
@@ -229,7 +225,7 @@ class _ScaledWeight:
         """One expert's weight (by its number), or each row's weight (by a list of numbers)."""
         if self.weight.dim() == 3 and self.rows is None:
             if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
-                # All apart at once: the gradient of one taken by its number is as large as all.
+                # unbind: the gradient of an indexed vector would be as large as all vectors.
                 self._by_expert = self._by_expert or self.vectors.unbind()
                 vector = self._by_expert[int(index)]
                 return _ScaledWeight(self.weight[index], vector, self.axis)
@@ -280,7 +276,7 @@ class _ScaledWeight:
 
 
 def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """A matrix product of a tensor with a scaled weight; None where `func` is not known to be one.
+    """A matrix product of a tensor and a scaled weight; `None` where `func` is none we know.
 
     Raises:
         IA3Error: it contracts the axis that is not the inner one.
@@ -325,7 +321,8 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
 
 def _scale(values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int) -> Tensor:
     """values ⊙ vectors, in the dtype of the values."""
-    if rows is not None and torch.is_grad_enabled() and not _traced():
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if rows is not None and torch.is_grad_enabled() and not traced:
         return _Scale.apply(values, vectors, rows, axis)  # type: ignore[no-any-return, no-untyped-call]
     return (values * _factor(vectors, rows, values.dim(), axis)).to(values.dtype)
 
@@ -349,7 +346,14 @@ class _Scale(torch.autograd.Function):
             factor = _factor(vectors, rows, grad.dim(), ctx.axis)
             grad_values = (grad * factor).to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            grad_vectors = _sum_by_expert(grad, values, vectors, rows, ctx.axis)
+            wide = torch.promote_types(
+                torch.promote_types(grad.dtype, vectors.dtype), torch.float32
+            )
+            product = grad.to(wide) * values.to(wide)
+            if product.dim() == 3:
+                product = product.sum(-3 - ctx.axis)
+            sums = _with_no_expert(torch.zeros_like(vectors, dtype=wide))
+            grad_vectors = sums.index_add_(0, rows, product)[:-1]
         return grad_values, grad_vectors, None, None
 
 
@@ -365,21 +369,8 @@ def _factor(vectors: Tensor, rows: Tensor | None, dims: int, axis: int) -> Tenso
 
 
 def _with_no_expert(vectors: Tensor) -> Tensor:
-    """A vector more, zeros, for the rows of no expert: such rows may hold anything and so may
-    their gradient, which must not reach an expert's vector."""
+    """The vectors and one more, zeros, which rows of no expert are multiplied by.
+
+    Such rows are uninitialized, and so is their gradient, which must not reach an expert's vector.
+    """
     return functional.pad(vectors, (0, 0, 0, 1))
-
-
-def _sum_by_expert(
-    grad: Tensor, values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int
-) -> Tensor:
-    """The gradient of the vectors: grad ⊙ values, each expert's rows summed, at least float32."""
-    wide = torch.promote_types(torch.promote_types(grad.dtype, vectors.dtype), torch.float32)
-    product = grad.to(wide) * values.to(wide)
-    if vectors.dim() == 1:
-        return product.movedim(axis, -1).flatten(0, -2).sum(0)
-    if product.dim() == 3:
-        product = product.sum(-3 - axis)
-    if rows is None:
-        return product
-    return _with_no_expert(torch.zeros_like(vectors, dtype=wide)).index_add_(0, rows, product)[:-1]

@@ -58,10 +58,10 @@ class OutputHook:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         own, carried = self.own, self.carried
-        factor = None if own is None else own.factor(output)
-        if carried is None or not carried.is_carried():
-            inner = None
-        else:
+        factor = inner = None
+        if own is not None:
+            factor = own.factor(output)
+        if carried is not None and carried.is_carried():
             inner = carried.factor(output)
             # One product: a second one in place would overwrite what the first one saved.
             factor = inner if factor is None else factor if inner is None else factor * inner
@@ -110,9 +110,10 @@ def is_fresh(module: nn.Module, own_hooks: int = 1) -> bool:
     Args:
         own_hooks: how many of its forward hooks are the caller's.
     """
+    own = module.__dict__
     return (
         type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and len(module._forward_hooks) == own_hooks
+        and "forward" not in own
+        and len(own["_forward_hooks"]) == own_hooks
         and not torch_module._global_forward_hooks
     )

@@ -1,4 +1,4 @@
-"""Names that everything on a model shares: where vectors are registered, and what a target is."""
+"""What the other folders share: where vectors are registered, and what a target is."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Route:
         self.index = index
         self.gathered = gathered
         self.repeats = repeats
-        # How long the rows of its calls are, with all that they look back on.
+        # The lengths of the rows of its calls, with their past tokens.
         self._lengths: set[int] = set()
         self._factors: dict[Hashable, Tensor] = {}
 
@@ -104,10 +104,10 @@ class Route:
         return self.index.dim() == 2
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Look at the arguments of a call of the model before anything runs.
+        """Check the arguments of a call of the model, before anything runs.
 
         Raises:
-            IA3Error: they have not the rows or tokens that were named.
+            IA3Error: they have other rows or tokens than were named.
         """
         main = getattr(self.host.model, "main_input_name", "input_ids")
         first = (*args[:1], *map(kwargs.get, (main, "inputs", "input_ids", "inputs_embeds")))
@@ -134,7 +134,7 @@ class Route:
             Shaped for `rescale`: it broadcasts over the activation, or over its rows apart.
 
         Raises:
-            IA3Error: the activation has not the rows or tokens that were named.
+            IA3Error: the activation has other rows or tokens than were named.
         """
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             raise IA3Error(
@@ -228,7 +228,7 @@ _CURRENT: ContextVar[_Frame | None] = ContextVar("ia3_routes", default=None)
 
 def _routes() -> Mapping[Place, Route]:
     frame = _CURRENT.get()
-    # A task that was started within a route has it still when its parent has left that.
+    # A task that was started within a route keeps it when the route has been left elsewhere.
     return {} if frame is None else frame.routes
 
 
@@ -282,7 +282,7 @@ def factor_of(site: Place, activation: Tensor) -> Tensor | None:
 
 
 def watch(model: nn.Module, wanted: bool) -> None:
-    """Have the calls of a model checked by the routes that are on; or no longer."""
+    """Have the calls of a model checked by the routes that are on, or no longer."""
     hooks = model._forward_pre_hooks
     own = [number for number, hook in hooks.items() if hook is _check_call]
     if wanted and not own:
@@ -303,7 +303,7 @@ def _check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _bind_checkpoints() -> None:
-    """From now on, have checkpointed functions run again under the routes of their first run.
+    """Have checkpointed functions recomputed under the routes of their first run, from now on.
 
     Raises:
         IA3Error: this version of PyTorch has no place for that, and gradients are enabled.
@@ -318,10 +318,11 @@ def _bind_checkpoints() -> None:
 
 @cache
 def _bind() -> bool:
-    """Have both kinds of checkpoint bind the function that they run again to the routes; or not.
+    """Have both kinds of torch's checkpoint bind the function that they recompute; false if not.
 
-    torch's public place for this, `context_fn`, is an argument of each call of `checkpoint` that
-    is not reentrant: transformers, FSDP and the user's own layers would have to give it.
+    The public way, `context_fn`, is an argument of each call of `checkpoint` that is not reentrant:
+    transformers, FSDP and the user's own layers would have to give it, and reentrant checkpoints
+    have none.
     """
     from torch.utils import checkpoint
 

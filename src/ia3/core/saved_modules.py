@@ -29,7 +29,7 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-# They are never called themselves, so that a copy of one would train nothing.
+# Containers are never called, so that a copy of one would train nothing.
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -67,7 +67,7 @@ class SavedModule(nn.Module):
         memo: dict[int, Any] = {id(self): None}
         hooked = [part for part in module.modules() if hasattr(part, "_hf_hook")]
         for part in hooked:
-            # It may hold all weights of the base model.
+            # accelerate's hook may hold all weights of the base model.
             memo[id(part._hf_hook)] = None
         with ExitStack() as loaded:
             if hooked:
@@ -78,19 +78,19 @@ class SavedModule(nn.Module):
             twin = copy.deepcopy(module, memo)
         _unpatch(twin)
         twin._modules.pop(ATTRIBUTE, None)
-        # The base module's own hooks run when it is called, and lead here.
+        # The base module's hooks run when it is called, before and after the copy.
         for hooks in HOOKS:
             getattr(twin, hooks).clear()
         for part in twin.modules():
             if "_hf_hook" in part.__dict__:
-                # The base module's own hook brings the input to where the copy is.
+                # accelerate's hook on the base module brings the input to where the copy is.
                 for attribute in ("_hf_hook", *SLOTS):
                     part.__dict__.pop(attribute, None)
         # Not add_module: it refuses names that are also attributes of this class.
         self._modules[adapter] = twin.requires_grad_(False)
 
     def remove(self, adapter: str) -> None:
-        """Forget an adapter's copy."""
+        """Remove an adapter's copy."""
         del self._modules[adapter]
         if self.active == adapter:
             self.active = None
@@ -136,7 +136,7 @@ def find_modules_to_save(
 
 
 def attach_saved_module(module: nn.Module) -> SavedModule:
-    """The module's copies; from now on calls to the module go to the active one."""
+    """The module's copies, registered on it now if it has none: calls go to the active one."""
     copies = saved_module_of(module)
     if copies is None:
         copies = SavedModule()

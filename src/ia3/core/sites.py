@@ -89,8 +89,8 @@ class Site(nn.Module):
         return vector
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Site:
-        # Casting the base to half precision leaves the vectors float32: steps of training are
-        # smaller than half precision's around one.
+        # Casting the base to half precision leaves the vectors float32: training moves them by less
+        # than half precision resolves around one.
         def at_least_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             narrow = moved.is_floating_point() and moved.itemsize < 4
@@ -130,8 +130,8 @@ class Site(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def remove(self, adapter: str) -> None:
-        """Forget an adapter's vector, and what was stored of one that was not stored whole."""
-        # First, as a state dict asks for the vectors that are in it.
+        """Remove an adapter's vector, or what `add` had stored of it before it failed."""
+        # First: saving a state dict reads the vector of each adapter that is in it.
         self.frozen.pop(adapter, None)
         self._parameters.pop(adapter, None)
         name = _mask_name(adapter)
@@ -140,7 +140,7 @@ class Site(nn.Module):
 
     def vector(self, adapter: str) -> Tensor:
         """An adapter's vector, `Activation.shape`, with its frozen values one."""
-        vector: Tensor = self[adapter]
+        vector: Tensor = self._parameters[adapter]  # type: ignore[assignment]
         if vector.is_meta and hasattr(self, "_hf_hook"):
             # accelerate brings a module's tensors for its forward, and a site has none.
             hook: Any = self._hf_hook
@@ -158,14 +158,14 @@ class Site(nn.Module):
         return torch.zeros_like(self[adapter], dtype=torch.bool) if mask is None else mask
 
     def activate(self, module: nn.Module, adapters: tuple[str, ...], routed: bool = False) -> None:
-        """Rescale by the product of these adapters' vectors from now on.
+        """Have the activation rescaled by the product of these adapters' vectors.
 
         Adapters without a vector here are left out; with none left, no hook stays registered.
 
         Args:
             module: the module that the site is on.
             adapters: in the order in which they multiply.
-            routed: a route may be on: have the hooks there, and ask for it.
+            routed: a route may be on: register hooks even without vectors, and ask for it.
         """
         here = tuple(name for name in adapters if self._parameters.get(name) is not None)
         if self.merged:
@@ -216,11 +216,15 @@ class Site(nn.Module):
 
     def is_routed(self) -> bool:
         """Whether a route says what to do here now, and not the active adapters."""
-        return self.routed and is_routed(self)
+        return self.routed and bool(is_routed(self))
 
     def factor(self, activation: Tensor) -> Tensor | None:
         """What an activation here is multiplied by now; `None` for nothing."""
-        return factor_of(self, activation) if self.is_routed() else self.active_product()
+        if self.routed and is_routed(self):
+            routed: Tensor | None = factor_of(self, activation)
+            return routed
+        active = self.active
+        return self.product(active) if active else None
 
     def _inner_factor(self) -> Tensor | None:
         return None if self.is_routed() else self.active_product()
