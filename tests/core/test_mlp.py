@@ -19,6 +19,7 @@ from support.memory import saved_bytes
 from support.pairs import adapted, logits, randomize, relative, vectors
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.functional import gelu, silu
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -213,20 +214,8 @@ class Layers(nn.Module):
 
 
 def inner(m: Any, x: Tensor) -> Tensor:
-    product: Tensor = functional.silu(m.a(x)) * m.b(x)
+    product: Tensor = silu(m.a(x)) * m.b(x)
     return product
-
-
-def leaks(m: Any, x: Tensor) -> Tensor:
-    value = m.b(x)
-    result: Tensor = m.c(functional.silu(m.a(x)) * value) + value.mean()
-    return result
-
-
-def reads_the_weight(m: Any, x: Tensor) -> Tensor:
-    up = functional.linear(x, m.b.weight, m.b.bias)
-    result: Tensor = m.c(functional.silu(m.a(x)) * up)
-    return result
 
 
 def broken(m: Any, x: Tensor) -> Tensor:
@@ -243,70 +232,60 @@ def by_act(m: Any, x: Tensor) -> Tensor:
     return result
 
 
+def leaks(m: Any, x: Tensor) -> Tensor:
+    value = m.b(x)
+    result: Tensor = m.c(silu(m.a(x)) * value) + value.mean()
+    return result
+
+
 CLAMPED = activation("SiLU", lambda x: x.clamp(min=0))
 QUICK_GELU = activation("GELU", lambda x: x * (1.702 * x).sigmoid())
+GAIN = nn.Parameter(torch.zeros(12))
 
-# The forward, further parts, which layer is `up`, and the function of the gate.
-FORMS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], str | None, str | None]] = {
-    "a function": (lambda m, x: m.c(inner(m, x)), {}, "b", "silu"),
-    "the other way": (lambda m, x: m.c(m.a(x) * functional.gelu(m.b(x))), {}, "a", "gelu"),
-    "tanh": (
-        lambda m, x: m.c(functional.gelu(m.a(x), approximate="tanh") * m.b(x)),
-        {},
-        "b",
-        "gelu_tanh",
-    ),
-    "a module": (by_act, {"act": nn.SiLU()}, "b", "silu"),
-    "misnamed": (by_act, {"act": CLAMPED}, "b", "relu"),
-    "dropout": (lambda m, x: m.c(m.d(inner(m, x))), {"d": nn.Dropout(0.5)}, "b", "silu"),
-    # The vector can be carried, but it is not the gated form and nothing else.
-    "learned": (by_act, {"act": nn.PReLU()}, "b", None),
-    "quick gelu": (by_act, {"act": QUICK_GELU}, "b", None),
-    "dropped": (lambda m, x: m.c(functional.dropout(inner(m, x), 0.5, m.training)), {}, "b", None),
-    "dropped before": (lambda m, x: m.c(inner(m, m.d(x))), {"d": nn.Dropout(0.5)}, "b", None),
-    "normed before": (lambda m, x: m.c(inner(m, functional.rms_norm(x, (8,)))), {}, "b", None),
-    "gate clamped": (
-        lambda m, x: m.c(functional.silu(m.a(x).clamp(max=7)) * m.b(x)),
-        {},
-        "b",
-        None,
-    ),
-    "residual": (lambda m, x: x + m.c(inner(m, x)), {}, "b", None),
-    # Nothing is the same.
-    "up clamped": (
-        lambda m, x: m.c(functional.silu(m.a(x)) * m.b(x).clamp(-1, 1)),
-        {},
-        None,
-        None,
-    ),
-    "normed": (lambda m, x: m.c(m.norm(inner(m, x))), {"norm": nn.RMSNorm(12)}, None, None),
-    "leaks": (leaks, {}, None, None),
-    "shifted": (lambda m, x: m.c(functional.silu(m.a(x)) * (m.b(x) + 1)), {}, None, None),
-    "twice": (lambda m, x: m.c(inner(m, m.c(inner(m, x)))), {}, None, None),
-    "two tensors": (lambda m, x, shift=0.0: m.c(inner(m, x)) + shift, {}, None, None),
-    "zero at first": (
-        lambda m, x: m.c(inner(m, x) * m.gain),
-        {"gain": nn.Parameter(torch.zeros(12))},
-        None,
-        None,
-    ),
-    "absolute": (lambda m, x: m.c(m.b(x).abs()), {}, None, None),
-    "written over": (
-        lambda m, x: m.c(m.b(x).mul_(functional.silu(m.a(x)))),
-        {},
-        None,
-        None,
-    ),
-    "reads the weight": (reads_the_weight, {}, None, None),
-    "broken": (broken, {}, None, None),
+
+def form(
+    forward: Callable[..., Tensor], up: str | None = None, function: str | None = None, **parts: Any
+) -> tuple[nn.Module, str | None, str | None]:
+    """An MLP, and what is to be found: which layer is `up`, and the function of the gate."""
+    return type("Form", (Layers,), {"forward": forward})(**parts), up, function
+
+
+FORMS = {
+    "function": form(lambda m, x: m.c(inner(m, x)), "b", "silu"),
+    "the other way": form(lambda m, x: m.c(m.a(x) * gelu(m.b(x))), "a", "gelu"),
+    "tanh": form(lambda m, x: m.c(gelu(m.a(x), approximate="tanh") * m.b(x)), "b", "gelu_tanh"),
+    "module": form(by_act, "b", "silu", act=nn.SiLU()),
+    "misnamed": form(by_act, "b", "relu", act=CLAMPED),
+    "dropout": form(lambda m, x: m.c(m.d(inner(m, x))), "b", "silu", d=nn.Dropout(0.5)),
+    # The vector can be carried, but the MLP computes something else beside the gated form.
+    "learned": form(by_act, "b", act=nn.PReLU()),
+    "quick gelu": form(by_act, "b", act=QUICK_GELU),
+    "dropped": form(lambda m, x: m.c(functional.dropout(inner(m, x), 0.5, m.training)), "b"),
+    "dropped before": form(lambda m, x: m.c(inner(m, m.d(x))), "b", d=nn.Dropout(0.5)),
+    "normed before": form(lambda m, x: m.c(inner(m, functional.rms_norm(x, (8,)))), "b"),
+    "gate clamped": form(lambda m, x: m.c(silu(m.a(x).clamp(max=7)) * m.b(x)), "b"),
+    "residual": form(lambda m, x: x + m.c(inner(m, x)), "b"),
+    # Nothing is proven.
+    "up clamped": form(lambda m, x: m.c(silu(m.a(x)) * m.b(x).clamp(-1, 1))),
+    "normed": form(lambda m, x: m.c(m.norm(inner(m, x))), norm=nn.RMSNorm(12)),
+    "leaks": form(leaks),
+    "shifted": form(lambda m, x: m.c(silu(m.a(x)) * (m.b(x) + 1))),
+    "twice": form(lambda m, x: m.c(inner(m, m.c(inner(m, x))))),
+    "two tensors": form(lambda m, x, residual: m.c(inner(m, x)) + residual),
+    "an option": form(lambda m, x, shift=0.0: m.c(silu(m.a(x)) * (m.b(x) + shift))),
+    "zero at first": form(lambda m, x: m.c(inner(m, x) * m.gain), gain=GAIN),
+    "absolute": form(lambda m, x: m.c(m.b(x).abs())),
+    "written over": form(lambda m, x: m.c(m.b(x).mul_(silu(m.a(x))))),
+    "weight": form(lambda m, x: m.c(silu(m.a(x)) * functional.linear(x, m.b.weight, m.b.bias))),
+    "broken": form(broken),
 }
 
 
 @pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_found_by_trying(kind: str, dtype: torch.dtype) -> None:
-    forward, parts, up, function = FORMS[kind]
-    mlp = type("Form", (Layers,), {"forward": forward})(**parts).to(dtype).train()
+    form, up, function = FORMS[kind]
+    mlp = copy.deepcopy(form).to(dtype).train()
     before = [(part, {**part.__dict__}) for part in mlp.modules()]
     random_state = torch.get_rng_state()
     found = read_mlp(mlp, "c")
