@@ -103,8 +103,8 @@ def test_gated(kind: str, dtype: torch.dtype) -> None:
     vector = torch.randn(48, dtype=dtype)
     x = torch.randn(2, 5, 32, dtype=dtype)
     wanted = with_vector(mlp.get_submodule(down), "input", vector, mlp, x)
-    hoisted = with_vector(mlp.get_submodule(up), "output", vector, mlp, x)
-    assert relative(hoisted, wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
+    carried = with_vector(mlp.get_submodule(up), "output", vector, mlp, x)
+    assert relative(carried, wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("kind", NOT_GATED)
