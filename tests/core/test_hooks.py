@@ -1,10 +1,11 @@
-"""Vectors on layers that others have a hand in too: their hooks, and their changes of weights."""
+"""Vectors on layers whose weights, hooks or forwards other code changes too."""
 
 from __future__ import annotations
 
 import copy
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -86,8 +87,6 @@ def check(model: IA3Model) -> None:
     for _ in range(2):
         torch.testing.assert_close(model(VALUES).detach(), expected)
         with torch.no_grad():
-            # The product of the call before is used again.
-            torch.testing.assert_close(model(VALUES), expected)
             torch.testing.assert_close(model(VALUES), expected)
             with model.disable_adapter():
                 torch.testing.assert_close(model(VALUES), by_hand(model.model, {}))
@@ -143,7 +142,6 @@ def test_weights_given_for_one_call() -> None:
 
 @pytest.mark.parametrize("targets", [("key",), ("up",), ("key", "up")], ids=" ".join)
 def test_vectors_changed_under_an_active_adapter(targets: tuple[str, ...]) -> None:
-    """The product that is kept between calls without gradients is of the values as they are."""
     model = adapted(network(), *targets)
     check(model)
     vectors = model.vectors("default")
@@ -193,7 +191,6 @@ def test_a_hook_that_changes_the_output(layer: str, first: bool) -> None:
     expected = by_hand(twin, vectors)
     torch.testing.assert_close(model(VALUES).detach(), expected)
     with torch.no_grad():
-        torch.testing.assert_close(model(VALUES), expected)
         torch.testing.assert_close(model(VALUES), expected)
 
 
@@ -334,35 +331,27 @@ def test_a_later_pre_hook_sees_the_rescaled_input() -> None:
         torch.testing.assert_close(seen[0], inner * vectors["mlp.down"])
 
 
-def test_adapters_switched_while_another_thread_computes() -> None:
-    """What is kept is of the adapters that are active, whatever came in between."""
+def test_a_call_sees_one_state_of_a_model_that_is_switched_meanwhile() -> None:
     model = adapted(network())
     model.add_adapter("other", model.peft_config["default"])
     for vector in model.vectors("other").values():
         vector.data = vector * 3
     stop = threading.Event()
-    errors: list[BaseException] = []
 
     def compute() -> None:
         with torch.no_grad():
             while not stop.is_set():
-                try:
-                    model(VALUES)
-                except BaseException as error:
-                    errors.append(error)
-                    return
+                model(VALUES)
 
-    threads = [threading.Thread(target=compute) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for _ in range(300):
-        for names in ("default", "other"):
-            model.set_adapter(names, inference_mode=True)
-        with model.disable_adapter():
-            pass
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors[:1]
+    with ThreadPoolExecutor(2) as pool:
+        computing = [pool.submit(compute) for _ in range(2)]
+        for _ in range(300):
+            for names in ("default", "other"):
+                model.set_adapter(names, inference_mode=True)
+            with model.disable_adapter():
+                pass
+        stop.set()
+        for each in computing:
+            each.result()
     model.set_adapter("default", inference_mode=True)
     check(model)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..errors import IA3Error
-from .patch import Patch, patch, patched, rebound
+from .patch import Patch, patch, patched, rebound, slot_for
 from .rescale import DIVIDING_DTYPES
 
 # These multiply by `module.down_proj` with the functions below; others hand it to kernels of their
@@ -80,15 +80,18 @@ def attach(module: nn.Module, vector: Callable[[], Tensor | None]) -> Patch:
             f"this {type(module).__name__} has vectors attached already: remove() them first, or "
             "attach the product of both"
         )
-    forward = _RescaledForward(module, vector)
-    if rebound(forward.patch.below, module, module) is None:
-        before = forward.patch.before
-        forward.patch.remove()
+    check_forward(module)
+    return _RescaledForward(module, vector).patch
+
+
+def check_forward(module: nn.Module) -> None:
+    """Raise `IA3Error` where a block's forward cannot be run on a copy of the block."""
+    before = module.__dict__.get(slot_for(module))
+    if before is not None and rebound(before, module, module) is None:
         raise IA3Error(
             f"the forward of this {type(module).__name__} was replaced by {before!r}, which cannot "
             "be run on a copy of the module: attach the vectors first, then replace it"
         )
-    return forward.patch
 
 
 def fold(module: nn.Module, scale: Tensor) -> dict[str, Tensor]:

@@ -63,8 +63,9 @@ class OutputHook:
             factor = own.factor(output)
         if carried is not None and carried.is_carried():
             inner = carried.factor(output)
-            # One product: a second one in place would overwrite what the first one saved.
-            factor = inner if factor is None else factor if inner is None else factor * inner
+            if inner is not None:
+                # One product: a second one in place would overwrite what the first one saved.
+                factor = inner if factor is None else factor * inner
         if factor is None:
             return output
         in_place = (own is None or own.in_place) and is_fresh(module)
@@ -85,7 +86,7 @@ class InputHook:
         self.site = site
         self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
-    def remove(self, site: Multiplier) -> None:
+    def remove(self) -> None:
         """Multiply no longer."""
         self._handle.remove()
 

@@ -191,12 +191,12 @@ class Site(nn.Module):
             output = OutputHook.on(module)
             output.own = self
             return (partial(output.remove, self),)
-        hooks: list[InputHook | OutputHook] = [InputHook(module, self)]
-        if self.carrier is not None:
-            output = OutputHook.on(self.carrier.module)
-            output.carried = self
-            hooks.append(output)
-        return tuple(partial(hook.remove, self) for hook in hooks)
+        remove_input = InputHook(module, self).remove
+        if self.carrier is None:
+            return (remove_input,)
+        output = OutputHook.on(self.carrier.module)
+        output.carried = self
+        return remove_input, partial(output.remove, self)
 
     def is_carried(self) -> bool:
         """Whether the carrier's output is rescaled, and not the module's input."""
@@ -223,6 +223,7 @@ class Site(nn.Module):
         if self.routed and is_routed(self):
             routed: Tensor | None = factor_of(self, activation)
             return routed
+        # As active_product, in a call less: a decoded token asks a hundred times.
         active = self.active
         return self.product(active) if active else None
 
@@ -237,7 +238,7 @@ def site_of(module: nn.Module) -> Site | None:
 
 
 def check_free(module: nn.Module, target: Target) -> None:
-    """Raise `IA3Error` where another adapter's use of the module rules this one out."""
+    """Raise `IA3Error` where the module, as it is now, cannot get a site for this target."""
     site = site_of(module)
     if site is not None and site.side != target.side:
         raise IA3Error(
@@ -249,6 +250,8 @@ def check_free(module: nn.Module, target: Target) -> None:
             f"module {target.name!r} is in another adapter's modules_to_save: it cannot be "
             "rescaled as well"
         )
+    if target.side == "inner":
+        experts.check_forward(module)
 
 
 def place(module: nn.Module, target: Target, carriers: Carriers) -> Site:
