@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.pairs import relative
 from torch import Tensor
 from torch.nn import functional
 
+from ia3.core.mlp import FUNCTIONS
 from ia3.model.fused_mlp import gated_product
 
 # An exact zero, both signs, tiny ones: what a division by the vector would stumble over.
@@ -33,13 +35,7 @@ def definition(gate: Tensor, up: Tensor, vector: Tensor | None, function: str) -
 
 def plain(gate: Tensor, up: Tensor, vector: Tensor, function: str) -> Tensor:
     """As a layer's forward and a hook on its down projection's input compute it."""
-    functions = {
-        "silu": functional.silu,
-        "gelu": functional.gelu,
-        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-        "relu": functional.relu,
-    }
-    return ((functions[function](gate) * up) * vector).to(gate.dtype)
+    return ((FUNCTIONS[function](gate) * up) * vector).to(gate.dtype)
 
 
 def results(operation: object, inputs: list[Tensor], weight: Tensor, function: str) -> list[Tensor]:
@@ -49,10 +45,6 @@ def results(operation: object, inputs: list[Tensor], weight: Tensor, function: s
     result = operation(*leaves, function)
     loss = (result.square() * weight.to(result.dtype)).sum()
     return [result.detach(), *torch.autograd.grad(loss, leaves)]
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @EVERY_FUNCTION
@@ -76,11 +68,15 @@ def test_only_some_need_a_gradient(function: str, needed: tuple[int, ...]) -> No
     assert torch.autograd.gradcheck(lambda *t: gated_product(*t, function), leaves)
 
 
+COMPILED = torch.compile(gated_product, fullgraph=True, backend="aot_eager")
+
+
 @EVERY_FUNCTION
-def test_is_the_definition(function: str) -> None:
+@pytest.mark.parametrize("operation", [gated_product, COMPILED], ids=["eager", "compiled"])
+def test_is_the_definition(operation: object, function: str) -> None:
     inputs = [4 * seeded(3, 5, 8), seeded(3, 5, 8, seed=1), torch.tensor(AWKWARD).double()]
     weight = seeded(3, 5, 8, seed=2)
-    found = results(gated_product, inputs, weight, function)
+    found = results(operation, inputs, weight, function)
     for ours, expected in zip(found, results(definition, inputs, weight, function), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
 
@@ -131,32 +127,6 @@ def test_different_dtypes_promote() -> None:
     assert gate.grad is not None
     assert gate.grad.dtype == torch.bfloat16
     torch.testing.assert_close(result, functional.silu(gate.float()) * up)
-
-
-def test_any_strides() -> None:
-    wide, vector = seeded(5, 4, 8).requires_grad_(), seeded(8, seed=1).requires_grad_()
-    up = seeded(8, 5, 4, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda w, u, v: gated_product(w.transpose(0, 1), u.permute(2, 1, 0), v, "silu"),
-        (wide, up, vector),
-    )
-
-
-def test_of_no_tokens() -> None:
-    gate = torch.zeros(2, 0, 8, requires_grad=True)
-    vector = torch.ones(8, requires_grad=True)
-    result = gated_product(gate, gate, vector, "silu")
-    assert result.shape == (2, 0, 8)
-    result.sum().backward()
-    assert torch.equal(vector.grad, torch.zeros(8))  # type: ignore[arg-type]
-
-
-def test_inputs_are_left_alone() -> None:
-    tensors = [seeded(3, 8), seeded(3, 8, seed=1), seeded(8, seed=2)]
-    before = [t.clone() for t in tensors]
-    result = gated_product(*[t.requires_grad_() for t in tensors], "silu")  # type: ignore[arg-type]
-    result.sum().backward()
-    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
 
 
 def test_changed_afterwards_raises() -> None:
@@ -219,22 +189,6 @@ def test_functional_transforms(function: str) -> None:
         torch.testing.assert_close(ours, want)
     mapped = torch.vmap(gated_product, in_dims=(0, 0, None, None))(*inputs, function)
     torch.testing.assert_close(mapped, definition(*inputs, function))
-
-
-@EVERY_FUNCTION
-def test_compiled(function: str) -> None:
-    leaves = [seeded(3, 8), seeded(3, 8, seed=1), torch.tensor(AWKWARD).double()]
-    leaves = [t.requires_grad_() for t in leaves]
-    compiled = torch.compile(gated_product, fullgraph=True, backend="aot_eager")
-    result = compiled(*leaves, function)
-    expected = definition(*leaves, function)
-    torch.testing.assert_close(result, expected)
-    for ours, want in zip(
-        torch.autograd.grad(result.square().sum(), leaves),
-        torch.autograd.grad(expected.square().sum(), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, want)
 
 
 def test_autocast() -> None:

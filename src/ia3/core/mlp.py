@@ -12,6 +12,7 @@ import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -60,17 +61,21 @@ class Mlp:
     casts: bool = False
 
 
-def read_mlp(mlp: nn.Module, down: str) -> Mlp | str:
+@torch.no_grad()
+def read_mlp(mlp: nn.Module, down: str, *, with_gate: bool = True) -> Mlp | str:
     """What an MLP computes; a string says why nothing is proven.
 
     `up` is the layer for which multiplying its output by a vector of both signs multiplies `down`'s
     input by that very vector, and reaches the MLP's result by no other way. No weight is read: the
     weights may be quantized, or on the meta device. Hooks of the MLP's parts run, except those of
-    adapters. The global random state is left alone.
+    adapters.
 
     Args:
         mlp: a module whose forward takes one tensor, `[1, tokens, hidden]`.
         down: the name of a linear layer among its children.
+        with_gate: look for `gate` too. This takes runs in training mode, which may draw random
+            numbers: the global random state is put back. Otherwise it is never touched, so that
+            other threads may be calling the model.
     """
     children = dict(mlp.named_children())
     linear = {name: size for name, part in children.items() if (size := linear_features(part))}
@@ -85,11 +90,14 @@ def read_mlp(mlp: nn.Module, down: str) -> Mlp | str:
         if name == down or out != linear[down][0]:
             continue
         try:
-            with torch.no_grad():
-                if _carries(mlp, children[name], children[down], hidden):
-                    return _with_gate(mlp, name, down, hidden)
+            if not _carries(mlp, children[name], children[down], hidden):
+                continue
         except Exception as error:  # of a forward that this library knows nothing about
             return f"it cannot be tried out: {error}"
+        if with_gate:
+            with suppress(Exception), torch.random.fork_rng(devices=[]):
+                return _with_gate(mlp, name, down, hidden)
+        return Mlp(down, name)
     return f"no layer's output can take a vector in the place of {down!r}'s input"
 
 
@@ -101,7 +109,7 @@ def up_projection(model: nn.Module, down_name: str) -> str | None:
     """
     model.get_submodule(down_name)
     parent, _, down = down_name.rpartition(".")
-    mlp = read_mlp(model.get_submodule(parent), down)
+    mlp = read_mlp(model.get_submodule(parent), down, with_gate=False)
     return f"{parent}.{mlp.up}".removeprefix(".") if isinstance(mlp, Mlp) else None
 
 
@@ -149,14 +157,10 @@ class Carriers:
         modules = self._model.modules()
         return Counter(id(c) for module in modules for c in module._modules.values() if c)
 
-    def parent(self, name: str) -> nn.Module:
-        """The module that holds the one of this name."""
-        return self._model.get_submodule(name.rpartition(".")[0])
-
     def of(self, down_name: str) -> Carrier | None:
         """The carrier for a down projection's input; `None` where there is none."""
-        down = down_name.rpartition(".")[2]
-        parent = self.parent(down_name)
+        parent_name, _, down = down_name.rpartition(".")
+        parent = self._model.get_submodule(parent_name)
         kind = (down, _kind(parent))
         if kind not in self._found or kind[1] is None:
             self._found[kind] = up_projection(parent, down)
@@ -234,10 +238,7 @@ def _with_gate(mlp: nn.Module, up: str, down: str, hidden: int) -> Mlp:
     for dtype in (torch.float64, torch.float32):
         for training in (False, True):
             like = torch.empty(0, dtype=dtype, device="cpu")
-            try:
-                run = _Run(mlp, hidden, like, training=training, sizes=SIZES)
-            except Exception:  # as in `read_mlp`
-                return Mlp(down, up)
+            run = _Run(mlp, hidden, like, training=training, sizes=SIZES)
             functions &= run.functions(parts[gate], parts[up], parts[down])
             # One of the two dtypes is not the weight's.
             casts = casts or any(given.dtype != dtype for given in run.inputs[parts[down]])

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import IA3Error, did_you_mean
 from .activations import device_of
-from .folding import write
 from .names import ATTRIBUTE, base_modules
 from .patch import SLOTS, patch, patched, refuse_replica
+from .weights import write
 
 HOOKS = (
     "_forward_hooks",

@@ -157,15 +157,17 @@ def _is_watched(activation: nn.Module) -> bool:
 _ATEN = torch.ops.aten
 
 
-def _silu_derivative(grad: Tensor, gate: Tensor) -> Tensor:
-    # Not silu_backward, which has no derivative itself.
+def _silu_backward(grad: Tensor, gate: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _ATEN.silu_backward(grad, gate)  # type: ignore[no-any-return]
+    # silu_backward has no derivative itself.
     sigmoid = torch.sigmoid(gate)
     return grad * sigmoid * (1 + gate * (1 - sigmoid))
 
 
 # (gradient, gate) -> the gradient times the function's derivative.
-DERIVATIVES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": _silu_derivative,
+BACKWARD: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": _silu_backward,
     "gelu": _ATEN.gelu_backward,
     "gelu_tanh": lambda grad, gate: _ATEN.gelu_backward(grad, gate, approximate="tanh"),
     "relu": lambda grad, gate: _ATEN.threshold_backward(grad, gate, 0),
@@ -229,13 +231,15 @@ class _GatedProduct(torch.autograd.Function):
         needed = ctx.needs_input_grad
         wide = _wide(gate, up, vector)
         grad, gates, ups = grads[0].to(wide), gate.to(wide), up.to(wide)
-        scaled = grad if vector is None else grad * vector
         of_gate = of_up = of_vector = None
         if needed[0]:
-            of_gate = DERIVATIVES[ctx.function](scaled * ups, gates).to(gate.dtype)
+            of_values = grad * ups if vector is None else grad * ups * vector
+            of_gate = BACKWARD[ctx.function](of_values, gates).to(gate.dtype)
         if needed[1] or needed[2]:
-            values = FUNCTIONS[ctx.function](gates)
-            of_up = (scaled * values).to(up.dtype) if needed[1] else None
+            of_scaled_up = grad * FUNCTIONS[ctx.function](gates)
+            if needed[1]:
+                of_up = of_scaled_up if vector is None else of_scaled_up * vector
+                of_up = of_up.to(up.dtype)
             if needed[2]:
-                of_vector = (grad * values * ups).sum_to_size(vector.shape).to(vector.dtype)
+                of_vector = (of_scaled_up * ups).sum_to_size(vector.shape).to(vector.dtype)
         return of_gate, of_up, of_vector, None
