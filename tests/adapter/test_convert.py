@@ -139,7 +139,7 @@ def test_a_converted_adapter_computes_what_the_authors_did(
     assert config.base_model_name_or_path == "only-config"
     assert config.inference_mode
     with safe_open(weights, framework="pt") as file:
-        # Nobody saw the base model's values.
+        # The base model's values are not there to be looked at.
         assert file.metadata() == {"format": "pt"}
 
     theirs = make_model("t5")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import ia3
 from ia3 import AdapterBank, IA3Error
+from ia3.bank.bank import Refreshed
 
 BASE = "__base__"
 WEIGHTS = "adapter_model.safetensors"
@@ -166,12 +167,9 @@ def test_files_of_peft_and_fused_layers(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(build("llama"), peft.IA3Config(task_type="CAUSAL_LM"))
     randomize(vectors(theirs))
     theirs.save_pretrained(tmp_path / "peft")
-    half = write(tmp_path / "half", 3)
-    _rewrite(half, lambda tensors: {name: t.bfloat16() for name, t in tensors.items()})
-    some = write(tmp_path / "some", 4)
-    _rewrite(
-        some, lambda tensors: {n: t.half() if "k_proj" in n else t for n, t in tensors.items()}
-    )
+    half, some = write(tmp_path / "half", 3), write(tmp_path / "some", 4)
+    _rewrite(half, lambda name, value: value.bfloat16())
+    _rewrite(some, lambda name, value: value.half() if "k_proj" in name else value)
     bank = AdapterBank(build("llama"))
     bank.model.fuse_mlp()
     folders = {"peft": tmp_path / "peft", "narrow": half, "some": some}
@@ -183,9 +181,8 @@ def test_files_of_peft_and_fused_layers(tmp_path: Path) -> None:
 
 
 def _rewrite(folder: Path, change: Any) -> None:
-    tensors = change(load_file(folder / WEIGHTS))
-    save_file(tensors, folder / "new")
-    os.replace(folder / "new", folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
+    save_file({n: change(n, value) for n, value in tensors.items()}, folder / WEIGHTS)
 
 
 def test_frozen_values_are_ones(tmp_path: Path) -> None:
@@ -309,10 +306,8 @@ def test_bad_names_and_sources_change_nothing(
 
 @pytest.mark.parametrize("capacity", [0, -1, 2.5, "3", True, None])
 def test_a_capacity_is_a_whole_number(capacity: Any) -> None:
-    base = build("llama")
     with pytest.raises(IA3Error, match=f"capacity is {capacity!r}, expected a whole number"):
-        AdapterBank(base, capacity=capacity)
-    AdapterBank(base)
+        AdapterBank(build("llama"), capacity=capacity)
 
 
 def test_bad_arguments_are_refused(written: dict[str, Path]) -> None:
@@ -418,13 +413,11 @@ def test_a_replaced_file_is_taken_up_when_refreshed(
     assert_rows(bank, {**folders, "a1": written["a1"]}, ["a1", "a2"])
     write(folders["a2"], 22)  # with other sites than before
     write(folders["a3"], 23)  # not resident: the new ones at once
-    found = bank.refresh(["a1"])
-    assert (found.changed, found.failed) == (["a1"], {})
+    assert bank.refresh(["a1"]) == Refreshed(["a1"], {})
     assert_rows(bank, {**folders, "a2": written["a2"]}, ["a2", "a1"])
     assert_rows(bank, folders, ["a3", "a1"])
-    assert bank.refresh().changed == ["a2"]
+    assert bank.refresh() == Refreshed(["a2"], {})
     assert_rows(bank, folders, ["a1", "a2"])
-    assert bank.refresh().changed == []
     # The whole folder may be another one.
     os.rename(folders["a1"], tmp_path / "old")
     shutil.copytree(written["a5"], folders["a1"])
@@ -463,7 +456,7 @@ def test_a_broken_file_is_an_error_for_its_adapter(
 
 def test_vectors_of_integers_are_refused(written: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
-    _rewrite(folder, lambda tensors: {name: t.int() for name, t in tensors.items()})
+    _rewrite(folder, lambda name, value: value.int())
     bank = AdapterBank(build("llama"), capacity=1)
     with pytest.raises(IA3Error, match=r"torch.int32, expected"):
         bank.add("a1", folder)
@@ -480,18 +473,15 @@ def test_a_pinned_adapter_comes_back_when_it_is_mended(
     bank = AdapterBank(build("llama"), capacity=2)
     bank.add("a1", folder, pinned=True)
 
+    def cut() -> tuple[bool, bool]:
+        (folder / WEIGHTS).write_bytes(b"cut off")
+        assert list(bank.refresh().failed) == ["a1"]
+        return state()
+
     def state() -> tuple[bool, bool]:
         return bank.list()[0].resident, bank.list()[0].pinned
 
-    def cut() -> None:
-        (folder / "new").write_bytes(b"cut off")
-        os.replace(folder / "new", folder / WEIGHTS)
-        assert list(bank.refresh().failed) == ["a1"]
-
-    cut()
-    assert state() == (False, True)
-    with pytest.raises(IA3Error, match="'a1' cannot be used"):
-        logits(bank.model, **rows_of(1), adapter_names=["a1"])
+    assert cut() == (False, True)
     # Its place is kept.
     for name in ("a3", "a5"):
         bank.add(name, written[name])
@@ -501,11 +491,9 @@ def test_a_pinned_adapter_comes_back_when_it_is_mended(
     assert bank.refresh().changed == ["a1"]
     assert state() == (True, True)
     assert_rows(bank, {**written, "a1": folder}, ["a5", "a1"])
-    assert_rows(bank, {**written, "a1": folder}, ["a3", "a1"])
     # Until it is unpinned.
     cut()
     bank.unpin("a1")
-    assert state() == (False, False)
     assert_rows(bank, written, ["a3", "a5"])
     write(folder, 32)
     assert bank.refresh().changed == ["a1"]

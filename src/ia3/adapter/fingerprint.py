@@ -114,7 +114,6 @@ def fingerprint(model: nn.Module, merged: Collection[str] = ()) -> Fingerprint:
     # Parameters of linear layers may be quantized, or new with every model that is loaded, as heads
     # are: only where there are no others.
     chosen = _telling(model, merged, linear=False) or _telling(model, merged, linear=True)
-    chosen = chosen[:: max(1, math.ceil(len(chosen) / PARAMETERS))]
     samples = {name: (list(parameter.shape), _sample(parameter)) for name, parameter in chosen}
     return Fingerprint(model_type_of(model), samples)
 
@@ -122,17 +121,22 @@ def fingerprint(model: nn.Module, merged: Collection[str] = ()) -> Fingerprint:
 def _telling(
     model: nn.Module, merged: Collection[str], *, linear: bool
 ) -> list[tuple[str, Tensor]]:
-    """The base model's parameters that tell it from others, of linear layers or of the rest."""
+    """A few parameters that tell the base model from others, of linear layers or of the rest."""
     from ..core.activations import linear_features
 
-    # Norms start as ones, so that they tell nothing before training.
-    return [
+    found = [
         (f"{prefix}.{name}" if prefix else name, parameter)
         for prefix, module in model.named_modules()
         if module._parameters
         and (linear_features(module) is not None) is linear
         and _is_the_base_models(prefix, merged)
         for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    # Norms start as ones, so that they tell nothing before training.
+    return [
+        (name, parameter)
+        for name, parameter in found[:: max(1, math.ceil(len(found) / PARAMETERS))]
         if _can_be_sampled(parameter) and (parameter.dim() > 1 or not _is_constant(parameter))
     ]
 

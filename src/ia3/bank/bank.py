@@ -292,6 +292,7 @@ class AdapterBank:
                 self._entries.clear()
                 self._recent.clear()
                 self._fitting.clear()
+                self._columns.clear()
                 self.values = self.values.new_ones(self.capacity + 1, 0)
 
     # -- rows -------------------------------------------------------------------------------------
@@ -437,7 +438,9 @@ class AdapterBank:
         )
         if key not in self._fitting:
             sites = self.model.sites_for_bank(name, adapter)
-            self._widen([site for site in sites.values() if site not in self._columns])
+            new = [site for site in sites.values() if site not in self._columns]
+            if new:
+                self._widen(new)
             self._fitting[key] = sites
         return self._fitting[key]
 
