@@ -66,16 +66,10 @@ def fit_many(
         with training_bar_of_many(steps) as on_step:
             fitted = fit(data, classifiers, out=out, on_step=on_step, max_tokens=max_tokens)
     failures |= {name: str(error) for name, error in fitted.failures.items()}
+    outcomes = {name: {"error": message} for name, message in failures.items()}
+    outcomes |= {name: _outcome(c, out / name) for name, c in fitted.classifiers.items()}
     results = [
-        {
-            "task": name,
-            "examples": len(data[name][0]) if name in data else None,
-            **(
-                {"error": failures[name]}
-                if name in failures
-                else _outcome(fitted.classifiers[name], out / name)
-            ),
-        }
+        {"task": name, "examples": len(data[name][0]) if name in data else None, **outcomes[name]}
         for name in tasks
     ]
     if as_json:
