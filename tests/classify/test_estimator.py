@@ -140,12 +140,7 @@ def test_progress_counts_every_text_once_a_template(make):
         (["a_card", "lostCard"], None, ["a_card", "lostCard"], ["a card", "lost card"]),
         ([1, 0], {0: "bad", 1: "good", 10: "grand"}, [0, 1, 10], ["bad", "good", "grand"]),
         ([True, False], {True: "yes", False: "no"}, [False, True], ["no", "yes"]),
-        (
-            ["b", "a"],
-            {"b": "bill", "a": "post", "c": "no"},
-            ["a", "b", "c"],
-            ["post", "bill", "no"],
-        ),
+        (["b", "a"], {"b": "bill", "a": "post", "c": ","}, ["a", "b", "c"], ["post", "bill", ","]),
     ],
 )
 def test_labels_and_the_words_ranked_for_them(make, labels, choices, classes, words):
@@ -231,15 +226,6 @@ def test_clone_shares_the_model_and_forgets_the_fit(make, model):
     assert copy.get_params() == fitted.get_params()
     with pytest.raises(NotFittedError):
         copy.predict(NEW)
-
-
-def test_get_and_set_params(make):
-    classifier = make(steps=9)
-    assert classifier.get_params()["steps"] == 9
-    assert classifier.set_params(steps=0, template="{{ text }} =") is classifier
-    assert (classifier.steps, classifier.template) == (0, "{{ text }} =")
-    with pytest.raises(ValueError, match="nosuch"):
-        classifier.set_params(nosuch=1)
 
 
 def test_is_a_classifier_with_a_short_name(make):
@@ -358,11 +344,12 @@ def test_two_classifiers_share_one_base(make):
 def test_the_base_is_untouched_after_fit_and_predict(make, model):
     model.get_parameter("lm_head.weight").requires_grad_(False)
     model.model.layers[1].train()  # a mode of its own
-    before = snapshot(model)
+    before, config = snapshot(model), model.config.to_dict()
     classifier = make().fit(TEXTS, LABELS)
     assert_unchanged(model, before)
     classifier.predict(NEW)
     assert_unchanged(model, before)
+    assert model.config.to_dict() == config
 
 
 def test_the_base_is_untouched_after_an_exception(make, model):

@@ -252,9 +252,6 @@ def test_what_cannot_be_begun_is_refused(
     with pytest.raises(IA3Error, match=message.replace(".", r"\.")):
         fit_many(tasks, classifier, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_max_tokens_below_one_is_refused() -> None:
     with pytest.raises(IA3Error, match="max_tokens is 0, expected at least 1"):
         fit_many({"a": BILLS}, tiny_classifier(), max_tokens=0)
 
