@@ -166,7 +166,8 @@ def train(
         ia3_model: carries the vectors to train.
         examples: the training set; one template is drawn for each at every step.
         config: the recipe.
-        on_step: called after every optimizer step of this call.
+        on_step: called after every optimizer step of this call; training ends with the step after
+            which it raises `StopTraining`.
         checkpoints: a folder for checkpoints, every 25 steps (`save_steps`) and at the end; the
             last one is kept. If it has one of this very run, training goes on from there, and ends
             with the vectors of a run without a break: on a CPU, to the last bit.
