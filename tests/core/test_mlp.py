@@ -309,7 +309,7 @@ IDS = torch.arange(1, 13).reshape(2, 6)
 
 
 def result(model: nn.Module) -> Tensor:
-    return logits(model, {"input_ids": IDS})
+    return logits(model, input_ids=IDS)
 
 
 def plain_result(model: IA3Model) -> Tensor:

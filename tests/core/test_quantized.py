@@ -403,26 +403,26 @@ def test_peft_refuses_to_merge(kind: str, checkpoint: Path) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_merging_into_a_quantized_model(kind: str, checkpoint: Path, tmp_path: Path) -> None:
     base = load(checkpoint, kind)
-    untouched = logits(base, INPUTS)
+    untouched = logits(base, **INPUTS)
     adapter = adapted(base)
     layers = [module for module in base.modules() if is_quantized(module)]
     before = [bits(layer) for layer in layers]
-    expected = logits(adapter, INPUTS)
+    expected = logits(adapter, **INPUTS)
     assert relative(expected, untouched) > 1e-2
     adapter.merge_adapter(safe_merge=True)
     assert not any(map(hooks_on, layers))
-    assert relative(logits(adapter, INPUTS), expected) < 2e-6
+    assert relative(logits(adapter, **INPUTS), expected) < 2e-6
     adapter.unmerge_adapter()
     assert all(same(bits(x), y) for x, y in zip(layers, before, strict=True))
-    assert torch.equal(logits(adapter, INPUTS), expected)
+    assert torch.equal(logits(adapter, **INPUTS), expected)
     merged = adapter.merge_and_unload()
     assert merged is base
     assert [module for module in merged.modules() if is_quantized(module)] == layers
-    assert relative(logits(merged, INPUTS), expected) < 2e-6
+    assert relative(logits(merged, **INPUTS), expected) < 2e-6
     if kind != "torchao":
         merged.save_pretrained(tmp_path)
         again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").train()
-        assert relative(logits(again, INPUTS), expected) < 2e-6
+        assert relative(logits(again, **INPUTS), expected) < 2e-6
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -433,14 +433,14 @@ def test_a_vector_that_no_row_can_take(kind: str, tmp_path: Path) -> None:
     )
     OPTForCausalLM(config).save_pretrained(tmp_path)
     adapter = adapted(load(tmp_path, kind))
-    expected = logits(adapter, INPUTS)
+    expected = logits(adapter, **INPUTS)
     with pytest.raises(IA3Error, match=r"layers\.0\.fc2.*columns.*dequantise=True"):
         adapter.merge_adapter()
-    assert torch.equal(logits(adapter, INPUTS), expected)
+    assert torch.equal(logits(adapter, **INPUTS), expected)
     merged = adapter.merge_and_unload(dequantise=True)
     assert type(merged.get_submodule("model.decoder.layers.0.fc2")) is nn.Linear
     assert is_quantized(merged.get_submodule("model.decoder.layers.0.fc1"))
-    assert relative(logits(merged, INPUTS), expected) < 2e-6
+    assert relative(logits(merged, **INPUTS), expected) < 2e-6
 
 
 def test_a_merge_that_is_not_finite(checkpoint: Path) -> None:

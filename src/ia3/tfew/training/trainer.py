@@ -129,6 +129,10 @@ class DivergedError(IA3Error):
         self.step = step
 
 
+class StopTraining(Exception):  # noqa: N818
+    """Raised by an `on_step`: the training ends with this step, as if it were the last one."""
+
+
 class DrawnExamples(Dataset[TrainingExample]):
     """A training set whose items are drawn when they are asked for: item i is always the same.
 
@@ -162,7 +166,8 @@ def train(
         ia3_model: carries the vectors to train.
         examples: the training set; one template is drawn for each at every step.
         config: the recipe.
-        on_step: called after every optimizer step of this call.
+        on_step: called after every optimizer step of this call; training ends with the step after
+            which it raises `StopTraining`.
         checkpoints: a folder for checkpoints, every 25 steps (`save_steps`) and at the end; the
             last one is kept. If it has one of this very run, training goes on from there, and ends
             with the vectors of a run without a break: on a CPU, to the last bit.
@@ -524,7 +529,10 @@ class _OnStep(TrainerCallback):  # type: ignore[misc]
         self._on_step = on_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._on_step(self._history[-1])
+        try:
+            self._on_step(self._history[-1])
+        except StopTraining:
+            control.should_training_stop = True
 
 
 def _as_they_are(batch: list[TrainingExample]) -> dict[str, Any]:
