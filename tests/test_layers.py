@@ -37,8 +37,6 @@ REMAINING = {
     ("core.route", "core.sites"),
     ("model.gather", "bank.bank"),
     ("model.ia3_model", "bank.bank"),
-    ("tfew.scoring.choices", "tfew.scoring.kept_states"),
-    ("tfew.scoring.shared_prompt", "tfew.scoring.kept_states"),
 }
 
 

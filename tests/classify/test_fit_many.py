@@ -127,24 +127,6 @@ def test_one_classifier_is_the_settings_of_all() -> None:
     assert_alike(fitted.classifiers["a"], classifier.fit(*BILLS))
 
 
-def test_what_lies_below_upper_blocks_is_computed_once() -> None:
-    calls = []
-    lowest = MODEL.model.layers[0].self_attn
-    handle = lowest.register_forward_hook(lambda *_: calls.append(len(calls)))
-    steps = []
-    settings = tiny_classifier(upper_blocks=1, steps=6)
-    data = {"a": BILLS, "b": (BILLS[0][::-1], BILLS[1])}
-    try:
-        fitted = fit_many(data, settings, on_step=lambda *_: steps.append(len(calls)))
-    finally:
-        handle.remove()
-    assert steps[0] == steps[-1] > 0
-    for name in data:
-        assert_alike(
-            fitted.classifiers[name], tiny_classifier(upper_blocks=1, steps=6).fit(*data[name])
-        )
-
-
 def test_a_task_ends_early() -> None:
     tasks = {"a": BILLS, "b": BILLS}
     fitted = fit_many(tasks, tiny_classifier(), on_step=lambda name, s: name == "a" and s.step == 2)

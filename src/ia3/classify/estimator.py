@@ -21,7 +21,7 @@ from ..tfew.prompts.labels import Text
 from ..tfew.prompts.templates import Template
 from ..tfew.scoring.choices import MAX_TOKENS
 from ..tfew.scoring.prefix import ranking_scores
-from ..tfew.temporary_adapter import adapted, all_linear
+from ..tfew.temporary_adapter import all_linear, temporary_adapter
 from .ranking import LabelledTexts, RankingClassifier, encode_all
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ class FewShotClassifier(RankingClassifier):
         max_tokens: computed at once, in training and in prediction; what has more is computed in
             parts, with the same results but for rounding. Lower it where memory runs out.
         upper_blocks: rescale only these many uppermost blocks of a decoder-only model instead of
-            all. What lies below is then computed once for each prompt of the training set, not at
-            every step, and needs no gradients.
+            all. The blocks below then need no gradients.
 
     Attributes:
         classes_: the labels, `[classes]`, sorted.
@@ -142,7 +141,7 @@ class FewShotClassifier(RankingClassifier):
         encoded = encode_all(encoder, task.examples, task.templates)
         config = all_linear(base, self.upper_blocks)
         start = None if self.init_from is None else adapter_to_begin_with(self.init_from)
-        with adapted(base, config, start, source="init_from") as ia3_model:
+        with temporary_adapter(base, start or config, source="init_from") as ia3_model:
             history = []
             if self.steps > 0:
                 history = train(
@@ -192,7 +191,7 @@ class FewShotClassifier(RankingClassifier):
         base = self.base
         encoder = Encoder(base, self.choices_, chat=self.settings_["chat"])
         encoded = encode_all(encoder, examples, [Template(source) for source in self.templates_])
-        with adapted(base, self.adapter_.config, self.adapter_):
+        with temporary_adapter(base, self.adapter_):
             probabilities = [
                 ranking_scores(
                     base, list(of_template), max_tokens=self.max_tokens, progress=progress

@@ -25,7 +25,7 @@ from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model, check_name
 from ..targets.config import IA3Config
 from ..tfew.prompts.encoding import Encoder, TrainingExample
 from ..tfew.prompts.labels import Text
-from ..tfew.temporary_adapter import adapted, all_linear
+from ..tfew.temporary_adapter import all_linear, temporary_adapter
 from ..tfew.training.trainer import TFewConfig, TrainingStep, described_run
 from .estimator import TASK_NAME, FewShotClassifier, adapter_to_begin_with, training_set
 from .many_tasks import Ended, TaskToTrain, check_not_within_experts, train_many
@@ -298,7 +298,7 @@ class _Preparing:
     def _config(self, upper_blocks: int | None) -> IA3Config:
         if upper_blocks not in self._configs:
             config = all_linear(self._base, upper_blocks)
-            with adapted(self._base, config, None):
+            with temporary_adapter(self._base, config):
                 check_not_within_experts(self._base.model)
             self._configs[upper_blocks] = config
         return self._configs[upper_blocks]
@@ -314,7 +314,7 @@ class _Preparing:
                     "it alone"
                 )
             # Whether it fits the model.
-            with adapted(self._base, start.config, start, source="init_from"):
+            with temporary_adapter(self._base, start, source="init_from"):
                 check_not_within_experts(self._base.model)
             self._starts[key] = start
         return self._starts[key]
@@ -344,7 +344,8 @@ def _train(
     """Train tasks together; why some failed."""
     failures: dict[str, IA3Error] = {}
     first = next(iter(prepared.values()))
-    with adapted(base, first.config, first.start, source="init_from") as ia3_model:
+    adapter = first.start or first.config
+    with temporary_adapter(base, adapter, source="init_from") as ia3_model:
         adapters = _put_on(ia3_model, prepared, failures)
         saved = {adapter: ia3_model.adapter(adapter) for adapter in set(adapters.values())}
         training = {

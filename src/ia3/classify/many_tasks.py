@@ -33,7 +33,6 @@ from ..tfew.scoring.choices import (
     longest_shared,
     token_scores,
 )
-from ..tfew.scoring.kept_states import KeptStates, kept_states
 from ..tfew.scoring.shared_prompt import (
     Packing,
     RowContext,
@@ -129,10 +128,9 @@ def train_many(
         stacks = _Stacks(ia3_model, list(tasks.values()))
         training = {name: _Training(task, k) for k, (name, task) in enumerate(tasks.items())}
         ia3_model.model.train()
-        kept = _kept(base, ia3_model, list(tasks.values()))
         while training:
             batches = [task.next_batch() for task in training.values()]
-            terms = _gradients(base, stacks, batches, max_tokens, kept)
+            terms = _gradients(base, stacks, batches, max_tokens)
             failed = {k for k, (loss, *_) in enumerate(terms.tolist()) if not math.isfinite(loss)}
             stacks.step([task for task in training.values() if task.index not in failed])
             for name, task in list(training.items()):
@@ -154,15 +152,6 @@ def train_many(
                 if on_end is not None:
                     on_end(name, ended[name])
     return ended
-
-
-def _kept(base: BaseModel, ia3_model: IA3Model, tasks: Sequence[TaskToTrain]) -> KeptStates | None:
-    """What enters the lowest block that is trained, where all tasks train the active adapter's."""
-    if [*{task.adapter for task in tasks}] != ia3_model.active_adapters:
-        return None
-    examples = [e for task in tasks for example in task.examples for e in example.encoded]
-    draws = sum(task.config.steps * task.config.batch_size for task in tasks)
-    return kept_states(base, examples, draws)
 
 
 # -- a task's batches ------------------------------------------------------------------------------
@@ -245,7 +234,6 @@ class _Piece:
         rows: how many rows they take.
         length: of a row.
         packing: of the one row; none where each choice has a row of its own.
-        kept: whether the states of all its examples are kept.
     """
 
     batch: Batch
@@ -253,15 +241,10 @@ class _Piece:
     rows: int
     length: int
     packing: Packing | None
-    kept: bool
 
 
 def _gradients(
-    base: BaseModel,
-    stacks: _Stacks,
-    round_: Sequence[Batch],
-    max_tokens: int,
-    kept: KeptStates | None,
+    base: BaseModel, stacks: _Stacks, round_: Sequence[Batch], max_tokens: int
 ) -> Tensor:
     """Add the gradients of one step of all tasks to the stacks'.
 
@@ -269,12 +252,12 @@ def _gradients(
         `[tasks, 4]`, float32, on the CPU: the loss and its terms of each task; zeros of those that
         have no batch.
     """
-    pieces = [piece for batch in round_ for piece in _pieces(base, batch, max_tokens, kept)]
+    pieces = [piece for batch in round_ for piece in _pieces(base, batch, max_tokens)]
     terms = torch.zeros(stacks.tasks, 4)
     for of_pass in _passes(pieces, max_tokens):
         examples = [piece.batch.examples[i] for piece in of_pass for i in piece.members]
         owners = [piece.batch.task for piece in of_pass for _ in piece.members]
-        scores = _scores(base, of_pass, examples, stacks.rows_of(owners), max_tokens, kept)
+        scores = _scores(base, of_pass, examples, stacks.rows_of(owners), max_tokens)
         tasks, losses = _losses(scores, of_pass)
         seen = losses.detach().cpu()
         terms[tasks] += seen
@@ -311,25 +294,21 @@ def _losses(scores: TokenScores, of_pass: Sequence[_Piece]) -> tuple[list[int], 
     return list(batches), torch.stack(losses).float()
 
 
-def _pieces(
-    base: BaseModel, batch: Batch, max_tokens: int, kept: KeptStates | None
-) -> Iterator[_Piece]:
+def _pieces(base: BaseModel, batch: Batch, max_tokens: int) -> Iterator[_Piece]:
     """A batch in the rows that it would have alone."""
     limit = longest_shared(base)
     for part in example_batches(base, batch.examples, max_tokens):
-        together: dict[bool, list[int]] = {}
+        together = []
         for i in part:
             example = batch.examples[i]
             length = longest_sequence(example)
             if length > limit:
-                yield _Piece(batch, (i,), len(example.choices), length, None, kept=False)
+                yield _Piece(batch, (i,), len(example.choices), length, None)
             else:
-                is_kept = kept is not None and example in kept
-                together.setdefault(is_kept, []).append(i)
-        for is_kept, indices in together.items():
-            for packing in packings([batch.examples[i] for i in indices]):
-                members = tuple(indices[i] for i in packing.members)
-                yield _Piece(batch, members, 1, packing.length, packing, is_kept)
+                together.append(i)
+        for packing in packings([batch.examples[i] for i in together]) if together else ():
+            members = tuple(together[i] for i in packing.members)
+            yield _Piece(batch, members, 1, packing.length, packing)
 
 
 def _passes(pieces: Sequence[_Piece], max_tokens: int) -> Iterator[list[_Piece]]:
@@ -338,9 +317,9 @@ def _passes(pieces: Sequence[_Piece], max_tokens: int) -> Iterator[list[_Piece]]
     A row is filled up with no more than `PADDING` tokens, or a quarter of the longest: beyond that
     a pass of its own costs less. So does a piece of more tokens than `max_tokens`.
     """
-    kinds: dict[tuple[bool, bool], list[_Piece]] = {}
+    kinds: dict[bool, list[_Piece]] = {}
     for piece in pieces:
-        kinds.setdefault((piece.packing is None, piece.kept), []).append(piece)
+        kinds.setdefault(piece.packing is None, []).append(piece)
     for of_kind in kinds.values():
         of_pass: list[_Piece] = []
         rows = 0
@@ -362,11 +341,9 @@ def _scores(
     examples: Sequence[EncodedExample],
     within: RowContext,
     max_tokens: int,
-    kept: KeptStates | None,
 ) -> TokenScores:
-    kept = kept if of_pass[0].kept else None
     if len(of_pass) == 1 and of_pass[0].rows * of_pass[0].length > max_tokens:
-        return token_scores(base, examples, max_tokens=max_tokens, kept=kept, within=within)
+        return token_scores(base, examples, max_tokens=max_tokens, within=within)
     if of_pass[0].packing is not None:
         packed = []
         start = 0
@@ -375,7 +352,7 @@ def _scores(
             members = tuple(range(start, start + len(piece.members)))
             packed.append(Packing(piece.packing.prefix, members, piece.length))
             start += len(members)
-        return packed_scores(base, examples, packed, kept=kept, within=within)
+        return packed_scores(base, examples, packed, within=within)
     if base.is_encoder_decoder:
         return encoder_decoder_scores(base, examples, within=within)
     return expanded_scores(base, examples, within=within)

@@ -20,8 +20,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -46,9 +45,6 @@ from .shared_prompt import (
 )
 from .token_scores import TokenScores
 
-if TYPE_CHECKING:
-    from .kept_states import KeptStates
-
 # How many tokens are computed at once, unless more memory is given, or less.
 MAX_TOKENS = 4096
 
@@ -60,7 +56,6 @@ def token_scores(
     examples: Sequence[EncodedExample],
     *,
     max_tokens: float = math.inf,
-    kept: KeptStates | None = None,
     within: RowContext | None = None,
 ) -> TokenScores:
     """Score all choices of a batch, with gradients where they are enabled.
@@ -71,7 +66,6 @@ def token_scores(
         max_tokens: computed at once, unless one choice after its prompt has more; what packed rows
             leave free at their ends is not counted. Where a batch has more, each part's activations
             are computed once more for the gradients.
-        kept: what enters the lowest block that is trained, of examples that come again.
         within: of the rows of each pass, where all of a batch are one task's.
 
     Raises:
@@ -84,17 +78,15 @@ def token_scores(
         for choices in choice_groups([examples[i] for i in batch], limit, max_tokens)
     ]
     if len(parts) == 1:
-        return _scores_at_once(base, examples, limit, kept, within)
+        return _scores_at_once(base, examples, limit, within)
     scored = []
     for batch, choices in parts:
         of_part = [EncodedExample(examples[i].prompt, examples[i].choices[choices]) for i in batch]
         if torch.is_grad_enabled():
             # One part's activations are held at a time, in the backward pass too.
-            part = checkpoint(
-                _scores_at_once, base, of_part, limit, kept, within, use_reentrant=False
-            )
+            part = checkpoint(_scores_at_once, base, of_part, limit, within, use_reentrant=False)
         else:
-            part = _scores_at_once(base, of_part, limit, kept, within)
+            part = _scores_at_once(base, of_part, limit, within)
         scored.append(part)
     shape = shape_of(examples)
     log_probs = scored[0].log_probs.new_zeros(shape)
@@ -162,25 +154,20 @@ def _scores_at_once(
     base: BaseModel,
     examples: Sequence[EncodedExample],
     longest_shared: float,
-    kept: KeptStates | None,
     within: RowContext | None,
 ) -> TokenScores:
     """All choices in one forward pass, or in one for each way that some of the examples need.
 
-    A few long examples must not repeat the prompts of all, nor a few whose states are not kept
-    have the lower blocks computed for all.
+    A few long examples must not repeat the prompts of all.
     """
     if base.is_encoder_decoder:
         keys_once = within is None and attends_to_one_prompt(base)
         return encoder_decoder_scores(base, examples, keys_once=keys_once, within=within)
     ways: dict[Callable[..., TokenScores], list[int]] = {}
-    from_kept = partial(shared_scores, kept=kept)
     for i, example in enumerate(examples):
         way: Callable[..., TokenScores] = shared_scores
         if longest_sequence(example) > longest_shared:
             way = expanded_scores
-        elif kept is not None and example in kept:
-            way = from_kept
         ways.setdefault(way, []).append(i)
     scored = [
         way(base, [examples[i] for i in indices], within=within) for way, indices in ways.items()

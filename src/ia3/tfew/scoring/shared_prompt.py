@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from ...errors import IA3Error
 from ..prompts.encoding import EncodedExample
 from .token_scores import TokenScores
 from .vocabulary import is_plain, token_log_probs
-
-if TYPE_CHECKING:
-    from .kept_states import KeptStates
 
 # A batch of this many tokens or fewer is one row, without any padding; a longer one is packed into
 # rows of the second length. Longer rows would spend attention on what the mask hides, shorter ones
@@ -200,7 +197,6 @@ def shared_scores(
     examples: Sequence[EncodedExample],
     *,
     hide_others: bool = True,
-    kept: KeptStates | None = None,
     within: RowContext | None = None,
 ) -> TokenScores:
     """Every prompt once, with all its choices; what all prompts begin with once a row.
@@ -209,11 +205,10 @@ def shared_scores(
         base: a decoder-only model that takes the mask.
         examples: of any number of choices.
         hide_others: false only to find out whether a model heeds the mask.
-        kept: has the states of all of the examples; the blocks below are not computed.
         within: of the rows.
     """
     packed = packings(examples)
-    return packed_scores(base, examples, packed, hide_others=hide_others, kept=kept, within=within)
+    return packed_scores(base, examples, packed, hide_others=hide_others, within=within)
 
 
 def packed_scores(
@@ -222,7 +217,6 @@ def packed_scores(
     packed: Sequence[Packing],
     *,
     hide_others: bool = True,
-    kept: KeptStates | None = None,
     within: RowContext | None = None,
 ) -> TokenScores:
     """`shared_scores` of rows that are packed already, each example in one of them."""
@@ -236,8 +230,7 @@ def packed_scores(
         row.pad(length, _pad_token(base))
         rows.append(row)
     inputs = tree_inputs(base, rows, hide_others=hide_others)
-    instead = nullcontext() if kept is None else kept.instead_of_lower_blocks(rows, examples)
-    with instead, _entered(within, [row.members[0] for row in rows]):
+    with _entered(within, [row.members[0] for row in rows]):
         return scores(base, examples, targets, inputs)
 
 

@@ -15,7 +15,7 @@ from ...errors import IA3Error
 from ...targets.config import IA3Config
 from ..prompts.encoding import Encoder, TrainingExample, warn_of_cut_texts
 from ..prompts.tasks import Task
-from ..temporary_adapter import adapted, all_linear
+from ..temporary_adapter import all_linear, temporary_adapter
 from .trainer import CHECKPOINT_STEPS, DrawnExamples, TFewConfig, TrainingStep, train
 
 # T0's (Sanh et al. 2022, arXiv 2110.08207), for whose mixture the paper's vectors were trained. T0
@@ -152,7 +152,7 @@ def pretrain(
     saving: dict[str, Any] = {}
     if checkpoints is not None:
         saving["save_steps"] = max(CHECKPOINT_STEPS, config.steps // _CHECKPOINTS)
-    with adapted(base, sites, None) as ia3_model:
+    with temporary_adapter(base, sites) as ia3_model:
         train(
             base,
             ia3_model,

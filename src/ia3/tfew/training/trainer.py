@@ -14,7 +14,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ from ...files.atomic import check_folder, new_folder_beside
 from ...model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..prompts.encoding import EncodedExample, TrainingExample
 from ..scoring.choices import MAX_TOKENS, example_batches, token_scores
-from ..scoring.kept_states import KeptStates, kept_states
 from .losses import Counts, token_loss
 
 if importlib.util.find_spec("accelerate") is None:
@@ -377,10 +375,6 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         model.train()
         examples: list[EncodedExample] = inputs["examples"]
         terms = torch.zeros(4, device=self.args.device)
-        # In a context of its own: autocast would hand on the weights that it has cast here, and
-        # they have no gradients.
-        with self.accelerator.autocast():
-            kept = self._kept
         for part in example_batches(self._base, examples, self._config.max_tokens):
             # The model's own forward is called, which the Trainer has not wrapped in autocast.
             with self.compute_loss_context_manager(), self.accelerator.autocast():
@@ -388,7 +382,6 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
                     self._base,
                     [examples[i] for i in part],
                     max_tokens=self._config.max_tokens,
-                    kept=kept,
                 )
                 loss = token_loss(
                     scores,
@@ -408,16 +401,6 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
                 raise DivergedError(step, f"the loss is {record.loss}")
             self.history.append(record)
         return terms[0]
-
-    @cached_property
-    def _kept(self) -> KeptStates | None:
-        """What enters the lowest block that is trained, for as long as the training lasts."""
-        if isinstance(self.train_dataset, DrawnExamples):
-            # Of so many examples hardly one comes again.
-            return None
-        examples = [e for example in self.train_dataset for e in example.encoded]
-        draws = self.args.max_steps * self._config.batch_size
-        return kept_states(self._base, examples, draws)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the terms too: their means over the steps since the last time."""
@@ -449,11 +432,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             # The Trainer would go on to the end of the epoch.
             self._load_from_checkpoint(str(last))
             return TrainOutput(self.args.max_steps, self.history[-1].loss, {})
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            # It takes memory, and the model may change before the next training.
-            self.__dict__.pop("_kept", None)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.model.save_pretrained(output_dir or self.args.output_dir)
