@@ -1,0 +1,107 @@
+"""Folders that version 0.1.0 wrote load with the same bits and the same predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from support.pairs import relative
+from support.paths import TESTS
+from support.saved import WORDS, formula_gpt2, formula_llama, formula_vector
+from support.tfew import word_tokenizer
+from torch import Tensor, nn
+
+from ia3 import FewShotClassifier, IA3Model
+from ia3.adapter.store import Adapter, adapter_files, read_adapter
+
+SAVED = TESTS / "fixtures" / "saved-0.1.0"
+IDS = torch.arange(24).reshape(2, 12)
+BLOCK = ("mlp.down_proj", "self_attn.k_proj", "self_attn.v_proj")
+LLAMA = [f"model.layers.{i}.{name}" for i in range(2) for name in BLOCK]
+GPT2 = [f"transformer.h.{i}.{name}" for i in range(2) for name in ("attn.c_attn", "mlp.c_proj")]
+SIZES = {"down_proj": 24, "k_proj": 16, "v_proj": 16, "c_attn": 48, "c_proj": 64}
+
+
+def vectors_of(names: list[str], first: int) -> dict[str, Tensor]:
+    """Module name -> its formula, numbered in this order from `first` on."""
+    return {
+        name: formula_vector(site, SIZES[name.rpartition(".")[2]])
+        for site, name in enumerate(names, first)
+    }
+
+
+def scale_weights(model: nn.Module, vectors: Mapping[str, Tensor]) -> nn.Module:
+    """The model with vectors multiplied into its weights by hand."""
+    with torch.no_grad():
+        for name, vector in vectors.items():
+            module = model.get_submodule(name)
+            if name.endswith("c_attn"):  # [in, out], with a bias
+                module.weight.mul_(vector)
+                module.bias.mul_(vector)
+            elif name.endswith("down_proj"):  # [out, in], rescaled input
+                module.weight.mul_(vector)
+            else:
+                module.weight.mul_(vector[:, None])
+    return model
+
+
+def assert_vectors(adapter: Adapter, expected: Mapping[str, Tensor]) -> None:
+    assert adapter.vectors.keys() == expected.keys()
+    for name, vector in expected.items():
+        assert torch.equal(adapter.vectors[name].flatten(), vector)
+
+
+@torch.no_grad()
+def test_an_adapter_with_a_copy_of_a_module() -> None:
+    vectors, head = vectors_of(LLAMA, 1), formula_vector(0, 64 * 16).reshape(64, 16) / 2
+    model = IA3Model.from_pretrained(formula_llama(), SAVED / "llama").eval()
+    adapter = model.adapter("default")
+    assert_vectors(adapter, vectors)
+    assert adapter.copies.keys() == {"lm_head.weight"}
+    assert torch.equal(adapter.copies["lm_head.weight"], head)
+    expected = scale_weights(formula_llama(), vectors)
+    expected.lm_head.weight.copy_(head)
+    assert relative(model(IDS).logits, expected(IDS).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_an_adapter_with_values_that_stay_one() -> None:
+    """The 16 values of the queries in the fused projection."""
+    vectors = vectors_of(GPT2, 0)
+    for name in GPT2[::2]:
+        vectors[name][:16] = 1
+    model = IA3Model.from_pretrained(formula_gpt2(), SAVED / "gpt2").eval()
+    adapter = model.adapter("default")
+    assert_vectors(adapter, vectors)
+    assert adapter.frozen == dict.fromkeys(GPT2[::2], ((0, 16),))
+    expected = scale_weights(formula_gpt2(), vectors)
+    assert relative(model(IDS).logits, expected(IDS).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_a_classifier() -> None:
+    tokenizer = word_tokenizer(WORDS)
+    classifier = FewShotClassifier.load(
+        SAVED / "classifier", model=formula_llama(), tokenizer=tokenizer
+    )
+    assert_vectors(classifier.adapter_, vectors_of(LLAMA, 0))
+    base = scale_weights(formula_llama(), vectors_of(LLAMA, 0))
+    texts = ["it is a good day", "so cold", "warm day"]
+    ranked = tokenizer.convert_tokens_to_ids(["awful", "great"])
+    expected = torch.zeros(len(texts), 2, dtype=torch.float64)
+    for row, text in enumerate(texts):
+        for prompt in (f"{text} so what", f"a {text}"):
+            logits = base(torch.tensor([tokenizer(prompt).input_ids])).logits[0, -1]
+            expected[row] += logits[ranked].double().softmax(-1) / 2
+    assert classifier.classes_.tolist() == ["neg", "pos"]
+    assert torch.from_numpy(classifier.predict_proba(texts)).allclose(expected, atol=1e-5)
+    assert classifier.predict(["so cold", "warm day"]).tolist() == [
+        ["neg", "pos"][p] for p in expected[1:].argmax(-1)
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "classifier"])
+def test_writing_it_again_gives_the_same_bytes(name: str) -> None:
+    for file, content in adapter_files(read_adapter(SAVED / name)).items():
+        assert content == (SAVED / name / file).read_bytes()
