@@ -86,9 +86,14 @@ def test_the_model_is_as_it_was_after_an_error() -> None:
     base.model.lm_head.eval()
     modes = [module.training for module in base.model.modules()]
     bits = state_bits(base.model)
-    with pytest.raises(ValueError, match="within"), temporary_adapter(base, all_linear(base)) as on:
-        on.eval()
-        raise ValueError("within")
+
+    def fail() -> None:
+        with temporary_adapter(base, all_linear(base)) as model:
+            model.eval()
+            raise ValueError("within")
+
+    with pytest.raises(ValueError, match="within"):
+        fail()
     assert [module.training for module in base.model.modules()] == modes
     assert hook_count(base.model) == 0
     torch.testing.assert_close(state_bits(base.model), bits, rtol=0, atol=0)
