@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 from support.paths import REPOSITORY
-from support.raft import ADE, some_labels, texts, write_task
-from support.tfew import tiny_llama, word_tokenizer
+from support.tfew import word_tokenizer
 from torch import nn
 
 from ia3.base.loading import BaseModel
@@ -19,7 +18,6 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import curves  # noqa: E402
 import gpu  # noqa: E402
-import many  # noqa: E402
 import measuring  # noqa: E402
 import mixed  # noqa: E402
 import reporting  # noqa: E402
@@ -209,24 +207,3 @@ def test_mixed_batches_are_timed_and_adapters_registered(tiny_llama, tmp_path):
     registered = mixed.register(tiny_llama, folders)
     assert registered["adapters"] == 6
     assert registered["values each"] == 2 * (16 + 16 + 48)
-
-
-def test_many_tasks_are_counted_both_ways(tmp_path, monkeypatch, capsys):
-    train = list(zip(texts(12, 1), some_labels(ADE, 12), strict=True))
-    write_task(tmp_path / "raft", "ade_corpus_v2", ADE, train, texts(3, 2))
-    model = tmp_path / "model"
-    tokenizer = word_tokenizer(["ADE", "related", "not", "yes", "no"])
-    tiny_llama(vocabulary=len(tokenizer)).save_pretrained(model)
-    tokenizer.save_pretrained(model)
-    results = tmp_path / "results.json"
-    given = ["--tasks", 3, "--examples", 2, "--tokens", 64, 512, "--steps", 1, "--repeats", 1]
-    paths = ["--data", tmp_path, "--model", model, "--results", results]
-    monkeypatch.setattr(sys, "argv", ["many.py", *map(str, given + paths)])
-    many.main()
-    (row,) = json.loads(results.read_text())["rows"]
-    assert (row["tasks"], row["examples"]) == (3, 2)
-    assert row["tasks a minute"].keys() == {many.ALONE, "64 tokens", "512 tokens"}
-    assert row["gain"]["512 tokens"] == pytest.approx(
-        row["tasks a minute"]["512 tokens"] / row["tasks a minute"][many.ALONE]
-    )
-    assert "| 3 | 2 |" in capsys.readouterr().out

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.paths import TESTS
-from support.tfew import hook_count, random_model, state_bits, tiny_llama, word_tokenizer
-from test_many_tasks import LISTED_EXPERTS
+from support.examples import run_examples
+from support.tfew import child_environment, hook_count, state_bits, tiny_llama, word_tokenizer
 
 from ia3 import FewShotClassifier, IA3Config, IA3Error, IA3Model, fit_many
 from ia3.adapter.store import WEIGHTS_NAME, Adapter, adapter_files
+from ia3.classify.estimator import PreparedTask
 from ia3.classify.fit_many import RECORDS_NAME
 from ia3.files.atomic import write_files
 from ia3.tfew import DivergedError, TrainingStep
@@ -43,51 +43,43 @@ WORDS = sorted(
     }
 )
 NEW = ["lost in the rain", "charged wrong"]
+MODEL, TOKENIZER = tiny_llama(), word_tokenizer(WORDS)
 
 
 def tiny_classifier(**settings: Any) -> FewShotClassifier:
-    """Of a tiny model, the same each time."""
-    settings = {
-        "model": MODEL,
-        "tokenizer": TOKENIZER,
-        "steps": 4,
-        "learning_rate": 3e-2,
-        **settings,
-    }
-    return FewShotClassifier(**settings)
-
-
-MODEL, TOKENIZER = tiny_llama(), word_tokenizer(WORDS)
+    defaults = {"model": MODEL, "tokenizer": TOKENIZER, "steps": 4, "learning_rate": 3e-2}
+    return FewShotClassifier(**defaults | settings)
 
 
 def moods(**settings: Any) -> FewShotClassifier:
     return tiny_classifier(choices=ANSWERS, template="{{ text }} by {{ who }} :", **settings)
 
 
-def difference(found: FewShotClassifier, expected: FewShotClassifier) -> float:
-    a, b = found.adapter_.vectors, expected.adapter_.vectors
-    assert a.keys() == b.keys()
-    a, b = (torch.cat([v[name].flatten() for name in sorted(v)]) for v in (a, b))
-    return float((a - b).norm() / b.norm())
+def same_vectors(a: FewShotClassifier, b: FewShotClassifier) -> bool:
+    first, second = a.adapter_.vectors, b.adapter_.vectors
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
-def assert_alike(found: FewShotClassifier, expected: FewShotClassifier) -> None:
-    assert difference(found, expected) < 1e-5
+def assert_same(found: FewShotClassifier, expected: FewShotClassifier) -> None:
+    """Two fitted classifiers are the same, to the last bit."""
+    assert same_vectors(found, expected)
+    assert found.history_ == expected.history_
     assert found.settings_ == expected.settings_
-    for name in ("classes_", "choices_", "templates_", "fields_"):
-        assert list(getattr(found, name)) == list(getattr(expected, name))
     assert found.adapter_.config == expected.adapter_.config
     assert found.adapter_.base == expected.adapter_.base
-    assert [s.loss for s in found.history_] == pytest.approx(
-        [s.loss for s in expected.history_], rel=1e-4
-    )
+    assert found.classes_.tolist() == expected.classes_.tolist()
+    for name in ("choices_", "templates_", "fields_"):
+        assert getattr(found, name) == getattr(expected, name)
     examples = MOODS[0] if "who" in found.fields_ else NEW
-    torch.testing.assert_close(
-        torch.from_numpy(found.predict_proba(examples)),
-        torch.from_numpy(expected.predict_proba(examples)),
-        rtol=0,
-        atol=1e-5,
+    assert np.array_equal(found.predict_proba(examples), expected.predict_proba(examples))
+
+
+def trained_head() -> Adapter:
+    """An adapter with a whole module of its own."""
+    config = IA3Config(
+        target_modules=["q_proj"], feedforward_modules=[], modules_to_save=["lm_head"]
     )
+    return IA3Model(tiny_llama(), config).adapter("default")
 
 
 # -- as fit ----------------------------------------------------------------------------------------
@@ -103,6 +95,7 @@ def test_classifiers_are_those_that_fit_gives() -> None:
             learning_rate=1e-2, template=["{{ text }} :", "in {{ text }}"]
         ),
         "goes_on": tiny_classifier(init_from=begin, steps=3),
+        "head": tiny_classifier(init_from=trained_head()),
         "untuned": tiny_classifier(steps=0),
         "upper": tiny_classifier(upper_blocks=1),
     }
@@ -113,7 +106,7 @@ def test_classifiers_are_those_that_fit_gives() -> None:
     assert list(fitted.classifiers) == list(settings)
     for name, classifier in settings.items():
         assert not hasattr(classifier, "adapter_")
-        assert_alike(fitted.classifiers[name], classifier.fit(*data[name]))
+        assert_same(fitted.classifiers[name], classifier.fit(*data[name]))
         assert [s for n, s in steps if n == name] == fitted.classifiers[name].history_
     bits, hooks = before
     torch.testing.assert_close(state_bits(MODEL), bits, rtol=0, atol=0)
@@ -121,30 +114,55 @@ def test_classifiers_are_those_that_fit_gives() -> None:
 
 
 def test_one_classifier_is_the_settings_of_all() -> None:
-    classifier = tiny_classifier()
-    fitted = fit_many({"a": BILLS, "b": (BILLS[0][::-1], BILLS[1])}, classifier)
-    assert difference(*fitted.classifiers.values()) > 1e-4
-    assert_alike(fitted.classifiers["a"], classifier.fit(*BILLS))
+    data = {"a": BILLS, "b": (BILLS[0][::-1], BILLS[1])}
+    fitted = fit_many(data, tiny_classifier(), max_tokens=64).classifiers
+    for name in data:
+        assert_same(fitted[name], tiny_classifier(max_tokens=64).fit(*data[name]))
+    assert not same_vectors(*fitted.values())
 
 
 def test_a_task_ends_early() -> None:
-    tasks = {"a": BILLS, "b": BILLS}
-    fitted = fit_many(tasks, tiny_classifier(), on_step=lambda name, s: name == "a" and s.step == 2)
-    assert [len(c.history_) for c in fitted.classifiers.values()] == [2, 4]
+    whole: list[dict[str, torch.Tensor]] = []
+
+    def vectors_now(step: TrainingStep) -> None:
+        parameters = MODEL.named_parameters()
+        whole.append({n: p.detach().clone() for n, p in parameters if ".ia3_l." in n})
+
+    tiny_classifier().fit(*BILLS, on_step=vectors_now)
+    fitted = fit_many(
+        {"a": BILLS, "b": BILLS},
+        tiny_classifier(),
+        on_step=lambda name, s: name == "a" and s.step == 2,
+    ).classifiers
+    assert [len(c.history_) for c in fitted.values()] == [2, 4]
+    found = fitted["a"].adapter_.vectors
+    assert len(found) == len(whole[1])
+    for name, vector in whole[1].items():
+        assert torch.equal(found[name.split(".ia3_l.")[0]], vector)
+
+
+def test_one_task_at_a_time_is_in_memory() -> None:
+    def prepared(*_: object) -> None:
+        assert sum(type(thing) is PreparedTask for thing in gc.get_objects()) == 1
+
+    tasks = dict.fromkeys("abc", BILLS)
+    assert fit_many(tasks, tiny_classifier(steps=1), on_step=prepared).failures == {}
+
+
+def test_the_example_runs() -> None:
+    run_examples(fit_many)
 
 
 # -- failures --------------------------------------------------------------------------------------
 
 
 def test_tasks_fail_alone(tmp_path: Path) -> None:
-    copies = Adapter(IA3Config(target_modules=["q_proj"], modules_to_save=["lm_head"]), {})
     few = IA3Model(tiny_llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     other = few.adapter("default")
     other.vectors = {name: vector[:3] for name, vector in other.vectors.items()}
     settings = {
         "no_file": tiny_classifier(init_from=tmp_path / "missing"),
         "misfit": tiny_classifier(init_from=other),
-        "copies": tiny_classifier(init_from=copies),
         "good": tiny_classifier(),
         "one_label": tiny_classifier(),
         "no_words": tiny_classifier(choices={"billing": "billing"}),
@@ -164,7 +182,6 @@ def test_tasks_fail_alone(tmp_path: Path) -> None:
     for name, message in {
         "no_file": "missing",
         "misfit": "init_from: ",
-        "copies": "lm_head",
         "one_label": "all labels are 'x'",
         "no_words": "'delivery'",
         "rate": "learning_rate is -1",
@@ -173,7 +190,7 @@ def test_tasks_fail_alone(tmp_path: Path) -> None:
         "blocked": "NotADirectoryError",
     }.items():
         assert message in str(fitted.failures[name])
-    assert_alike(fitted.classifiers["good"], settings["good"].fit(*BILLS))
+    assert_same(fitted.classifiers["good"], settings["good"].fit(*BILLS))
     found = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert found == ["blocked", "good", RECORDS_NAME]
 
@@ -184,7 +201,6 @@ def test_data_of_no_use_fails_alone() -> None:
         "no_texts": ((None, labels), "texts is None (NoneType), expected a list of texts"),
         "number_of_texts": ((5, labels), "texts is 5 (int)"),
         "no_labels": ((texts, None), "labels is None (NoneType), expected a list of labels"),
-        "one_label": ((texts, 5), "labels is 5 (int)"),
         "one_label_in_an_array": ((texts, np.array(5)), "labels is 5"),
         "letters": ((texts, "abcab"), "labels is one str"),
         "nothing": (None, "the data is of type NoneType, expected a pair of texts and labels"),
@@ -200,20 +216,10 @@ def test_data_of_no_use_fails_alone() -> None:
         assert message in str(fitted.failures[name])
 
 
-def test_tasks_within_experts_fail_before_anything_is_trained(tmp_path: Path) -> None:
-    model = random_model(LISTED_EXPERTS)
-    steps: list[str] = []
-    fitted = fit_many(
-        {"a": BILLS, "b": BILLS},
-        tiny_classifier(model=model),
-        out=tmp_path / "out",
-        on_step=lambda name, _: steps.append(name),
-    )
-    assert list(fitted.failures) == ["a", "b"]
-    assert "within experts" in str(fitted.failures["a"])
-    assert steps == []
-    assert hook_count(model) == 0
-    assert not (tmp_path / "out").exists()
+def test_warnings_name_the_task() -> None:
+    numerals = word_tokenizer([*WORDS, "0", "1", "2"])
+    with pytest.warns(UserWarning, match="task 'moods': the labels .* are ranked as these words"):
+        fit_many({"moods": MOODS}, tiny_classifier(steps=0, tokenizer=numerals))
 
 
 def test_the_longest_name_is_that_of_a_folder(tmp_path: Path) -> None:
@@ -252,57 +258,63 @@ def test_what_cannot_be_begun_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_max_tokens_below_one_is_refused() -> None:
+    with pytest.raises(IA3Error, match="max_tokens is 0, expected at least 1"):
+        fit_many({"a": BILLS}, tiny_classifier(), max_tokens=0)
+
+
 # -- breaks ----------------------------------------------------------------------------------------
 
 CHILD = """
 import sys, time
-from test_fit_many import long_and_short
+from classify.test_fit_many import tasks_and_settings
 from ia3 import fit_many
 
 def on_step(name, step):
     print(name, step.step, flush=True)
     time.sleep(0.05)
 
-fit_many(*long_and_short(), out=sys.argv[1], on_step=on_step)
+fit_many(*tasks_and_settings(), out=sys.argv[1], on_step=on_step)
 """
 
 
-def long_and_short() -> tuple[dict[str, Any], dict[str, FewShotClassifier]]:
-    """Tasks of which one ends early, and their settings."""
+def tasks_and_settings() -> tuple[dict[str, Any], dict[str, FewShotClassifier]]:
     settings = {
-        "short": tiny_classifier(steps=2),
-        "moods": moods(steps=20),
-        "long": tiny_classifier(steps=20),
+        "first": tiny_classifier(steps=2),
+        "second": moods(steps=20),
+        "untuned": tiny_classifier(steps=0),
     }
-    return {"short": BILLS, "moods": MOODS, "long": BILLS}, settings
+    return {"first": BILLS, "second": MOODS, "untuned": BILLS}, settings
+
+
+def fitted_again(out: Path) -> set[str]:
+    """Fit these tasks and check all results; the names of those that were trained."""
+    data, settings = tasks_and_settings()
+    steps: set[str] = set()
+    fitted = fit_many(data, settings, out=out, on_step=lambda name, _: steps.add(name))
+    assert list(fitted.classifiers) == list(settings)
+    for name, classifier in fitted.classifiers.items():
+        assert_same(classifier, settings[name].fit(*data[name]))
+        saved = FewShotClassifier.load(out / name, model=MODEL, tokenizer=TOKENIZER)
+        assert same_vectors(saved, classifier)
+        assert saved.templates_ == classifier.templates_
+    return steps
 
 
 def test_finished_tasks_are_not_trained_again_after_a_kill(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-    }
-    arguments = [sys.executable, "-c", CHILD, str(out)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    arguments = [sys.executable, "-c", CHILD, str(tmp_path)]
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, text=True, env=child_environment()
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.split() == ["long", "4"]:
+            if line.split() == ["second", "4"]:
                 process.send_signal(signal.SIGKILL)
                 break
-    assert (out / "short" / WEIGHTS_NAME).is_file()
-    assert not (out / "long").exists()
-    written = (out / "short" / WEIGHTS_NAME).stat().st_mtime_ns
-    data, settings = long_and_short()
-    steps: list[str] = []
-    fitted = fit_many(data, settings, out=out, on_step=lambda name, _: steps.append(name))
-    assert set(steps) == {"moods", "long"}
-    assert (out / "short" / WEIGHTS_NAME).stat().st_mtime_ns == written
-    for name, classifier in settings.items():
-        assert_alike(fitted.classifiers[name], classifier.fit(*data[name]))
-        saved = FewShotClassifier.load(out / name, model=MODEL, tokenizer=TOKENIZER)
-        assert difference(saved, fitted.classifiers[name]) == 0
+    assert not (tmp_path / "second").exists()
+    written = (tmp_path / "first" / WEIGHTS_NAME).stat().st_mtime_ns
+    assert fitted_again(tmp_path) == {"second"}
+    assert (tmp_path / "first" / WEIGHTS_NAME).stat().st_mtime_ns == written
 
 
 def test_other_data_or_settings_are_trained_again(tmp_path: Path) -> None:
@@ -318,7 +330,7 @@ def test_other_data_or_settings_are_trained_again(tmp_path: Path) -> None:
 
     assert trained(BILLS) == {"a", "b"}
     assert trained(BILLS) == set()
-    # Memory is the machine's matter.
+    # A machine with less memory goes on where another one stopped.
     assert trained(BILLS, max_tokens=64) == set()
     assert trained(BILLS, steps=3) == {"b"}
     assert trained((BILLS[0], BILLS[1][::-1]), steps=3) == {"b"}
@@ -327,35 +339,31 @@ def test_other_data_or_settings_are_trained_again(tmp_path: Path) -> None:
     assert trained(BILLS, init_from=begin) == {"b"}
     write_files(tmp_path / "begin", adapter_files(begin))
     assert trained(BILLS, init_from=tmp_path / "begin") == set()
+    head = trained_head()
+    assert trained(BILLS, init_from=head) == {"b"}
+    head.copies = {name: value + 0.1 for name, value in head.copies.items()}
+    assert trained(BILLS, init_from=head) == {"b"}
     (tmp_path / "a" / WEIGHTS_NAME).write_bytes(b"cut off")
-    assert trained(BILLS, init_from=begin) == {"a"}
+    assert trained(BILLS, init_from=head) == {"a"}
     records = [json.loads(line) for line in (tmp_path / RECORDS_NAME).read_text().splitlines()]
     assert [record["task"] for record in records].count("a") == 2
 
 
 def test_what_was_written_over_is_trained_again(tmp_path: Path) -> None:
-    settings = {"a": tiny_classifier(), "untuned": tiny_classifier(steps=0), "b": moods()}
-    data = {"a": BILLS, "untuned": BILLS, "b": MOODS}
-
-    def trained() -> set[str]:
-        steps: set[str] = set()
-        fitted = fit_many(data, settings, out=tmp_path, on_step=lambda name, _: steps.add(name))
-        for name, classifier in settings.items():
-            assert_alike(fitted.classifiers[name], classifier.fit(*data[name]))
-            saved = FewShotClassifier.load(tmp_path / name, model=MODEL, tokenizer=TOKENIZER)
-            assert difference(saved, fitted.classifiers[name]) == 0
-            assert saved.templates_ == fitted.classifiers[name].templates_
-        return steps
-
-    assert trained() == {"a", "b"}
-    # As a training leaves it that is killed before it can record what it has saved.
-    tiny_classifier(learning_rate=1e-2).fit(*BILLS).save(tmp_path / "a")
-    # All vectors are ones, whatever the prompts.
+    assert fitted_again(tmp_path) == {"first", "second"}
+    # As a call leaves it that is killed between saving a classifier and recording it.
+    tiny_classifier(learning_rate=1e-2).fit(*BILLS).save(tmp_path / "first")
     tiny_classifier(steps=0, template="{{ text }} :").fit(*BILLS).save(tmp_path / "untuned")
-    assert trained() == {"a"}
-    assert trained() == set()
-    # Earlier versions recorded nothing of the files.
+    assert fitted_again(tmp_path) == {"first"}
+    assert fitted_again(tmp_path) == set()
+    # Records of earlier versions have no hashes of files.
     records = [json.loads(line) for line in (tmp_path / RECORDS_NAME).read_text().splitlines()]
     lines = (json.dumps({k: v for k, v in record.items() if k != "files"}) for record in records)
     (tmp_path / RECORDS_NAME).write_text("".join(f"{line}\n" for line in lines))
-    assert trained() == {"a", "b"}
+    assert fitted_again(tmp_path) == {"first", "second"}
+
+
+def test_a_record_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / RECORDS_NAME).write_text('{"task": "a", "digest": "0", "history": [{}]}\n')
+    with pytest.raises(IA3Error, match=r"line 1: not a task that was fitted"):
+        fit_many({"a": BILLS}, tiny_classifier(), out=tmp_path)

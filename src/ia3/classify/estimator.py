@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from ..base.loading import EMBEDDED_MODEL
 from ..errors import IA3Error
 from ..files.atomic import write_files
 from ..files.hub import adapter_folder
-from ..tfew.prompts.encoding import EncodedExample, Encoder
+from ..targets.config import IA3Config
+from ..tfew.prompts.encoding import Encoder, TrainingExample
 from ..tfew.prompts.labels import Text
 from ..tfew.prompts.templates import Template
 from ..tfew.scoring.choices import MAX_TOKENS
@@ -28,52 +29,87 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
-    from ..tfew.prompts.encoding import TrainingExample
     from ..tfew.training.trainer import TFewConfig, TrainingStep
 
 TASK_NAME = "ia3_task.json"
 TASK_FORMAT = 1
+LISTS = ("labels", "choices", "templates", "fields")
 SETTINGS = ("chat", "steps", "learning_rate", "seed", "upper_blocks")
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """What a training needs, checked.
+
+    Attributes:
+        data: the texts and labels.
+        recipe: the settings.
+        examples: the texts, encoded with every template.
+        config: of the adapter.
+        start: the adapter whose vectors the training begins with; `None` for ones.
+    """
+
+    data: LabelledTexts
+    recipe: TFewConfig
+    examples: list[TrainingExample]
+    config: IA3Config
+    start: store.Adapter | None
 
 
 class FewShotClassifier(RankingClassifier):
     """Text classification from a few labelled examples, by ranking answer choices.
 
-    A frozen language model reads each text in a prompt, and the label whose words it finds most
-    likely is the prediction. `fit` trains (IA)³ vectors on it by the T-Few recipe (paper section
-    3). Between calls the model carries no adapter: classifiers of one model share it.
+    A frozen language model reads each text in a prompt. The prediction is the label whose words the
+    model finds most likely. `fit` trains (IA)³ vectors on the model by the T-Few recipe (paper
+    section 3). The model carries the adapter only during a call, so that classifiers of one model
+    share it.
 
     Args:
         model: `"smollm2-135m-instruct"`, a folder, a hub id, or a loaded transformers model.
-        template: a Jinja template over the fields' names, e.g. `"{{ text }}\\nCategory:"`; several
-            are drawn from in training and averaged in prediction. Strings have the one field
-            `text`.
+        template: a Jinja template over the fields' names, e.g. `"{{ text }}\\nCategory:"`, or a
+            list of them: training draws one for each example at each step, prediction averages over
+            all. A text that is a string has the one field `text`. By default the fields, followed
+            by `Category:`.
         choices: label -> the words that are ranked for it. By default the label's own name made
-            readable. May name labels that never occur in training.
-        steps: optimizer steps; 0 is the untuned model.
-        seed: of the order of the examples and of the templates drawn.
+            readable. It may name labels that do not occur in training.
+        steps: optimizer steps, 0 or more; 0 is the untuned model.
+        seed: of the order of the examples and of the templates drawn, 0 to 2**32 - 1.
         device: `"auto"` or torch's name of one; a loaded model stays where it is.
-        dtype: `"auto"` or torch's name of one; a loaded model keeps its own.
-        learning_rate: Adafactor's, at its peak. The paper's is 3e-3; a small model learns more at
-            this one (docs/benchmarks.md).
+        dtype: `"auto"` or torch's name of a floating-point dtype; a loaded model keeps its own. The
+            vectors are float32 in any case.
+        learning_rate: Adafactor's, at its peak, above 0. The paper's is 3e-3; a small model learns
+            more at this one (docs/benchmarks.md).
         chat: put the prompt into the tokenizer's chat template.
         tokenizer: for a loaded model whose config does not say where it came from.
         init_from: an adapter's folder or hub id, or an `Adapter`, such as another task's or one
             trained on many tasks: `fit` begins with its vectors, at its sites, instead of ones.
-        max_tokens: computed at once, in training and in prediction; what has more is computed in
-            parts, with the same results but for rounding. Lower it where memory runs out.
-        upper_blocks: rescale only these many uppermost blocks of a decoder-only model instead of
-            all. The blocks below then need no gradients.
+        max_tokens: the most tokens computed at once, in training and in prediction, 1 or more. What
+            has more is computed in parts, with the same results but for rounding. Lower it where
+            memory runs out.
+        upper_blocks: rescale only this number of uppermost blocks of a decoder-only model instead
+            of all. The blocks below them need no gradients.
 
     Attributes:
         classes_: the labels, `[classes]`, sorted.
-        choices_: the words ranked for each of them.
+        choices_: the words ranked for each class, `[classes]`.
         templates_: the templates' sources.
         fields_: the names of the examples' fields.
         settings_: `chat`, `steps`, `learning_rate`, `seed` and `upper_blocks`, as they were in
             `fit`.
         adapter_: the `Adapter`: its config, and its vectors, float32 on the CPU.
         history_: one `TrainingStep` a step.
+
+    Raises:
+        IA3Error: an argument is unusable. Arguments are checked in `fit`, as scikit-learn has it.
+
+    Example:
+        >>> from ia3 import FewShotClassifier
+        >>> classifier = FewShotClassifier(steps=2)
+        >>> texts = ["I was charged twice.", "The courier left my parcel in the rain."]
+        >>> classifier.fit(texts, ["billing", "delivery"]).classes_.tolist()
+        ['billing', 'delivery']
+        >>> classifier.predict_proba(["The bill is wrong.", "Where is the van?"]).shape
+        (2, 2)
     """
 
     def __init__(
@@ -131,33 +167,24 @@ class FewShotClassifier(RankingClassifier):
             FileNotFoundError: there is no adapter at `init_from`.
             DivergedError: the loss is not finite. What was fitted before stays.
         """
-        # Brings transformers' Trainer, which prediction does without.
-        from ..tfew.training.trainer import train
-
-        recipe = self._recipe()
-        task = self._read_task(texts, labels)
-        base = self.base
-        encoder = Encoder(base, task.choices, chat=self.chat)
-        encoded = encode_all(encoder, task.examples, task.templates)
-        config = all_linear(base, self.upper_blocks)
-        start = None if self.init_from is None else adapter_to_begin_with(self.init_from)
-        with temporary_adapter(base, start or config, source="init_from") as ia3_model:
-            history = []
-            if self.steps > 0:
-                history = train(
-                    base,
-                    ia3_model,
-                    training_set(task, encoded),
-                    recipe,
-                    on_step,
-                    checkpoints=checkpoints,
-                )
-            adapter = ia3_model.adapter("default")
-        self._keep_fit(task, adapter, history)
+        self._train(self._prepare(self._read_task(texts, labels)), on_step, checkpoints)
         return self
 
+    def _prepare(self, data: LabelledTexts) -> PreparedTask:
+        """Check the settings and encode the examples. Raises as `fit` does."""
+        recipe = self._recipe()
+        encoder = Encoder(self.base, data.choices, chat=self.chat)
+        encoded = encode_all(encoder, data.examples, data.templates)
+        examples = [
+            TrainingExample(e, data.classes.index(label))
+            for e, label in zip(encoded, data.labels, strict=True)
+        ]
+        start = None if self.init_from is None else _adapter_to_begin_with(self.init_from)
+        config = all_linear(self.base, self.upper_blocks) if start is None else start.config
+        return PreparedTask(data, recipe, examples, config, start)
+
     def _recipe(self) -> TFewConfig:
-        """The settings, checked. The untuned model takes no step, but its are, all the same."""
+        # The untuned model takes no step; its other settings are checked all the same.
         from ..tfew.training.trainer import TFewConfig
 
         if self.steps < 0:
@@ -174,13 +201,31 @@ class FewShotClassifier(RankingClassifier):
             max_tokens=self.max_tokens,
         )
 
-    def _keep_fit(
-        self, task: LabelledTexts, adapter: store.Adapter, history: list[TrainingStep]
+    def _train(
+        self,
+        task: PreparedTask,
+        on_step: Callable[[TrainingStep], None] | None = None,
+        checkpoints: str | Path | None = None,
     ) -> None:
+        # Imported here: prediction needs no Trainer, whose import takes seconds.
+        from ..tfew.training.trainer import train
+
+        base, history = self.base, []
+        with temporary_adapter(base, task.start or task.config, source="init_from") as ia3_model:
+            if self.steps > 0:
+                history = train(
+                    base, ia3_model, task.examples, task.recipe, on_step, checkpoints=checkpoints
+                )
+            adapter = ia3_model.adapter("default")
+        self._keep_fit(task.data, adapter, history)
+
+    def _keep_fit(
+        self, data: LabelledTexts, adapter: store.Adapter, history: list[TrainingStep]
+    ) -> None:
+        """Set all attributes of a fitted classifier."""
         adapter.vectors = {name: v.cpu().clone() for name, v in adapter.vectors.items()}
-        self._keep_task(
-            task.classes, task.choices, [t.source for t in task.templates], list(task.examples[0])
-        )
+        sources = [template.source for template in data.templates]
+        self._keep_task(data.classes, data.choices, sources, list(data.examples[0]))
         self.settings_ = {name: getattr(self, name) for name in SETTINGS}
         self.adapter_ = adapter
         self.history_ = history
@@ -192,15 +237,11 @@ class FewShotClassifier(RankingClassifier):
         encoder = Encoder(base, self.choices_, chat=self.settings_["chat"])
         encoded = encode_all(encoder, examples, [Template(source) for source in self.templates_])
         with temporary_adapter(base, self.adapter_):
-            probabilities = [
-                ranking_scores(
-                    base, list(of_template), max_tokens=self.max_tokens, progress=progress
-                )
-                .double()
-                .softmax(-1)
-                for of_template in zip(*encoded, strict=True)
+            scores = [
+                ranking_scores(base, list(prompts), max_tokens=self.max_tokens, progress=progress)
+                for prompts in zip(*encoded, strict=True)
             ]
-        return torch.stack(probabilities).mean(0)
+        return torch.stack(scores).double().softmax(-1).mean(0)
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -254,64 +295,61 @@ class FewShotClassifier(RankingClassifier):
         path = Path(folder) / TASK_NAME
         if not path.is_file():
             raise FileNotFoundError(f"no classifier in {folder}: {TASK_NAME} is not there")
-        try:
-            task = json.loads(path.read_text("utf-8"))
-            if task["format"] != TASK_FORMAT:
-                raise IA3Error(
-                    f"{path} has format {task['format']!r}, expected {TASK_FORMAT}: it was "
-                    "written by another version of ia3"
-                )
-            labels, choices = list(task["labels"]), list(task["choices"])
-            templates, fields = list(task["templates"]), list(task["fields"])
-            if not all(isinstance(x, str) for x in (*choices, *templates, *fields)) or isinstance(
-                task["templates"], str
-            ):
-                raise TypeError("choices, templates and fields are lists of strings")
-            # Not in the files of earlier versions.
-            upper_blocks = task.get("upper_blocks")
-            if not task["model"] and model is None:
-                raise IA3Error(f"{path} names no model: give the one it was fitted on as model=")
-            classifier = cls(
-                model=task["model"] if model is None else model,
-                template=templates,
-                choices=dict(zip(labels, choices, strict=True)),
-                steps=int(task["steps"]),
-                seed=int(task["seed"]),
-                device=device,
-                dtype=dtype,
-                learning_rate=float(task["learning_rate"]),
-                chat=bool(task["chat"]),
-                tokenizer=tokenizer,
-                max_tokens=max_tokens,
-                upper_blocks=None if upper_blocks is None else int(upper_blocks),
-            )
-        except IA3Error:
-            raise
-        except (ValueError, KeyError, TypeError) as error:
-            raise IA3Error(
-                f"{path} is not a saved classifier: {type(error).__name__}: {error}"
-            ) from error
+        task = _read_task_file(path)
+        if model is None and not task.get("model"):
+            raise IA3Error(f"{path} names no model: give the one it was fitted on as model=")
+        classifier = cls(
+            model=task["model"] if model is None else model,
+            template=task["templates"],
+            choices=dict(zip(task["labels"], task["choices"], strict=True)),
+            device=device,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            **{name: task[name] for name in SETTINGS},
+        )
         classifier.adapter_ = store.read_adapter(folder)
-        classifier._keep_task(labels, choices, templates, fields)
-        classifier.settings_ = {name: getattr(classifier, name) for name in SETTINGS}
+        classifier._keep_task(*(task[name] for name in LISTS))
+        classifier.settings_ = {name: task[name] for name in SETTINGS}
         classifier.history_ = []
         return classifier
 
 
-def training_set(
-    task: LabelledTexts, encoded: Sequence[tuple[EncodedExample, ...]]
-) -> list[TrainingExample]:
-    """The examples, encoded with every template, and the indices of their classes."""
-    from ..tfew.prompts.encoding import TrainingExample
+def _read_task_file(path: Path) -> dict[str, Any]:
+    """What `save` wrote beside the adapter, checked."""
+    try:
+        task = json.loads(path.read_text("utf-8"))
+        if task["format"] != TASK_FORMAT:
+            raise IA3Error(
+                f"{path} has format {task['format']!r}, expected {TASK_FORMAT}: it was "
+                "written by another version of ia3"
+            )
+        words = [*task["choices"], *task["templates"], *task["fields"]]
+        texts = all(isinstance(word, str) for word in words)
+        if not texts or not all(isinstance(task[name], list) for name in LISTS):
+            raise TypeError("choices, templates and fields are lists of strings")
+        if len(task["labels"]) != len(task["choices"]):
+            raise ValueError("there are not as many labels as choices")
+        # Files of earlier versions have no upper_blocks.
+        blocks = task.get("upper_blocks")
+        return {
+            **task,
+            "chat": bool(task["chat"]),
+            "steps": int(task["steps"]),
+            "learning_rate": float(task["learning_rate"]),
+            "seed": int(task["seed"]),
+            "upper_blocks": None if blocks is None else int(blocks),
+        }
+    except IA3Error:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise IA3Error(
+            f"{path} is not a saved classifier: {type(error).__name__}: {error}"
+        ) from error
 
-    return [
-        TrainingExample(e, task.classes.index(label))
-        for e, label in zip(encoded, task.labels, strict=True)
-    ]
 
-
-def adapter_to_begin_with(init_from: str | Path | store.Adapter) -> store.Adapter:
-    """The adapter to begin with, to be trained, as an adapter of the model it is put on."""
+def _adapter_to_begin_with(init_from: str | Path | store.Adapter) -> store.Adapter:
+    """The adapter as one that is to be trained, and that belongs to the model it is put on."""
     if isinstance(init_from, store.Adapter):
         adapter = init_from
     else:

@@ -1,4 +1,4 @@
-"""`fit_many`: few-shot classifiers of many tasks, trained in the same batches."""
+"""`fit_many`: few-shot classifiers of many tasks on one base model, one task after the other."""
 
 from __future__ import annotations
 
@@ -7,52 +7,45 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sklearn.base import clone
 
 from ..adapter import store
-from ..adapter.fingerprint import fingerprint
+from ..adapter.fingerprint import Fingerprint, fingerprint
 from ..adapter.layout import WEIGHTS_NAME
 from ..base.loading import BaseModel
 from ..errors import IA3Error, did_you_mean
 from ..files.atomic import check_folder
 from ..files.hub import CONFIG_NAME
 from ..files.records import append_record, read_records
-from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model, check_name
-from ..targets.config import IA3Config
-from ..tfew.prompts.encoding import Encoder, TrainingExample
+from ..model.ia3_model import check_name
 from ..tfew.prompts.labels import Text
-from ..tfew.temporary_adapter import all_linear, temporary_adapter
-from ..tfew.training.trainer import TFewConfig, TrainingStep, described_run
-from .estimator import TASK_NAME, FewShotClassifier, adapter_to_begin_with, training_set
-from .many_tasks import Ended, TaskToTrain, check_not_within_experts, train_many
-from .ranking import LabelledTexts, encode_all
+from ..tfew.training.trainer import StopTraining, TrainingStep, described_run
+from .estimator import TASK_NAME, FewShotClassifier, PreparedTask
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-# In `out`, beside the tasks' folders: a line for each task that is finished.
+# In `out`, beside the tasks' folders: a line for each fitted task.
 RECORDS_NAME = "ia3_many.jsonl"
-# A classifier's own files.
+# The files of a saved classifier.
 FILES = (WEIGHTS_NAME, CONFIG_NAME, TASK_NAME)
-# The name of a file has 255 bytes at most, and a new folder is written under a longer name first.
+# A file name has at most 255 bytes; a new folder is first written under a longer name.
 LONGEST_NAME = 240
-# So many tasks are trained at a time. Of more, some are finished and kept before others begin.
-AT_ONCE = 64
 
 OnStep = Callable[[str, TrainingStep], bool | None]
 
 
 @dataclass(frozen=True)
 class FittedTasks:
-    """What `fit_many` made.
+    """What `fit_many` returns.
 
     Attributes:
-        classifiers: task name -> its fitted classifier, in the order in which they were given.
-        failures: task name -> why it has none.
+        classifiers: task name -> its fitted classifier, in the order in which the tasks were given.
+        failures: task name -> why it has none, in that order.
     """
 
     classifiers: dict[str, FewShotClassifier]
@@ -67,106 +60,106 @@ def fit_many(
     on_step: OnStep | None = None,
     max_tokens: int | None = None,
 ) -> FittedTasks:
-    """Fit a classifier to each of many tasks, all in the same batches.
+    """Fit a classifier to each of many tasks, all on one base model, one after the other.
 
-    Each is what its own `fit` gives, but for rounding and for dropout: it sees the same examples in
-    the same order, with its own seed, steps and learning rate. A task with bad data, or that
-    diverges, fails alone.
+    Each classifier is the one that its own `fit` gives, to the last bit. A task with bad data, or
+    whose training diverges, is reported in `failures`, and the others go on. Memory does not grow
+    with the number of tasks, but for the fitted vectors.
 
     Args:
-        tasks: name -> texts and labels, as `FewShotClassifier.fit` takes them. Names are adapters':
-            without dots, slashes and white space; in UTF-8 they have at most 240 bytes.
-        classifier: the settings of all tasks, or name -> a task's own; they stay unfitted. All
-            are of one base model.
-        out: a folder in which each task's classifier is saved under its name as soon as it is
-            fitted. The same call after a break trains only what is not there yet, had other data
-            or settings, or was written over since.
-        on_step: called after every step of every task, with the task's name. Where it returns true,
-            that task ends with this step.
-        max_tokens: computed at once, of all tasks together; by default the least of the
-            classifiers'.
+        tasks: name -> texts and labels, as `FewShotClassifier.fit` takes them. Names are those of
+            adapters, without dots, slashes and white space, with at most 240 bytes in UTF-8.
+        classifier: the settings of all tasks, or name -> the settings of each task; these
+            classifiers stay unfitted. All have one base model.
+        out: a folder in which each classifier is saved under its task's name as soon as it is
+            fitted. The same call after a break trains only the tasks that are not there yet, have
+            other data or settings now, or whose files were changed since.
+        on_step: called with the task's name after every step. Where it returns true, the training
+            of that task ends with this step.
+        max_tokens: the most tokens computed at once, 1 or more, in place of the classifiers' own.
 
     Raises:
         IA3Error: there are no tasks, a name is malformed, the classifiers are not those of the
-            tasks or are of several base models, or `max_tokens` is below 1. Nothing is then done.
+            tasks or have several base models, or `max_tokens` is below 1. Nothing is then done.
         OSError: a classifier cannot be saved; those before it stay.
+
+    Example:
+        >>> from ia3 import FewShotClassifier, fit_many
+        >>> tasks = {
+        ...     "queue": (["I was charged twice.", "My parcel is lost."], ["billing", "delivery"]),
+        ...     "mood": (["So good!", "Never again."], ["happy", "angry"]),
+        ... }
+        >>> fitted = fit_many(tasks, FewShotClassifier(steps=1))
+        >>> list(fitted.classifiers), fitted.failures
+        (['queue', 'mood'], {})
     """
-    classifiers = _classifiers(tasks, classifier)
-    if max_tokens is not None and max_tokens < 1:
-        raise IA3Error(f"max_tokens is {max_tokens}, expected at least 1")
-    base = _one_base(classifiers)
-    if out is not None:
-        check_folder(out)
-    finished = {} if out is None else _finished(Path(out))
-    prepare = _Preparing(base)
-    prepared: dict[str, _Prepared] = {}
-    failures: dict[str, IA3Error] = {}
+    classifiers = _classifiers(tasks, classifier, max_tokens)
+    model = fingerprint(_one_base(classifiers).model)
+    folder = None if out is None else _Folder(Path(out))
     fitted: dict[str, FewShotClassifier] = {}
+    failures: dict[str, IA3Error] = {}
     for name, data in tasks.items():
         try:
-            texts, labels = _texts_and_labels(data)
-            with _naming_in_warnings(name):
-                task = prepare(classifiers[name], texts, labels)
-            if out is not None:
-                check_folder(Path(out) / name)
-        except (IA3Error, OSError, TypeError) as error:
-            failures[name] = _as_ia3_error(error)
-            continue
-        record = finished.get(name)
-        if out is not None and record is not None and record["digest"] == task.digest:
-            adapter = _read_back(Path(out) / name, record.get("files"))
-            if adapter is not None:
-                history = [TrainingStep(**step) for step in record["history"]]
-                classifiers[name]._keep_fit(task.task, adapter, history)
-                fitted[name] = classifiers[name]
-                continue
-        prepared[name] = task
+            _fit(name, data, classifiers[name], model, folder, on_step)
+        except IA3Error as error:
+            failures[name] = error
+        else:
+            fitted[name] = classifiers[name]
+    return FittedTasks(fitted, failures)
 
-    def on_end(name: str, adapter: store.Adapter, history: list[TrainingStep]) -> None:
-        classifiers[name]._keep_fit(prepared[name].task, adapter, history)
-        fitted[name] = classifiers[name]
-        if out is not None:
-            fitted[name].save(Path(out) / name)
-            record = {
-                "task": name,
-                "digest": prepared[name].digest,
-                "files": _hashes(Path(out) / name),
-                "history": [asdict(step) for step in history],
-            }
-            append_record(Path(out) / RECORDS_NAME, record)
 
-    limit = min(c.max_tokens for c in classifiers.values()) if max_tokens is None else max_tokens
-    for names in _waves({name: classifiers[name].upper_blocks for name in prepared}):
-        wave = {name: prepared[name] for name in names}
-        failures |= _train(base, wave, limit, on_step, on_end)
-    return FittedTasks(
-        {name: fitted[name] for name in tasks if name in fitted},
-        {name: failures[name] for name in tasks if name in failures},
-    )
+def _fit(
+    name: str,
+    data: object,
+    classifier: FewShotClassifier,
+    model: Fingerprint,
+    folder: _Folder | None,
+    on_step: OnStep | None,
+) -> None:
+    """Fit one task's classifier, or read it back where it is finished.
+
+    Raises:
+        IA3Error: the task fails.
+        OSError: the classifier cannot be saved.
+    """
+    try:
+        with _warnings_name(name):
+            task = classifier._prepare(classifier._read_task(*_texts_and_labels(data)))
+        if folder is not None:
+            check_folder(folder.path / name)
+    except (OSError, TypeError) as error:
+        # A file is missing, or a setting is of another type: `steps="3"`.
+        raise IA3Error(f"{type(error).__name__}: {error}") from error
+    digest = _digest(classifier, task, model)
+    finished = None if folder is None else folder.read(name, digest)
+    if finished is not None:
+        classifier._keep_fit(task.data, *finished)
+        return
+
+    def after_step(step: TrainingStep) -> None:
+        if on_step is not None and on_step(name, step):
+            raise StopTraining
+
+    classifier._train(task, after_step)
+    if folder is not None:
+        folder.write(name, digest, classifier)
 
 
 # -- what is asked for -----------------------------------------------------------------------------
 
 
 def _classifiers(
-    tasks: Mapping[str, Any], given: FewShotClassifier | Mapping[str, FewShotClassifier] | None
+    tasks: Mapping[str, Any],
+    given: FewShotClassifier | Mapping[str, FewShotClassifier] | None,
+    max_tokens: int | None,
 ) -> dict[str, FewShotClassifier]:
-    """A classifier of its own for each task."""
+    """An unfitted classifier for each task."""
     if not tasks:
         raise IA3Error("there are no tasks: expected at least one")
     for name in tasks:
-        if not isinstance(name, str):
-            raise IA3Error(f"a task's name is {name!r}, expected a text")
-        try:
-            check_name(name)
-        except IA3Error as error:
-            raise IA3Error(f"a task is saved under its name: {error}") from error
-        size = len(name.encode("utf-8", "surrogatepass"))
-        if size > LONGEST_NAME:
-            raise IA3Error(
-                f"a task is saved under its name: {name[:20]!r}... has {size} bytes, expected "
-                f"{LONGEST_NAME} at most"
-            )
+        _check_task_name(name)
+    if max_tokens is not None and max_tokens < 1:
+        raise IA3Error(f"max_tokens is {max_tokens}, expected at least 1")
     if not isinstance(given, Mapping):
         given = dict.fromkeys(tasks, FewShotClassifier() if given is None else given)
     for name in tasks:
@@ -179,7 +172,26 @@ def _classifiers(
             raise IA3Error(
                 f"there is no task for classifier {name!r}{did_you_mean(str(name), tasks)}"
             )
-    return {name: clone(given[name]) for name in tasks}
+    classifiers = {name: clone(given[name]) for name in tasks}
+    if max_tokens is not None:
+        for classifier in classifiers.values():
+            classifier.max_tokens = max_tokens
+    return classifiers
+
+
+def _check_task_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise IA3Error(f"a task's name is {name!r}, expected a text")
+    try:
+        check_name(name)
+    except IA3Error as error:
+        raise IA3Error(f"a task is saved under its name: {error}") from error
+    size = len(name.encode("utf-8", "surrogatepass"))
+    if size > LONGEST_NAME:
+        raise IA3Error(
+            f"a task is saved under its name: {name[:20]!r}... has {size} bytes, expected "
+            f"{LONGEST_NAME} at most"
+        )
 
 
 def _one_base(classifiers: Mapping[str, FewShotClassifier]) -> BaseModel:
@@ -195,7 +207,7 @@ def _one_base(classifiers: Mapping[str, FewShotClassifier]) -> BaseModel:
 
 
 def _texts_and_labels(data: object) -> tuple[Any, Any]:
-    """A task's data, which may come from anywhere."""
+    """A task's pair, checked: the caller may have read it from a file."""
     if not isinstance(data, Sequence) or isinstance(data, str) or len(data) != 2:
         length = f" and length {len(data)}" if isinstance(data, Sequence) else ""
         raise IA3Error(
@@ -207,198 +219,63 @@ def _texts_and_labels(data: object) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _naming_in_warnings(name: str) -> Iterator[None]:
-    """Warnings say which task they are about."""
+def _warnings_name(task: str) -> Iterator[None]:
+    """Within the context, warnings say which task they are about."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
     for warning in caught:
-        warnings.warn(f"task {name!r}: {warning.message}", warning.category, stacklevel=4)
-
-
-def _as_ia3_error(error: Exception) -> IA3Error:
-    if isinstance(error, IA3Error):
-        return error
-    # A TypeError is of a setting: `steps="3"`.
-    mendable = IA3Error(f"{type(error).__name__}: {error}")
-    mendable.__cause__ = error
-    return mendable
-
-
-# -- a task ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A task that is ready to be trained.
-
-    Attributes:
-        task: its data, checked.
-        recipe: its settings.
-        steps: as asked for; 0 is the untuned model.
-        examples: encoded.
-        config: of its adapter.
-        start: the adapter that it begins with; `None` for ones.
-        digest: of all that its vectors depend on, and all that is saved with them.
-    """
-
-    task: LabelledTexts
-    recipe: TFewConfig
-    steps: int
-    examples: list[TrainingExample]
-    config: IA3Config
-    start: store.Adapter | None
-    digest: str
-
-
-class _Preparing:
-    """Checks and encodes tasks.
-
-    Args:
-        base: the model of all.
-    """
-
-    def __init__(self, base: BaseModel) -> None:
-        self._base = base
-        self._fingerprint = fingerprint(base.model)
-        self._configs: dict[int | None, IA3Config] = {}
-        # Tasks often begin with the same one.
-        self._starts: dict[object, store.Adapter] = {}
-
-    def __call__(
-        self, classifier: FewShotClassifier, texts: Sequence[Text], labels: ArrayLike
-    ) -> _Prepared:
-        """Raise as `FewShotClassifier.fit` does."""
-        recipe = classifier._recipe()
-        task = classifier._read_task(texts, labels)
-        encoder = Encoder(classifier.base, task.choices, chat=classifier.chat)
-        encoded = encode_all(encoder, task.examples, task.templates)
-        examples = training_set(task, encoded)
-        if classifier.init_from is None:
-            start, config = None, self._config(classifier.upper_blocks)
-        else:
-            start = self._start(classifier.init_from)
-            config = start.config
-        # In one order, wherever they are from.
-        first = [] if start is None else [dict(sorted(start.vectors.items()))]
-        run = {
-            **described_run(self._fingerprint, first, examples, recipe),
-            "steps": classifier.steps,
-            "frozen": {} if start is None else start.frozen,
-            "labels": task.classes,
-            "choices": task.choices,
-            "templates": [template.source for template in task.templates],
-            "fields": list(task.examples[0]),
-            "chat": classifier.chat,
-            "upper_blocks": classifier.upper_blocks,
-        }
-        digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
-        return _Prepared(task, recipe, classifier.steps, examples, config, start, digest)
-
-    def _config(self, upper_blocks: int | None) -> IA3Config:
-        if upper_blocks not in self._configs:
-            config = all_linear(self._base, upper_blocks)
-            with temporary_adapter(self._base, config):
-                check_not_within_experts(self._base.model)
-            self._configs[upper_blocks] = config
-        return self._configs[upper_blocks]
-
-    def _start(self, init_from: str | Path | store.Adapter) -> store.Adapter:
-        key = id(init_from) if isinstance(init_from, store.Adapter) else str(init_from)
-        if key not in self._starts:
-            start = adapter_to_begin_with(init_from)
-            if start.copies or start.config.modules_to_save:
-                raise IA3Error(
-                    f"init_from has whole modules (modules_to_save="
-                    f"{start.config.modules_to_save}), which cannot be mixed with other tasks: fit "
-                    "it alone"
-                )
-            # Whether it fits the model.
-            with temporary_adapter(self._base, start, source="init_from"):
-                check_not_within_experts(self._base.model)
-            self._starts[key] = start
-        return self._starts[key]
-
-
-def _waves(upper_blocks: Mapping[str, int | None]) -> Iterator[list[str]]:
-    """The tasks that are trained at a time: of the same blocks, so that nothing below is computed.
-
-    Args:
-        upper_blocks: of each task.
-    """
-    alike: dict[int | None, list[str]] = {}
-    for name, blocks in upper_blocks.items():
-        alike.setdefault(blocks, []).append(name)
-    for names in alike.values():
-        for start in range(0, len(names), AT_ONCE):
-            yield names[start : start + AT_ONCE]
-
-
-def _train(
-    base: BaseModel,
-    prepared: Mapping[str, _Prepared],
-    max_tokens: int,
-    on_step: OnStep | None,
-    on_end: Callable[[str, store.Adapter, list[TrainingStep]], None],
-) -> dict[str, IA3Error]:
-    """Train tasks together; why some failed."""
-    failures: dict[str, IA3Error] = {}
-    first = next(iter(prepared.values()))
-    adapter = first.start or first.config
-    with temporary_adapter(base, adapter, source="init_from") as ia3_model:
-        adapters = _put_on(ia3_model, prepared, failures)
-        saved = {adapter: ia3_model.adapter(adapter) for adapter in set(adapters.values())}
-        training = {
-            name: TaskToTrain(prepared[name].examples, prepared[name].recipe, adapter)
-            for name, adapter in adapters.items()
-            if prepared[name].steps > 0
-        }
-        for name in adapters.keys() - training.keys():
-            on_end(name, replace(saved[adapters[name]]), [])
-
-        def ended(name: str, end: Ended) -> None:
-            if end.error is None:
-                adapter = replace(saved[adapters[name]], vectors=end.vectors)
-                on_end(name, adapter, end.history)
-            else:
-                failures[name] = end.error
-
-        train_many(base, ia3_model, training, max_tokens=max_tokens, on_step=on_step, on_end=ended)
-    return failures
-
-
-def _put_on(
-    ia3_model: IA3Model, prepared: Mapping[str, _Prepared], failures: dict[str, IA3Error]
-) -> dict[str, str]:
-    """Task name -> the model's adapter that it begins with. The first task's is on the model."""
-    named: dict[int, str] = {}
-    adapters: dict[str, str] = {}
-    for task, how in prepared.items():
-        # Tasks that begin alike share the objects.
-        key = id(how.config if how.start is None else how.start)
-        if not named:
-            named[key] = DEFAULT_ADAPTER
-        elif key not in named:
-            name = f"begin{len(named)}"
-            try:
-                ia3_model._add(name, how.config, how.start)
-            except IA3Error as error:
-                failures[task] = IA3Error(
-                    f"its sites cannot be mixed with the other tasks': {error}; fit it alone"
-                )
-                continue
-            named[key] = name
-        adapters[task] = named[key]
-    return adapters
+        warnings.warn(f"task {task!r}: {warning.message}", warning.category, stacklevel=5)
 
 
 # -- what was finished before ----------------------------------------------------------------------
 
 
-def _finished(out: Path) -> dict[str, dict[str, Any]]:
-    """The last record of each task in a folder."""
-    records = read_records(out / RECORDS_NAME, _is_record, "a task that was fitted")
-    return {record["task"]: record for record in records}
+class _Folder:
+    """The folder of saved classifiers, with a record of each.
+
+    A record has the digest of what the classifier was fitted with, the hashes of its files, and its
+    history. Files without a matching record may be another classifier's, or were written by a call
+    that was killed before it could record them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_folder(path)
+        records = read_records(path / RECORDS_NAME, _is_record, "a task that was fitted")
+        self.path = path
+        # Of several records of a task the last one counts.
+        self._records = {record["task"]: record for record in records}
+
+    def read(self, task: str, digest: str) -> tuple[store.Adapter, list[TrainingStep]] | None:
+        """The task's adapter and history; `None` where it has to be trained."""
+        record = self._records.get(task)
+        if record is None or record["digest"] != digest:
+            return None
+        try:
+            if self._hashes(task) != record.get("files"):
+                return None
+            adapter = store.read_adapter(self.path / task)
+        except (FileNotFoundError, NotADirectoryError, IA3Error):
+            return None
+        return adapter, [TrainingStep(**step) for step in record["history"]]
+
+    def write(self, task: str, digest: str, classifier: FewShotClassifier) -> None:
+        """Save a fitted classifier, then record it."""
+        classifier.save(self.path / task)
+        record = {
+            "task": task,
+            "digest": digest,
+            "files": self._hashes(task),
+            "history": [asdict(step) for step in classifier.history_],
+        }
+        append_record(self.path / RECORDS_NAME, record)
+
+    def _hashes(self, task: str) -> dict[str, str]:
+        """File name -> SHA-256 of its content."""
+        return {
+            name: hashlib.sha256((self.path / task / name).read_bytes()).hexdigest()
+            for name in FILES
+        }
 
 
 def _is_record(record: dict[str, Any]) -> bool:
@@ -409,18 +286,20 @@ def _is_record(record: dict[str, Any]) -> bool:
     return isinstance(record.get("task"), str) and isinstance(record.get("digest"), str)
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256 of what is in it, of a saved classifier."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES}
-
-
-def _read_back(folder: Path, hashes: object) -> store.Adapter | None:
-    """The adapter that was saved; `None` where it has to be trained again.
-
-    It may be gone or broken. Or another one may have been saved in its place, also by a training
-    that was killed before it could record that.
-    """
-    try:
-        return store.read_adapter(folder) if _hashes(folder) == hashes else None
-    except (FileNotFoundError, NotADirectoryError, IA3Error):
-        return None
+def _digest(classifier: FewShotClassifier, task: PreparedTask, model: Fingerprint) -> str:
+    """A digest of all that a classifier's vectors depend on, and of all that is saved with them."""
+    start = task.start
+    # Sorted, as an adapter from a file may have another order than the same one in memory.
+    first = [] if start is None else [dict(sorted({**start.copies, **start.vectors}.items()))]
+    run = {
+        **described_run(model, first, task.examples, task.recipe),
+        "steps": classifier.steps,
+        "frozen": {} if start is None else start.frozen,
+        "labels": task.data.classes,
+        "choices": task.data.choices,
+        "templates": [template.source for template in task.data.templates],
+        "fields": list(task.data.examples[0]),
+        "chat": classifier.chat,
+        "upper_blocks": classifier.upper_blocks,
+    }
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()

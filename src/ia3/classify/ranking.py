@@ -1,4 +1,7 @@
-"""What every classifier that ranks answer choices has in common: texts, labels, predictions."""
+"""The base class of classifiers that rank answer choices: it checks texts and labels, and predicts.
+
+`FewShotClassifier` derives from it, and so do the methods that it is compared with.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +35,14 @@ TEXT = "text"
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """What `fit` was given, checked.
+    """The data and the prompts of a task, checked.
 
     Attributes:
-        examples: field name -> value, `[examples]`.
+        examples: `[examples]`, each a mapping from field names to values.
         labels: `[examples]`.
-        classes: the labels that may be predicted, sorted.
-        choices: the words to rank for each class.
-        templates: of the prompts; each renders the first example.
+        classes: the labels that may be predicted, `[classes]`, sorted.
+        choices: the words to rank for each class, `[classes]`.
+        templates: the prompts; each renders the first example.
     """
 
     examples: list[Mapping[str, Any]]
@@ -52,8 +55,8 @@ class LabelledTexts:
 class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """scikit-learn's interface over a language model that ranks answer choices.
 
-    A subclass has the constructor's arguments below, a `fit` that ends in `_keep_task`, and
-    `_probabilities`.
+    A subclass's constructor takes at least the arguments below, its `fit` ends with `_keep_task`,
+    and it implements `_probabilities`.
     """
 
     model: str | Path | nn.Module
@@ -66,7 +69,7 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     @property
     def base(self) -> BaseModel:
         """The model and its tokenizer, loaded when first used, shared with others of its name."""
-        # Held, so that the model stays in memory as long as a classifier uses it.
+        # The cache of loaded models is weak: this reference keeps the model in memory.
         self._base = load_base_model(
             self.model, tokenizer=self.tokenizer, device=self.device, dtype=self.dtype
         )
@@ -79,14 +82,16 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Args:
             texts: as in `fit`.
-            progress: called with the number of examples done since the last call, once for each
-                prompt that an example is put into.
+            progress: called with the number of prompts done since the last call; there is one for
+                each text and template.
 
         Returns:
             `[examples, classes]`, in the order of `classes_`; averaged over the prompts.
 
         Raises:
-            IA3Error: the model's scores are not finite.
+            NotFittedError: `fit` was not called.
+            IA3Error: a text is neither a string nor a mapping, lacks a field, or the model's scores
+                of it are not finite.
         """
         self._check_fitted()
         examples = _examples(texts)
@@ -108,20 +113,25 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def predict(
         self, texts: Sequence[Text], *, progress: Callable[[int], None] | None = None
     ) -> NDArray[Any]:
-        """The most probable label of each text, `[examples]`."""
+        """The most probable label of each text, `[examples]`. Raises as `predict_proba` does."""
         return self.classes_at(self.predict_proba(texts, progress=progress))
 
     def classes_at(self, probabilities: NDArray[np.float64]) -> NDArray[Any]:
-        """The labels of the highest probabilities, `[examples]`, from `predict_proba`'s result."""
+        """The most probable label of each text, `[examples]`.
+
+        Args:
+            probabilities: as `predict_proba` returns them, `[examples, classes]`.
+        """
         most_probable: NDArray[Any] = self.classes_[probabilities.argmax(1)]
         return most_probable
 
     def score(
         self, texts: Sequence[Text], labels: ArrayLike, sample_weight: ArrayLike | None = None
     ) -> float:
-        """Accuracy.
+        """The share of texts whose predicted label is the given one.
 
         Raises:
+            NotFittedError: `fit` was not called.
             IA3Error: a label is not among `classes_`.
         """
         self._check_fitted()
@@ -170,9 +180,9 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise IA3Error(
                 f"all labels are {classes[0]!r}: name at least two, in labels or in choices"
             )
-        answers = _answer_choices(classes, self.choices)
         if len({isinstance(label, str) for label in classes}) > 1:
             raise IA3Error(f"the labels {classes} mix strings and numbers: expected one kind")
+        answers = _answer_choices(classes, self.choices)
         templates = _templates(self.template, examples[0])
         for template in templates:
             template.render(examples[0], answers)
@@ -189,7 +199,7 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _probabilities(
         self, examples: list[Mapping[str, Any]], progress: Callable[[int], None] | None
     ) -> Tensor:
-        """`[examples, classes]`, float64, on the CPU."""
+        """The probability of each class, `[examples, classes]`, float64, on the CPU."""
         raise NotImplementedError
 
 
@@ -286,7 +296,7 @@ def default_template(fields: Sequence[str]) -> str:
 def encode_all(
     encoder: Encoder, examples: Sequence[Mapping[str, Any]], templates: Sequence[Template]
 ) -> list[tuple[EncodedExample, ...]]:
-    """Every example with every template, `[examples][templates]`, with one warning for all cut."""
+    """Every example with every template, `[examples][templates]`, with one warning of cut texts."""
     encoded = [tuple(encoder.encode(e, template) for template in templates) for e in examples]
-    warn_of_cut_texts(encoder, len(examples) * len(templates), stacklevel=4)
+    warn_of_cut_texts(encoder, len(examples) * len(templates), stacklevel=5)
     return encoded

@@ -1,4 +1,4 @@
-"""`ia3 fit-many`: classifiers of many tasks, trained in the same batches."""
+"""`ia3 fit-many`: classifiers of many tasks, one after the other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from .labelled import label_named, read_source
 from .options import Device, DType, Json, MaxTokens, print_json, silence_loading
 
 if TYPE_CHECKING:
-    from ..classify.fit_many import FittedTasks
     from ..classify.many_manifest import TaskToFit
 
 
@@ -39,23 +38,45 @@ def fit_many(
     dtype: DType = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train adapters of many tasks at once, each as 'ia3 fit' would."""
+    """Train adapters of many tasks, one after the other, each as 'ia3 fit' would."""
     check_folder(out)
     silence_loading()
+    from ..classify.estimator import FewShotClassifier
+    from ..classify.fit_many import FittedTasks
     from ..classify.fit_many import fit_many as fit
     from ..classify.many_manifest import read_many_manifest
 
     model, tasks = read_many_manifest(manifest)
-    data, settings, failures = _read(tasks)
-    classifiers = _classifiers(settings, model=model, device=device, dtype=dtype)
+    data, classifiers, failures = {}, {}, {}
+    for name, task in tasks.items():
+        try:
+            texts, labels, choices = _read(task)
+        except (IA3Error, FileNotFoundError) as error:
+            failures[name] = str(error)
+            continue
+        data[name] = texts, labels
+        classifiers[name] = FewShotClassifier(
+            model=model, choices=choices, device=device, dtype=dtype, **task.settings
+        )
     started = time.perf_counter()
-    fitted: FittedTasks | None = None
+    fitted = FittedTasks({}, {})
     if data:
         steps = {name: classifier.steps for name, classifier in classifiers.items()}
         with training_bar_of_many(steps) as on_step:
             fitted = fit(data, classifiers, out=out, on_step=on_step, max_tokens=max_tokens)
-        failures |= fitted.failures
-    results = [_result(name, out, data, fitted, failures) for name in tasks]
+    failures |= {name: str(error) for name, error in fitted.failures.items()}
+    results = []
+    for name in tasks:
+        result: dict[str, Any] = {"task": name}
+        result["examples"] = len(data[name][0]) if name in data else None
+        if name in failures:
+            result["error"] = failures[name]
+        else:
+            history = fitted.classifiers[name].history_
+            result["steps"] = len(history)
+            result["final_loss"] = history[-1].loss if history else None
+            result["adapter"] = str(out / name)
+        results.append(result)
     if as_json:
         print_json(tasks=results, seconds=round(time.perf_counter() - started, 2))
     else:
@@ -64,56 +85,16 @@ def fit_many(
         raise typer.Exit(1)
 
 
-def _read(
-    tasks: Mapping[str, TaskToFit],
-) -> tuple[dict[str, tuple[Any, Any]], dict[str, dict[str, Any]], dict[str, Exception]]:
-    """Texts and labels, and the classifiers' settings, by task; and why some have none."""
+def _read(task: TaskToFit) -> tuple[list[Any], list[Any], dict[Any, str] | None]:
+    """A task's texts, labels, and words by label."""
     from ..files.rows import source_of
     from ..files.tables import fields_of
 
-    data, settings = {}, {}
-    failures: dict[str, Exception] = {}
-    for name, task in tasks.items():
-        try:
-            source = str(source_of(task.folder, task.data))
-            rows = read_source(source, task.split, task.subset, task.text, task.label)
-            labels = [row[task.label] for row in rows]
-            choices = None
-            if task.choices is not None:
-                choices = {label_named(k, labels): words for k, words in task.choices.items()}
-        except (IA3Error, FileNotFoundError) as error:
-            failures[name] = error
-            continue
-        data[name] = fields_of(rows, task.text), labels
-        settings[name] = {"choices": choices, **task.settings}
-    return data, settings, failures
-
-
-def _classifiers(settings: Mapping[str, Mapping[str, Any]], **common: Any) -> dict[str, Any]:
-    from ..classify.estimator import FewShotClassifier
-
-    return {name: FewShotClassifier(**common, **own) for name, own in settings.items()}
-
-
-def _result(
-    name: str,
-    out: Path,
-    data: Mapping[str, tuple[Sequence[Any], Any]],
-    fitted: FittedTasks | None,
-    failures: Mapping[str, Exception],
-) -> dict[str, Any]:
-    examples = len(data[name][0]) if name in data else None
-    if name in failures:
-        return {"task": name, "examples": examples, "error": str(failures[name])}
-    assert fitted is not None
-    history = fitted.classifiers[name].history_
-    return {
-        "task": name,
-        "examples": examples,
-        "steps": len(history),
-        "final_loss": history[-1].loss if history else None,
-        "adapter": str(out / name),
-    }
+    source = str(source_of(task.folder, task.data))
+    rows = read_source(source, task.split, task.subset, task.text, task.label)
+    labels = [row[task.label] for row in rows]
+    choices = task.choices and {label_named(k, labels): w for k, w in task.choices.items()}
+    return fields_of(rows, task.text), labels, choices
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> Table:
@@ -123,11 +104,11 @@ def _table(results: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("adapter, or what is wrong", overflow="fold")
     for result in results:
         loss = result.get("final_loss")
+        cells = result["examples"], result.get("steps"), None if loss is None else f"{loss:.3f}"
         end = visible(result.get("adapter") or result["error"])
         table.add_row(
             Text(visible(result["task"])),
-            *("" if result.get(key) is None else str(result[key]) for key in ("examples", "steps")),
-            "" if loss is None else f"{loss:.3f}",
+            *("" if cell is None else str(cell) for cell in cells),
             Text(end, "red" if "error" in result else ""),
         )
     return table

@@ -127,6 +127,10 @@ class DivergedError(IA3Error):
         self.step = step
 
 
+class StopTraining(Exception):  # noqa: N818
+    """Raised by an `on_step`: the training ends with this step, as if it were the last one."""
+
+
 class DrawnExamples(Dataset[TrainingExample]):
     """A training set whose items are drawn when they are asked for: item i is always the same.
 
@@ -503,7 +507,10 @@ class _OnStep(TrainerCallback):  # type: ignore[misc]
         self._on_step = on_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._on_step(self._history[-1])
+        try:
+            self._on_step(self._history[-1])
+        except StopTraining:
+            control.should_training_stop = True
 
 
 def _as_they_are(batch: list[TrainingExample]) -> dict[str, Any]:
