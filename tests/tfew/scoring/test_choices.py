@@ -36,17 +36,9 @@ from ia3 import IA3Config, IA3Model
 from ia3.base.loading import BaseModel
 from ia3.errors import IA3Error
 from ia3.tfew.prompts.encoding import EncodedExample
-from ia3.tfew.scoring.choices import (
-    attends_to_one_prompt,
-    choice_scores,
-    shares_prompt,
-    token_scores,
-)
-from ia3.tfew.scoring.shared_prompt import (
-    encoder_decoder_scores,
-    expanded_scores,
-    shared_scores,
-)
+from ia3.tfew.scoring.choices import choice_scores, shares_keys, shares_prompt, token_scores
+from ia3.tfew.scoring.expanded import encoder_decoder_scores, expanded_scores
+from ia3.tfew.scoring.shared_prompt import shared_scores
 from ia3.tfew.scoring.token_scores import TokenScores
 from ia3.tfew.scoring.vocabulary import POSITIONS
 from ia3.tfew.training.losses import token_loss
@@ -189,7 +181,7 @@ def test_gradients_equal_the_plain_way(name):
 def test_a_prompt_is_encoded_once_and_its_keys_too(name, checkpointing):
     base = random_base(ENCODER_DECODER[name])
     examples = random_examples([(12, (1, 3, 2, 2)), (7, (2, 1))])
-    assert attends_to_one_prompt(base)
+    assert shares_keys(base)
     plain = encoder_decoder_scores(base, examples).log_probs
     if checkpointing:
         for config in (base.model.config, *base.model.modules()):
