@@ -36,14 +36,12 @@ class PromptTemplate:
         choices: renders the answer choices with `|||` between them; `None` where the target is
             free text, which cannot be ranked.
         original_task: whether it asks for the data set's own labels.
-        metrics: names of the scores it is meant for.
     """
 
     name: str
     prompt: Template
     choices: Template | None
     original_task: bool = True
-    metrics: tuple[str, ...] = ("Accuracy",)
 
     @property
     def fixed_choices(self) -> tuple[str, ...] | None:
@@ -171,7 +169,6 @@ def _template(key: Any, entry: Any) -> PromptTemplate:
         Template(jinja, name),
         Template(choices, name) if choices else None,
         bool(metadata.get("original_task")),
-        tuple(str(metric) for metric in metadata.get("metrics") or ()),
     )
 
 

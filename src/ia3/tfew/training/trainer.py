@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import Adafactor, get_linear_schedule_with_warmup
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -317,9 +317,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             ),
         )
         # The Trainer adds it; it would print what `on_step` reports.
-        self.callback_handler.callbacks = [
-            c for c in self.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"
-        ]
+        self.remove_callback(PrinterCallback)
         self.history: list[TrainingStep] = []
         self._base = base
         self._config = config
