@@ -16,15 +16,10 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
-from support.tfew import (
-    hook_count,
-    plain_token_scores,
-    state_bits,
-    tiny_llama,
-    tiny_t5,
-    word_tokenizer,
-)
-from torch import nn
+from support.classifiers import same_vectors
+from support.examples import run_examples
+from support.snapshots import assert_unchanged, snapshot
+from support.tfew import hook_count, plain_token_scores, tiny_llama, tiny_t5, word_tokenizer
 
 from ia3 import FewShotClassifier, IA3Model
 from ia3.base.loading import EMBEDDED_MODEL, load_base_model
@@ -64,34 +59,6 @@ def make(model, tokenizer):
         return FewShotClassifier(**settings)
 
     return classifier
-
-
-def vectors_equal(a: FewShotClassifier, b: FewShotClassifier) -> bool:
-    return a.adapter_.vectors.keys() == b.adapter_.vectors.keys() and all(
-        torch.equal(a.adapter_.vectors[name], b.adapter_.vectors[name])
-        for name in a.adapter_.vectors
-    )
-
-
-def snapshot(model: nn.Module):
-    """All that must be as it was: bits, hooks, modules, modes, gradients, config."""
-    return (
-        state_bits(model),
-        hook_count(model),
-        [name for name, _ in model.named_modules()],
-        [module.training for module in model.modules()],
-        [p.requires_grad for p in model.parameters()],
-        [p.grad is None for p in model.parameters()],
-        model.config.to_dict(),
-    )
-
-
-def assert_untouched(model: nn.Module, before) -> None:
-    bits, *rest = before
-    new_bits, *new_rest = snapshot(model)
-    assert bits.keys() == new_bits.keys()
-    assert all(torch.equal(bits[name], new_bits[name]) for name in bits)
-    assert new_rest == rest
 
 
 # -- predictions -----------------------------------------------------------------------------------
@@ -150,7 +117,7 @@ def test_several_templates_are_averaged(make):
     assert make(template=templates).fit(TEXTS, LABELS).templates_ == templates
 
 
-def test_the_order_of_texts_does_not_matter_in_prediction(make):
+def test_each_text_is_predicted_by_itself(make):
     classifier = make().fit(TEXTS, LABELS)
     together = classifier.predict_proba(TEXTS + NEW)
     alone = np.concatenate([classifier.predict_proba([text]) for text in TEXTS + NEW])
@@ -167,54 +134,38 @@ def test_progress_counts_every_text_once_a_template(make):
 # -- labels and choices ----------------------------------------------------------------------------
 
 
-def test_a_label_that_never_occurs_in_training_is_a_class(make):
-    choices = {"billing": "bill", "delivery": "parcel", "account": "login or password"}
-    classifier = make(choices=choices).fit(TEXTS, LABELS)
-    assert classifier.classes_.tolist() == ["account", "billing", "delivery"]
-    assert classifier.choices_ == ["login or password", "bill", "parcel"]
-    assert classifier.predict_proba(NEW).shape == (3, 3)
-    classifier.score(NEW, ["account"] * 3)
-
-
-def test_names_of_labels_are_made_readable(make):
-    labels = ["card_arrival", "lostCard"] * 3
+@pytest.mark.parametrize(
+    ("labels", "choices", "classes", "words"),
+    [
+        (["a_card", "lostCard"], None, ["a_card", "lostCard"], ["a card", "lost card"]),
+        ([1, 0], {0: "bad", 1: "good", 10: "grand"}, [0, 1, 10], ["bad", "good", "grand"]),
+        ([True, False], {True: "yes", False: "no"}, [False, True], ["no", "yes"]),
+        (["b", "a"], {"b": "bill", "a": "post", "c": ","}, ["a", "b", "c"], ["post", "bill", ","]),
+    ],
+)
+def test_labels_and_the_words_ranked_for_them(make, labels, choices, classes, words):
+    labels = labels * 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        classifier = make(steps=0).fit(TEXTS, labels)
-    assert classifier.classes_.tolist() == ["card_arrival", "lostCard"]
-    assert classifier.choices_ == ["card arrival", "lost card"]
+        classifier = make(steps=1, choices=choices).fit(TEXTS, labels)
+    assert classifier.classes_.tolist() == classes
+    assert classifier.choices_ == words
+    assert classifier.predict_proba(NEW).shape == (3, len(classes))
+    assert {type(label) for label in classifier.predict(NEW).tolist()} == {type(labels[0])}
+    # Labels that never occur in training can be scored too.
+    classifier.score(NEW, classes[:1] * 3)
 
 
 @pytest.mark.parametrize(
     "labels",
-    [
-        [1, 1, 0, 0, 1, 0],
-        np.array([1, 1, 0, 0, 1, 0]),
-        [np.int64(x) for x in (1, 1, 0, 0, 1, 0)],
-    ],
+    [[1, 0] * 3, np.array([1, 0] * 3), [np.int64(x) for x in (1, 0) * 3], ["1", "0"] * 3],
 )
-def test_integer_labels_warn_and_are_ranked_as_numerals(make, labels):
-    with pytest.warns(UserWarning, match=r"\[0, 1\].*choices"):
+def test_numerals_as_labels_warn_and_are_ranked_as_they_are(make, labels):
+    with pytest.warns(UserWarning, match=r"\[.?0.?, .?1.?\].*what they mean.*choices"):
         classifier = make().fit(TEXTS, labels)
     assert classifier.choices_ == ["0", "1"]
-    assert classifier.classes_.tolist() == [0, 1]
-    predicted = classifier.predict(NEW)
-    assert predicted.dtype.kind == "i"
+    assert classifier.classes_.tolist() == sorted(set(np.asarray(labels).tolist()))
     classifier.score(TEXTS, labels)
-
-
-def test_integer_labels_with_choices_do_not_warn(make):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        classifier = make(choices={0: "bad", 1: "good", 10: "grand"}).fit(TEXTS, [1, 0] * 3)
-    assert classifier.classes_.tolist() == [0, 1, 10]
-    assert classifier.choices_ == ["bad", "good", "grand"]
-
-
-def test_booleans_are_labels(make):
-    classifier = make(choices={True: "yes", False: "no"}).fit(TEXTS, [True, False] * 3)
-    assert classifier.classes_.tolist() == [False, True]
-    assert classifier.predict(NEW).dtype == bool
 
 
 def test_fields_and_default_template(make):
@@ -225,32 +176,28 @@ def test_fields_and_default_template(make):
         classifier.predict([{"subject": "no body"}])
     with pytest.raises(IA3Error, match="did you mean 'subject'"):
         make(template="{{ sbject }}").fit(rows, LABELS)
+    # Names that mean something to a template.
+    rows = [{"fields": "hello", "answer_choices": text, "{{ x }}": "braces"} for text in TEXTS]
+    assert make(steps=0).fit(rows, LABELS).predict(rows[:2]).shape == (2,)
 
 
 # -- determinism -----------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_vectors_bit_for_bit(make):
-    first, second = (make(seed=7, steps=4).fit(TEXTS, LABELS) for _ in range(2))
-    assert vectors_equal(first, second)
-    assert first.history_ == second.history_
-    np.testing.assert_array_equal(first.predict_proba(NEW), second.predict_proba(NEW))
-
-
-def test_another_seed_gives_other_vectors(make):
-    # With a batch of all examples, the order of training makes no difference: give more.
-    texts, labels = TEXTS * 4, LABELS * 4
-    first, second = (make(seed=seed, steps=4).fit(texts, labels) for seed in (0, 1))
-    assert not vectors_equal(first, second)
-
-
-def test_the_seed_draws_the_templates(make):
-    templates = ["{{ text }} a:", "{{ text }} b:"]
+@pytest.mark.parametrize(
+    # With a batch of all examples their order makes no difference: the first case has more.
+    ("repeats", "template"),
+    [(4, None), (1, ["{{ text }} a:", "{{ text }} b:"])],
+)
+def test_the_seed_draws_examples_and_templates(make, repeats, template):
     first, again, other = (
-        make(seed=seed, steps=4, template=templates).fit(TEXTS, LABELS) for seed in (0, 0, 3)
+        make(seed=seed, steps=4, template=template).fit(TEXTS * repeats, LABELS * repeats)
+        for seed in (0, 0, 3)
     )
-    assert vectors_equal(first, again)
-    assert not vectors_equal(first, other)
+    assert same_vectors(first, again)
+    assert first.history_ == again.history_
+    np.testing.assert_array_equal(first.predict_proba(NEW), again.predict_proba(NEW))
+    assert not same_vectors(first, other)
 
 
 def test_the_global_random_state_is_neither_used_nor_changed(make):
@@ -265,7 +212,7 @@ def test_the_global_random_state_is_neither_used_nor_changed(make):
     assert random.getstate() == states[0]
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[1], strict=True))
     assert torch.equal(torch.random.get_rng_state(), states[2])
-    assert vectors_equal(first, second)
+    assert same_vectors(first, second)
 
 
 # -- scikit-learn ----------------------------------------------------------------------------------
@@ -279,15 +226,6 @@ def test_clone_shares_the_model_and_forgets_the_fit(make, model):
     assert copy.get_params() == fitted.get_params()
     with pytest.raises(NotFittedError):
         copy.predict(NEW)
-
-
-def test_get_and_set_params(make):
-    classifier = make(steps=9)
-    assert classifier.get_params()["steps"] == 9
-    assert classifier.set_params(steps=0, template="{{ text }} =") is classifier
-    assert (classifier.steps, classifier.template) == (0, "{{ text }} =")
-    with pytest.raises(ValueError, match="nosuch"):
-        classifier.set_params(nosuch=1)
 
 
 def test_is_a_classifier_with_a_short_name(make):
@@ -315,7 +253,7 @@ def test_grid_search_over_steps_and_rate(make, model):
     assert np.isfinite(search.cv_results_["mean_test_score"]).all()
     assert search.best_estimator_.model is model
     assert set(search.predict(NEW)) <= {"billing", "delivery"}
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
 
 
 def test_cross_validation_on_arrays(make):
@@ -340,27 +278,24 @@ def test_not_fitted(make, tmp_path, call):
 # -- files -----------------------------------------------------------------------------------------
 
 
-def test_saved_and_loaded_predicts_the_same(make, model, tokenizer, tmp_path):
-    fitted = make(
-        template=["{{ text }}\nQueue:", "{{ text }} ->"],
-        choices={"billing": "bïll", "delivery": "parcel", "account": "login"},
-    ).fit(TEXTS, LABELS)
+@pytest.mark.parametrize(
+    ("labels", "choices"),
+    [
+        (LABELS, {"billing": "bïll", "delivery": "parcel", "account": "login"}),
+        ([1, 0] * 3, {1: "good", 0: "bad"}),
+    ],
+)
+def test_saved_and_loaded_predicts_the_same(make, model, tokenizer, tmp_path, labels, choices):
+    templates = ["{{ text }}\nQueue:", "{{ text }} ->"]
+    fitted = make(template=templates, choices=choices).fit(TEXTS, labels)
     fitted.save(tmp_path / "adapter")
     loaded = FewShotClassifier.load(tmp_path / "adapter", model=model, tokenizer=tokenizer)
     np.testing.assert_array_equal(loaded.predict_proba(NEW), fitted.predict_proba(NEW))
     assert loaded.predict(NEW).tolist() == fitted.predict(NEW).tolist()
     assert loaded.classes_.tolist() == fitted.classes_.tolist()
-    assert vectors_equal(loaded, fitted)
+    assert same_vectors(loaded, fitted)
     # And it can be fitted again, with what it was fitted with.
-    assert vectors_equal(loaded.fit(TEXTS, LABELS), fitted)
-
-
-def test_integer_labels_survive_the_disk(make, model, tokenizer, tmp_path):
-    fitted = make(steps=1, choices={1: "good", 0: "bad"}).fit(TEXTS, [1, 0] * 3)
-    fitted.save(tmp_path)
-    loaded = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
-    assert loaded.predict(NEW).tolist() == fitted.predict(NEW).tolist()
-    assert loaded.classes_.tolist() == [0, 1]
+    assert same_vectors(loaded.fit(TEXTS, labels), fitted)
 
 
 def test_peft_reads_what_is_saved(make, tokenizer, tmp_path):
@@ -409,11 +344,12 @@ def test_two_classifiers_share_one_base(make):
 def test_the_base_is_untouched_after_fit_and_predict(make, model):
     model.get_parameter("lm_head.weight").requires_grad_(False)
     model.model.layers[1].train()  # a mode of its own
-    before = snapshot(model)
+    before, config = snapshot(model), model.config.to_dict()
     classifier = make().fit(TEXTS, LABELS)
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
     classifier.predict(NEW)
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
+    assert model.config.to_dict() == config
 
 
 def test_the_base_is_untouched_after_an_exception(make, model):
@@ -425,7 +361,7 @@ def test_the_base_is_untouched_after_an_exception(make, model):
 
     with pytest.raises(KeyboardInterrupt):
         make().fit(TEXTS, LABELS, on_step=stop)
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
     classifier = make().fit(TEXTS, LABELS)
 
     def fail(done):
@@ -433,10 +369,10 @@ def test_the_base_is_untouched_after_an_exception(make, model):
 
     with pytest.raises(RuntimeError, match="the screen is gone"):
         classifier.predict(NEW, progress=fail)
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
     with pytest.raises(IA3Error):
         make(template="{{ nosuch }}").fit(TEXTS, LABELS)
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
 
 
 def test_a_loaded_model_is_let_go(tokenizer):
@@ -458,8 +394,10 @@ def test_a_model_with_adapters_on_it_is_refused(make, model):
     make(steps=1).fit(TEXTS, LABELS)
 
 
-def test_threads_take_turns(make):
-    classifiers = [make(seed=seed, steps=2) for seed in range(3)]
+def test_threads_take_turns(make, tokenizer):
+    # One model, several tokenizer objects: it is the model that can carry one adapter at a time.
+    tokenizers = [tokenizer, tokenizer, pickle.loads(pickle.dumps(tokenizer))]
+    classifiers = [make(seed=i, steps=2, tokenizer=t) for i, t in enumerate(tokenizers)]
     expected = [clone(c).fit(TEXTS, LABELS).predict_proba(NEW) for c in classifiers]
     results = {}
 
@@ -475,26 +413,6 @@ def test_threads_take_turns(make):
         np.testing.assert_allclose(results[index], expected[index], atol=1e-5)
 
 
-def test_threads_with_tokenizers_of_their_own_take_turns(make, tokenizer):
-    # One model, several tokenizer objects: it is the model that can carry one adapter at a time.
-    tokenizers = [tokenizer, pickle.loads(pickle.dumps(tokenizer))]
-    expected = make(steps=4).fit(TEXTS, LABELS).predict_proba(NEW)
-    results = {}
-
-    def work(index):
-        for _ in range(3):
-            classifier = make(steps=4, tokenizer=tokenizers[index])
-            results[index] = classifier.fit(TEXTS, LABELS).predict_proba(NEW)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index in range(2):
-        np.testing.assert_allclose(results[index], expected, atol=1e-5)
-
-
 def test_vectors_are_float32_on_a_bfloat16_base(make, model):
     model.to(torch.bfloat16)
     before = snapshot(model)
@@ -506,7 +424,7 @@ def test_vectors_are_float32_on_a_bfloat16_base(make, model):
         for vector in classifier.adapter_.vectors.values()
     )
     np.testing.assert_allclose(classifier.predict_proba(NEW).sum(1), 1)
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
 
 
 # -- divergence ------------------------------------------------------------------------------------
@@ -520,7 +438,7 @@ def test_divergence_says_the_step_and_keeps_the_earlier_fit(make, model):
     with pytest.raises(DivergedError, match="diverged at step") as caught:
         classifier.fit(TEXTS, LABELS)
     assert 1 < caught.value.step <= 10
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
     np.testing.assert_array_equal(classifier.predict_proba(NEW), expected)
 
 
@@ -560,6 +478,7 @@ def test_unusable_settings(make):
     for settings, message in [
         ({"choices": {"billing": "bill", "deliveries": "post"}}, "did you mean 'deliveries'"),
         ({"choices": {"billing": "same", "delivery": "same"}}, "the same tokens"),
+        *(({"choices": dict.fromkeys(LABELS, w)}, "expected words") for w in (1, " ", None)),
         ({"template": []}, "at least one template"),
         ({"template": "{{ text"}, "line 1"),
         ({"template": "{{ txt }}"}, "did you mean 'text'"),
@@ -627,7 +546,7 @@ def test_encoder_decoder(tmp_path):
     model = tiny_t5()
     before = snapshot(model)
     classifier = FewShotClassifier(model, steps=4, tokenizer=tokenizer).fit(TEXTS, LABELS)
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
     assert classifier.adapter_.config.task_type == "SEQ_2_SEQ_LM"
     probabilities = classifier.predict_proba(NEW)
     np.testing.assert_allclose(probabilities.sum(1), 1)
@@ -643,22 +562,18 @@ def test_upper_blocks(make, model, tokenizer, tmp_path):
     vectors = classifier.adapter_.vectors
     assert {name.split(".")[2] for name in vectors} == {"1"}
     whole = make(upper_blocks=2).fit(TEXTS, LABELS)
-    assert vectors_equal(whole, make().fit(TEXTS, LABELS))
+    assert same_vectors(whole, make().fit(TEXTS, LABELS))
     classifier.save(tmp_path)
     loaded = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
     assert loaded.upper_blocks == 1
-    np.testing.assert_array_equal(loaded.predict_proba(NEW), classifier.predict_proba(NEW))
-    assert vectors_equal(loaded.set_params(steps=3).fit(TEXTS, LABELS), classifier)
-
-
-def test_a_classifier_saved_before_there_were_upper_blocks(make, model, tokenizer, tmp_path):
-    make().fit(TEXTS, LABELS).save(tmp_path)
-    path = tmp_path / "ia3_task.json"
-    task = json.loads(path.read_text())
+    # Files of earlier versions do not have the setting.
+    task = json.loads((tmp_path / "ia3_task.json").read_text())
     del task["upper_blocks"]
-    path.write_text(json.dumps(task))
-    loaded = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
-    assert loaded.upper_blocks is None
+    (tmp_path / "ia3_task.json").write_text(json.dumps(task))
+    old = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
+    assert old.upper_blocks is None
+    np.testing.assert_array_equal(loaded.predict_proba(NEW), classifier.predict_proba(NEW))
+    assert same_vectors(loaded.set_params(steps=3).fit(TEXTS, LABELS), classifier)
 
 
 def test_chat(make):
@@ -677,69 +592,38 @@ def test_settings_changed_after_the_fit_change_no_prediction(make, tmp_path):
     assert (task["chat"], task["steps"]) == (False, 1)
 
 
-def test_fields_may_have_any_name(make):
-    rows = [{"fields": "hello", "answer_choices": text, "{{ x }}": "braces"} for text in TEXTS]
-    classifier = make(steps=0).fit(rows, LABELS)
-    assert classifier.predict(rows[:2]).shape == (2,)
-
-
-def test_labels_that_are_digits_in_a_file_warn_too(make):
-    with pytest.warns(UserWarning, match="what they mean"):
-        make(steps=0).fit(TEXTS, [str(len(label)) for label in LABELS])
-
-
-def test_choices_are_words(make):
-    for words in (1, " ", None):
-        with pytest.raises(IA3Error, match="expected words"):
-            make(choices=dict.fromkeys(set(LABELS), words)).fit(TEXTS, LABELS)
-
-
 # -- the real model --------------------------------------------------------------------------------
 
-FOOD = [
-    "The soup needs more salt.",
-    "She baked a loaf of bread this morning.",
-    "We had pasta with tomato sauce.",
-    "Peel the onions and fry them in butter.",
-    "The cake was sweet and full of cream.",
-    "He ordered rice with grilled chicken.",
-    "These apples taste sour.",
-    "Boil the potatoes for twenty minutes.",
-]
-SPORT = [
-    "The striker scored in the last minute.",
-    "She won the tennis match in two sets.",
-    "Our team lost the final by one goal.",
-    "He ran the marathon in three hours.",
-    "The referee showed him a red card.",
-    "The swimmer broke the world record.",
-    "They trained for the relay race all summer.",
-    "The goalkeeper saved the penalty.",
-]
-NEW_FOOD = [
-    "Add some pepper to the stew.",
-    "The cheese melted on the pizza.",
-    "I drank a cup of coffee with milk.",
-    "The salad came with olives and fish.",
-    "Grandmother makes the best pancakes.",
-    "Stir the flour into the eggs.",
-]
-NEW_SPORT = [
-    "The cyclist won the final stage.",
-    "Their coach praised the defenders after the game.",
-    "She lifted the trophy after the championship.",
-    "The boxer was knocked out in round two.",
-    "The basketball player missed both free throws.",
-    "Fans cheered as the runner crossed the line.",
-]
+FOOD = """The soup needs more salt. She baked a loaf of bread this morning. We had pasta with
+tomato sauce. Peel the onions and fry them in butter. The cake was sweet and full of cream. He
+ordered rice with grilled chicken. These apples taste sour. Boil the potatoes for twenty
+minutes."""
+SPORT = """The striker scored in the last minute. She won the tennis match in two sets. Our team
+lost the final by one goal. He ran the marathon in three hours. The referee showed him a red
+card. The swimmer broke the world record. They trained for the relay race all summer. The
+goalkeeper saved the penalty."""
+NEW_FOOD = """Add some pepper to the stew. The cheese melted on the pizza. I drank a cup of
+coffee with milk. The salad came with olives and fish. Grandmother makes the best pancakes. Stir
+the flour into the eggs."""
+NEW_SPORT = """The cyclist won the final stage. Their coach praised the defenders after the
+game. She lifted the trophy after the championship. The boxer was knocked out in round two. The
+basketball player missed both free throws. Fans cheered as the runner crossed the line."""
 
 
-def test_the_real_model_learns(tokenizer):
+def sentences(text: str) -> list[str]:
+    return [f"{sentence}." for sentence in " ".join(text.split()).removesuffix(".").split(". ")]
+
+
+def test_the_real_model_learns():
     # The words say nothing of the texts, so that the untuned model can only guess.
     settings = {"choices": {"food": "blue", "sport": "green"}, "learning_rate": 1e-2}
-    texts, labels = FOOD + SPORT, ["food"] * 8 + ["sport"] * 8
-    held_out, answers = NEW_FOOD + NEW_SPORT, ["food"] * 6 + ["sport"] * 6
+    texts, labels = sentences(FOOD) + sentences(SPORT), ["food"] * 8 + ["sport"] * 8
+    held_out, answers = sentences(NEW_FOOD) + sentences(NEW_SPORT), ["food"] * 6 + ["sport"] * 6
     untuned = FewShotClassifier(steps=0, **settings).fit(texts, labels)
     tuned = FewShotClassifier(steps=20, **settings).fit(texts, labels)
     assert tuned.score(held_out, answers) > untuned.score(held_out, answers)
     assert tuned.base is untuned.base
+
+
+def test_the_example_runs():
+    run_examples(FewShotClassifier)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.classifiers import same_vectors
 from support.examples import run_examples
 from support.tfew import child_environment, hook_count, state_bits, tiny_llama, word_tokenizer
 
@@ -53,11 +54,6 @@ def tiny_classifier(**settings: Any) -> FewShotClassifier:
 
 def moods(**settings: Any) -> FewShotClassifier:
     return tiny_classifier(choices=ANSWERS, template="{{ text }} by {{ who }} :", **settings)
-
-
-def same_vectors(a: FewShotClassifier, b: FewShotClassifier) -> bool:
-    first, second = a.adapter_.vectors, b.adapter_.vectors
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 def assert_same(found: FewShotClassifier, expected: FewShotClassifier) -> None:
@@ -256,9 +252,6 @@ def test_what_cannot_be_begun_is_refused(
     with pytest.raises(IA3Error, match=message.replace(".", r"\.")):
         fit_many(tasks, classifier, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_max_tokens_below_one_is_refused() -> None:
     with pytest.raises(IA3Error, match="max_tokens is 0, expected at least 1"):
         fit_many({"a": BILLS}, tiny_classifier(), max_tokens=0)
 

@@ -16,7 +16,6 @@ from ..base.loading import EMBEDDED_MODEL
 from ..errors import IA3Error
 from ..files.atomic import write_files
 from ..files.hub import adapter_folder
-from ..targets.config import IA3Config
 from ..tfew.prompts.encoding import Encoder, TrainingExample
 from ..tfew.prompts.labels import Text
 from ..tfew.prompts.templates import Template
@@ -45,14 +44,12 @@ class PreparedTask:
         data: the texts and labels.
         recipe: the settings.
         examples: the texts, encoded with every template.
-        config: of the adapter.
-        start: the adapter whose vectors the training begins with; `None` for ones.
+        start: the adapter that the training begins with; `None` for vectors of ones.
     """
 
     data: LabelledTexts
     recipe: TFewConfig
     examples: list[TrainingExample]
-    config: IA3Config
     start: store.Adapter | None
 
 
@@ -171,7 +168,7 @@ class FewShotClassifier(RankingClassifier):
         return self
 
     def _prepare(self, data: LabelledTexts) -> PreparedTask:
-        """Check the settings and encode the examples. Raises as `fit` does."""
+        """Check the settings and encode the examples, before the model changes."""
         recipe = self._recipe()
         encoder = Encoder(self.base, data.choices, chat=self.chat)
         encoded = encode_all(encoder, data.examples, data.templates)
@@ -180,8 +177,7 @@ class FewShotClassifier(RankingClassifier):
             for e, label in zip(encoded, data.labels, strict=True)
         ]
         start = None if self.init_from is None else _adapter_to_begin_with(self.init_from)
-        config = all_linear(self.base, self.upper_blocks) if start is None else start.config
-        return PreparedTask(data, recipe, examples, config, start)
+        return PreparedTask(data, recipe, examples, start)
 
     def _recipe(self) -> TFewConfig:
         # The untuned model takes no step; its other settings are checked all the same.
@@ -211,7 +207,8 @@ class FewShotClassifier(RankingClassifier):
         from ..tfew.training.trainer import train
 
         base, history = self.base, []
-        with temporary_adapter(base, task.start or task.config, source="init_from") as ia3_model:
+        begin = task.start or all_linear(base, self.upper_blocks)
+        with temporary_adapter(base, begin, source="init_from") as ia3_model:
             if self.steps > 0:
                 history = train(
                     base, ia3_model, task.examples, task.recipe, on_step, checkpoints=checkpoints

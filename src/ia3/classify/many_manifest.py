@@ -22,33 +22,24 @@ from ..tfew.prompts.manifest import (
 
 TOP_KEYS = ("model", "defaults", "tasks")
 KEYS = (
-    "data",
-    "split",
-    "subset",
-    "text",
-    "label",
-    "template",
-    "choices",
-    "steps",
-    "seed",
-    "learning_rate",
-    "chat",
-    "init_from",
+    *("data", "split", "subset", "text", "label", "template", "choices"),
+    *("steps", "seed", "learning_rate", "chat", "init_from"),
 )
 
 
 @dataclass(frozen=True)
 class TaskToFit:
-    """What a manifest says of one task.
+    """One task of a manifest.
 
     Attributes:
-        folder: the manifest's.
-        data: a file or folder, relative to it, or a name of the hub.
-        split, subset: of a folder or a name of the hub.
+        folder: the manifest's folder.
+        data: a file or folder, relative to it, or a name on the hub.
+        split: of a folder or a data set on the hub.
+        subset: of a data set on the hub that has several.
         text: the columns with the texts.
         label: the column with the label.
-        choices: label as text -> words; none where the labels' own are ranked.
-        settings: `FewShotClassifier`'s, those that are given.
+        choices: label as text -> words; `None` where the labels' own names are ranked.
+        settings: the arguments of `FewShotClassifier` that are given.
     """
 
     folder: Path
@@ -62,7 +53,7 @@ class TaskToFit:
 
 
 def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
-    """The model that a manifest names, and its tasks by name. No data is read.
+    """The model that a manifest names, and its tasks by name. No data is read yet.
 
     ::
 
@@ -84,7 +75,7 @@ def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
     | key | meaning | by default |
     |---|---|---|
     | `data` | what is trained on, as `ia3 fit --data` | |
-    | `split`, `subset` | of a folder or a data set of the hub | `train`, none |
+    | `split`, `subset` | of a folder or a data set on the hub | `train`, none |
     | `text` | the column with the text, or a list of columns | `text` |
     | `label` | the column with the label | `label` |
     | `template` | a prompt, or a list of prompts | the text, and a word that asks |
@@ -92,12 +83,12 @@ def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
     | `steps`, `seed`, `learning_rate`, `chat` | as `FewShotClassifier` has them | its own |
     | `init_from` | an adapter to begin with, a folder or hub id | |
 
-    What stands under `defaults` goes for each task that does not say otherwise. Files are relative
-    to the manifest.
+    A key under `defaults` holds for each task that does not have it. Paths are relative to the
+    manifest.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        IA3Error: it is not such a file; the message names the manifest, the task and the key.
+        FileNotFoundError: there is no file at `path`.
+        IA3Error: the file is no such manifest; the message names the task and the key.
     """
     path = Path(path)
     content = read_manifest_file(path, TOP_KEYS)
@@ -108,7 +99,7 @@ def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
             raise IA3Error(f"defaults is {shown(defaults)}, expected a mapping")
         with naming("defaults"):
             check_keys(defaults, KEYS)
-    # A folder beside the manifest, or any other name.
+    # A folder beside the manifest comes before a name on the hub.
     if (path.parent / model).is_dir():
         model = str(path.parent / model)
     tasks = {}
@@ -120,18 +111,18 @@ def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
 
 def _task(folder: Path, entry: Mapping[str, Any]) -> TaskToFit:
     check_keys(entry, KEYS)
-    data, begin = text_of(entry, "data"), text_of(entry, "init_from")
+    data, init_from = text_of(entry, "data"), text_of(entry, "init_from")
     if data is None:
         raise IA3Error("there is no 'data', expected a file, a folder or a name of the hub")
-    if begin is not None and (folder / begin).exists():
-        begin = str(folder / begin)
+    if init_from is not None and (folder / init_from).exists():
+        init_from = str(folder / init_from)
     settings: dict[str, Any] = {
         "template": texts_of(entry, "template"),
         "steps": whole_number(entry, "steps"),
         "seed": whole_number(entry, "seed"),
         "learning_rate": _number(entry, "learning_rate"),
-        "chat": _yes_or_no(entry, "chat"),
-        "init_from": begin,
+        "chat": _boolean(entry, "chat"),
+        "init_from": init_from,
     }
     return TaskToFit(
         folder,
@@ -155,7 +146,7 @@ def _number(entry: Mapping[str, Any], key: str) -> float | None:
         raise IA3Error(f"{key} is {shown(value)}, expected a number") from error
 
 
-def _yes_or_no(entry: Mapping[str, Any], key: str) -> bool | None:
+def _boolean(entry: Mapping[str, Any], key: str) -> bool | None:
     value = text_of(entry, key)
     if value not in (None, "true", "false"):
         raise IA3Error(f"{key} is {shown(value)}, expected true or false")

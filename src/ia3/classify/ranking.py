@@ -135,19 +135,14 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             IA3Error: a label is not among `classes_`.
         """
         self._check_fitted()
-        self.check_labels(_labels(labels, len(texts)))
-        return float(super().score(texts, labels, sample_weight))
-
-    def check_labels(self, labels: Sequence[Label]) -> None:
-        """Raise `IA3Error` for the first label that is not among `classes_`."""
-        known = set(self.classes_.tolist())
-        for row, label in enumerate(labels):
+        known = self.classes_.tolist()
+        for row, label in enumerate(_labels(labels, len(texts))):
             if label not in known:
-                hint = did_you_mean(str(label), [str(c) for c in known])
+                hint = did_you_mean(str(label), map(str, known))
                 raise IA3Error(
-                    f"label {label!r} (row {row}) is not among the choices "
-                    f"{self.classes_.tolist()}{hint}"
+                    f"label {label!r} (row {row}) is not among the choices {known}{hint}"
                 )
+        return float(super().score(texts, labels, sample_weight))
 
     # -- scikit-learn -----------------------------------------------------------------------------
 
@@ -277,14 +272,14 @@ def _answer_choices(classes: Sequence[Label], choices: Mapping[Any, str] | None)
 
 def _templates(template: str | Sequence[str] | None, example: Mapping[str, Any]) -> list[Template]:
     if template is None:
-        return [Template(default_template(list(example)))]
+        return [Template(_default_template(list(example)))]
     sources = [template] if isinstance(template, str) else list(template)
     if not sources:
         raise IA3Error("template is an empty list: expected at least one template")
     return [Template(source) for source in sources]
 
 
-def default_template(fields: Sequence[str]) -> str:
+def _default_template(fields: Sequence[str]) -> str:
     """The prompt used where none is given: the fields, and a word that asks for the label."""
     if len(fields) == 1:
         return f"{{{{ fields[{fields[0]!r}] }}}}\nCategory:"

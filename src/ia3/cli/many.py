@@ -19,6 +19,7 @@ from .labelled import label_named, read_source
 from .options import Device, DType, Json, MaxTokens, print_json, silence_loading
 
 if TYPE_CHECKING:
+    from ..classify.estimator import FewShotClassifier
     from ..classify.many_manifest import TaskToFit
 
 
@@ -65,18 +66,12 @@ def fit_many(
         with training_bar_of_many(steps) as on_step:
             fitted = fit(data, classifiers, out=out, on_step=on_step, max_tokens=max_tokens)
     failures |= {name: str(error) for name, error in fitted.failures.items()}
-    results = []
-    for name in tasks:
-        result: dict[str, Any] = {"task": name}
-        result["examples"] = len(data[name][0]) if name in data else None
-        if name in failures:
-            result["error"] = failures[name]
-        else:
-            history = fitted.classifiers[name].history_
-            result["steps"] = len(history)
-            result["final_loss"] = history[-1].loss if history else None
-            result["adapter"] = str(out / name)
-        results.append(result)
+    outcomes = {name: {"error": message} for name, message in failures.items()}
+    outcomes |= {name: _outcome(c, out / name) for name, c in fitted.classifiers.items()}
+    results = [
+        {"task": name, "examples": len(data[name][0]) if name in data else None, **outcomes[name]}
+        for name in tasks
+    ]
     if as_json:
         print_json(tasks=results, seconds=round(time.perf_counter() - started, 2))
     else:
@@ -95,6 +90,12 @@ def _read(task: TaskToFit) -> tuple[list[Any], list[Any], dict[Any, str] | None]
     labels = [row[task.label] for row in rows]
     choices = task.choices and {label_named(k, labels): w for k, w in task.choices.items()}
     return fields_of(rows, task.text), labels, choices
+
+
+def _outcome(classifier: FewShotClassifier, folder: Path) -> dict[str, Any]:
+    history = classifier.history_
+    loss = history[-1].loss if history else None
+    return {"steps": len(history), "final_loss": loss, "adapter": str(folder)}
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> Table:
