@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import scoring
 from support.tfew import (
     VOCABULARY,
     hook_count,
@@ -15,22 +16,14 @@ from support.tfew import (
     tiny_t5,
     word_tokenizer,
 )
-from transformers import GPT2Config, LlamaConfig
+from transformers import LlamaConfig
 
 from ia3 import IA3Config, IA3Model
 from ia3.base.loading import BaseModel
 from ia3.errors import IA3Error
 from ia3.tfew.temporary_adapter import all_linear, temporary_adapter
 
-LLAMA = LlamaConfig(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=12,
-    num_attention_heads=4,
-    initializer_range=0.2,
-)
-GPT2 = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4)
+LLAMA = LlamaConfig(**{**scoring.LLAMA, "num_hidden_layers": 12})
 
 
 def upper(base: BaseModel, blocks: int) -> IA3Model:
@@ -60,10 +53,10 @@ def test_peft_reads_the_same_model(tmp_path: Path, count: int) -> None:
 
 
 def test_all_of_the_blocks_are_all_linear_layers() -> None:
-    base = random_base(GPT2)
+    base = random_base(scoring.SHARING["gpt2"])
     with temporary_adapter(base, all_linear(base)) as every:
         shapes = {name: vector.shape for name, vector in every.vectors("default").items()}
-    found = upper(base, 4).vectors("default")
+    found = upper(base, 2).vectors("default")
     assert {name: vector.shape for name, vector in found.items()} == shapes
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.scoring import NOT_SHARING, SHARING
 from support.tfew import (
     VOCABULARY,
     child_environment,
@@ -28,8 +29,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    BloomConfig,
-    GPT2Config,
     LlamaConfig,
     TrainerCallback,
 )
@@ -43,12 +42,8 @@ from ia3.tfew.prompts.encoding import EncodedExample
 from ia3.tfew.scoring.choices import choice_scores, token_scores
 from ia3.tfew.training.losses import token_loss
 
-DROPOUT = GPT2Config(
-    vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=64, initializer_range=0.2
-)
-BLOOM = BloomConfig(
-    vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2
-)
+# Its steps depend on the random state.
+DROPOUT = SHARING["gpt2"]
 RECIPE = TFewConfig(steps=10, batch_size=2, seed=3)
 
 
@@ -73,7 +68,6 @@ def training_set(count: int = 5) -> list[TrainingExample]:
 
 
 def base_with_dropout() -> BaseModel:
-    """Its steps depend on the random state."""
     return random_base(DROPOUT)
 
 
@@ -308,7 +302,7 @@ class Gradients(TrainerCallback):  # type: ignore[misc]
 
 BASES: dict[str, Callable[[], BaseModel]] = {
     "llama": lambda: BaseModel(tiny_llama(), word_tokenizer(), "llama"),
-    "bloom": lambda: random_base(BLOOM),
+    "bloom": lambda: random_base(NOT_SHARING["bloom"]),
     "t5": lambda: BaseModel(tiny_t5(), word_tokenizer(), "t5"),
 }
 

@@ -17,7 +17,8 @@ the choices of one example that alone has more. Scores and gradients stay the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,27 +66,26 @@ def token_scores(
     recompute = len(parts) > 1 and torch.is_grad_enabled()
     passes: list[tuple[list[int], slice, TokenScores]] = []
     for batch, choices in parts:
-        for scorer, members in _by_scorer(base, examples, batch, limit).items():
-            of_pass = [examples[i] for i in members]
-            part = [EncodedExample(e.prompt, e.choices[choices]) for e in of_pass]
+        part = {i: EncodedExample(examples[i].prompt, examples[i].choices[choices]) for i in batch}
+        for scorer, members in _by_scorer(base, part, limit).items():
+            of_pass = [part[i] for i in members]
             if recompute:
-                scores = checkpoint(scorer, base, part, use_reentrant=False)
+                scores = checkpoint(scorer, base, of_pass, use_reentrant=False)
             else:
-                scores = scorer(base, part)
+                scores = scorer(base, of_pass)
             passes.append((members, choices, scores))
     return _together(shape_of(examples), passes)
 
 
 def _by_scorer(
-    base: BaseModel, examples: Sequence[EncodedExample], batch: Sequence[int], limit: float
+    base: BaseModel, examples: Mapping[int, EncodedExample], limit: float
 ) -> dict[Scorer, list[int]]:
-    """The examples of a batch by layout: a few long ones must not repeat the prompts of all."""
+    """The examples' keys by layout: a few long examples must not repeat the prompts of all."""
     if base.is_encoder_decoder:
-        shares = shares_keys(base)
-        return {shared_keys_scores if shares else encoder_decoder_scores: list(batch)}
+        return {shared_keys_scores if shares_keys(base) else encoder_decoder_scores: [*examples]}
     found: dict[Scorer, list[int]] = {}
-    for i in batch:
-        fits = longest_sequence(examples[i]) <= limit
+    for i, example in examples.items():
+        fits = longest_sequence(example) <= limit
         found.setdefault(shared_scores if fits else expanded_scores, []).append(i)
     return found
 
@@ -145,7 +145,8 @@ def shares_prompt(base: BaseModel) -> bool:
     Raises:
         IA3Error: the model is not causal.
     """
-    return proves_equal(base, shared_scores, _causal_scores)
+    ignoring_the_mask = partial(shared_scores, hide_others=False)
+    return proves_equal(base, shared_scores, _causal_scores, ignoring_the_mask)
 
 
 def shares_keys(base: BaseModel) -> bool:

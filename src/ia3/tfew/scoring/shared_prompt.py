@@ -30,12 +30,15 @@ ONE_ROW = 384
 PACKED_LENGTH = 192
 
 
-def shared_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
+def shared_scores(
+    base: BaseModel, examples: Sequence[EncodedExample], *, hide_others: bool = True
+) -> TokenScores:
     """Score every prompt once with all its choices; what all prompts begin with, once a row.
 
     Args:
         base: a decoder-only model that takes a tree mask.
         examples: `[batch]`, each with any number of choices.
+        hide_others: `False` gives the scores of a model that ignores the tree mask.
     """
     prefix = common_prefix(examples)
     lengths = [tree_length(e) - len(prefix) for e in examples]
@@ -49,7 +52,8 @@ def shared_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenS
             row.append(i, examples[i], len(prefix), answers)
         row.pad(length, pad_token(base))
         rows.append(row)
-    return answer_scores(base, examples, answers, tree_inputs(base, rows))
+    inputs = tree_inputs(base, rows, hide_others=hide_others)
+    return answer_scores(base, examples, answers, inputs)
 
 
 class TreeRow:
@@ -123,13 +127,15 @@ def _beginnings(choices: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return sorted({choice[:t] for choice in choices for t in range(1, len(choice))})
 
 
-def tree_inputs(base: BaseModel, rows: Sequence[TreeRow]) -> dict[str, Tensor]:
-    """The model's arguments for rows of one length."""
+def tree_inputs(
+    base: BaseModel, rows: Sequence[TreeRow], *, hide_others: bool = True
+) -> dict[str, Tensor]:
+    """The model's arguments for rows of one length; `hide_others` as in `shared_scores`."""
 
     def stacked(part: list[list[int]]) -> Tensor:
         return torch.tensor(part, device=base.device)
 
-    ends = stacked([row.ends() for row in rows])
+    ends = stacked([row.ends() if hide_others else [len(row.ids)] * len(row.ids) for row in rows])
     return {
         "input_ids": stacked([row.ids for row in rows]),
         "attention_mask": _tree_mask(ends, compute_dtype(base.model)),
