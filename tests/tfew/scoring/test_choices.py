@@ -386,6 +386,18 @@ def test_a_model_that_sees_the_answer_is_refused():
         token_scores(random_base(config), random_examples(SHAPES))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
+def test_a_model_that_ignores_an_input_cannot_share_the_prompt(dtype, ignored):
+    base = random_base(SHARING["gpt2"])
+    base.model.to(dtype)
+    assert shares_prompt(base)
+    other = random_base(SHARING["gpt2"])
+    forward = other.model.to(dtype).forward
+    other.model.forward = lambda **inputs: forward(**{**inputs, ignored: None})
+    assert not shares_prompt(other)
+
+
 def test_the_verdict_on_a_broken_model_is_not_kept():
     base = random_base(SHARING["llama"])
     weight = next(iter(base.model.parameters()))
