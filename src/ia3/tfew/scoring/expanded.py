@@ -26,54 +26,39 @@ def expanded_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> Toke
 
 def encoder_decoder_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
     """Encode every prompt once, and decode every choice in a row of its own."""
-    prompts, prompt_mask = padded(base, [e.prompt for e in examples])
-    encoded = _encoded(base, prompts, prompt_mask)
-    ids, mask, answers, example_of = _decoder_rows(base, examples)
-    inputs = {
-        "encoder_outputs": (encoded[example_of],),
-        "attention_mask": prompt_mask[example_of],
-        "decoder_input_ids": ids,
-        "decoder_attention_mask": mask,
-    }
-    return answer_scores(base, examples, answers, inputs)
+    return _decoded(base, examples, keys_once=False)
 
 
 def shared_keys_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
     """`encoder_decoder_scores`, with the keys and values of each prompt computed once."""
+    return _decoded(base, examples, keys_once=True)
+
+
+def _decoded(
+    base: BaseModel, examples: Sequence[EncodedExample], *, keys_once: bool
+) -> TokenScores:
     from transformers import DynamicCache, EncoderDecoderCache
 
-    prompts, prompt_mask = padded(base, [e.prompt for e in examples])
-    encoded = _encoded(base, prompts, prompt_mask)
-    ids, mask, answers, example_of = _decoder_rows(base, examples)
-    # Of four dimensions: the model would make a mask with one row for each prompt.
-    dtype = compute_dtype(base.model)
-    additive = (1 - prompt_mask[:, None, None]).to(dtype) * torch.finfo(dtype).min
-    inputs = {
-        "encoder_outputs": (encoded,),
-        "attention_mask": additive[example_of],
-        "decoder_input_ids": ids,
-        "decoder_attention_mask": mask,
-    }
+    model: Any = base.model
+    prompts, seen = padded(base, [e.prompt for e in examples])
+    encoded = model.get_encoder()(input_ids=prompts, attention_mask=seen)[0]
+    start = int(model.config.decoder_start_token_id)
+    ids, mask, answers, example_of = _rows(base, examples, [(start,)] * len(examples))
 
     def new_cache() -> Any:
         return EncoderDecoderCache(DynamicCache(), _repeating_cache(example_of))
 
-    return answer_scores(base, examples, answers, inputs, new_cache)
-
-
-def _encoded(base: BaseModel, prompts: Tensor, mask: Tensor) -> Tensor:
-    """`[batch, length, dim]`."""
-    model: Any = base.model
-    encoded: Tensor = model.get_encoder()(input_ids=prompts, attention_mask=mask)[0]
-    return encoded
-
-
-def _decoder_rows(
-    base: BaseModel, examples: Sequence[EncodedExample]
-) -> tuple[Tensor, Tensor, AnswerTokens, Tensor]:
-    model: Any = base.model
-    start = int(model.config.decoder_start_token_id)
-    return _rows(base, examples, [(start,)] * len(examples))
+    if keys_once:
+        # Of four dimensions: the model would make a mask with one row for each prompt.
+        dtype = compute_dtype(base.model)
+        seen = (1 - seen[:, None, None]).to(dtype) * torch.finfo(dtype).min
+    inputs = {
+        "encoder_outputs": (encoded if keys_once else encoded[example_of],),
+        "attention_mask": seen[example_of],
+        "decoder_input_ids": ids,
+        "decoder_attention_mask": mask,
+    }
+    return answer_scores(base, examples, answers, inputs, new_cache if keys_once else None)
 
 
 def _rows(
