@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from support.paths import SHARED
 from support.tfew import (
     VOCABULARY,
@@ -122,25 +120,6 @@ def test_rates_by_hand(sizes: dict[str, int], cap: int, rates: dict[str, float])
     assert found == pytest.approx(rates)
 
 
-@given(
-    st.dictionaries(st.text(), st.integers(1, 10**7), min_size=1, max_size=20),
-    st.integers(1, 10**7),
-)
-def test_rates_are_proportional_below_the_cap_and_equal_above(
-    sizes: dict[str, int], cap: int
-) -> None:
-    rates = mixing_rates(sizes, cap)
-    assert sum(rates.values()) == pytest.approx(1)
-    for name, size in sizes.items():
-        for other, its_size in sizes.items():
-            if size <= cap and its_size <= cap:
-                assert rates[name] * its_size == pytest.approx(rates[other] * size)
-            elif size >= cap and its_size >= cap:
-                assert rates[name] == rates[other]
-            elif size < cap:
-                assert rates[name] < rates[other]
-
-
 @pytest.mark.parametrize(
     ("sizes", "cap", "message"),
     [
@@ -193,23 +172,6 @@ def test_an_item_depends_on_the_seed_and_its_number_alone() -> None:
     assert drawn(Mixture(SETS, RATES, 1000, seed=6)) != numbers
     with pytest.raises(IndexError):
         mixture[1000]
-
-
-def test_the_digest_is_of_tasks_rates_examples_and_seed() -> None:
-    first = Mixture(SETS, RATES, 1000, seed=5).digest()
-    assert Mixture(SETS, RATES, 1000, seed=6).digest() != first
-    assert Mixture(SETS, RATES, 10**9, seed=5).digest() == first
-    other_rates = mixing_rates({name: len(examples) for name, examples in SETS.items()})
-    other_name = {("d" if name == "c" else name): value for name, value in SETS.items()}
-    its_rates = {("d" if name == "c" else name): value for name, value in RATES.items()}
-    other_data = {**SETS, "c": [example(201)]}
-    digests = {
-        Mixture(SETS, other_rates, 1000, seed=5).digest(),
-        Mixture(other_name, its_rates, 1000, seed=5).digest(),
-        Mixture(other_data, RATES, 1000, seed=5).digest(),
-    }
-    assert len(digests) == 3
-    assert first not in digests
 
 
 class Watched(DrawnExamples):
