@@ -234,7 +234,7 @@ def scoring_curves_of(loaded: Any, repeats: int) -> list[Curve]:
     import ia3
     from ia3.tfew.prompts.encoding import EncodedExample
     from ia3.tfew.scoring.choices import token_scores
-    from ia3.tfew.scoring.shared_prompt import expanded_scores
+    from ia3.tfew.scoring.expanded import expanded_scores
 
     model = same_weights(loaded.model)
     on_ia3(model)

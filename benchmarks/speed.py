@@ -193,7 +193,7 @@ def step_row(bench: Bench) -> list[Row]:
 def tfew_rows(bench: Bench) -> list[Row]:
     """T-Few's training step, and scoring, against choices expanded in the batch."""
     from ia3.tfew.scoring.choices import token_scores
-    from ia3.tfew.scoring.shared_prompt import expanded_scores
+    from ia3.tfew.scoring.expanded import expanded_scores
     from ia3.tfew.training.losses import token_loss
 
     base = bench.tfew_base()

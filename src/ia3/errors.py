@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class IA3Error(ValueError):
@@ -24,6 +25,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'wo'?"` for the nearest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Within the context, a missing file's error and an `IA3Error` begin with where they are."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}: {error}") from error
+    except IA3Error as error:
+        raise IA3Error(f"{where}: {error}") from error
 
 
 def check_methods(methods: Sequence[str], known: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from ..tfew.prompts.labels import Text
 from ..tfew.prompts.templates import Template
 from ..tfew.scoring.choices import MAX_TOKENS
 from ..tfew.scoring.prefix import ranking_scores
-from ..tfew.temporary_adapter import adapted, all_linear
+from ..tfew.temporary_adapter import all_linear, temporary_adapter
 from .ranking import LabelledTexts, RankingClassifier, encode_all
 
 if TYPE_CHECKING:
@@ -204,8 +204,8 @@ class FewShotClassifier(RankingClassifier):
         from ..tfew.training.trainer import train
 
         base, history = self.base, []
-        config = all_linear(base, self.upper_blocks)
-        with adapted(base, config, task.start, source="init_from") as ia3_model:
+        begin = task.start or all_linear(base, self.upper_blocks)
+        with temporary_adapter(base, begin, source="init_from") as ia3_model:
             if self.steps > 0:
                 history = train(
                     base, ia3_model, task.examples, task.recipe, on_step, checkpoints=checkpoints
@@ -230,7 +230,7 @@ class FewShotClassifier(RankingClassifier):
         base = self.base
         encoder = Encoder(base, self.choices_, chat=self.settings_["chat"])
         encoded = encode_all(encoder, examples, [Template(source) for source in self.templates_])
-        with adapted(base, self.adapter_.config, self.adapter_):
+        with temporary_adapter(base, self.adapter_):
             scores = [
                 ranking_scores(base, list(prompts), max_tokens=self.max_tokens, progress=progress)
                 for prompts in zip(*encoded, strict=True)

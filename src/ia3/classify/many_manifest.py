@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..base.loading import EMBEDDED_MODEL
-from ..errors import IA3Error
+from ..errors import IA3Error, naming
 from ..tfew.prompts.manifest import (
     check_keys,
-    naming,
+    choices_of,
     read_manifest_file,
     shown,
     tasks_in,
@@ -131,21 +131,9 @@ def _task(folder: Path, entry: Mapping[str, Any]) -> TaskToFit:
         text_of(entry, "subset"),
         texts_of(entry, "text") or ["text"],
         text_of(entry, "label") or "label",
-        _choices(entry),
+        choices_of(entry),
         {name: value for name, value in settings.items() if value is not None},
     )
-
-
-def _choices(entry: Mapping[str, Any]) -> dict[str, str] | None:
-    given = entry.get("choices")
-    if given is None:
-        return None
-    if not isinstance(given, dict):
-        raise IA3Error(f"choices is {shown(given)}, expected a mapping from labels to words")
-    for label, words in given.items():
-        if not isinstance(words, str) or not words.strip():
-            raise IA3Error(f"choices: the words of {label!r} are {shown(words)}, expected a text")
-    return given
 
 
 def _number(entry: Mapping[str, Any], key: str) -> float | None:

@@ -32,7 +32,7 @@ from ..tfew.prompts.encoding import EncodedExample, Encoder, TrainingExample, co
 from ..tfew.prompts.promptsource import PromptTemplate
 from ..tfew.prompts.tasks import RAFT_TASKS, few_shot, load_templates
 from ..tfew.scoring.evaluation import predict_choices
-from ..tfew.temporary_adapter import adapted, all_linear, paper_sites
+from ..tfew.temporary_adapter import all_linear, paper_sites, temporary_adapter
 from ..tfew.training.trainer import TFewConfig, TrainingStep, train
 from .in_context import BREAK, WithDemonstrations, fitting, longest_input, token_counts
 
@@ -616,7 +616,7 @@ class _Run:
         examples = [TrainingExample((self._encoded[i],), self._answers[i]) for i in rows]
         sites = paper_sites if self.settings.sites == "paper" else all_linear
         checkpoints = self.kept.checkpoints(self.task.name, split)
-        with adapted(self.base, sites(self.base), None) as ia3_model:
+        with temporary_adapter(self.base, sites(self.base)) as ia3_model:
             train(
                 self.base,
                 ia3_model,

@@ -32,39 +32,24 @@ if TYPE_CHECKING:
     from .training.trainer import training_arguments as training_arguments
 
 # Loaded when first used: transformers' Trainer takes seconds to import.
-_HOME = {
-    "DivergedError": "training.trainer",
-    "Encoder": "prompts.encoding",
-    "Evaluation": "scoring.evaluation",
-    "HELD_OUT_TASKS": "prompts.tasks",
-    "PromptTemplate": "prompts.promptsource",
-    "RAFT_TASKS": "prompts.tasks",
-    "SEEDS": "prompts.tasks",
-    "Spread": "scoring.evaluation",
-    "TFewConfig": "training.trainer",
-    "TFewLoss": "training.losses",
-    "TFewTrainer": "training.trainer",
-    "Task": "prompts.tasks",
-    "TrainingExample": "prompts.encoding",
-    "TrainingStep": "training.trainer",
-    "evaluate": "scoring.evaluation",
-    "few_shot": "prompts.tasks",
-    "load_templates": "prompts.tasks",
-    "predict_choices": "scoring.evaluation",
-    "read_promptsource": "prompts.promptsource",
-    "read_rows": ".files.rows",
-    "spread": "scoring.evaluation",
-    "tfew_loss": "training.losses",
-    "train": "training.trainer",
-    "training_arguments": "training.trainer",
+_NAMES = {
+    "..files.rows": "read_rows",
+    ".prompts.encoding": "Encoder TrainingExample",
+    ".prompts.promptsource": "PromptTemplate read_promptsource",
+    ".prompts.tasks": "HELD_OUT_TASKS RAFT_TASKS SEEDS Task few_shot load_templates",
+    ".scoring.evaluation": "Evaluation Spread evaluate predict_choices spread",
+    ".training.losses": "TFewLoss tfew_loss",
+    ".training.trainer": "DivergedError TFewConfig TFewTrainer TrainingStep train "
+    "training_arguments",
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(importlib.import_module(_HOME[name], __name__), name)
 
 
 def __dir__() -> list[str]:

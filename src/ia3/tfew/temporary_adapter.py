@@ -1,4 +1,4 @@
-"""A base model with an adapter on it, for as long as a call lasts."""
+"""Put an adapter on a base model for the length of a `with` statement, and name its sites."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from ..model.ia3_model import IA3Model
 from ..targets.config import IA3Config, TaskType
 from ..targets.resolve import linear_in_upper_blocks
 
-# Every linear layer's output, and the feed-forward input of the architectures that name theirs. A
-# small model learns more from more sites, and in fewer steps (docs/benchmarks.md).
-SITES = "all-linear"
-
 
 def all_linear(base: BaseModel, upper_blocks: int | None = None) -> IA3Config:
-    """The config that rescales `SITES` of this model.
+    """The config that rescales the output of every linear layer, or the feed-forward input.
+
+    A small model learns more from these sites than from the paper's, and in fewer steps
+    (docs/benchmarks.md).
 
     Args:
         base: the model.
-        upper_blocks: rescale only these many uppermost blocks, which the config then names module
-            by module.
+        upper_blocks: rescale only the last `upper_blocks` blocks. The config then names each of
+            their modules.
 
     Raises:
-        IA3Error: the model has not so many blocks, or no one list of them.
+        IA3Error: the model has fewer blocks, or has no single list of blocks.
     """
     if upper_blocks is None:
-        return IA3Config(task_type=_task_type(base), target_modules=SITES)
-    # Another thread may be putting an adapter on, or off.
+        return IA3Config(task_type=_task_type(base), target_modules="all-linear")
+    # Another thread may be adding or removing an adapter.
     with base.lock:
         modules = linear_in_upper_blocks(base.model, upper_blocks)
     return IA3Config(task_type=_task_type(base), target_modules=modules)
@@ -45,26 +44,29 @@ def _task_type(base: BaseModel) -> TaskType:
 
 
 @contextmanager
-def adapted(
-    base: BaseModel, config: IA3Config, adapter: Adapter | None, source: str = "adapter"
+def temporary_adapter(
+    base: BaseModel, adapter: Adapter | IA3Config, *, source: str = "adapter"
 ) -> Iterator[IA3Model]:
-    """The base model with one adapter on it; afterwards it is as it was found.
+    """Put one adapter on the base model; on exit the model is as it was before.
 
-    The model's lock is held meanwhile.
+    The context holds the model's lock, so that threads take turns. On exit, each module has the
+    mode (training or evaluation) that it had on entry.
 
     Args:
         base: the model.
-        config: of a new adapter, whose vectors are ones.
-        adapter: put on instead of a new one.
-        source: what messages call it.
+        adapter: the adapter, or the config of a new one, whose vectors are ones.
+        source: the name of the adapter in error messages.
+
+    Yields:
+        The model with the adapter active under the name `"default"`.
 
     Raises:
-        IA3Error: the config or the adapter does not fit the model.
+        IA3Error: the adapter or the config does not fit the model.
     """
     with base.lock:
         modes = [(module, module.training) for module in base.model.modules()]
-        if adapter is None:
-            ia3_model = IA3Model(base.model, config)
+        if isinstance(adapter, IA3Config):
+            ia3_model = IA3Model(base.model, adapter)
         else:
             ia3_model = IA3Model.from_adapter(base.model, adapter, source=source)
         try:

@@ -12,7 +12,7 @@ from support.paths import SHARED
 from ia3.errors import IA3Error
 from ia3.tfew.prompts.manifest import read_manifest
 from ia3.tfew.prompts.promptsource import Rendered
-from ia3.tfew.prompts.tasks import HELD_OUT_TASKS, SEEDS, Task, few_shot, load_templates
+from ia3.tfew.prompts.tasks import Task, few_shot, load_templates
 
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
@@ -203,21 +203,6 @@ def test_splits_of_a_folder_of_datasets(folder: Path) -> None:
     )
     found = [(task.train[0]["body"], task.test[0]["body"]) for task in tasks]
     assert found == [("train", "test"), ("extra", "validation")]
-
-
-@needs_data
-def test_the_authors_samples_with_own_templates(tmp_path: Path) -> None:
-    seed = SEEDS[0]
-    lines = ["tasks:"]
-    for name in HELD_OUT_TASKS:
-        lines += [f"  {name}:", f"    data: {DATA / 'tfew' / name / f'{seed}_seed.jsonl'}"]
-    tasks = read(tmp_path, "\n".join(lines))
-    assert [task.name for task in tasks] == list(HELD_OUT_TASKS)
-    for task in tasks:
-        for row in task.train:
-            for template in task.templates:
-                asked = template.render(row)
-                assert asked is None or asked.answer is not None
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ia3.files.tables import Row, read_table
 from ia3.model.ia3_model import IA3Model
 from ia3.targets.config import IA3Config
 from ia3.tfew.prompts.encoding import Encoder
-from ia3.tfew.prompts.promptsource import PromptTemplate, read_promptsource
+from ia3.tfew.prompts.promptsource import PromptTemplate
 from ia3.tfew.prompts.tasks import (
     HELD_OUT_TASKS,
     RAFT_TASKS,
@@ -316,14 +316,6 @@ def test_a_prompt_that_does_not_fit_is_named_with_its_example():
         encode_labelled(Encoder(base, chat=False), template, ROWS[0])
 
 
-def test_a_prompt_is_cut_and_its_choices_are_not():
-    base = BaseModel(tiny_llama(max_position_embeddings=24), word_tokenizer(WORDS), "short")
-    template = template_of("t", "{{ a }} ||| {{ answer_choices[0] }}", "{{ a }} one ||| {{ a }} no")
-    encoded, _ = encode_labelled(Encoder(base, chat=False), template, {"a": "cat " * 12})
-    assert [len(choice) for choice in encoded.choices] == [13, 13]
-    assert 1 <= len(encoded.prompt) <= 24 - 13
-
-
 # -- training --------------------------------------------------------------------------------------
 
 
@@ -340,20 +332,20 @@ def test_training_examples_hold_every_template_that_asks():
             assert sorted(encoded.choices) == sorted(expected.choices)
 
 
-def test_an_example_that_nothing_asks_about_is_an_error():
-    with pytest.raises(IA3Error, match=r"'t'.*training example 1: .*'dog'"):
-        Task("t", [ONLY_CATS], ROWS).training_examples(Encoder(base_of(), chat=False))
+NO_TARGET = template_of("t", "the {{ animal }} ||| ", "no ||| yes")
 
 
-def test_an_example_without_an_answer_is_an_error():
-    template = template_of("t", "the {{ animal }} ||| ", "no ||| yes")
-    with pytest.raises(IA3Error, match=r"'t' renders no target for .*'cat'"):
-        Task("t", [template], ROWS).training_examples(Encoder(base_of(), chat=False))
-
-
-def test_a_task_without_templates_is_an_error():
-    with pytest.raises(IA3Error, match="'t' has no templates"):
-        Task("t", [], ROWS)
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ([ONLY_CATS], r"'t': no template asks anything of training example 1: .*'dog'"),
+        ([NO_TARGET], r"task 't': template 't' renders no target for .*'cat'"),
+        ([], "'t' has no templates"),
+    ],
+)
+def test_unusable_training_sets(templates, message):
+    with pytest.raises(IA3Error, match=message):
+        Task("t", templates, ROWS).training_examples(Encoder(base_of(), chat=False))
 
 
 def test_training_on_a_task_raises_its_score():
@@ -414,16 +406,18 @@ def test_macro_f1_is_the_mean_over_the_labels():
         assert score.score == pytest.approx(statistics.mean(f1))
 
 
-def test_macro_f1_needs_the_same_labels_for_all():
-    with pytest.raises(IA3Error, match=r"'own' takes its choices from each example"):
-        evaluate(base_of(), Task("t", [OWN], (), ROWS), metric="macro_f1")
-
-
-def test_nothing_to_evaluate_is_an_error():
-    with pytest.raises(IA3Error, match="'t' has no test examples"):
-        evaluate(base_of(), Task("t", [FIXED], ROWS))
-    with pytest.raises(IA3Error, match="'cats' asks nothing of any test example"):
-        evaluate(base_of(), Task("t", [ONLY_CATS], (), ROWS[1:3]))
+@pytest.mark.parametrize(
+    ("templates", "rows", "metric", "message"),
+    [
+        ([OWN], ROWS, "macro_f1", "'own' takes its choices from each example"),
+        ([FIXED], (), "accuracy", "'t' has no test examples"),
+        ([ONLY_CATS], ROWS[1:3], "accuracy", "'cats' asks nothing of any test example"),
+        ([FIXED], ROWS, "recall", "metric is 'recall', expected 'accuracy' or 'macro_f1'"),
+    ],
+)
+def test_what_cannot_be_evaluated(templates, rows, metric, message):
+    with pytest.raises(IA3Error, match=message):
+        evaluate(base_of(), Task("t", templates, (), rows), metric=metric)
 
 
 def test_scores_that_are_no_numbers_are_an_error():
@@ -443,17 +437,3 @@ def test_spread_is_the_median_and_the_quartiles(count):
     assert (result.lower, result.median, result.upper) == pytest.approx((lower, median, upper))
     assert result.interquartile_range == pytest.approx(upper - lower)
     assert spread([0.5]).median == 0.5
-
-
-@needs_data
-def test_a_task_of_promptsources_and_the_authors_files():
-    templates = read_promptsource(DATA / "promptsource" / "super_glue" / "cb")
-    rows = read_rows(DATA / "tfew" / "cb" / "42_seed.jsonl")[:4]
-    words = [word for t in templates for word in t.fixed_choices]
-    base = BaseModel(tiny_llama(), word_tokenizer(words), "llama")
-    task = Task("cb", [t for t in templates if t.original_task], rows, rows[:1])
-    examples = task.training_examples(Encoder(base, chat=False))
-    assert [len(example.encoded) for example in examples] == [15] * 4
-    evaluation = evaluate(base, task)
-    assert [score.template for score in evaluation.templates] == [t.name for t in templates]
-    assert {score.score for score in evaluation.templates} <= {0.0, 1.0}

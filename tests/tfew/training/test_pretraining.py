@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -11,14 +10,11 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from support.paths import SHARED
 from support.tfew import (
     VOCABULARY,
@@ -28,23 +24,22 @@ from support.tfew import (
     state_bits,
     word_tokenizer,
 )
-from torch import Tensor
 from transformers import GPT2Config, LlamaConfig
 
 from ia3 import FewShotClassifier, IA3Config, IA3Model
 from ia3.adapter.layout import WEIGHTS_NAME
 from ia3.adapter.store import Adapter, adapter_files, read_adapter
-from ia3.base.loading import BaseModel
+from ia3.base.loading import BaseModel, load_base_model
 from ia3.errors import IA3Error
-from ia3.files.rows import read_rows
 from ia3.tfew import TFewConfig, TrainingExample, TrainingStep, train
 from ia3.tfew.prompts.encoding import EncodedExample, Encoder
+from ia3.tfew.prompts.manifest import read_manifest
 from ia3.tfew.prompts.promptsource import PromptTemplate
-from ia3.tfew.prompts.tasks import HELD_OUT_TASKS, Task, load_templates
+from ia3.tfew.prompts.tasks import Task
 from ia3.tfew.prompts.templates import Template
 from ia3.tfew.scoring.choices import token_scores
 from ia3.tfew.training.losses import token_loss
-from ia3.tfew.training.pretraining import Mixture, mixing_rates, pretrain
+from ia3.tfew.training.pretraining import CAP, Mixture, mixing_rates, pretrain
 from ia3.tfew.training.trainer import DrawnExamples
 
 DATA = SHARED / "data"
@@ -115,36 +110,14 @@ def example(number: int) -> TrainingExample:
         ({"a": 10, "b": 1000, "c": 100}, 100, {"a": 1 / 21, "b": 10 / 21, "c": 10 / 21}),
         ({"a": 7, "b": 9000}, 1, {"a": 0.5, "b": 0.5}),
         ({"a": 7}, 500_000, {"a": 1.0}),
+        # T0's cap, by default.
+        ({"a": 500_000, "b": 5_000_000, "c": 250_000}, CAP, {"a": 0.4, "b": 0.4, "c": 0.2}),
     ],
 )
 def test_rates_by_hand(sizes: dict[str, int], cap: int, rates: dict[str, float]) -> None:
     found = mixing_rates(sizes, cap)
     assert list(found) == list(sizes)
     assert found == pytest.approx(rates)
-
-
-def test_the_cap_is_t0s_by_default() -> None:
-    rates = mixing_rates({"a": 500_000, "b": 5_000_000, "c": 250_000})
-    assert rates == pytest.approx({"a": 0.4, "b": 0.4, "c": 0.2})
-
-
-@given(
-    st.dictionaries(st.text(), st.integers(1, 10**7), min_size=1, max_size=20),
-    st.integers(1, 10**7),
-)
-def test_rates_are_proportional_below_the_cap_and_equal_above(
-    sizes: dict[str, int], cap: int
-) -> None:
-    rates = mixing_rates(sizes, cap)
-    assert sum(rates.values()) == pytest.approx(1)
-    for name, size in sizes.items():
-        for other, its_size in sizes.items():
-            if size <= cap and its_size <= cap:
-                assert rates[name] * its_size == pytest.approx(rates[other] * size)
-            elif size >= cap and its_size >= cap:
-                assert rates[name] == rates[other]
-            elif size < cap:
-                assert rates[name] < rates[other]
 
 
 @pytest.mark.parametrize(
@@ -199,23 +172,6 @@ def test_an_item_depends_on_the_seed_and_its_number_alone() -> None:
     assert drawn(Mixture(SETS, RATES, 1000, seed=6)) != numbers
     with pytest.raises(IndexError):
         mixture[1000]
-
-
-def test_the_digest_is_of_tasks_rates_examples_and_seed() -> None:
-    first = Mixture(SETS, RATES, 1000, seed=5).digest()
-    assert Mixture(SETS, RATES, 1000, seed=6).digest() != first
-    assert Mixture(SETS, RATES, 10**9, seed=5).digest() == first
-    other_rates = mixing_rates({name: len(examples) for name, examples in SETS.items()})
-    other_name = {("d" if name == "c" else name): value for name, value in SETS.items()}
-    its_rates = {("d" if name == "c" else name): value for name, value in RATES.items()}
-    other_data = {**SETS, "c": [example(201)]}
-    digests = {
-        Mixture(SETS, other_rates, 1000, seed=5).digest(),
-        Mixture(other_name, its_rates, 1000, seed=5).digest(),
-        Mixture(other_data, RATES, 1000, seed=5).digest(),
-    }
-    assert len(digests) == 3
-    assert first not in digests
 
 
 class Watched(DrawnExamples):
@@ -337,16 +293,6 @@ def test_the_base_model_is_as_it_was() -> None:
     torch.testing.assert_close(state_bits(base.model), bits, rtol=0, atol=0)
 
 
-def test_other_sites(trained: Any) -> None:
-    base, _, _ = trained
-    sites = IA3Config(task_type="CAUSAL_LM", paper_sites=True)
-    adapter = pretrain(base, TASKS, TFewConfig(steps=2, batch_size=2), sites=sites)
-    paper = IA3Model(base.model, IA3Config(task_type="CAUSAL_LM", paper_sites=True))
-    expected = set(paper.vectors("default"))
-    paper.unload()
-    assert set(adapter.vectors) == expected
-
-
 def test_a_task_of_rate_near_zero_is_hardly_learnt() -> None:
     """The rates decide what is trained on: a draw of MOVES has a chance of 1 in 1001."""
     many = Task("many", SIZE.templates, [*SIZE.train] * 500)
@@ -416,87 +362,7 @@ def test_unusable_tasks(tasks: list[Task], message: str) -> None:
     assert hook_count(base.model) == 0
 
 
-@needs_data
-def test_the_authors_samples_make_a_mixture() -> None:
-    names = [name for name in HELD_OUT_TASKS if not name.startswith("anli")]
-    tasks = [
-        Task(name, load_templates(name), read_rows(DATA / "tfew" / name / "42_seed.jsonl"))
-        for name in names
-    ]
-    # Words it does not know would make all choices the same tokens.
-    words = sorted(
-        {
-            word
-            for task in tasks
-            for template in task.templates
-            for row in task.train
-            for choice in template.choices_of(row)
-            for word in word_tokenizer().backend_tokenizer.pre_tokenizer.pre_tokenize_str(choice)
-            for word in word[:1]
-        }
-    )
-    tokenizer = word_tokenizer(words)
-    config = LlamaConfig(**{**LLAMA.to_dict(), "vocab_size": len(tokenizer)})
-    config.max_position_embeddings = 1024
-    base = BaseModel(random_model(config), tokenizer, "words")
-    steps: list[TrainingStep] = []
-    adapter = pretrain(
-        base, tasks, TFewConfig(steps=2, batch_size=16, seed=1), on_step=steps.append
-    )
-    assert len(steps) == 2
-    assert any((vector != 1).any() for vector in adapter.vectors.values())
-
-
 # -- breaks ----------------------------------------------------------------------------------------
-
-CHILD = """
-import sys, time
-from test_pretraining import GPT2, RECIPE, TASKS, base_of
-from ia3.tfew.training.pretraining import pretrain
-
-def on_step(step):
-    print(step.step, flush=True)
-    time.sleep(0.05)
-
-pretrain(base_of(GPT2), TASKS, RECIPE, on_step=on_step, checkpoints=sys.argv[1])
-"""
-
-
-@pytest.fixture(scope="module")
-def unbroken() -> tuple[dict[str, Tensor], list[TrainingStep]]:
-    """The run of `CHILD` without a break."""
-    steps: list[TrainingStep] = []
-    adapter = pretrain(base_of(GPT2), TASKS, RECIPE, on_step=steps.append)
-    return adapter.vectors, steps
-
-
-def test_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path, unbroken: Any) -> None:
-    last = random.randint(26, 49)
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(tmp_path)],
-        env=child_environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) == last:
-                process.kill()
-    finally:
-        process.kill()
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-25"]
-    after: list[TrainingStep] = []
-    found = pretrain(base_of(GPT2), TASKS, RECIPE, on_step=after.append, checkpoints=tmp_path)
-    torch.testing.assert_close(found.vectors, unbroken[0], rtol=0, atol=0)
-    # It went on from the checkpoint, and did not begin anew.
-    assert after == unbroken[1][25:]
-    # At its end it takes no further step.
-    again = pretrain(base_of(GPT2), TASKS, RECIPE, on_step=after.append, checkpoints=tmp_path)
-    torch.testing.assert_close(again.vectors, unbroken[0], rtol=0, atol=0)
-    assert len(after) == 35
 
 
 @pytest.mark.parametrize(
@@ -518,7 +384,6 @@ def test_another_mixtures_checkpoint_is_refused(tmp_path: Path, change: dict[str
 
 # -- the command -----------------------------------------------------------------------------------
 
-IA3 = Path(sys.executable).parent / "ia3"
 MANIFEST = """\
 tasks:
   size:
@@ -531,19 +396,18 @@ tasks:
     label: flies
     choices: {true: flies, false: walks}
 """
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    random_model(GPT2).save_pretrained(folder)
-    word_tokenizer(WORDS).save_pretrained(folder)
-    return folder
+# Tests may run where Ctrl-C is ignored, which a process would inherit.
+LISTENING = (
+    "import signal, sys; from ia3.cli import main; "
+    "signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv[0] = 'ia3'; main()"
+)
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with a manifest and its data."""
+    """A folder with a manifest, its data and a model."""
+    random_model(GPT2).save_pretrained(tmp_path / "model")
+    word_tokenizer(WORDS).save_pretrained(tmp_path / "model")
     (tmp_path / "tasks.yaml").write_text(MANIFEST, "utf-8")
     rows = [f"{row['animal']},{('small', 'big')[row['label']]}" for row in SIZE.train]
     (tmp_path / "size.csv").write_text("\n".join(["animal,size", *rows]), "utf-8")
@@ -552,100 +416,77 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def command(place: Path, model_folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts `ia3 pretrain` of the tiny model in the folder."""
-    started: list[subprocess.Popen[str]] = []
-    # Tests may run where Ctrl-C is ignored, which would be inherited.
-    listening = (
-        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
-        "os.execv(sys.argv[1], sys.argv[1:])"
+def start(place: Path, *arguments: Any) -> subprocess.Popen[str]:
+    """`ia3 pretrain` of the tiny model in the folder."""
+    given = ["pretrain", "tasks.yaml", *map(str, arguments), "--model", "model"]
+    return subprocess.Popen(
+        [sys.executable, "-c", LISTENING, *given],
+        cwd=place,
+        env=child_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    command = [sys.executable, "-c", listening, str(IA3), "pretrain"]
-
-    def start(*arguments: Any) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [*command, *map(str, arguments), "--model", str(model_folder)],
-            cwd=place,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
-def test_the_command(
-    place: Path, model_folder: Path, command: Callable[..., subprocess.Popen[str]]
-) -> None:
-    arguments = ["tasks.yaml", "--out", "start", "--steps", 30, "--cap", 6, "--seed", 2]
-    process = command(*arguments, "--learning-rate", 0.03, "--batch-size", 8, "--json")
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "")
+def run(place: Path, *arguments: Any) -> tuple[int, str, str]:
+    """The exit code, and what the command writes."""
+    process = start(place, *arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def test_ctrl_c_and_the_same_command_again(place: Path) -> None:
+    settings = ["--steps", 600, "--cap", 6, "--seed", 2, "--learning-rate", 0.03]
+    arguments = [*settings, "--out", "start", "--checkpoints", "run", "--json"]
+    process = start(place, *arguments)
+    while not list((place / "run").glob("checkpoint-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out, err) == (130, "", "")
+    assert not (place / "start").exists()
+    code, out, err = run(place, *arguments)
+    assert (code, err) == (0, "")
     said = json.loads(out)
     # 6 and 4 of 10.
     assert said["tasks"] == [
         {"task": "size", "examples": 8, "templates": 2, "rate": 0.6},
         {"task": "moves", "examples": 4, "templates": 1, "rate": 0.4},
     ]
-    assert (said["adapter"], said["steps"]) == ("start", 30)
+    assert (said["adapter"], said["steps"]) == ("start", 600)
     assert said["final_loss"] > 0
     assert said["seconds"] > 0
     assert said["adapter_bytes"] == (place / "start" / WEIGHTS_NAME).stat().st_size
+    # Without a break, and in this process.
     adapter = read_adapter(place / "start")
-    assert adapter.config.base_model_name_or_path == str(model_folder)
-    base = BaseModel(random_model(GPT2), word_tokenizer(WORDS), "tiny")
+    base = load_base_model(place / "model")
+    config = TFewConfig(steps=600, batch_size=16, seed=2, learning_rate=0.03)
+    whole = pretrain(base, read_manifest(place / "tasks.yaml"), config, cap=6)
+    torch.testing.assert_close(adapter.vectors, whole.vectors, rtol=0, atol=0)
+    assert adapter.config.base_model_name_or_path == "model"
     for task in TASKS:
         assert loss_of(base, task, adapter) < loss_of(base, task, None)
-    # For a person: the mixture before, a line after; and what is there is not replaced.
-    process = command("tasks.yaml", "--out", "other", "--steps", 1, "--max-tokens", 20)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (0, "")
-    assert "size" in err
-    assert "66.7%" in err
-    assert "33.3%" in err
-    assert "Trained on 2 tasks" in err
-    process = command("tasks.yaml", "--out", "other")
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out, err.count("\n")) == (1, "", 1)
+
+
+def test_the_command_for_a_person(place: Path) -> None:
+    """The mixture before, a line after; and what is there is not replaced."""
+    arguments = ["--out", "start", "--steps", 1, "--max-tokens", 20]
+    code, out, err = run(place, *arguments)
+    assert (code, out) == (0, "")
+    for said in ("size", "66.7%", "33.3%", "Trained on 2 tasks"):
+        assert said in err
+    code, out, err = run(place, *arguments)
+    assert (code, out, err.count("\n")) == (1, "", 1)
     assert "--force" in err
 
 
-def test_ctrl_c_and_the_same_command_again(
-    place: Path, command: Callable[..., subprocess.Popen[str]]
-) -> None:
-    arguments = ["tasks.yaml", "--steps", 600, "--json", "--checkpoints"]
-    process = command(*arguments, "broken", "--out", "broken-out")
-    while not list((place / "broken").glob("checkpoint-*")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out, err) == (130, "", "")
-    assert not (place / "broken-out").exists()
-    for folder in ("broken", "whole"):
-        process = command(*arguments, folder, "--out", f"{folder}-out")
-        out, err = process.communicate(timeout=120)
-        assert (process.returncode, err) == (0, "")
-    broken, whole = (read_adapter(place / f"{folder}-out") for folder in ("broken", "whole"))
-    assert broken.config == whole.config
-    torch.testing.assert_close(broken.vectors, whole.vectors, rtol=0, atol=0)
-
-
-def test_data_that_do_not_fit_leave_nothing_behind(
-    place: Path, command: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_data_that_do_not_fit_leave_nothing_behind(place: Path) -> None:
     (place / "tasks.yaml").write_text("tasks: {copa: {data: size.csv}}", "utf-8")
     before = set(place.iterdir())
-    process = command("tasks.yaml", "--out", "start", "--checkpoints", "run", "--json")
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out, err.count("\n")) == (1, "", 1), err
+    code, out, err = run(place, "--out", "start", "--checkpoints", "run", "--json")
+    assert (code, out, err.count("\n")) == (1, "", 1), err
     assert err.startswith("error: task 'copa': template")
     assert "not 'choice1', 'choice2'" in err
     assert set(place.iterdir()) == before

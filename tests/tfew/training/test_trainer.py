@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.scoring import NOT_SHARING, SHARING
 from support.tfew import (
     VOCABULARY,
     child_environment,
@@ -28,8 +29,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    BloomConfig,
-    GPT2Config,
     LlamaConfig,
     TrainerCallback,
 )
@@ -40,15 +39,11 @@ from ia3.errors import IA3Error
 from ia3.tfew import TFewConfig, TFewTrainer, TrainingExample, TrainingStep, train
 from ia3.tfew import training_arguments as make_arguments
 from ia3.tfew.prompts.encoding import EncodedExample
-from ia3.tfew.scoring.choices import choice_scores, example_batches, token_scores
+from ia3.tfew.scoring.choices import choice_scores, token_scores
 from ia3.tfew.training.losses import token_loss
 
-DROPOUT = GPT2Config(
-    vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=64, initializer_range=0.2
-)
-BLOOM = BloomConfig(
-    vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2
-)
+# Its steps depend on the random state.
+DROPOUT = SHARING["gpt2"]
 RECIPE = TFewConfig(steps=10, batch_size=2, seed=3)
 
 
@@ -73,7 +68,6 @@ def training_set(count: int = 5) -> list[TrainingExample]:
 
 
 def base_with_dropout() -> BaseModel:
-    """Its steps depend on the random state."""
     return random_base(DROPOUT)
 
 
@@ -308,7 +302,7 @@ class Gradients(TrainerCallback):  # type: ignore[misc]
 
 BASES: dict[str, Callable[[], BaseModel]] = {
     "llama": lambda: BaseModel(tiny_llama(), word_tokenizer(), "llama"),
-    "bloom": lambda: random_base(BLOOM),
+    "bloom": lambda: random_base(NOT_SHARING["bloom"]),
     "t5": lambda: BaseModel(tiny_t5(), word_tokenizer(), "t5"),
 }
 
@@ -389,25 +383,6 @@ def test_no_more_tokens_than_given_are_computed_at_once(kind: str, max_tokens: i
         found = choice_scores(base, examples[1:], max_tokens=max_tokens)
     assert max(sizes) <= max_tokens
     torch.testing.assert_close(found, whole.mean_log_probs()[1:, :5], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", BASES)
-def test_one_choice_that_is_longer_than_given_is_computed_alone(kind: str) -> None:
-    base = BASES[kind]()
-    example = encoded(random.Random(0), 9, [2, 3, 1])
-    with torch.no_grad():
-        scores = token_scores(base, [example], max_tokens=1)
-        whole = token_scores(base, [example])
-    torch.testing.assert_close(scores.log_probs, whole.log_probs, rtol=1e-5, atol=1e-5)
-
-
-def test_every_example_is_in_one_batch() -> None:
-    base = BASES["llama"]()
-    generator = random.Random(0)
-    examples = [encoded(generator, generator.randint(2, 30), [1, 2]) for _ in range(20)]
-    batches = list(example_batches(base, examples, 50))
-    assert sorted(i for batch in batches for i in batch) == list(range(20))
-    assert len(batches) < 20
 
 
 # -- the Trainer's settings ------------------------------------------------------------------------
@@ -553,22 +528,3 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert state_bits(other).keys() == before.keys()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         classifier(init_from=tmp_path / "nowhere").fit(TEXTS, LABELS)
-
-
-def test_a_fit_that_was_stopped_goes_on(tmp_path: Path) -> None:
-    def stop(step: TrainingStep) -> None:
-        if step.step == 5:
-            raise StoppedError
-
-    settings = {"steps": 30, "max_tokens": 20}
-    whole = classifier(**settings).fit(TEXTS, LABELS)
-    with pytest.raises(StoppedError):
-        classifier(**settings).fit(TEXTS, LABELS, checkpoints=tmp_path, on_step=stop)
-    assert not list(tmp_path.glob("checkpoint-*"))
-    found = classifier(**settings).fit(TEXTS, LABELS, checkpoints=tmp_path)
-    torch.testing.assert_close(found.adapter_.vectors, whole.adapter_.vectors, rtol=0, atol=0)
-    assert found.history_ == whole.history_
-    again = classifier(**settings).fit(TEXTS, LABELS, checkpoints=tmp_path)
-    assert again.history_ == whole.history_
-    with pytest.raises(IA3Error, match="another run's: it had steps=30, this one 31"):
-        classifier(**{**settings, "steps": 31}).fit(TEXTS, LABELS, checkpoints=tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ...base.loading import BaseModel
@@ -69,7 +70,8 @@ class Encoder:
         self._encoder_decoder = base.is_encoder_decoder
         self._max_length = context_length(base)
         self._max_prompt_tokens = max_prompt_tokens
-        self._choice_ids: dict[str, tuple[tuple[int, ...], ...]] = {}
+        # The same choices follow the same end of a prompt again and again.
+        self._choice_ids = lru_cache(maxsize=1024)(self._choice_ids_after)
 
     def encode(
         self,
@@ -99,7 +101,7 @@ class Encoder:
         prompt = self._prompt_ids(text)
         if not prompt:
             raise IA3Error(f"the prompt {text!r} has no token: there is nothing to answer")
-        choices = self._choices_after(text, words)
+        choices = self._choice_ids(text[-_TAIL_CHARACTERS:], words)
         room = self._max_length
         if not self._encoder_decoder:
             room -= max(len(choice) for choice in choices)
@@ -109,9 +111,7 @@ class Encoder:
             limit = f"max_prompt_tokens is {room}"
         if len(prompt) > room:
             self.truncated += 1
-            prompt = self._truncated_prompt(
-                dict(example), template, words, len(prompt), room, limit
-            )
+            prompt = self._truncated_prompt(dict(example), template, words, prompt, room, limit)
         return EncodedExample(prompt, choices)
 
     def _prompt_text(
@@ -136,17 +136,8 @@ class Encoder:
             ids = ids if self._chat else ids[:-1]
         return tuple(ids)
 
-    def _choices_after(self, prompt: str, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-        """Token ids of the choices: with the separating space, and what follows a prompt's end."""
-        tail = prompt[-_TAIL_CHARACTERS:]
-        if words != tuple(self.answer_choices):
-            # An example's own choices hardly come again.
-            return self._choice_ids_after(tail, words)
-        if tail not in self._choice_ids:
-            self._choice_ids[tail] = self._choice_ids_after(tail, words)
-        return self._choice_ids[tail]
-
     def _choice_ids_after(self, tail: str, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of the choices, with the separating space, behind the end of a prompt."""
         if self._encoder_decoder:
             ids = [tuple(self._tokenizer(word)["input_ids"]) for word in words]
         else:
@@ -167,12 +158,11 @@ class Encoder:
         example: dict[str, Any],
         template: Template,
         words: tuple[str, ...],
-        length: int,
+        prompt: tuple[int, ...],
         room: int,
         limit: str,
     ) -> tuple[int, ...]:
-        prompt: tuple[int, ...] = ()
-        while length > room:
+        while len(prompt) > room:
             texts = {name: v for name, v in example.items() if isinstance(v, str) and v}
             longest = max(
                 (name for name in texts if template.reads(name)),
@@ -181,11 +171,11 @@ class Encoder:
             )
             if longest is None:
                 raise IA3Error(
-                    f"template {template.name!r} needs {length} tokens without any text; {limit}"
+                    f"template {template.name!r} needs {len(prompt)} tokens without any text; "
+                    f"{limit}"
                 )
-            example[longest] = self._without_last_tokens(texts[longest], length - room)
+            example[longest] = self._without_last_tokens(texts[longest], len(prompt) - room)
             prompt = self._prompt_ids(self._prompt_text(example, template, words))
-            length = len(prompt)
         return prompt
 
     def _without_last_tokens(self, text: str, count: int) -> str:
@@ -197,7 +187,7 @@ class Encoder:
         offsets = self._tokenizer(
             text, add_special_tokens=False, truncation=False, return_offsets_mapping=True
         )["offset_mapping"]
-        # Where the first token that is cut begins: a character of several tokens is cut whole.
+        # The place where the first token to cut begins: a character of several tokens goes whole.
         end = offsets[-count][0] if count < len(offsets) else 0
         return text[: min(end, len(text) - 1)]
 
@@ -211,15 +201,14 @@ def _ids_after(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> tu
 
 
 def context_length(base: BaseModel) -> int:
-    """Tokens the model takes: what its positions allow, else what its tokenizer says."""
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        value = getattr(base.model.config, name, None)
-        if (
-            isinstance(value, int)
-            and value > 0
-            and getattr(base.model.config, "model_type", "") not in ("t5", "mt5")
-        ):
-            return value
+    """How many tokens the model takes: by its positions, else by its tokenizer."""
+    config = base.model.config
+    # T5's relative positions have no end, whatever its config says.
+    if getattr(config, "model_type", "") not in ("t5", "mt5"):
+        for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+            value = getattr(config, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
     return int(min(base.tokenizer.model_max_length, 10**9))
 
 

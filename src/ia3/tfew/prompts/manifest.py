@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ...errors import IA3Error, did_you_mean
+from ...errors import IA3Error, did_you_mean, naming
 from ...files.rows import read_rows, source_of
 from ...files.tables import Row
 from ...files.yaml import read_yaml
@@ -17,25 +17,10 @@ from .promptsource import PromptTemplate, read_promptsource
 from .tasks import HELD_OUT_TASKS, RAFT_TASKS, Task, few_shot, load_templates
 from .templates import ALL_FIELDS, ANSWER_CHOICES, SEPARATOR, Template
 
-KEYS = (
-    "data",
-    "split",
-    "subset",
-    "test",
-    "test_split",
-    "k",
-    "seed",
-    "templates",
-    "template",
-    "label",
-    "choices",
-)
-_NEEDS = {
-    "seed": "k",
-    "label": "template",
-    "choices": "template",
-    "test_split": "test",
-}
+_DATA_KEYS = ("data", "split", "subset", "test", "test_split", "k", "seed")
+KEYS = (*_DATA_KEYS, "templates", "template", "label", "choices")
+# A key -> the key that it belongs to.
+_NEEDS = {"seed": "k", "label": "template", "choices": "template", "test_split": "test"}
 EXPECTED = "expected 'tasks:' and under it a mapping from names to tasks"
 
 
@@ -91,24 +76,18 @@ def read_manifest(path: str | Path) -> list[Task]:
     return tasks
 
 
-# -- the file --------------------------------------------------------------------------------------
-
-
 def read_manifest_file(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """A manifest's keys and values, every scalar as the text that is written.
 
     Raises:
         FileNotFoundError: there is no such file.
-        IA3Error: it is not YAML, no mapping, or has a key that is not among these.
+        IA3Error: it is not YAML, not a mapping, or has a key that is not among these.
     """
     content = read_yaml(path, "a YAML file of tasks", as_text=True)
     if not isinstance(content, dict):
         raise IA3Error(f"{path} is {shown(content)}, {EXPECTED}")
-    for key in content:
-        if key not in keys:
-            raise IA3Error(
-                f"{path}: unknown key {shown(key)}, {EXPECTED}{did_you_mean(str(key), keys)}"
-            )
+    with naming(str(path)):
+        check_keys(content, keys, EXPECTED)
     return content
 
 
@@ -116,7 +95,7 @@ def tasks_in(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]
     """Task name -> its keys and values.
 
     Raises:
-        IA3Error: there are none, or one is no mapping.
+        IA3Error: there are none, or one is not a mapping.
     """
     tasks = content.get("tasks")
     if not isinstance(tasks, dict) or not tasks:
@@ -129,27 +108,6 @@ def tasks_in(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]
                 f"{path}: task {name!r} is {shown(entry)}, expected a mapping with the key 'data'"
             )
     return tasks
-
-
-@contextmanager
-def naming(where: str) -> Iterator[None]:
-    """Errors that say where."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{where}: {error}") from error
-    except IA3Error as error:
-        raise IA3Error(f"{where}: {error}") from error
-
-
-def check_keys(entry: Mapping[str, Any], keys: Sequence[str]) -> None:
-    """Raise `IA3Error` for a key that is not among these."""
-    for key in entry:
-        if key not in keys:
-            raise IA3Error(
-                f"unknown key {shown(key)}, expected some of {', '.join(keys)}"
-                f"{did_you_mean(str(key), keys)}"
-            )
 
 
 # -- a task ----------------------------------------------------------------------------------------
@@ -184,8 +142,8 @@ def _task(folder: Path, name: str, entry: dict[str, Any]) -> Task:
 
 def _written_templates(folder: Path, name: str, entry: dict[str, Any]) -> list[PromptTemplate]:
     """Those of a promptsource file, or this project's own."""
-    named = text_of(entry, "templates")
     own = (*HELD_OUT_TASKS, *RAFT_TASKS)
+    named = text_of(entry, "templates")
     if named is None and name not in own:
         raise IA3Error(
             "there are no templates of this name: expected 'templates' or 'template'"
@@ -193,15 +151,13 @@ def _written_templates(folder: Path, name: str, entry: dict[str, Any]) -> list[P
         )
     named = named or name
     with naming("templates"):
-        if named in own:
+        file = folder / named
+        if named in own or not (file.exists() or "/" in named or file.suffix):
             found = load_templates(named)
-        elif (folder / named).exists():
-            found = read_promptsource(folder / named)
-        elif "/" in named or Path(named).suffix:
-            raise FileNotFoundError(f"{folder / named} does not exist")
+        elif file.exists():
+            found = read_promptsource(file)
         else:
-            # Says which there are.
-            found = load_templates(named)
+            raise FileNotFoundError(f"{file} does not exist")
         templates = [t for t in found if t.original_task and t.choices is not None]
         if not templates:
             raise IA3Error(
@@ -229,56 +185,44 @@ def _inline_templates(
                     "another name"
                 )
     column = text_of(entry, "label") or "label"
-    words = _words(entry, column, train, test)
+    rows = (*train, *test)
+    words = choices_of(entry)
+    if words is None:
+        words = {label: readable(label) for label in sorted({_label(row, column) for row in train})}
+    _check_words(words, column, rows)
     # Python writes a text as Jinja reads it, so that braces in a label are no template.
     choices = f" {SEPARATOR} ".join(f"{{{{ {text!r} }}}}" for text in words.values())
     order = {label: index for index, label in enumerate(words)}
-    as_rendered = {str(row[column]): order[_label(row, column)] for row in (*train, *test)} | order
+    as_rendered = {str(row[column]): order[_label(row, column)] for row in rows} | order
     target = f"{{{{ answer_choices[{as_rendered!r}[fields[{column!r}] | string]] }}}}"
     return [
         PromptTemplate(
-            source,
-            Template(f"{source} {SEPARATOR} {target}", source),
-            Template(choices, source),
+            source, Template(f"{source} {SEPARATOR} {target}", source), Template(choices, source)
         )
         for source in sources
     ]
 
 
-def _words(
-    entry: dict[str, Any], column: str, train: Sequence[Row], test: Sequence[Row]
-) -> dict[str, str]:
-    """Label -> the words that are ranked for it."""
-    given = entry.get("choices")
-    if given is None:
-        words = {label: readable(label) for label in sorted({_label(r, column) for r in train})}
-    elif isinstance(given, dict):
-        words = given
-    else:
-        raise IA3Error(f"choices is {shown(given)}, expected a mapping from labels to words")
-    for label, text in words.items():
-        if not isinstance(text, str) or not text.strip():
-            raise IA3Error(f"choices: the words of {label!r} are {shown(text)}, expected a text")
+def _check_words(words: Mapping[str, str], column: str, rows: Sequence[Row]) -> None:
+    """Raise where the words cannot be told apart, or a row has another label."""
+    for text in words.values():
         if SEPARATOR in text:
             raise IA3Error(f"choices: the words {text!r} hold {SEPARATOR!r}, which separates them")
-    words = {label: text.strip() for label, text in words.items()}
     if len(words) < 2:
         raise IA3Error(f"the labels are {list(words)}, expected at least two")
-    for text in words.values():
-        same = [other for other in words if words[other] == text]
-        if len(same) > 1:
+    for one, other in combinations(words, 2):
+        if words[one] == words[other]:
             raise IA3Error(
-                f"the labels {same[0]!r} and {same[1]!r} have the same words {text!r}: give other "
+                f"the labels {one!r} and {other!r} have the same words {words[one]!r}: give other "
                 "words in 'choices'"
             )
-    for row in (*train, *test):
+    for row in rows:
         label = _label(row, column)
         if label not in words:
             raise IA3Error(
                 f"{row.where}: the label {label!r} is not among the choices {list(words)}"
                 f"{did_you_mean(label, words)}"
             )
-    return words
 
 
 def _label(row: Row, column: str) -> str:
@@ -298,6 +242,33 @@ def _label(row: Row, column: str) -> str:
 # -- values ----------------------------------------------------------------------------------------
 
 
+def check_keys(entry: Mapping[str, Any], keys: Sequence[str], expected: str = "") -> None:
+    """Raise `IA3Error` for a key that is not among these.
+
+    Args:
+        entry: a mapping of the manifest.
+        keys: that it may have.
+        expected: what the message says was expected; by default the keys.
+    """
+    expected = expected or f"expected some of {', '.join(keys)}"
+    for key in entry:
+        if key not in keys:
+            raise IA3Error(f"unknown key {shown(key)}, {expected}{did_you_mean(str(key), keys)}")
+
+
+def choices_of(entry: Mapping[str, Any]) -> dict[str, str] | None:
+    """The words to rank, by label, under `choices`; `None` if it is not there."""
+    given = entry.get("choices")
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise IA3Error(f"choices is {shown(given)}, expected a mapping from labels to words")
+    for label, words in given.items():
+        if not isinstance(words, str) or not words.strip():
+            raise IA3Error(f"choices: the words of {label!r} are {shown(words)}, expected a text")
+    return {label: words.strip() for label, words in given.items()}
+
+
 def text_of(entry: Mapping[str, Any], key: str) -> str | None:
     """A text; `None` if it is not there."""
     value = entry.get(key)
@@ -308,13 +279,11 @@ def text_of(entry: Mapping[str, Any], key: str) -> str | None:
 
 def texts_of(entry: Mapping[str, Any], key: str) -> list[str] | None:
     """A text or a list of texts, as a list; `None` if it is not there."""
-    given = entry.get(key)
-    texts = [given] if isinstance(given, str) else given
-    if key in entry and (
-        not isinstance(texts, list)
-        or not texts
-        or not all(isinstance(text, str) and text.strip() for text in texts)
-    ):
+    if key not in entry:
+        return None
+    given = entry[key]
+    texts = given if isinstance(given, list) else [given]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise IA3Error(f"{key} is {shown(given)}, expected a text or a list of texts")
     return texts
 
@@ -330,7 +299,7 @@ def whole_number(entry: Mapping[str, Any], key: str) -> int | None:
 
 
 def shown(value: Any) -> str:
-    """A value for a message; never a whole structure, which may refer to itself a thousandfold."""
+    """A value for a message, in few words: references in YAML can make it as long as they like."""
     if value is None or value == "":
         return "empty"
     if isinstance(value, str):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ...errors import IA3Error
+from ...errors import IA3Error, naming
 from ...files.yaml import read_yaml
 from .templates import SEPARATOR, Template
 
@@ -30,19 +31,17 @@ class PromptTemplate:
     """A prompt, its target and the answer choices, all rendered from an example's fields.
 
     Attributes:
-        name: what messages and results call it.
+        name: for messages and results.
         prompt: the prompt's template, whose `|||` begins the target.
         choices: renders the answer choices with `|||` between them; `None` where the target is
-            free text, which nothing here can rank.
-        original_task: whether it poses the data set's own task, as opposed to one made from it.
-        metrics: names of the scores it is meant for.
+            free text, which cannot be ranked.
+        original_task: whether it asks for the data set's own labels.
     """
 
     name: str
     prompt: Template
     choices: Template | None
     original_task: bool = True
-    metrics: tuple[str, ...] = ("Accuracy",)
 
     @property
     def fixed_choices(self) -> tuple[str, ...] | None:
@@ -62,7 +61,7 @@ class PromptTemplate:
         try:
             choices = tuple(self.choices.parts(example, ()))
         except IA3Error as error:
-            raise IA3Error(f"{error}, in its answer choices for {shown(example)}") from error
+            raise IA3Error(f"{error}, in its answer choices for {described(example)}") from error
         if not any(choices):
             raise self._error("renders no answer choices", example)
         for index, choice in enumerate(choices):
@@ -80,13 +79,12 @@ class PromptTemplate:
             labelled: `False` leaves the target unrendered, whose fields may then be missing.
 
         Returns:
-            `None` where the template has nothing to ask of this example: its prompt is empty. The
-            answer is `None` where the target is empty, as promptsource's files have it for a label
-            that is not known.
+            `None` where the prompt is empty: the template asks nothing of this example. The answer
+            is `None` where the target is empty, as in promptsource's files for an unknown label.
 
         Raises:
             IA3Error: a field is missing, the choices are unusable (see `choices_of`), the target is
-                none of them, or the template reaches for Python internals.
+                not one of them, or the template reaches for Python internals.
         """
         choices = self.choices_of(example)
         try:
@@ -95,7 +93,7 @@ class PromptTemplate:
                 return Rendered(prompt, choices, None) if prompt else None
             parts = self.prompt.parts(example, choices)
         except IA3Error as error:
-            raise IA3Error(f"{error}, for {shown(example)}") from error
+            raise IA3Error(f"{error}, for {described(example)}") from error
         if not parts[0]:
             return None
         if len(parts) != 2:
@@ -114,7 +112,7 @@ class PromptTemplate:
         return Rendered(prompt, choices, choices.index(target))
 
     def _error(self, problem: str, example: Mapping[str, Any]) -> IA3Error:
-        return IA3Error(f"template {self.name!r} {problem}, for {shown(example)}")
+        return IA3Error(f"template {self.name!r} {problem}, for {described(example)}")
 
 
 def read_promptsource(path: str | Path) -> list[PromptTemplate]:
@@ -139,48 +137,43 @@ def read_promptsource(path: str | Path) -> list[PromptTemplate]:
     entries = content.get("templates") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not entries:
         raise IA3Error(f"{path} has no templates, expected a mapping under 'templates'")
-    templates: dict[str, PromptTemplate] = {}
-    for key, entry in entries.items():
-        template = _template(path, key, entry)
-        if template.name in templates:
-            raise IA3Error(f"{path} has two templates of the name {template.name!r}")
-        templates[template.name] = template
-    return [templates[name] for name in sorted(templates)]
+    with naming(str(path)):
+        templates = sorted((_template(*item) for item in entries.items()), key=lambda t: t.name)
+        for one, following in pairwise(templates):
+            if one.name == following.name:
+                raise IA3Error(f"there are two templates of the name {one.name!r}")
+    return templates
 
 
-def _template(path: Path, key: Any, entry: Any) -> PromptTemplate:
+def _template(key: Any, entry: Any) -> PromptTemplate:
     if not isinstance(entry, dict):
-        raise IA3Error(f"{path}: template {key!r} is {type(entry).__name__}, expected a mapping")
+        raise IA3Error(f"template {key!r} is {type(entry).__name__}, expected a mapping")
     name = entry.get("name")
     if not isinstance(name, str) or not name:
-        raise IA3Error(f"{path}: the name of template {key!r} is {name!r}, expected a text")
+        raise IA3Error(f"the name of template {key!r} is {name!r}, expected a text")
     jinja, choices = entry.get("jinja"), entry.get("answer_choices")
     if not isinstance(jinja, str):
-        raise IA3Error(f"{path}: jinja of template {name!r} is {jinja!r}, expected a text")
+        raise IA3Error(f"jinja of template {name!r} is {jinja!r}, expected a text")
     if SEPARATOR not in jinja:
-        raise IA3Error(f"{path}: template {name!r} has no '{SEPARATOR}' before its target")
+        raise IA3Error(f"template {name!r} has no '{SEPARATOR}' before its target")
     if not isinstance(choices, str | None):
         raise IA3Error(
-            f"{path}: answer_choices of template {name!r} is {choices!r}, expected a text with "
+            f"answer_choices of template {name!r} is {choices!r}, expected a text with "
             f"'{SEPARATOR}' between the choices (put it in quotes)"
         )
     metadata = entry.get("metadata") or {}
     if not isinstance(metadata, dict):
-        raise IA3Error(f"{path}: metadata of template {name!r} is {metadata!r}")
-    try:
-        return PromptTemplate(
-            name,
-            Template(jinja, name),
-            Template(choices, name) if choices else None,
-            bool(metadata.get("original_task")),
-            tuple(str(metric) for metric in metadata.get("metrics") or ()),
-        )
-    except IA3Error as error:
-        raise IA3Error(f"{path}: {error}") from error
+        raise IA3Error(f"metadata of template {name!r} is {metadata!r}, expected a mapping")
+    return PromptTemplate(
+        name,
+        Template(jinja, name),
+        Template(choices, name) if choices else None,
+        bool(metadata.get("original_task")),
+    )
 
 
-def shown(example: Mapping[str, Any]) -> str:
-    """The example for a message: where it stands, if it says so, and its fields, cut short."""
+def described(example: Mapping[str, Any]) -> str:
+    """An example for a message: its place, if it says so, and its fields, cut short."""
     where = getattr(example, "where", None)
     text = repr(dict(example))
     text = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

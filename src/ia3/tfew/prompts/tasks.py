@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ...errors import IA3Error, did_you_mean
-from .encoding import EncodedExample, Encoder
-from .promptsource import PromptTemplate, read_promptsource, shown
-
-if TYPE_CHECKING:
-    from .encoding import TrainingExample
+from ...errors import IA3Error, did_you_mean, naming
+from .encoding import EncodedExample, Encoder, TrainingExample
+from .promptsource import PromptTemplate, described, read_promptsource
 
 _Row = TypeVar("_Row")
 
@@ -23,30 +20,13 @@ SEEDS = (42, 1024, 0, 1, 32)
 
 # The tasks held out of T0's training, on which the paper compares methods (section 4.1).
 HELD_OUT_TASKS = (
-    "copa",
-    "h-swag",
-    "storycloze",
-    "anli-r1",
-    "anli-r2",
-    "anli-r3",
-    "cb",
-    "rte",
-    "wsc",
-    "winogrande",
-    "wic",
+    *("copa", "h-swag", "storycloze", "anli-r1", "anli-r2", "anli-r3"),
+    *("cb", "rte", "wsc", "winogrande", "wic"),
 )
 RAFT_TASKS = (
-    "ade_corpus_v2",
-    "banking_77",
-    "neurips_impact_statement_risks",
-    "one_stop_english",
-    "overruling",
-    "semiconductor_org_types",
-    "systematic_review_inclusion",
-    "tai_safety_research",
-    "terms_of_service",
-    "tweet_eval_hate",
-    "twitter_complaints",
+    *("ade_corpus_v2", "banking_77", "neurips_impact_statement_risks", "one_stop_english"),
+    *("overruling", "semiconductor_org_types", "systematic_review_inclusion"),
+    *("tai_safety_research", "terms_of_service", "tweet_eval_hate", "twitter_complaints"),
 )
 
 _TEMPLATE_FILES = Path(__file__).parent / "template_files"
@@ -58,8 +38,7 @@ _SAME_TEMPLATES = {"anli-r1": "anli", "anli-r2": "anli", "anli-r3": "anli"}
 class Task:
     """A data set and the ways to ask for its labels.
 
-    An example's label is what a template's target renders, so no field is named here: the
-    templates know which it is.
+    An example's label is what a template's target renders: the templates know which field it is.
 
     Attributes:
         name: for results and messages.
@@ -88,22 +67,16 @@ class Task:
             IA3Error: an example has no answer, no template asks anything of it, or see
                 `PromptTemplate.render` and `Encoder.encode`.
         """
-        # Brings transformers' Trainer, which reading and evaluation do without.
-        from .encoding import TrainingExample
-
         examples = []
         for number, row in enumerate(self.train):
-            encoded = []
-            for template in self.templates:
-                labelled = encode_labelled(encoder, template, row)
-                if labelled is not None:
-                    encoded.append(_right_choice_first(*labelled))
-            if not encoded:
-                raise IA3Error(
-                    f"task {self.name!r}: no template asks anything of training example {number}: "
-                    f"{dict(row)!r}"
-                )
-            examples.append(TrainingExample(tuple(encoded), 0))
+            with naming(f"task {self.name!r}"):
+                labelled = [encode_labelled(encoder, template, row) for template in self.templates]
+                encoded = tuple(_right_choice_first(*each) for each in labelled if each is not None)
+                if not encoded:
+                    raise IA3Error(
+                        f"no template asks anything of training example {number}: {dict(row)!r}"
+                    )
+            examples.append(TrainingExample(encoded, 0))
         return examples
 
 
@@ -124,19 +97,20 @@ def encode_labelled(
         return None
     named = f"template {template.name!r}"
     if rendered.answer is None:
-        raise IA3Error(f"{named} renders no target for {shown(row)}: expected a labelled example")
+        raise IA3Error(
+            f"{named} renders no target for {described(row)}: expected a labelled example"
+        )
     try:
         return encoder.encode(row, template.prompt, rendered.choices), rendered.answer
     except IA3Error as error:
         problem = str(error) if str(error).startswith(named) else f"{named}: {error}"
-        raise IA3Error(f"{problem}, for {shown(row)}") from error
+        raise IA3Error(f"{problem}, for {described(row)}") from error
 
 
 def _right_choice_first(encoded: EncodedExample, answer: int) -> EncodedExample:
     choices = encoded.choices
-    return EncodedExample(
-        encoded.prompt, (choices[answer], *choices[:answer], *choices[answer + 1 :])
-    )
+    others = (*choices[:answer], *choices[answer + 1 :])
+    return EncodedExample(encoded.prompt, (choices[answer], *others))
 
 
 def load_templates(task: str) -> list[PromptTemplate]:

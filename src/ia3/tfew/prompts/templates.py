@@ -14,7 +14,6 @@ from ...errors import IA3Error, MissingExtraError, did_you_mean
 try:
     from jinja2 import (
         StrictUndefined,
-        TemplateError,
         TemplateSyntaxError,
         UndefinedError,
         meta,
@@ -31,11 +30,11 @@ ANSWER_CHOICES = "answer_choices"
 ALL_FIELDS = "fields"
 SEPARATOR = "|||"
 
-# What separates the parts once they are rendered: three bars in a field separate nothing.
+# Stands for the separator while a template renders, so that three bars in a field separate nothing.
 _RENDERED_SEPARATOR = f"\0{SEPARATOR}\0"
 
 # Templates come with adapters from anywhere, and `'a' * 10**10` would take the machine's memory.
-# The plain ways to make something that large are bounded or left out.
+# The environment bounds the plain ways to make something that large, or leaves them out.
 _LARGEST = 100_000
 _PADDING_METHODS = frozenset(
     ("center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill")
@@ -47,7 +46,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**", "%", "+"))
 
     def __init__(self) -> None:
-        # Not optimised: constants would be folded when a template is compiled, past the bounds.
+        # Not optimised: the compiler would compute constants without the bounds.
         super().__init__(undefined=StrictUndefined, autoescape=False, optimized=False)
         del self.globals["lipsum"]
         for name in _PADDING_FILTERS:
@@ -74,13 +73,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-# A field may be cut at its end to fit the model: the draw must not change with it.
+# The draw depends on so many characters of a field, whose end may be cut to fit the model.
 _DRAWN_BY = 8
 
 
 @pass_context
 def _choice(context: Context, items: Sequence[Any]) -> Any:
-    """One of the items: for the same example always the same, so that prompt and target agree."""
+    """One of the items, for one example always the same, so that prompt and target agree."""
     fields = {
         name: value[:_DRAWN_BY] if isinstance(value, str) else value
         for name, value in context[ALL_FIELDS].items()
@@ -106,7 +105,7 @@ class Template:
 
     Args:
         source: e.g. `"{{ text }}\\nIs this review positive or negative?"`.
-        name: what messages call it; by default its source.
+        name: for messages; by default the source.
 
     Raises:
         IA3Error: the source is not Jinja.
@@ -127,7 +126,7 @@ class Template:
         variables = meta.find_undeclared_variables(parsed) - _environment.globals.keys()
         lookups = _lookups(parsed)
         self._variables = frozenset({*variables, *lookups})
-        # Whatever else is done with `fields` may read them all.
+        # Any other use of `fields` may read all of them.
         uses = [name for name in parsed.find_all(nodes.Name) if name.name == ALL_FIELDS]
         self._reads_all = len(uses) > len(lookups)
         self._assigned = frozenset(
@@ -140,7 +139,7 @@ class Template:
         return not self._variables
 
     def assigns(self, name: str) -> bool:
-        """Whether the template gives this name a value of its own somewhere."""
+        """Whether the template assigns this name somewhere."""
         return name in self._assigned
 
     def reads(self, field: str) -> bool:
@@ -163,7 +162,7 @@ class Template:
         return prompt.strip() if SEPARATOR in self.source else prompt.rstrip()
 
     def parts(self, example: Mapping[str, Any], answer_choices: Sequence[str]) -> list[str]:
-        """All that is rendered, split at the template's `|||`, without white space at any end.
+        """The prompt and the target, split at the template's `|||`, without white space around.
 
         Raises:
             IA3Error: as in `render`.
@@ -174,7 +173,7 @@ class Template:
 
     @contextmanager
     def _explained(self, example: Mapping[str, Any]) -> Iterator[None]:
-        """Whatever rendering raises, as an error that names the template."""
+        """Within the context, every exception becomes an error that names the template."""
         try:
             yield
         except UndefinedError as error:
@@ -187,16 +186,7 @@ class Template:
             ) from error
         except SecurityError as error:
             raise IA3Error(f"template {self.name!r} is refused: {error}") from error
-        except (
-            ArithmeticError,
-            AttributeError,
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            RecursionError,
-            MemoryError,
-        ) as error:
+        except Exception as error:
             raise IA3Error(f"template {self.name!r}: {type(error).__name__}: {error}") from error
 
 

@@ -13,6 +13,7 @@ from ...base.loading import BaseModel
 from ...errors import IA3Error, MissingExtraError
 from ..prompts.encoding import EncodedExample, Encoder
 from ..prompts.tasks import Task, encode_labelled
+from .choices import MAX_TOKENS
 from .prefix import ranking_scores
 
 try:
@@ -78,7 +79,7 @@ def evaluate(
     *,
     metric: Metric = "accuracy",
     chat: bool = False,
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Rank the choices of every test example, under every template (paper section 3.5).
@@ -128,7 +129,7 @@ def predict_choices(
     base: BaseModel,
     examples: Sequence[EncodedExample],
     *,
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> list[int]:
     """The index of each example's most likely choice, by length-normalised log-probability.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
@@ -14,39 +13,27 @@ from torch import Tensor, nn
 
 from ...base.loading import BaseModel
 from ..prompts.encoding import EncodedExample
+from .answer_tokens import AnswerTokens, answer_scores, evaluating, output_layer, project_only
 from .choices import MAX_TOKENS, choice_groups, choice_scores, longest_sequence, longest_shared
-from .shared_prompt import (
-    Targets,
-    TreeRow,
-    common_prefix,
-    evaluating,
-    expanded_scores,
-    output_layer,
-    project_only,
-    scores,
-    tree_inputs,
-    tree_length,
-    tried_out,
-    verdict,
-)
+from .expanded import expanded_scores
+from .probe import proves_equal
+from .shared_prompt import TreeRow, common_prefix, tree_inputs, tree_length
 from .token_scores import TokenScores
 
-# So many tokens follow a cached prefix at once. More would spend attention on what the mask hides.
+# How many tokens follow a cached prefix at once. More would spend attention on what the mask hides.
 ROW = 512
-# From so many tokens on that all prompts begin with, keeping their keys and values saves time.
+# Caching the keys and values of a shorter common prefix saves no time.
 WORTH_CACHING = 64
-
-_verdicts: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """What prompts begin with, as a model has computed it.
+    """The keys and values of what prompts begin with.
 
     Attributes:
-        ids: its tokens.
-        layers: each layer's keys and values, `[1, heads, len(ids), head_dim]`.
-        model: that has computed them.
+        ids: the tokens, `[length]`.
+        layers: each layer's keys and values, `[1, heads, length, head_dim]`.
+        model: the model that computed them.
     """
 
     ids: tuple[int, ...]
@@ -54,13 +41,13 @@ class Prefix:
     model: nn.Module
 
     def belongs_to(self, base: BaseModel) -> bool:
-        """Whether the keys and values are this model's, and on the device that it is on now."""
+        """Whether this model computed the keys and values, on the device that it is on now."""
         parameter = output_layer(base.model).get_parameter("weight")
         keys = self.layers[-1][0]
         return self.model is base.model and keys.device == parameter.device
 
     def shared_with(self, examples: Sequence[EncodedExample]) -> int:
-        """The number of tokens that all prompts begin with, less the last, which predicts."""
+        """How many tokens of the prefix all prompts begin with, less the last, which predicts."""
         common = zip(self.ids, common_prefix(examples), strict=False)
         return sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], common))
 
@@ -91,15 +78,14 @@ def ranking_scores(
 ) -> Tensor:
     """`choice_scores`, with what all prompts begin with computed once where that saves time.
 
-    Its keys and values are forgotten afterwards: they are those of the adapter that is active now.
-
-    The arguments and the result are those of `choice_scores`.
+    The prefix is cached for this call alone: its keys and values are those of the adapter that is
+    active now. Arguments and result are those of `choice_scores`.
     """
     limit = longest_shared(base)
     near = [e for e in examples if longest_sequence(e) <= limit]
     prefix = common_prefix(near) if near else ()
     behind = sum(tree_length(e) - len(prefix) for e in near)
-    # What computing the prefix again for each example takes; a cache takes a pass of its own.
+    # The tokens of computing the prefix again for each example; a cache takes a pass of its own.
     again = len(prefix) * (len(near) - 1)
     if len(prefix) < WORTH_CACHING or max(behind, again) <= ROW or not caches_prefix(base):
         return choice_scores(base, examples, max_tokens=max_tokens, progress=progress)
@@ -119,10 +105,10 @@ def choice_scores_after(
 
     Args:
         base: a model that `caches_prefix`, as it was when the prefix was computed.
-        prefix: of most of the prompts, in whole or in part.
+        prefix: most prompts begin with it, or with a part of it.
         examples: all with the same number of choices.
-        max_tokens: computed at once where no prefix is seen, and fewer behind a long one, whose
-            part of the mask takes memory too; unless one choice after its prompt has more.
+        max_tokens: computed at once, unless one choice after its prompt has more; fewer behind a
+            long prefix, whose part of the mask takes memory too.
         progress: called with the number of examples done since the last call.
 
     Returns:
@@ -153,49 +139,25 @@ def choice_scores_after(
 
 
 def caches_prefix(base: BaseModel) -> bool:
-    """Whether the model computes the same scores after a cached prefix as with whole prompts.
-
-    Tried out once on every model that shares prompts: against whole prompts, and, for scale,
-    against the keys and values of another prefix.
-    """
-    if longest_shared(base) == 0:
-        return False
-    return tried_out(base, _probe, _verdicts)
+    """Whether the model scores the same after a cached prefix as with whole prompts."""
+    return longest_shared(base) > 0 and proves_equal(base, _after_own_prefix, expanded_scores)
 
 
-def _probe(base: BaseModel) -> bool | None:
-    """The verdict, or `None` where the model's state allows none: it is tried again next time."""
-    vocabulary = int(output_layer(base.model).get_parameter("weight").shape[0])
-    ids = [(13 + 7919 * i) % vocabulary for i in range(20)]
-    start, other = tuple(ids[:4]), tuple(ids[4:8])
-    examples = [
-        EncodedExample((*start, *ids[8:10]), (tuple(ids[10:12]), (ids[12],))),
-        EncodedExample((*start, ids[13]), ((ids[14],), tuple(ids[15:17]))),
-    ]
-    with evaluating(base.model):
-        whole = expanded_scores(base, examples).log_probs
-        try:
-            prefix = cached_prefix(base, start)
-            after = _scores_after(base, prefix, examples).log_probs
-            wrong = replace(prefix, layers=cached_prefix(base, other).layers)
-            astray = _scores_after(base, wrong, examples).log_probs
-        except Exception:
-            # As with the mask: whatever a model raises that keeps no plain keys and values.
-            return False
-    return verdict(whole, after, astray)
+def _after_own_prefix(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
+    return _scores_after(base, cached_prefix(base, common_prefix(examples)), examples)
 
 
 def _scores_after(
     base: BaseModel, prefix: Prefix, examples: Sequence[EncodedExample]
 ) -> TokenScores:
-    """All examples in one row behind the prefix; each sees it, itself and none of the others."""
+    """Score all examples in one row behind the prefix; each sees the prefix and itself."""
     from transformers import DynamicCache
 
     shared = prefix.shared_with(examples)
-    targets = Targets()
-    row = TreeRow(0)
+    answers = AnswerTokens()
+    row = TreeRow()
     for i, example in enumerate(examples):
-        row.append(i, example, shared, targets)
+        row.append(i, example, shared, answers)
     inputs = tree_inputs(base, [row])
     inputs["attention_mask"] = F.pad(inputs["attention_mask"], (shared, 0))
 
@@ -205,23 +167,23 @@ def _scores_after(
             cache.update(keys[:, :, :shared], values[:, :, :shared], index)
         return cache
 
-    return scores(base, examples, targets, inputs, new_cache)
+    return answer_scores(base, examples, answers, inputs, new_cache)
 
 
 def _rows(
     examples: Sequence[EncodedExample], shared: Sequence[int], room: float
 ) -> Iterator[list[int]]:
-    """Indices of the examples in rows of at most so many tokens behind the prefix, or of one.
+    """Indices of the examples of each row.
 
     Args:
         examples: to fill the rows with.
-        shared: how many tokens each has in common with the prefix; those with none are left out.
-        room: of a row.
+        shared: how many tokens each has in common with the prefix; those with 0 are left out.
+        room: how many tokens a row has behind the prefix, unless it is one example.
     """
     lengths = [tree_length(example) for example in examples]
     row: list[int] = []
     for i in sorted((i for i, count in enumerate(shared) if count), key=lambda i: -shared[i]):
-        # What the last one does not share with the prefix is computed for all.
+        # A row computes again what its last example does not share with the prefix.
         if row and sum(lengths[j] - shared[i] for j in (*row, i)) > room:
             yield row
             row = []

@@ -27,7 +27,7 @@ class TFewLoss:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the terms of a batch are divided by: its examples, and the tokens of their choices."""
+    """What the terms of a batch are divided by: its examples, and its right and wrong tokens."""
 
     examples: int
     right: int
@@ -77,7 +77,7 @@ def tfew_loss(
             f"target_ids has {int(outside[0])} at a place with a token, expected 0 to "
             f"{logits.shape[-1] - 1}: mask what is no token (target_mask or pad_token_id)"
         )
-    # Only where there is a token: whatever the logits are elsewhere, no gradient comes from there.
+    # Only places with a token: whatever the logits are elsewhere, they get no gradient.
     rows = logits[mask]
     if rows.dtype != torch.float64:
         rows = rows.float()
@@ -107,8 +107,8 @@ def token_loss(
         scores: of all choices of a batch.
         labels: `[batch]`, int64, the index of each right choice.
         lm, length_norm, unlikelihood: the terms' weights in `total`.
-        counts: of the whole batch, where `scores` are those of a part of it: the parts' terms, and
-            their gradients, then add up to the whole batch's.
+        counts: of the whole batch, where `scores` are of a part of it: the terms and gradients of
+            the parts then add up to the whole batch's.
 
     Returns:
         `lm`: mean cross-entropy of the right choices' tokens. `length_norm`: cross-entropy of the

@@ -15,19 +15,19 @@ from ...errors import IA3Error
 from ...targets.config import IA3Config
 from ..prompts.encoding import Encoder, TrainingExample, warn_of_cut_texts
 from ..prompts.tasks import Task
-from ..temporary_adapter import adapted, all_linear
+from ..temporary_adapter import all_linear, temporary_adapter
 from .trainer import CHECKPOINT_STEPS, DrawnExamples, TFewConfig, TrainingStep, train
 
-# T0's (Sanh et al. 2022, arXiv 2110.08207), for whose mixture the paper's vectors were trained. T0
-# besides counts an example of a smaller data set once for each template; here templates weigh
-# nothing.
+# The size limit of T0's mixture (Sanh et al. 2022, arXiv 2110.08207), on which the paper's vectors
+# were trained. T0 also counts a small data set's examples once a template; here templates do not
+# change the rates.
 CAP = 500_000
-# A checkpoint has a record of every step before it: a long run writes fewer of them.
+# A checkpoint holds a record of every step before it: a long run writes this many at most.
 _CHECKPOINTS = 200
 
 
 def mixing_rates(sizes: Mapping[str, int], cap: int = CAP) -> dict[str, float]:
-    """How often each task is drawn: by its number of examples, but none as if it had more than cap.
+    """How often each task is drawn: in proportion to its number of examples, up to `cap`.
 
     Raffel et al. 2020 (arXiv 1910.10683), section 3.5.2: min(n, cap) / Σ min(n, cap).
 
@@ -53,13 +53,13 @@ def mixing_rates(sizes: Mapping[str, int], cap: int = CAP) -> dict[str, float]:
 
 
 class Mixture(DrawnExamples):
-    """Examples of several tasks: a task by its rate, then one of its examples, each as likely.
+    """A training set that draws a task by its rate, then one of its examples uniformly.
 
     Args:
         examples: task name -> its training set.
         rates: task name -> probability.
         count: how many items there are.
-        seed: of the draws; each depends on it and on the item's number alone.
+        seed: of the draws. An item depends on the seed and its number alone.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Mixture(DrawnExamples):
         return draws.choice(self._examples[name])
 
     def digest(self) -> str:
-        """Of the tasks, their rates, their examples and the seed."""
+        """A digest of the tasks, their rates, their examples and the seed."""
         digest = hashlib.sha256(repr(self._seed).encode())
         for name, rate in self._rates.items():
             digest.update(repr((name, rate, len(self._examples[name]))).encode())
@@ -141,7 +141,7 @@ def pretrain(
     encoder = Encoder(base, chat=False)
     examples: dict[str, list[TrainingExample]] = {}
     for task in tasks:
-        examples[task.name] = _encoded(task, encoder)
+        examples[task.name] = task.training_examples(encoder)
         if progress is not None:
             progress(len(task.train))
     prompts = sum(len(e.encoded) for of_task in examples.values() for e in of_task)
@@ -152,7 +152,7 @@ def pretrain(
     saving: dict[str, Any] = {}
     if checkpoints is not None:
         saving["save_steps"] = max(CHECKPOINT_STEPS, config.steps // _CHECKPOINTS)
-    with adapted(base, sites, None) as ia3_model:
+    with temporary_adapter(base, sites) as ia3_model:
         train(
             base,
             ia3_model,
@@ -160,7 +160,7 @@ def pretrain(
             config,
             on_step,
             checkpoints=checkpoints,
-            # They are drawn already: shuffling them would only make a list of all their numbers.
+            # The items are random: shuffling would only list all their numbers.
             train_sampling_strategy="sequential",
             **saving,
         )
@@ -168,11 +168,3 @@ def pretrain(
     adapter.vectors = {name: vector.cpu().clone() for name, vector in adapter.vectors.items()}
     adapter.copies = {name: value.cpu().clone() for name, value in adapter.copies.items()}
     return adapter
-
-
-def _encoded(task: Task, encoder: Encoder) -> list[TrainingExample]:
-    try:
-        return task.training_examples(encoder)
-    except IA3Error as error:
-        where = f"task {task.name!r}: "
-        raise IA3Error(f"{where}{str(error).removeprefix(where)}") from error

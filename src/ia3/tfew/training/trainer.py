@@ -1,4 +1,10 @@
-"""The T-Few recipe (paper section 3.5), on transformers' `Trainer`."""
+"""The T-Few recipe (paper section 3.5), on transformers' `Trainer`.
+
+`train` trains the vectors of the adapters that are active on a model. Each step takes
+`TFewConfig.batch_size` examples, draws one prompt template for each, scores all their answer
+choices, and computes the three loss terms (`losses`). Training is reproducible, and goes on from a
+checkpoint to the same bits.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +20,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import Adafactor, get_linear_schedule_with_warmup
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -41,19 +46,19 @@ from ...files.atomic import check_folder, new_folder_beside
 from ...model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..prompts.encoding import EncodedExample, TrainingExample
 from ..scoring.choices import MAX_TOKENS, example_batches, token_scores
-from ..scoring.kept_states import KeptStates, kept_states
 from .losses import Counts, token_loss
 
 if importlib.util.find_spec("accelerate") is None:
     raise MissingExtraError("accelerate", "tfew", "training")
 
-# In a checkpoint, beside the Trainer's own files: which run it is of, and its steps so far.
+# In a checkpoint, beside the Trainer's own files: what identifies the run, and its steps so far.
 RUN_NAME = "ia3_run.json"
 CHECKPOINT_STEPS = 25
-# The authors' Adafactor scales its steps by the size of a vector; the Trainer's does not.
+# The authors' Adafactor scales its steps by the size of a vector; the Trainer's default does not.
 ADAFACTOR = {"scale_parameter": True, "relative_step": False}
-# Of a run, what is compared by a digest, which says nothing in a message.
+# Compared by digests, which error messages do not show.
 DIGESTS = ("examples", "base model", "first vectors")
+_TERMS = ("lm", "length_norm", "unlikelihood")
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,21 @@ class TFewConfig:
     """The paper's hyper-parameters, the same for every task (section 3.5).
 
     Args:
-        steps: optimizer steps.
-        batch_size: examples a step, each with all its choices.
-        learning_rate: of Adafactor, at its peak.
-        warmup_ratio: share of the steps in which the rate rises from 0; then it falls linearly.
+        steps: optimizer steps, at least 1.
+        batch_size: examples a step, each with all its choices, at least 1.
+        learning_rate: of Adafactor, at its peak, above 0.
+        warmup_ratio: the share of the steps, 0 to less than 1, in which the rate rises linearly
+            from 0. It then falls linearly to 0.
         max_grad_norm: gradients are clipped to this norm.
-        seed: of the order of the examples and of the templates drawn.
-        lm, length_norm, unlikelihood: the weights of the loss's terms (`ia3.tfew.tfew_loss`).
-        max_tokens: computed at once; a step of more is computed in parts, with the same gradients.
-            Lower it where memory runs out.
+        seed: of the order of the examples and of the templates drawn, 0 to 2**32 - 1.
+        lm: weight of the language-modelling term, at least 0.
+        length_norm: weight of the length-normalised term, at least 0.
+        unlikelihood: weight of the unlikelihood term, at least 0. One of the three is above 0.
+        max_tokens: computed at once; a step of more is computed in parts, with the same gradients
+            but for rounding. Lower it where memory runs out.
+
+    Raises:
+        IA3Error: a value is out of its range.
     """
 
     steps: int = 1000
@@ -93,22 +104,21 @@ class TFewConfig:
             raise IA3Error(f"warmup_ratio is {self.warmup_ratio}, expected 0 to less than 1")
         if not 0 <= self.seed < 2**32:
             raise IA3Error(f"seed is {self.seed}, expected 0 to 2**32 - 1")
-        weights = self.weights
-        for name, weight in weights.items():
+        for name, weight in self.weights.items():
             if not 0 <= weight < math.inf:
                 raise IA3Error(f"{name} is {weight}, expected 0 or a number above 0")
-        if not any(weights.values()):
-            raise IA3Error(f"{', '.join(weights)} are all 0: there is no loss to train with")
+        if not any(self.weights.values()):
+            raise IA3Error(f"{', '.join(_TERMS)} are all 0: there is no loss to train with")
 
     @property
     def weights(self) -> dict[str, float]:
         """The weights of the loss's terms, by name."""
-        return {name: getattr(self, name) for name in ("lm", "length_norm", "unlikelihood")}
+        return {name: getattr(self, name) for name in _TERMS}
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What one optimizer step saw; the terms are not weighted."""
+    """The loss of one optimizer step and its terms, which are not weighted."""
 
     step: int
     steps: int
@@ -119,7 +129,7 @@ class TrainingStep:
 
 
 class DivergedError(IA3Error):
-    """The loss or a vector is no longer finite; `step` says since when."""
+    """The loss or a vector is not finite any more, as of the optimizer step `step`."""
 
     def __init__(self, step: int, what: str) -> None:
         super().__init__(
@@ -134,24 +144,27 @@ class StopTraining(Exception):  # noqa: N818
 
 
 class DrawnExamples(Dataset[TrainingExample]):
-    """A training set whose items are drawn when they are asked for: item i is always the same.
+    """A training set that draws item i when it is asked for, the same example each time.
 
-    It may be as long as the training, at no cost of memory.
+    It may be as long as the training, and takes no memory for its items.
     """
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many items may be asked for."""
+        """How many items there are."""
 
     @abstractmethod
     def digest(self) -> str:
-        """Of all that its items depend on: a checkpoint of another training set is refused."""
+        """A digest of all that the items depend on; a checkpoint of another one is refused."""
+
+
+Examples = Sequence[TrainingExample] | DrawnExamples
 
 
 def train(
     base: BaseModel,
     ia3_model: IA3Model,
-    examples: Sequence[TrainingExample] | DrawnExamples,
+    examples: Examples,
     config: TFewConfig,
     on_step: Callable[[TrainingStep], None] | None = None,
     *,
@@ -163,14 +176,14 @@ def train(
 
     Args:
         base: the model under `ia3_model`, with its tokenizer.
-        ia3_model: carries the vectors to train.
-        examples: the training set; one template is drawn for each at every step.
+        ia3_model: has the vectors to train.
+        examples: the training set; every step draws one template for each of its examples.
         config: the recipe.
-        on_step: called after every optimizer step of this call; training ends with the step after
-            which it raises `StopTraining`.
-        checkpoints: a folder for checkpoints, every 25 steps (`save_steps`) and at the end; the
-            last one is kept. If it has one of this very run, training goes on from there, and ends
-            with the vectors of a run without a break: on a CPU, to the last bit.
+        on_step: called after every optimizer step of this call; training ends with the
+            step after which it raises `StopTraining`.
+        checkpoints: a folder for checkpoints, every 25 steps (`save_steps`) and at the end, of
+            which the last one stays. If it has a checkpoint of the same run, training goes on from
+            there, and ends with the vectors of a run without a break: on a CPU, to the last bit.
         callbacks: the Trainer's.
         arguments: further `TrainingArguments`, as `training_arguments` takes them.
 
@@ -178,39 +191,29 @@ def train(
         One record a step, those before the checkpoint included.
 
     Raises:
-        DivergedError: the loss is not finite. The vectors are then those before that step.
+        DivergedError: the loss is not finite, and the vectors are those before that step; or a
+            vector is not finite at the end.
         IA3Error: the checkpoint is another run's, or an argument does not fit.
         OSError: a checkpoint cannot be written; the one before it stays.
     """
     last = None
     if checkpoints is not None:
         check_folder(checkpoints)
-        last = last_checkpoint(checkpoints)
-        arguments = {
-            "save_strategy": "steps",
-            "save_steps": CHECKPOINT_STEPS,
-            "save_total_limit": 1,
-            **arguments,
-        }
-    with tempfile.TemporaryDirectory() as nowhere, random_state_kept():
+        last = get_last_checkpoint(str(checkpoints)) if Path(checkpoints).is_dir() else None
+        saving = {"save_strategy": "steps", "save_steps": CHECKPOINT_STEPS, "save_total_limit": 1}
+        arguments = {**saving, **arguments}
+    with tempfile.TemporaryDirectory() as nowhere, _random_state_restored():
         settings = training_arguments(base, config, checkpoints or nowhere, **arguments)
         trainer = TFewTrainer(base, ia3_model, examples, config, settings, callbacks)
         if on_step is not None:
             trainer.add_callback(_OnStep(trainer.history, on_step))
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        trainer.train(resume_from_checkpoint=last)
     for name in ia3_model.active_adapters:
-        error = not_finite(ia3_model.vectors(name), config.steps)
-        if error is not None:
-            raise error
+        for module, vector in ia3_model.vectors(name).items():
+            if not torch.isfinite(vector).all():
+                what = f"the vector of {module!r} is not finite"
+                raise DivergedError(trainer.history[-1].step, what)
     return trainer.history
-
-
-def not_finite(vectors: Mapping[str, Tensor], step: int) -> DivergedError | None:
-    """What is wrong with vectors (by module) after a step that made them infinite or no numbers."""
-    for module, vector in vectors.items():
-        if not torch.isfinite(vector).all():
-            return DivergedError(step, f"the vector of {module!r} is not finite")
-    return None
 
 
 def training_arguments(
@@ -226,8 +229,8 @@ def training_arguments(
             `batch_size` examples together), `logging_steps=10`, `save_steps=100`, `report_to=...`
 
     Raises:
-        IA3Error: the model is on a GPU that the Trainer would not train on, or the batch does not
-            divide into so many parts.
+        IA3Error: the model is on a GPU that the Trainer would not train on, or
+            `gradient_accumulation_steps` does not divide the batch size.
     """
     if base.device.type == "cuda" and base.device.index not in (None, 0):
         raise IA3Error(
@@ -239,46 +242,38 @@ def training_arguments(
             f"gradient_accumulation_steps is {parts}, expected a divisor of the batch_size "
             f"{config.batch_size}"
         )
-    settings = TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "max_steps": config.steps,
-            "per_device_train_batch_size": config.batch_size // parts,
-            "optim": "adafactor",
-            "learning_rate": config.learning_rate,
-            "lr_scheduler_type": "linear",
-            "max_grad_norm": config.max_grad_norm,
-            "seed": config.seed,
-            "use_cpu": base.device.type == "cpu",
-            # The Trainer writes it into the model's config, where it would stay.
-            "use_cache": getattr(base.model.config, "use_cache", False),
-            "save_strategy": "steps" if "save_steps" in arguments else "no",
-            "logging_strategy": "steps" if "logging_steps" in arguments else "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "remove_unused_columns": False,
-            "dataloader_pin_memory": False,
-            **arguments,
-        }
-    )
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": config.steps,
+        "per_device_train_batch_size": config.batch_size // parts,
+        "optim": "adafactor",
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
+        "use_cpu": base.device.type == "cpu",
+        # The Trainer writes it into the model's config, where it would stay.
+        "use_cache": getattr(base.model.config, "use_cache", False),
+        "save_strategy": "steps" if "save_steps" in arguments else "no",
+        "logging_strategy": "steps" if "logging_steps" in arguments else "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+    settings = TrainingArguments(**{**defaults, **arguments})
     # On a machine of several GPUs the Trainer would multiply the batch and split the model.
     settings._n_gpu = min(settings.n_gpu, 1)
     return settings
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint with the most steps in a folder, if there is one."""
-    found = get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
-    return None if found is None else Path(found)
 
 
 class TFewTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer with T-Few's loss, optimizer and schedule.
 
     The terms of a step are means over all its tokens and examples, however many parts it is
-    computed in: gradient accumulation and `TFewConfig.max_tokens` change no gradient but by
-    rounding. Checkpoints hold the adapters alone, beside the state of the optimizer, the schedule
-    and the random numbers, and appear whole or not at all.
+    computed in: gradient accumulation and `TFewConfig.max_tokens` change gradients by rounding
+    alone. A checkpoint holds the adapters, without the base model's weights, and the state of the
+    optimizer, the schedule and the random numbers; it appears whole or not at all.
 
     Args:
         base: the model under `ia3_model`, with its tokenizer.
@@ -299,7 +294,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         self,
         base: BaseModel,
         ia3_model: IA3Model,
-        examples: Sequence[TrainingExample] | DrawnExamples,
+        examples: Examples,
         config: TFewConfig,
         arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
@@ -316,21 +311,21 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             model=ia3_model,
             args=arguments,
             train_dataset=examples if isinstance(examples, DrawnExamples) else list(examples),
-            data_collator=_as_they_are,
+            data_collator=lambda batch: {"examples": batch},
             callbacks=list(callbacks),
             optimizer_cls_and_kwargs=(
                 (Adafactor, adafactor) if arguments.optim == "adafactor" else None
             ),
         )
-        # It prints what on_step says already.
-        self.callback_handler.callbacks = [
-            c for c in self.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"
-        ]
+        # The Trainer adds it; it would print what `on_step` reports.
+        self.remove_callback(PrinterCallback)
         self.history: list[TrainingStep] = []
         self._base = base
         self._config = config
-        self._run = _described_run(ia3_model, examples, config)
+        first = [ia3_model.vectors(name) for name in ia3_model.active_adapters]
+        self._run = described_run(fingerprint(ia3_model.model), first, examples, config)
         self._logged = 0
+        # Of the current step: loss and terms of the parts so far, and how many parts are left.
         self._terms = torch.zeros(4)
         self._parts_left = 0
         self._staging: Path | None = None
@@ -340,14 +335,15 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The authors' schedule, unless the arguments name another."""
+        """The authors' linear schedule, unless the arguments name another."""
         scheduler: torch.optim.lr_scheduler.LRScheduler
         if self.args.lr_scheduler_type != "linear":
             scheduler = super().create_scheduler(num_training_steps, optimizer)
             return scheduler
-        self.lr_scheduler = scheduler = linear_schedule(
+        # The Trainer would round the warm-up to whole steps; the authors' may end within one.
+        self.lr_scheduler = scheduler = get_linear_schedule_with_warmup(
             self.optimizer if optimizer is None else optimizer,
-            self._config.warmup_ratio,
+            self._config.warmup_ratio * num_training_steps,
             num_training_steps,
         )
         self._created_lr_scheduler = True
@@ -356,20 +352,22 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """All parts of one step, with their templates drawn and what the loss is divided by."""
+        """All parts of one step, with a template drawn for each example, and the step's counts."""
         parts, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        draws = template_draws(self._config, self.state.global_step)
-        drawn = [[draws.choice(e.encoded) for e in part["examples"]] for part in parts]
-        labels = [[e.label for e in part["examples"]] for part in parts]
-        counts = count(
-            [example for part in drawn for example in part],
-            [label for part in labels for label in part],
-        )
+        # By the step's number, not from the global generator: the Trainer's loader is a part ahead
+        # of the step, so that a checkpoint's random state would not lead to the same draws.
+        draws = random.Random(f"{self._config.seed}/{self.state.global_step}")
+        drawn = [[(draws.choice(e.encoded), e.label) for e in part["examples"]] for part in parts]
+        counts = _counts([example for part in drawn for example in part])
         self._terms = torch.zeros(4)
         self._parts_left = len(parts)
         return [
-            {"examples": of_part, "labels": torch.tensor(right), "counts": counts}
-            for of_part, right in zip(drawn, labels, strict=True)
+            {
+                "examples": [example for example, _ in part],
+                "labels": torch.tensor([label for _, label in part]),
+                "counts": counts,
+            }
+            for part in drawn
         ], items
 
     def training_step(
@@ -378,58 +376,39 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The gradients of one part of a step, itself in parts where it has too many tokens."""
+        """Compute the gradients of one part of a step, itself in parts of `max_tokens` tokens."""
         model.train()
         examples: list[EncodedExample] = inputs["examples"]
+        max_tokens = self._config.max_tokens
         terms = torch.zeros(4, device=self.args.device)
-        # In a context of its own: autocast would hand on the weights that it has cast here, and
-        # they have no gradients.
-        with self.accelerator.autocast():
-            kept = self._kept
-        for part in example_batches(self._base, examples, self._config.max_tokens):
-            # The model's own forward is called, which the Trainer has not wrapped in autocast.
+        for part in example_batches(self._base, examples, max_tokens):
+            # The Trainer wraps a model's forward in autocast, but not the one called here.
             with self.compute_loss_context_manager(), self.accelerator.autocast():
-                scores = token_scores(
-                    self._base,
-                    [examples[i] for i in part],
-                    max_tokens=self._config.max_tokens,
-                    kept=kept,
-                )
-                loss = token_loss(
-                    scores,
-                    inputs["labels"][part].to(scores.mask.device),
-                    counts=inputs["counts"],
-                    **self._config.weights,
-                )
+                of_part = [examples[i] for i in part]
+                scores = token_scores(self._base, of_part, max_tokens=max_tokens)
+                labels = inputs["labels"][part].to(scores.mask.device)
+                loss = token_loss(scores, labels, counts=inputs["counts"], **self._config.weights)
             self.accelerator.backward(loss.total)
             each = torch.stack([loss.total, loss.lm, loss.length_norm, loss.unlikelihood])
             terms += each.detach().to(terms)
         self._terms = self._terms.to(terms) + terms
         self._parts_left -= 1
         if self._parts_left == 0:
-            step = self.state.global_step + 1
-            record = TrainingStep(step, self.args.max_steps, *self._terms.tolist())
-            if not math.isfinite(record.loss):
-                raise DivergedError(step, f"the loss is {record.loss}")
-            self.history.append(record)
+            self._record(self._terms.tolist())
         return terms[0]
 
-    @cached_property
-    def _kept(self) -> KeptStates | None:
-        """What enters the lowest block that is trained, for as long as the training lasts."""
-        if isinstance(self.train_dataset, DrawnExamples):
-            # Of so many examples hardly one comes again.
-            return None
-        examples = [e for example in self.train_dataset for e in example.encoded]
-        draws = self.args.max_steps * self._config.batch_size
-        return kept_states(self._base, examples, draws)
+    def _record(self, terms: list[float]) -> None:
+        step = TrainingStep(self.state.global_step + 1, self.args.max_steps, *terms)
+        if not math.isfinite(step.loss):
+            raise DivergedError(step.step, f"the loss is {step.loss}")
+        self.history.append(step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the terms too: their means over the steps since the last time."""
+        """Log the terms too: their means over the steps since the last log."""
         since = self.history[self._logged :]
         if "loss" in logs and since:
             self._logged = len(self.history)
-            for name in self._config.weights:
+            for name in _TERMS:
                 logs[name] = sum(getattr(step, name) for step in since) / len(since)
         super().log(logs, start_time)
 
@@ -443,22 +422,17 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             IA3Error: the checkpoint is another run's.
         """
         folder = Path(self.args.output_dir)
-        # What a run left behind that was killed while it wrote.
+        # A run that was killed while it wrote a checkpoint left these.
         for left in folder.glob(f".{PREFIX_CHECKPOINT_DIR}.*"):
             shutil.rmtree(left, ignore_errors=True)
-        if resume_from_checkpoint is True:
-            last = last_checkpoint(folder)
-        else:
-            last = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        if last is not None and len(self._steps_in(last)) >= self.args.max_steps:
+        last = resume_from_checkpoint
+        if last is True:
+            last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if last and len(self._steps_in(Path(last))) >= self.args.max_steps:
             # The Trainer would go on to the end of the epoch.
-            self._load_from_checkpoint(str(last))
+            self._load_from_checkpoint(last)
             return TrainOutput(self.args.max_steps, self.history[-1].loss, {})
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            # It takes memory, and the model may change before the next training.
-            self.__dict__.pop("_kept", None)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.model.save_pretrained(output_dir or self.args.output_dir)
@@ -467,7 +441,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         return str(self._staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint, written beside its place and then renamed into it."""
+        """Write a checkpoint beside its place, and rename it into it."""
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -481,7 +455,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
                 if path.is_file():
                     with open(path, "rb") as file:
                         os.fsync(file.fileno())
-            # One of the same step holds the same.
+            # A checkpoint of the same step holds the same.
             shutil.rmtree(folder / name, ignore_errors=True)
             written.rename(folder / name)
         finally:
@@ -535,62 +509,29 @@ class _OnStep(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
 
-def _as_they_are(batch: list[TrainingExample]) -> dict[str, Any]:
-    return {"examples": batch}
-
-
-def template_draws(config: TFewConfig, step: int) -> random.Random:
-    """Draws the templates of a step (from 0), in the order of its examples.
-
-    By the step's number, not from a generator: the Trainer's loader is a part ahead of the step, so
-    that a checkpoint's random state would not lead to the same draws again.
-    """
-    return random.Random(f"{config.seed}/{step}")
-
-
-def linear_schedule(
-    optimizer: torch.optim.Optimizer, warmup_ratio: float, steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """The authors' schedule: the warm-up may end within a step."""
-    schedule: torch.optim.lr_scheduler.LambdaLR = get_linear_schedule_with_warmup(
-        optimizer, warmup_ratio * steps, steps
-    )
-    return schedule
-
-
-def count(examples: Sequence[EncodedExample], labels: Sequence[int]) -> Counts:
-    """What the terms of a step are divided by."""
-    right = sum(len(e.choices[label]) for e, label in zip(examples, labels, strict=True))
-    tokens = sum(len(choice) for e in examples for choice in e.choices)
+def _counts(examples: Sequence[tuple[EncodedExample, int]]) -> Counts:
+    """What the terms of a step are divided by, from its examples with their labels."""
+    right = sum(len(e.choices[label]) for e, label in examples)
+    tokens = sum(len(choice) for e, _ in examples for choice in e.choices)
     return Counts(len(examples), right, tokens - right)
-
-
-def _described_run(
-    ia3_model: IA3Model,
-    examples: Sequence[TrainingExample] | DrawnExamples,
-    config: TFewConfig,
-) -> dict[str, Any]:
-    """What makes a run this one: its recipe, and digests of what it begins with."""
-    first = [ia3_model.vectors(name) for name in ia3_model.active_adapters]
-    return described_run(fingerprint(ia3_model.model), first, examples, config)
 
 
 def described_run(
     base: Fingerprint,
     first_vectors: Sequence[Mapping[str, Tensor]],
-    examples: Sequence[TrainingExample] | DrawnExamples,
+    examples: Examples,
     config: TFewConfig,
 ) -> dict[str, Any]:
-    """What makes a run this one, in what JSON has.
+    """What identifies a run, as values of JSON.
 
     Args:
         base: of the base model.
-        first_vectors: module name -> vector, of each adapter that is trained.
+        first_vectors: for each adapter that is trained, module name -> vector.
         examples: the training set.
         config: the recipe.
     """
     recipe = asdict(config)
-    # Memory is the machine's matter: a run that lacked it may go on in smaller parts.
+    # A run that lacked memory may go on in smaller parts.
     del recipe["max_tokens"]
     if isinstance(examples, DrawnExamples):
         data = examples.digest()
@@ -610,8 +551,8 @@ def described_run(
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
-    """After the context, the global random state is what it was before."""
+def _random_state_restored() -> Iterator[None]:
+    """After the context, the global random states are what they were before."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

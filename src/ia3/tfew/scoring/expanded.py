@@ -1,0 +1,98 @@
+"""Every choice in a row of its own: the layout that any language model takes.
+
+A decoder-only model gets the prompt again in each row; an encoder-decoder encodes it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...base.loading import BaseModel
+from ..prompts.encoding import EncodedExample
+from .answer_tokens import AnswerTokens, answer_scores, compute_dtype, padded
+from .token_scores import TokenScores
+
+
+def expanded_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
+    """Score every choice in a row of its own, behind its prompt."""
+    ids, mask, answers, _ = _rows(base, examples, [e.prompt for e in examples])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return answer_scores(base, examples, answers, inputs)
+
+
+def encoder_decoder_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
+    """Encode every prompt once, and decode every choice in a row of its own."""
+    return _decoded(base, examples, keys_once=False)
+
+
+def shared_keys_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
+    """`encoder_decoder_scores`, with the keys and values of each prompt computed once."""
+    return _decoded(base, examples, keys_once=True)
+
+
+def _decoded(
+    base: BaseModel, examples: Sequence[EncodedExample], *, keys_once: bool
+) -> TokenScores:
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    model: Any = base.model
+    prompts, seen = padded(base, [e.prompt for e in examples])
+    encoded = model.get_encoder()(input_ids=prompts, attention_mask=seen)[0]
+    start = int(model.config.decoder_start_token_id)
+    ids, mask, answers, example_of = _rows(base, examples, [(start,)] * len(examples))
+
+    def new_cache() -> Any:
+        return EncoderDecoderCache(DynamicCache(), _repeating_cache(example_of))
+
+    if keys_once:
+        # Of four dimensions: the model would make a mask with one row for each prompt.
+        dtype = compute_dtype(base.model)
+        seen = (1 - seen[:, None, None]).to(dtype) * torch.finfo(dtype).min
+    inputs = {
+        "encoder_outputs": (encoded if keys_once else encoded[example_of],),
+        "attention_mask": seen[example_of],
+        "decoder_input_ids": ids,
+        "decoder_attention_mask": mask,
+    }
+    return answer_scores(base, examples, answers, inputs, new_cache if keys_once else None)
+
+
+def _rows(
+    base: BaseModel, examples: Sequence[EncodedExample], before: Sequence[tuple[int, ...]]
+) -> tuple[Tensor, Tensor, AnswerTokens, Tensor]:
+    """A row for each choice, behind what stands before it.
+
+    Args:
+        base: the model.
+        examples: `[batch]`.
+        before: the tokens before the choices of each example, `[batch]`.
+
+    Returns:
+        Token ids and mask `[rows, length]`, the answers, and each row's example `[rows]`.
+    """
+    rows = [(i, c, choice) for i, e in enumerate(examples) for c, choice in enumerate(e.choices)]
+    ids, mask = padded(base, [(*before[i], *choice[:-1]) for i, _, choice in rows])
+    answers = AnswerTokens()
+    for row, (i, c, choice) in enumerate(rows):
+        first = row * ids.shape[1] + len(before[i]) - 1
+        for t, token in enumerate(choice):
+            answers.add(first + t, token, (i, c, t))
+    return ids, mask, answers, torch.tensor([i for i, _, _ in rows], device=base.device)
+
+
+def _repeating_cache(example_of: Tensor) -> Any:
+    """A cache that stores nothing: it repeats each example's keys and values for its choices."""
+    from transformers import DynamicCache
+
+    class Repeating(DynamicCache):  # type: ignore[misc]
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            rows = example_of.to(key_states.device)
+            return key_states[rows], value_states[rows]
+
+    return Repeating()
