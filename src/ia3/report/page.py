@@ -57,38 +57,34 @@ def scale(colours: tuple[str, ...], what: str, *marks: str) -> str:
     )
 
 
-def site_figure(of: SiteMap, name: str) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text under a header."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return scrolled(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+
+def site_figure(shown: SiteMap, name: str) -> str:
     """A map of layers and sites with its heading, its scale and what it says.
 
     Args:
+        shown: the map.
         name: of the figure; those on a page differ.
     """
     from . import figures
 
-    most = of.most
+    of, most = shown.of, shown.most
+    colours: tuple[str, ...] = ("", of.positive)
+    marks = [f"{m:.0%}" if "%" in of.unit else f"{m:.2g}" for m in (0, most / 2, most)]
     if of.signed:
-        ends = [f"−{most:.2g}", f"+{most:.2g}"]
-        if of.measure == "octaves":
-            ends = [
-                f"{end} (×{2**power:.2f})" for end, power in zip(ends, (-most, most), strict=True)
-            ]
-        bar = scale(("inhibited", "", of.positive), of.measure, ends[0], "0", ends[1])
-    else:
-        marks = [f"{m:.0%}" if "%" in of.unit else f"{m:.2g}" for m in (0, most / 2, most)]
-        bar = scale(("", of.positive), of.measure, *marks)
-    drawn = figures.layer_site_map(
-        of.values,
-        of.layers,
-        of.sites,
-        positive=of.positive,
-        negative="inhibited",
-        most=most,
-        unit=of.unit,
-        name=name,
-        description=f"{of.title} by layer and site",
-    )
-    marked = f'<p class="scales">{bar}</p>'
-    return f"<h3>{escape(of.title)}</h3>" + figure(drawn, escape(of.caption), marked)
+        colours = ("inhibited", *colours)
+        factors = [f" (×{2**m:.2f})" if of.measure == "octaves" else "" for m in (-most, most)]
+        marks = [f"−{most:.2g}{factors[0]}", "0", f"+{most:.2g}{factors[1]}"]
+    bar = f'<p class="scales">{scale(colours, of.measure, *marks)}</p>'
+    drawn = figures.layer_site_map(shown, name=name)
+    return f"<h3>{escape(of.title)}</h3>" + figure(drawn, escape(of.caption), bar)
 
 
 _CSS = """
