@@ -161,7 +161,8 @@ def run(
 
 def read(name: str, seed: int, data: Path) -> Task:
     """A task with the training sample of a seed, and its one template."""
-    from ia3.tfew.prompts.tasks import SEEDS, Task, few_shot, load_templates, read_rows
+    from ia3.files.rows import read_rows
+    from ia3.tfew.prompts.tasks import SEEDS, Task, few_shot, load_templates
 
     if name in ("sst2", "trec"):
         if seed == CHOOSING_SEED:

@@ -12,7 +12,7 @@ from ..errors import IA3Error
 from ..tfew.prompts.manifest import (
     check_keys,
     naming,
-    read_yaml,
+    read_manifest_file,
     shown,
     tasks_in,
     text_of,
@@ -100,7 +100,7 @@ def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
         IA3Error: it is not such a file; the message names the manifest, the task and the key.
     """
     path = Path(path)
-    content = read_yaml(path, TOP_KEYS)
+    content = read_manifest_file(path, TOP_KEYS)
     with naming(str(path)):
         model = text_of(content, "model") or EMBEDDED_MODEL
         defaults = content.get("defaults", {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -18,16 +17,9 @@ def read_source(
     data: str, split: str, subset: str | None, text: list[str], label: str | None = None
 ) -> list[Row]:
     """The rows of a file, a folder or a name on the hub, with the columns that are needed."""
-    from ..files.tables import DELIMITERS, check_rows, read_table
+    from ..files.rows import read_rows
 
-    if Path(data).suffix.lower() in DELIMITERS:
-        return read_table(data, text, label)
-    # Brings torch, before which mistakes in a file of texts are found.
-    from ..tfew.prompts.tasks import read_rows
-
-    rows = read_rows(data, split=split, subset=subset)
-    check_rows(data, rows, text, label)
-    return rows
+    return read_rows(data, split=split, subset=subset, text=text, label=label)
 
 
 def by_name(labels: Iterable[Any]) -> dict[str, Any]:

@@ -68,8 +68,8 @@ def _read(
     tasks: Mapping[str, TaskToFit],
 ) -> tuple[dict[str, tuple[Any, Any]], dict[str, dict[str, Any]], dict[str, Exception]]:
     """Texts and labels, and the classifiers' settings, by task; and why some have none."""
+    from ..files.rows import source_of
     from ..files.tables import fields_of
-    from ..tfew.prompts.manifest import source_of
 
     data, settings = {}, {}
     failures: dict[str, Exception] = {}

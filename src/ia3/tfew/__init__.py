@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..files.rows import read_rows as read_rows
     from .prompts.encoding import Encoder as Encoder
     from .prompts.encoding import TrainingExample as TrainingExample
     from .prompts.promptsource import PromptTemplate as PromptTemplate
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from .prompts.tasks import Task as Task
     from .prompts.tasks import few_shot as few_shot
     from .prompts.tasks import load_templates as load_templates
-    from .prompts.tasks import read_rows as read_rows
     from .scoring.evaluation import Evaluation as Evaluation
     from .scoring.evaluation import Spread as Spread
     from .scoring.evaluation import evaluate as evaluate
@@ -52,7 +52,7 @@ _HOME = {
     "load_templates": "prompts.tasks",
     "predict_choices": "scoring.evaluation",
     "read_promptsource": "prompts.promptsource",
-    "read_rows": "prompts.tasks",
+    "read_rows": ".files.rows",
     "spread": "scoring.evaluation",
     "tfew_loss": "training.losses",
     "train": "training.trainer",

@@ -181,7 +181,7 @@ def test_a_file_gives_its_templates_by_name(tmp_path):
 )
 def test_nothing_but_the_two_tags_is_built(tmp_path, tag):
     text = FILE.replace("mine ||| yours", tag.format(path=tmp_path / "made"))
-    with pytest.raises(IA3Error, match="is not a file of templates"):
+    with pytest.raises(IA3Error, match="is not YAML"):
         read_promptsource(written(tmp_path, text))
     assert not (tmp_path / "made").exists()
 
@@ -195,7 +195,7 @@ def test_nothing_but_the_two_tags_is_built(tmp_path, tag):
         ("mine ||| yours", "7", r"answer_choices of template 'whose' is 7.*quotes"),
         ("{{ text }}\\nWhose", "{{ text", "template 'whose'.*line"),
         ("it? |||", "it?", r"template 'whose' has no '\|\|\|'"),
-        ("reference: ''", "reference: '", "is not a file of templates"),
+        ("reference: ''", "reference: '", "is not YAML"),
         ("  0: !Template", "  0: [1]\n  2: !Template", "template 0 is list, expected a mapping"),
     ],
 )

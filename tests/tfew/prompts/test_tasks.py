@@ -19,7 +19,8 @@ from tokenizers import normalizers
 import ia3
 import ia3.tfew
 from ia3.base.loading import BaseModel
-from ia3.errors import IA3Error, MissingExtraError
+from ia3.errors import IA3Error
+from ia3.files.rows import read_rows
 from ia3.files.tables import Row, read_table
 from ia3.model.ia3_model import IA3Model
 from ia3.targets.config import IA3Config
@@ -33,7 +34,6 @@ from ia3.tfew.prompts.tasks import (
     encode_labelled,
     few_shot,
     load_templates,
-    read_rows,
 )
 from ia3.tfew.prompts.templates import Template
 from ia3.tfew.scoring.evaluation import evaluate, predict_choices, spread
@@ -149,72 +149,6 @@ def test_a_sample_leaves_the_random_state_and_the_rows_alone():
 def test_impossible_samples(k, seed):
     with pytest.raises(IA3Error, match=r"expected (1 to 5|0 to 2\*\*32 - 1)"):
         few_shot(ROWS, k, seed)
-
-
-# -- sources ---------------------------------------------------------------------------------------
-
-
-def test_rows_from_text_files(tmp_path):
-    (tmp_path / "a.csv").write_text("animal,label\ncat,1\n")
-    (tmp_path / "a.jsonl").write_text('{"animal": "cat", "label": 1}\n')
-    assert read_rows(tmp_path / "a.csv") == [{"animal": "cat", "label": "1"}]
-    assert read_rows(str(tmp_path / "a.jsonl")) == [{"animal": "cat", "label": 1}]
-    with pytest.raises(FileNotFoundError):
-        read_rows(tmp_path / "b.csv")
-
-
-@pytest.mark.datasets
-def test_rows_from_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    rows = read_rows(tmp_path / "a.parquet")
-    assert rows == ROWS
-    assert rows[2].where.endswith("a.parquet, row 2")
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1 this is none")
-    with pytest.raises(IA3Error, match=r"broken.parquet is not a Parquet file"):
-        read_rows(tmp_path / "broken.parquet")
-    with pytest.raises(FileNotFoundError):
-        read_rows(tmp_path / "absent.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist(ROWS).slice(0, 0), tmp_path / "empty.parquet")
-    with pytest.raises(IA3Error, match="has no rows"):
-        read_rows(tmp_path / "empty.parquet")
-
-
-@pytest.mark.datasets
-def test_rows_from_folders_of_datasets(tmp_path):
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
-    )
-    data = datasets.Dataset.from_list([{"text": "cat", "label": "yes"}], features=features)
-    data.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "several")
-    assert read_rows(tmp_path / "one") == [{"text": "cat", "label": 1}]
-    assert read_rows(tmp_path / "several", split="test") == [{"text": "cat", "label": 1}]
-    with pytest.raises(IA3Error, match=r"no split 'dev', only train, test"):
-        read_rows(tmp_path / "several", split="dev")
-    (tmp_path / "other").mkdir()
-    with pytest.raises(IA3Error, match="not a folder that the datasets library"):
-        read_rows(tmp_path / "other")
-
-
-@pytest.mark.datasets
-def test_a_name_that_is_nowhere_is_an_error():
-    pytest.importorskip("datasets", reason="datasets is not installed")
-    with pytest.raises(IA3Error, match=r"no data 'nobody/nothing'.*neither a file"):
-        read_rows("nobody/nothing")
-
-
-@pytest.mark.parametrize(
-    ("package", "source"),
-    [("datasets", "super_glue"), ("datasets", "."), ("pyarrow", "a.parquet")],
-)
-def test_a_missing_package_is_named_with_its_extra(package, source, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf"'{package}'.*ia3\[datasets\]"):
-        read_rows(source)
 
 
 # -- own templates ---------------------------------------------------------------------------------

@@ -36,10 +36,11 @@ from ia3.adapter.layout import WEIGHTS_NAME
 from ia3.adapter.store import Adapter, adapter_files, read_adapter
 from ia3.base.loading import BaseModel
 from ia3.errors import IA3Error
+from ia3.files.rows import read_rows
 from ia3.tfew import TFewConfig, TrainingExample, TrainingStep, train
 from ia3.tfew.prompts.encoding import EncodedExample, Encoder
 from ia3.tfew.prompts.promptsource import PromptTemplate
-from ia3.tfew.prompts.tasks import HELD_OUT_TASKS, Task, load_templates, read_rows
+from ia3.tfew.prompts.tasks import HELD_OUT_TASKS, Task, load_templates
 from ia3.tfew.prompts.templates import Template
 from ia3.tfew.scoring.choices import token_scores
 from ia3.tfew.training.losses import token_loss

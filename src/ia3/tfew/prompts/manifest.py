@@ -8,17 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...errors import IA3Error, did_you_mean
-from ...files.tables import DELIMITERS, Row
+from ...files.rows import read_rows, source_of
+from ...files.tables import Row
+from ...files.yaml import read_yaml
 from .labels import readable
 from .promptsource import PromptTemplate, read_promptsource
-from .tasks import HELD_OUT_TASKS, RAFT_TASKS, Task, few_shot, load_templates, read_rows
+from .tasks import HELD_OUT_TASKS, RAFT_TASKS, Task, few_shot, load_templates
 from .templates import ALL_FIELDS, ANSWER_CHOICES, SEPARATOR, Template
-
-# More is no list of tasks, but data.
-LARGEST = 1 << 20
 
 KEYS = (
     "data",
@@ -40,8 +37,6 @@ _NEEDS = {
     "test_split": "test",
 }
 EXPECTED = "expected 'tasks:' and under it a mapping from names to tasks"
-_FILES = (*DELIMITERS, ".parquet")
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def read_manifest(path: str | Path) -> list[Task]:
@@ -90,7 +85,7 @@ def read_manifest(path: str | Path) -> list[Task]:
     """  # noqa: E501
     path = Path(path)
     tasks = []
-    for name, entry in tasks_in(path, read_yaml(path, ["tasks"])).items():
+    for name, entry in tasks_in(path, read_manifest_file(path, ["tasks"])).items():
         with naming(f"{path}: task {name!r}"):
             tasks.append(_task(path.parent, name, entry))
     return tasks
@@ -99,52 +94,14 @@ def read_manifest(path: str | Path) -> list[Task]:
 # -- the file --------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.BaseLoader):  # type: ignore[misc]
-    """Every value is the text that is written: the label `no` is no false, and 01 is not 1."""
-
-    def construct_scalar(self, node: Any) -> str:
-        text: str = super().construct_scalar(node)
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{text!r} is not Unicode text", node.start_mark
-            ) from error
-        return text
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", key_node.start_mark
-                )
-            seen.add(key)
-        return mapping
-
-
-def read_yaml(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+def read_manifest_file(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """A manifest's keys and values, every scalar as the text that is written.
 
     Raises:
         FileNotFoundError: there is no such file.
         IA3Error: it is not YAML, no mapping, or has a key that is not among these.
     """
-    if not path.is_file():
-        kind = "is not a file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"manifest {path} {kind}")
-    if path.stat().st_size > LARGEST:
-        raise IA3Error(f"{path} is larger than {LARGEST} bytes, expected a YAML file of tasks")
-    try:
-        content = yaml.load(path.read_text("utf-8"), Loader=_Loader)
-    except RecursionError as error:
-        raise IA3Error(f"{path} is nested too deep, expected a YAML file of tasks") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        unquoted = "unhashable" in str(error)
-        hint = "; a template that begins with '{' needs quotes around it" if unquoted else ""
-        raise IA3Error(f"{path} is not YAML: {error}{hint}") from error
+    content = read_yaml(path, "a YAML file of tasks", as_text=True)
     if not isinstance(content, dict):
         raise IA3Error(f"{path} is {shown(content)}, {EXPECTED}")
     for key in content:
@@ -223,16 +180,6 @@ def _task(folder: Path, name: str, entry: dict[str, Any]) -> Task:
         with naming("k"):
             train_rows = few_shot(train_rows, k, seed or 0)
     return Task(name, templates, train_rows, test_rows)
-
-
-def source_of(folder: Path, named: str) -> str | Path:
-    """The file or folder of this name, or the name where it is the hub's."""
-    path = folder / named
-    if path.exists():
-        return path
-    if path.suffix.lower() in _FILES or not _HUB_NAME.fullmatch(named):
-        raise FileNotFoundError(f"{path} does not exist")
-    return named
 
 
 def _written_templates(folder: Path, name: str, entry: dict[str, Any]) -> list[PromptTemplate]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...errors import IA3Error
+from ...files.yaml import read_yaml
 from .templates import SEPARATOR, Template
 
 FILE_NAME = "templates.yaml"
+_TAGS = ("!Template", "!TemplateMetadata")
 _SHOWN = 300
 
 
@@ -135,10 +135,7 @@ def read_promptsource(path: str | Path) -> list[PromptTemplate]:
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
-    try:
-        content = yaml.load(path.read_text("utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise IA3Error(f"{path} is not a file of templates: {error}") from error
+    content = read_yaml(path, "a file of templates", tags=_TAGS)
     entries = content.get("templates") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not entries:
         raise IA3Error(f"{path} has no templates, expected a mapping under 'templates'")
@@ -149,18 +146,6 @@ def read_promptsource(path: str | Path) -> list[PromptTemplate]:
             raise IA3Error(f"{path} has two templates of the name {template.name!r}")
         templates[template.name] = template
     return [templates[name] for name in sorted(templates)]
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Plain data, and the format's tags as plain mappings."""
-
-
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    return dict(loader.construct_mapping(node, deep=True))
-
-
-for _tag in ("!Template", "!TemplateMetadata"):
-    _Loader.add_constructor(_tag, _mapping)
 
 
 def _template(path: Path, key: Any, entry: Any) -> PromptTemplate:

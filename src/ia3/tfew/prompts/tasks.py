@@ -1,4 +1,4 @@
-"""Tasks: labelled examples from files or the hub, few-shot samples, and templates to ask with."""
+"""Tasks: labelled examples, few-shot samples of them, and the templates to ask with."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ...errors import IA3Error, MissingExtraError, did_you_mean
-from ...files.tables import DELIMITERS, Row, read_table
+from ...errors import IA3Error, did_you_mean
 from .encoding import EncodedExample, Encoder
 from .promptsource import PromptTemplate, read_promptsource, shown
 
@@ -173,83 +172,3 @@ def few_shot(rows: Sequence[_Row], k: int, seed: int) -> list[_Row]:
         raise IA3Error(f"seed is {seed}, expected 0 to 2**32 - 1")
     order = np.random.RandomState(seed).permutation(len(rows))
     return [rows[i] for i in order[:k]]
-
-
-def read_rows(source: str | Path, *, split: str = "train", subset: str | None = None) -> list[Row]:
-    """Examples from a file, a folder of the `datasets` library, or the hub.
-
-    Args:
-        source: a `.csv`, `.tsv`, `.jsonl`, `.ndjson` or `.parquet` file; a folder that
-            `save_to_disk` wrote; or a hub name.
-        split: of a folder that has several, and of the hub's data sets.
-        subset: of the hub's data sets that have several.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        IA3Error: the file or folder is broken or empty, or the data set or split is unknown.
-        MissingExtraError: the package that reads the source is not installed.
-    """
-    path = Path(source)
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        values = _folder_rows(path, split)
-    elif suffix == ".parquet":
-        values = _parquet_rows(path)
-    elif path.is_file() or suffix in DELIMITERS:
-        return read_table(path)
-    else:
-        values = _hub_rows(str(source), split, subset)
-    if not values:
-        raise IA3Error(f"{source} has no rows")
-    return [Row(row, f"{source}, row {number}") for number, row in enumerate(values)]
-
-
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingExtraError("pyarrow", "datasets", f"reading {path}") from error
-    if not path.is_file():
-        raise FileNotFoundError(f"data file {path} does not exist")
-    try:
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise IA3Error(f"{path} is not a Parquet file: {error}") from error
-    return rows
-
-
-def _folder_rows(folder: Path, split: str) -> list[dict[str, Any]]:
-    try:
-        from datasets import DatasetDict, load_from_disk
-    except ImportError as error:
-        raise MissingExtraError("datasets", "datasets", f"reading {folder}") from error
-    try:
-        loaded = load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise IA3Error(
-            f"{folder} is not a folder that the datasets library's save_to_disk wrote: {error}"
-        ) from error
-    if isinstance(loaded, DatasetDict):
-        if split not in loaded:
-            raise IA3Error(f"{folder} has no split {split!r}, only {', '.join(loaded)}")
-        loaded = loaded[split]
-    return list(loaded)
-
-
-def _hub_rows(name: str, split: str, subset: str | None) -> list[dict[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise MissingExtraError(
-            "datasets",
-            "datasets",
-            f"{name!r} is neither a file nor a folder: reading it from the hub",
-        ) from error
-    try:
-        return list(load_dataset(name, subset, split=split))
-    except (OSError, ValueError) as error:
-        raise IA3Error(
-            f"no data {name!r} (subset {subset!r}, split {split!r}): it is neither a file, nor a "
-            f"folder, nor can it be had from the hub: {error}"
-        ) from error
