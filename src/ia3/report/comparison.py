@@ -80,9 +80,14 @@ def markdown(summaries: Sequence[Summary]) -> str:
     Raises:
         IA3Error: there is nothing to show.
     """
-    rows = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1), *map(cells, _some(summaries))]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    table = markdown_table(HEADER, list(map(cells, _some(summaries))))
     return "".join([table, *(f"\n{note}\n" for note in notes(summaries))])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown: the first column to the left, numbers to the right."""
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows))
 
 
 def picture(summaries: Sequence[Summary], kind: Literal["png", "svg"]) -> bytes:

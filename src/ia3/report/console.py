@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -109,16 +109,30 @@ def _print_line(progress: Progress) -> None:
     screen.print(" ".join(words), markup=False, highlight=False, soft_wrap=True)
 
 
+def table_of(header: Sequence[str], rows: Iterable[Sequence[str | Text]], **more: Any) -> Table:
+    """A table of text: the first column to the left, numbers to the right.
+
+    Args:
+        header: the columns' names.
+        rows: texts are made visible; what is a rich Text already stays as it is.
+        more: rich's settings of a table.
+    """
+    table = Table(**more)
+    for column, name in enumerate(header):
+        table.add_column(Text(visible(name)), justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*(Text(visible(c)) if isinstance(c, str) else c for c in row))
+    return table
+
+
 def print_confusion(console: Console, classes: list[Any], matrix: list[list[int]]) -> None:
     """The confusion matrix as a table: true labels in rows, predictions in columns."""
     if len(classes) > 12:
         console.print(f"(confusion matrix of {len(classes)} classes: see --json)")
         return
-    table = Table(title="rows: true label, columns: prediction")
-    table.add_column("")
-    for label in classes:
-        table.add_column(Text(str(label)), justify="right")
-    for i, (label, row) in enumerate(zip(classes, matrix, strict=True)):
-        cells = [f"[bold]{n}[/]" if i == j else str(n) for j, n in enumerate(row)]
-        table.add_row(Text(str(label)), *cells)
-    console.print(table)
+    names = [str(label) for label in classes]
+    rows: list[list[str | Text]] = [
+        [name, *(Text(str(n), "bold" if i == j else "") for j, n in enumerate(row))]
+        for i, (name, row) in enumerate(zip(names, matrix, strict=True))
+    ]
+    console.print(table_of(["", *names], rows, title="rows: true label, columns: prediction"))
