@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import IA3Error
+from .costs import Cost, ModelSize
 
 _PROGRAM = Path(__file__).with_name("setfit_program.py")
 # The sentence encoder that is taken where none is named, as in the program.
@@ -58,14 +59,11 @@ class SetFitResult:
     stored_bytes: int
 
     @property
-    def flops_before(self) -> float:
-        """Training: 6N a token, as for the other methods (`costs`)."""
-        return 6.0 * self.parameters * self.training_tokens
-
-    @property
-    def flops_an_answer(self) -> float:
-        """An answer: 2N a token."""
-        return 2.0 * self.parameters * self.answer_tokens
+    def cost(self) -> Cost:
+        """6N a token of training and 2N of an answer, as for the other methods."""
+        size = ModelSize(self.parameters, is_encoder_decoder=False)
+        training = size.training_flops * self.training_tokens
+        return Cost(size.forward_flops * self.answer_tokens, training, self.stored_bytes)
 
 
 def check_setfit(setfit: SetFit) -> None:
