@@ -63,6 +63,12 @@ def plain_scores(base: BaseModel, example: EncodedExample) -> torch.Tensor:
         return torch.stack([tokens.mean() for tokens in plain_token_scores(base, example)])
 
 
+def assert_scores(base: BaseModel, scores: torch.Tensor, examples: list[EncodedExample]) -> None:
+    """They are those of whole prompts, one after the other."""
+    plain = torch.stack([plain_scores(base, example) for example in examples])
+    torch.testing.assert_close(scores, plain, atol=1e-5, rtol=0)
+
+
 def written_out(classifier: InContextClassifier, text: str) -> np.ndarray:
     """The probabilities of one text from prompts that are put together here, word by word."""
     base = classifier.base
@@ -116,8 +122,7 @@ def test_scores_after_a_prefix_equal_those_of_whole_prompts(name):
     prefix = cached_prefix(base, examples[0].prompt)
     scores = choice_scores_after(base, prefix, examples)
     assert not scores.requires_grad
-    for row, example in zip(scores, examples, strict=True):
-        torch.testing.assert_close(row, plain_scores(base, example), atol=1e-5, rtol=0)
+    assert_scores(base, scores, examples)
 
 
 @pytest.mark.parametrize("name", [*SHARING, *WINDOWED])
@@ -129,8 +134,7 @@ def test_prompts_that_share_a_part_of_the_prefix_or_nothing(name):
     examples = [*none, *whole, *part, EncodedExample(whole[0].prompt[:1], whole[0].choices)]
     prefix = cached_prefix(base, whole[0].prompt[:60])
     scores = choice_scores_after(base, prefix, examples)
-    for row, example in zip(scores, examples, strict=True):
-        torch.testing.assert_close(row, plain_scores(base, example), atol=1e-5, rtol=0)
+    assert_scores(base, scores, examples)
     # The prefix itself is as it was: the same scores again, in another order.
     again = choice_scores_after(base, prefix, examples[::-1])
     torch.testing.assert_close(again.flip(0), scores, atol=1e-5, rtol=0)
@@ -145,14 +149,13 @@ def test_prompts_that_share_a_part_of_the_prefix_or_nothing(name):
 def test_any_lengths(prefix, prompts, seed):
     base = base_of("llama")
     examples = random_examples([(n, (2, 1, 3)) for n in prompts], seed, shared=prefix)
-    scores = choice_scores_after(base, cached_prefix(base, examples[0].prompt), examples)
-    for row, example in zip(scores, examples, strict=True):
-        torch.testing.assert_close(row, plain_scores(base, example), atol=1e-5, rtol=0)
+    prefix = cached_prefix(base, examples[0].prompt)
+    assert_scores(base, choice_scores_after(base, prefix, examples), examples)
 
 
-@pytest.mark.parametrize("name", [*NOT_SHARING, "t5", "bart", "gpt_neo"])
-def test_these_keep_no_prefix(name):
-    assert not caches_prefix(base_of(name))
+def test_these_keep_no_prefix():
+    for name in [*NOT_SHARING, "t5", "bart", "gpt_neo"]:
+        assert not caches_prefix(base_of(name)), name
 
 
 def test_bfloat16_keeps_a_prefix_too():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    # Reading an adapter's files needs no torch, which takes seconds to import.
+    from torch import nn
 
-from .activations import Activation, Side
+    from .activations import Activation, Side
 
 # The name under which a module's vectors are registered on it.
 ATTRIBUTE = "ia3_l"

@@ -40,7 +40,7 @@ from .results import Results
 try:
     from sklearn.metrics import accuracy_score, f1_score
 except ImportError as error:
-    raise MissingExtraError("scikit-learn", "tfew", "scoring RAFT") from error
+    raise MissingExtraError("scikit-learn", "experiments", "scoring RAFT") from error
 
 Method = Literal["majority", "zero-shot", "icl", "tfew"]
 METHODS: tuple[Method, ...] = get_args(Method)
