@@ -85,9 +85,9 @@ def compare(
     check_columns(text, label)
     if setfit_model is not None and setfit_python is None:
         raise typer.BadParameter("it needs --setfit-python", param_hint="--setfit-model")
-    kept = out / RESULTS
+    records = out / RESULTS
     empty = out.is_dir() and not any(out.iterdir())
-    if out.exists() and not (force or kept.is_file() or empty):
+    if out.exists() and not (force or records.is_file() or empty):
         raise IA3Error(
             f"{out} exists already, and is not a comparison's: choose another --out, or give "
             "--force"
@@ -128,7 +128,7 @@ def compare(
         samples,
         [name.strip() for name in methods.split(",") if name.strip()],
         settings,
-        results=kept,
+        results=records,
         anew=force,
         bar=counting_bar,
     )

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -117,7 +116,7 @@ class Run:
         flops_an_answer: by `costs`, a test text.
         flops_uncached: in-context learning's an answer if it read the demonstrations each time, as
             the paper counts; of other methods `None`.
-        stored_bytes: kept for the task, beside the base model: the adapter's files, the
+        stored_bytes: what is stored for the task beside the base model: the adapter's files, the
             demonstrations' tokens, SetFit's encoder and head.
         examples: labelled texts given.
         examples_used: of them, those that were learned from: in-context learning's must fit the
@@ -141,13 +140,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """A method over all its runs: the spread of its accuracy, the medians of what it cost.
+    """A method over all its runs: as `Run`, with medians.
 
     Attributes:
-        method: one of `METHODS`.
         runs: how many.
         accuracy: median and quartiles, from 0 to 1.
-        train_seconds: as in `Run`, the median; as are the others up to `stored_bytes`.
         examples: labelled texts given, the fewest and the most of a run.
         examples_used: learned from, the fewest and the most of a run.
     """
@@ -286,7 +283,7 @@ def compare(
     settings = settings or Settings()
     _check(samples, methods, settings)
     names = {field.name for field in fields(Run)}
-    kept = Results(
+    stored = Results(
         None if anew else results,
         lambda record: {*names, "conditions"} <= record.keys(),
         "a run of a comparison",
@@ -305,19 +302,19 @@ def compare(
             if method != "zero-shot" or i == 0 or not _same_test(sample, samples[0]):
                 conditions = _conditions(method, sample, settings, base)
                 key = {"method": method, "seed": sample.seed, "conditions": conditions}
-                planned.append((sample, method, key, kept.find(**key)))
+                planned.append((sample, method, key, stored.find(**key)))
     if settings.setfit is not None and any(
         method == "setfit" and record is None for _, method, _, record in planned
     ):
         check_setfit(settings.setfit)
     if results is not None and anew:
         Path(results).unlink(missing_ok=True)
-        kept.path = Path(results)
+        stored.path = Path(results)
     runs = []
     for sample, method, key, record in planned:
         if record is None:
             run = _run(method, sample, settings, base, bar)
-            kept.add({**asdict(run), "conditions": key["conditions"]})
+            stored.add({**asdict(run), "conditions": key["conditions"]})
         else:
             run = Run(**{name: record[name] for name in names})
         runs.append(run)
@@ -396,14 +393,30 @@ def _same_test(one: Sample, other: Sample) -> bool:
 
 
 class _Fitted(NamedTuple):
-    """A classifier that is ready to answer, what that took, and what its answers cost."""
+    """What was done before the first answer, and what an answer costs."""
 
-    classifier: RankingClassifier
     train_seconds: float
     cost: Cost
-    prompts_a_text: int
     examples_used: int
     flops_uncached: float | None = None
+
+
+def _as_run(
+    method: str, sample: Sample, predicted: Sequence[Any], answer_seconds: float, fitted: _Fitted
+) -> Run:
+    right = sum(str(a) == str(b) for a, b in zip(predicted, sample.test_labels, strict=True))
+    return Run(
+        method=method,
+        seed=sample.seed,
+        accuracy=right / len(predicted),
+        train_seconds=fitted.train_seconds,
+        answer_seconds=answer_seconds,
+        **vars(fitted.cost),
+        flops_uncached=fitted.flops_uncached,
+        examples=0 if method == "zero-shot" else len(sample.texts),
+        examples_used=fitted.examples_used,
+        answers=len(sample.test_texts),
+    )
 
 
 def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None, bar: Bar) -> Run:
@@ -412,25 +425,22 @@ def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None
     # The first use of a model finds out what it can do, and imports what training needs.
     untuned = FewShotClassifier(**settings.common(), steps=0).fit(sample.texts, sample.labels)
     untuned.predict(sample.test_texts[:1])
-    asked = _encoded(base, untuned, sample.test_texts)
+    asked, prompts = _encoded(base, untuned, sample.test_texts), len(untuned.templates_)
     name = f"{method}, seed {sample.seed}"
+    classifier: FewShotClassifier | InContextClassifier
     if method == "zero-shot":
-        prompts = len(untuned.templates_)
         cost = zero_shot_cost(model_size(base.model), prompts * answer_tokens(asked))
-        fitted = _Fitted(untuned, 0.0, cost, prompts, 0)
+        classifier, fitted = untuned, _Fitted(0.0, cost, 0)
     elif method == "tfew":
-        fitted = _tfew(sample, settings, base, asked, partial(bar, f"{name}: training"))
+        classifier, fitted = _tfew(sample, settings, base, asked, bar)
     else:
-        fitted = _in_context(sample, settings, base, asked)
-    with bar(f"{name}: answering", fitted.prompts_a_text * len(sample.test_texts)) as advance:
+        classifier, fitted = _in_context(sample, settings, base, asked)
+        prompts = sum(map(len, classifier.demonstrations_))
+    with bar(f"{name}: answering", prompts * len(sample.test_texts)) as advance:
         started = time.perf_counter()
-        predicted = fitted.classifier.predict(sample.test_texts, progress=advance).tolist()
+        predicted = classifier.predict(sample.test_texts, progress=advance).tolist()
         seconds = time.perf_counter() - started
-    return _measured(
-        *(method, sample, predicted, fitted.train_seconds, seconds / len(predicted), fitted.cost),
-        examples_used=fitted.examples_used,
-        flops_uncached=fitted.flops_uncached,
-    )
+    return _as_run(method, sample, predicted, seconds / len(predicted), fitted)
 
 
 def _tfew(
@@ -438,13 +448,13 @@ def _tfew(
     settings: Settings,
     base: BaseModel,
     asked: Sequence[EncodedExample],
-    bar: Callable[[int], AbstractContextManager[Callable[[int], None]]],
-) -> _Fitted:
+    bar: Bar,
+) -> tuple[FewShotClassifier, _Fitted]:
     """Train a classifier."""
     from ..tfew.training.trainer import TFewConfig
 
     trained = FewShotClassifier(**settings.common(), **settings.training(), seed=sample.seed)
-    with bar(trained.steps) as advance:
+    with bar(f"tfew, seed {sample.seed}: training", trained.steps) as advance:
         started = time.perf_counter()
         trained.fit(sample.texts, sample.labels, on_step=lambda step: advance(1))
         seconds = time.perf_counter() - started
@@ -460,13 +470,13 @@ def _tfew(
     )
     answering = zero_shot_cost(size, prompts * answer_tokens(asked))
     cost = replace(training, flops_an_answer=answering.flops_an_answer)
-    return _Fitted(trained, seconds, cost, prompts, examples)
+    return trained, _Fitted(seconds, cost, examples)
 
 
 def _in_context(
     sample: Sample, settings: Settings, base: BaseModel, asked: Sequence[EncodedExample]
-) -> _Fitted:
-    """Have demonstrations in the prompt, computed if they can be kept."""
+) -> tuple[InContextClassifier, _Fitted]:
+    """Have demonstrations in the prompt, computed once if the model can cache them."""
     classifier = InContextClassifier(
         **settings.common(),
         ensemble=settings.ensemble,
@@ -480,22 +490,21 @@ def _in_context(
     classifier.predict(sample.test_texts[:1])
     seconds = time.perf_counter() - started
     counts = classifier.demonstration_tokens_
-    prompts = sum(map(len, counts))
     longest = max(map(max, counts)) + max(map(longest_sequence, asked))
     cached = caches_prefix(base) and longest <= longest_shared(base)
     each_time, cost = (
         in_context_cost(
             *(model_size(base.model), answer_tokens(asked), sum(map(sum, counts))),
-            members=prompts,
-            cached=kept,
+            members=sum(map(len, counts)),
+            cached=is_cached,
         )
-        for kept in (False, cached)
+        for is_cached in (False, cached)
     )
     if settings.calibrate:
         # A text without content is asked about, too.
         cost = replace(cost, flops_before=cost.flops_before + cost.flops_an_answer)
     used = classifier.examples_used_
-    return _Fitted(classifier, seconds, cost, prompts, used, each_time.flops_an_answer)
+    return classifier, _Fitted(seconds, cost, used, each_time.flops_an_answer)
 
 
 def _setfit_run(sample: Sample, settings: Settings, base: BaseModel | None, bar: Bar) -> Run:
@@ -510,37 +519,8 @@ def _setfit_run(sample: Sample, settings: Settings, base: BaseModel | None, bar:
             use_gpu=_device_type(settings, base) != "cpu",
         )
         advance(1)
-    seconds = result.train_seconds, result.answer_seconds
-    used = len(sample.texts)
-    return _measured("setfit", sample, result.predicted, *seconds, result.cost, examples_used=used)
-
-
-def _measured(
-    method: str,
-    sample: Sample,
-    predicted: Sequence[Any],
-    train_seconds: float,
-    answer_seconds: float,
-    cost: Cost,
-    *,
-    examples_used: int,
-    flops_uncached: float | None = None,
-) -> Run:
-    right = sum(str(a) == str(b) for a, b in zip(predicted, sample.test_labels, strict=True))
-    return Run(
-        method=method,
-        seed=sample.seed,
-        accuracy=right / len(predicted),
-        train_seconds=train_seconds,
-        answer_seconds=answer_seconds,
-        flops_before=cost.flops_before,
-        flops_an_answer=cost.flops_an_answer,
-        flops_uncached=flops_uncached,
-        stored_bytes=cost.stored_bytes,
-        examples=0 if method == "zero-shot" else len(sample.texts),
-        examples_used=examples_used,
-        answers=len(sample.test_texts),
-    )
+    fitted = _Fitted(result.train_seconds, result.cost, len(sample.texts))
+    return _as_run("setfit", sample, result.predicted, result.answer_seconds, fitted)
 
 
 def _encoded(
