@@ -1,7 +1,7 @@
 """In-context learning, T-Few's rival: labelled examples stand in the prompt, nothing is trained.
 
 The demonstrations are the same for every text. A decoder-only model computes them once: their keys
-and values are cached, and the texts of a batch follow them in one row, each seeing the demonstrations
+and values are cached, and the texts of a batch follow in one row, each seeing the demonstrations
 and itself. Where a model cannot take that (`caches_prefix` tries it out), and with an
 encoder-decoder, whose encoder lets the demonstrations see the text, whole prompts are computed.
 """
