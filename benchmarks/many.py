@@ -60,7 +60,7 @@ def main() -> None:
 
 def tasks_of(count: int, examples: int, given: argparse.Namespace) -> dict[str, Any]:
     """Name -> texts, labels and the settings of a classifier."""
-    from ia3.experiments.raft import read_raft
+    from ia3.experiments.raft_data import read_raft
 
     raft = read_raft(given.data / "raft")
     tasks = {}

@@ -34,15 +34,13 @@ from ia3.base.loading import BaseModel
 from ia3.errors import IA3Error
 from ia3.experiments.raft import (
     RaftSettings,
-    RaftTask,
     cross_validate,
     held_out,
-    public_labels,
     public_score,
-    read_raft,
     submission,
     work,
 )
+from ia3.experiments.raft_data import RaftTask, public_labels, read_raft
 from ia3.tfew.prompts.encoding import EncodedExample
 from ia3.tfew.prompts.tasks import RAFT_TASKS, load_templates
 from ia3.tfew.training.trainer import TFewConfig

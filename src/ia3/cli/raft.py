@@ -80,12 +80,11 @@ def raft(
         RaftSettings,
         cross_validate,
         parse_methods,
-        public_labels,
         public_score,
-        read_raft,
         submission,
         work,
     )
+    from ..experiments.raft_data import public_labels, read_raft
     from ..tfew import TFewConfig
 
     settings = RaftSettings(
