@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 METHODS = ("zero-shot", "icl", "tfew", "setfit")
 
-# `ia3.console.counting_bar` is one: what is being done and how much of it there is -> within the
+# `ia3.report.console.counting_bar` is one: what is being done and how much of it there is -> within the
 # context, a function that is called with how much more is done.
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -270,7 +270,7 @@ def compare(
         results: a JSON Lines file to which every run is added when it is done. Runs that are in it
             already, of the same data and settings, are not repeated.
         anew: forget the runs that are in it.
-        bar: shows how far a run is, e.g. `ia3.console.counting_bar`.
+        bar: shows how far a run is, e.g. `ia3.report.console.counting_bar`.
 
     Returns:
         The runs, by sample and then by method.
