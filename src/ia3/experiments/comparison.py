@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 METHODS = ("zero-shot", "icl", "tfew", "setfit")
 
-# As `ia3.report.console.counting_bar`: from what is done and how much of it there is, a context with
-# a function that is called with how much more is done.
+# As `ia3.report.console.counting_bar`: from what is done and how much of it there is to a context
+# with a function that is called with how much more is done.
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
