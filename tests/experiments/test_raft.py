@@ -22,12 +22,11 @@ from support.raft import ADE, COLUMN, WORDS, some_labels, texts, write_csv, writ
 from support.tfew import (
     hook_count,
     plain_token_scores,
-    random_model,
     state_bits,
     tiny_llama,
+    tiny_t5,
     word_tokenizer,
 )
-from transformers import T5Config
 
 from ia3 import FewShotClassifier
 from ia3.base.loading import BaseModel
@@ -48,6 +47,7 @@ from ia3.tfew.training.trainer import TFewConfig
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
 
+METHODS = ["majority", "zero-shot", "icl", "tfew"]
 ENGLISH = ["advanced", "elementary", "intermediate"]
 
 
@@ -258,6 +258,14 @@ def plain_prediction(base: BaseModel, task: RaftTask, prompt: str) -> str:
     return task.labels[best]
 
 
+def written(task: RaftTask, ids: Sequence[str]) -> str:
+    """The demonstrations made of these rows."""
+    rows = [task.train[int(i)] for i in ids]
+    return "".join(
+        f"{task.template.render(row).prompt} {task.choices[task.answer(row)]}\n\n" for row in rows
+    )
+
+
 def test_the_untuned_model_ranks_the_choices(tmp_path):
     task = task_of(tmp_path, "one_stop_english", ENGLISH, some_labels(ENGLISH, 10))
     base = base_of()
@@ -275,21 +283,16 @@ def test_as_many_demonstrations_as_the_context_holds(tmp_path, context):
     answers = [len(TOKENIZER(choice)["input_ids"]) for choice in task.choices]
     prompts = [task.template.render(row).prompt for row in task.train]
 
-    def written(ids: Sequence[str]) -> str:
-        return "".join(
-            f"{prompts[int(i)]} {task.choices[task.answer(task.train[int(i)])]}\n\n" for i in ids
-        )
-
     for record in records(tmp_path / "out"):
         shown, asked = record["demonstrations"], [prompts[int(i)] for i in record["ids"]]
         assert not {*shown} & {*record["ids"]}
         room = context - max(len(TOKENIZER(p)["input_ids"]) for p in asked) - max(answers)
-        assert len(TOKENIZER(written(shown))["input_ids"]) <= room
+        assert len(TOKENIZER(written(task, shown))["input_ids"]) <= room
         for row in task.train:
             if row["ID"] not in (*shown, *record["ids"]):
-                assert len(TOKENIZER(written([*shown, row["ID"]]))["input_ids"]) > room
+                assert len(TOKENIZER(written(task, [*shown, row["ID"]]))["input_ids"]) > room
         assert record["predictions"] == [
-            plain_prediction(base, task, written(shown) + prompt) for prompt in asked
+            plain_prediction(base, task, written(task, shown) + prompt) for prompt in asked
         ]
     counts = [len(record["demonstrations"]) for record in records(tmp_path / "out")]
     assert score.demonstrations == tuple(counts)
@@ -297,30 +300,15 @@ def test_as_many_demonstrations_as_the_context_holds(tmp_path, context):
 
 
 def test_an_encoder_decoder(tmp_path):
-    config = T5Config(
-        vocab_size=len(TOKENIZER),
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-    )
-    base = BaseModel(random_model(config), tokenizer(end=True), "t5")
+    base = BaseModel(tiny_t5(vocabulary=len(TOKENIZER)), tokenizer(end=True), "t5")
     task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
     scores = cross_validate(base, task, settings(), folds=1, results=tmp_path / "out")
-    assert [score.method for score in scores] == ["majority", "zero-shot", "icl", "tfew"]
-    prompts = [task.template.render(row).prompt for row in task.train]
+    assert [score.method for score in scores] == METHODS
     in_context = records(tmp_path / "out")[2]
-    written = "".join(
-        f"{prompts[int(i)]} {task.choices[task.answer(task.train[int(i)])]}\n\n"
-        for i in in_context["demonstrations"]
-    )
     assert len(in_context["demonstrations"]) == 8
-    assert in_context["predictions"] == [
-        plain_prediction(base, task, written + prompts[int(i)]) for i in in_context["ids"]
-    ]
+    before = written(task, in_context["demonstrations"])
+    prompts = [task.template.render(task.train[int(i)]).prompt for i in in_context["ids"]]
+    assert in_context["predictions"] == [plain_prediction(base, task, before + p) for p in prompts]
 
 
 def test_without_room_for_a_demonstration_the_untuned_model_is_asked(tmp_path):
@@ -359,7 +347,7 @@ def test_all_77_topics_are_in_the_prompt_and_in_the_loss(tmp_path):
     labels = topics()
     task = task_of(tmp_path, "banking_77", labels, labels[:7])
     scores = cross_validate(base_of(), task, settings(steps=1), folds=1)
-    assert [score.method for score in scores] == ["majority", "zero-shot", "icl", "tfew"]
+    assert [score.method for score in scores] == METHODS
     assert {score.examples for score in scores} == {1}
     predicted = submission(base_of(), task, settings(steps=1))
     assert len(predicted) == len(task.test)
@@ -382,12 +370,12 @@ def test_the_model_is_left_as_it_was(tmp_path, sites):
 
 def test_work_is_what_progress_counts(tmp_path):
     task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 11))
-    given, chosen = settings(steps=4), ("majority", "zero-shot", "icl", "tfew")
+    given = settings(steps=4)
     out = tmp_path / "out"
     for _ in range(2):  # computed, and read
         done: list[int] = []
         cross_validate(base_of(), task, given, folds=3, results=out, progress=done.append)
-        assert sum(done) == work(task, given, chosen, 3)
+        assert sum(done) == work(task, given, METHODS, 3)
         done.clear()
         submission(base_of(), task, given, results=out, progress=done.append)
         assert sum(done) == 4 + len(task.test)
@@ -592,7 +580,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 RAFT = ("raft", "--data", "data", "--model", "model")
 SETTINGS = ("--steps", 28, "--learning-rate", 0.03, "--folds", 2, "--banking77", "public")
-METHODS = ["majority", "zero-shot", "icl", "tfew"]
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ class Place:
             env=self.environment | environment,
             capture_output=True,
             encoding="utf-8",
-            timeout=300,
+            timeout=600,
         )
 
     def run_all(self, *commands: tuple[Any, ...], **environment: str) -> list[Done]:
@@ -110,6 +110,8 @@ def assert_refused(done: Done, message: str) -> None:
 
 
 def said(done: Done) -> Any:
-    """What `--json` printed, of a command that worked and remarked nothing."""
-    assert (done.returncode, done.stderr) == (0, "")
+    """What `--json` printed, of a command that worked and warned of nothing."""
+    assert done.returncode == 0, done.stderr
+    # On a slow machine, a line may say how far it is.
+    assert "warning:" not in done.stderr
     return json.loads(done.stdout)
