@@ -344,7 +344,7 @@ def _numbers(text: str) -> list[float]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Unknown keys in the configs of thousands are not worth a warning each."""
+    """Without warnings: thousands of configs may each have unknown keys."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -414,7 +414,7 @@ def _print_maps(maps: Sequence[SiteMap]) -> None:
 def _print_rows(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1
 ) -> None:
-    """A table, if there are rows; a line a value where it is too wide for the terminal.
+    """Print a table, if there are rows; a line a value where it is too wide for the terminal.
 
     Args:
         title: above it, or "".
@@ -434,7 +434,7 @@ def _print_rows(
         table.add_row(*map(Text, row))
     wide = results.options.update(width=10_000)
     if results.measure(table, options=wide).minimum > results.width:
-        # Numbers that are broken or cut off say nothing.
+        # A table this narrow would break or cut off numbers, which could then not be read.
         table = Table(title=title or None, show_header=False, show_lines=True)
         table.add_column(overflow="fold")
         for row in rows:

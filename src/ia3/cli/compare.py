@@ -146,7 +146,7 @@ def compare(
             files=[str(out / name) for name in (*files, RESULTS)],
         )
     else:
-        # A column for each method: ten columns would not fit a terminal.
+        # Each method is a column: a terminal is too narrow for ten columns.
         header, *lines = zip(HEADER, *map(cells, found), strict=True)
         results.print(table_of(header, lines))
         for note in notes(found):

@@ -144,7 +144,7 @@ def _run(out: Path, model: str) -> dict[str, Any]:
 def _check(
     adapter: Path, model: str, trained_on: Any, texts: list[str], expected: list[str]
 ) -> dict[str, bool]:
-    """What is promised of every adapter, tried on a second copy of the model."""
+    """Whether each promise holds, tried on a second copy of the model."""
     from transformers import AutoTokenizer
 
     from ..base.loading import EMBEDDED_MODEL, embedded_model_folder
@@ -156,7 +156,7 @@ def _check(
     fresh = type(trained_on).from_pretrained(source, dtype=parameter.dtype)
     fresh.eval().to(parameter.device)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    # Against the file, so that training must have left no trace on the first copy either.
+    # The comparison with the file shows that training left the first copy's weights as they were.
     untouched = _same_bits(fresh, trained_on)
     reloaded = FewShotClassifier.load(adapter, model=fresh, tokenizer=tokenizer)
     same = _predict(reloaded, texts, "reloaded").tolist() == expected

@@ -1,4 +1,4 @@
-"""What commands have in common: their options, what they refuse, and how they speak."""
+"""Options that several commands have, checks before they run, and their output."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def check_files(paths: Sequence[Path | None], force: bool) -> list[Path]:
 
 
 def given(**values: Any) -> dict[str, Any]:
-    """The values that are not None: others are left to the defaults of what is called."""
+    """The values that are not None; the called function's defaults stand for the others."""
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -121,7 +121,7 @@ def write_adapter(out: Path, adapter: Adapter) -> int:
 
 def print_json(**values: Any) -> None:
     """One JSON object on standard output."""
-    # A name of a file that is not UTF-8 becomes escapes, which are JSON's too.
+    # Bytes of a file's name that are not UTF-8 become escapes, which JSON has too.
     text = json.dumps(values, ensure_ascii=False)
     write_stdout(f"{text}\n".encode(errors="backslashreplace"))
 

@@ -85,7 +85,7 @@ def pretrain(
         adapter=str(out),
         tasks=mixture,
         steps=steps,
-        # Nothing was left to do in this call where a checkpoint is at the end already.
+        # A checkpoint of the last step leaves no step to take, and no loss to tell.
         final_loss=history[-1].loss if history else None,
         adapter_bytes=size,
         seconds=round(seconds, 2),
@@ -94,14 +94,14 @@ def pretrain(
 
 @contextmanager
 def _bars(examples: int, steps: int, history: list[TrainingStep]) -> Iterator[tuple[Any, Any]]:
-    """A bar of encoding, then one of training; yields what moves each, and keeps the last step."""
+    """Show a bar of encoding, then one of training; the last step taken is left in `history`."""
     with ExitStack() as bar:
         show: Any = None
 
         def on_step(step: TrainingStep) -> None:
             nonlocal show
             if show is None:
-                # One bar at a time: encoding is done.
+                # The terminal shows one bar at a time, and encoding is done.
                 bar.close()
                 show = bar.enter_context(training_bar(steps))
             history[:] = [step]

@@ -69,7 +69,7 @@ def raft(
     as_json: options.Json = False,
 ) -> None:
     """Score T-Few and its rivals on RAFT, and write a submission."""
-    # Without matplotlib this fails here, not after hours.
+    # Imported here, so that a missing matplotlib is an error now and not after hours.
     from ..report import plotting  # noqa: F401
 
     if out.is_dir() and any(out.iterdir()) and not (out / RESULTS).is_file():

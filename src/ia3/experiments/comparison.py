@@ -179,7 +179,7 @@ def draw_samples(
     shots: int | None = None,
     seeds: int = 5,
 ) -> list[Sample]:
-    """One sample a seed.
+    """Draw one sample for each seed.
 
     Args:
         texts: to learn from, `[examples]`.
@@ -353,7 +353,7 @@ def _summary(runs: Sequence[Run]) -> Summary:
 
 
 def _check(samples: Sequence[Sample], methods: Sequence[str], settings: Settings) -> None:
-    """Refuse before anything takes minutes what would be refused after."""
+    """Raise an error now for what would fail only after minutes."""
     check_methods(methods, METHODS)
     if len({*methods}) < len(methods):
         raise IA3Error(f"a method is given more than once: {', '.join(methods)}")
@@ -422,7 +422,7 @@ def _as_run(
 def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None, bar: Bar) -> Run:
     if base is None or method == "setfit":
         return _setfit_run(sample, settings, base, bar)
-    # The first use of a model finds out what it can do, and imports what training needs.
+    # The first use probes the model and imports modules, which must not count as training.
     untuned = FewShotClassifier(**settings.common(), steps=0).fit(sample.texts, sample.labels)
     untuned.predict(sample.test_texts[:1])
     asked, prompts = _encoded(base, untuned, sample.test_texts), len(untuned.templates_)
@@ -459,7 +459,7 @@ def _tfew(
         trained.fit(sample.texts, sample.labels, on_step=lambda step: advance(1))
         seconds = time.perf_counter() - started
     size, examples, prompts = model_size(base.model), len(sample.texts), len(trained.templates_)
-    # The last batch of an epoch has what is left.
+    # The last batch of an epoch may be smaller.
     batches = math.ceil(examples / TFewConfig().batch_size)
     training = tfew_cost(
         size,
@@ -486,7 +486,7 @@ def _in_context(
     )
     started = time.perf_counter()
     classifier.fit(sample.texts, sample.labels)
-    # The first answer has the demonstrations computed.
+    # The first answer computes the demonstrations.
     classifier.predict(sample.test_texts[:1])
     seconds = time.perf_counter() - started
     counts = classifier.demonstration_tokens_
@@ -501,7 +501,7 @@ def _in_context(
         for is_cached in (False, cached)
     )
     if settings.calibrate:
-        # A text without content is asked about, too.
+        # Calibration scores a text without content as well.
         cost = replace(cost, flops_before=cost.flops_before + cost.flops_an_answer)
     used = classifier.examples_used_
     return classifier, _Fitted(seconds, cost, used, each_time.flops_an_answer)

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 Ensemble = Literal["none", "orderings", "one-shot"]
 ENSEMBLES: tuple[Ensemble, ...] = ("none", "orderings", "one-shot")
 
-# Between a demonstration and what follows it.
+# Separates a demonstration from the text after it.
 BREAK = "\n\n"
-# What stands for a text without content, in calibration.
+# In calibration, this stands for a text without content.
 CONTENT_FREE = "N/A"
-# So many prompts are held as token ids at a time: with demonstrations they are long.
+# Prompts with demonstrations are long, so only this many are held as token ids at a time.
 ENCODED_AT_ONCE = 256
 
 
@@ -138,9 +138,9 @@ class InContextClassifier(RankingClassifier):
         ]
         chosen: Sequence[int] = range(len(task.examples))
         if self.leave_out:
-            # One very long text would leave no room for any: longer ones are cut.
+            # A longer text is cut, so that one very long text still leaves room for demonstrations.
             longest = [min(text, context_length(self.base) // 2) for text in longest]
-            # Where none fits, all are refused.
+            # If none fits, the check below raises an error about all of them.
             chosen = self._fitting(task.labels, written, longest) or chosen
         groups = self._groups(chosen)
         demonstrations, tokens = [], []
@@ -192,7 +192,7 @@ class InContextClassifier(RankingClassifier):
         if self.ensemble == "one-shot":
             return sorted(i for i in order if fit([i]))
         chosen = fitting(self.base, written, [context - text for text in longest], order)
-        # In the order that is drawn they may have a few tokens more.
+        # Joined in the drawn order, they may have a few tokens more.
         while chosen and not fit(sorted(chosen)):
             chosen.pop()
         return sorted(chosen)
@@ -203,7 +203,7 @@ class InContextClassifier(RankingClassifier):
         room = context - longest
         counts = token_counts(self.base, members)
         if max(counts) > room:
-            # So many fit whichever they are.
+            # Any selection of this many fits.
             sums = accumulate(sorted(token_counts(self.base, written), reverse=True))
             fitting = sum(total <= room for total in sums)
             advice = "give so many, or shorter ones" if fitting else "give shorter ones"
@@ -259,7 +259,7 @@ class InContextClassifier(RankingClassifier):
             key = (member.source, member.demonstrations)
             prefix = self._prefixes.get(key)
             if prefix is None or not prefix.belongs_to(base):
-                # Whatever the others share with the first prompt is found by comparing them.
+                # The common beginning is found by comparing the other prompts with the first.
                 prefix = self._prefixes[key] = cached_prefix(base, encoded[0].prompt)
             parts.append(choice_scores_after(base, prefix, encoded, progress=progress))
         return torch.cat(parts).double()
@@ -304,7 +304,7 @@ def fitting(
     chosen: list[int] = []
     texts, tokens = [""] * len(written), [0] * len(written)
     for i in order:
-        # A first look: what does not fit by the sum of tokens is not joined to be counted.
+        # The sum of tokens rules most out without joining and counting the texts again.
         if any(t + a[i] > r for t, a, r in zip(tokens, alone, room, strict=True)):
             continue
         with_next = [text + w[i] for text, w in zip(texts, written, strict=True)]

@@ -45,7 +45,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 Sites = Literal["all-linear", "paper"]
 
 RESULTS_NAME = "results.jsonl"
-# A killed run predicts at most so many test examples a second time.
+# A killed run predicts at most this many test examples a second time.
 PREDICTED_AT_ONCE = 100
 TEST = "test"
 
@@ -144,7 +144,7 @@ class RaftSettings:
         }
         if method == "tfew":
             settings |= {**asdict(self.config), "sites": self.sites}
-            # Memory is the machine's matter.
+            # The limit on memory does not change predictions.
             del settings["max_tokens"]
         return settings
 

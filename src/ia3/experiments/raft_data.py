@@ -122,7 +122,7 @@ def _read_task(folder: Path) -> RaftTask:
                 f"{row.where}: the label {row[LABEL]!r} is not in task.json"
                 f"{did_you_mean(row[LABEL], labels)}"
             )
-        # Of the columns that task.json names alone, as the prompts will be.
+        # Rendered from the columns that task.json names, as the prompts will be.
         named = {name: row[name] for name in (*fields, LABEL)}
         rendered = template.render(Row(named, row.where))
         if rendered is None or rendered.answer != labels.index(row[LABEL]):

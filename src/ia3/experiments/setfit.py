@@ -1,4 +1,4 @@
-"""SetFit on a sample, run in an environment of its own: its packages do not go with these."""
+"""SetFit on a sample, in an environment of its own: its packages need other versions."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def run_setfit(
 def _run(setfit: SetFit, *arguments: str, use_gpu: bool = True) -> subprocess.CompletedProcess[str]:
     environment = dict(os.environ)
     if setfit.model is None or _is_path(setfit.model):
-        # It would ask the hub about a model that is here.
+        # SetFit would ask the hub about a local model too.
         environment["HF_HUB_OFFLINE"] = "1"
     if not use_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Beyond these, a page or a picture has the means alone.
+# With more adapters than this, a page or a picture has the means alone.
 MOST_ON_PAGE = 12
 MOST_IN_PICTURE = 5
 _HEX = {"inhibited": "#2563c9", "amplified": "#d9620f", "total": "#1b1f27"}

@@ -26,7 +26,7 @@ HEADER = (
     *("FLOPs to train", "FLOPs an answer", "bytes to store", "examples used"),
 )
 
-# Apart for readers who see fewer colours too (Okabe and Ito's), and by their shapes.
+# Okabe and Ito's colours, which differ for colour-blind readers too, and a shape for each.
 _MARKS = {
     "zero-shot": ("#6b6b6b", "s"),
     "icl": ("#0072b2", "o"),
@@ -56,7 +56,7 @@ def cells(summary: Summary) -> list[str]:
 
 
 def notes(summaries: Sequence[Summary]) -> list[str]:
-    """What has to be said below the table, a sentence each."""
+    """The sentences below the table."""
     lines = []
     for summary in summaries:
         uncached = _uncached(summary)
@@ -133,7 +133,7 @@ def _accuracy(axes: Axes, summaries: Sequence[Summary]) -> None:
             axes.plot(ends, level, color=colour, linewidth=0.9, linestyle=":")
             name = f"{TITLES[summary.method]}, nothing cached"
             _point(axes, summary, uncached, name, shift=0.0, hollow=True)
-    # Points moved aside do not widen the axis by themselves.
+    # The limits are set by hand, because points moved aside do not widen the axis.
     axes.set_xscale("log")
     axes.set_xlim(min(flops) / 2, max(flops) * 2)
     low = min(summary.accuracy.lower for summary in summaries)
@@ -216,7 +216,7 @@ def _some(summaries: Sequence[Summary]) -> Sequence[Summary]:
 
 
 def _seconds(value: float) -> str:
-    """Two digits that say something, at least."""
+    """Seconds with at least two significant digits."""
     if value == 0:
         return "0"
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

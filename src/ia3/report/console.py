@@ -1,4 +1,4 @@
-"""What a person watches: progress bars with loss and rate, the confusion matrix."""
+"""Output for a terminal: progress bars, tables and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 screen = Console(stderr=True, emoji=False)
 results = Console(emoji=False)
 
-# Where there is no terminal, how far things are is said in a line of its own after so many seconds.
+# Without a terminal, a line says how far the work is, at most one in so many seconds.
 SECONDS_A_LINE = 30.0
 
 
 def visible(text: str) -> str:
-    """The text in one line; what a terminal would obey is escaped, as in Python's `repr`."""
+    """The text in one line, with control characters escaped as in Python's `repr`."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -89,7 +89,7 @@ def _bar(
     def update(**changed: Any) -> None:
         nonlocal said
         progress.update(number, **changed)
-        # In a log, a bar would be there when all is done, and no earlier: it gets lines.
+        # A log would show a bar only at the end, so it gets lines.
         if not screen.is_interactive and time.monotonic() - said >= SECONDS_A_LINE:
             said = time.monotonic()
             _print_line(progress)
@@ -98,7 +98,7 @@ def _bar(
         try:
             yield progress.tasks[0], update
         except BaseException:
-            # What went wrong is said in one line: half a bar above it says nothing more.
+            # The error follows in one line; the bar is removed.
             progress.live.transient = True
             raise
 

@@ -62,7 +62,7 @@ def training_curve(history: Sequence[TrainingStep], *, name: str) -> str:
     steps = np.array([record.step for record in history])
     with settings(_STYLE):
         figure, axes = _canvas(750, 290, left=46, right=12, top=10, bottom=36)
-        # One point makes no line.
+        # A single step has no line, so it gets a marker.
         marker = "o" if len(steps) == 1 else ""
         for term in ("unlikelihood", "length-norm", "lm", "total"):
             field, width = ("loss", 2.4) if term == "total" else (term.replace("-", "_"), 1.6)
@@ -71,7 +71,7 @@ def training_curve(history: Sequence[TrainingStep], *, name: str) -> str:
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
             axes.plot(steps, _running_mean(values), color=colour, linewidth=width, marker=marker)
         axes.set_ylim(bottom=0)
-        # Half a step at either end: a single step, too, stands at a whole number.
+        # With half a step of room at either end, a single step stands at a whole number too.
         axes.set_xlim(steps[0] - 0.5, steps[-1] + 0.5)
         axes.xaxis.set_major_locator(
             MaxNLocator(integer=True, nbins=10, steps=[1, 2, 5, 10], min_n_ticks=1)
@@ -171,7 +171,7 @@ def layer_site_map(shown: SiteMap, *, name: str) -> str:
     layers, sites = shown.layers, shown.sites
     labels = [_shortened(_drawable(site)) for site in sites]
     stacks = [layer.rpartition(".")[0] for layer in layers]
-    # A gap between encoder and decoder.
+    # The encoder and the decoder are a gap apart.
     before = [*stacks[:1], *stacks[:-1]]
     at = np.arange(len(layers)) + 0.7 * np.cumsum(
         [a != b for a, b in zip(before, stacks, strict=True)]
@@ -333,7 +333,7 @@ def _shortened(text: str) -> str:
 
 
 def _text_width(text: str) -> float:
-    """About the points a label takes; the reader's font is unknown."""
+    """An estimate of a label's width in points, as the reader's font is unknown."""
     return sum(9.5 if unicodedata.east_asian_width(c) in "WF" else 5.4 for c in text)
 
 

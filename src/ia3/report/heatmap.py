@@ -1,4 +1,4 @@
-"""Vectors summed up by where they sit: one cell a layer and site."""
+"""Statistics of vectors by layer and site."""
 
 from __future__ import annotations
 
@@ -202,5 +202,5 @@ def _layer_order(layer: str) -> tuple[bool, bool, str, int]:
     if layer == OUTSIDE:
         return True, False, "", 0
     stack, _, number = layer.rpartition(".")
-    # The decoder reads what the encoder made.
+    # The decoder comes after the encoder.
     return False, stack.startswith("decoder"), stack, int(number)

@@ -1,4 +1,4 @@
-"""Maps of layers and sites: what each shows, for the page, the picture and the terminal alike."""
+"""Maps of layers and sites, as the page, the picture and the terminal show them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .heatmap import AMPLIFIED_ABOVE, INHIBITED_BELOW, DifferenceGrid, LayerSite
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Below these, full colour would make a drama of nothing: 0.02 octaves are 1.4%.
+# No scale ends below these values, so that tiny differences stay pale: 0.02 octaves are 1.4%.
 LEAST_OCTAVES = 0.02
 LEAST_SHARE = 0.05
 LEAST_SIZE = 0.01

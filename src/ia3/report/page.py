@@ -1,4 +1,4 @@
-"""Pages of HTML that need nothing but themselves, and what stands on them."""
+"""Self-contained pages of HTML, and the parts that they are made of."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def page(title: str, sections: Sequence[str]) -> str:
     """A page of these sections, without script or network. Same input, same bytes."""
     text = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        # Should a name ever slip through unescaped, it still could not run or fetch anything.
+        # A second defence behind escaping: a script in a name could not run, nor fetch anything.
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
     )
-    # A lone surrogate, as in text cut in the middle of a character, could not be written to a file.
+    # UTF-8 has no lone surrogates, which text cut in the middle of a character may hold.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -42,7 +42,7 @@ def figure(svg: str, caption: str, scale: str = "") -> str:
 
 
 def scrolled(svg: str) -> str:
-    """What may be wider than the page."""
+    """A part that scrolls where it is wider than the page."""
     return f'<div class="scroll">{svg}</div>'
 
 

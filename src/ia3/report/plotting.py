@@ -1,4 +1,4 @@
-"""matplotlib under settings of this package's own, whatever the user's are."""
+"""Drawing with matplotlib under this package's settings instead of the user's."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _STYLE: dict[Any, object] = {
 def settings(style: Mapping[Any, object]) -> Iterator[None]:
     """Draw under matplotlib's defaults, this package's style and the settings given."""
     with _LOCK, matplotlib.rc_context(), warnings.catch_warnings():
-        # In an SVG the reader's browser draws the text: a font that matplotlib lacks is no matter.
+        # In an SVG the reader's browser draws the text, with its own fonts.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({**_STYLE, **style})

@@ -123,7 +123,7 @@ def _confusions(
         )
         heading = f"{when.capitalize()} training <small>{_right(matrix)}</small>"
         panels += f"<div><h3>{heading}</h3>{scrolled(drawn)}</div>"
-    # Opacity grows with the root of the count: halfway lies a quarter of the largest.
+    # Opacity grows with the root of the count, so a quarter of the largest count is halfway.
     marks = ("0", f"{most / 4:.0f}" if most >= 4 else "", f"{most:g}")
     right, wrong = scale(("", "right"), "right", *marks), scale(("", "wrong"), "mistaken", *marks)
     caption = (
