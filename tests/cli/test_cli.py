@@ -189,59 +189,54 @@ def test_predict_into_a_file_and_evaluate(fitted: Any) -> None:
 
 def test_integer_labels_several_columns_choices_and_templates(model_place: Place) -> None:
     place = model_place
-    rows = [
-        {"subject": s, "body": b, "stars": n}
-        for s, b, n in [
-            ("Good", "fine", 5),
-            ("Bad", "awful", 1),
-            ("Best", "", 5),
-            ("Worst", "no", 1),
-        ]
-    ]
+    given = [("Good", "fine", 5), ("Bad", "awful", 1), ("Best", "", 5), ("Worst", "no", 1)]
+    rows = [{"subject": s, "body": b, "stars": n} for s, b, n in given]
     place.write("train.jsonl", "\n".join(map(json.dumps, rows)))
-    columns = ("--text", "subject", "--text", "body")
-    done = place.fit(
-        *("--data", "train.jsonl", *columns, "--label", "stars", "--out", "a/b", "--steps", 2),
-        *("--template", "{{ subject }}: {{ body }}\nThis is", "--template", "{{ body }}|It is"),
-        *("--choice", "1=bad", "--choice", "5=so = good", "--choice", "3=middling"),
+    # In CSV the same labels are strings.
+    place.write("test.csv", "subject,body,stars\n[bold]Fine,really,5\nPoor,,1\n")
+    columns = ("--text", "subject", "--text", "body", "--label", "stars")
+    templates = ("{{ subject }}: {{ body }}\nThis is", "{{ body }}|It is")
+    choices = ("1=bad", "5=so = good", "3=middling")
+    fitted, evaluated = place.run_all(
+        (
+            *("fit", "--model", place.model, "--data", "train.jsonl", *columns, "--out", "a/b"),
+            *("--steps", 2, *(part for t in templates for part in ("--template", t))),
+            *(part for choice in choices for part in ("--choice", choice)),
+        ),
+        ("evaluate", "a/b", "--data", "test.csv", *columns),
     )
-    assert done.returncode == 0
+    assert (fitted.returncode, evaluated.returncode) == (0, 0)
     assert re.fullmatch(
-        r"Trained on 4 examples of 3 classes in \d+ s; \d+ KiB in a/b\n", done.stderr
+        r"Trained on 4 examples of 3 classes in \d+ s; \d+ KiB in a/b\n", fitted.stderr
     )
     task = json.loads((place.folder / "a/b/ia3_task.json").read_text())
     assert task["labels"] == [1, 3, 5]
     assert task["choices"] == ["bad", "middling", "so = good"]
     assert len(task["templates"]) == 2
-
-    # In CSV the same labels are strings.
-    place.write("test.csv", "subject,body,stars\n[bold]Fine,really,5\nPoor,,1\n")
-    done = place.run("evaluate", "a/b", "--data", "test.csv", *columns, "--label", "stars")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"accuracy \d+\.\d%, macro F1 \d+\.\d%, 2 rows\n$", done.stdout)
-    assert "rows: true label" in " ".join(done.stdout.split())
+    assert re.search(r"accuracy \d+\.\d%, macro F1 \d+\.\d%, 2 rows\n$", evaluated.stdout)
+    assert "rows: true label" in " ".join(evaluated.stdout.split())
 
 
 def test_a_killed_fit_goes_on_from_its_checkpoint(model_place: Place) -> None:
     place = model_place
     command = ("--data", "train.csv", "--steps", 60, "--json", "--out")
     unbroken = place.fit(*command, "unbroken")
-    assert unbroken.returncode == 0, unbroken.stderr
     place.killed_when("run/checkpoint-25", *command, "broken", "--checkpoints", "run")
     # A killed process leaves its temporary files.
     shutil.rmtree(place.temporary)
     place.temporary.mkdir()
     assert place.names() == {"train.csv", "unbroken", "run"}
-    done = place.fit(*command, "broken", "--checkpoints", "run")
-    assert (done.returncode, done.stderr) == (0, "")
-    losses = [json.loads(run.stdout)["final_loss"] for run in (unbroken, done)]
-    assert losses[0] == losses[1]
+    fit = ("fit", "--model", place.model, *command)
+    done, other = place.run_all(
+        (*fit, "broken", "--checkpoints", "run"),
+        (*fit, "other", "--checkpoints", "run", "--learning-rate", "0.5"),
+    )
+    assert said(unbroken)["final_loss"] == said(done)["final_loss"]
     for name in ("adapter_model.safetensors", "adapter_config.json", "ia3_task.json"):
         written = [(place.folder / run / name).read_bytes() for run in ("unbroken", "broken")]
         assert written[0] == written[1], name
     # Another run does not go on from it.
-    done = place.fit(*command, "other", "--checkpoints", "run", "--learning-rate", "0.5")
-    assert_refused(done, "learning_rate")
+    assert_refused(other, "learning_rate")
     assert "other" not in place.names()
 
 
@@ -287,7 +282,11 @@ def test_fit_many(model_place: Place) -> None:
           unknown: {{choices: {{slow: late}}}}
         """,
     )
-    done = model_place.run("fit-many", "tasks.yaml", "--out", "many", "--json")
+    fit = ("fit", "--model", model_place.model, "--data", "train.csv", "--steps", 3)
+    done, alone = model_place.run_all(
+        ("fit-many", "tasks.yaml", "--out", "many", "--json"),
+        (*fit, "--out", "alone", "--seed", 4),
+    )
     assert done.returncode == 1, done.stderr
     tasks = {task["task"]: task for task in json.loads(done.stdout)["tasks"]}
     assert list(tasks) == ["pace", "seeded", "absent", "unlabelled", "unknown"]
@@ -295,7 +294,6 @@ def test_fit_many(model_place: Place) -> None:
     assert "none.csv does not exist" in tasks["absent"]["error"]
     assert "no column 'queue'" in tasks["unlabelled"]["error"]
     assert "'fast'" in tasks["unknown"]["error"]
-    alone = model_place.fit("--data", "train.csv", "--out", "alone", "--seed", 4, "--steps", 3)
     assert alone.returncode == 0, alone.stderr
     found = load_file(model_place.folder / tasks["seeded"]["adapter"] / "adapter_model.safetensors")
     expected = load_file(model_place.folder / "alone" / "adapter_model.safetensors")
@@ -412,7 +410,7 @@ BAD_DATA = {
     "not JSON": ("a.jsonl", '{"text": "a", "label": 1}\n{"te', "a.jsonl, line 2: not JSON"),
     "null label": ("a.jsonl", '{"text": "a", "label": null}', "line 1: the label 'label' is null"),
     "empty label": ("a.csv", "text,label\na,b\nc,\n", "line 3: the label 'label' is empty"),
-    "[b]:boom:[/b]": ("[b]:boom:.csv", "", "data file [b]:boom:.csv is empty"),
+    "[b]:boom:[/b]": ("[b]:boom:.csv", "", "[b]:boom:.csv is empty"),
 }
 
 
@@ -425,10 +423,8 @@ def test_bad_data(place: Place) -> None:
         (place.folder / str(case)).mkdir()
         place.write(f"{case}/{name}", content)
         commands.append(("fit", "--data", f"{case}/{name}", *rest))
-    for (name, (_, _, message)), done in zip(
-        BAD_DATA.items(), place.run_all(*commands), strict=True
-    ):
-        assert done.returncode == 1, name
+    messages = [message for _, _, message in BAD_DATA.values()]
+    for done, message in zip(place.run_all(*commands), messages, strict=True):
         assert_refused(done, message)
     assert not (place.folder / "x").exists()
 
