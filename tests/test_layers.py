@@ -31,6 +31,7 @@ LAYERS = [
     "cli",
 ]
 
+
 def imports() -> dict[str, set[str]]:
     """Each file of the source -> the files it imports, anywhere in it."""
     files = {".".join(p.relative_to(SOURCE).with_suffix("").parts) for p in SOURCE.rglob("*.py")}
