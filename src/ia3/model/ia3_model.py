@@ -672,7 +672,8 @@ class IA3Model(nn.Module):
                 self._adapters.load_into(adapter_name, adapter)
             else:
                 self._add(adapter_name, adapter.config, adapter)
-        if not is_trainable and any(module.training for module in self.modules()):
+        modules = [self, *self._adapters.contents().modules.values()]
+        if not is_trainable and any(module.training for module in modules):
             self.eval()
 
     def push_to_hub(
