@@ -380,7 +380,7 @@ def recorded() -> list[Tensor]:
 def test_hooks_of_others_keep_what_they_saw(
     tiny_llama: PreTrainedModel, make_inputs: MakeInputs, recorded: list[Tensor], first: bool
 ) -> None:
-    """An output that someone recorded is never written over."""
+    """An output that the user's hook recorded is never written over."""
     layer = tiny_llama.get_submodule("model.layers.0.self_attn.k_proj")
     inputs = make_inputs("llama")
 

@@ -215,7 +215,7 @@ def test_a_copy_of_a_routed_model_is_its_own(tmp_path: Any) -> None:
     with model.route(NAMES):
         expected = logits(model, **inputs)
         twin = copy.deepcopy(model)
-        # Nobody routed the copy.
+        # The copy is not routed.
         assert torch.equal(logits(twin, **inputs)[0], expected[0])
         assert not torch.equal(logits(twin, **inputs)[1], expected[1])
     torch.save(model, tmp_path / "model.pt")
@@ -797,7 +797,7 @@ def test_an_exported_graph_does_not_keep_a_route() -> None:
 # -- what must not go wrong silently ---------------------------------------------------------------
 
 
-def test_a_route_is_gone_when_nobody_holds_it() -> None:
+def test_a_route_is_gone_once_it_is_left() -> None:
     model = several("llama")
     gc.disable()
     try:

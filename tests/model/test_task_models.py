@@ -353,28 +353,7 @@ def test_a_smaller_tokenizer_changes_nothing(saved_base: Any, tmp_path: Path) ->
     assert again.get_input_embeddings().weight.shape[0] == VOCABULARY
 
 
-# -- configs ---------------------------------------------------------------------------------------
-
-
-@EVERY_TASK
-def test_configs_are_read_by_both_libraries(task: str, tmp_path: Path) -> None:
-    chosen: dict[str, Any] = {
-        "task_type": task,
-        "target_modules": ["q", "v", "wo"],
-        "feedforward_modules": ["wo"],
-        "modules_to_save": ["head"],
-        "base_model_name_or_path": "some/model",
-        "revision": "v1",
-    }
-    ia3.IA3Config(**chosen).save_pretrained(tmp_path / "ours")
-    theirs = peft.PeftConfig.from_pretrained(tmp_path / "ours")
-    assert isinstance(theirs, peft.IA3Config)
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    ours = ia3.PeftConfig.from_pretrained(tmp_path / "theirs")
-    for name, value in chosen.items():
-        expected = set(value) if "target" in name or "feedforward" in name else value
-        assert getattr(theirs, name) == expected, name
-        assert getattr(ours, name) == expected, name
+# -- arguments -------------------------------------------------------------------------------------
 
 
 def test_the_signatures_take_pefts_arguments() -> None:

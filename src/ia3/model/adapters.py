@@ -423,9 +423,13 @@ class Adapters:
         """Have the hooks there that ask for a route. Until `route_closed` nothing removes them."""
         with LOCK:
             self._open_routes += 1
-            watch(self.model, True)
-            if not all(site.routed for _, _, site in self.contents().sites):
-                self.activate()
+            try:
+                watch(self.model, True)
+                if not all(site.routed for _, _, site in self.contents().sites):
+                    self.activate()
+            except BaseException:
+                self._open_routes -= 1
+                raise
 
     def route_closed(self) -> None:
         """Undo `route_opened`; the hooks stay until the next change."""

@@ -476,7 +476,7 @@ class IA3Model(nn.Module):
     def merge_adapter(
         self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """Fold adapters into the base weights; the originals are kept for `unmerge_adapter`.
+        """Merge adapters into the base weights; the originals are kept for `unmerge_adapter`.
 
         The product is taken in float32 and rounded once to the base's dtype; bitsandbytes and
         torchao weights have their quantization constants scaled instead. Adapters may be merged on
@@ -505,7 +505,7 @@ class IA3Model(nn.Module):
         dequantise: bool = False,
         progressbar: bool = False,
     ) -> nn.Module:
-        """Fold the adapters into the base weights for good and return the plain base model.
+        """Merge the adapters into the base weights for good and return the plain base model.
 
         What is merged already stays merged; the result computes what the model computes now, and
         the adapters named, if any. Modules in `modules_to_save` take the values of the
@@ -672,7 +672,8 @@ class IA3Model(nn.Module):
                 self._adapters.load_into(adapter_name, adapter)
             else:
                 self._add(adapter_name, adapter.config, adapter)
-        if not is_trainable and any(module.training for module in self.modules()):
+        modules = [self, *self._adapters.contents().modules.values()]
+        if not is_trainable and any(module.training for module in modules):
             self.eval()
 
     def push_to_hub(
