@@ -96,7 +96,7 @@ def read_mlp(mlp: nn.Module, down: str, *, with_gate: bool = True) -> Mlp | str:
             return f"it cannot be tried out: {error}"
         if with_gate:
             with suppress(Exception), torch.random.fork_rng(devices=[]):
-                return _with_gate(mlp, name, down, hidden)
+                return _gated(mlp, name, down, hidden)
         return Mlp(down, name)
     return f"no layer's output can take a vector in the place of {down!r}'s input"
 
@@ -223,7 +223,7 @@ def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool(((actual.double() - expected).norm() <= tolerance * size) & (size > 0))
 
 
-def _with_gate(mlp: nn.Module, up: str, down: str, hidden: int) -> Mlp:
+def _gated(mlp: nn.Module, up: str, down: str, hidden: int) -> Mlp:
     """What the MLP computes, with `gate` where that can be proven too."""
     parts = {name: part for name, part in mlp.named_children() if name != ATTRIBUTE}
     linear = {name for name in parts if linear_features(parts[name])}
