@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.pairs import adapted
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -207,27 +207,11 @@ def test_an_untrained_head_is_no_other_base(tmp_path: Path) -> None:
 # -- what adapters change is not the base ----------------------------------------------------------
 
 
-class Convolutions(nn.Module):
-    """A network of which an adapter can rescale every layer that is not linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(16, 8)
-        self.conv = nn.Conv1d(8, 8, 3, padding=1)
-        self.out = nn.Linear(8, 4)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """`[batch, length]` to `[batch, length, 4]`."""
-        result: Tensor = self.out(self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2))
-        return result
-
-
 NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "llama": (
         lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
         {"target_modules": ["embed_tokens", "lm_head"]},
     ),
-    "convolutions": (Convolutions, {"target_modules": ["embed", "conv", "out"]}),
     "linear layers alone": (
         lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)),
         {"target_modules": ["0", "1"]},
