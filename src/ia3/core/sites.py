@@ -32,10 +32,7 @@ class Site(nn.Module):
     Attributes:
         side, activation: what is rescaled.
         frozen: adapter -> the ranges of its vector that count as one; written by `add`.
-        carrier: of a down projection's input, the layer whose output is rescaled instead; written
-            by `place`.
         active: the adapters whose vectors multiply now; written by `activate`.
-        routed: a route may be on, which comes before the active adapters; written by `activate`.
         in_place: rescale where it costs the least memory; else by the plain product, at the module
             itself. Written by `IA3Model.use_plain_product`, and when the site is placed.
         merged: the adapters that are part of the weights; written by `Merge`.
@@ -48,27 +45,30 @@ class Site(nn.Module):
     side: Side
     activation: Activation
     frozen: dict[str, Frozen]
-    carrier: Carrier | None
     active: tuple[str, ...]
-    routed: bool
     in_place: bool
     merged: tuple[str, ...]
     banked: bool
     in_block: bool
+    # An underscore, as no adapter can have the name of an attribute.
+    _routed: bool
+    _carrier: Carrier | None
     _removers: tuple[Callable[[], None], ...]
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, carrier: Carrier | None = None) -> None:
         super().__init__()
         self.side = target.side
         self.activation = target.activation
         self.frozen = {}
-        self.carrier = None
         self.active = ()
-        self.routed = False
         self.in_place = True
         self.merged = ()
         self.banked = False
         self.in_block = False
+        # A route may be on, which comes before the active adapters.
+        self._routed = False
+        # Of a down projection's input, the layer whose output is rescaled instead.
+        self._carrier = carrier
         # Of its hooks, while it has any.
         self._removers = ()
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
@@ -173,7 +173,7 @@ class Site(nn.Module):
             among = set(self.merged) <= set(here)
             here = tuple(name for name in here if name not in self.merged) if among else ()
         # Not setattr: nn.Module's looks for parameters first.
-        self.__dict__.update(active=here, routed=routed)
+        self.__dict__.update(active=here, _routed=routed)
         # Experts are not routed.
         wanted = bool(here) or (routed and self.side != "inner")
         if not wanted or self.in_block:
@@ -192,15 +192,15 @@ class Site(nn.Module):
             output.own = self
             return (partial(output.remove, self),)
         remove_input = InputHook(module, self).remove
-        if self.carrier is None:
+        if self._carrier is None:
             return (remove_input,)
-        output = OutputHook.on(self.carrier.module)
+        output = OutputHook.on(self._carrier.module)
         output.carried = self
         return remove_input, partial(output.remove, self)
 
     def is_carried(self) -> bool:
         """Whether the carrier's output is rescaled, and not the module's input."""
-        return self.in_place and self.carrier is not None and self.carrier.in_place()
+        return self.in_place and self._carrier is not None and self._carrier.in_place()
 
     def product(self, adapters: tuple[str, ...]) -> Tensor:
         """The product of the adapters' vectors, `Activation.factor_shape`."""
@@ -214,13 +214,18 @@ class Site(nn.Module):
         active = self.active
         return self.product(active) if active else None
 
+    @property
+    def routed(self) -> bool:
+        """Whether hooks are there, and ask for a route."""
+        return self._routed
+
     def is_routed(self) -> bool:
         """Whether a route says what to do here now, and not the active adapters."""
-        return self.routed and bool(is_routed(self))
+        return self._routed and bool(is_routed(self))
 
     def factor(self, activation: Tensor) -> Tensor | None:
         """What an activation here is multiplied by now; `None` for nothing."""
-        if self.routed and is_routed(self):
+        if self._routed and is_routed(self):
             routed: Tensor | None = factor_of(self, activation)
             return routed
         # As active_product, in a call less: a decoded token asks a hundred times.
@@ -261,9 +266,7 @@ def place(module: nn.Module, target: Target, carriers: Carriers) -> Site:
         # By default compiled code does not look whether hooks were added or removed since, and
         # would go on with the adapters that were active when it was compiled.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
-        site = Site(target)
-        if site.side == "input":
-            site.carrier = carriers.of(target.name)
+        site = Site(target, carriers.of(target.name) if target.side == "input" else None)
         module.add_module(ATTRIBUTE, site)
     return site
 
