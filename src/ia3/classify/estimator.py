@@ -169,18 +169,7 @@ class FewShotClassifier(RankingClassifier):
 
     def _prepare(self, data: LabelledTexts) -> PreparedTask:
         """Check the settings and encode the examples, before the model changes."""
-        recipe = self._recipe()
-        encoder = Encoder(self.base, data.choices, chat=self.chat)
-        encoded = encode_all(encoder, data.examples, data.templates)
-        examples = [
-            TrainingExample(e, data.classes.index(label))
-            for e, label in zip(encoded, data.labels, strict=True)
-        ]
-        start = None if self.init_from is None else _adapter_to_begin_with(self.init_from)
-        return PreparedTask(data, recipe, examples, start)
-
-    def _recipe(self) -> TFewConfig:
-        # The untuned model takes no step; its other settings are checked all the same.
+        # Imported here, as prediction needs no Trainer, whose import takes seconds.
         from ..tfew.training.trainer import TFewConfig
 
         if self.steps < 0:
@@ -190,12 +179,21 @@ class FewShotClassifier(RankingClassifier):
                 f"upper_blocks is {self.upper_blocks}, and init_from brings the sites of its "
                 "adapter: give one of them"
             )
-        return TFewConfig(
+        # The untuned model takes no step; its other settings are checked all the same.
+        recipe = TFewConfig(
             steps=max(self.steps, 1),
             learning_rate=self.learning_rate,
             seed=self.seed,
             max_tokens=self.max_tokens,
         )
+        encoder = Encoder(self.base, data.choices, chat=self.chat)
+        encoded = encode_all(encoder, data.examples, data.templates)
+        examples = [
+            TrainingExample(e, data.classes.index(label))
+            for e, label in zip(encoded, data.labels, strict=True)
+        ]
+        start = None if self.init_from is None else _adapter_to_begin_with(self.init_from)
+        return PreparedTask(data, recipe, examples, start)
 
     def _train(
         self,
@@ -203,7 +201,6 @@ class FewShotClassifier(RankingClassifier):
         on_step: Callable[[TrainingStep], None] | None = None,
         checkpoints: str | Path | None = None,
     ) -> None:
-        # Imported here: prediction needs no Trainer, whose import takes seconds.
         from ..tfew.training.trainer import train
 
         base, history = self.base, []
