@@ -6,7 +6,7 @@ QUANTIZED := .venv-quantized/.ready
 DATASETS := .venv-datasets/.ready
 ADAPTERS := .venv-adapters/.ready
 
-.PHONY: setup demo test test-slow lint bench bench-curves bench-few-shot data-given
+.PHONY: setup demo docs test test-slow lint bench bench-curves bench-few-shot data-given
 
 setup: $(READY)
 
@@ -27,6 +27,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The documentation site, in build/site; a broken link or an undocumented name is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 # Beside the environment: transformers imports both wherever it finds them, which takes seconds and
 # prints warnings.
 $(QUANTIZED): $(READY)
@@ -42,7 +46,7 @@ $(DATASETS): $(READY)
 	touch $(DATASETS)
 
 # A process a core, each with one thread; what needs packages from beside the environment on its own.
-test: lint $(QUANTIZED) $(DATASETS)
+test: lint docs $(QUANTIZED) $(DATASETS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow and not datasets and not quantized"
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv-datasets/site-packages $(BIN)/pytest -n auto -m datasets
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv-quantized $(BIN)/pytest -n auto -m quantized

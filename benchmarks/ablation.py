@@ -18,21 +18,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from few_shot import TEMPLATES, TREC_WORDS
-from reporting import add_results_option, read_runs
-from splits import few_shot_split, read_task, sample_few_shot
+from few_shot import TEMPLATES, TREC_WORDS, few_shot_split, read_task, sample_few_shot
+from reporting import add_results_option, run_missing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,37 +89,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         method, task, seed, rate = given.one
         print(json.dumps(run(method, task, int(seed), float(rate), given.data, given.pretrained)))
         return
-    given.results.parent.mkdir(parents=True, exist_ok=True)
-    done = read_runs(given.results)
     if given.choose_rates:
-        wanted = [
-            (method, task, CHOOSING_SEED, rate)
-            for method, rates in CANDIDATES.items()
-            for task in ("sst2", "trec")
-            for rate in rates
-        ]
+        tasks, seeds, rates = ("sst2", "trec"), [CHOOSING_SEED], CANDIDATES
     else:
-        wanted = [
-            (method, task, seed, RATES.get(method, RATES["ia3"]))
-            for seed in range(given.seeds)
-            for task in TASKS
-            for method in given.methods
-            if method != "pretrained" or given.pretrained
-        ]
-    finished = {(r["method"], r["task"], r["seed"], r["rate"]) for r in done}
-    missing = [key for key in wanted if key not in finished]
-    with ThreadPoolExecutor(given.workers) as pool:
-        running = [pool.submit(_process, key, given.data, given.pretrained) for key in missing]
-        for future in as_completed(running):
-            if future.exception():
-                # The other runs are worth keeping all the same.
-                print(future.exception(), file=sys.stderr, flush=True)
-                continue
-            result = future.result()
-            done.append(result)
-            with given.results.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            print(json.dumps(result), file=sys.stderr, flush=True)
+        tasks, seeds = TASKS, range(given.seeds)
+        methods = [m for m in given.methods if m != "pretrained" or given.pretrained]
+        rates = {method: (RATES.get(method, RATES["ia3"]),) for method in methods}
+    keys = [
+        {"method": method, "task": task, "seed": seed, "rate": rate}
+        for seed in seeds
+        for task in tasks
+        for method, of_method in rates.items()
+        for rate in of_method
+    ]
+    options = ["--data", str(given.data)]
+    if given.pretrained:
+        options += ["--pretrained", str(given.pretrained)]
+    done = run_missing(__file__, keys, given.results, options, workers=given.workers, threads=1)
     reported = [r for r in done if r["seed"] != CHOOSING_SEED and r["method"] in given.methods]
     print(table(reported))
     if given.picture:
@@ -360,20 +341,6 @@ def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
     panels[0].set_yticks(range(len(trained)), trained)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-
-
-def _process(
-    key: tuple[str, str, int, float], data: Path, pretrained: Path | None
-) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--data", str(data), "--one", *map(str, key)]
-    if pretrained:
-        command += ["--pretrained", str(pretrained)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{key}: {done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
 
 
 if __name__ == "__main__":

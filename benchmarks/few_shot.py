@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reporting import add_results_option, read_runs
-from splits import TASKS, Split, few_shot_split
+from reporting import add_results_option, run_missing
 
-HERE = Path(__file__).parent
-SETFIT_PYTHON = HERE.parent / ".venv-setfit" / "bin" / "python"
+SETFIT_PYTHON = Path(__file__).parent.parent / ".venv-setfit" / "bin" / "python"
 METHODS = ("untuned", "tfew", "setfit")
+# Task -> the name of each label digit in its files.
+LABELS = {
+    "sst2": ("negative", "positive"),
+    "trec": ("description", "entity", "abbreviation", "person", "location", "number"),
+}
 # What a user would write: what the text is, and words that ask for the label. One template, or
 # three to draw from and to average; written and chosen on rows of the training files.
 TEMPLATES = {
@@ -62,22 +65,91 @@ def main(arguments: Sequence[str] | None = None) -> None:
         method, task, seed = given.one
         print(json.dumps(run(method, task, int(seed), given.data)))
         return
-    given.results.parent.mkdir(parents=True, exist_ok=True)
-    done = read_runs(given.results)
-    for seed in range(given.seeds):
-        for task in TASKS:
-            for method in METHODS:
-                # The untuned model is the same whatever the seed.
-                if method == "untuned" and seed > 0:
-                    continue
-                if any((r["method"], r["task"], r["seed"]) == (method, task, seed) for r in done):
-                    continue
-                result = _process(method, task, seed, given.data)
-                done.append(result)
-                with given.results.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
-                print(json.dumps(result), file=sys.stderr, flush=True)
-    print(table(done))
+    keys = [
+        {"method": method, "task": task, "seed": seed}
+        for seed in range(given.seeds)
+        for task in LABELS
+        for method in METHODS
+        # The untuned model is the same whatever the seed.
+        if method != "untuned" or seed == 0
+    ]
+    print(table(run_missing(__file__, keys, given.results, ["--data", str(given.data)])))
+
+
+# -- the data --------------------------------------------------------------------------------------
+
+# A text and the name of its label.
+Example = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A few-shot training set and the whole test set of one task."""
+
+    task: str
+    seed: int
+    train_texts: list[str]
+    train_labels: list[str]
+    test_texts: list[str]
+    test_labels: list[str]
+
+
+def few_shot_split(task: str, seed: int, data: Path, shots: int = 16) -> Split:
+    """Draw `shots` training examples of each class with a seed; the test set stays whole."""
+    train, test = read_task(task, data)
+    sample = sample_few_shot(train, shots, seed)
+    (texts, labels), (test_texts, test_labels) = (
+        map(list, zip(*part, strict=True)) for part in (sample, test)
+    )
+    return Split(task, seed, texts, labels, test_texts, test_labels)
+
+
+def read_task(task: str, data: Path) -> tuple[list[Example], list[Example]]:
+    """The training and the test examples of a task.
+
+    SST-2 has `text<TAB>digit` a line in UTF-8, TREC `digit text` in latin-1.
+    """
+    ending, encoding = ("tsv", "utf-8") if task == "sst2" else ("txt", "latin-1")
+    train, test = (
+        [
+            _example(line, task)
+            for line in (data / task / f"{part}.{ending}").read_text(encoding).split("\n")
+            if line.strip()
+        ]
+        for part in ("train", "test")
+    )
+    return train, test
+
+
+def sample_few_shot(examples: Sequence[Example], shots: int, seed: int) -> list[Example]:
+    """`shots` distinct texts of each class, shuffled together.
+
+    A text that occurs more than once counts once, with its first label. The result depends only on
+    the examples, their order, `shots` and `seed`.
+    """
+    first_label: dict[str, str] = {}
+    for text, label in examples:
+        first_label.setdefault(text, label)
+    by_class: dict[str, list[str]] = {}
+    for text, label in first_label.items():
+        by_class.setdefault(label, []).append(text)
+    draw = random.Random(seed)
+    sample = [
+        (text, label) for label in sorted(by_class) for text in draw.sample(by_class[label], shots)
+    ]
+    draw.shuffle(sample)
+    return sample
+
+
+def _example(line: str, task: str) -> Example:
+    if task == "sst2":
+        text, _, digit = line.rpartition("\t")
+    else:
+        digit, _, text = line.partition(" ")
+    return text.strip(), LABELS[task][int(digit)]
+
+
+# -- one run ---------------------------------------------------------------------------------------
 
 
 def run(method: str, task: str, seed: int, data: Path) -> dict[str, Any]:
@@ -134,7 +206,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         "| task | method | accuracy, mean | lowest to highest | seconds to train | to predict |",
         "|---|---|---|---|---|---|",
     ]
-    for task in TASKS:
+    for task in LABELS:
         for method in METHODS:
             runs = [r for r in results if (r["method"], r["task"]) == (method, task)]
             if not runs:
@@ -149,15 +221,6 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 f"{min(accuracies):.1f} to {max(accuracies):.1f} | {train:.0f} | {predict:.0f} |"
             )
     return "\n".join(lines)
-
-
-def _process(method: str, task: str, seed: int, data: Path) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", method, task, str(seed)]
-    output = subprocess.run(
-        [*command, "--data", str(data)], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-    result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    return result
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ GIGA = 1e9
 
 
 def plain_product(model: nn.Module) -> nn.Module:
-    """This project's adapter where somebody else's hooks rule out all that saves memory."""
+    """This project's adapter where another library's hooks rule out all that saves memory."""
     for name, module in model.named_modules():
         if name.endswith(("k_proj", "v_proj", "up_proj", "down_proj")):
             module.register_forward_hook(lambda module, inputs, output: None)

@@ -60,7 +60,7 @@ def take_turns(
     try:
         for turn in range(warm_up + repeats):
             gc.collect()
-            # As timeit does: a collection would fall on whoever happens to run.
+            # As timeit does: a collection would fall on whichever contestant happens to run.
             gc.disable()
             for name in order.sample(sorted(steps), len(steps)):
                 start = time.perf_counter()

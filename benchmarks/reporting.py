@@ -10,11 +10,16 @@ import math
 import os
 import platform
 import re
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ia3.files.records import append_record, read_records
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -36,9 +41,52 @@ def add_results_option(parser: argparse.ArgumentParser, name: str) -> None:
     )
 
 
-def read_runs(results: Path) -> list[dict[str, Any]]:
-    """The finished runs in a file of JSON Lines; none where there is no file."""
-    return [json.loads(line) for line in results.open()] if results.exists() else []
+def run_missing(
+    program: str,
+    keys: Sequence[Mapping[str, Any]],
+    results: Path,
+    options: Sequence[str],
+    *,
+    workers: int = 1,
+    threads: int | None = None,
+) -> list[dict[str, Any]]:
+    """Add to a file of finished runs those that it lacks, each run in a process of its own.
+
+    A process is `program --one VALUE... OPTION...`; the last line it prints is the run in JSON, the
+    key's values included. A run that fails is reported on standard error; the others go on.
+
+    Args:
+        program: the benchmark's file.
+        keys: of the runs, in the order that they are run.
+        results: JSON Lines, to which every run is added when it is done.
+        options: of each process, beside its key's values.
+        workers: processes at a time.
+        threads: of each process; by default torch's choice.
+
+    Returns:
+        All runs in the file, those of other keys too.
+    """
+    done = read_records(results, lambda record: True, "a run")
+    missing = [key for key in keys if not any(key.items() <= run.items() for run in done)]
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+
+    def run(key: Mapping[str, Any]) -> dict[str, Any]:
+        command = [sys.executable, program, "--one", *map(str, key.values()), *options]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if ended.returncode:
+            raise RuntimeError(f"{dict(key)}: {ended.stderr[-2000:]}")
+        result: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
+        return result
+
+    with ThreadPoolExecutor(workers) as pool:
+        for future in as_completed([pool.submit(run, key) for key in missing]):
+            if future.exception():
+                print(future.exception(), file=sys.stderr, flush=True)
+                continue
+            done.append(future.result())
+            append_record(results, done[-1])
+            print(json.dumps(done[-1]), file=sys.stderr, flush=True)
+    return done
 
 
 def circumstances() -> dict[str, Any]:

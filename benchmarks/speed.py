@@ -248,7 +248,7 @@ def tfew_rows(bench: Bench) -> list[Row]:
 
 def banking_examples(base: Any, data: Path | None) -> tuple[list[Any], list[Any]]:
     """One example of all of Banking77's topics; some with few of them and shorter prompts."""
-    from ia3.experiments.raft import read_raft
+    from ia3.experiments.raft_data import read_raft
     from ia3.tfew import Encoder
     from ia3.tfew.prompts.encoding import EncodedExample
     from ia3.tfew.prompts.templates import Template

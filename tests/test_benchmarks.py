@@ -36,8 +36,7 @@ def test_everybody_has_as_many_turns_and_a_clean_up_each():
 def test_a_ratio_is_of_the_same_turn():
     # A machine that is ten times slower for a while, in another turn of each order.
     timings = measuring.Timings({"own": [2.0, 30.0, 2.0], "base": [1.0, 10.0, 1.0]})
-    assert timings.ratio("own", "base") == 2.0
-    assert timings.median("own") == 2.0
+    assert timings.ratio("own", "base") == timings.median("own") == 2.0
 
 
 def test_saved_bytes_are_storages_counted_once_without_parameters():
@@ -76,9 +75,8 @@ def base(tiny_llama) -> BaseModel:
 
 
 def test_the_table_has_every_contestant_and_is_json(base, monkeypatch):
-    monkeypatch.setattr(speed, "BATCH", (2, 16))
-    monkeypatch.setattr(speed, "OTHERS", (2, 4))
-    monkeypatch.setattr(speed, "META_LAYERS", (1, 2))
+    for name, value in {"BATCH": (2, 16), "OTHERS": (2, 4), "META_LAYERS": (1, 2)}.items():
+        monkeypatch.setattr(speed, name, value)
     monkeypatch.setattr(measuring.Decoding.__init__, "__defaults__", (16,))
     groups = [name for name in speed.GROUPS if name != "start"]
     rows, left_out = speed.measure(base, groups, 1, None)
@@ -119,20 +117,31 @@ def test_the_hand_written_rest_of_a_document_stays(tmp_path):
     with pytest.raises(ValueError, match="<!-- m -->"):
         reporting.write_between(document, "m", "text")
     assert document.read_text("utf-8") == "nothing to be found\n"
-
-
-def test_the_document_has_the_places_that_are_written():
+    # The real one has the places that are written.
     text = reporting.DOCUMENT.read_text("utf-8")
     for mark in (speed.MARK, curves.MARK):
         assert text.count(f"<!-- {mark} -->") == text.count(f"<!-- end of {mark} -->") == 1
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.04321, "0.0432"), (1.5, "1.50"), (58196.2, "58,196"), (0, "0"), (99.96, "100.0")],
-)
-def test_three_digits(value, text):
-    assert reporting.digits(value) == text
+def test_three_digits():
+    texts = {0.04321: "0.0432", 1.5: "1.50", 58196.2: "58,196", 0: "0", 99.96: "100.0"}
+    assert {value: reporting.digits(value) for value in texts} == texts
+
+
+def test_runs_that_are_missing_are_run_and_kept(tmp_path, capsys):
+    program, results = tmp_path / "program.py", tmp_path / "results.jsonl"
+    program.write_text(
+        "import json, sys\n_, name, seed, option = sys.argv[1:]\nassert seed != '2', 'bad seed'\n"
+        "print('more')\nprint(json.dumps({'method': name, 'seed': int(seed), 'option': option}))"
+    )
+    keys = [{"method": "tfew", "seed": seed} for seed in range(3)]
+    runs = reporting.run_missing(str(program), keys, results, ["x"], workers=2, threads=1)
+    assert sorted(run["seed"] for run in runs) == [0, 1]
+    assert {run["option"] for run in runs} == {"x"}
+    assert "bad seed" in capsys.readouterr().err
+    content = results.read_text()
+    assert reporting.run_missing(str(program), keys[:2], results, ["y"]) == runs
+    assert results.read_text() == content
 
 
 def test_curves_are_drawn_and_say_where_they_bend(tmp_path, monkeypatch):
@@ -165,13 +174,7 @@ def test_scoring_with_shared_prompts_has_more_points_than_expanded(base, monkeyp
     assert "at 4 |" in curves.in_markdown([by_prompt])
 
 
-TINY = {
-    "hidden": 32,
-    "inner": 48,
-    "heads": 4,
-    "key_value_heads": 2,
-    "vocabulary": 64,
-}
+TINY = {"hidden": 32, "inner": 48, "heads": 4, "key_value_heads": 2, "vocabulary": 64}
 
 
 def test_the_gpu_program_runs_without_one_and_says_so(monkeypatch):
@@ -183,9 +186,8 @@ def test_the_gpu_program_runs_without_one_and_says_so(monkeypatch):
             assert figures["tokens_per_second"] > 0
             assert figures["decode_ms"] > 0
     assert methods["ia3"]["trained"] == methods["PEFT (IA)³"]["trained"] == 2 * (16 + 16 + 48)
-    text = gpu.in_markdown(
-        json.loads(json.dumps(methods)), {"card": None, **reporting.circumstances()}
-    )
+    said = json.loads(json.dumps(methods))
+    text = gpu.in_markdown(said, {"card": None, **reporting.circumstances()})
     assert "Without a GPU" in text
 
 

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from .errors import IA3Error as IA3Error
     from .errors import MissingExtraError as MissingExtraError
     from .experiments.in_context import InContextClassifier as InContextClassifier
-    from .model.ia3_model import AutoPeftModel as AutoPeftModel
-    from .model.ia3_model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
-    from .model.ia3_model import (
+    from .model.auto import AutoPeftModel as AutoPeftModel
+    from .model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from .model.auto import (
         AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
     )
-    from .model.ia3_model import (
+    from .model.auto import (
         AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
     )
-    from .model.ia3_model import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
-    from .model.ia3_model import (
+    from .model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from .model.auto import (
         AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
     )
-    from .model.ia3_model import (
+    from .model.auto import (
         AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
     )
     from .model.ia3_model import IA3Model as IA3Model
@@ -60,13 +60,13 @@ __version__ = "0.1.0"
 # Loaded when first used: torch and transformers take seconds to import.
 _HOME = {
     "AdapterBank": "bank.bank",
-    "AutoPeftModel": "model.ia3_model",
-    "AutoPeftModelForCausalLM": "model.ia3_model",
-    "AutoPeftModelForFeatureExtraction": "model.ia3_model",
-    "AutoPeftModelForQuestionAnswering": "model.ia3_model",
-    "AutoPeftModelForSeq2SeqLM": "model.ia3_model",
-    "AutoPeftModelForSequenceClassification": "model.ia3_model",
-    "AutoPeftModelForTokenClassification": "model.ia3_model",
+    "AutoPeftModel": "model.auto",
+    "AutoPeftModelForCausalLM": "model.auto",
+    "AutoPeftModelForFeatureExtraction": "model.auto",
+    "AutoPeftModelForQuestionAnswering": "model.auto",
+    "AutoPeftModelForSeq2SeqLM": "model.auto",
+    "AutoPeftModelForSequenceClassification": "model.auto",
+    "AutoPeftModelForTokenClassification": "model.auto",
     "FewShotClassifier": "classify.estimator",
     "FittedTasks": "classify.fit_many",
     "IA3Config": "targets.config",

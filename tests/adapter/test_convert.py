@@ -88,39 +88,6 @@ def test_t0_3b(tmp_path: Path) -> None:
         assert torch.equal(saved[f"base_model.model.{name}.ia3_l"], vector)
 
 
-def test_same_logits_in_peft_as_in_the_authors_layout(
-    tiny_t5: PreTrainedModel, their_file: Path, make_model: MakeModel, make_inputs: MakeInputs
-) -> None:
-    config, vectors = convert_tfew_authors(their_file, tiny_t5)
-    theirs = make_model("t5")
-    for name, vector in vectors_of(theirs).items():
-        theirs.get_submodule(name.removesuffix(".multi_lora_b")).register_forward_hook(
-            lambda _module, _args, output, vector=vector: output * vector.flatten()
-        )
-    adapted = peft.get_peft_model(
-        tiny_t5,
-        peft.IA3Config(
-            task_type=config.task_type,
-            target_modules=config.target_modules,
-            feedforward_modules=config.feedforward_modules,
-        ),
-    )
-    parameters = {
-        name.removeprefix("base_model.model.").removesuffix(".ia3_l.default"): parameter
-        for name, parameter in adapted.named_parameters()
-        if name.endswith(".ia3_l.default")
-    }
-    assert parameters.keys() == vectors.keys()
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            assert parameter.shape == vectors[name].shape
-            parameter.copy_(vectors[name])
-        inputs = make_inputs("t5")
-        expected, plain = theirs(**inputs).logits, make_model("t5")(**inputs).logits
-        torch.testing.assert_close(adapted(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
-    assert (expected - plain).abs().max() > 1e-2
-
-
 def test_half_precision_file_gives_float32(tiny_t5: PreTrainedModel, tmp_path: Path) -> None:
     path = tmp_path / "finish.pt"
     torch.save({name: vector.half() for name, vector in vectors_of(tiny_t5).items()}, path)
@@ -172,7 +139,7 @@ def test_a_converted_adapter_computes_what_the_authors_did(
     assert config.base_model_name_or_path == "only-config"
     assert config.inference_mode
     with safe_open(weights, framework="pt") as file:
-        # Nobody saw the base model's values.
+        # The base model's values are not there to be looked at.
         assert file.metadata() == {"format": "pt"}
 
     theirs = make_model("t5")
@@ -293,29 +260,28 @@ def test_vectors_that_do_not_fit(
         convert_tfew_authors(path, tiny_t5)
 
 
-def test_t5_without_gates(their_file: Path) -> None:
+def test_models_without_gates(their_file: Path, tiny_llama: PreTrainedModel) -> None:
     """There `wi`'s output goes through the activation before it reaches `wo`."""
     config = T5Config(
         vocab_size=48, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0
     )
-    with pytest.raises(IA3Error, match=r"finish.pt is for a T5 with gated .* which T5For"):
-        convert_tfew_authors(their_file, T5ForConditionalGeneration(config))
-
-
-def test_another_model(their_file: Path, tiny_llama: PreTrainedModel) -> None:
-    with pytest.raises(IA3Error, match=r"finish.pt is for a T5 .* which LlamaForCausalLM is not"):
-        convert_tfew_authors(their_file, tiny_llama)
+    for model in (T5ForConditionalGeneration(config), tiny_llama):
+        message = f"finish.pt is for a T5 with gated .* which {type(model).__name__} is not"
+        with pytest.raises(IA3Error, match=message):
+            convert_tfew_authors(their_file, model)
 
 
 # -- files that are none ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_truncated_file(their_file: Path, share: float) -> None:
     content = their_file.read_bytes()
     their_file.write_bytes(content[: int(share * len(content))])
     with pytest.raises(IA3Error, match=r"finish.pt is not a whole file of tensors alone"):
         read_tfew_authors(their_file)
+    with pytest.raises(FileNotFoundError):
+        read_tfew_authors(their_file.with_name("none.pt"))
 
 
 @pytest.mark.parametrize(
@@ -347,8 +313,3 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, zipped: bool) -> 
     assert not trace.exists()
     torch.load(path, weights_only=False)  # it would have
     assert trace.exists()
-
-
-def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        read_tfew_authors(tmp_path / "finish.pt")

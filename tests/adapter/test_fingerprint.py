@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.pairs import randomize, vectors
-from torch import Tensor, nn
+from support.pairs import adapted
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -56,12 +56,6 @@ def llama(seed: int = 0) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-def adapted(base: nn.Module, **config: Any) -> IA3Model:
-    model = IA3Model(base, IA3Config(**config))
-    randomize(vectors(model))
     return model
 
 
@@ -213,27 +207,11 @@ def test_an_untrained_head_is_no_other_base(tmp_path: Path) -> None:
 # -- what adapters change is not the base ----------------------------------------------------------
 
 
-class Convolutions(nn.Module):
-    """A network of which an adapter can rescale every layer that is not linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(16, 8)
-        self.conv = nn.Conv1d(8, 8, 3, padding=1)
-        self.out = nn.Linear(8, 4)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """`[batch, length]` to `[batch, length, 4]`."""
-        result: Tensor = self.out(self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2))
-        return result
-
-
 NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "llama": (
         lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
         {"target_modules": ["embed_tokens", "lm_head"]},
     ),
-    "convolutions": (Convolutions, {"target_modules": ["embed", "conv", "out"]}),
     "linear layers alone": (
         lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)),
         {"target_modules": ["0", "1"]},
@@ -269,6 +247,12 @@ def test_a_rescaled_model_is_seen_as_its_base(make_model: MakeModel, tmp_path: P
     model.add_adapter("second", IA3Config(modules_to_save=["lm_head"]))
     assert fingerprint(model.model) == plain
     assert plain.difference(model.model) is None
+    # Merged modules are passed over only where they are named.
+    model.merge_adapter()
+    assert "'model.embed_tokens.weight'" in str(plain.difference(model.model))
+    merged = list(model.vectors("default"))
+    assert plain.difference(model.model, merged) is None
+    assert "model.embed_tokens.weight" not in fingerprint(model.model, merged).samples
 
 
 # -- two fingerprints ------------------------------------------------------------------------------

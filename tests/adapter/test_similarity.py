@@ -53,35 +53,25 @@ def random_values(seed: int, sites: tuple[str, ...] = SITES) -> dict[str, list[f
 # -- files without torch ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_an_outline_says_what_the_files_say(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_an_outline_says_what_the_files_say(tmp_path: Path) -> None:
     base = Fingerprint("llama", {"embed": ([2, 2], [1.0, 2.0])})
-    head = {"score.weight": torch.ones(2, 6)}
-    write(
-        tmp_path,
-        random_values(0),
-        copies=head,
-        base=base,
-        frozen={SITES[0]: ((0, 2),)},
-        config=ia3.IA3Config(
-            target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["score"]
-        ),
+    config = ia3.IA3Config(
+        target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["score"]
     )
-    stored = read_adapter(tmp_path)
-    stored.vectors = {name: vector.to(dtype) for name, vector in stored.vectors.items()}
-    write_files(tmp_path, adapter_files(stored))
+    # A copy may hold whole numbers; a vector must not.
+    copies = {"score.weight": torch.ones(2, 6), "score.count": torch.tensor(3)}
+    frozen = {SITES[0]: ((0, 2),)}
+    write(tmp_path, random_values(0), copies=copies, base=base, frozen=frozen, config=config)
     outline = read_outline(tmp_path)
     assert outline.shapes == dict.fromkeys(SITES, (6, 1))
-    assert (outline.values, outline.copies, outline.base) == (12, ["score.weight"], base)
-    assert outline.frozen == {SITES[0]: ((0, 2),)}
+    assert (outline.values, set(outline.copies)) == (12, {"score.weight", "score.count"})
+    assert (outline.frozen, outline.base) == (frozen, base)
     assert outline.adapter_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
+    expected = {name: np.float32(held)[:, None] for name, held in random_values(0).items()}
+    expected[SITES[0]][:2] = 1
     found = read_vectors(outline)
-    for name, vector in stored.vectors.items():
-        expected = vector.float().numpy()
-        if name in outline.frozen:
-            expected[:2] = 1
-        assert found[name].dtype == np.float32
-        assert np.array_equal(found[name], expected)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], values) for name, values in expected.items())
 
 
 def test_a_pickled_adapter_has_the_same_outline(tmp_path: Path) -> None:
@@ -97,35 +87,16 @@ def test_a_pickled_adapter_has_the_same_outline(tmp_path: Path) -> None:
     assert all(np.array_equal(v, expected[name]) for name, v in read_vectors(pickled).items())
 
 
-def test_damaged_files_are_named(tmp_path: Path) -> None:
-    content = (write(tmp_path, random_values(0)) / "adapter_model.safetensors").read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    damaged = {
-        "it ends within its header": [b"", content[:5], content[: length // 2], b"\xff" * 20],
-        "its header says": [content[:-1], content + b"\0"],
-        "not a whole safetensors file": [
-            content[:8] + b"[" + content[9:],
-            (2).to_bytes(8, "little") + b"[]",
-            (9).to_bytes(8, "little") + b'{"a": {}}',
-            (3).to_bytes(8, "little") + b"\xff\xff\xff",
-        ],
-        "is not an (IA)³ vector": [save({"lora_A.weight": torch.ones(2)})],
-    }
-    for message, files in damaged.items():
-        for broken in files:
-            (tmp_path / "adapter_model.safetensors").write_bytes(broken)
-            with pytest.raises(IA3Error) as raised:
-                read_outline(tmp_path)
-            assert message in str(raised.value)
-            with pytest.raises(IA3Error):
-                read_adapter(tmp_path)
-    key = f"base_model.model.{SITES[0]}.ia3_l"
-    whole = save({key: torch.ones(3, 1, dtype=torch.int8)})
-    (tmp_path / "adapter_model.safetensors").write_bytes(whole)
-    with pytest.raises(IA3Error, match="is I8, expected floating-point values"):
-        read_vectors(read_outline(tmp_path))
-    (tmp_path / "adapter_model.safetensors").unlink()
+def test_files_of_something_else_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path, random_values(0)) / "adapter_model.safetensors"
+    path.write_bytes(save({"lora_A.weight": torch.ones(2)}))
+    with pytest.raises(IA3Error, match=r"'lora_A.weight' is not an \(IA\)³ vector"):
+        read_outline(tmp_path)
+    path.unlink()
     with pytest.raises(FileNotFoundError, match="no adapter in"):
+        read_outline(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(IA3Error, match="peft_type is 'LORA', expected 'IA3'"):
         read_outline(tmp_path)
 
 
@@ -313,9 +284,3 @@ def test_nothing_is_like_the_identity(tmp_path: Path) -> None:
     like = write(tmp_path, {SITES[0]: [1.0, 1.0]})
     with pytest.raises(IA3Error, match="all of its values are one"):
         search(read_outline(like), [], 3)
-
-
-def test_another_kind_of_adapter_is_named(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    with pytest.raises(IA3Error, match="peft_type is 'LORA', expected 'IA3'"):
-        read_outline(tmp_path)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import peft
 import pytest
 import torch
 from conftest import MakeModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from support.command import Place, assert_refused, said
 from support.page import Page
 from support.pairs import randomize, vectors
-from test_cli import ONE_AFTER_THE_OTHER, Place, assert_refused
 
 import ia3
 from ia3.adapter.store import read_adapter
@@ -52,9 +52,8 @@ def place(tmp_path: Path, folder: Path) -> Place:
     return Place(tmp_path)
 
 
-def said(done: Any) -> Any:
-    assert (done.returncode, done.stderr) == (0, "")
-    return json.loads(done.stdout)
+def mean_octaves(vector: torch.Tensor) -> float:
+    return float(vector.double().abs().clamp(min=2**-6).log2().mean())
 
 
 # -- list ------------------------------------------------------------------------------------------
@@ -74,39 +73,46 @@ def test_list_json(place: Place, folder: Path) -> None:
     assert kinds == [("tiny/llama", "llama")] * 2 + [("tiny/gpt2", "gpt2"), kinds[0]]
     broken = {each["adapter"]: each["reason"] for each in listed["broken"]}
     assert list(broken) == ["adapters/cut", "adapters/half", "adapters/lora"]
-    assert "bytes, its header says" in broken["adapters/cut"]
+    assert "not a whole safetensors file" in broken["adapters/cut"]
     assert "is not JSON" in broken["adapters/half"]
     assert "peft_type is 'LORA'" in broken["adapters/lora"]
 
 
 @pytest.mark.parametrize("width", ["100", "24"])
 def test_list_in_a_terminal(place: Place, width: str) -> None:
-    done = place.run("list", "adapters", COLUMNS=width)
+    (place.folder / "empty").mkdir()
+    done, absent, empty, none = place.run_all(
+        *(("list", name) for name in ("adapters", "nowhere", "empty")),
+        ("list", "empty", "--json"),
+        COLUMNS=width,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     for expected in ("team/c", "tiny/gpt2", "values", "lora", "peft_type is 'LORA'", "KiB"):
         plain = done.stdout.translate({ord(c): None for c in "│ \n"})
         assert expected.replace(" ", "") in plain
     assert max(map(len, done.stdout.splitlines())) <= int(width)
     assert "4 adapters, 3 broken" in " ".join(done.stdout.split())
+    assert_refused(absent, "nowhere: No such file or directory")
+    assert " ".join(empty.stdout.split()) == "0 adapters, 0 broken"
+    assert said(none) == {"adapters": [], "broken": []}
 
 
-def test_neither_list_nor_inspect_load_torch(place: Place) -> None:
+def test_neither_list_nor_inspect_nor_diff_load_torch(place: Place) -> None:
     """It takes seconds to import."""
-    for command in (["list", "adapters"], ["inspect", "adapters/a"], ["diff", *["adapters/a"] * 2]):
-        code = (
-            f"import sys; sys.argv = {['ia3', *command]}\nfrom ia3.cli import main\n"
-            "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
-            "assert not {'torch', 'transformers'} & sys.modules.keys()"
-        )
-        done = place.run(under=[sys.executable, "-c", code])
-        assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_a_folder_that_is_not_there_or_empty(place: Place) -> None:
-    assert_refused(place.run("list", "nowhere"), "nowhere: No such file or directory")
-    (place.folder / "empty").mkdir()
-    assert said(place.run("list", "empty", "--json")) == {"adapters": [], "broken": []}
-    assert place.run("list", "empty").stdout == "0 adapters, 0 broken\n"
+    commands = [["list", "adapters"], ["inspect", "adapters/a"], ["diff", *["adapters/a"] * 2]]
+    code = f"""
+import sys
+from ia3.cli import main
+for command in {commands}:
+    sys.argv = ["ia3", *command]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+assert not {{"torch", "transformers"}} & sys.modules.keys()
+"""
+    done = place.run(under=[sys.executable, "-c", code])
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # -- inspect ---------------------------------------------------------------------------------------
@@ -145,28 +151,27 @@ def test_inspect_in_a_terminal(place: Place, width: str) -> None:
     # Both layers of all four maps, each cell a number with all of its digits.
     stored = read_adapter(place.folder / "adapters" / "a").vectors
     for name, vector in stored.items():
-        mean = vector.double().abs().clamp(min=2**-6).log2().mean()
-        assert f" {mean:+.3f} " in done.stdout, name
+        assert f" {mean_octaves(vector):+.3f} " in done.stdout, name
     assert "\x1b[" not in done.stdout  # not a terminal
 
 
-def test_colours_where_there_are_some(place: Place) -> None:
-    done = place.run("inspect", "adapters/a", FORCE_COLOR="1", COLORTERM="truecolor")
+def test_inspect_in_colour_writes_a_picture_and_a_page(place: Place) -> None:
+    files = ("--png", "maps.png", "--html", "maps.html")
+    colours = {"FORCE_COLOR": "1", "COLORTERM": "truecolor"}
+    done = place.run("inspect", "adapters/a", *files, **colours)
+    assert done.returncode == 0
     assert "\x1b[38;2;" in done.stdout
     assert ";48;2;" in done.stdout
-
-
-def test_inspect_writes_a_picture_and_a_page(place: Place) -> None:
-    files = ("--png", "maps.png", "--html", "maps.html")
-    done = place.run("inspect", "adapters/a", *files)
-    assert (done.returncode, done.stderr) == (0, "written: maps.png\nwritten: maps.html\n")
+    assert re.sub(r"\x1b\[[\d;?]*\w", "", done.stderr) == "written: maps.png\nwritten: maps.html\n"
     assert (place.folder / "maps.png").read_bytes().startswith(PNG)
     page = Page((place.folder / "maps.html").read_text("utf-8"))
     assert page.count("svg") == 4
     assert "Share of channels inhibited" in page.texts["h3"]
     assert "tiny/llama" in page.texts["dd"]
-    assert_refused(place.run("inspect", "adapters/a", *files), "maps.png exists already")
-    again = place.run("inspect", "adapters/b", *files, "--force", "--json")
+    refused, again = place.run_all(
+        ("inspect", "adapters/a", *files), ("inspect", "adapters/b", *files, "--force", "--json")
+    )
+    assert_refused(refused, "maps.png exists already")
     assert said(again)["files"] == ["maps.png", "maps.html"]
     assert place.names() == {"adapters", "maps.png", "maps.html"}
 
@@ -177,11 +182,8 @@ def test_inspect_several(place: Place) -> None:
     assert done.returncode == 0
     for expected in (*names, "Means over 3 adapters", "Mean amplification"):
         assert expected in done.stdout
-    means = []
-    for name in names:
-        vectors = read_adapter(place.folder / name).vectors
-        values = vectors["model.layers.1.self_attn.k_proj"].double()
-        means.append(float(values.abs().clamp(min=2**-6).log2().mean()))
+    key = "model.layers.1.self_attn.k_proj"
+    means = [mean_octaves(read_adapter(place.folder / name).vectors[key]) for name in names]
     assert f" {np.mean(means):+.3f} " in done.stdout
     page = Page((place.folder / "maps.html").read_text("utf-8"))
     assert page.count("svg") == 4 * 4  # the means, and each
@@ -192,13 +194,16 @@ def test_inspect_several(place: Place) -> None:
 
 
 def test_inspect_refuses_what_cannot_be_read(place: Place) -> None:
-    for name, message in (
-        ("adapters/cut", "is not a whole safetensors file"),
-        ("adapters/lora", "peft_type is 'LORA'"),
-        ("adapters/team", "adapter_config.json is not there"),
-        ("nowhere", "nowhere is not a folder"),
-    ):
-        done = place.run("inspect", "adapters/a", name, "--html", "maps.html")
+    refusals = {
+        "adapters/cut": "is not a whole safetensors file",
+        "adapters/lora": "peft_type is 'LORA'",
+        "adapters/team": "adapter_config.json is not there",
+        "nowhere": "nowhere is not a folder",
+    }
+    runs = place.run_all(
+        *(("inspect", "adapters/a", name, "--html", "maps.html") for name in refusals)
+    )
+    for done, message in zip(runs, refusals.values(), strict=True):
         assert_refused(done, message)
     assert place.names() == {"adapters"}
 
@@ -207,7 +212,12 @@ def test_inspect_refuses_what_cannot_be_read(place: Place) -> None:
 
 
 def test_diff_json(place: Place) -> None:
-    found = said(place.run("diff", "adapters/a", "adapters/b", "--top", 3, "--json"))
+    whole, itself, others = place.run_all(
+        ("diff", "adapters/a", "adapters/b", "--top", 3, "--json"),
+        ("diff", "adapters/a", "adapters/a", "--json"),
+        ("diff", "adapters/a", "adapters/other"),
+    )
+    found = said(whole)
     a, b = (read_adapter(place.folder / "adapters" / n).vectors for n in ("a", "b"))
     assert [each["site"] for each in found["by_site"]] == sorted(a)
     changes = {}
@@ -222,6 +232,12 @@ def test_diff_json(place: Place) -> None:
     assert [(each["site"], each["index"]) for each in found["largest_changes"]] == largest
     assert found["other_base"] is None
     assert found["norm"] == pytest.approx(np.linalg.norm([e["norm"] for e in found["by_site"]]))
+    same = said(itself)
+    assert (same["norm"], same["change"], same["largest_changes"]) == (0, 0, [])
+    assert same["cosine"] == pytest.approx(1)
+    assert others.returncode == 0
+    assert "warning: they are adapters of different base models" in others.stderr
+    assert "'llama'" in others.stderr
 
 
 def test_diff_in_a_terminal_and_in_files(place: Place) -> None:
@@ -237,35 +253,25 @@ def test_diff_in_a_terminal_and_in_files(place: Place) -> None:
     assert (place.folder / "maps.png").read_bytes().startswith(PNG)
 
 
-def test_diff_of_different_bases(place: Place) -> None:
-    done = place.run("diff", "adapters/a", "adapters/other")
-    assert done.returncode == 0
-    assert "warning: they are adapters of different base models" in done.stderr
-    assert "'llama'" in done.stderr
-
-
-def test_diff_of_an_adapter_with_itself(place: Place) -> None:
-    found = said(place.run("diff", "adapters/a", "adapters/a", "--json"))
-    assert (found["norm"], found["change"], found["largest_changes"]) == (0, 0, [])
-    assert found["cosine"] == pytest.approx(1)
-
-
 # -- search ----------------------------------------------------------------------------------------
 
 
 def test_search(place: Place) -> None:
-    mixed = place.run(
-        *("combine", "adapters/a", "adapters/b", "--weights", "9,1"),
-        *("--combination-type", "geometric_mean", "--out", "mixed"),
+    mix = ("adapters/a", "adapters/b", "--weights", "9,1", "--combination-type", "geometric_mean")
+    like = ("search", "adapters", "--like")
+    mixed, two, itself, shown = place.run_all(
+        ("combine", *mix, "--out", "mixed"),
+        (*like, "mixed", "--top", 2, "--json"),
+        (*like, "adapters/a", "--json"),
+        (*like, "mixed"),
+        COLUMNS="40",
     )
     assert mixed.returncode == 0
-    found = said(place.run("search", "adapters", "--like", "mixed", "--top", 2, "--json"))
+    found = said(two)
     assert [each["adapter"] for each in found["nearest"]] == ["adapters/a", "adapters/b"]
     assert found["nearest"][0]["cosine"] > 0.98
     assert (found["compared"], found["other_base"], len(found["broken"])) == (3, 1, 3)
-    itself = said(place.run("search", "adapters", "--like", "adapters/a", "--json"))
-    assert "adapters/a" not in [each["adapter"] for each in itself["nearest"]]
-    shown = place.run("search", "adapters", "--like", "mixed", COLUMNS="40")
+    assert "adapters/a" not in [each["adapter"] for each in said(itself)["nearest"]]
     assert "team/c" in shown.stdout
     expected = "3 compared; passed over: 1 of another base model, 3 broken"
     assert expected in " ".join(shown.stdout.split())
@@ -274,81 +280,87 @@ def test_search(place: Place) -> None:
 # -- combine ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--combination-type", "average"),
-        ("--combination-type", "geometric_mean", "--weights", "1,3"),
-        ("--combination-type", "task_arithmetic", "--weights", "1,-1"),
-        ("--combination-type", "ties", "--density", "0.3", "--majority-sign-method", "frequency"),
-        ("--combination-type", "linear", "--weights", "0.5,0.25"),
-    ],
-)
-def test_what_is_combined_is_what_a_model_combines_and_peft_reads(
-    place: Place, make_model: MakeModel, options: tuple[str, ...]
-) -> None:
-    command = ("combine", "adapters/a", "adapters/b", "--out", "new/both", *options, "--json")
-    made = said(place.run(*command))
-    out = place.folder / "new" / "both"
-    assert {path.name for path in out.iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors")
-    }
-    assert made["adapter_bytes"] == (out / "adapter_model.safetensors").stat().st_size
-    assert made["adapters"] == ["adapters/a", "adapters/b"]
+COMBINATIONS = [
+    ("--combination-type", "average"),
+    ("--combination-type", "geometric_mean", "--weights", "1,3"),
+    ("--combination-type", "task_arithmetic", "--weights", "1,-1"),
+    ("--combination-type", "ties", "--density", "0.3", "--majority-sign-method", "frequency"),
+    ("--combination-type", "linear", "--weights", "0.5,0.25"),
+]
 
+
+def test_what_is_combined_is_what_a_model_combines_and_peft_reads(
+    place: Place, make_model: MakeModel
+) -> None:
+    both = ("combine", "adapters/a", "adapters/b")
+    *runs, listed = place.run_all(
+        *(
+            (*both, *options, "--out", f"new/{number}", "--json")
+            for number, options in enumerate(COMBINATIONS)
+        ),
+        ("list", "new", "--json"),
+    )
     model = ia3.PeftModel.from_pretrained(make_model("llama"), place.folder / "adapters" / "a", "a")
     model.load_adapter(place.folder / "adapters" / "b", "b")
-    given = dict(zip(options[::2], options[1::2], strict=True))
-    model.add_weighted_adapter(
-        ["a", "b"],
-        made["weights"],
-        "both",
-        made["combination_type"],
-        density=float(given["--density"]) if "--density" in given else None,
-        majority_sign_method=given.get("--majority-sign-method", "total"),  # type: ignore[arg-type]
-    )
-    stored = load_file(out / "adapter_model.safetensors")
-    for name, vector in vectors(model, "both").items():
-        assert torch.equal(stored[f"base_model.model.{name}.ia3_l"], vector)
-    model.set_adapter("both")
-    ids = torch.arange(3, 14)[None]
-    theirs = peft.PeftModel.from_pretrained(make_model("llama"), str(out))
-    assert torch.allclose(theirs(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
-    said(place.run("list", "new", "--json"))
+    for number, (options, done) in enumerate(zip(COMBINATIONS, runs, strict=True)):
+        made, name = said(done), f"both{number}"
+        out = place.folder / "new" / str(number)
+        weights = out / "adapter_model.safetensors"
+        assert {path.name for path in out.iterdir()} == {"adapter_config.json", weights.name}
+        assert made["adapter_bytes"] == weights.stat().st_size
+        assert made["adapters"] == ["adapters/a", "adapters/b"]
+        given = dict(zip(options[::2], options[1::2], strict=True))
+        model.add_weighted_adapter(
+            ["a", "b"],
+            made["weights"],
+            name,
+            made["combination_type"],
+            density=float(given["--density"]) if "--density" in given else None,
+            majority_sign_method=given.get("--majority-sign-method", "total"),  # type: ignore[arg-type]
+        )
+        stored = load_file(weights)
+        for site, vector in vectors(model, name).items():
+            assert torch.equal(stored[f"base_model.model.{site}.ia3_l"], vector)
+        model.set_adapter(name)
+        ids = torch.arange(3, 14)[None]
+        theirs = peft.PeftModel.from_pretrained(make_model("llama"), str(out))
+        assert torch.allclose(theirs(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+    assert len(said(listed)["adapters"]) == len(COMBINATIONS)
 
 
 def test_combine_refuses_and_leaves_nothing(place: Place) -> None:
     both = ("adapters/a", "adapters/b")
-    refusals = (
-        ((*both, "--combination-type", "tie"), "did you mean 'ties'?"),
-        ((*both, "--weights", "1"), "1 weights for 2 adapters"),
-        ((*both, "--density", "0.3"), "density belongs to 'ties'"),
-        ((*both, "--weights", "1,-1"), "add up to 0"),
-        (("adapters/a", "adapters/other"), "are adapters of different base models"),
-        (("adapters/a", "adapters/cut"), "is not a whole safetensors file"),
-        (("adapters/a", "nowhere"), "no adapter in nowhere"),
+    refusals = {
+        (*both, "--combination-type", "tie"): "did you mean 'ties'?",
+        (*both, "--weights", "1"): "1 weights for 2 adapters",
+        (*both, "--density", "0.3"): "density belongs to 'ties'",
+        (*both, "--weights", "1,-1"): "add up to 0",
+        ("adapters/a", "adapters/other"): "are adapters of different base models",
+        ("adapters/a", "adapters/cut"): "is not a whole safetensors file",
+        ("adapters/a", "nowhere"): "no adapter in nowhere",
+    }
+    *runs, not_numbers, linear = place.run_all(
+        *(("combine", *given, "--out", "new/both") for given in refusals),
+        ("combine", *both, "--weights", "1;2", "--out", "new"),
+        ("combine", *both, "--combination-type", "linear", "--out", "new"),
     )
-    commands = json.dumps([["combine", *given, "--out", "new/both"] for given, _ in refusals])
-    done = place.run(under=[sys.executable, "-c", ONE_AFTER_THE_OTHER, commands])
-    lines = iter(done.stderr.splitlines())
-    for (_, message), line, code in zip(refusals, lines, lines, strict=True):
-        assert line.startswith("error: ")
-        assert message in line
-        assert code == "1"
-    assert done.stdout == ""
-    done = place.run("combine", *both, "--weights", "1;2", "--out", "new")
-    assert done.returncode == 2
-    assert "numbers with commas" in " ".join(done.stderr.split())
-    assert (
-        place.run("combine", *both, "--combination-type", "linear", "--out", "new").returncode == 2
-    )
+    for done, message in zip(runs, refusals.values(), strict=True):
+        assert_refused(done, message)
+    assert (not_numbers.returncode, linear.returncode) == (2, 2)
+    assert "numbers with commas" in " ".join(not_numbers.stderr.split())
     assert place.names() == {"adapters"}
-    place.run("combine", *both, "--out", "new")
+
+
+def test_combine_replaces_only_when_it_is_told_to(place: Place) -> None:
+    average = ("combine", "adapters/a", "adapters/b", "--out", "new")
+    ties = (*average, "--combination-type", "ties")
+    first, refused = place.run_all(average, ties)
+    assert first.returncode == 0
     before = (place.folder / "new" / "adapter_model.safetensors").read_bytes()
-    again = ("combine", *both, "--combination-type", "ties", "--out", "new")
-    assert_refused(place.run(*again), "new exists already")
-    assert (place.folder / "new" / "adapter_model.safetensors").read_bytes() == before
-    assert place.run(*again, "--force").returncode == 0
+    assert_refused(refused, "new exists already")
+    again, forced = place.run_all(("combine", "adapters/a", "--out", "new"), (*ties, "--force"))
+    assert_refused(again, "new exists already")
+    assert forced.returncode == 0
     assert (place.folder / "new" / "adapter_model.safetensors").read_bytes() != before
 
 
@@ -356,8 +368,6 @@ def test_combine_warns_where_only_names_could_tell(place: Place, folder: Path) -
     """As PEFT's adapters: they have no fingerprint."""
     shutil.copytree(folder / "b", place.folder / "b")
     stored = load_file(folder / "b" / "adapter_model.safetensors")
-    from safetensors.torch import save_file
-
     save_file(stored, place.folder / "b" / "adapter_model.safetensors")
     config = json.loads((place.folder / "b" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "elsewhere/llama"
@@ -377,35 +387,31 @@ def test_what_a_terminal_would_obey_is_escaped(place: Place, folder: Path) -> No
     shutil.copytree(folder / "a", place.folder / "names" / name)
     shutil.copytree(folder / "cut", place.folder / "names" / f"{name}-cut")
     path = f"names/{name}"
-    runs = [
-        place.run("list", "names", COLUMNS="200"),
-        place.run("list", "names", COLUMNS="24"),
-        place.run("inspect", path, COLUMNS="200"),
-        place.run("inspect", path, "adapters/a", COLUMNS="200"),
-        place.run("diff", path, "adapters/b", COLUMNS="200"),
-        place.run("search", "names", "--like", "adapters/b", COLUMNS="200"),
-        place.run("combine", path, "adapters/b", "--out", f"names/{name}-new"),
-    ]
+    combine = ("combine", path, "adapters/b", "--out", f"names/{name}-new")
+    place.write("tasks.yaml", 'tasks: {"a\\e[2Jb": {data: none.csv}}')
+    *runs, cut, again, listed, many = place.run_all(
+        ("list", "names"),
+        ("inspect", path),
+        ("inspect", path, "adapters/a"),
+        ("diff", path, "adapters/b"),
+        ("search", "names", "--like", "adapters/b"),
+        combine,
+        ("inspect", f"{path}-cut"),
+        combine,
+        ("list", "names", "--json"),
+        ("fit-many", "tasks.yaml", "--out", "new"),
+        COLUMNS="200",
+    )
+    runs.append(place.run("list", "names", COLUMNS="24"))
     for done in runs:
         assert done.returncode == 0, done.stderr
-    refused = [
-        place.run("inspect", f"{path}-cut"),
-        place.run("combine", path, "adapters/b", "--out", f"names/{name}-new"),
-    ]
-    for done in refused:
+    for done in (cut, again):
         assert_refused(done, shown)
-    for done in (*runs, *refused):
+    for done in (*runs, cut, again):
         printed = done.stdout + done.stderr
         assert "\x1b" not in printed
         assert shown in printed.translate({ord(c): None for c in "│ \n"})
-    listed = said(place.run("list", "names", "--json"))
-    assert listed["adapters"][0]["adapter"] == path
-
-
-def test_names_in_a_manifest_are_escaped(place: Place) -> None:
-    place.write("tasks.yaml", 'tasks: {"a\\e[2Jb": {data: none.csv}}')
-    done = place.run("fit-many", "tasks.yaml", "--out", "new")
-    assert done.returncode == 1
-    assert "\x1b" not in done.stdout
-    assert r"a\x1b[2Jb" in done.stdout
-    assert place.names() == {"adapters", "tasks.yaml"}
+    assert said(listed)["adapters"][0]["adapter"] == path
+    assert many.returncode == 1
+    assert "\x1b" not in many.stdout
+    assert r"a\x1b[2Jb" in many.stdout

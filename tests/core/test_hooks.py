@@ -1,10 +1,11 @@
-"""Vectors on layers that others have a hand in too: their hooks, and their changes of weights."""
+"""Vectors on layers whose weights, hooks or forwards other code changes too."""
 
 from __future__ import annotations
 
 import copy
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -86,8 +87,6 @@ def check(model: IA3Model) -> None:
     for _ in range(2):
         torch.testing.assert_close(model(VALUES).detach(), expected)
         with torch.no_grad():
-            # The product of the call before is used again.
-            torch.testing.assert_close(model(VALUES), expected)
             torch.testing.assert_close(model(VALUES), expected)
             with model.disable_adapter():
                 torch.testing.assert_close(model(VALUES), by_hand(model.model, {}))
@@ -143,7 +142,6 @@ def test_weights_given_for_one_call() -> None:
 
 @pytest.mark.parametrize("targets", [("key",), ("up",), ("key", "up")], ids=" ".join)
 def test_vectors_changed_under_an_active_adapter(targets: tuple[str, ...]) -> None:
-    """The product that is kept between calls without gradients is of the values as they are."""
     model = adapted(network(), *targets)
     check(model)
     vectors = model.vectors("default")
@@ -194,7 +192,6 @@ def test_a_hook_that_changes_the_output(layer: str, first: bool) -> None:
     torch.testing.assert_close(model(VALUES).detach(), expected)
     with torch.no_grad():
         torch.testing.assert_close(model(VALUES), expected)
-        torch.testing.assert_close(model(VALUES), expected)
 
 
 @pytest.mark.parametrize("targets", [("key",), ("up",), ("key", "up")], ids=" ".join)
@@ -239,7 +236,7 @@ def test_a_layer_put_in_the_place_of_one_that_carries() -> None:
     """Then the down projection's input is rescaled, whichever of the two was replaced."""
     base = network()
     model = adapted(base)
-    assert base.mlp.down.ia3_l.site_state.carrier is not None
+    assert base.mlp.down.ia3_l.carrier is not None
     base.mlp.up = nn.Linear(4, 6).double().requires_grad_(False)
     check(model)
 
@@ -249,7 +246,7 @@ def test_nothing_is_left_behind() -> None:
     before = snapshot(base)
     modules = ["key", "up", "down"]
     model = IA3Model(base, IA3Config(target_modules=modules, feedforward_modules=["down"]))
-    assert base.mlp.down.ia3_l.site_state.carrier is not None
+    assert base.mlp.down.ia3_l.carrier is not None
     assert sum(map(hooks_on, base.modules())) == 3
     with model.disable_adapter():
         assert not any(map(hooks_on, base.modules()))
@@ -287,7 +284,7 @@ def test_a_copy_of_a_layer_that_carries(first: str) -> None:
     model.set_adapter(["vectors", "copy"])
     vector = model.vectors("vectors")["mlp.down"]
     vector.data = vector + 0.5
-    assert base.mlp.down.ia3_l.site_state.carrier is not None
+    assert base.mlp.down.ia3_l.carrier is not None
     values = VALUES.float()
     expected = by_hand(base, {"mlp.down": vector.detach().flatten()}, values)
     torch.testing.assert_close(model(values).detach(), expected)
@@ -310,7 +307,7 @@ def test_a_forward_wrapped_by_others(layer: str) -> None:
     before: Any = target.forward
     target.forward = lambda input: before(input)
     check(model)
-    target.forward = before
+    del target.forward
     check(model)
     with model.disable_adapter():
         pass
@@ -320,8 +317,7 @@ def test_a_forward_wrapped_by_others(layer: str) -> None:
     assert not any(map(hooks_on, base.modules()))
 
 
-def test_a_later_pre_hook_comes_first() -> None:
-    """There is no place between what a forward rescales and what it computes from that."""
+def test_a_later_pre_hook_sees_the_rescaled_input() -> None:
     model = adapted(network())
     base: Any = model.model
     base.mlp.up = nn.Linear(4, 6).double().requires_grad_(False)  # nothing carries
@@ -329,39 +325,33 @@ def test_a_later_pre_hook_comes_first() -> None:
     base.mlp.down.register_forward_pre_hook(lambda module, args: seen.extend(args))
     check(model)
     with torch.no_grad():
-        key = linear(VALUES, base.key.weight, base.key.bias) * flat(model)["key"]
-        torch.testing.assert_close(seen[0], silu(base.mlp.gate(key)) * base.mlp.up(key))
+        vectors = flat(model)
+        key = linear(VALUES, base.key.weight, base.key.bias) * vectors["key"]
+        inner = silu(base.mlp.gate(key)) * base.mlp.up(key)
+        torch.testing.assert_close(seen[0], inner * vectors["mlp.down"])
 
 
-def test_adapters_switched_while_another_thread_computes() -> None:
-    """What is kept is of the adapters that are active, whatever came in between."""
+def test_a_call_sees_one_state_of_a_model_that_is_switched_meanwhile() -> None:
     model = adapted(network())
     model.add_adapter("other", model.peft_config["default"])
     for vector in model.vectors("other").values():
         vector.data = vector * 3
     stop = threading.Event()
-    errors: list[BaseException] = []
 
     def compute() -> None:
         with torch.no_grad():
             while not stop.is_set():
-                try:
-                    model(VALUES)
-                except BaseException as error:
-                    errors.append(error)
-                    return
+                model(VALUES)
 
-    threads = [threading.Thread(target=compute) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for _ in range(300):
-        for names in ("default", "other"):
-            model.set_adapter(names, inference_mode=True)
-        with model.disable_adapter():
-            pass
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors[:1]
+    with ThreadPoolExecutor(2) as pool:
+        computing = [pool.submit(compute) for _ in range(2)]
+        for _ in range(300):
+            for names in ("default", "other"):
+                model.set_adapter(names, inference_mode=True)
+            with model.disable_adapter():
+                pass
+        stop.set()
+        for each in computing:
+            each.result()
     model.set_adapter("default", inference_mode=True)
     check(model)

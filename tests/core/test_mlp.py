@@ -1,4 +1,4 @@
-"""Which layer can take a feed-forward vector: on real MLPs and on ones made to mislead."""
+"""What an MLP computes, and which layer can take its vector: on real MLPs and misleading ones."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import VOCABULARY, MakeModel
+from conftest import VOCABULARY
+from support.architectures import build
+from support.memory import saved_bytes
+from support.pairs import adapted, logits, randomize, relative, vectors
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.functional import gelu, silu
 from transformers import (
     AutoModelForCausalLM,
-    FalconConfig,
-    Gemma3TextConfig,
     LlamaConfig,
-    MixtralConfig,
-    OPTConfig,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
@@ -31,13 +31,13 @@ from transformers import (
 )
 
 from ia3 import IA3Config, IA3Model
-from ia3.core.mlp import Carriers, up_projection
+from ia3.core.mlp import Carriers, Mlp, read_mlp, up_projection
 
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -47,85 +47,36 @@ LLAMA_MLP = "model.layers.0.mlp"
 
 
 def t5(projection: str) -> PreTrainedModel:
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=1,
-            num_heads=4,
-            feed_forward_proj=projection,
-        )
-    )
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    config = T5Config(vocab_size=VOCABULARY, feed_forward_proj=projection, **sizes)
+    return T5ForConditionalGeneration(config)
 
 
+# The model, its MLP, and there the down and the up projection.
 GATED: dict[str, tuple[Callable[[], PreTrainedModel], str, str, str]] = {
-    "qwen2": (
-        lambda: AutoModelForCausalLM.from_config(Qwen2Config(**SIZES)),
-        LLAMA_MLP,
-        "down_proj",
-        "up_proj",
-    ),
-    "gemma3": (
-        lambda: AutoModelForCausalLM.from_config(Gemma3TextConfig(**SIZES)),
-        LLAMA_MLP,
-        "down_proj",
-        "up_proj",
-    ),
-    "t5-encoder": (
-        lambda: t5("gated-gelu"),
-        "encoder.block.0.layer.1.DenseReluDense",
-        "wo",
-        "wi_1",
-    ),
+    "qwen2": (lambda: build("qwen2"), LLAMA_MLP, "down_proj", "up_proj"),
+    "gemma3": (lambda: build("gemma3"), LLAMA_MLP, "down_proj", "up_proj"),
+    "t5": (lambda: t5("gated-gelu"), "encoder.block.0.layer.1.DenseReluDense", "wo", "wi_1"),
     # A ReLU lets positive factors through, so that its gate would do for them.
-    "t5-decoder-relu": (
-        lambda: t5("gated-relu"),
-        "decoder.block.0.layer.2.DenseReluDense",
-        "wo",
-        "wi_1",
-    ),
+    "relu": (lambda: t5("gated-relu"), "decoder.block.0.layer.2.DenseReluDense", "wo", "wi_1"),
 }
 
-NOT_GATED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
-    "t5-relu": (lambda: t5("relu"), "encoder.block.0.layer.1.DenseReluDense.wo"),
-    "falcon": (
-        lambda: AutoModelForCausalLM.from_config(
-            FalconConfig(
-                vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
-            )
-        ),
-        "transformer.h.0.mlp.dense_4h_to_h",
-    ),
+NOT_GATED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "t5": (lambda: build("t5"), "encoder.block.0.layer.1.DenseReluDense.wo"),
+    "falcon": (lambda: build("falcon"), "transformer.h.0.mlp.dense_4h_to_h"),
+    "gpt2": (lambda: build("gpt2"), "transformer.h.0.mlp.c_proj"),
     # fc1 and fc2 stand in the decoder layer itself.
-    "opt": (
-        lambda: AutoModelForCausalLM.from_config(
-            OPTConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=32,
-                word_embed_proj_dim=32,
-                ffn_dim=48,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                activation_function="relu",
-            )
-        ),
-        "model.decoder.layers.0.fc2",
-    ),
+    "opt": (lambda: build("opt"), "model.decoder.layers.0.fc2"),
     # Half of gate_up_proj's rows would do, but no module has them as its output.
     "phi3": (
         lambda: AutoModelForCausalLM.from_config(Phi3Config(**SIZES)),
         f"{LLAMA_MLP}.down_proj",
     ),
-    "mixtral": (
-        lambda: AutoModelForCausalLM.from_config(MixtralConfig(**SIZES)),
-        f"{LLAMA_MLP}.experts",
-    ),
-    "attention": (
-        lambda: AutoModelForCausalLM.from_config(Qwen2Config(**SIZES | {"num_key_value_heads": 4})),
-        "model.layers.0.self_attn.o_proj",
-    ),
+    "mixtral": (lambda: build("mixtral"), f"{LLAMA_MLP}.experts"),
+    "attention": (lambda: build("qwen2"), "model.layers.0.self_attn.o_proj"),
+    "gate": (lambda: llama(), f"{LLAMA_MLP}.gate_proj"),
+    "up": (lambda: llama(), f"{LLAMA_MLP}.up_proj"),
+    "activation": (lambda: llama(), f"{LLAMA_MLP}.act_fn"),
 }
 
 
@@ -141,10 +92,6 @@ def with_vector(module: nn.Module, side: str, vector: Tensor, mlp: nn.Module, x:
         handle.remove()
 
 
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 @pytest.mark.parametrize("kind", GATED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gated(kind: str, dtype: torch.dtype) -> None:
@@ -156,8 +103,8 @@ def test_gated(kind: str, dtype: torch.dtype) -> None:
     vector = torch.randn(48, dtype=dtype)
     x = torch.randn(2, 5, 32, dtype=dtype)
     wanted = with_vector(mlp.get_submodule(down), "input", vector, mlp, x)
-    hoisted = with_vector(mlp.get_submodule(up), "output", vector, mlp, x)
-    assert relative(hoisted, wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
+    carried = with_vector(mlp.get_submodule(up), "output", vector, mlp, x)
+    assert relative(carried, wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("kind", NOT_GATED)
@@ -210,28 +157,16 @@ def test_a_layer_that_is_reached_from_elsewhere(tiny_llama: PreTrainedModel) -> 
     assert up_projection(mlp, "down_proj") is None
 
 
-def test_conv1d_is_linear_but_not_gated(make_model: MakeModel) -> None:
-    assert up_projection(make_model("gpt2"), "transformer.h.0.mlp.c_proj") is None
-
-
-@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "act_fn"])
-def test_only_the_down_projection(tiny_llama: PreTrainedModel, name: str) -> None:
-    assert up_projection(tiny_llama, f"{LLAMA_MLP}.{name}") is None
-
-
 def test_no_such_module(tiny_llama: PreTrainedModel) -> None:
     with pytest.raises(AttributeError, match="downproj"):
         up_projection(tiny_llama, f"{LLAMA_MLP}.downproj")
 
 
-def test_the_mlp_itself(tiny_llama: PreTrainedModel) -> None:
-    assert up_projection(tiny_llama.get_submodule(LLAMA_MLP), "down_proj") == "up_proj"
-
-
 def test_meta_device() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES))
-    assert up_projection(model, f"{LLAMA_MLP}.down_proj") == f"{LLAMA_MLP}.up_proj"
+    expected = Mlp("down_proj", "up_proj", "gate_proj", "silu", "act_fn")
+    assert read_mlp(model.get_submodule(LLAMA_MLP), "down_proj") == expected
 
 
 def test_offloaded(tiny_llama: PreTrainedModel) -> None:
@@ -265,113 +200,101 @@ def test_changes_nothing(tiny_llama: PreTrainedModel) -> None:
         assert module._forward_hooks == hooks[name]
 
 
-class Gated(nn.Module):
-    """What each of the MLPs below changes."""
+# -- MLPs made to mislead --------------------------------------------------------------------------
 
-    def __init__(self) -> None:
+
+class Layers(nn.Module):
+    """Three linear layers whose names say nothing; `forward` is one of the functions below."""
+
+    def __init__(self, **parts: nn.Module | nn.Parameter) -> None:
         super().__init__()
-        # The names are the wrong way round: nothing may be read off them.
-        self.up_proj = nn.Linear(8, 12)
-        self.gate_proj = nn.Linear(8, 12)
-        self.down_proj = nn.Linear(12, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.up_proj(x)) * self.gate_proj(x))
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        for name, part in parts.items():
+            setattr(self, name, part)
 
 
-class Dropped(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        inner = functional.silu(self.up_proj(x)) * self.gate_proj(x)
-        return self.down_proj(functional.dropout(inner, 0.5, self.training))
+def inner(m: Any, x: Tensor) -> Tensor:
+    product: Tensor = silu(m.a(x)) * m.b(x)
+    return product
 
 
-class Normed(Gated):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.norm(functional.silu(self.up_proj(x)) * self.gate_proj(x)))
+def broken(m: Any, x: Tensor) -> Tensor:
+    raise RuntimeError("only on Tuesdays")
 
 
-class LeaksToTheOutput(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        value = self.gate_proj(x)
-        return self.down_proj(functional.silu(self.up_proj(x)) * value) + value.mean()
+def activation(name: str, formula: Callable[[Tensor], Tensor]) -> nn.Module:
+    module: nn.Module = type(name, (nn.Module,), {"forward": lambda _self, x: formula(x)})()
+    return module
 
 
-class Shifted(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.up_proj(x)) * (self.gate_proj(x) + 1))
+def by_act(m: Any, x: Tensor) -> Tensor:
+    result: Tensor = m.c(m.act(m.a(x)) * m.b(x))
+    return result
 
 
-class TwiceThrough(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        once = self.down_proj(functional.silu(self.up_proj(x)) * self.gate_proj(x))
-        return self.down_proj(functional.silu(self.up_proj(once)) * self.gate_proj(once))
+def leaks(m: Any, x: Tensor) -> Tensor:
+    value = m.b(x)
+    result: Tensor = m.c(silu(m.a(x)) * value) + value.mean()
+    return result
 
 
-class WithAResidual(Gated):
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return super().forward(x) + residual
+CLAMPED = activation("SiLU", lambda x: x.clamp(min=0))
+QUICK_GELU = activation("GELU", lambda x: x * (1.702 * x).sigmoid())
+GAIN = nn.Parameter(torch.zeros(12))
 
 
-class ShiftedAtTimes(Gated):
-    def forward(self, x: Tensor, shift: float = 0.0) -> Tensor:
-        return self.down_proj(functional.silu(self.up_proj(x)) * (self.gate_proj(x) + shift))
+def form(
+    forward: Callable[..., Tensor], up: str | None = None, function: str | None = None, **parts: Any
+) -> tuple[nn.Module, str | None, str | None]:
+    """An MLP, and what is to be found: which layer is `up`, and the function of the gate."""
+    return type("Form", (Layers,), {"forward": forward})(**parts), up, function
 
 
-class ZeroAtFirst(Gated):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.zeros(12))
+FORMS = {
+    "function": form(lambda m, x: m.c(inner(m, x)), "b", "silu"),
+    "the other way": form(lambda m, x: m.c(m.a(x) * gelu(m.b(x))), "a", "gelu"),
+    "tanh": form(lambda m, x: m.c(gelu(m.a(x), approximate="tanh") * m.b(x)), "b", "gelu_tanh"),
+    "module": form(by_act, "b", "silu", act=nn.SiLU()),
+    "misnamed": form(by_act, "b", "relu", act=CLAMPED),
+    "dropout": form(lambda m, x: m.c(m.d(inner(m, x))), "b", "silu", d=nn.Dropout(0.5)),
+    # The vector can be carried, but the MLP computes something else beside the gated form.
+    "learned": form(by_act, "b", act=nn.PReLU()),
+    "quick gelu": form(by_act, "b", act=QUICK_GELU),
+    "dropped": form(lambda m, x: m.c(functional.dropout(inner(m, x), 0.5, m.training)), "b"),
+    "dropped before": form(lambda m, x: m.c(inner(m, m.d(x))), "b", d=nn.Dropout(0.5)),
+    "normed before": form(lambda m, x: m.c(inner(m, functional.rms_norm(x, (8,)))), "b"),
+    "gate clamped": form(lambda m, x: m.c(silu(m.a(x).clamp(max=7)) * m.b(x)), "b"),
+    "residual": form(lambda m, x: x + m.c(inner(m, x)), "b"),
+    # Nothing is proven.
+    "up clamped": form(lambda m, x: m.c(silu(m.a(x)) * m.b(x).clamp(-1, 1))),
+    "normed": form(lambda m, x: m.c(m.norm(inner(m, x))), norm=nn.RMSNorm(12)),
+    "leaks": form(leaks),
+    "shifted": form(lambda m, x: m.c(silu(m.a(x)) * (m.b(x) + 1))),
+    "twice": form(lambda m, x: m.c(inner(m, m.c(inner(m, x))))),
+    "two tensors": form(lambda m, x, residual: m.c(inner(m, x)) + residual),
+    "an option": form(lambda m, x, shift=0.0: m.c(silu(m.a(x)) * (m.b(x) + shift))),
+    "zero at first": form(lambda m, x: m.c(inner(m, x) * m.gain), gain=GAIN),
+    "absolute": form(lambda m, x: m.c(m.b(x).abs())),
+    "written over": form(lambda m, x: m.c(m.b(x).mul_(silu(m.a(x))))),
+    "weight": form(lambda m, x: m.c(silu(m.a(x)) * functional.linear(x, m.b.weight, m.b.bias))),
+    "broken": form(broken),
+}
 
-    def forward(self, x: Tensor) -> Tensor:
-        inner = functional.silu(self.up_proj(x)) * self.gate_proj(x)
-        return self.down_proj(inner * self.gain)
 
-
-class Absolute(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.gate_proj(x).abs())
-
-
-class ReadsTheWeight(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        value = functional.linear(x, self.gate_proj.weight, self.gate_proj.bias)
-        return self.down_proj(functional.silu(self.up_proj(x)) * value)
-
-
-class Broken(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        raise RuntimeError("only on Tuesdays")
-
-
-@pytest.mark.parametrize("mlp", [Gated, Dropped])
-def test_names_do_not_matter(mlp: type[Gated]) -> None:
-    assert up_projection(nn.Sequential(mlp()), "0.down_proj") == "0.gate_proj"
-
-
-@pytest.mark.parametrize(
-    "mlp",
-    [
-        Normed,
-        LeaksToTheOutput,
-        Shifted,
-        TwiceThrough,
-        WithAResidual,
-        ShiftedAtTimes,
-        ZeroAtFirst,
-        Absolute,
-        ReadsTheWeight,
-        Broken,
-    ],
-)
-def test_misleading(mlp: type[Gated]) -> None:
-    module = mlp().train()
-    assert up_projection(nn.Sequential(module), "0.down_proj") is None
-    assert all(part.training for part in module.modules())
-    assert not any("forward" in vars(part) for part in module.modules())
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_found_by_trying(kind: str, dtype: torch.dtype) -> None:
+    form, up, function = FORMS[kind]
+    mlp = copy.deepcopy(form).to(dtype).train()
+    before = [(part, {**part.__dict__}) for part in mlp.modules()]
+    random_state = torch.get_rng_state()
+    found = read_mlp(mlp, "c")
+    assert isinstance(found, Mlp) == (up is not None)
+    if isinstance(found, Mlp):
+        assert (found.down, found.up, found.function) == ("c", up, function)
+        assert found.gate == (None if function is None else "ab".replace(str(up), ""))
+    assert [(part, {**part.__dict__}) for part in mlp.modules()] == before
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 # -- rescaled there --------------------------------------------------------------------------------
@@ -379,28 +302,14 @@ def test_misleading(mlp: type[Gated]) -> None:
 
 def llama() -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "num_hidden_layers": 2})).eval()
-
-
-def adapted(base: nn.Module, **modules: object) -> IA3Model:
-    model = IA3Model(base, IA3Config(task_type="CAUSAL_LM", **modules))  # type: ignore[arg-type]
-    for seed, vector in enumerate(model.vectors("default").values()):
-        with torch.no_grad():
-            vector.copy_(1 + 0.5 * seeded(*vector.shape, seed=seed))
-    return model
-
-
-def seeded(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
 
 
 IDS = torch.arange(1, 13).reshape(2, 6)
 
 
 def result(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=IDS).logits
-    return logits
+    return logits(model, input_ids=IDS)
 
 
 def plain_result(model: IA3Model) -> Tensor:
@@ -410,30 +319,13 @@ def plain_result(model: IA3Model) -> Tensor:
     return logits
 
 
-def saved_bytes(model: nn.Module) -> int:
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            # Held, so that no address is used twice.
-            storages[storage.data_ptr()] = storage.nbytes(), tensor
-        return tensor
-
-    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()  # type: ignore[operator]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(inputs_embeds=embedded, labels=IDS)
-    return sum(size for size, _ in storages.values())
-
-
 def test_no_feed_forward_activation_is_kept() -> None:
     base = llama()
-    frozen = saved_bytes(base)
+    frozen = saved_bytes(base, IDS)
     model = adapted(base)
-    least = saved_bytes(model)
+    least = saved_bytes(model, IDS)
     model.use_plain_product()
-    plain = saved_bytes(model)
+    plain = saved_bytes(model, IDS)
     feed_forward = 2 * IDS.numel() * 48 * 4
     keys_and_values = 2 * 2 * IDS.numel() * 16 * 4
     divisors = 2 * (48 + 2 * 16) * 4
@@ -463,15 +355,15 @@ def test_gradients_are_the_plain_products(modules: dict[str, object]) -> None:
         model(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append({n: v.grad.clone() for n, v in model.vectors("default").items()})  # type: ignore[union-attr]
     for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-9, atol=1e-12, msg=name)
+        # Not nearer: LLaMA's norms compute in float32.
+        assert relative(gradients[1][name], expected) < 1e-6, name
 
 
 def test_adapters_added_later_are_rescaled_alike() -> None:
     model = adapted(llama())
     model.use_plain_product()
     model.add_adapter("outputs", IA3Config(target_modules=["up_proj"], feedforward_modules=[]))
-    for seed, vector in enumerate(model.vectors("outputs").values()):
-        vector.data.copy_(1 + 0.5 * seeded(*vector.shape, seed=90 + seed))
+    randomize(vectors(model, "outputs"), seed=9)
     model.set_adapter(["default", "outputs"])
     torch.testing.assert_close(result(model), plain_result(model))
     model.set_adapter("outputs")
@@ -496,39 +388,15 @@ class Around(nn.Module):
 @pytest.mark.parametrize("how", ["around", "another"])
 def test_a_layer_replaced_later_does_not_lose_the_vector(how: str) -> None:
     """Its output is not the one that was proven: the vector goes back to the down projection."""
-    base = llama()
-    model = adapted(base)
+    base, sites = llama(), {"target_modules": ["k_proj", "v_proj", "down_proj"]}
+    model = adapted(base, **sites)
     mlp = base.get_submodule(LLAMA_MLP)
     torch.manual_seed(1)
     up = mlp.get_submodule("up_proj")
     mlp.up_proj = Around(up) if how == "around" else nn.Linear(32, 48, bias=False)
     replaced = result(model)
     assert not torch.allclose(replaced, result(model.unload()))
-    torch.testing.assert_close(replaced, plain_result(adapted_alike(base)))
-
-
-def adapted_alike(base: nn.Module) -> IA3Model:
-    return adapted(base, target_modules=["k_proj", "v_proj", "down_proj"])
-
-
-def test_changed_vectors_are_heeded_by_the_next_call() -> None:
-    """Products are kept between calls: a step, a load, a cast or an exchange must not be missed."""
-    model = adapted(llama())
-    vectors = model.vectors("default")
-    before = result(model)
-    with torch.no_grad():
-        for vector in vectors.values():
-            vector.mul_(1.1)
-    stepped = result(model)
-    assert not torch.allclose(stepped, before)
-    torch.testing.assert_close(stepped, plain_result(model))
-    for vector in vectors.values():
-        vector.data = torch.ones_like(vector)
-    torch.testing.assert_close(result(model), result(model.get_base_model()))
-    exchanged = result(model)
-    model.double()
-    torch.testing.assert_close(result(model).float(), exchanged)
-    model.unload()
+    torch.testing.assert_close(replaced, plain_result(adapted(base, **sites)))
 
 
 def test_a_down_projection_replaced_later_takes_its_vector_along() -> None:
@@ -561,17 +429,6 @@ def test_layers_of_two_mlps_carry_nothing(shared: str) -> None:
     first, second = (base.get_submodule(f"model.layers.{i}.mlp") for i in range(2))
     setattr(second, shared, getattr(first, shared))
     model = adapted(base)
-    torch.testing.assert_close(result(model), plain_result(model))
-
-
-def test_an_optimizer_that_leaves_no_trace_is_heeded() -> None:
-    model = adapted(llama())
-    model.add_adapter("second", IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
-    model.set_adapter(["default", "second"])
-    result(model)
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    for vector in model.vectors("second").values():
-        vector.data.mul_(2)
     torch.testing.assert_close(result(model), plain_result(model))
 
 

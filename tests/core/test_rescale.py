@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.pairs import relative
 from torch import Tensor, nn
 
 from ia3.core.rescale import rescale
@@ -30,10 +31,6 @@ def gradients(
     assert activation.grad is not None
     assert vector.grad is not None
     return result.detach(), activation.grad, vector.grad
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("form", [{}, {"keep_result": True}, {"in_place": True}], ids=str)

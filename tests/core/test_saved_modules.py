@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from safetensors.torch import load_file, save_file
+from support.snapshots import assert_unchanged, snapshot
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -114,29 +115,6 @@ def result(model: Any, task: str) -> Tensor:
     scores = out.start_logits if task == "QUESTION_ANS" else out.logits
     assert isinstance(scores, Tensor)
     return scores
-
-
-def state(model: nn.Module) -> dict[str, Any]:
-    """All there is to a module: its tensors, hooks, instance attributes and what trains."""
-    return {
-        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "forward": [name for name, part in model.named_modules() if "forward" in part.__dict__],
-        "hooks": [
-            name
-            for name, part in model.named_modules()
-            if part._forward_hooks or part._forward_pre_hooks
-        ],
-        "modules": [id(part) for part in model.modules()],
-        "trained": [name for name, p in model.named_parameters() if p.requires_grad],
-    }
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
-    now = state(model)
-    assert {name: now[name] for name in now if name != "tensors"} == {
-        name: before[name] for name in before if name != "tensors"
-    }
-    torch.testing.assert_close(now["tensors"], before["tensors"], rtol=0, atol=0, equal_nan=True)
 
 
 # -- equal to PEFT ---------------------------------------------------------------------------------
@@ -240,24 +218,17 @@ def test_each_adapter_has_its_head(task: str) -> None:
     assert torch.equal(result(first, task), expected["default"])
 
 
-def test_only_one_of_two_heads_can_be_active() -> None:
+@pytest.mark.parametrize("merged", [False, True])
+def test_only_one_of_two_heads_can_be_active(merged: bool) -> None:
     model = adapted("SEQ_CLS", seed=1)
-    expected = result(model, "SEQ_CLS")
     model.add_adapter("other", IA3Config(task_type="SEQ_CLS"))
+    if merged:
+        model.merge_adapter()
+    before = snapshot(model)
     with pytest.raises(IA3Error, match=r"\['default', 'other'\].*'classifier'.*only one"):
         model.set_adapter(["default", "other"])
     assert model.active_adapters == ["default"]
-    assert torch.equal(result(model, "SEQ_CLS"), expected)
-
-
-def test_two_heads_that_are_refused_leave_the_adapter_merged() -> None:
-    model = adapted("SEQ_CLS", seed=1)
-    model.add_adapter("other", IA3Config(task_type="SEQ_CLS"))
-    model.merge_adapter()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(IA3Error, match="only one"):
-        model.set_adapter(["default", "other"])
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert_unchanged(model, before)
 
 
 def test_a_head_and_an_adapter_without_one_are_active_together() -> None:
@@ -275,7 +246,7 @@ def test_a_head_and_an_adapter_without_one_are_active_together() -> None:
 def test_deleting_an_adapter_deletes_its_head() -> None:
     task = "SEQ_CLS"
     base = make(task)
-    before = state(base)
+    before = snapshot(base)
     model = get_peft_model(base, IA3Config(task_type=task))
     model.add_adapter("other", IA3Config(task_type=task))
     model.set_adapter("other")
@@ -332,7 +303,7 @@ def test_merging_puts_the_values_into_the_very_module(task: str) -> None:
 @EVERY_TASK
 def test_unloading_restores_everything(task: str) -> None:
     base = make(task)
-    before = state(base)
+    before = snapshot(base)
     model = get_peft_model(base, config_of(ia3, task))
     disturb(model, 3)
     model.merge_adapter()
@@ -558,27 +529,20 @@ def test_offloaded_weights_are_copied_from_where_they_are() -> None:
 # -- errors ----------------------------------------------------------------------------------------
 
 
-def test_a_name_that_matches_nothing_is_an_error() -> None:
-    base = make("SEQ_CLS")
-    before = state(base)
-    with pytest.raises(IA3Error, match=r"'clasifier' matches nothing.*did you mean 'classifier'"):
-        get_peft_model(base, IA3Config(modules_to_save=["clasifier"]))
-    assert_unchanged(base, before)
-
-
-def test_a_module_within_a_saved_one_is_an_error() -> None:
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (["head.uot"], r"'head.uot' matches nothing in Net.*did you mean 'head.out'"),
+        (["head.out", "head.out.1"], r"'head.out.1' is part of 'head.out', which is saved whole"),
+        (["trunk.1"], r"'trunk.1' has no parameters"),
+        (["head"], r"'head' is a ModuleDict, which is never called"),
+    ],
+)
+def test_what_cannot_be_saved_is_named(saved: list[str], message: str) -> None:
     base = make_net()
-    before = state(base)
-    with pytest.raises(IA3Error, match=r"'head.out.1' is part of 'head.out'"):
-        get_peft_model(base, IA3Config(**TRUNK, modules_to_save=["head.out", "head.out.1"]))
-    assert_unchanged(base, before)
-
-
-def test_a_module_without_parameters_is_an_error() -> None:
-    base = make_net()
-    before = state(base)
-    with pytest.raises(IA3Error, match=r"'trunk.1' has no parameters"):
-        get_peft_model(base, IA3Config(**TRUNK, modules_to_save=["trunk.1"]))
+    before = snapshot(base)
+    with pytest.raises(IA3Error, match=message):
+        get_peft_model(base, IA3Config(**TRUNK, modules_to_save=saved))
     assert_unchanged(base, before)
 
 
@@ -591,7 +555,7 @@ def test_what_one_adapter_rescales_another_cannot_save(saved_first: bool) -> Non
     )
     first, second = (saves, rescales) if saved_first else (rescales, saves)
     model = get_peft_model(base, first)
-    before = state(base)
+    before = snapshot(base)
     with pytest.raises(IA3Error, match=r"'trunk.0'"):
         model.add_adapter("second", second)
     assert_unchanged(base, before)
@@ -619,12 +583,12 @@ def test_a_head_that_does_not_fit_leaves_the_model_unchanged(tmp_path: Path, wha
     message = _change(tensors, what)
     save_file(tensors, file, metadata={"format": "pt"})
     base = make("SEQ_CLS")
-    before = state(base)
+    before = snapshot(base)
     with pytest.raises(IA3Error, match=message):
         PeftModel.from_pretrained(base, tmp_path)
     assert_unchanged(base, before)
     model = get_peft_model(base, IA3Config(task_type="SEQ_CLS"))
-    before = state(base)
+    before = snapshot(base)
     with pytest.raises(IA3Error, match=message):
         model.load_adapter(tmp_path, "other")
     assert_unchanged(base, before)
@@ -686,7 +650,7 @@ def test_an_adapter_that_memory_does_not_suffice_for_leaves_the_model_unchanged(
 def test_a_head_for_another_number_of_labels_is_an_error(tmp_path: Path) -> None:
     adapted("SEQ_CLS").save_pretrained(tmp_path)
     base = BertForSequenceClassification(BertConfig(**BERT, num_labels=LABELS + 1))
-    before = state(base)
+    before = snapshot(base)
     with pytest.raises(IA3Error, match=r"classifier.*\[3.*\[4"):
         PeftModel.from_pretrained(base, tmp_path)
     assert_unchanged(base, before)
@@ -730,10 +694,3 @@ def test_a_copy_and_vectors_do_not_nest(first_saves: bool) -> None:
     with pytest.raises(IA3Error, match="another adapter"):
         model.add_adapter("second", second)
     assert list(model.state_dict()) == before
-
-
-def test_a_list_of_modules_cannot_be_saved() -> None:
-    net = nn.Sequential(nn.Linear(3, 3))
-    net.parts = nn.ModuleList([nn.Linear(3, 3)])
-    with pytest.raises(IA3Error, match="ModuleList, which is never called"):
-        IA3Model(net, IA3Config(target_modules=["0"], modules_to_save=["parts"]))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import random
-import subprocess
 import sys
 import warnings
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.command import Done, Place, assert_refused, said
 from support.paths import REPOSITORY
+from support.raft import write_csv
 from support.tfew import tiny_llama, tiny_t5, word_tokenizer
 
 from ia3.adapter.store import adapter_files
@@ -30,7 +27,6 @@ from ia3.experiments.setfit import SetFit
 from ia3.report.comparison import HEADER, cells, markdown, notes, picture
 from ia3.tfew.scoring.evaluation import Spread
 
-IA3 = Path(sys.executable).parent / "ia3"
 SETFIT_PYTHON = REPOSITORY / ".venv-setfit" / "bin" / "python"
 
 WORDS = ["the", "bill", "was", "wrong", "charged", "twice", "for", "van", "came", "late", "box"]
@@ -60,40 +56,22 @@ def settings_of(model: Any, **changed: Any) -> Settings:
     return Settings(model, **{**given, **changed})
 
 
-def write_csv(path: Path, texts: Sequence[str], labels: Sequence[str]) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *zip(texts, labels, strict=True)])
-
-
-class Place:
-    """A folder with a tiny model and data, to run the command in."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        model = tiny_llama()
-        model.save_pretrained(folder / "model")
-        TOKENIZER.save_pretrained(folder / "model")
-        write_csv(folder / "train.csv", *TRAIN)
-        write_csv(folder / "test.csv", *TEST)
-
-    def run(self, *command: Any, data: str = "train.csv") -> subprocess.CompletedProcess[str]:
-        names = ("0", "1") if data.endswith("jsonl") else CHOICES
-        choices = zip(names, CHOICES.values(), strict=True)
-        arguments = [x for label, words in choices for x in ("--choice", f"{label}={words}")]
-        arguments += ["--model", "model", "--data", data, "--template", TEMPLATE]
-        return subprocess.run(
-            [str(IA3), "compare", *arguments, *map(str, command)],
-            cwd=self.folder,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
-            capture_output=True,
-            encoding="utf-8",
-            timeout=300,
-        )
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("comparison"))
+    """A folder with a tiny model and data."""
+    place = Place(tmp_path_factory.mktemp("comparison"))
+    tiny_llama().save_pretrained(place.folder / "model")
+    TOKENIZER.save_pretrained(place.folder / "model")
+    for name, rows in (("train", TRAIN), ("test", TEST)):
+        write_csv(place.folder / f"{name}.csv", ("text", "label"), [*zip(*rows, strict=True)])
+    return place
+
+
+def run_in(place: Place, *commands: tuple[Any, ...], choices: Any = CHOICES) -> list[Done]:
+    """`ia3 compare` of the tiny model, with further options each."""
+    pairs = [x for label, words in choices.items() for x in ("--choice", f"{label}={words}")]
+    given = ("--model", "model", "--data", "train.csv", "--template", TEMPLATE, *pairs)
+    return place.run_all(*(("compare", *given, *c) for c in commands), COLUMNS="100")
 
 
 ASKED = ("--test", "test.csv", "--shots", SHOTS, "--seeds", SEEDS, "--steps", STEPS)
@@ -102,7 +80,7 @@ ASKED = ("--test", "test.csv", "--shots", SHOTS, "--seeds", SEEDS, "--steps", ST
 @pytest.fixture(scope="module")
 def compared(place: Place) -> dict[str, Any]:
     """What `--json` printed of a comparison in `out`."""
-    done = place.run(*ASKED, "--out", "out", "--json")
+    (done,) = run_in(place, (*ASKED, "--out", "out", "--json"))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -120,16 +98,11 @@ def run_of(compared: dict[str, Any], method: str, seed: int) -> dict[str, Any]:
 # -- the command -----------------------------------------------------------------------------------
 
 
-def test_every_method_runs_on_every_sample_and_the_untuned_model_once(compared):
-    assert Counter(run["method"] for run in compared["runs"]) == {
-        "zero-shot": 1,
-        "icl": SEEDS,
-        "tfew": SEEDS,
-    }
+def test_every_method_runs_on_every_sample_as_its_classifier_does_alone(compared, place):
+    # The untuned model once.
+    runs = Counter(run["method"] for run in compared["runs"])
+    assert runs == {"zero-shot": 1, "icl": SEEDS, "tfew": SEEDS}
     assert [summary["method"] for summary in compared["methods"]] == ["zero-shot", "icl", "tfew"]
-
-
-def test_the_accuracy_is_the_classifiers_own_on_the_same_sample(compared, place):
     model = str(place.folder / "model")
     for sample in the_samples():
         common = {"model": model, "template": TEMPLATE, "choices": CHOICES}
@@ -178,12 +151,8 @@ def test_the_costs_are_those_of_the_paper_by_hand(compared):
 
 def test_the_files_say_what_was_printed(compared, place):
     out = place.folder / "out"
-    assert {path.name for path in out.iterdir()} == {
-        "results.jsonl",
-        "table.md",
-        "comparison.png",
-        "comparison.svg",
-    }
+    files = {"results.jsonl", "table.md", "comparison.png", "comparison.svg"}
+    assert {path.name for path in out.iterdir()} == files
     kept = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in run.items() if k != "conditions"} for run in kept] == compared["runs"]
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -205,24 +174,19 @@ def test_the_files_say_what_was_printed(compared, place):
 
 def test_without_test_data_the_rest_is_answered_and_nothing_is_repeated(place):
     command = ("--shots", 4, "--seeds", 2, "--methods", "zero-shot, icl", "--out", "rest")
-    done = place.run(*command)
+    done, again = run_in(place, command, command)
     assert done.returncode == 0, done.stderr
     assert "in-context" in done.stdout
     results = place.folder / "rest" / "results.jsonl"
     runs = [json.loads(line) for line in results.read_text().splitlines()]
     # Each seed has test texts of its own, for the untuned model too.
     assert [(run["method"], run["seed"]) for run in runs] == [
-        ("zero-shot", 0),
-        ("icl", 0),
-        ("zero-shot", 1),
-        ("icl", 1),
+        *(("zero-shot", 0), ("icl", 0), ("zero-shot", 1), ("icl", 1))
     ]
     assert {run["answers"] for run in runs} == {12 - 2 * 4}
-    before, printed = results.read_bytes(), done.stdout
-    again = place.run(*command)
-    assert (again.returncode, again.stdout) == (0, printed)
-    assert results.read_bytes() == before
-    anew = place.run(*command, "--force")
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+    before = results.read_bytes()
+    (anew,) = run_in(place, (*command, "--force"))
     assert anew.returncode == 0, anew.stderr
     assert len(results.read_text().splitlines()) == 4
     assert results.read_bytes() != before
@@ -230,43 +194,31 @@ def test_without_test_data_the_rest_is_answered_and_nothing_is_repeated(place):
 
 def test_labels_may_be_numbers_in_one_file_and_text_in_the_other(place):
     numbers = {"bill": 0, "van": 1}
-    (place.folder / "numbers.jsonl").write_text(
-        "".join(
-            json.dumps({"text": text, "label": numbers[label]}) + "\n"
-            for text, label in zip(*TRAIN, strict=True)
-        )
-    )
-    write_csv(place.folder / "numbers.csv", TEST[0], [str(numbers[label]) for label in TEST[1]])
-    done = place.run(
-        *("--test", "numbers.csv", "--methods", "zero-shot", "--out", "numbered", "--json"),
-        data="numbers.jsonl",
-    )
-    assert done.returncode == 0, done.stderr
+    rows = [{"text": text, "label": numbers[label]} for text, label in zip(*TRAIN, strict=True)]
+    place.write("numbers.jsonl", "\n".join(map(json.dumps, rows)))
+    labels = [str(numbers[label]) for label in TEST[1]]
+    write_csv(place.folder / "numbers.csv", ("text", "label"), [*zip(TEST[0], labels, strict=True)])
+    given = ("--data", "numbers.jsonl", "--test", "numbers.csv", "--methods", "zero-shot")
+    choices = {numbers[label]: words for label, words in CHOICES.items()}
+    (done,) = run_in(place, (*given, "--out", "numbered", "--json"), choices=choices)
     untuned = FewShotClassifier(str(place.folder / "model"), TEMPLATE, CHOICES, steps=0).fit(*TRAIN)
-    (run,) = json.loads(done.stdout)["runs"]
+    (run,) = said(done)["runs"]
     assert run["accuracy"] == untuned.score(*TEST)
 
 
 def test_the_command_refuses_before_anything_is_written(place):
-    write_csv(place.folder / "strange.csv", ["my bill", "my van"], ["bill", "vam"])
-    for command, message in (
-        (("--test", "strange.csv"), "strange.csv, line 3: the label 'vam'"),
-        (("--shots", 1, "--ensemble", "ordering"), "did you mean 'orderings'?"),
-    ):
-        done = place.run(*command, "--out", "refused")
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
-        assert message in done.stderr
-        assert not (place.folder / "refused").exists()
-
-
-def test_a_folder_that_is_not_a_comparisons_is_left_alone(place):
-    other = place.folder / "other"
-    other.mkdir()
-    (other / "precious.txt").write_text("mine")
-    done = place.run(*ASKED, "--out", "other")
-    assert done.returncode == 1
-    assert "--force" in done.stderr
-    assert [path.name for path in other.iterdir()] == ["precious.txt"]
+    write_csv(place.folder / "strange.csv", ("text", "label"), [("my bill", "bill"), ("my", "vam")])
+    (place.folder / "other").mkdir()
+    place.write("other/precious.txt", "mine")
+    refusals = {
+        ("--test", "strange.csv", "--out", "refused"): "strange.csv, line 3: the label 'vam'",
+        ("--shots", 1, "--ensemble", "ordering", "--out", "refused"): "did you mean 'orderings'?",
+        (*ASKED, "--out", "other"): "--force",
+    }
+    for done, message in zip(run_in(place, *refusals), refusals.values(), strict=True):
+        assert_refused(done, message)
+    assert not (place.folder / "refused").exists()
+    assert [path.name for path in (place.folder / "other").iterdir()] == ["precious.txt"]
 
 
 # -- going on --------------------------------------------------------------------------------------
@@ -288,28 +240,27 @@ def test_a_run_that_was_cut_off_is_repeated_and_no_other(tmp_path):
     assert (again[2].seed, again[2].accuracy) == (first[2].seed, first[2].accuracy)
 
 
-@pytest.mark.parametrize(
-    ("changed", "repeated"),
-    [
+def test_a_method_runs_again_when_its_own_settings_change(tmp_path):
+    samples, results = the_samples()[:1], tmp_path / "results.jsonl"
+    every = ["zero-shot", "icl", "tfew"]
+    compare(samples, every, settings_of(tiny_llama(), steps=1), results=results)
+    done = len(every)
+    for changed, repeated in [
         ({}, set()),
         ({"steps": 2}, {"tfew"}),
         ({"learning_rate": 1e-3}, {"tfew"}),
         ({"calibrate": True}, {"icl"}),
         ({"ensemble": "one-shot"}, {"icl"}),
-        ({"template": "{{ text }} about"}, {"zero-shot", "icl", "tfew"}),
-        ({"model": tiny_llama(seed=1)}, {"zero-shot", "icl", "tfew"}),
-        ({"choices": {**CHOICES, "rain": "rain"}}, {"zero-shot", "icl", "tfew"}),
-    ],
-)
-def test_a_method_runs_again_when_its_own_settings_change(tmp_path, changed, repeated):
-    samples, results = the_samples()[:1], tmp_path / "results.jsonl"
-    methods = ["zero-shot", "icl", "tfew"]
-    compare(samples, methods, settings_of(tiny_llama(), steps=1), results=results)
-    other = {"model": tiny_llama(), "steps": 1, **changed}
-    compare(samples, methods, settings_of(**other), results=results)
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert {line["method"] for line in lines[3:]} == repeated
-    assert len(lines) == 3 + len(repeated)
+        ({"template": "{{ text }} about"}, {*every}),
+        ({"model": tiny_llama(seed=1)}, {*every}),
+        ({"choices": {**CHOICES, "rain": "rain"}}, {*every}),
+    ]:
+        other = {"model": tiny_llama(), "steps": 1, **changed}
+        compare(samples, every, settings_of(**other), results=results)
+        lines = [json.loads(line) for line in results.read_text().splitlines()]
+        assert {line["method"] for line in lines[done:]} == repeated, changed
+        assert len(lines) == done + len(repeated)
+        done = len(lines)
 
 
 def test_other_test_texts_are_answered_anew(tmp_path):
@@ -326,13 +277,13 @@ def test_other_test_texts_are_answered_anew(tmp_path):
     assert len(results.read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("line", ["no json", '{"method": "tfew"}', "[]"])
-def test_a_results_file_of_something_else_is_refused_and_kept(tmp_path, line):
+def test_a_results_file_of_something_else_is_refused_and_kept(tmp_path):
     results = tmp_path / "results.jsonl"
-    results.write_text(line + "\n")
-    with pytest.raises(IA3Error, match="line 1: not a run"):
-        compare(the_samples(), ["zero-shot"], settings_of(tiny_llama()), results=results)
-    assert results.read_text() == line + "\n"
+    for line in ("no json", '{"method": "tfew"}', "[]"):
+        results.write_text(line + "\n")
+        with pytest.raises(IA3Error, match="line 1: not a run"):
+            compare(the_samples(), ["zero-shot"], settings_of(tiny_llama()), results=results)
+        assert results.read_text() == line + "\n"
 
 
 # -- costs of other set-ups ------------------------------------------------------------------------
@@ -374,23 +325,16 @@ def shown(context: int, **changed: Any) -> InContextClassifier:
     return InContextClassifier(model, **arguments, leave_out=True)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_long_demonstration_does_not_keep_the_short_ones_out(seed):
+def test_a_long_demonstration_does_not_keep_the_short_ones_out():
     texts = [*["it was late"] * 9, "it was late " * 50]
     labels = [["bill", "van"][i % 2] for i in range(10)]
-    classifier = shown(200, seed=seed, choices=None).fit(texts, labels)
-    assert classifier.examples_used_ == 9
-
-
-def test_training_costs_what_training_texts_and_part_batches_have():
-    # Nine examples are batches of 8 and 1, and their texts are shorter than those to answer.
-    texts, labels = ["late"] * 9, ["bill", "van"] * 4 + ["bill"]
-    samples = draw_samples(texts, labels, ["late " * 20], ["van"], seeds=1)
-    settings = settings_of(tiny_llama(), choices=None, steps=2)
-    (run,) = compare(samples, ["tfew"], settings)
-    parameters = sum(p.numel() for p in tiny_llama().parameters())
-    tokens = 1 + TEMPLATE_WORDS + 2
-    assert run.flops_before == pytest.approx(6 * parameters * tokens * 9)
+    for seed in range(4):
+        classifier = shown(200, seed=seed, choices=None).fit(texts, labels)
+        assert classifier.examples_used_ == 9
+    # Nor does a text that takes all of the context.
+    texts, labels = TRAIN
+    classifier = shown(100).fit([*texts, "rain " * 200], [*labels, "van"])
+    assert 2 <= classifier.examples_used_ < len(texts)
 
 
 @pytest.mark.parametrize("ensemble", ["none", "orderings", "one-shot"])
@@ -421,12 +365,6 @@ def test_as_many_demonstrations_stay_as_fit(context, ensemble):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         classifier.predict(TRAIN[0])
-
-
-def test_one_long_text_leaves_room_for_demonstrations():
-    texts, labels = TRAIN
-    classifier = shown(100).fit([*texts, "rain " * 200], [*labels, "van"])
-    assert 2 <= classifier.examples_used_ < len(texts)
 
 
 def test_leaving_out_changes_nothing_where_all_fit_and_cannot_help_where_none_does():
@@ -475,14 +413,10 @@ def test_a_sample_has_its_shots_of_each_label_and_leaves_the_rest(labels, shots,
     assert draw_samples(texts, labels, shots=shots, seeds=seeds) == samples
 
 
-def test_seeds_draw_different_samples():
+def test_what_cannot_be_drawn_is_refused_and_seeds_draw_different_samples():
     samples = draw_samples(*rows_of(40, 3), shots=5, seeds=3)
     assert len({tuple(sample.texts) for sample in samples}) == 3
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
+    for changed, message in [
         ({"shots": 0}, "shots is 0"),
         ({"seeds": 0, "shots": 1}, "seeds is 0"),
         ({}, "nothing to test on"),
@@ -491,45 +425,30 @@ def test_seeds_draw_different_samples():
         ({"test_texts": ["a"]}, "or neither"),
         ({"test_texts": [], "test_labels": []}, "no test texts"),
         ({"test_texts": ["a"], "test_labels": ["bill", "van"]}, "1 texts and 2 labels"),
-    ],
-)
-def test_samples_that_cannot_be_drawn_are_refused(changed, message):
-    with pytest.raises(IA3Error, match=message):
-        draw_samples(*TRAIN, **changed)
+    ]:
+        with pytest.raises(IA3Error, match=message):
+            draw_samples(*TRAIN, **changed)
 
 
-def test_a_test_label_without_a_choice_is_refused_before_anything_runs(tmp_path):
-    samples = draw_samples(*TRAIN, ["my bill"], ["bil"], seeds=1)
-    with pytest.raises(IA3Error, match=r"'bil' \(row 0\).*did you mean 'bill'"):
-        compare(samples, settings=settings_of(tiny_llama()), results=tmp_path / "results.jsonl")
-    assert not (tmp_path / "results.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    ("methods", "changed", "message"),
-    [
-        (["zero-shot", "tfw"], {}, "did you mean 'tfew'?"),
-        (["tfew", "tfew"], {}, "more than once"),
-        ([], {}, "no methods"),
-        (["setfit"], {}, "setfit-requirements.txt"),
-        (["setfit"], {"setfit": SetFit(sys.executable)}, "setfit==1.2.0"),
-        (["setfit"], {"setfit": SetFit("no-such-python")}, "interpreter that runs"),
-        (["setfit"], {"setfit": SetFit(sys.executable, "./none")}, "is not a folder"),
-        (["icl"], {"ensemble": "ordering"}, "did you mean 'orderings'?"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused_before_anything_runs(
-    tmp_path, methods, changed, message
-):
-    with pytest.raises(IA3Error) as caught:
-        compare(
-            the_samples(),
-            methods,
-            settings_of(tiny_llama(), **changed),
-            results=tmp_path / "results.jsonl",
-        )
-    assert message in str(caught.value)
-    assert not (tmp_path / "results.jsonl").exists()
+def test_what_cannot_be_compared_is_refused_before_anything_runs(tmp_path):
+    results = tmp_path / "results.jsonl"
+    unknown = draw_samples(*TRAIN, ["my bill"], ["bil"], seeds=1)
+    for samples, methods, changed, message in [
+        (unknown, ["tfew"], {}, "'bil' (row 0) is not among the choices"),
+        (unknown, ["tfew"], {}, "did you mean 'bill'"),
+        (the_samples(), ["zero-shot", "tfw"], {}, "did you mean 'tfew'?"),
+        (the_samples(), ["tfew", "tfew"], {}, "more than once"),
+        (the_samples(), [], {}, "no methods"),
+        (the_samples(), ["setfit"], {}, "setfit-requirements.txt"),
+        (the_samples(), ["setfit"], {"setfit": SetFit(sys.executable)}, "setfit==1.2.0"),
+        (the_samples(), ["setfit"], {"setfit": SetFit("no-python")}, "interpreter that runs"),
+        (the_samples(), ["setfit"], {"setfit": SetFit(sys.executable, "./no")}, "is not a folder"),
+        (the_samples(), ["icl"], {"ensemble": "ordering"}, "did you mean 'orderings'?"),
+    ]:
+        with pytest.raises(IA3Error) as caught:
+            compare(samples, methods, settings_of(tiny_llama(), **changed), results=results)
+        assert message in str(caught.value)
+        assert not results.exists()
 
 
 # -- table and picture -----------------------------------------------------------------------------
@@ -552,21 +471,15 @@ def run(method: str, seed: int = 0, **changed: Any) -> Run:
 
 
 def test_a_summary_has_the_median_and_the_quartiles():
-    accuracies = [0.9, 0.5, 0.7, 0.6, 0.8]
-    seconds = [10.0, 1.0, 99.0, 2.0, 3.0]
-    runs = [
-        run("tfew", i, accuracy=a, train_seconds=s)
-        for i, (a, s) in enumerate(zip(accuracies, seconds, strict=True))
-    ]
+    pairs = zip([0.9, 0.5, 0.7, 0.6, 0.8], [10.0, 1.0, 99.0, 2.0, 3.0], strict=True)
+    runs = [run("tfew", i, accuracy=a, train_seconds=s) for i, (a, s) in enumerate(pairs)]
     (summary,) = summaries(runs)
     assert summary.accuracy == Spread(0.7, 0.6, 0.8)
     assert summary.train_seconds == 3.0
     assert cells(summary)[:5] == ["T-Few", "70.0", "60.0 to 80.0", "5", "3"]
-
-
-def test_one_run_has_no_quartiles_to_show():
-    (summary,) = summaries([run("zero-shot")])
-    assert cells(summary)[2] == "-"
+    # One run has no quartiles to show.
+    (alone,) = summaries([run("zero-shot")])
+    assert cells(alone)[2] == "-"
 
 
 @pytest.mark.parametrize("methods", [["tfew"], ["zero-shot", "icl"], ["icl", "tfew", "setfit"]])
@@ -586,10 +499,9 @@ def test_a_picture_names_what_is_compared_and_is_the_same_each_time(methods):
 
 
 def test_nothing_makes_no_table_and_no_picture():
-    with pytest.raises(IA3Error, match="no runs"):
-        markdown([])
-    with pytest.raises(IA3Error, match="no runs"):
-        picture([], "png")
+    for show in (markdown, lambda runs: picture(runs, "png")):
+        with pytest.raises(IA3Error, match="no runs"):
+            show([])
 
 
 # -- SetFit ----------------------------------------------------------------------------------------

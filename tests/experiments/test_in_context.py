@@ -6,15 +6,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import cross_val_score
-from support.scoring import NOT_SHARING, SHARING, WINDOWED, base_of, random_examples
+from support.scoring import ALL, plain_scores, tokens_seen
 from support.tfew import (
     hook_count,
-    plain_token_scores,
     random_model,
     state_bits,
     tiny_llama,
@@ -22,16 +19,10 @@ from support.tfew import (
     word_tokenizer,
 )
 
-from ia3.base.loading import EMBEDDED_MODEL, BaseModel, load_base_model
+from ia3.base.loading import EMBEDDED_MODEL, load_base_model
 from ia3.errors import IA3Error
 from ia3.experiments.in_context import InContextClassifier
 from ia3.tfew.prompts.encoding import EncodedExample
-from ia3.tfew.scoring.prefix import (
-    cached_prefix,
-    caches_prefix,
-    choice_scores_after,
-    ranking_scores,
-)
 
 TEXTS = [
     "charged twice this month",
@@ -49,18 +40,11 @@ TOKENIZER = word_tokenizer(
     " ".join([*TEXTS, *NEW, *CHOICES.values(), "question : about topic N / A where is"]).split()
 )
 
-MODELS = {**SHARING, **NOT_SHARING, **WINDOWED}
-
 
 def make(name="llama", **changed) -> InContextClassifier:
-    model = tiny_t5() if name == "t5" else random_model(MODELS[name])
+    model = tiny_t5() if name == "t5" else random_model(ALL[name])
     arguments = {"template": TEMPLATE, "choices": CHOICES, "tokenizer": TOKENIZER, **changed}
     return InContextClassifier(model, **arguments)
-
-
-def plain_scores(base: BaseModel, example: EncodedExample) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.stack([tokens.mean() for tokens in plain_token_scores(base, example)])
 
 
 def written_out(classifier: InContextClassifier, text: str) -> np.ndarray:
@@ -88,100 +72,6 @@ def written_out(classifier: InContextClassifier, text: str) -> np.ndarray:
         else:
             probabilities.append(β.softmax(-1))
     return torch.stack(probabilities).mean(0).numpy()
-
-
-def tokens_seen(model, work) -> list[int]:
-    """How many tokens the model was given, call by call."""
-    seen = []
-    handle = model.register_forward_pre_hook(
-        lambda module, args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True
-    )
-    try:
-        work()
-    finally:
-        handle.remove()
-    return seen
-
-
-# -- scores after a prefix -------------------------------------------------------------------------
-
-SHAPES = [(12, (1, 3, 2)), (7, (2, 2, 1)), (1, (1, 1, 1)), (90, (2, 5, 1)), (30, (3, 3, 3))]
-
-
-@pytest.mark.parametrize("name", SHARING)
-def test_scores_after_a_prefix_equal_those_of_whole_prompts(name):
-    base = base_of(name)
-    examples = random_examples(SHAPES * 3, shared=180)
-    assert caches_prefix(base)
-    prefix = cached_prefix(base, examples[0].prompt)
-    scores = choice_scores_after(base, prefix, examples)
-    assert not scores.requires_grad
-    for row, example in zip(scores, examples, strict=True):
-        torch.testing.assert_close(row, plain_scores(base, example), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("name", [*SHARING, *WINDOWED])
-def test_prompts_that_share_a_part_of_the_prefix_or_nothing(name):
-    base = base_of(name)
-    whole = random_examples([(9, (2, 1)), (4, (1, 3))], shared=60)
-    part = [EncodedExample((*e.prompt[:20], 5, 6, 7), e.choices) for e in whole]
-    none = random_examples([(3, (2, 2)), (40, (1, 2))], seed=9)
-    examples = [*none, *whole, *part, EncodedExample(whole[0].prompt[:1], whole[0].choices)]
-    prefix = cached_prefix(base, whole[0].prompt[:60])
-    scores = choice_scores_after(base, prefix, examples)
-    for row, example in zip(scores, examples, strict=True):
-        torch.testing.assert_close(row, plain_scores(base, example), atol=1e-5, rtol=0)
-    # The prefix itself is as it was: the same scores again, in another order.
-    again = choice_scores_after(base, prefix, examples[::-1])
-    torch.testing.assert_close(again.flip(0), scores, atol=1e-5, rtol=0)
-
-
-@given(
-    prefix=st.integers(1, 60),
-    prompts=st.lists(st.integers(0, 40), min_size=1, max_size=5),
-    seed=st.integers(0, 1000),
-)
-@settings(max_examples=15, deadline=None)
-def test_any_lengths(prefix, prompts, seed):
-    base = base_of("llama")
-    examples = random_examples([(n, (2, 1, 3)) for n in prompts], seed, shared=prefix)
-    scores = choice_scores_after(base, cached_prefix(base, examples[0].prompt), examples)
-    for row, example in zip(scores, examples, strict=True):
-        torch.testing.assert_close(row, plain_scores(base, example), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("name", [*NOT_SHARING, "t5", "bart", "gpt_neo"])
-def test_these_keep_no_prefix(name):
-    assert not caches_prefix(base_of(name))
-
-
-def test_bfloat16_keeps_a_prefix_too():
-    base = BaseModel(tiny_llama().to(torch.bfloat16), word_tokenizer(), "tiny")
-    assert caches_prefix(base)
-    examples = random_examples(SHAPES, shared=50)
-    scores = choice_scores_after(base, cached_prefix(base, examples[0].prompt), examples)
-    wide = BaseModel(tiny_llama(), word_tokenizer(), "tiny")
-    plain = torch.stack([plain_scores(wide, example) for example in examples])
-    torch.testing.assert_close(scores, plain, atol=0.2, rtol=0)
-
-
-def test_the_prefix_is_not_computed_again():
-    base = base_of("llama")
-    examples = random_examples([(6, (1, 2))] * 10, shared=300)
-    prefix = cached_prefix(base, examples[0].prompt)
-    caches_prefix(base)
-    seen = tokens_seen(base.model, lambda: choice_scores_after(base, prefix, examples))
-    assert sum(seen) <= 10 * (6 + 1 + 2)
-
-
-@pytest.mark.parametrize(("shared", "count"), [(300, 10), (60, 10), (150, 2), (700, 2)])
-def test_what_prompts_share_is_computed_once(shared, count):
-    """Also where a few tokens follow it, so that all of them together are not many."""
-    base = base_of("llama")
-    examples = random_examples([(6, (1, 2))] * count, shared=shared)
-    caches_prefix(base)
-    seen = tokens_seen(base.model, lambda: ranking_scores(base, examples, max_tokens=800))
-    assert sum(seen) <= shared + max(512, count * (6 + 1 + 2))
 
 
 # -- the classifier --------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,40 +16,38 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.command import IA3, SMALL_FILES_ONLY, Place, assert_refused, said
 from support.paths import SHARED
 from support.raft import ADE, COLUMN, WORDS, some_labels, texts, write_csv, write_task
 from support.tfew import (
     hook_count,
     plain_token_scores,
-    random_model,
     state_bits,
     tiny_llama,
+    tiny_t5,
     word_tokenizer,
 )
-from transformers import T5Config
 
 from ia3 import FewShotClassifier
 from ia3.base.loading import BaseModel
 from ia3.errors import IA3Error
 from ia3.experiments.raft import (
     RaftSettings,
-    RaftTask,
     cross_validate,
     held_out,
-    public_labels,
     public_score,
-    read_raft,
     submission,
     work,
 )
+from ia3.experiments.raft_data import RaftTask, public_labels, read_raft
 from ia3.tfew.prompts.encoding import EncodedExample
 from ia3.tfew.prompts.tasks import RAFT_TASKS, load_templates
 from ia3.tfew.training.trainer import TFewConfig
 
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
-IA3 = Path(sys.executable).parent / "ia3"
 
+METHODS = ["majority", "zero-shot", "icl", "tfew"]
 ENGLISH = ["advanced", "elementary", "intermediate"]
 
 
@@ -197,8 +194,10 @@ def test_folders_that_are_not_the_benchmark(tmp_path):
         read_raft(tmp_path)
     with pytest.raises(IA3Error, match=r"no task 'ade_corpus'.*did you mean 'ade_corpus_v2'"):
         read_raft(tmp_path, ["ade_corpus"])
-    (tmp_path / "ade_corpus_v2").rename(tmp_path / "mine")
-    with pytest.raises(IA3Error, match="mine is no task of RAFT"):
+    # Another task, even beside one of the benchmark.
+    (tmp_path / "rte").mkdir()
+    (tmp_path / "rte" / "task.json").write_text("{}")
+    with pytest.raises(IA3Error, match="rte is no task of RAFT"):
         read_raft(tmp_path)
 
 
@@ -259,6 +258,14 @@ def plain_prediction(base: BaseModel, task: RaftTask, prompt: str) -> str:
     return task.labels[best]
 
 
+def written(task: RaftTask, ids: Sequence[str]) -> str:
+    """The demonstrations made of these rows."""
+    rows = [task.train[int(i)] for i in ids]
+    return "".join(
+        f"{task.template.render(row).prompt} {task.choices[task.answer(row)]}\n\n" for row in rows
+    )
+
+
 def test_the_untuned_model_ranks_the_choices(tmp_path):
     task = task_of(tmp_path, "one_stop_english", ENGLISH, some_labels(ENGLISH, 10))
     base = base_of()
@@ -276,21 +283,16 @@ def test_as_many_demonstrations_as_the_context_holds(tmp_path, context):
     answers = [len(TOKENIZER(choice)["input_ids"]) for choice in task.choices]
     prompts = [task.template.render(row).prompt for row in task.train]
 
-    def written(ids: Sequence[str]) -> str:
-        return "".join(
-            f"{prompts[int(i)]} {task.choices[task.answer(task.train[int(i)])]}\n\n" for i in ids
-        )
-
     for record in records(tmp_path / "out"):
         shown, asked = record["demonstrations"], [prompts[int(i)] for i in record["ids"]]
         assert not {*shown} & {*record["ids"]}
         room = context - max(len(TOKENIZER(p)["input_ids"]) for p in asked) - max(answers)
-        assert len(TOKENIZER(written(shown))["input_ids"]) <= room
+        assert len(TOKENIZER(written(task, shown))["input_ids"]) <= room
         for row in task.train:
             if row["ID"] not in (*shown, *record["ids"]):
-                assert len(TOKENIZER(written([*shown, row["ID"]]))["input_ids"]) > room
+                assert len(TOKENIZER(written(task, [*shown, row["ID"]]))["input_ids"]) > room
         assert record["predictions"] == [
-            plain_prediction(base, task, written(shown) + prompt) for prompt in asked
+            plain_prediction(base, task, written(task, shown) + prompt) for prompt in asked
         ]
     counts = [len(record["demonstrations"]) for record in records(tmp_path / "out")]
     assert score.demonstrations == tuple(counts)
@@ -298,30 +300,15 @@ def test_as_many_demonstrations_as_the_context_holds(tmp_path, context):
 
 
 def test_an_encoder_decoder(tmp_path):
-    config = T5Config(
-        vocab_size=len(TOKENIZER),
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-    )
-    base = BaseModel(random_model(config), tokenizer(end=True), "t5")
+    base = BaseModel(tiny_t5(vocabulary=len(TOKENIZER)), tokenizer(end=True), "t5")
     task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
     scores = cross_validate(base, task, settings(), folds=1, results=tmp_path / "out")
-    assert [score.method for score in scores] == ["majority", "zero-shot", "icl", "tfew"]
-    prompts = [task.template.render(row).prompt for row in task.train]
+    assert [score.method for score in scores] == METHODS
     in_context = records(tmp_path / "out")[2]
-    written = "".join(
-        f"{prompts[int(i)]} {task.choices[task.answer(task.train[int(i)])]}\n\n"
-        for i in in_context["demonstrations"]
-    )
     assert len(in_context["demonstrations"]) == 8
-    assert in_context["predictions"] == [
-        plain_prediction(base, task, written + prompts[int(i)]) for i in in_context["ids"]
-    ]
+    before = written(task, in_context["demonstrations"])
+    prompts = [task.template.render(task.train[int(i)]).prompt for i in in_context["ids"]]
+    assert in_context["predictions"] == [plain_prediction(base, task, before + p) for p in prompts]
 
 
 def test_without_room_for_a_demonstration_the_untuned_model_is_asked(tmp_path):
@@ -360,7 +347,7 @@ def test_all_77_topics_are_in_the_prompt_and_in_the_loss(tmp_path):
     labels = topics()
     task = task_of(tmp_path, "banking_77", labels, labels[:7])
     scores = cross_validate(base_of(), task, settings(steps=1), folds=1)
-    assert [score.method for score in scores] == ["majority", "zero-shot", "icl", "tfew"]
+    assert [score.method for score in scores] == METHODS
     assert {score.examples for score in scores} == {1}
     predicted = submission(base_of(), task, settings(steps=1))
     assert len(predicted) == len(task.test)
@@ -383,12 +370,12 @@ def test_the_model_is_left_as_it_was(tmp_path, sites):
 
 def test_work_is_what_progress_counts(tmp_path):
     task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 11))
-    given, chosen = settings(steps=4), ("majority", "zero-shot", "icl", "tfew")
+    given = settings(steps=4)
     out = tmp_path / "out"
     for _ in range(2):  # computed, and read
         done: list[int] = []
         cross_validate(base_of(), task, given, folds=3, results=out, progress=done.append)
-        assert sum(done) == work(task, given, chosen, 3)
+        assert sum(done) == work(task, given, METHODS, 3)
         done.clear()
         submission(base_of(), task, given, results=out, progress=done.append)
         assert sum(done) == 4 + len(task.test)
@@ -409,16 +396,11 @@ def test_long_texts_are_cut_to_the_limit(tmp_path):
         cross_validate(base, task, settings(max_prompt_tokens=5), methods=["zero-shot"])
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [({"sites": "all"}, "sites is 'all'"), ({"max_prompt_tokens": 0}, "max_prompt_tokens is 0")],
-)
-def test_settings_out_of_range(given, message):
-    with pytest.raises(IA3Error, match=message):
-        RaftSettings(**given)
-
-
-def test_an_unknown_method_is_an_error(tmp_path):
+def test_settings_out_of_range_and_unknown_methods(tmp_path):
+    with pytest.raises(IA3Error, match="sites is 'all'"):
+        RaftSettings(sites="all")
+    with pytest.raises(IA3Error, match="max_prompt_tokens is 0"):
+        RaftSettings(max_prompt_tokens=0)
     task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
     with pytest.raises(IA3Error, match="no method 'lora': expected some of"):
         cross_validate(base_of(), task, methods=["lora"])
@@ -489,44 +471,30 @@ def test_other_data_is_refused(tmp_path):
     assert len(records(out)) == 10
 
 
-def test_half_a_line_is_dropped_and_a_broken_one_is_not(tmp_path):
+def test_broken_results_and_those_of_another_model_are_refused(tmp_path):
     task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
     out = tmp_path / "out"
-    first = cross_validate(base_of(), task, methods=["zero-shot"], results=out)
-    path = out / "results.jsonl"
+
+    def again(base: BaseModel | None = None) -> Any:
+        return cross_validate(base or base_of(), task, methods=["zero-shot"], results=out)
+
+    first, path = again(), out / "results.jsonl"
     content = path.read_bytes()
+    # Half a line is computed again.
     path.write_bytes(content[:-40])
-    assert cross_validate(base_of(), task, methods=["zero-shot"], results=out) == first
+    assert again() == first
     assert path.read_bytes() == content
-    path.write_bytes(b'{"task": 1}\n' + content)
-    with pytest.raises(IA3Error, match=r"results.jsonl, line 1: not a result of RAFT"):
-        cross_validate(base_of(), task, methods=["zero-shot"], results=out)
-
-
-def test_results_of_another_model_or_other_rows_are_refused(tmp_path):
-    task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
-    out = tmp_path / "out"
-    cross_validate(base_of(), task, methods=["zero-shot"], results=out)
-    other = BaseModel(tiny_llama(seed=1, vocabulary=len(TOKENIZER)), TOKENIZER, "tiny")
     with pytest.raises(IA3Error, match="of zero-shot have base model="):
-        cross_validate(other, task, methods=["zero-shot"], results=out)
-    path = out / "results.jsonl"
-    content = path.read_text()
-    for old, new in (('"ids": ["', '"ids": ["x'), ('"predictions": ["', '"predictions": ["x')):
-        path.write_text(content.replace(old, new, 1))
-        with pytest.raises(IA3Error, match="are not of its rows and labels"):
-            cross_validate(base_of(), task, methods=["zero-shot"], results=out)
-    path.write_text(content.replace('"settings": {', '"settings": null, "x": {', 1))
-    with pytest.raises(IA3Error, match="line 1: not a result of RAFT"):
-        cross_validate(base_of(), task, methods=["zero-shot"], results=out)
-
-
-def test_a_folder_of_another_task_is_refused(tmp_path):
-    write_task(tmp_path, "ade_corpus_v2", ADE, [("a b", ADE[0])] * 10, ["c"])
-    (tmp_path / "rte").mkdir()
-    (tmp_path / "rte" / "task.json").write_text("{}")
-    with pytest.raises(IA3Error, match="rte is no task of RAFT"):
-        read_raft(tmp_path)
+        again(BaseModel(tiny_llama(seed=1, vocabulary=len(TOKENIZER)), TOKENIZER, "tiny"))
+    for old, new, message in (
+        ('{"task"', '{"task": 1}\n{"task"', "line 1: not a result of RAFT"),
+        ('"settings": {', '"settings": null, "x": {', "line 1: not a result of RAFT"),
+        ('"ids": ["', '"ids": ["x', "are not of its rows and labels"),
+        ('"predictions": ["', '"predictions": ["x', "are not of its rows and labels"),
+    ):
+        path.write_text(content.decode().replace(old, new, 1))
+        with pytest.raises(IA3Error, match=message):
+            again()
 
 
 # -- Banking77's public labels ---------------------------------------------------------------------
@@ -593,87 +561,60 @@ def test_the_benchmarks_banking_texts_are_all_public():
 
 # -- the command -----------------------------------------------------------------------------------
 
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A folder with a model and two tasks of the benchmark; one has a test set of two parts."""
     folder = tmp_path_factory.mktemp("raft")
     base = base_of()
     base.model.save_pretrained(folder / "model")
     TOKENIZER.save_pretrained(folder / "model")
-    labels = topics()
     train = list(zip(texts(10, 1), some_labels(ADE, 10), strict=True))
     write_task(folder / "data", "ade_corpus_v2", ADE, train, texts(130, 2))
+    labels = topics()
     train = list(zip(texts(5, 3), labels, strict=False))
     write_task(folder / "data", "banking_77", labels, train, [*texts(3, 4), 'a "b", c'])
     public_folder(folder / "public", [(texts(3, 4)[0], "Automatic Top Up")])
-    return folder
+    return Place(folder)
 
 
-def start(place: Path, out: str, *more: Any) -> subprocess.Popen[str]:
-    command = [IA3, "raft", "--data", "data", "--model", "model", "--out", out, *more]
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=place,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    )
-
-
-SETTINGS = ("--steps", 28, "--learning-rate", 0.03, "--folds", 2)
-
-
-def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    said, remarks = process.communicate(timeout=300)
-    return process.returncode, said, remarks
+RAFT = ("raft", "--data", "data", "--model", "model")
+SETTINGS = ("--steps", 28, "--learning-rate", 0.03, "--folds", 2, "--banking77", "public")
 
 
 @pytest.fixture(scope="module")
-def unbroken(place: Path) -> dict[str, Any]:
+def unbroken(place: Place) -> dict[str, Any]:
     """What a run in one go says."""
-    code, said, remarks = finished(
-        start(place, "unbroken", *SETTINGS, "--banking77", "public", "--json")
-    )
-    assert (code, remarks) == (0, "")
-    result: dict[str, Any] = json.loads(said)
-    return result
+    return said(place.run(*RAFT, "--out", "unbroken", *SETTINGS, "--json"))
 
 
-def test_what_the_command_says(place, unbroken):
-    methods = ["majority", "zero-shot", "icl", "tfew"]
-    tasks = read_raft(place / "data")
-    for task in tasks:
+def test_what_the_command_says_and_submits(place, unbroken):
+    folder = place.folder / unbroken["submission"]
+    assert sorted(path.name for path in folder.iterdir()) == ["ade_corpus_v2", "banking_77"]
+    for task in read_raft(place.folder / "data"):
         of_task = [score for score in unbroken["scores"] if score["task"] == task.name]
-        assert [score["method"] for score in of_task] == methods
+        assert [score["method"] for score in of_task] == METHODS
         # Two fifths of the labelled rows.
         assert {score["examples"] for score in of_task} == {2 * len(task.train) // 5}
         assert [len(score.get("demonstrations", "")) for score in of_task] == [0, 0, 2, 0]
-    for method in methods:
-        of_method = [s["macro_f1"] for s in unbroken["scores"] if s["method"] == method]
-        assert unbroken["mean"][method] == pytest.approx(sum(of_method) / 2)
-    assert unbroken["banking77"]["matched"] == 1
-    assert unbroken["banking77"]["rows"] == 4
-
-
-def test_submissions_have_the_benchmarks_form(place, unbroken):
-    folder = place / unbroken["submission"]
-    assert sorted(path.name for path in folder.iterdir()) == ["ade_corpus_v2", "banking_77"]
-    for task in read_raft(place / "data"):
+        # Submissions have the benchmark's form.
         lines = (folder / task.name / "predictions.csv").read_bytes().decode().split("\n")
-        assert lines[0] == "ID,Label"
-        assert lines[-1] == ""
+        assert (lines[0], lines[-1]) == ("ID,Label", "")
         for line, row in zip(lines[1:-1], task.test, strict=True):
             number, _, label = line.partition(",")
             assert number == row["ID"]
             assert label in task.labels
+    for method in METHODS:
+        of_method = [s["macro_f1"] for s in unbroken["scores"] if s["method"] == method]
+        assert unbroken["mean"][method] == pytest.approx(sum(of_method) / 2)
+    assert (unbroken["banking77"]["matched"], unbroken["banking77"]["rows"]) == (1, 4)
+
+
+FILES = {"results.jsonl", "table.md", "raft.png", "submission"}
 
 
 def test_table_and_figure(place, unbroken):
-    out = place / "unbroken"
+    out = place.folder / "unbroken"
     table = (out / "table.md").read_text()
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     macro_f1 = {row[0].strip("| "): row[1:] for row in rows[: len(rows) // 2]}
@@ -682,147 +623,84 @@ def test_table_and_figure(place, unbroken):
         column = [name.strip("| ") for name in macro_f1["task"]].index(score["method"])
         shown = macro_f1[score["task"]][column].strip("| ")
         expected = f"{100 * score['macro_f1']:.1f}"
-        if score["method"] == "icl":
-            assert shown.startswith(f"{expected} (")
-        else:
-            assert shown == expected
+        # The numbers of demonstrations follow in-context learning's.
+        assert shown.startswith(f"{expected} (") if score["method"] == "icl" else shown == expected
     assert "1 of 4 labels known" in table
     assert (out / "raft.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in out.iterdir()} == {
-        *("results.jsonl", "table.md", "raft.png", "submission")
-    }
+    assert {path.name for path in out.iterdir()} == FILES
 
 
-def killed(process: subprocess.Popen[str], when: Callable[[], bool]) -> None:
-    """Kill it as soon as this is so."""
+def killed(place: Place, when: Callable[[], bool]) -> None:
+    """Kill a run into `broken` as soon as this is so."""
+    command = [str(part) for part in (IA3, *RAFT, "--out", "broken", *SETTINGS)]
+    process = subprocess.Popen(
+        command, cwd=place.folder, env=place.environment, stderr=subprocess.DEVNULL
+    )
     until = time.monotonic() + 240
     while not when():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
 
 
 def test_a_killed_run_goes_on(place, unbroken):
-    out = place / "broken"
-    more = (*SETTINGS, "--banking77", "public")
-
-    def training_the_second_fold() -> bool:
-        found = out.glob("checkpoints/ade_corpus_v2-1/checkpoint-*")
-        return any(found) or kept('"method": "tfew", "split": 1')
+    once, out = (place.folder / name for name in ("unbroken", "broken"))
 
     def kept(part: str) -> bool:
         path = out / "results.jsonl"
         return path.exists() and part in path.read_text()
 
-    killed(start(place, "broken", *more), training_the_second_fold)
-    assert len(records(out)) < len(records(place / "unbroken"))
+    def training_the_second_fold() -> bool:
+        found = out.glob("checkpoints/ade_corpus_v2-1/checkpoint-*")
+        return any(found) or kept('"method": "tfew", "split": 1')
+
+    killed(place, training_the_second_fold)
+    assert len(records(out)) < len(records(once))
     with open(out / "results.jsonl", "a") as file:
         file.write('{"task": "ade_cor')
-    killed(start(place, "broken", *more), lambda: kept('"split": "test", "part": 0'))
-    code, said, _ = finished(start(place, "broken", *more))
-    assert code == 0
-    assert "tfew" in said
+    killed(place, lambda: kept('"split": "test", "part": 0'))
+    done = place.run(*RAFT, "--out", "broken", *SETTINGS)
+    assert done.returncode == 0, done.stderr
+    assert "tfew" in done.stdout
     for name in ("results.jsonl", "table.md"):
-        once, again = ((place / run / name).read_text() for run in ("unbroken", "broken"))
-        assert sorted(once.splitlines()) == sorted(again.splitlines())
+        lines = [sorted((folder / name).read_text().splitlines()) for folder in (once, out)]
+        assert lines[0] == lines[1]
     for task in ("ade_corpus_v2", "banking_77"):
         path = Path("submission", task, "predictions.csv")
-        assert (out / path).read_bytes() == (place / "unbroken" / path).read_bytes()
-    assert {path.name for path in out.iterdir()} == {
-        *("results.jsonl", "table.md", "raft.png", "submission")
-    }
+        assert (out / path).read_bytes() == (once / path).read_bytes()
+    assert {path.name for path in out.iterdir()} == FILES
 
 
 def test_a_full_disk_leaves_whole_lines(place):
-    command = ["sh", "-c", 'ulimit -f 1 && exec "$0" "$@"', str(IA3), "raft", "--data", "data"]
-    done = subprocess.run(
-        [*command, "--model", "model", "--out", "full", "--methods", "majority"],
-        cwd=place,
-        env=ENVIRONMENT,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
-    assert done.returncode == 1
-    assert "full/results.jsonl: File too large" in done.stderr
-    assert all(record["method"] == "majority" for record in records(place / "full"))
-
-
-# Most of a run's time is spent on importing torch.
-ONE_AFTER_THE_OTHER = """
-import json, sys
-from ia3.cli import main
-for arguments in json.loads(sys.argv[1]):
-    sys.argv = ["ia3", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        print("code", end.code, file=sys.stderr)
-"""
+    command = (*RAFT, "--out", "full", "--methods", "majority")
+    done = place.run(*command, under=SMALL_FILES_ONLY)
+    assert_refused(done, "full/results.jsonl: File too large")
+    assert all(record["method"] == "majority" for record in records(place.folder / "full"))
 
 
 def test_refused_before_anything_is_computed(place):
-    cases = [
-        (("--task", "ade_corpus"), 1, "did you mean 'ade_corpus_v2'"),
-        (("--data", "nowhere"), 1, "folder nowhere with the tasks of RAFT does not exist"),
-        (("--methods", "lora"), 1, "no method 'lora'"),
-        (("--methods", "zero-shop,tfew"), 1, "did you mean 'zero-shot'"),
-        (("--methods", ","), 1, "there are no methods"),
-        (("--folds", "6"), 2, "--folds"),
-        (("--task", "ade_corpus_v2", "--banking77", "public"), 2, "this run does not make"),
-        (("--no-submit", "--banking77", "public"), 2, "this run does not make"),
-        (("--methods", "zero-shot", "--banking77", "public"), 2, "this run does not make"),
-        (("--banking77", "data"), 1, "they are Banking77's"),
-        (("--out", "data/ade_corpus_v2/task.json"), 1, "task.json: Not a directory"),
-    ]
+    cases = {
+        ("--task", "ade_corpus"): (1, "did you mean 'ade_corpus_v2'"),
+        ("--data", "nowhere"): (1, "folder nowhere with the tasks of RAFT does not exist"),
+        ("--methods", "lora"): (1, "no method 'lora'"),
+        ("--methods", "zero-shop,tfew"): (1, "did you mean 'zero-shot'"),
+        ("--methods", ","): (1, "there are no methods"),
+        ("--folds", "6"): (2, "--folds"),
+        ("--task", "ade_corpus_v2", "--banking77", "public"): (2, "this run does not make"),
+        ("--no-submit", "--banking77", "public"): (2, "this run does not make"),
+        ("--methods", "zero-shot", "--banking77", "public"): (2, "this run does not make"),
+        ("--banking77", "data"): (1, "they are Banking77's"),
+        ("--out", "data/ade_corpus_v2/task.json"): (1, "task.json: Not a directory"),
+    }
     # The name of no model: it would not get that far.
     raft = ("raft", "--data", "data", "--out", "refused", "--model", "none")
-    commands = json.dumps([[*raft, *more] for more, _, _ in cases])
-    done = subprocess.run(
-        [sys.executable, "-c", ONE_AFTER_THE_OTHER, commands],
-        cwd=place,
-        env=ENVIRONMENT,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    said = " ".join(done.stderr.replace("│", " ").split())
-    for _, code, message in cases:
-        before, _, said = said.partition("code ")
-        assert message in before
-        assert said.startswith(str(code))
-    assert not (place / "refused").exists()
-
-
-def test_without_matplotlib_the_extra_is_named(place):
-    blocked = (
-        "import sys; sys.modules['matplotlib'] = None; sys.argv = ['ia3', 'raft', '--data', 'data',"
-        " '--out', 'refused']; from ia3.cli import main; main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", blocked],
-        cwd=place,
-        env=ENVIRONMENT,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
-    assert done.returncode == 1
-    assert "pip install 'ia3[report]'" in done.stderr
-    assert not (place / "refused").exists()
-
-
-def test_help_loads_nothing_heavy():
-    check = (
-        "import sys; sys.argv = ['ia3', 'raft', '--help']\n"
-        "from ia3.cli import main\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'sklearn', 'matplotlib'}\n"
-        "assert not heavy & sys.modules.keys()"
-    )
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
+    runs = place.run_all(*((*raft, *more) for more in cases), COLUMNS="200")
+    for done, (code, message) in zip(runs, cases.values(), strict=True):
+        assert (done.returncode, done.stdout) == (code, "")
+        assert "Traceback" not in done.stderr
+        assert message in " ".join(done.stderr.replace("│", " ").split())
+    blocked = "import sys; sys.modules['matplotlib'] = None; from ia3.cli import main; main()"
+    assert_refused(place.run(*raft, under=[sys.executable, "-c", blocked]), "'ia3[report]'")
+    assert not (place.folder / "refused").exists()

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.disks import full_disk
 
 from ia3.files.atomic import check_folder, write_file, write_files
 
 BEFORE = {"a": b"old a", "b": b"old b", "other": b"stays"}
 AFTER = {"a": b"new a", "b": b"new b" * 1000}
-
-
-@contextmanager
-def full_disk(limit: int = 1000) -> Iterator[None]:
-    """No file may grow beyond this many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -116,18 +116,6 @@ def test_copies_are_whole_and_independent(kind: str, copied: Callable[[Any], Any
 
 
 @pytest.mark.parametrize("copied", COPIES)
-def test_a_copy_of_a_merged_model_unmerges(copied: Callable[[Any], Any]) -> None:
-    model = adapted("llama", torch.bfloat16)
-    expected = logits("llama", model)
-    model.merge_adapter()
-    twin = copied(model)
-    twin.unmerge_adapter()
-    assert torch.equal(logits("llama", twin), expected)
-    model.unmerge_adapter()
-    assert torch.equal(logits("llama", model), expected)
-
-
-@pytest.mark.parametrize("copied", COPIES)
 def test_a_copy_has_its_own_modules_to_save(copied: Callable[[Any], Any]) -> None:
     model = adapted("llama", modules_to_save=["lm_head"])
     head = next(p for n, p in model.named_parameters() if "lm_head.ia3_l.default" in n)

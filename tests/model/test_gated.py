@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from support.pairs import relative
 from torch import Tensor
 from torch.nn import functional
 
-from ia3.model import gated
-from ia3.model.gated import GateActivation, gated_product
+from ia3.core.mlp import FUNCTIONS
+from ia3.model.fused_mlp import gated_product
 
 # An exact zero, both signs, tiny ones: what a division by the vector would stumble over.
 AWKWARD = [0.0, -0.0, 1.0, -1.5, 1e-3, -1e-25, 1e-25, 3.0]
@@ -41,13 +35,7 @@ def definition(gate: Tensor, up: Tensor, vector: Tensor | None, function: str) -
 
 def plain(gate: Tensor, up: Tensor, vector: Tensor, function: str) -> Tensor:
     """As a layer's forward and a hook on its down projection's input compute it."""
-    functions = {
-        "silu": functional.silu,
-        "gelu": functional.gelu,
-        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-        "relu": functional.relu,
-    }
-    return ((functions[function](gate) * up) * vector).to(gate.dtype)
+    return ((FUNCTIONS[function](gate) * up) * vector).to(gate.dtype)
 
 
 def results(operation: object, inputs: list[Tensor], weight: Tensor, function: str) -> list[Tensor]:
@@ -59,20 +47,9 @@ def results(operation: object, inputs: list[Tensor], weight: Tensor, function: s
     return [result.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
-@pytest.fixture(params=[gated.CHUNK, 24], ids=["one chunk", "chunks"])
-def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of 8 in chunks of 3, which do not divide them evenly."""
-    monkeypatch.setattr(gated, "CHUNK", request.param)
-
-
-@pytest.mark.usefixtures("chunk")
 @EVERY_FUNCTION
 @pytest.mark.parametrize("shape", [(2, 5, 8), (4, 8), (8,)])
-def test_gradient_is_the_derivative(function: GateActivation, shape: tuple[int, ...]) -> None:
+def test_gradient_is_the_derivative(function: str, shape: tuple[int, ...]) -> None:
     gate, up = seeded(*shape).requires_grad_(), seeded(*shape, seed=1).requires_grad_()
     vector = torch.tensor(AWKWARD, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
@@ -85,24 +62,27 @@ def test_gradient_is_the_derivative(function: GateActivation, shape: tuple[int, 
 
 @EVERY_FUNCTION
 @pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (1, 0, 1), (0, 1, 1), (0, 0, 1)])
-def test_only_some_need_a_gradient(function: GateActivation, needed: tuple[int, ...]) -> None:
+def test_only_some_need_a_gradient(function: str, needed: tuple[int, ...]) -> None:
     inputs = [seeded(3, 8), seeded(3, 8, seed=1), torch.tensor(AWKWARD, dtype=torch.float64)]
     leaves = [t.requires_grad_(bool(n)) for t, n in zip(inputs, needed, strict=True)]
     assert torch.autograd.gradcheck(lambda *t: gated_product(*t, function), leaves)
 
 
-@pytest.mark.usefixtures("chunk")
+COMPILED = torch.compile(gated_product, fullgraph=True, backend="aot_eager")
+
+
 @EVERY_FUNCTION
-def test_is_the_definition(function: GateActivation) -> None:
+@pytest.mark.parametrize("operation", [gated_product, COMPILED], ids=["eager", "compiled"])
+def test_is_the_definition(operation: object, function: str) -> None:
     inputs = [4 * seeded(3, 5, 8), seeded(3, 5, 8, seed=1), torch.tensor(AWKWARD).double()]
     weight = seeded(3, 5, 8, seed=2)
-    found = results(gated_product, inputs, weight, function)
+    found = results(operation, inputs, weight, function)
     for ours, expected in zip(found, results(definition, inputs, weight, function), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
 
 
 @EVERY_FUNCTION
-def test_float32_is_as_near_as_separate_operations(function: GateActivation) -> None:
+def test_float32_is_as_near_as_separate_operations(function: str) -> None:
     vector = seeded(96, seed=2)
     vector[:8] = torch.tensor(AWKWARD)
     inputs = [2 * seeded(2000, 96), seeded(2000, 96, seed=1), vector]
@@ -119,7 +99,7 @@ def test_float32_is_as_near_as_separate_operations(function: GateActivation) -> 
 
 @EVERY_FUNCTION
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_rounded_once(function: GateActivation, dtype: torch.dtype) -> None:
+def test_half_precision_is_rounded_once(function: str, dtype: torch.dtype) -> None:
     gate, up = seeded(40, 64, dtype=dtype), seeded(40, 64, dtype=dtype, seed=1)
     vector = 1 + 0.3 * seeded(64, dtype=torch.float32, seed=2)
     weight = seeded(40, 64, dtype=dtype, seed=3)
@@ -149,32 +129,6 @@ def test_different_dtypes_promote() -> None:
     torch.testing.assert_close(result, functional.silu(gate.float()) * up)
 
 
-def test_any_strides() -> None:
-    wide, vector = seeded(5, 4, 8).requires_grad_(), seeded(8, seed=1).requires_grad_()
-    up = seeded(8, 5, 4, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda w, u, v: gated_product(w.transpose(0, 1), u.permute(2, 1, 0), v, "silu"),
-        (wide, up, vector),
-    )
-
-
-def test_of_no_tokens() -> None:
-    gate = torch.zeros(2, 0, 8, requires_grad=True)
-    vector = torch.ones(8, requires_grad=True)
-    result = gated_product(gate, gate, vector, "silu")
-    assert result.shape == (2, 0, 8)
-    result.sum().backward()
-    assert torch.equal(vector.grad, torch.zeros(8))  # type: ignore[arg-type]
-
-
-def test_inputs_are_left_alone() -> None:
-    tensors = [seeded(3, 8), seeded(3, 8, seed=1), seeded(8, seed=2)]
-    before = [t.clone() for t in tensors]
-    result = gated_product(*[t.requires_grad_() for t in tensors], "silu")  # type: ignore[arg-type]
-    result.sum().backward()
-    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
-
-
 def test_changed_afterwards_raises() -> None:
     gate = seeded(3, 8).requires_grad_() * 1
     result = gated_product(gate, seeded(3, 8, seed=1), None, "silu")
@@ -184,7 +138,7 @@ def test_changed_afterwards_raises() -> None:
 
 
 @EVERY_FUNCTION
-def test_second_derivative(function: GateActivation) -> None:
+def test_second_derivative(function: str) -> None:
     gate, up = seeded(3, 8).requires_grad_(), seeded(3, 8, seed=1).requires_grad_()
     vector = torch.tensor(AWKWARD, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(
@@ -201,7 +155,7 @@ def test_second_derivative(function: GateActivation) -> None:
 
 
 @EVERY_FUNCTION
-def test_saves_gate_up_and_the_vector(function: GateActivation) -> None:
+def test_saves_gate_up_and_the_vector(function: str) -> None:
     leaves = [seeded(3, 8), seeded(3, 8, seed=1), seeded(8, seed=2)]
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(
@@ -222,7 +176,7 @@ def test_with_the_vector_alone_to_train_no_more_than_the_product_is_saved() -> N
 
 
 @EVERY_FUNCTION
-def test_functional_transforms(function: GateActivation) -> None:
+def test_functional_transforms(function: str) -> None:
     inputs = (seeded(3, 8), seeded(3, 8, seed=1), torch.tensor(AWKWARD).double())
 
     def loss(gate: Tensor, up: Tensor, vector: Tensor) -> Tensor:
@@ -235,22 +189,6 @@ def test_functional_transforms(function: GateActivation) -> None:
         torch.testing.assert_close(ours, want)
     mapped = torch.vmap(gated_product, in_dims=(0, 0, None, None))(*inputs, function)
     torch.testing.assert_close(mapped, definition(*inputs, function))
-
-
-@EVERY_FUNCTION
-def test_compiled(function: GateActivation) -> None:
-    leaves = [seeded(3, 8), seeded(3, 8, seed=1), torch.tensor(AWKWARD).double()]
-    leaves = [t.requires_grad_() for t in leaves]
-    compiled = torch.compile(gated_product, fullgraph=True, backend="aot_eager")
-    result = compiled(*leaves, function)
-    expected = definition(*leaves, function)
-    torch.testing.assert_close(result, expected)
-    for ours, want in zip(
-        torch.autograd.grad(result.square().sum(), leaves),
-        torch.autograd.grad(expected.square().sum(), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, want)
 
 
 def test_autocast() -> None:
@@ -266,63 +204,3 @@ def test_autocast() -> None:
     assert relative(result.detach(), expected.detach()) < 2**-8
     assert vector.grad is not None
     assert weights[0].grad is not None
-
-
-# -- kernels ---------------------------------------------------------------------------------------
-
-
-def check_kernels(device: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Every kernel against the definition, at sizes that its blocks do not divide."""
-    cases = itertools.product(REFERENCE, dtypes, (True, False), ((2, 300), (3, 13, 48)))
-    for function, dtype, with_vector, shape in cases:
-        gate = (3 * seeded(*shape)).to(dtype)
-        up, weight = seeded(*shape, dtype=dtype, seed=1), seeded(*shape, dtype=dtype, seed=2)
-        inputs = [gate, up]
-        if with_vector:
-            vector = seeded(shape[-1], seed=3)
-            vector[: len(AWKWARD)] = torch.tensor(AWKWARD)
-            inputs.append(vector if dtype == torch.float64 else vector.float())
-        wide = [t.double().requires_grad_() for t in inputs]
-        exact = definition(*wide[:2], wide[2] if with_vector else None, function)
-        want = [exact, *torch.autograd.grad((exact * weight.double()).sum(), wide)]
-
-        leaves = [t.to(device).requires_grad_() for t in inputs]
-        vector_leaf = leaves[2] if with_vector else None
-        result = gated_product(leaves[0], leaves[1], vector_leaf, function)
-        loss = (result * weight.to(device)).sum()
-        grads = torch.autograd.grad(loss, leaves, retain_graph=True)
-        for ours, expected in zip([result, *grads], want, strict=True):
-            error = relative(ours.detach().cpu(), expected.detach())
-            # Triton's interpreter cuts bfloat16 off instead of rounding it.
-            limit = max(2 * torch.finfo(ours.dtype).eps, 1e-15)
-            assert error < limit, (function, dtype, with_vector, shape, error)
-        if device != "cpu":
-            again = torch.autograd.grad(loss, leaves)
-            assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-def test_kernels_on_cuda() -> None:
-    pytest.importorskip("triton")
-    check_kernels("cuda", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
-
-
-def test_kernels_as_triton_interprets_them() -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("no triton")
-    # The variable must be set before the kernels are imported.
-    program = (
-        "from ia3.model import gated; gated._has_kernels = lambda gate: True\n"
-        "from test_gated import check_kernels, torch\n"
-        "check_kernels('cpu', (torch.float64, torch.bfloat16))"
-    )
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr

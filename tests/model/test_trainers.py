@@ -151,16 +151,6 @@ def test_a_checkpoint_holds_the_adapter_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs(**inputs).logits, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_save_model_writes_the_adapter(tmp_path: Path) -> None:
-    run = trainer(adapted(), tmp_path / "run", save_strategy="no")
-    run.train()
-    run.save_model(str(tmp_path / "saved"))
-    files = {path.name for path in (tmp_path / "saved").iterdir()}
-    assert files == ADAPTER_FILES | {"training_args.bin"}
-    again = PeftModel.from_pretrained(classifier(), tmp_path / "saved")
-    assert_same(values(again), values(run.model))
-
-
 # -- resuming --------------------------------------------------------------------------------------
 
 
@@ -291,6 +281,9 @@ def test_loading_what_does_not_fit_changes_nothing(tmp_path: Path, spoiled: str,
     before = values(model)
     with pytest.raises(IA3Error, match="does not fit"):
         model.load_adapter(tmp_path, "default", is_trainable=True)
+    model.merge_adapter()
+    with pytest.raises(IA3Error, match=r"'default' is merged: unmerge_adapter\(\) first"):
+        model.load_adapter(tmp_path, "default", is_trainable=True)
     assert_same(values(model), before)
 
 
@@ -307,14 +300,6 @@ def test_loading_where_other_values_stay_one_changes_nothing(
     with pytest.raises(IA3Error, match="stay one"):
         paper.load_adapter(tmp_path, "default")
     assert all(bool((v == 1).all()) for v in paper.vectors("default").values())
-
-
-def test_loading_into_a_merged_adapter_is_an_error(tmp_path: Path) -> None:
-    model = adapted()
-    model.save_pretrained(tmp_path)
-    model.merge_adapter()
-    with pytest.raises(IA3Error, match=r"'default' is merged: unmerge_adapter\(\) first"):
-        model.load_adapter(tmp_path, "default")
 
 
 # -- columns and labels ----------------------------------------------------------------------------

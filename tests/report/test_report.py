@@ -318,5 +318,5 @@ try:
 except MissingExtraError as error:
     print(error)
 """
-    assert "drawing the report needs the package 'matplotlib'" in run(code)
+    assert "drawing pictures needs the package 'matplotlib'" in run(code)
     assert "pip install 'ia3[report]'" in run(code)

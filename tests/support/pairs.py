@@ -99,3 +99,17 @@ def assert_equal_to_peft(
         elif error >= 1e-2:
             exact = float32[0][name]
             assert relative(found, exact) <= max(1e-2, relative(expected, exact)), name
+
+
+def adapted(base: nn.Module, seed: int = 0, **config: Any) -> ia3.IA3Model:
+    """An adapter of random vectors on a base model; the keywords are `IA3Config`'s."""
+    model = ia3.IA3Model(base, ia3.IA3Config(**config))
+    randomize(vectors(model), seed)
+    return model
+
+
+def logits(model: Any, **inputs: Any) -> Tensor:
+    """What a model answers, without gradients: `[batch, seq, vocabulary]`."""
+    with torch.no_grad():
+        result: Tensor = model(**inputs).logits
+    return result

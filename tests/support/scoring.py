@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
+import torch
+from torch import nn
 from transformers import (
     BartConfig,
     BloomConfig,
@@ -22,10 +25,7 @@ from transformers import (
 
 from ia3.base.loading import BaseModel
 from ia3.tfew.prompts.encoding import EncodedExample
-from support.tfew import (
-    VOCABULARY,
-    random_base,
-)
+from support.tfew import VOCABULARY, plain_token_scores, random_base
 
 WIDTH = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
 
@@ -144,3 +144,22 @@ def random_examples(shapes, seed=0, shared=0):
         EncodedExample(prefix + ids(prompt), tuple(ids(c) for c in choices))
         for prompt, choices in shapes
     ]
+
+
+def plain_scores(base: BaseModel, example: EncodedExample) -> torch.Tensor:
+    """The choices' mean log-probabilities by whole prompts, one after the other, `[choices]`."""
+    with torch.no_grad():
+        return torch.stack([tokens.mean() for tokens in plain_token_scores(base, example)])
+
+
+def tokens_seen(model: nn.Module, work: Callable[[], object]) -> list[int]:
+    """How many tokens the model was given, call by call."""
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        work()
+    finally:
+        handle.remove()
+    return seen

@@ -82,10 +82,10 @@ def tiny_llama(seed: int = 0, vocabulary: int = VOCABULARY, **settings: object) 
     return random_model(config, seed)
 
 
-def tiny_t5(seed: int = 0) -> nn.Module:
+def tiny_t5(seed: int = 0, vocabulary: int = VOCABULARY) -> nn.Module:
     """Two layers on either side, 32 wide."""
     config = T5Config(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         d_model=32,
         d_kv=8,
         d_ff=48,

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ia3 import IA3Config, IA3Error, IA3Model
-from ia3.targets.resolve import ARCHITECTURES
+from ia3.targets.architectures import ARCHITECTURES
 
 
 def ours(model: nn.Module, **config: Any) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import IA3Error, did_you_mean
-from ..targets.config import IA3Config, matches_feedforward
+from ..targets.config import IA3Config
+from ..targets.matching import matches_feedforward
 from .store import Adapter
 
 if TYPE_CHECKING:
@@ -51,53 +52,60 @@ def combine(
     adapter count as ones too, and are left out of its density. All but `"linear"` are computed in
     float64; the result is float32.
 
+    >>> import torch
+    >>> from ia3 import IA3Config, combine
+    >>> from ia3.adapter.store import Adapter
+    >>> config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    >>> tickets = Adapter(config, {"layers.0.k_proj": torch.tensor([[2.0], [0.5]])})
+    >>> reviews = Adapter(config, {"layers.0.k_proj": torch.tensor([[1.0], [1.5]])})
+    >>> both = combine([("tickets", tickets), ("reviews", reviews)], [1, 1], "average")
+    >>> both.vectors["layers.0.k_proj"].tolist()
+    [[1.5], [1.0]]
+
     Args:
-        adapters: with what messages call them.
-        weights: one for each.
-        density: from 0 to 1, for `"ties"` alone; 0.2 if not given, as in the paper.
+        adapters: `(name, adapter)`, at least one; the names are for messages.
+        weights: one for each, `[adapters]`, finite.
+        combination_type: see above.
+        density: above 0, 1 at most, for `"ties"` alone; 0.2 if not given, as in the paper.
         majority_sign_method: for `"ties"`: `"total"` weighs a sign by its values, as in the paper,
             `"frequency"` counts them.
 
     Returns:
-        An adapter with the first one's settings and all their modules. Values stay one where they
-        do in all that have the vector.
+        An adapter with the first one's settings and all their modules; its vectors are float32, of
+        the adapters' shapes, `[dim, 1]` or `[1, dim]`. Values stay one where they do in all that
+        have the vector.
 
     Raises:
         IA3Error: they are of different base models, have vectors of different shapes or sides, or
-            copies of the same module (`modules_to_save`); or the weights do not fit.
+            copies of the same module (`modules_to_save`); their configs do not name their modules;
+            the weights are not one finite number for each, or add up to 0 or less where they divide
+            by their sum; or an option is unknown or belongs to another type.
     """
-    weights = _numbers(weights)
-    _check_arguments(adapters, weights, combination_type, density, majority_sign_method)
+    check_combination(combination_type, density, majority_sign_method)
+    weights = _checked_weights(weights, len(adapters), combination_type)
     base = _common_base(adapters)
     copies = _copies(adapters)
     shapes, feedforward = _sites(adapters)
     vectors = [_filled(adapter) for _, adapter in adapters]
-    task_vectors: list[dict[str, Tensor]] = []
+    changes: list[dict[str, Tensor]] = []
     if combination_type == "ties":
         share = TIES_DENSITY if density is None else density
-        task_vectors = [_trimmed(adapter, share) for _, adapter in adapters]
+        changes = [_trimmed(adapter, share) for _, adapter in adapters]
     combined: dict[str, Tensor] = {}
     frozen: dict[str, Frozen] = {}
     for name, shape in shapes.items():
         if combination_type == "linear":
             value = _linear(name, vectors, weights)
+        elif combination_type == "average":
+            value = _weighted(_stacked(name, vectors, 1.0), weights) / sum(weights)
+        elif combination_type == "geometric_mean":
+            value = _geometric_mean(_stacked(name, vectors, 1.0), weights, name)
+        elif combination_type == "task_arithmetic":
+            value = 1 + _weighted(_stacked(name, vectors, 1.0) - 1, weights)
         else:
-            device = next(each[name].device for each in vectors if name in each)
-            neutral = torch.ones(shape, dtype=torch.float64, device=device)
-            stack = torch.stack([each.get(name, neutral).to(neutral) for each in vectors])
-            if combination_type == "average":
-                value = _weighted(stack, weights) / sum(weights)
-            elif combination_type == "geometric_mean":
-                value = _geometric_mean(stack, weights, name)
-            elif combination_type == "task_arithmetic":
-                value = 1 + _weighted(stack - 1, weights)
-            else:
-                trimmed = [each.get(name, neutral - 1).to(neutral) for each in task_vectors]
-                value = 1 + _disjoint_mean(torch.stack(trimmed), weights, majority_sign_method)
-        stay = torch.ones(math.prod(shape), dtype=torch.bool)
-        for _, adapter in adapters:
-            if name in adapter.vectors:
-                stay &= _staying_one(adapter, name)
+            value = 1 + _disjoint_mean(_stacked(name, changes, 0.0), weights, majority_sign_method)
+        having = [adapter for _, adapter in adapters if name in adapter.vectors]
+        stay = torch.stack([_staying_one(adapter, name) for adapter in having]).all(0)
         if stay.any():
             frozen[name] = _ranges(stay)
             value = value.masked_fill(stay.reshape(shape).to(value.device), 1.0)
@@ -115,6 +123,13 @@ def _linear(name: str, vectors: Sequence[Mapping[str, Tensor]], weights: Sequenc
     for vector, weight in having:
         total += weight * vector.to(total.device)
     return total
+
+
+def _stacked(name: str, vectors: Sequence[Mapping[str, Tensor]], lacking: float) -> Tensor:
+    """`[adapters, *shape]`, float64; adapters that lack the vector have this value."""
+    first = next(each[name] for each in vectors if name in each).double()
+    others = [each.get(name, torch.full_like(first, lacking)).to(first) for each in vectors]
+    return torch.stack(others)
 
 
 def _weighted(stack: Tensor, weights: Sequence[float]) -> Tensor:
@@ -186,35 +201,25 @@ def _ranges(stay: Tensor) -> Frozen:
 # -- what goes together ---------------------------------------------------------------------------
 
 
-def _numbers(weights: Any) -> list[float]:
+def _checked_weights(given: Any, count: int, combination_type: str) -> list[float]:
     try:
-        given = list(weights)
         if any(isinstance(weight, str | bytes) for weight in given):
             raise TypeError("a text is no number")
-        return [float(weight) for weight in given]
+        weights = [float(weight) for weight in given]
     except (TypeError, ValueError, OverflowError) as error:
         raise IA3Error(
-            f"the weights are {weights!r}, expected a list of finite numbers, one for each adapter"
+            f"the weights are {given!r}, expected a list of finite numbers, one for each adapter"
         ) from error
-
-
-def _check_arguments(
-    adapters: Sequence[Any],
-    weights: Sequence[float],
-    combination_type: str,
-    density: float | None,
-    majority_sign_method: str,
-) -> None:
-    if not adapters or len(adapters) != len(weights):
-        raise IA3Error(f"{len(weights)} weights for {len(adapters)} adapters: expected one each")
-    check_combination(combination_type, density, majority_sign_method)
+    if not weights or count != len(weights):
+        raise IA3Error(f"{len(weights)} weights for {count} adapters: expected one each")
     if not all(math.isfinite(weight) for weight in weights):
-        raise IA3Error(f"the weights are {list(weights)}, expected finite numbers")
+        raise IA3Error(f"the weights are {weights}, expected finite numbers")
     if combination_type in ("average", "geometric_mean") and not sum(weights) > 0:
         raise IA3Error(
-            f"the weights {list(weights)} add up to {sum(weights):g}: {combination_type!r} divides "
+            f"the weights {weights} add up to {sum(weights):g}: {combination_type!r} divides "
             "by their sum, which has to be above 0"
         )
+    return weights
 
 
 def check_combination(

@@ -11,7 +11,8 @@ from ..base.loading import first_line
 from ..core.activations import activation_of
 from ..errors import IA3Error, did_you_mean
 from ..targets.config import IA3Config
-from ..targets.structure import names_or_suffixes, paper_targets
+from ..targets.matching import names_or_suffixes
+from ..targets.structure import paper_targets
 from .pickled import unpickle_tensors
 
 SUFFIX = ".multi_lora_b"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-# torch is imported where a model is looked at: what was seen of it is compared without.
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from ..core.names import ATTRIBUTE, model_type_of
 from ..errors import IA3Error
 
+# torch is imported where a model is looked at: fingerprints are compared without.
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -65,19 +66,22 @@ class Fingerprint:
                 f"{source}: the base model's fingerprint is malformed: {error}"
             ) from error
 
-    def difference(self, model: nn.Module) -> str | None:
+    def difference(self, model: nn.Module, merged: Collection[str] = ()) -> str | None:
         """In words, how a model differs from the one this was taken of; `None` where it does not.
 
-        Values that cannot be compared (another shape after new tokens, quantized, not loaded yet,
-        an adapter merged into them) are passed over.
-        """
-        from ..core.names import model_type_of
+        Values that cannot be compared (another shape after new tokens, quantized, not loaded yet)
+        are passed over.
 
+        Args:
+            model: the base model.
+            merged: the modules whose weights have an adapter merged into them, which are passed
+                over too.
+        """
         found = model_type_of(model)
         if found != self.model_type:
             return f"its model type is {found!r}, the adapter's base model is {self.model_type!r}"
         for name, (shape, expected) in self.samples.items():
-            parameter = _parameter(model, name)
+            parameter = _parameter(model, name, merged)
             if (
                 parameter is not None
                 and list(parameter.shape) == shape
@@ -100,68 +104,56 @@ class Fingerprint:
         return None
 
 
-def fingerprint(model: nn.Module, names: Sequence[str] | None = None) -> Fingerprint:
+def fingerprint(model: nn.Module, merged: Collection[str] = ()) -> Fingerprint:
     """Look at a base model: its type, and a few values of a few parameters.
 
     Args:
-        model: the base model.
-        names: the parameters, where they have been chosen already.
+        model: the base model; adapters that are on it are passed over.
+        merged: the modules whose weights have an adapter merged into them, which are passed over.
     """
-    from ..core.names import model_type_of
-
-    samples = {}
-    for name in telling_parameters(model) if names is None else names:
-        parameter = _parameter(model, name)
-        if parameter is not None:
-            samples[name] = list(parameter.shape), _sample(parameter)
+    # Parameters of linear layers may be quantized, or new with every model that is loaded, as heads
+    # are: only where there are no others.
+    chosen = _telling(model, merged, linear=False) or _telling(model, merged, linear=True)
+    samples = {name: (list(parameter.shape), _sample(parameter)) for name, parameter in chosen}
     return Fingerprint(model_type_of(model), samples)
 
 
-def telling_parameters(model: nn.Module) -> list[str]:
-    """A few parameters that tell a base model from others.
-
-    Those of linear layers are left out where there are others: these may be quantized, or new with
-    every model that is loaded, as heads are.
-    """
-    chosen = _telling(model, linear=False) or _telling(model, linear=True)
-    return chosen[:: max(1, math.ceil(len(chosen) / PARAMETERS))]
-
-
-def _telling(model: nn.Module, linear: bool) -> list[str]:
-    """The base model's parameters that tell it from others, of linear layers or of the rest."""
+def _telling(
+    model: nn.Module, merged: Collection[str], *, linear: bool
+) -> list[tuple[str, Tensor]]:
+    """A few parameters that tell the base model from others, of linear layers or of the rest."""
     from ..core.activations import linear_features
 
-    # Norms start as ones, so that they tell nothing before training.
-    return [
-        f"{prefix}.{name}" if prefix else name
+    found = [
+        (f"{prefix}.{name}" if prefix else name, parameter)
         for prefix, module in model.named_modules()
         if module._parameters
-        and _is_the_base_models(prefix.split("."), module)
         and (linear_features(module) is not None) is linear
+        and _is_the_base_models(prefix, merged)
         for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    # Norms start as ones, so that they tell nothing before training.
+    return [
+        (name, parameter)
+        for name, parameter in found[:: max(1, math.ceil(len(found) / PARAMETERS))]
         if _can_be_sampled(parameter) and (parameter.dim() > 1 or not _is_constant(parameter))
     ]
 
 
-def _parameter(model: nn.Module, name: str) -> Tensor | None:
+def _parameter(model: nn.Module, name: str, merged: Collection[str]) -> Tensor | None:
     """The base model's parameter of this name, if it is there and can be looked at."""
-    *path, last = name.split(".")
-    module: nn.Module | None = model
-    for part in path:
-        module = None if module is None else module._modules.get(part)
-    if module is None or not _is_the_base_models(path, module):
+    path, _, last = name.rpartition(".")
+    try:
+        parameter = model.get_submodule(path)._parameters.get(last)
+    except AttributeError:
         return None
-    parameter = module._parameters.get(last)
-    return parameter if _can_be_sampled(parameter) else None
+    there = _is_the_base_models(path, merged) and _can_be_sampled(parameter)
+    return parameter if there else None
 
 
-def _is_the_base_models(path: Sequence[str], module: nn.Module) -> bool:
-    """Whether a module is the base model's own, and nothing is merged into it."""
-    from ..core.names import ATTRIBUTE
-    from ..core.sites import site_of
-
-    site = site_of(module)
-    return ATTRIBUTE not in path and (site is None or not site.merged)
+def _is_the_base_models(module: str, merged: Collection[str]) -> bool:
+    return module not in merged and ATTRIBUTE not in module.split(".")
 
 
 def _can_be_sampled(parameter: Tensor | None) -> TypeGuard[Tensor]:

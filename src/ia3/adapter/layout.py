@@ -15,6 +15,7 @@ from ..errors import IA3Error
 from ..files.hub import CONFIG_NAME
 from ..targets.config import IA3Config
 from .fingerprint import Fingerprint
+from .safetensors import read_floats, read_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +55,7 @@ class Outline:
         shapes: module name -> its vector's shape.
         copies: parameter names in the base model, of the adapter's copies (`modules_to_save`).
         frozen: module name -> the ranges of its vector that stay one.
-        base: the model it was trained on; `None` where nobody wrote it down.
+        base: the model it was trained on; `None` where the file does not say.
         adapter_bytes: size of the file with the values.
         modified: when that file was written, in seconds since 1970.
     """
@@ -110,13 +111,11 @@ def read_outline(folder: str | Path) -> Outline:
     config = read_config(folder)
     path = weights_file(folder)
     seen = path.stat()
+    metadata: dict[str, str] = {}
     if path.name == PICKLED_NAME:
-        from .pickled import read_pickled
-
-        tensors = {key: tuple(tensor.shape) for key, tensor in read_pickled(path).items()}
-        metadata: dict[str, str] = {}
+        tensors = {key: values.shape for key, values in _read_pickled(path).items()}
     else:
-        tensors, metadata = _read_header(path)
+        tensors, metadata = read_header(path)
     names, copies = name_tensors(tensors, config, path)
     shapes = {name: tensors[key] for key, name in names.items()}
     frozen, base = read_metadata(metadata, shapes, path)
@@ -132,23 +131,10 @@ def read_vectors(outline: Outline) -> dict[str, NDArray[np.float32]]:
         IA3Error: it is truncated, or a vector does not hold floating-point values.
     """
     path = weights_file(outline.folder)
-    vectors: dict[str, NDArray[np.float32]]
-    if path.name == PICKLED_NAME:
-        from .pickled import read_pickled
-
-        pickled = read_pickled(path)
-        names, _ = name_tensors(pickled, outline.config, path)
-        vectors = {name: pickled[key].float().numpy() for key, name in names.items()}
-    else:
-        from safetensors import SafetensorError, deserialize
-
-        try:
-            tensors = dict(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
-        except SafetensorError as error:
-            raise IA3Error(f"{path} is not a whole safetensors file: {error}") from error
-        # They come in another order in every process.
-        names, _ = name_tensors(sorted(tensors), outline.config, path)
-        vectors = {name: _floats(tensors[key], name, path) for key, name in names.items()}
+    pickled = path.name == PICKLED_NAME
+    tensors = _read_pickled(path) if pickled else read_floats(path, KEY_SUFFIX)
+    names, _ = name_tensors(tensors, outline.config, path)
+    vectors = {name: tensors[key] for key, name in names.items()}
     for name, ranges in outline.frozen.items():
         values = vectors[name].reshape(-1)
         for start, end in ranges:
@@ -156,18 +142,11 @@ def read_vectors(outline: Outline) -> dict[str, NDArray[np.float32]]:
     return vectors
 
 
-def _floats(tensor: Mapping[str, Any], name: str, path: Path) -> NDArray[np.float32]:
-    import numpy as np
+def _read_pickled(path: Path) -> dict[str, NDArray[np.float32]]:
+    # Brings torch, which the other form is read without.
+    from .pickled import read_pickled
 
-    dtype, data = tensor["dtype"], tensor["data"]
-    if dtype == "BF16":
-        # The upper half of a float32.
-        values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    elif dtype in ("F16", "F32", "F64"):
-        values = np.frombuffer(data, f"<f{int(dtype[1:]) // 8}").astype(np.float32)
-    else:
-        raise IA3Error(f"{path}: the vector of {name!r} is {dtype}, expected floating-point values")
-    return values.reshape(tensor["shape"])
+    return {key: tensor.float().numpy() for key, tensor in read_pickled(path).items()}
 
 
 def read_config(folder: str | Path) -> IA3Config:
@@ -233,57 +212,27 @@ def read_metadata(
     """What a header says beyond PEFT's: (the ranges that stay one, the base model).
 
     Args:
+        metadata: of the header.
         vectors: the modules that have one.
+        path: the file, for messages.
 
     Raises:
         IA3Error: it is malformed.
     """
-    frozen = _read_frozen(metadata, path)
-    base = None
-    if BASE_KEY in metadata:
-        base = Fingerprint.from_json(metadata[BASE_KEY], str(path))
-    without = sorted(frozen.keys() - set(vectors))
-    if without:
-        raise IA3Error(
-            f"{path}: the header's {FROZEN_KEY!r} names {without[0]!r}, which has no vector"
-        )
-    return frozen, base
-
-
-def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """A safetensors file's header: (key -> shape, metadata)."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        # A header of 100 MB is none: the library refuses it too.
-        text = file.read(length) if length <= min(size, 10**8) else b""
     try:
-        if size < 8 or len(text) < length:
-            raise ValueError("it ends within its header")
-        header: Any = json.loads(text)
-        metadata = header.pop("__metadata__", {})
-        shapes = {key: tuple(map(int, tensor["shape"])) for key, tensor in header.items()}
-        ends = [int(tensor["data_offsets"][1]) for tensor in header.values()]
-        if 8 + length + max(ends, default=0) != size:
-            raise ValueError(
-                f"it has {size:,} bytes, its header says {8 + length + max(ends, default=0):,}"
-            )
-        return shapes, {str(key): str(value) for key, value in metadata.items()}
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise IA3Error(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _read_frozen(metadata: Mapping[str, str], path: Path) -> dict[str, Frozen]:
-    if FROZEN_KEY not in metadata:
-        return {}
-    try:
-        read: Any = json.loads(metadata[FROZEN_KEY])
+        read: Any = json.loads(metadata.get(FROZEN_KEY, "{}"))
         frozen = {
             name: tuple((start, end) for start, end in ranges) for name, ranges in read.items()
         }
         places = [place for ranges in frozen.values() for both in ranges for place in both]
         if not all(type(place) is int for place in places):
             raise TypeError("expected whole numbers")
-        return frozen
     except (ValueError, TypeError, AttributeError) as error:
         raise IA3Error(f"{path}: the header's {FROZEN_KEY!r} is malformed: {error}") from error
+    without = sorted(frozen.keys() - set(vectors))
+    if without:
+        raise IA3Error(
+            f"{path}: the header's {FROZEN_KEY!r} names {without[0]!r}, which has no vector"
+        )
+    text = metadata.get(BASE_KEY)
+    return frozen, None if text is None else Fingerprint.from_json(text, str(path))

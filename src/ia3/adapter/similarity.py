@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,11 +122,8 @@ def _pairs(
 ) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     pairs = {}
     for site in dict.fromkeys([*first, *second]):
-        a, b = first.get(site), second.get(site)
-        if a is None or b is None:
-            there = a if a is not None else b
-            ones = np.ones_like(there)
-            a, b = (ones if a is None else a), (ones if b is None else b)
+        ones = np.ones_like(first[site] if site in first else second[site])
+        a, b = first.get(site, ones), second.get(site, ones)
         if a.shape != b.shape:
             raise IA3Error(
                 f"the vector of {site!r} is {list(a.shape)} in one adapter and {list(b.shape)} in "
@@ -195,16 +193,15 @@ def search(
     block = np.zeros((max(1, BLOCK_BYTES // wanted.nbytes), wanted.size), np.float32)
     held: list[tuple[Path, float]] = []
     found = Search()
-    best: list[tuple[float, str, Path]] = []
     here = like.folder.resolve()
 
     def compare() -> None:
-        nonlocal best
         products = block[: len(held)] @ wanted
         for (folder, norm), product in zip(held, products, strict=True):
             cosine = float(np.clip(product / (norm * size), -1, 1)) if norm else 0.0
-            best.append((-cosine, str(folder), folder))
-        best = heapq.nsmallest(top, best)
+            found.nearest.append(Neighbour(folder, cosine))
+        order = heapq.nsmallest(top, found.nearest, key=lambda n: (-n.cosine, str(n.adapter)))
+        found.nearest = order
         held.clear()
 
     for folder in folders:
@@ -222,21 +219,15 @@ def search(
         except (IA3Error, OSError) as error:
             found.broken[folder] = str(error)
             continue
+        filled = {s: vectors.get(s, np.ones(shape, np.float32)) for s, shape in layout.items()}
         row = block[len(held)]
-        if vectors.keys() == layout.keys():
-            row[:] = _flat_scales(vectors, list(layout))
-            norm = float(np.linalg.norm(row))
-        else:
-            norm = float(np.linalg.norm(_flat_scales(vectors, list(vectors))))
-            filled = {s: vectors.get(s, np.ones(shape, np.float32)) for s, shape in layout.items()}
-            row[:] = _flat_scales(filled, list(layout))
-        held.append((folder, norm))
+        row[:] = _flat_scales(filled, list(layout))
+        beyond = _flat_scales(vectors, [site for site in vectors if site not in layout])
+        held.append((folder, math.hypot(np.linalg.norm(row), np.linalg.norm(beyond))))
         found.compared += 1
         if len(held) == len(block):
             compare()
-    if held:
-        compare()
-    found.nearest = [Neighbour(folder, -negative) for negative, _, folder in best]
+    compare()
     return found
 
 

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class BaseModel:
-    """A frozen model with its tokenizer, shared by everything that names the same one.
+    """A frozen model with its tokenizer, shared by all callers that name the same one.
 
-    `lock` is held by whoever puts an adapter on the model, for as long as it is there. It is the
-    model's: whatever names the same model, with whatever tokenizer, has the same one.
+    Attributes:
+        model: the transformers model.
+        tokenizer: its tokenizer.
+        name: the folder, hub id or embedded model's name that was asked for.
+        lock: held while an adapter is on the model. There is one lock a model: a `BaseModel` of the
+            same model with another tokenizer has the same one.
     """
 
     model: nn.Module
@@ -64,14 +68,24 @@ def load_base_model(
 ) -> BaseModel:
     """The base model, from memory where the same one was loaded before.
 
-    It is shared: what merges into its weights or puts adapters on it for good does so for everybody
-    who names it. For a copy of your own, use transformers' `from_pretrained`.
+    It is shared: weights that one caller merges an adapter into are changed for all callers that
+    name the same model. For a copy of your own, use transformers' `from_pretrained`.
+
+    >>> from ia3 import load_base_model
+    >>> base = load_base_model("smollm2-135m-instruct")
+    >>> base.tokenizer("A short text", return_tensors="pt").input_ids.shape
+    torch.Size([1, 3])
+    >>> load_base_model("smollm2-135m-instruct") is base
+    True
 
     Args:
         model: `"smollm2-135m-instruct"`, a folder, a hub id, or a loaded transformers model.
         tokenizer: needed with a loaded model whose config does not say where it came from.
         device: `"auto"` (a GPU if there is one), or torch's name of one.
         dtype: `"auto"` (the checkpoint's own on a GPU, float32 on a CPU), or torch's name of one.
+
+    Returns:
+        The model in evaluation mode on its device, with its tokenizer.
 
     Raises:
         IA3Error: the name, device or dtype means nothing, or the model cannot rank answers.

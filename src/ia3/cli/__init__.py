@@ -14,11 +14,10 @@ try:
     from .adapters import combine, diff, inspect, list_adapters, search
     from .classifier import evaluate, fit, predict
     from .compare import compare
-    from .convert import convert
     from .demo import demo, prepare
     from .many import fit_many
-    from .options import say
-    from .pretrain import pretrain
+    from .options import reason, say, warn
+    from .pretrain import convert, pretrain
     from .raft import raft
 except ImportError as error:
     raise SystemExit(
@@ -34,10 +33,8 @@ app = typer.Typer(
 for _command in (fit, fit_many, predict, evaluate, demo, prepare, pretrain, compare, raft, convert):
     app.command()(_command)
 app.command("list")(list_adapters)
-app.command()(inspect)
-app.command()(diff)
-app.command()(search)
-app.command()(combine)
+for _of_adapters in (inspect, diff, search, combine):
+    app.command()(_of_adapters)
 
 
 def main() -> None:
@@ -50,17 +47,11 @@ def main() -> None:
     try:
         app()
     except (IA3Error, MissingExtraError, OSError) as error:
-        say(_message(error), "error:", "bold red")
+        say(reason(error), "error:", "bold red")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    say(str(message), "warning:", "yellow")
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+    warn(str(message))

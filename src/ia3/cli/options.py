@@ -1,19 +1,23 @@
-"""What commands have in common: their options, and how they speak."""
+"""Options that several commands have, checks before they run, and their output."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from ..base.embedded import EMBEDDED_MODEL
 from ..errors import IA3Error
-from ..files.atomic import write_stdout
+from ..files.atomic import check_folder, write_files, write_stdout
 from ..report.console import screen, visible
+
+if TYPE_CHECKING:
+    from ..adapter.store import Adapter
 
 DEFAULT_MODEL = EMBEDDED_MODEL
 
@@ -43,9 +47,15 @@ TextColumns = Annotated[
     list[str], typer.Option("--text", help="Column with the text; give several for several fields.")
 ]
 LabelColumn = Annotated[str, typer.Option("--label", help="Column with the label.")]
+Choices = Annotated[
+    list[str] | None, typer.Option(help="LABEL=WORDS to rank for a label; once a label.")
+]
+BaseModelName = Annotated[str, typer.Option(help="Model name, folder or hub id.")]
 Model = Annotated[
     str | None, typer.Option(help="Model name, folder or hub id; the adapter's own by default.")
 ]
+AdapterOut = Annotated[Path, typer.Option(help="Folder for the adapter.")]
+BatchSize = Annotated[int, typer.Option(help="Examples a step.", min=1)]
 Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', ...")]
 DType = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16', ...")]
 MaxTokens = Annotated[
@@ -61,16 +71,34 @@ ReplaceAdapter = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
-def check_out(out: Path, force: bool) -> None:
-    """Refuse to replace what exists, unless told to."""
+def check_out(out: Path, force: bool, checkpoints: Path | None = None) -> None:
+    """Refuse an adapter's folder that exists, unless told to replace it, or cannot be written."""
     if out.exists() and not force:
         raise IA3Error(f"{out} exists already: choose another --out, or give --force")
+    for folder in (out, checkpoints):
+        if folder is not None:
+            check_folder(folder)
+
+
+def check_files(paths: Sequence[Path | None], force: bool) -> list[Path]:
+    """The files among these that are asked for; what would be replaced or fail is refused."""
+    given = [path for path in paths if path is not None]
+    for path in given:
+        if path.exists() and not force:
+            raise IA3Error(f"{path} exists already: choose another --out, or give --force")
+        check_folder(path.parent)
+    return given
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The values that are not None; the called function's defaults stand for the others."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def silence_loading() -> None:
     """Keep transformers from drawing a bar for every model it loads from the disk.
 
-    Downloads keep theirs where somebody watches: they take minutes.
+    Downloads, which take minutes, keep theirs in a terminal.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
@@ -81,14 +109,44 @@ def silence_loading() -> None:
         enable_progress_bars()
 
 
+def write_adapter(out: Path, adapter: Adapter) -> int:
+    """Write an adapter's files; returns the bytes of its vectors' file."""
+    from ..adapter.layout import WEIGHTS_NAME
+    from ..adapter.store import adapter_files
+
+    files = adapter_files(adapter)
+    write_files(out, files)
+    return len(files[WEIGHTS_NAME])
+
+
 def print_json(**values: Any) -> None:
     """One JSON object on standard output."""
-    # A name of a file that is not UTF-8 becomes escapes, which are JSON's too.
+    # Bytes of a file's name that are not UTF-8 become escapes, which JSON has too.
     text = json.dumps(values, ensure_ascii=False)
     write_stdout(f"{text}\n".encode(errors="backslashreplace"))
+
+
+def report(as_json: bool, message: str, **values: Any) -> None:
+    """What a command did: one JSON object on standard output, or one line on standard error."""
+    if as_json:
+        print_json(**values)
+    else:
+        say(message)
 
 
 def say(message: str, kind: str = "", style: str = "") -> None:
     """One line on standard error."""
     line = visible(" ".join(message.splitlines()))
     screen.print(Text.assemble((kind, style), " " if kind else "", line), soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """One line on standard error, marked as a warning."""
+    say(message, "warning:", "yellow")
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())

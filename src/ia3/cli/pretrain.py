@@ -1,36 +1,21 @@
-"""`ia3 pretrain`: vectors for new tasks to begin with."""
+"""`ia3 pretrain` and `ia3 convert`: vectors for new tasks to begin with, trained or taken over."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from ..files.atomic import check_folder, write_files
-from ..report.console import counting_bar, screen, training_bar
-from .options import (
-    DEFAULT_MODEL,
-    Checkpoints,
-    Device,
-    DType,
-    Json,
-    MaxTokens,
-    ReplaceAdapter,
-    check_out,
-    positive,
-    print_json,
-    say,
-    silence_loading,
-)
+from ..report.console import counting_bar, screen, table_of, training_bar
+from . import options
+from .options import check_out, given, positive, report, silence_loading, write_adapter
 
 if TYPE_CHECKING:
-    from ..tfew.prompts.tasks import Task
     from ..tfew.training.trainer import TrainingStep
 
 
@@ -38,10 +23,10 @@ def pretrain(
     manifest: Annotated[
         Path, typer.Argument(help="YAML file that names the tasks, their data and templates.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
-    model: Annotated[str, typer.Option(help="Model name, folder or hub id.")] = DEFAULT_MODEL,
+    out: options.AdapterOut,
+    model: options.BaseModelName = options.DEFAULT_MODEL,
     steps: Annotated[int, typer.Option(help="Training steps; 100,000 in the paper.", min=1)] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Examples a step.", min=1)] = 16,
+    batch_size: options.BatchSize = 16,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak learning rate; 0.003 if absent.", callback=positive)
     ] = None,
@@ -50,86 +35,28 @@ def pretrain(
         typer.Option(help="A task of more examples counts as one of so many; 500,000.", min=1),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.", min=0, max=2**32 - 1)] = 0,
-    checkpoints: Checkpoints = None,
-    max_tokens: MaxTokens = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    force: ReplaceAdapter = False,
-    as_json: Json = False,
+    checkpoints: options.Checkpoints = None,
+    max_tokens: options.MaxTokens = None,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
+    force: options.ReplaceAdapter = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train vectors on a mixture of tasks, for new tasks to begin with."""
-    check_out(out, force)
-    check_folder(out)
-    if checkpoints is not None:
-        check_folder(checkpoints)
+    check_out(out, force, checkpoints)
     silence_loading()
-    from ..adapter.layout import WEIGHTS_NAME
-    from ..adapter.store import adapter_files
     from ..base.loading import load_base_model
     from ..tfew import TFewConfig
     from ..tfew.prompts.manifest import read_manifest
     from ..tfew.training.pretraining import CAP, mixing_rates
     from ..tfew.training.pretraining import pretrain as train_mixture
 
-    given = {"learning_rate": learning_rate, "max_tokens": max_tokens}
-    config = TFewConfig(
-        steps=steps,
-        batch_size=batch_size,
-        seed=seed,
-        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
-    )
+    settings = given(learning_rate=learning_rate, max_tokens=max_tokens)
+    config = TFewConfig(steps=steps, batch_size=batch_size, seed=seed, **settings)
     cap = CAP if cap is None else cap
     tasks = read_manifest(manifest)
     rates = mixing_rates({task.name: len(task.train) for task in tasks}, cap)
-    if not as_json:
-        _print_mixture(tasks, rates)
-    base = load_base_model(model, device=device, dtype=dtype)
-    last: TrainingStep | None = None
-    show: Any = None
-    started = time.perf_counter()
-    with ExitStack() as bar:
-
-        def on_step(step: TrainingStep) -> None:
-            nonlocal last, show
-            if last is None:
-                # One bar at a time: encoding is done.
-                bar.close()
-                show = bar.enter_context(training_bar(steps))
-            last = step
-            show(step)
-
-        progress = bar.enter_context(
-            counting_bar("encoding", sum(len(task.train) for task in tasks))
-        )
-        adapter = train_mixture(
-            base,
-            tasks,
-            config,
-            cap=cap,
-            on_step=on_step,
-            checkpoints=checkpoints,
-            progress=progress,
-        )
-    seconds = time.perf_counter() - started
-    files = adapter_files(adapter)
-    write_files(out, files)
-    size = len(files[WEIGHTS_NAME])
-    if as_json:
-        print_json(
-            adapter=str(out),
-            tasks=_mixture(tasks, rates),
-            steps=steps,
-            # Nothing was left to do in this call where a checkpoint is at the end already.
-            final_loss=None if last is None else last.loss,
-            adapter_bytes=size,
-            seconds=round(seconds, 2),
-        )
-    else:
-        say(f"Trained on {len(tasks)} tasks in {seconds:.0f} s; {size / 1024:.0f} KiB in {out}")
-
-
-def _mixture(tasks: Sequence[Task], rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    return [
+    mixture: list[dict[str, Any]] = [
         {
             "task": task.name,
             "examples": len(task.train),
@@ -138,14 +65,73 @@ def _mixture(tasks: Sequence[Task], rates: Mapping[str, float]) -> list[dict[str
         }
         for task in tasks
     ]
+    if not as_json:
+        rows = [
+            [row["task"], f"{row['examples']:,}", str(row["templates"]), f"{row['rate']:.1%}"]
+            for row in mixture
+        ]
+        screen.print(table_of(list(mixture[0]), rows))
+    base = load_base_model(model, device=device, dtype=dtype)
+    started = time.perf_counter()
+    history: list[TrainingStep] = []
+    with _bars(sum(row["examples"] for row in mixture), steps, history) as (progress, on_step):
+        more: dict[str, Any] = {"cap": cap, "checkpoints": checkpoints}
+        adapter = train_mixture(base, tasks, config, on_step=on_step, progress=progress, **more)
+    seconds = time.perf_counter() - started
+    size = write_adapter(out, adapter)
+    report(
+        as_json,
+        f"Trained on {len(tasks)} tasks in {seconds:.0f} s; {size / 1024:.0f} KiB in {out}",
+        adapter=str(out),
+        tasks=mixture,
+        steps=steps,
+        # A checkpoint of the last step leaves no step to take, and no loss to tell.
+        final_loss=history[-1].loss if history else None,
+        adapter_bytes=size,
+        seconds=round(seconds, 2),
+    )
 
 
-def _print_mixture(tasks: Sequence[Task], rates: Mapping[str, float]) -> None:
-    table = Table("task")
-    for column in ("examples", "templates", "rate"):
-        table.add_column(column, justify="right")
-    for row in _mixture(tasks, rates):
-        table.add_row(
-            Text(row["task"]), f"{row['examples']:,}", str(row["templates"]), f"{row['rate']:.1%}"
-        )
-    screen.print(table)
+@contextmanager
+def _bars(examples: int, steps: int, history: list[TrainingStep]) -> Iterator[tuple[Any, Any]]:
+    """Show a bar of encoding, then one of training; the last step taken is left in `history`."""
+    with ExitStack() as bar:
+        show: Any = None
+
+        def on_step(step: TrainingStep) -> None:
+            nonlocal show
+            if show is None:
+                # The terminal shows one bar at a time, and encoding is done.
+                bar.close()
+                show = bar.enter_context(training_bar(steps))
+            history[:] = [step]
+            show(step)
+
+        yield bar.enter_context(counting_bar("encoding", examples)), on_step
+
+
+def convert(
+    file: Annotated[Path, typer.Argument(help="A .pt file of the T-Few authors' code.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Folder or hub id of the T5 it is for, such as bigscience/T0_3B; its config.json "
+            "is all that is read."
+        ),
+    ],
+    out: options.AdapterOut,
+    force: options.ReplaceAdapter = False,
+    as_json: options.Json = False,
+) -> None:
+    """Convert an adapter of the T-Few authors' code into PEFT's two files."""
+    check_out(out, force)
+    silence_loading()
+    from ..adapter.convert import convert_tfew_authors, structure_of
+    from ..adapter.store import Adapter
+
+    config, vectors = convert_tfew_authors(file, structure_of(model))
+    config = replace(config, base_model_name_or_path=model, inference_mode=True)
+    size = write_adapter(out, Adapter(config, vectors))
+    values = sum(vector.numel() for vector in vectors.values())
+    said = f"{len(vectors)} vectors of {values:,} values; {size / 1024:.0f} KiB in {out}"
+    report(as_json, said, adapter=str(out), vectors=len(vectors), values=values, adapter_bytes=size)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from ..errors import IA3Error, MissingExtraError
+from ..errors import IA3Error
 from ..files.atomic import check_folder, write_file
-from ..report.console import counting_bar
-from .options import DEFAULT_MODEL, Device, DType, Json, positive, print_json, say, silence_loading
+from ..files.tables import write_table
+from ..report.console import counting_bar, results, table_of
+from . import options
+from .options import positive, print_json, say, silence_loading
 
 if TYPE_CHECKING:
     from ..experiments.raft import PublicScore, RaftScore
@@ -38,7 +35,7 @@ def raft(
         Path,
         typer.Option(help="Folder for the results; the same command again goes on where it was."),
     ] = Path("ia3-raft"),
-    model: Annotated[str, typer.Option(help="Model name, folder or hub id.")] = DEFAULT_MODEL,
+    model: options.BaseModelName = options.DEFAULT_MODEL,
     methods: Annotated[
         str, typer.Option(help="Of majority, zero-shot, icl and tfew, with commas between.")
     ] = "majority,zero-shot,icl,tfew",
@@ -49,7 +46,7 @@ def raft(
         int, typer.Option(help="Of 10 examples that are held out; 5 are all.", min=1, max=5)
     ] = 5,
     steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Examples a step.", min=1)] = 8,
+    batch_size: options.BatchSize = 8,
     learning_rate: Annotated[
         float, typer.Option(help="Peak learning rate.", callback=positive)
     ] = 3e-3,
@@ -67,14 +64,14 @@ def raft(
         Path | None,
         typer.Option(help="Folder with Banking77's test.csv and train.csv, to score its test set."),
     ] = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    as_json: Json = False,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Score T-Few and its rivals on RAFT, and write a submission."""
-    # Not after hours.
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("matplotlib", "report", "drawing the scores")
+    # Imported here, so that a missing matplotlib is an error now and not after hours.
+    from ..report import plotting  # noqa: F401
+
     if out.is_dir() and any(out.iterdir()) and not (out / RESULTS).is_file():
         raise IA3Error(f"{out} exists already, and is not a RAFT run's: choose another --out")
     check_folder(out)
@@ -83,13 +80,11 @@ def raft(
         RaftSettings,
         cross_validate,
         parse_methods,
-        public_labels,
         public_score,
-        read_raft,
         submission,
         work,
     )
-    from ..files.tables import write_table
+    from ..experiments.raft_data import public_labels, read_raft
     from ..tfew import TFewConfig
 
     settings = RaftSettings(
@@ -146,10 +141,13 @@ def raft(
             banking77=None if public is None else vars(public),
         )
         return
-    results = Console(emoji=False)
-    results.print(_table(scores))
+    header, *body, means = _rows(scores, "macro_f1")
+    table = table_of(header, body, title="RAFT, macro F1", caption=_caption(scores))
+    table.add_section()
+    table.add_row(*means)
+    results.print(table)
     if public is not None:
-        results.print(Text(_said(public)))
+        results.print(_said(public), markup=False, highlight=False)
 
 
 def _as_json(score: RaftScore) -> dict[str, Any]:
@@ -185,12 +183,9 @@ def _mean(scores: Sequence[RaftScore], method: str, what: str) -> float:
 def _caption(scores: Sequence[RaftScore]) -> str:
     held = sorted({score.examples for score in scores})
     counts = f"{held[0]} to {held[-1]}" if len(held) > 1 else str(held[0])
-    shown = " In brackets: demonstrations in the prompt." if _any_demonstrations(scores) else ""
+    icl = any(score.method == "icl" for score in scores)
+    shown = " In brackets: demonstrations in the prompt." if icl else ""
     return f"In percent, over {counts} held-out examples a task.{shown}"
-
-
-def _any_demonstrations(scores: Sequence[RaftScore]) -> bool:
-    return any(score.method == "icl" for score in scores)
 
 
 def _said(public: PublicScore) -> str:
@@ -200,26 +195,13 @@ def _said(public: PublicScore) -> str:
     )
 
 
-def _table(scores: Sequence[RaftScore]) -> Table:
-    header, *body, means = _rows(scores, "macro_f1")
-    table = Table(title="RAFT, macro F1", caption=_caption(scores))
-    table.add_column(header[0])
-    for name in header[1:]:
-        table.add_column(name, justify="right")
-    for row in body:
-        table.add_row(*map(Text, row))
-    table.add_section()
-    table.add_row(*map(Text, means))
-    return table
-
-
 def _markdown(scores: Sequence[RaftScore], public: PublicScore | None) -> str:
+    from ..report.comparison import markdown_table
+
     parts = ["# RAFT", _caption(scores)]
     for title, what in (("Macro F1", "macro_f1"), ("Accuracy", "accuracy")):
         header, *body = _rows(scores, what)
-        rule = ["---", *("---:" for _ in header[1:])]
-        lines = [f"| {' | '.join(row)} |" for row in (header, rule, *body)]
-        parts += [f"## {title}", "\n".join(lines)]
+        parts += [f"## {title}", markdown_table(header, body).rstrip()]
     if public is not None:
         parts += ["## Public labels", f"{_said(public)}."]
     return "\n\n".join(parts) + "\n"
@@ -228,6 +210,8 @@ def _markdown(scores: Sequence[RaftScore], public: PublicScore | None) -> str:
 def _figure(scores: Sequence[RaftScore]) -> bytes:
     """A bar for each task and method, as a PNG."""
     from matplotlib.figure import Figure
+
+    from ..report.plotting import saved
 
     names = list(dict.fromkeys(score.task for score in scores))
     methods = list(dict.fromkeys(score.method for score in scores))
@@ -242,8 +226,5 @@ def _figure(scores: Sequence[RaftScore]) -> bytes:
     axes.set_ylim(0, 100)
     axes.set_ylabel("macro F1, %")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    return content.getvalue()
+    axes.spines[["top", "right"]].set_visible(False)
+    return saved(figure)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.layout import KEY_PREFIX
-from ..core.inventory import sites
+from ..core.inventory import contents
 from ..core.names import ATTRIBUTE
-from ..core.saved_modules import saved_module_of
 from ..errors import IA3Error
 from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..targets.config import IA3Config
@@ -68,6 +67,10 @@ def get_peft_model_state_dict(
         unwrap_compiled, save_embedding_layers: taken for PEFT's sake; a compiled model is always
             unwrapped, and embeddings are saved where `modules_to_save` names them.
 
+    Returns:
+        Key -> tensor, in the model's memory: vectors, float32, `[dim, 1]` or `[1, dim]`, and the
+        parameters of copies of modules (`modules_to_save`).
+
     Raises:
         IA3Error: the model has no such adapter.
     """
@@ -81,14 +84,12 @@ def get_peft_model_state_dict(
         f"{prefix}{key}": values[f"{before}{name}"]
         for name, key in _keys(base, adapter_name).items()
     }
-    for name, _, site in sites(base):
+    for name, _, site in contents(base).sites:
         if adapter_name in site.frozen:
             key = f"{prefix}{name}.{ATTRIBUTE}"
             found[key] = found[key].clone()
             for start, end in site.frozen[adapter_name]:
                 found[key].view(-1)[start:end] = 1.0
-    if not found:
-        raise IA3Error(f"no adapter {adapter_name!r} on this {type(base).__name__}")
     return found
 
 
@@ -117,8 +118,6 @@ def set_peft_model_state_dict(
     """
     base, prefix = _base_and_prefix(_uncompiled(model))
     keys = {key: name for name, key in _keys(base, adapter_name).items()}
-    if not keys:
-        raise IA3Error(f"no adapter {adapter_name!r} on this {type(base).__name__}")
     given = {key.removeprefix(KEY_PREFIX): value for key, value in peft_model_state_dict.items()}
     slots = base.state_dict(keep_vars=True)
     for key in sorted(given.keys() & keys.keys()):
@@ -148,17 +147,24 @@ def _base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def _keys(base: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Name in the base model's state dict -> key in the adapter's file."""
+    """Name in the base model's state dict -> key in the adapter's file.
+
+    Raises:
+        IA3Error: there is no such adapter.
+    """
+    on = contents(base)
     keys = {
         f"{name}.{ATTRIBUTE}.{adapter_name}": f"{name}.{ATTRIBUTE}"
-        for name, _, site in sites(base)
+        for name, _, site in on.sites
         if adapter_name in site
+    } | {
+        f"{name}.{ATTRIBUTE}.{adapter_name}.{key}": f"{name}.{key}"
+        for name, _, copies in on.copies
+        if adapter_name in copies
+        for key in copies[adapter_name].state_dict()
     }
-    for name, module in base.named_modules():
-        copies = saved_module_of(module)
-        if copies is not None and adapter_name in copies:
-            for key in copies[adapter_name].state_dict():
-                keys[f"{name}.{ATTRIBUTE}.{adapter_name}.{key}"] = f"{name}.{key}"
+    if not keys:
+        raise IA3Error(f"no adapter {adapter_name!r} on this {type(base).__name__}")
     return keys
 
 

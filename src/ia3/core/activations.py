@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .experts import experts_shape, is_experts
 
-# "inner": within a module of experts, no submodule of which carries the activation.
+# "inner": within a module of experts, whose inner activation is no submodule's input or output.
 Side = Literal["output", "input", "inner"]
 
 SUPPORTED = "Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding (output) or a module of 3-D experts"

@@ -1,41 +1,32 @@
 """Mixture-of-experts blocks whose experts are 3-D parameters: one vector per expert.
 
-Such a block has no submodule that carries the inner activation: its forward picks the weights of
-an expert and multiplies by them. So the forward is run on a shallow copy of the block in which one
-weight is a `_ScaledWeight`, the plain weight and beside it the vectors of its inner axis. A matrix
-product with it scales the other operand, or the result, and knows from how it was indexed which
-expert a row belongs to. Whatever else is done with it gets the multiplied weight: exact, only
-slower. The block itself stays as it is but for its `forward`.
-
-Where the gate is the usual act(gate) ⊙ up, the vectors are put on up, which that product saves for
-the backward pass anyway: in place, at no cost in memory. Elsewhere they are put on the input of
-`down_proj`.
+Such a block has no submodule whose input is the inner activation: its forward picks an expert's
+`down_proj` and multiplies by it. So the forward runs on a shallow copy of the block whose
+`down_proj` is a `_ScaledWeight`: the weight, and the vectors of its inner axis. A matrix product
+with it scales the other operand, and knows from how the weight was indexed which expert a row
+belongs to. Any other operation gets the weight multiplied by the vectors: exact, only slower. The
+block itself stays as it is but for its forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from transformers.integrations import moe
 
 from ..errors import IA3Error
-from .patch import SLOTS, give_back, slot_for
-from .rescale import DIVIDING_DTYPES, SMALLEST_DIVISOR
+from .patch import Patch, patch, patched, rebound, slot_for
+from .rescale import DIVIDING_DTYPES
 
-# These multiply by `module.gate_up_proj` and `module.down_proj` with the functions below; others
-# hand them to kernels of their own, which want tensors.
+# These multiply by `module.down_proj` with the functions below; others hand it to kernels of their
+# own, which want a tensor.
 READABLE_IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm")
 PRODUCTS = ("linear", "bmm", "mm", "matmul", "__matmul__")
 GROUPED_PRODUCTS = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
-
-Way = Literal["up", "inner", "weight"]
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -63,36 +54,8 @@ def experts_shape(module: nn.Module) -> tuple[int, int]:
     return down.shape[0], down.shape[_inner_axis(module)]
 
 
-@dataclass(eq=False)
-class Handle:
-    """Vectors attached to a block."""
-
-    module: nn.Module
-    forward: _RescaledForward
-
-    def install(self) -> None:
-        """Have the block multiply from now on."""
-        self.module.__dict__[slot_for(self.module)] = self.forward
-
-    def remove(self) -> None:
-        """Give the block its own forward back; a second time does nothing."""
-        for slot in SLOTS:
-            if self.module.__dict__.get(slot) is self.forward:
-                give_back(self.module, slot, self.forward.before)
-
-
-def attach(module: nn.Module, vector: Callable[[], Tensor | None]) -> Handle:
-    """Multiply each expert's inner activation by a vector of its own from now on.
-
-    Args and raises as `rescaling`.
-    """
-    handle = rescaling(module, vector)
-    handle.install()
-    return handle
-
-
-def rescaling(module: nn.Module, vector: Callable[[], Tensor | None]) -> Handle:
-    """What multiplies each expert's inner activation by a vector of its own, once installed.
+def attach(module: nn.Module, vector: Callable[[], Tensor | None]) -> Patch:
+    """Have each expert's inner activation multiplied by a vector of its own.
 
     The module's parameters, their names and its state dict stay as they are. Copying or pickling
     it takes along what is attached.
@@ -103,26 +66,32 @@ def rescaling(module: nn.Module, vector: Callable[[], Tensor | None]) -> Handle:
             forward without. To be copied and pickled with the model, it must be a bound method or
             a plain function.
 
+    Returns:
+        The handle, whose `remove()` gives the block its own forward back.
+
     Raises:
         IA3Error: the block cannot be rescaled, has vectors already, or these do not fit it.
     """
     vectors = vector()
     if vectors is not None:
         _check_shape(module, vectors)
-    own = module.__dict__
-    if any(isinstance(own.get(name), _RescaledForward) for name in SLOTS):
+    if patched(module, _RescaledForward) is not None:
         raise IA3Error(
             f"this {type(module).__name__} has vectors attached already: remove() them first, or "
             "attach the product of both"
         )
-    slot = slot_for(module)
-    before = own.get(slot)
-    if before is not None and getattr(before, "__self__", None) is not module:
+    check_forward(module)
+    return _RescaledForward(module, vector).patch
+
+
+def check_forward(module: nn.Module) -> None:
+    """Raise `IA3Error` where a block's forward cannot be run on a copy of the block."""
+    before = module.__dict__.get(slot_for(module))
+    if before is not None and rebound(before, module, module) is None:
         raise IA3Error(
             f"the forward of this {type(module).__name__} was replaced by {before!r}, which cannot "
             "be run on a copy of the module: attach the vectors first, then replace it"
         )
-    return Handle(module, _RescaledForward(module, vector, before))
 
 
 def fold(module: nn.Module, scale: Tensor) -> dict[str, Tensor]:
@@ -197,85 +166,49 @@ def _check_shape(module: nn.Module, vectors: Tensor) -> None:
 
 
 class _RescaledForward:
-    """A block's forward, run on a copy of the block in which one weight is scaled."""
+    """A block's forward, run on a shallow copy of the block with a scaled `down_proj`."""
 
-    def __init__(
-        self, module: nn.Module, vector: Callable[[], Tensor | None], before: MethodType | None
-    ) -> None:
+    def __init__(self, module: nn.Module, vector: Callable[[], Tensor | None]) -> None:
         self.module = module
         self.vector = vector
-        self.before = before
+        self.patch = patch(module, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, vectors = self.module, self.vector()
-        forward = type(module).forward if self.before is None else self.before.__func__
         if vectors is None:
-            return forward(module, *args, **kwargs)
+            return self.patch.below(*args, **kwargs)
         copy = type(module).__new__(type(module))
         copy.__dict__.update(module.__dict__)
-        axis = _inner_axis(module) - 3
-        way = _way(module, vectors)
+        down = _ScaledWeight(module.get_parameter("down_proj"), vectors, _inner_axis(module) - 3)
+        config = getattr(module, "config", None)
+        implementation = getattr(config, "_experts_implementation", None)
+        readable = implementation in READABLE_IMPLEMENTATIONS
         # The copy's own attribute comes before the parameter of that name.
-        if way == "up":
-            if torch.is_grad_enabled():
-                vectors = _without_zeros(vectors)
-            # gate_up_proj puts out what down_proj takes in: there the axis is the other one.
-            weight = module.get_parameter("gate_up_proj")
-            copy.__dict__["gate_up_proj"] = _ScaledWeight(weight, vectors, -3 - axis, upper=True)
-        else:
-            down = _ScaledWeight(module.get_parameter("down_proj"), vectors, axis)
-            copy.__dict__["down_proj"] = down if way == "inner" else down.multiplied()
-        return forward(copy, *args, **kwargs)
-
-
-def _way(module: nn.Module, vectors: Tensor) -> Way:
-    """Where the vectors go: to up, to the input of `down_proj`, or into its weight."""
-    config = getattr(module, "config", None)
-    if getattr(config, "_experts_implementation", None) not in READABLE_IMPLEMENTATIONS:
-        return "weight"
-    weight = module._parameters.get("gate_up_proj")
-    if (
-        # Models with a gate of their own may clamp up or add to it.
-        getattr(type(module), "_apply_gate", None) is moe._default_apply_gate
-        and not getattr(module, "has_bias", False)
-        and type(weight) is nn.Parameter
-        and vectors.dtype in DIVIDING_DTYPES
-        and not _traced()
-    ):
-        return "up"
-    return "inner"
-
-
-def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        copy.__dict__["down_proj"] = down if readable else down.multiplied()
+        forward = rebound(self.patch.below, module, copy)
+        assert forward is not None
+        return forward(*args, **kwargs)
 
 
 # -- the weight ------------------------------------------------------------------------------------
 
 
 class _ScaledWeight:
-    """A weight with an axis that vectors are to scale, the multiplication put off.
+    """A weight that is to be multiplied by vectors along one axis, but has not been yet.
 
     Args:
-        weight: `[experts, ., .]`, or what indexing left of it.
+        weight: `[experts, ., .]`, or what is left of that after indexing.
         vectors: `[experts, inner]`, or `[inner]` of one expert.
         axis: the inner axis, -1 or -2; matrix products contract it.
-        upper: matrix products keep that axis, it is twice as long, and its second half is scaled.
         rows: `[batch]`, the expert of each matrix of a gathered weight.
     """
 
     def __init__(
-        self,
-        weight: Tensor,
-        vectors: Tensor,
-        axis: int,
-        upper: bool = False,
-        rows: Tensor | None = None,
+        self, weight: Tensor, vectors: Tensor, axis: int, rows: Tensor | None = None
     ) -> None:
         self.weight = weight
         self.vectors = vectors
         self.axis = axis
-        self.upper = upper
         self.rows = rows
         self._by_expert: tuple[Tensor, ...] = ()
 
@@ -295,13 +228,13 @@ class _ScaledWeight:
         """One expert's weight (by its number), or each row's weight (by a list of numbers)."""
         if self.weight.dim() == 3 and self.rows is None:
             if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
-                # All apart at once: the gradient of one taken by its number is as large as all.
+                # unbind: the gradient of an indexed vector would be as large as all vectors.
                 self._by_expert = self._by_expert or self.vectors.unbind()
                 vector = self._by_expert[int(index)]
-                return _ScaledWeight(self.weight[index], vector, self.axis, self.upper)
+                return _ScaledWeight(self.weight[index], vector, self.axis)
             if isinstance(index, Tensor) and index.dim() == 1 and index.dtype != torch.bool:
                 weight = self.weight[index]
-                return _ScaledWeight(weight, self.vectors, self.axis, self.upper, rows=index)
+                return _ScaledWeight(weight, self.vectors, self.axis, rows=index)
         return self.multiplied()[index]
 
     def transpose(self, first: int, second: int) -> Any:
@@ -310,11 +243,11 @@ class _ScaledWeight:
         if {first % dims, second % dims} != {dims - 2, dims - 1}:
             return self.multiplied().transpose(first, second)
         weight = self.weight.transpose(first, second)
-        return _ScaledWeight(weight, self.vectors, -3 - self.axis, self.upper, self.rows)
+        return _ScaledWeight(weight, self.vectors, -3 - self.axis, self.rows)
 
     def float(self) -> _ScaledWeight:
         """In float32."""
-        return _ScaledWeight(self.weight.float(), self.vectors, self.axis, self.upper, self.rows)
+        return _ScaledWeight(self.weight.float(), self.vectors, self.axis, self.rows)
 
     def __matmul__(self, other: Any) -> Any:
         return torch.matmul(self, other)  # type: ignore[arg-type]
@@ -342,13 +275,11 @@ class _ScaledWeight:
     def multiplied(self) -> Tensor:
         """The tensor that this stands for."""
         factor = _factor(self.vectors, self.rows, self.weight.dim(), self.axis)
-        if self.upper:
-            return _upper_multiplied(self.weight, factor, self.axis)
         return (self.weight * factor).to(self.weight.dtype)
 
 
 def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """A matrix product of a tensor with a scaled weight; None where `func` is not known to be one.
+    """A matrix product of a tensor and a scaled weight; `None` where `func` is none we know.
 
     Raises:
         IA3Error: it contracts the axis that is not the inner one.
@@ -368,26 +299,18 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
         # Rows are sorted by expert. Those behind the last group get the number of no expert.
         numbers = torch.arange(other.shape[0], device=offsets.device, dtype=offsets.dtype)
         rows = torch.searchsorted(offsets, numbers, right=True)
-    elif (
-        other.dim() < 2
-        or (dims == 3 and other.dim() != 3)
-        or (options and (name != "linear" or weight.upper))
-    ):
+    elif other.dim() < 2 or (dims == 3 and other.dim() != 3) or (options and name != "linear"):
         return None
-    # The axis of the other operand that is contracted, and that of the result in its place.
+    # The axis of the other operand that is contracted, and the weight's.
     place = -1 if at == 1 else -2
     contracted = -2 if at == 1 and name != "linear" else -1
-    operands = list(args)
-    operands[at] = weight.weight
-    if weight.upper:
-        if weight.axis == contracted:
-            return None
-        return _scale_upper(func(*operands, **kwargs), weight.vectors, rows, place)
     if weight.axis != contracted:
         raise IA3Error(
             f"the experts' down_proj, {list(weight.shape)}, is multiplied along what was taken for "
             "its output axis: its block needs an attribute is_transposed=True"
         )
+    operands = list(args)
+    operands[at] = weight.weight
     operands[1 - at] = _scale(other, weight.vectors, rows, place)
     return func(*operands, **kwargs)  # type: ignore[no-any-return]
 
@@ -401,21 +324,10 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
 
 def _scale(values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int) -> Tensor:
     """values ⊙ vectors, in the dtype of the values."""
-    if rows is not None and torch.is_grad_enabled() and not _traced():
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if rows is not None and torch.is_grad_enabled() and not traced:
         return _Scale.apply(values, vectors, rows, axis)  # type: ignore[no-any-return, no-untyped-call]
     return (values * _factor(vectors, rows, values.dim(), axis)).to(values.dtype)
-
-
-def _scale_upper(values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int) -> Tensor:
-    """The same for the second half of an axis twice as long, written into the values: these are
-    the result of a product, which nobody holds."""
-    if type(values) is not Tensor or values.dtype not in DIVIDING_DTYPES or values._is_view():
-        factor = _factor(vectors, rows, values.dim(), axis)
-        return _upper_multiplied(values, factor, axis)
-    if torch.is_grad_enabled() and (values.requires_grad or vectors.requires_grad):
-        return _ScaleUpper.apply(values, vectors, rows, axis)  # type: ignore[no-any-return, no-untyped-call]
-    _upper(values, axis).mul_(_factor(vectors, rows, values.dim(), axis))
-    return values
 
 
 class _Scale(torch.autograd.Function):
@@ -437,42 +349,15 @@ class _Scale(torch.autograd.Function):
             factor = _factor(vectors, rows, grad.dim(), ctx.axis)
             grad_values = (grad * factor).to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            grad_vectors = _sum_by_expert(grad, values, vectors, rows, ctx.axis)
+            wide = torch.promote_types(
+                torch.promote_types(grad.dtype, vectors.dtype), torch.float32
+            )
+            product = grad.to(wide) * values.to(wide)
+            if product.dim() == 3:
+                product = product.sum(-3 - ctx.axis)
+            sums = _with_no_expert(torch.zeros_like(vectors, dtype=wide))
+            grad_vectors = sums.index_add_(0, rows, product)[:-1]
         return grad_values, grad_vectors, None, None
-
-
-class _ScaleUpper(torch.autograd.Function):
-    """Saves the scaled values, which the gate's product saves too, and divides them again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int
-    ) -> Tensor:
-        _upper(values, axis).mul_(_factor(vectors, rows, values.dim(), axis))
-        ctx.mark_dirty(values)
-        ctx.axis = axis
-        ctx.save_for_backward(values if ctx.needs_input_grad[1] else None, vectors, rows)
-        return values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        scaled, vectors, rows = ctx.saved_tensors
-        grad_values = grad_vectors = None
-        if ctx.needs_input_grad[0]:
-            grad_values = grad.clone()
-            _upper(grad_values, ctx.axis).mul_(_factor(vectors, rows, grad.dim(), ctx.axis))
-        if ctx.needs_input_grad[1]:
-            grad_up, up = _upper(grad, ctx.axis), _upper(scaled, ctx.axis)
-            grad_vectors = _sum_by_expert(grad_up, up, vectors, rows, ctx.axis) / vectors
-        return grad_values, grad_vectors, None, None
-
-
-def _without_zeros(vectors: Tensor) -> Tensor:
-    """The vectors with what is too near zero to divide by moved a little away from it."""
-    near_zero = vectors.detach().abs() < SMALLEST_DIVISOR
-    return vectors + near_zero * (2 * SMALLEST_DIVISOR)
 
 
 def _factor(vectors: Tensor, rows: Tensor | None, dims: int, axis: int) -> Tensor:
@@ -480,37 +365,15 @@ def _factor(vectors: Tensor, rows: Tensor | None, dims: int, axis: int) -> Tenso
     if vectors.dim() == 1:
         return vectors if axis == -1 else vectors.unsqueeze(-1)
     if rows is not None:
-        vectors = _with_nobody(vectors).index_select(0, rows)
+        vectors = _with_no_expert(vectors).index_select(0, rows)
         if dims == 2:
             return vectors
     return vectors.unsqueeze(-3 - axis)
 
 
-def _with_nobody(vectors: Tensor) -> Tensor:
-    """A vector more, zeros, for the rows of no expert: such rows may hold anything and so may
-    their gradient, which must not reach an expert's vector."""
+def _with_no_expert(vectors: Tensor) -> Tensor:
+    """The vectors and one more, zeros, which rows of no expert are multiplied by.
+
+    Such rows are uninitialized, and so is their gradient, which must not reach an expert's vector.
+    """
     return functional.pad(vectors, (0, 0, 0, 1))
-
-
-def _sum_by_expert(
-    grad: Tensor, values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int
-) -> Tensor:
-    """The gradient of the vectors: grad ⊙ values, each expert's rows summed, at least float32."""
-    wide = torch.promote_types(torch.promote_types(grad.dtype, vectors.dtype), torch.float32)
-    product = grad.to(wide) * values.to(wide)
-    if vectors.dim() == 1:
-        return product.movedim(axis, -1).flatten(0, -2).sum(0)
-    if product.dim() == 3:
-        product = product.sum(-3 - axis)
-    if rows is None:
-        return product
-    return _with_nobody(torch.zeros_like(vectors, dtype=wide)).index_add_(0, rows, product)[:-1]
-
-
-def _upper(values: Tensor, axis: int) -> Tensor:
-    return values.chunk(2, dim=axis)[1]
-
-
-def _upper_multiplied(values: Tensor, factor: Tensor, axis: int) -> Tensor:
-    gate, up = values.chunk(2, dim=axis)
-    return torch.cat((gate, (up * factor).to(up.dtype)), dim=axis)

@@ -1,19 +1,26 @@
-"""What is merged into a base model, and what was there before."""
+"""Merging adapters into a model's weights, and putting the very bits back.
+
+What was there before is kept, so that unmerging restores it bit for bit (dividing by the vector
+does not). All products are computed before the first is written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import IA3Error
-from . import quantized
+from . import quantized, weights
 from .activations import Side
-from .folding import Change, fold, is_finite, owner_of, read, write
 from .inventory import sites
+from .mlp import up_projection
 from .names import ATTRIBUTE
 from .sites import displace, site_of
+
+# A module's name, and one of its slots (see `weights`).
+Spot = tuple[str, str]
 
 
 class Merge:
@@ -21,8 +28,7 @@ class Merge:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        # Module and slot -> what stood there before.
-        self._originals: dict[tuple[str, str], Any] = {}
+        self._originals: dict[Spot, Any] = {}
 
     @property
     def adapters(self) -> set[str]:
@@ -42,21 +48,18 @@ class Merge:
             IA3Error: a weight cannot take a vector exactly, is shared with another module, or (with
                 `safe`) would not be finite; nothing has changed then.
         """
-        before = {spot: read(*self._slot(spot)) for spot in self._originals}
+        before = self._read(self._originals)
         try:
             self._write(self._originals)
-            changes = self._changes(adapters)
+            values = self._products(adapters)
             if safe:
-                _check_finite(changes, adapters)
-            originals = {
-                (change.name, change.slot): read(*self._slot((change.name, change.slot)))
-                for change in changes
-            }
+                _check_finite(values, adapters)
+            originals = self._read(values)
         except BaseException:  # memory may run out
             self._write(before)
             raise
-        self._originals = {**originals, **self._originals}
-        self._write({(change.name, change.slot): change.value for change in changes})
+        self._originals = originals | self._originals
+        self._write(values)
         for _, _, site in sites(self.model):
             site.merged = tuple(name for name in adapters if name in site)
 
@@ -83,8 +86,9 @@ class Merge:
             if not here or not quantized.is_quantized(module):
                 continue
             try:
-                owner, side = owner_of(self.model, name, site.side)
-                self._fold(owner, {side: site.product(here).detach().flatten()})
+                owner, side = self._owner(name, site.side)
+                vector = site.product(here).detach().flatten()
+                weights.products(self._module(owner), owner, {side: vector})
             except IA3Error:
                 self._put(name, quantized.dequantised(module, getattr(self.model, "dtype", None)))
                 replaced[name] = module
@@ -97,69 +101,87 @@ class Merge:
 
     def _put(self, name: str, module: nn.Module) -> None:
         """Put a module in another one's place, and its site on it."""
-        before = self.model.get_submodule(name)
+        before = self._module(name)
         site = site_of(before)
         assert site is not None
-        active = site.site_state.active
+        active = site.active
         displace(before)
         module.add_module(ATTRIBUTE, site)
         site.activate(module, active)
         parent, _, last = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), last, module)
+        setattr(self._module(parent), last, module)
 
-    def _changes(self, adapters: tuple[str, ...]) -> list[Change]:
-        scales: dict[str, dict[Side, Tensor]] = {}
+    def _products(self, adapters: tuple[str, ...]) -> dict[Spot, Any]:
+        """What merging these adapters puts where."""
+        vectors: dict[str, dict[Side, Tensor]] = {}
         for name, _, site in sites(self.model):
             here = tuple(adapter for adapter in adapters if adapter in site)
             if here:
-                owner, side = owner_of(self.model, name, site.side)
-                product = site.product(here).detach()
-                product = product if side == "inner" else product.flatten()
-                sides = scales.setdefault(owner, {})
-                sides[side] = sides[side] * product if side in sides else product
+                owner, side = self._owner(name, site.side)
+                vector = site.product(here).detach()
+                vector = vector if side == "inner" else vector.flatten()
+                sides = vectors.setdefault(owner, {})
+                sides[side] = sides[side] * vector if side in sides else vector
         sharing = _sharing(self.model)
-        changes = []
-        for name, sides in scales.items():
-            for change in self._fold(name, sides):
-                other = sharing.get((name, change.slot.split(".")[0]))
+        values: dict[Spot, Any] = {}
+        for name, sides in vectors.items():
+            for slot, value in weights.products(self._module(name), name, sides).items():
+                other = sharing.get((name, slot.split(".")[0]))
                 if other is not None:
                     raise IA3Error(
-                        f"cannot merge into {name}.{change.slot}: {other!r} shares it and would "
-                        "change too"
+                        f"cannot merge into {name}.{slot}: {other!r} shares it and would change too"
                     )
-                changes.append(change)
-        return changes
+                values[name, slot] = value
+        return values
 
-    def _fold(self, name: str, scales: Mapping[Side, Tensor]) -> list[Change]:
-        return fold(self.model.get_submodule(name), name, scales)
+    def _owner(self, name: str, side: Side) -> tuple[str, Side]:
+        """Whose weights take a module's vector, on which side: its own or those of a layer before.
 
-    def _slot(self, spot: tuple[str, str]) -> tuple[nn.Module, str]:
-        return self.model.get_submodule(spot[0]), spot[1]
-
-    def _write(self, values: Mapping[tuple[str, str], Any]) -> None:
-        for spot, value in values.items():
-            write(*self._slot(spot), value)
-
-
-def _check_finite(changes: Sequence[Change], adapters: Sequence[str]) -> None:
-    for change in changes:
-        if not is_finite(change.value):
+        The columns of a quantized weight share constants, its rows do not, so that a vector on the
+        input of a quantized layer goes into the rows of the layer that feeds it.
+        """
+        module = self._module(name)
+        if side != "input" or not quantized.is_quantized(module):
+            return name, side
+        before = up_projection(self.model, name)
+        if before is None:
             raise IA3Error(
-                f"merging {list(adapters)} into {change.name}.{change.slot} gives values that are "
-                "not finite; nothing was merged"
+                f"cannot merge into {name!r}: a vector on the input of a quantized "
+                f"{type(module).__name__} scales its columns, which share constants, and no layer "
+                "before it can take the vector instead; merge with dequantise=True"
+            )
+        return before, "output"
+
+    def _module(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name)
+
+    def _read(self, spots: Iterable[Spot]) -> dict[Spot, Any]:
+        return {(name, slot): weights.read(self._module(name), slot) for name, slot in spots}
+
+    def _write(self, values: Mapping[Spot, Any]) -> None:
+        for (name, slot), value in values.items():
+            weights.write(self._module(name), slot, value)
+
+
+def _check_finite(values: Mapping[Spot, Any], adapters: Sequence[str]) -> None:
+    for (name, slot), value in values.items():
+        if not weights.is_finite(value):
+            raise IA3Error(
+                f"merging {list(adapters)} into {name}.{slot} gives values that are not finite; "
+                "nothing was merged"
             )
 
 
-def _sharing(model: nn.Module) -> dict[tuple[str, str], str]:
+def _sharing(model: nn.Module) -> dict[Spot, str]:
     """Module and parameter name -> another module that has the very same parameter."""
-    owners: dict[int, list[tuple[str, str]]] = {}
+    owners: dict[int, list[Spot]] = {}
     for name, module in model.named_modules():
         for slot, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((name, slot))
     return {
-        spot: next(name for name, _ in spots if name != spot[0])
+        (name, slot): other
         for spots in owners.values()
-        if len({name for name, _ in spots}) > 1
-        for spot in spots
+        for name, slot in spots
+        for other in [other for other, _ in spots if other != name][:1]
     }

@@ -1,8 +1,9 @@
-"""Which layer can take a feed-forward vector in place of the down projection's input.
+"""What an MLP computes, proven by running it: which layers are its gate, up and down projection.
 
-In a gated MLP, l ⊙ (act(gate) ⊙ up) = act(gate) ⊙ (l ⊙ up): the vector on the down projection's
-input may as well stand on the up projection's output, where the product saves what the backward
-pass needs anyway, and where a merge scales rows instead of columns.
+`read_mlp` runs the MLP's own forward with random values in the place of its linear layers' outputs.
+In a gated MLP, l ⊙ (act(gate) ⊙ up) = act(gate) ⊙ (l ⊙ up): a vector on the down projection's input
+may as well multiply the up projection's output. There the product saves what the backward pass
+needs anyway, and a merge scales rows instead of columns. The layer that does so is a `Carrier`.
 """
 
 from __future__ import annotations
@@ -10,21 +11,106 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 
 from .activations import device_of, linear_features
 from .names import ATTRIBUTE
-from .patch import SLOTS
+from .twin import run_twin
 
-TOKENS = 3
+# The functions of the gate that are recognised.
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+# How large the values are that a function of the gate is tried with: one size a token.
+SIZES = (1.0, 5.0, 30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """What an MLP computes. Layers are named as the MLP's children.
+
+    Attributes:
+        down: the down projection.
+        up: the layer on whose output a vector is the same as on the down projection's input.
+        gate: with it, the MLP computes down(dropout(function(gate(x)) ⊙ up(x))) and nothing else;
+            `None` where that is not so, or `function` is none of `FUNCTIONS`.
+        function: the key in `FUNCTIONS`.
+        activation: the module that computes the function; `None` where the forward does so itself.
+        dropout: the dropout, if there is one.
+        casts: the product is cast to the dtype of the down projection's weight.
+    """
+
+    down: str
+    up: str
+    gate: str | None = None
+    function: str | None = None
+    activation: str | None = None
+    dropout: str | None = None
+    casts: bool = False
+
+
+@torch.no_grad()
+def read_mlp(mlp: nn.Module, down: str, *, with_gate: bool = True) -> Mlp | str:
+    """What an MLP computes; a string says why nothing is proven.
+
+    `up` is the layer for which multiplying its output by a vector of both signs multiplies `down`'s
+    input by that very vector, and reaches the MLP's result by no other way. No weight is read: the
+    weights may be quantized, or on the meta device. Hooks of the MLP's parts run, except those of
+    adapters.
+
+    Args:
+        mlp: a module whose forward takes one tensor, `[1, tokens, hidden]`.
+        down: the name of a linear layer among its children.
+        with_gate: look for `gate` too. This takes runs in training mode, which may draw random
+            numbers: the global random state is put back. Otherwise it is never touched, so that
+            other threads may be calling the model.
+    """
+    children = dict(mlp.named_children())
+    linear = {name: size for name, part in children.items() if (size := linear_features(part))}
+    if down not in linear:
+        return f"its {down!r} is no linear layer"
+    if len(inspect.signature(mlp.forward).parameters) != 1:
+        return "its forward takes more than one tensor"
+    if mlp._parameters or mlp._buffers:
+        # What is true of their values now need not stay so.
+        return "it has parameters or buffers of its own"
+    for name, (hidden, out) in linear.items():
+        if name == down or out != linear[down][0]:
+            continue
+        try:
+            if not _carries(mlp, children[name], children[down], hidden):
+                continue
+        except Exception as error:  # of a forward that this library knows nothing about
+            return f"it cannot be tried out: {error}"
+        if with_gate:
+            with suppress(Exception), torch.random.fork_rng(devices=[]):
+                return _gated(mlp, name, down, hidden)
+        return Mlp(down, name)
+    return f"no layer's output can take a vector in the place of {down!r}'s input"
+
+
+def up_projection(model: nn.Module, down_name: str) -> str | None:
+    """The name of the layer whose output can be rescaled instead of a down projection's input.
+
+    Raises:
+        AttributeError: the model has no module `down_name`.
+    """
+    model.get_submodule(down_name)
+    parent, _, down = down_name.rpartition(".")
+    mlp = read_mlp(model.get_submodule(parent), down, with_gate=False)
+    return f"{parent}.{mlp.up}".removeprefix(".") if isinstance(mlp, Mlp) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +132,12 @@ class Carrier:
     siblings: dict[str, nn.Module | None]
 
     def in_place(self) -> bool:
-        """Whether the MLP still has these very layers: somebody may have put others there."""
+        """Whether the MLP still has these very layers."""
         get = self.siblings.get
         return get(self.name) is self.module and get(self.down_name) is self.down
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Carrier | None:
-        # Of a down projection alone there is no MLP around the copy.
+        # A down projection that is copied alone is in no MLP.
         if id(self.siblings) not in memo:
             return None
         parts = (self.name, self.module, self.down_name, self.down, self.siblings)
@@ -59,11 +145,7 @@ class Carrier:
 
 
 class Carriers:
-    """The carriers of one model's down projections; MLPs that are made alike are tried out once.
-
-    Args:
-        model: the model.
-    """
+    """The carriers of one model's down projections. MLPs that are made alike are read once."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -75,14 +157,10 @@ class Carriers:
         modules = self._model.modules()
         return Counter(id(c) for module in modules for c in module._modules.values() if c)
 
-    def parent(self, name: str) -> nn.Module:
-        """The module that holds the one of this name."""
-        return self._model.get_submodule(name.rpartition(".")[0])
-
     def of(self, down_name: str) -> Carrier | None:
         """The carrier for a down projection's input; `None` where there is none."""
-        down = down_name.rpartition(".")[2]
-        parent = self.parent(down_name)
+        parent_name, _, down = down_name.rpartition(".")
+        parent = self._model.get_submodule(parent_name)
         kind = (down, _kind(parent))
         if kind not in self._found or kind[1] is None:
             self._found[kind] = up_projection(parent, down)
@@ -114,73 +192,26 @@ def _kind(parent: nn.Module) -> Hashable | None:
     return tuple(parts)
 
 
-def up_projection(model: nn.Module, down_name: str) -> str | None:
-    """The layer whose output can be rescaled instead of a down projection's input.
-
-    Proven, not read off names: the MLP's own forward is run with its linear layers replaced by
-    random values, once as they are and once for each layer beside the down projection of the right
-    width, that layer's values multiplied by a vector of both signs. The one found multiplies the
-    down projection's input by that very vector and reaches the MLP's result by no other way. No
-    weight is read, so that quantized layers and the meta device are no obstacle. It is run on a
-    shallow copy, as other threads may be calling the model, and touches no global random state.
-
-    Args:
-        model: the model, or the MLP itself.
-        down_name: the name of the down projection in it.
-
-    Returns:
-        The layer's name, or `None`: an activation or a normalisation stands between the two, both
-        halves are one layer (Phi-3's `gate_up_proj`, where only half of the rows would be meant),
-        the MLP takes more than one tensor `[1, tokens, hidden]`, a forward in it has been replaced
-        by a function that is bound to nothing, or `down_name` is no linear layer.
-
-    Raises:
-        AttributeError: the model has no module of that name.
-    """
-    down = model.get_submodule(down_name)
-    parent_name = down_name.rpartition(".")[0]
-    parent = model.get_submodule(parent_name)
-    features = linear_features(down)
-    if features is None or not _takes_one_tensor(parent):
-        return None
-    if parent._parameters or parent._buffers:
-        # What is true of their values now need not stay so.
-        return None
-    for name, module in parent.named_children():
-        beside = linear_features(module)
-        if module is not down and beside is not None and beside[1] == features[0]:
-            with torch.no_grad():
-                commutes = _commutes(parent, module, down, hidden=beside[0])
-            if commutes:
-                return f"{parent_name}.{name}" if parent_name else name
-    return None
+# -- what runs prove -------------------------------------------------------------------------------
 
 
-def _takes_one_tensor(parent: nn.Module) -> bool:
-    return len(inspect.signature(parent.forward).parameters) == 1
-
-
-def _commutes(parent: nn.Module, up: nn.Module, down: nn.Module, hidden: int) -> bool:
+def _carries(mlp: nn.Module, up: nn.Module, down: nn.Module, hidden: int) -> bool:
     """Whether a vector on `up`'s output is the same as one on `down`'s input."""
-    dtype, device = _computes_in(parent)
-    generator = torch.Generator("cpu").manual_seed(0)
-    features = linear_features(down)
-    assert features is not None
-    # On the CPU whatever device is the default now.
-    vector = torch.rand(features[0], generator=generator, device="cpu") + 0.5
-    # Both signs, even for a width of one: a ReLU lets positive factors through.
-    vector[::2] *= -1
-    vector = vector.to(device)
-    values = torch.randn(1, TOKENS, hidden, generator=generator, device="cpu").to(device, dtype)
-    try:
-        plain_input, plain_output = _run(parent, up, down, values, None)
-        input_, output = _run(parent, up, down, values, vector)
-    except Exception:
-        # Somebody else's forward: whatever it cannot do with such values, nothing is proven.
+    device = device_of(mlp)
+    # The constants of quantized weights may be floating-point numbers of one byte.
+    dtypes = (p.dtype for p in mlp.parameters() if p.is_floating_point() and p.itemsize > 1)
+    dtype = next(dtypes, torch.float32)
+    like = torch.empty(0, dtype=dtype, device="cpu" if device.type == "meta" else device)
+    plain, scaled = _Run(mlp, hidden, like), _Run(mlp, hidden, like, scaled=up)
+    if len(plain.inputs[down]) != 1 or len(scaled.inputs[down]) != 1:
         return False
+    if any(result._version for run in (plain, scaled) for result in run.results[up]):
+        # The MLP writes over what the vector's gradient would be computed from.
+        return False
+    (wanted,), (found,) = plain.inputs[down], scaled.inputs[down]
     tolerance = 4 * torch.finfo(dtype).eps
-    return _close(input_, plain_input.double() * vector, tolerance) and _close(
-        output, plain_output.double(), tolerance
+    return _close(found, wanted.double() * scaled.vector, tolerance) and (
+        _close(scaled.output.cpu(), plain.output.cpu().double(), tolerance)
     )
 
 
@@ -192,125 +223,120 @@ def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool(((actual.double() - expected).norm() <= tolerance * size) & (size > 0))
 
 
-def _run(
-    parent: nn.Module, up: nn.Module, down: nn.Module, values: Tensor, vector: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(`down`'s input, the MLP's output), with random values for each linear layer's output."""
-    generator = torch.Generator("cpu").manual_seed(1)
-    inputs: list[Tensor] = []
-    ups: list[tuple[Tensor, int]] = []
-
-    def stand_in(module: nn.Module, wide: int, features: int) -> Callable[[Tensor], Tensor]:
-        def forward(activation: Tensor) -> Tensor:
-            if activation.shape[-1] != wide:
-                raise ValueError(f"{activation.shape[-1]} values, expected {wide}")
-            if module is down:
-                inputs.append(activation.clone())
-            result = torch.randn(
-                *activation.shape[:-1], features, generator=generator, device="cpu"
-            )
-            if module is up and vector is not None:
-                result = result.to(vector.device) * vector
-            result = result.to(values.device, values.dtype)
-            if module is up:
-                ups.append((result, result._version))
-            return result
-
-        return forward
-
-    linear = [(module, linear_features(module)) for module in parent.modules()]
-    stand_ins = {m: stand_in(m, *f) for m, f in linear if f is not None}
-    twin = _twin(parent, stand_ins, {})
-    with _Untouched(stand_ins):
-        # Not twin(values): somebody's hook may want the MLP itself.
-        output = twin.forward(values)
-    if len(inputs) != 1 or not isinstance(output, Tensor):
-        raise ValueError("the MLP calls its down projection again or never, or returns no tensor")
-    if any(result._version != version for result, version in ups):
-        raise ValueError("the MLP writes over what the vector's gradient would be computed from")
-    return inputs[0], output
+def _gated(mlp: nn.Module, up: str, down: str, hidden: int) -> Mlp:
+    """What the MLP computes, with `gate` where that can be proven too."""
+    parts = {name: part for name, part in mlp.named_children() if name != ATTRIBUTE}
+    linear = {name for name in parts if linear_features(parts[name])}
+    dropouts = [name for name in parts if isinstance(parts[name], nn.Dropout)]
+    activations = [name for name in parts if name not in {*linear, *dropouts}]
+    # An activation with parameters may become another function.
+    learned = any([*parts[n].parameters(), *parts[n].buffers()] for n in activations)
+    if len(linear) != 3 or len(dropouts) > 1 or len(activations) > 1 or learned:
+        return Mlp(down, up)
+    (gate,) = linear - {up, down}
+    functions, casts = set(FUNCTIONS), False
+    for dtype in (torch.float64, torch.float32):
+        for training in (False, True):
+            like = torch.empty(0, dtype=dtype, device="cpu")
+            run = _Run(mlp, hidden, like, training=training, sizes=SIZES)
+            functions &= run.functions(parts[gate], parts[up], parts[down])
+            # One of the two dtypes is not the weight's.
+            casts = casts or any(given.dtype != dtype for given in run.inputs[parts[down]])
+    if len(functions) != 1:
+        return Mlp(down, up)
+    activation, dropout = next(iter(activations), None), next(iter(dropouts), None)
+    return Mlp(down, up, gate, functions.pop(), activation, dropout, casts)
 
 
-def _computes_in(parent: nn.Module) -> tuple[torch.dtype, torch.device]:
-    device = device_of(parent)
-    # The constants of quantized weights may be floating numbers of one byte.
-    dtypes = (p.dtype for p in parent.parameters() if p.is_floating_point() and p.itemsize > 1)
-    return next(dtypes, torch.float32), torch.device("cpu") if device.type == "meta" else device
-
-
-class _Untouched(TorchFunctionMode):
-    """Raises where the weights of layers are used: somebody has these layers from elsewhere.
+class _Run:
+    """One run of an MLP's forward, with random values in the place of its linear layers' outputs.
 
     Args:
-        layers: they have stand-ins.
+        mlp: its forward takes one tensor.
+        hidden: that tensor's width.
+        like: has the dtype and the device of the values.
+        scaled: a layer whose output is multiplied by `vector`.
+        training: the mode. In training, a dropout multiplies by `mask`.
+        sizes: what each token's values are multiplied by.
+
+    Attributes:
+        given: the MLP's input, `[1, tokens, hidden]`.
+        inputs, results: linear layer -> its inputs (copies on the CPU) and its outputs, by call.
+        vector, mask: `[inner]`; the vector is float64, on the CPU, of both signs.
+        output: the MLP's result.
     """
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
-        super().__init__()
-        named = [pair for layer in layers for pair in layer.named_parameters()]
-        # Vectors on a layer multiply what its stand-in gives.
-        self._weights = {id(p) for name, p in named if ATTRIBUTE not in name.split(".")}
+    def __init__(
+        self,
+        mlp: nn.Module,
+        hidden: int,
+        like: Tensor,
+        *,
+        scaled: nn.Module | None = None,
+        training: bool = False,
+        sizes: tuple[float, ...] = (1.0, 1.0, 1.0),
+    ) -> None:
+        self._like, self._scaled = like, scaled
+        self._sizes = torch.tensor(sizes, dtype=torch.float64, device="cpu")[:, None]
+        self._generator = torch.Generator("cpu").manual_seed(1)
+        own = {n: part for n, part in mlp.named_modules() if ATTRIBUTE not in n.split(".")}
+        layers = [part for part in own.values() if linear_features(part)]
+        self.inputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+        self.results: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+        inner = 1 if scaled is None else (linear_features(scaled) or (0, 1))[1]
+        self.vector = torch.linspace(0.5, 1.5, inner, dtype=torch.float64, device="cpu")
+        # Both signs, even for a width of one: a ReLU lets positive factors through.
+        self.vector[::2] *= -1
+        self.mask = torch.ones((), device="cpu")
+        self.given = self._values(1, len(sizes), hidden).to(like)
+        stand_ins = {layer: partial(self._linear, layer) for layer in layers}
+        dropouts = [part for part in own.values() if training and isinstance(part, nn.Dropout)]
+        self.output: Tensor = run_twin(
+            mlp, {**stand_ins, **dict.fromkeys(dropouts, self._dropout)}, training, self.given
+        )
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        # Their dtype or shape may be asked for.
-        if isinstance(result, Tensor) and any(
-            id(value) in self._weights for value in (*args, *kwargs.values())
-        ):
-            raise ValueError("the MLP computes with a layer that is not in its place")
-        return result
+    def _values(self, *shape: int) -> Tensor:
+        drawn = torch.randn(*shape, generator=self._generator, dtype=torch.float64, device="cpu")
+        return drawn * self._sizes
 
+    def _linear(self, layer: nn.Module, activation: Tensor) -> Tensor:
+        """In the place of a linear layer's forward."""
+        wide, out = linear_features(layer) or (0, 0)
+        if activation.shape[-1] != wide:
+            raise ValueError(f"a linear layer got {activation.shape[-1]} values, expected {wide}")
+        self.inputs[layer].append(activation.to("cpu", copy=True))
+        result = self._values(*activation.shape[:-1], out)
+        if layer is self._scaled:
+            result = result * self.vector
+        self.results[layer].append(result.to(self._like))
+        return self.results[layer][-1]
 
-def _twin(
-    module: nn.Module,
-    stand_ins: dict[nn.Module, Callable[[Tensor], Tensor]],
-    made: dict[nn.Module, nn.Module],
-) -> nn.Module:
-    """A shallow copy of a module and all in it, not in training, some of it with other forwards.
+    def _dropout(self, activation: Tensor) -> Tensor:
+        """In the place of a dropout's forward: it drops the same share of a value every time."""
+        mask = torch.linspace(0.2, 2, activation.shape[-1], device="cpu")
+        self.mask = mask.to(self._like)
+        return activation * self.mask
 
-    Args:
-        stand_ins: these forwards, by module.
-        made: module -> its copy, of those that have one already.
-
-    Raises:
-        ValueError: a module's forward has been replaced by one that only works for itself.
-    """
-    within = any(part in stand_ins for part in module.modules())
-    if not within and isinstance(module, torch.jit.ScriptModule):
-        return module
-    if module not in made:
-        twin = made[module] = object.__new__(type(module))
-        own = twin.__dict__
-        own.update(module.__dict__, training=False)
-        # What was compiled has the module's own weights in it.
-        own.pop("_compiled_call_impl", None)
-        own["_modules"] = {
-            name: None if child is None else _twin(child, stand_ins, made)
-            for name, child in module._modules.items()
+    def functions(self, gate: nn.Module, up: nn.Module, down: nn.Module) -> set[str]:
+        """Those of `FUNCTIONS` with which the MLP computed down(mask ⊙ function(gate) ⊙ up)."""
+        if any(len(inputs) != 1 for inputs in self.inputs.values()):
+            return set()
+        if any(not _same(self.inputs[layer][0], self.given) for layer in (gate, up)):
+            return set()
+        gates, ups, output = (self.results[layer][0] for layer in (gate, up, down))
+        (product,) = self.inputs[down]
+        dtypes = (self._like.dtype, getattr(getattr(down, "weight", None), "dtype", None))
+        if self.output is not output or product.dtype not in dtypes:
+            return set()
+        if not gates.shape == ups.shape == product.shape:
+            return set()
+        # The functions' values are no larger than the gate's.
+        limit = max(8 * torch.finfo(product.dtype).eps, 1e-9) * (gates * ups).abs().double()
+        off = {
+            n: (product.double() - f(gates) * ups * self.mask).abs() for n, f in FUNCTIONS.items()
         }
-        if module in stand_ins:
-            own["forward"] = stand_ins[module]
-        else:
-            for slot in set(SLOTS) & own.keys():
-                forward = _rebound(own[slot], module, twin)
-                if forward is not None:
-                    own[slot] = forward
-                elif within:
-                    raise ValueError("somebody else's forward")
-    return made[module]
+        return {name for name in off if bool((off[name] <= limit).all())}
 
 
-def _rebound(forward: Any, module: nn.Module, twin: nn.Module) -> Callable[..., Any] | None:
-    """A forward in a module's own place, for its copy; `None` where it is bound to nothing."""
-    if getattr(forward, "__self__", None) is module:
-        return MethodType(forward.__func__, twin)
-    if isinstance(forward, partial):
-        bound = _rebound(forward.func, module, twin)
-        if bound is not None:
-            return partial(bound, *forward.args, **forward.keywords)
-        if forward.args[:1] == (module,):
-            return partial(forward.func, twin, *forward.args[1:], **forward.keywords)
-    return None
+def _same(actual: Tensor, expected: Tensor) -> bool:
+    return actual.dtype == expected.dtype and torch.equal(actual, expected)

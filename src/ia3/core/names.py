@@ -1,13 +1,16 @@
-"""Names that everything on a model shares: where vectors are registered, and what a target is."""
+"""What the other folders share: where vectors are registered, and what a target is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    # Reading an adapter's files needs no torch, which takes seconds to import.
+    from torch import nn
 
-from .activations import Activation, Side
+    from .activations import Activation, Side
 
 # The name under which a module's vectors are registered on it.
 ATTRIBUTE = "ia3_l"

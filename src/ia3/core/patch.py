@@ -1,12 +1,17 @@
-"""Where a forward is put in a module's own place, and how the module gets that back.
+"""Replace a module's forward, in layers that come off in any order.
 
-accelerate puts a forward of its own before what it finds, and keeps that as `_old_forward`. What is
-put there stays inside accelerate's, so that either may come or go first.
+`patch(module, forward)` has calls of the module run `forward` instead of the module's own. A
+module may be patched several times: the last patch is outermost, and `Patch.below` is the forward
+that it replaced. Patches are copied and pickled with their module.
+
+accelerate replaces forwards too: it moves the one it finds to `_old_forward` and calls that.
+Patches are put there then, so that accelerate's hooks and patches may each come or go first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import MethodType
 from typing import Any, NoReturn
 
@@ -14,7 +19,101 @@ from torch import nn
 
 from ..errors import IA3Error
 
+# Where a module's forward is found, if it is not the class's.
 SLOTS = ("forward", "_old_forward")
+
+
+class Patch:
+    """A forward in the place of a module's own, and the handle that removes it.
+
+    Attributes:
+        module: the patched module.
+        forward: what its calls run; `None` once removed.
+        before: what was in the slot; `None` for nothing.
+    """
+
+    __slots__ = ("before", "forward", "module")
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.module = module
+        self.forward: Callable[..., Any] | None = forward
+        self.before: Callable[..., Any] | None = module.__dict__.get(slot_for(module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.forward
+        return (self.below if forward is None else forward)(*args, **kwargs)
+
+    @property
+    def below(self) -> Callable[..., Any]:
+        """The forward that was replaced: another patch's, another library's or the class's."""
+        if self.before is not None:
+            return self.before
+        # Not a method: torch.compile cannot trace how one is made.
+        return partial(type(self.module).forward, self.module)
+
+    # `inspect.signature` of the module's forward stays what it was.
+    __wrapped__ = below
+
+    def remove(self) -> None:
+        """Take the patch off; a second time does nothing.
+
+        Where another library has wrapped it, it stays there and runs the forward below.
+        """
+        for above in patches(self.module):
+            if above.before is self:
+                above.before = self.before
+        for slot in SLOTS:
+            if self.module.__dict__.get(slot) is self:
+                give_back(self.module, slot, self.before)
+        self.forward = None
+
+
+def patch(module: nn.Module, forward: Callable[..., Any]) -> Patch:
+    """Have calls of a module run `forward` until the returned handle's `remove()`.
+
+    Args:
+        module: any module; its hooks run as before.
+        forward: called with the module's arguments. To be copied and pickled with the module, it
+            must be an object of a class with `__call__`, a bound method or a function of a module.
+    """
+    handle = Patch(module, forward)
+    module.__dict__[slot_for(module)] = handle
+    return handle
+
+
+def patches(module: nn.Module) -> Iterator[Patch]:
+    """The patches on a module, outermost first."""
+    for slot in SLOTS:
+        found = module.__dict__.get(slot)
+        while isinstance(found, Patch):
+            yield found
+            found = found.before
+
+
+def patched(module: nn.Module, kind: type) -> Patch | None:
+    """The patch whose forward is of this class, or is a method of it; `None` without one."""
+    for found in patches(module):
+        if isinstance(getattr(found.forward, "__self__", found.forward), kind):
+            return found
+    return None
+
+
+def rebound(forward: Any, module: nn.Module, twin: nn.Module) -> Callable[..., Any] | None:
+    """A forward found on a module, for a shallow copy of the module.
+
+    Of a patch it is the forward below. `None` where the forward works for that module alone.
+    """
+    if isinstance(forward, Patch):
+        return rebound(forward.below, module, twin)
+    if getattr(forward, "__self__", None) is module:
+        return partial(forward.__func__, twin)
+    if isinstance(forward, partial):
+        bound = rebound(forward.func, module, twin)
+        if bound is not None:
+            return partial(bound, *forward.args, **forward.keywords)
+        if forward.args[:1] == (module,):
+            return partial(forward.func, twin, *forward.args[1:], **forward.keywords)
+    return None
 
 
 def slot_for(module: nn.Module) -> str:
@@ -44,7 +143,8 @@ def give_back(module: nn.Module, slot: str, before: Callable[..., Any] | None = 
 def refuse_replica(module: nn.Module) -> NoReturn:
     """In place of `nn.Module._replicate_for_data_parallel`, which copies a module for each GPU.
 
-    Each of the copies would have the first one's forward and hooks, and compute with its weights.
+    Each of the copies would share the first one's hooks and patches, and so compute with its
+    vectors and weights.
     """
     raise IA3Error(
         "nn.DataParallel cannot copy a model with adapters: run a process a GPU (torchrun, "

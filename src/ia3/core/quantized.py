@@ -1,9 +1,9 @@
-"""Merging into quantized weights: a vector folded into their constants.
+"""Merging into quantized weights: their constants multiplied by a vector.
 
 A quantized weight is small integers times constants, and where no constant spans two rows, scaling
 a row is scaling its constants: the integers stay, nothing is quantized a second time, and the
 result is as exact as the constants' own dtype. Columns share constants with each other, so that a
-vector on a layer's input cannot be folded this way.
+vector on a layer's input cannot be merged this way.
 
 bitsandbytes and torchao are never imported here unless the module at hand comes from them.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import IA3Error
 
-# The slots `fold_rows` fills, after where each library keeps its constants.
+# The slots of `scaled_rows`, after where each library keeps its constants.
 STATE = "weight.quant_state"  # bitsandbytes, 4-bit: a `FourBit`
 ROW_MAXIMA = "weight.SCB"  # bitsandbytes, 8-bit: Tensor[out], float32
 SCALE = "weight.scale"  # torchao: Tensor[out, groups]
@@ -50,12 +50,12 @@ def is_quantized(module: nn.Module) -> bool:
     return _is_four_bit(module) or _is_eight_bit(module) or _is_torchao(module)
 
 
-def fold_rows(module: nn.Module, scale: Tensor) -> dict[str, Any]:
-    """What the parts of a quantized layer become when its output is scaled. Changes nothing.
+def scaled_rows(module: nn.Module, vector: Tensor) -> dict[str, Any]:
+    """What the slots of a quantized layer become when its output is scaled. Changes nothing.
 
     Args:
         module: one for which `is_quantized` holds.
-        scale: `[out]`, any floating dtype, any sign, zeros too.
+        vector: `[out]`, any floating dtype, any sign, zeros too.
 
     Returns:
         Slot -> value for `write_slot`, and `"bias"` -> new data where the layer has a bias.
@@ -67,50 +67,49 @@ def fold_rows(module: nn.Module, scale: Tensor) -> dict[str, Any]:
             not known.
     """
     weight: Any = module.weight
-    scale = scale.detach().to(weight.device, torch.float32)
-    folded: dict[str, Any]
+    vector = vector.detach().to(weight.device, torch.float32)
+    values: dict[str, Any]
     if _is_four_bit(module):
-        folded = {STATE: _fold_four_bit(module, scale)}
+        values = {STATE: _scaled_four_bit(module, vector)}
     elif _is_eight_bit(module):
-        folded = {ROW_MAXIMA: _row_maxima(module) * scale}
+        values = {ROW_MAXIMA: _row_maxima(module) * vector}
     else:
-        folded = {SCALE: _fold_torchao(weight, scale)}
+        values = {SCALE: _scaled_torchao(weight, vector)}
     bias = module._parameters.get("bias")
     if bias is not None:
-        folded["bias"] = (bias.detach().float() * scale).to(bias.dtype)
-    return folded
+        values["bias"] = (bias.detach().float() * vector).to(bias.dtype)
+    return values
 
 
 def read_slot(module: nn.Module, slot: str) -> Any:
-    """What stands in a slot now; `write_slot` brings back these very bits."""
+    """What is in a slot now; `write_slot` brings back these very bits."""
     weight: Any = module.weight
-    if slot == STATE:
-        # A copy, as bitsandbytes changes the state in place when it repacks.
-        data = weight.data.view(torch.uint8)
-        return FourBit(data, weight.dtype, copy.copy(_state(module)), _may_repack(module))
     if slot == ROW_MAXIMA:
         return _row_maxima(module)
-    assert slot == SCALE, slot
-    return weight.scale
+    if slot == SCALE:
+        return weight.scale
+    assert slot == STATE, slot
+    may_repack = bool(getattr(module, "support_avx512bf16_for_cpu", False))
+    # A copy, as bitsandbytes changes the state in place when it repacks.
+    state = copy.copy(_state(module))
+    return FourBit(weight.data.view(torch.uint8), weight.dtype, state, may_repack)
 
 
 def write_slot(module: nn.Module, slot: str, value: Any) -> None:
-    """Put a value from `fold_rows` or `read_slot` into its slot, on the module's device."""
+    """Put a value from `scaled_rows` or `read_slot` into its slot, on the module's device."""
     weight: Any = module.weight
-    if slot == STATE:
-        _write_four_bit(module, value)
-    elif slot == ROW_MAXIMA:
-        value = value.to(weight.device)
-        state: Any = module.state
-        # The first forward moves them from the weight to the state.
-        if getattr(weight, "SCB", None) is not None:
-            weight.SCB = value
-        if state.SCB is not None:
-            state.SCB = value
-    else:
-        assert slot == SCALE, slot
+    if slot == ROW_MAXIMA:
+        # The first forward moves them from the weight to the layer's state.
+        holders: tuple[Any, ...] = (weight, module.state)
+        for holder in holders:
+            if getattr(holder, "SCB", None) is not None:
+                holder.SCB = value.to(weight.device)
+    elif slot == SCALE:
         # The model may have been moved or cast since the value was read.
         weight.scale = value.to(weight.scale.device, weight.scale.dtype)
+    else:
+        assert slot == STATE, slot
+        _write_four_bit(module, value)
 
 
 def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -129,8 +128,10 @@ def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Linea
     weight: Any = module.weight
     bias = module._parameters.get("bias")
     if _is_four_bit(module):
-        values = _dequantised_four_bit(module)
-        own = getattr(module, "compute_dtype", None) or _clean(module)[1].dtype
+        data, state = _clean(module)
+        own = getattr(module, "compute_dtype", None) or state.dtype
+        state.dtype = torch.float32
+        values = _library().functional.dequantize_4bit(data, state)
     elif _is_eight_bit(module):
         values = weight.data.float() * (_row_maxima(module)[:, None] / 127)
         own = torch.float16 if bias is None else bias.dtype
@@ -148,25 +149,23 @@ def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Linea
     return linear.train(module.training)
 
 
-# -- bitsandbytes, 4-bit: NF4 and FP4, one constant ("absmax") a block ---------------------------
+# -- bitsandbytes, 4-bit: NF4 and FP4, one constant ("absmax") a block -----------------------------
+
+
+def _library() -> Any:
+    """bitsandbytes, where it has been imported."""
+    return sys.modules.get("bitsandbytes")
 
 
 def _is_four_bit(module: nn.Module) -> bool:
-    library: Any = sys.modules.get("bitsandbytes")
-    return (
-        library is not None
-        and isinstance(module, library.nn.Linear4bit)
-        and _state(module) is not None
-    )
+    if _library() is None or not isinstance(module, _library().nn.Linear4bit):
+        return False
+    return _state(module) is not None
 
 
 def _state(module: nn.Module) -> Any:
     # FSDP loses the weight's, and the forward recovers it from the module's.
     return getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
-
-
-def _may_repack(module: nn.Module) -> bool:
-    return bool(getattr(module, "support_avx512bf16_for_cpu", False))
 
 
 def _clean(module: nn.Module) -> tuple[Tensor, Any]:
@@ -175,16 +174,15 @@ def _clean(module: nn.Module) -> tuple[Tensor, Any]:
     Undoes, on copies, what bitsandbytes may have done to them: quantized the constants too, or
     repacked the weight for the CPU with constants `[blocks a row, out]` in bfloat16.
     """
-    library: Any = sys.modules["bitsandbytes"]
+    functional = _library().functional
     weight: Any = module.weight
     data, state = weight.data, _state(module)
     dtype, constants = state.dtype, state.absmax
     if state.nested:
-        constants = library.functional.dequantize_blockwise(constants, state.state2) + state.offset
+        constants = functional.dequantize_blockwise(constants, state.state2) + state.offset
     elif getattr(state, "packing_format_for_cpu", False):
         # Its inverse for the constants quantizes them again, or leaves them in the new order.
-        unpack = library.functional._convert_weight_packed_for_cpu_inverse
-        data, _ = unpack(data, copy.copy(state))
+        data, _ = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
         dtype, constants = state.original_dtype, constants.T
     return data, type(state)(
         absmax=constants.float().reshape(-1),
@@ -196,12 +194,12 @@ def _clean(module: nn.Module) -> tuple[Tensor, Any]:
     )
 
 
-def _fold_four_bit(module: nn.Module, scale: Tensor) -> FourBit:
+def _scaled_four_bit(module: nn.Module, vector: Tensor) -> FourBit:
     data, state = _clean(module)
     rows, columns = state.shape
-    if rows != len(scale):
+    if rows != len(vector):
         raise IA3Error(
-            f"its 4-bit weight is {list(state.shape)}, expected [{len(scale)}, ...]: it was "
+            f"its 4-bit weight is {list(state.shape)}, expected [{len(vector)}, ...]: it was "
             "quantized the other way round; quantize it again from [out, in]"
         )
     if columns % state.blocksize:
@@ -209,46 +207,32 @@ def _fold_four_bit(module: nn.Module, scale: Tensor) -> FourBit:
             f"its {state.quant_type.upper()} weight has rows of {columns} values in blocks of "
             f"{state.blocksize}, so that one constant spans two rows"
         )
-    state.absmax = (state.absmax.reshape(rows, -1) * scale[:, None]).reshape(-1)
+    state.absmax = (state.absmax.reshape(rows, -1) * vector[:, None]).reshape(-1)
     # Repacked, the constants would be rounded to bfloat16, and a state dict taken afterwards would
     # hold them in the wrong order (bitsandbytes 0.50).
     return FourBit(data.view(torch.uint8), data.dtype, state, may_repack=False)
 
 
-def _write_four_bit(module: nn.Module, value: FourBit) -> None:
-    weight: Any = module.weight
+def _write_four_bit(module: Any, value: FourBit) -> None:
     # A copy, so that the value can be written once more.
     state = copy.copy(value.state)
-    state.to(weight.device)
-    weight.data = value.data.to(weight.device).view(value.storage)
-    weight.quant_state = state
-    holder: Any = module
+    state.to(module.weight.device)
+    module.weight.data = value.data.to(module.weight.device).view(value.storage)
+    module.weight.quant_state = state
     if getattr(module, "quant_state", None) is not None:
-        holder.quant_state = state
+        module.quant_state = state
     if hasattr(module, "support_avx512bf16_for_cpu"):
-        holder.support_avx512bf16_for_cpu = value.may_repack
+        module.support_avx512bf16_for_cpu = value.may_repack
 
 
-def _dequantised_four_bit(module: nn.Module) -> Tensor:
-    library: Any = sys.modules["bitsandbytes"]
-    data, state = _clean(module)
-    state.dtype = torch.float32
-    values: Tensor = library.functional.dequantize_4bit(data, state)
-    return values
-
-
-# -- bitsandbytes, 8-bit: one constant ("SCB", the row's largest magnitude) a row ----------------
+# -- bitsandbytes, 8-bit: one constant ("SCB", the row's largest magnitude) a row ------------------
 
 
 def _is_eight_bit(module: nn.Module) -> bool:
-    library: Any = sys.modules.get("bitsandbytes")
+    if _library() is None or not isinstance(module, _library().nn.Linear8bitLt):
+        return False
     # With has_fp16_weights the weight is an ordinary one, quantized anew in each forward.
-    return (
-        library is not None
-        and isinstance(module, library.nn.Linear8bitLt)
-        and module.weight.dtype == torch.int8
-        and _row_maxima(module) is not None
-    )
+    return module.weight.dtype == torch.int8 and _row_maxima(module) is not None
 
 
 def _row_maxima(module: nn.Module) -> Any:
@@ -257,32 +241,29 @@ def _row_maxima(module: nn.Module) -> Any:
     return state.SCB if maxima is None else maxima
 
 
-# -- torchao: tensor subclasses, one constant a row or a group within a row ----------------------
+# -- torchao: tensor subclasses, one constant a row or a group within a row ------------------------
+
+# Of these it is known where the zero point stands, and that rows come first.
+TORCHAO_TENSORS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 
 
 def _is_torchao(module: nn.Module) -> bool:
     library: Any = sys.modules.get("torchao.utils")
-    return (
-        library is not None
-        and isinstance(module, nn.Linear)
-        and isinstance(module.weight, library.TorchAOBaseTensor)
-    )
+    if library is None or not isinstance(module, nn.Linear):
+        return False
+    return isinstance(module.weight, library.TorchAOBaseTensor)
 
 
-def _fold_torchao(weight: Any, scale: Tensor) -> Tensor:
+def _scaled_torchao(weight: Any, vector: Tensor) -> Tensor:
+    kind = type(weight).__name__
     constants = getattr(weight, "scale", None)
     blocks = getattr(weight, "block_size", None)
-    if (
-        not isinstance(constants, Tensor)
-        or blocks is None
-        # Elsewhere the zero point may stand apart from the scale, or columns come first.
-        or type(weight).__name__ not in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
-    ):
-        raise IA3Error(f"no rule for where torchao's {type(weight).__name__} keeps its constants")
-    if blocks[0] != 1 or tuple(constants.shape[:1]) != tuple(scale.shape):
+    if not isinstance(constants, Tensor) or blocks is None or kind not in TORCHAO_TENSORS:
+        raise IA3Error(f"no rule for where torchao's {kind} keeps its constants")
+    if blocks[0] != 1 or tuple(constants.shape[:1]) != tuple(vector.shape):
         raise IA3Error(
-            f"its {type(weight).__name__} weight has blocks of {list(blocks)}, so that one "
-            "constant spans several rows"
+            f"its {kind} weight has blocks of {list(blocks)}, so that one constant spans several "
+            "rows"
         )
-    product: Tensor = constants.float() * scale[:, None]
+    product: Tensor = constants.float() * vector[:, None]
     return product.to(constants.dtype)

@@ -5,7 +5,7 @@ from the scaled result y′ instead, which the next operation tends to save anyw
 
     ∂loss/∂l = Σ (g ⊙ y) = Σ (g ⊙ y′) / l
 
-And where the activation is fresh (nobody else holds it), y′ can be written over it.
+And where the activation is fresh (nothing else holds it), y′ can be written over it.
 """
 
 from __future__ import annotations

@@ -7,23 +7,19 @@ under the route it was first computed under.
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
-from weakref import ref
+from functools import cache, partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import IA3Error
-
-if TYPE_CHECKING:
-    from .sites import Site
+from .activations import Activation
 
 # The name of the base model among adapters' names.
 BASE = "__base__"
@@ -36,21 +32,24 @@ Names = Sequence[str] | Sequence[Sequence[str]]
 LOCK = threading.RLock()
 
 
-class Opening:
-    """That routes were entered once, in a thread or task.
+class Place(Hashable, Protocol):
+    """What a route asks of a site."""
 
-    An interruption may keep them from being left in order: they have been where this is gone.
-    """
+    activation: Activation
 
 
 class Host(Protocol):
-    """The model that a route is of."""
+    """The model that a route is of.
+
+    `_open` is called each time the route is entered, before anything runs, and raises `IA3Error`
+    where the model cannot be routed as it is now. `_close` is called each time it is left.
+    """
 
     model: nn.Module
 
-    def _open(self, route: Route, opening: Opening) -> None: ...
-    def _close(self, opening: Opening) -> None: ...
-    def _owns(self, site: Site) -> bool: ...
+    def _open(self, route: Route) -> None: ...
+    def _close(self) -> None: ...
+    def _owns(self, site: Any) -> bool: ...
 
 
 class Route:
@@ -71,8 +70,8 @@ class Route:
     def __init__(
         self,
         host: Host,
-        sites: Mapping[Site, str],
-        values: Callable[[Site], Tensor | None],
+        sites: Mapping[Any, str],
+        values: Callable[[Any], Tensor | None],
         index: Tensor,
         *,
         gathered: bool = False,
@@ -84,9 +83,9 @@ class Route:
         self.index = index
         self.gathered = gathered
         self.repeats = repeats
-        # How long the rows of its calls are, with all that they look back on.
+        # The lengths of the rows of its calls, with their past tokens.
         self._lengths: set[int] = set()
-        self._kept: dict[object, Tensor] = {}
+        self._factors: dict[Hashable, Tensor] = {}
 
     def repeated(self, repeats: Collection[int]) -> Route:
         """The same for a call that repeats each row."""
@@ -105,10 +104,10 @@ class Route:
         return self.index.dim() == 2
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Look at the arguments of a call of the model before anything runs.
+        """Check the arguments of a call of the model, before anything runs.
 
         Raises:
-            IA3Error: they have not the rows or tokens that were named.
+            IA3Error: they have other rows or tokens than were named.
         """
         main = getattr(self.host.model, "main_input_name", "input_ids")
         first = (*args[:1], *map(kwargs.get, (main, "inputs", "input_ids", "inputs_embeds")))
@@ -128,14 +127,14 @@ class Route:
             )
         self._lengths.update(t.shape[1] for t in tensors if t.dim() > 1 and t.shape[0] == shape[0])
 
-    def factor(self, site: Site, activation: Tensor) -> Tensor | None:
+    def factor(self, site: Place, activation: Tensor) -> Tensor | None:
         """What to multiply an activation by; `None` for nothing.
 
         Returns:
             Shaped for `rescale`: it broadcasts over the activation, or over its rows apart.
 
         Raises:
-            IA3Error: the activation has not the rows or tokens that were named.
+            IA3Error: the activation has other rows or tokens than were named.
         """
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             raise IA3Error(
@@ -150,16 +149,16 @@ class Route:
             index = self.index.to(values.device)
             return self._shaped(site, values.index_select(0, index.flatten()), activation)
         key = (site, activation.shape[0], activation.dim(), activation.device)
-        factor = self._kept.get(key)
+        factor = self._factors.get(key)
         if factor is None:
             values = self.values(site)
             if values is None:
                 return None
             factor = self._shaped(site, values.to(activation.device), activation)
-            self._kept[key] = factor
+            self._factors[key] = factor
         return factor
 
-    def _shaped(self, site: Site, values: Tensor, activation: Tensor) -> Tensor:
+    def _shaped(self, site: Place, values: Tensor, activation: Tensor) -> Tensor:
         axes = site.activation.factor_shape
         between = activation.dim() - 1 - len(axes)
         if activation.is_nested or between < 0:
@@ -181,7 +180,7 @@ class Route:
             return values.reshape(rows, 1, *[1] * between, *axes)
         raise self._misfit(site, activation)
 
-    def _misfit(self, site: Site, activation: Tensor) -> IA3Error:
+    def _misfit(self, site: Place, activation: Tensor) -> IA3Error:
         shape = "nested" if activation.is_nested else list(activation.shape)
         named = (
             f"tokens {list(self.index.shape)}" if self.by_token else f"{self.index.shape[0]} rows"
@@ -211,58 +210,52 @@ def entered(route: Route) -> Iterator[None]:
 
 @dataclass(eq=False)
 class _Frame:
-    """What is on in a thread or task.
+    """The routes, of one model or several, that a thread or task has entered.
 
     Attributes:
-        routes: of one model or several.
+        routes: site -> its route.
         before: what was on when this was entered.
-        opening: gives `None` once it has been left, in order or by an interruption.
-        is_open: it has not been left in order.
+        is_open: it has not been left.
     """
 
-    routes: Mapping[Site, Route]
+    routes: Mapping[Place, Route]
     before: _Frame | None
-    opening: ref[Opening]
     is_open: bool = True
 
 
 _CURRENT: ContextVar[_Frame | None] = ContextVar("ia3_routes", default=None)
 
 
-def _routes() -> Mapping[Site, Route]:
+def _routes() -> Mapping[Place, Route]:
     frame = _CURRENT.get()
-    # A task that was started within a route has it still when that has been left.
-    while frame is not None and frame.is_open and frame.opening() is None:
-        frame = frame.before
+    # A task that was started within a route keeps it when the route has been left elsewhere.
     return {} if frame is None else frame.routes
 
 
 @contextmanager
-def _under(routes: Mapping[Site, Route]) -> Iterator[None]:
+def _under(routes: Mapping[Place, Route]) -> Iterator[None]:
     with ExitStack() as stack:
-        opening = Opening()
         for route in set(routes.values()):
-            # First, as what follows may be interrupted.
-            stack.callback(route.host._close, opening)
-            route.host._open(route, opening)
-        frame = _Frame(routes, _CURRENT.get(), ref(opening))
+            route.host._open(route)
+            stack.callback(route.host._close)
+        frame = _Frame(routes, _CURRENT.get())
+        _CURRENT.set(frame)
         try:
-            _CURRENT.set(frame)
             yield
         finally:
+            frame.is_open = False
             in_order = _CURRENT.get() is frame
             if in_order:
                 before = frame.before
                 while before is not None and not before.is_open:
                     before = before.before
                 _CURRENT.set(before)
-            frame.is_open = False
-            if not in_order and sys.exc_info()[0] is None:
-                raise IA3Error(
-                    "a route was left in another order, or by another thread or task, than it was "
-                    "entered, so that calls in between may have had another one: do not yield "
-                    "within route(), give adapter_names to each call instead"
-                )
+        if not in_order:
+            raise IA3Error(
+                "a route was left in another order, or by another thread or task, than it was "
+                "entered, so that calls in between may have had another one: do not yield "
+                "within route(), give adapter_names to each call instead"
+            )
 
 
 def current_route(host: Host) -> Route | None:
@@ -270,25 +263,26 @@ def current_route(host: Host) -> Route | None:
     return next((route for route in _routes().values() if route.host is host), None)
 
 
-def is_routed(site: Site) -> bool:
+# A compiler breaks its graph at these two: it knows no thread's route.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def is_routed(site: Place) -> bool:
     """Whether a site is routed in this thread or task."""
     routes = _routes()
-    if not routes:
-        return False
-    if site in routes:
-        return True
-    # Put on a routed model since.
+    if not routes or site in routes:
+        return bool(routes)
+    # It may have been put on a routed model since.
     return any(route.host._owns(site) for route in set(routes.values()))
 
 
-def factor_of(site: Site, activation: Tensor) -> Tensor | None:
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def factor_of(site: Place, activation: Tensor) -> Tensor | None:
     """`Route.factor` of a site that is routed."""
     route = _routes().get(site)
     return None if route is None else route.factor(site, activation)
 
 
 def watch(model: nn.Module, wanted: bool) -> None:
-    """Have the calls of a model checked by the routes that are on; or no longer."""
+    """Have the calls of a model checked by the routes that are on, or no longer."""
     hooks = model._forward_pre_hooks
     own = [number for number, hook in hooks.items() if hook is _check_call]
     if wanted and not own:
@@ -307,60 +301,49 @@ def _check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 # -- checkpointing ---------------------------------------------------------------------------------
 
-# Modules that hold the function below under this name.
-_GENERATOR = "_checkpoint_without_reentrant_generator"
-_CALLERS = ("torch.utils.checkpoint", "torch.distributed._composable.checkpoint_activation")
-
-_bound: set[str] = set()
-
 
 def _bind_checkpoints() -> None:
-    """From now on, have checkpointed functions run again under the route of their first run.
-
-    PyTorch has no hook for that. Both of its kinds get their function replaced by one that enters
-    the route, or leaves it: the backward pass may be called within another.
+    """Have checkpointed functions recomputed under the routes of their first run, from now on.
 
     Raises:
-        IA3Error: this version of PyTorch has no such place, and gradients are enabled.
+        IA3Error: this version of PyTorch has no place for that, and gradients are enabled.
     """
-    if len(_bound) == len(_CALLERS):
-        return
+    if not _bind() and torch.is_grad_enabled():
+        raise IA3Error(
+            f"PyTorch {torch.__version__} has no checkpointing that could be told which adapters "
+            "its rows were computed with: route without gradients, or use a version that was "
+            "tested (2.11 to 2.13)"
+        )
+
+
+@cache
+def _bind() -> bool:
+    """Have both kinds of torch's checkpoint bind the function that they recompute; false if not.
+
+    The public way, `context_fn`, is an argument of each call of `checkpoint` that is not reentrant:
+    transformers, FSDP and the user's own layers would have to give it, and reentrant checkpoints
+    have none.
+    """
     from torch.utils import checkpoint
 
-    with LOCK:
-        reentrant = getattr(checkpoint, "CheckpointFunction", None)
-        generator = getattr(checkpoint, _GENERATOR, None)
-        if reentrant is None or generator is None:
-            if torch.is_grad_enabled():
-                raise IA3Error(
-                    f"PyTorch {torch.__version__} has no checkpointing that could be told which "
-                    "adapters its rows were computed with: route without gradients, or use a "
-                    "version that was tested (2.11 to 2.13)"
-                )
-            return
-        for name in _CALLERS:
-            module = sys.modules.get(name)
-            if module is None or name in _bound:
-                continue
-            setattr(module, _GENERATOR, _binding(getattr(module, _GENERATOR), at=0))
-            if module is checkpoint:
-                reentrant.forward = staticmethod(_binding(reentrant.forward, at=1))
-            _bound.add(name)
+    reentrant = getattr(checkpoint, "CheckpointFunction", None)
+    frame = getattr(checkpoint, "_CheckpointFrame", None)
+    if reentrant is None or frame is None:
+        return False
+    reentrant.forward = staticmethod(partial(_with_bound, reentrant.forward))
+    original = frame.__init__
+    frame.__init__ = lambda *args, **kwargs: _with_bound(original, *args, **kwargs)
+    return True
 
 
-def _binding(original: Callable[..., Any], at: int) -> Callable[..., Any]:
-    if getattr(original, "func", None) is _with_bound:
-        return original  # imported by its name, from a module that is bound already
-    return partial(_with_bound, original, at)
-
-
-def _with_bound(original: Callable[..., Any], at: int, *args: Any, **kwargs: Any) -> Any:
-    bound = partial(_run_under, _routes(), args[at])
-    return original(*args[:at], bound, *args[at + 1 :], **kwargs)
+def _with_bound(
+    original: Callable[..., Any], self: Any, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return original(self, partial(_run_under, _routes(), function), *args, **kwargs)
 
 
 def _run_under(
-    routes: Mapping[Site, Route], function: Callable[..., Any], *args: Any, **kwargs: Any
+    routes: Mapping[Place, Route], function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     with _under(routes):
         return function(*args, **kwargs)

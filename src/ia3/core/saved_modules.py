@@ -10,17 +10,15 @@ import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import IA3Error, did_you_mean
 from .activations import device_of
-from .folding import write
-from .hooks import make_way
 from .names import ATTRIBUTE, base_modules
-from .patch import SLOTS, give_back, refuse_replica, slot_for
+from .patch import SLOTS, patch, patched, refuse_replica
+from .weights import write
 
 HOOKS = (
     "_forward_hooks",
@@ -31,16 +29,22 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-# They are never called themselves, so that a copy of one would train nothing.
+# Containers are never called, so that a copy of one would train nothing.
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class SavedModule(nn.Module):
-    """Every adapter's copy of one base module."""
+    """Every adapter's copy of one base module.
+
+    Attributes:
+        active: the adapter whose copy is called; `None` for the module itself.
+    """
+
+    active: str | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.active: str | None = None
+        self.active = None
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
     _replicate_for_data_parallel = refuse_replica
@@ -63,7 +67,7 @@ class SavedModule(nn.Module):
         memo: dict[int, Any] = {id(self): None}
         hooked = [part for part in module.modules() if hasattr(part, "_hf_hook")]
         for part in hooked:
-            # It may hold all weights of the base model.
+            # accelerate's hook may hold all weights of the base model.
             memo[id(part._hf_hook)] = None
         with ExitStack() as loaded:
             if hooked:
@@ -72,21 +76,21 @@ class SavedModule(nn.Module):
                 for part in hooked:
                     loaded.enter_context(align_module_device(part, device_of(part)))
             twin = copy.deepcopy(module, memo)
-        _put_back(twin)
+        _unpatch(twin)
         twin._modules.pop(ATTRIBUTE, None)
-        # The base module's own hooks run when it is called, and lead here.
+        # The base module's hooks run when it is called, before and after the copy.
         for hooks in HOOKS:
             getattr(twin, hooks).clear()
         for part in twin.modules():
             if "_hf_hook" in part.__dict__:
-                # The base module's own hook brings the input to where the copy is.
+                # accelerate's hook on the base module brings the input to where the copy is.
                 for attribute in ("_hf_hook", *SLOTS):
                     part.__dict__.pop(attribute, None)
         # Not add_module: it refuses names that are also attributes of this class.
         self._modules[adapter] = twin.requires_grad_(False)
 
     def remove(self, adapter: str) -> None:
-        """Forget an adapter's copy."""
+        """Remove an adapter's copy."""
         del self._modules[adapter]
         if self.active == adapter:
             self.active = None
@@ -132,22 +136,19 @@ def find_modules_to_save(
 
 
 def attach_saved_module(module: nn.Module) -> SavedModule:
-    """The module's copies; from now on calls to the module go to the active one."""
+    """The module's copies, registered on it now if it has none: calls go to the active one."""
     copies = saved_module_of(module)
     if copies is None:
         copies = SavedModule()
-        # A vector on the module's output is one on the copy's too.
-        make_way(module)
         module.add_module(ATTRIBUTE, copies)
-        slot = slot_for(module)
-        module.__dict__[slot] = partial(_forward, module, module.__dict__.get(slot))
+        _ToActiveCopy(module)
     return copies
 
 
 def detach_saved_module(module: nn.Module) -> None:
     """Take the copies off a module, which is then what it was before `attach_saved_module`."""
     if saved_module_of(module) is not None:
-        _put_back(module)
+        _unpatch(module)
         del module._modules[ATTRIBUTE]
 
 
@@ -234,18 +235,22 @@ def allow_plain_checkpoint(module: nn.Module, incompatible_keys: Any) -> None:
     missing[:] = [key for key in missing if ATTRIBUTE not in key.split(".")]
 
 
-def _put_back(module: nn.Module) -> None:
-    """Take `_forward` out of the slot it is in."""
-    for slot in SLOTS:
-        ours = module.__dict__.get(slot)
-        if isinstance(ours, partial) and ours.func is _forward:
-            give_back(module, slot, ours.args[1])
+class _ToActiveCopy:
+    """The forward of a module with copies: calls go to the active adapter's, if there is one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.patch = patch(module, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        copies = saved_module_of(self.module)
+        active = None if copies is None else copies.active
+        if copies is None or active is None:
+            return self.patch.below(*args, **kwargs)
+        return copies[active](*args, **kwargs)
 
 
-def _forward(module: nn.Module, before: Any, *args: Any, **kwargs: Any) -> Any:
-    copies = saved_module_of(module)
-    if copies is not None and copies.active is not None:
-        return copies[copies.active](*args, **kwargs)
-    if before is not None:
-        return before(*args, **kwargs)
-    return type(module).forward(module, *args, **kwargs)
+def _unpatch(module: nn.Module) -> None:
+    found = patched(module, _ToActiveCopy)
+    if found is not None:
+        found.remove()

@@ -6,17 +6,15 @@ are measured beside them, and every method sees the very same samples.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -26,7 +24,6 @@ from ..base.loading import EMBEDDED_MODEL, BaseModel, device_named, load_base_mo
 from ..classify.estimator import FewShotClassifier
 from ..classify.ranking import TEXT, RankingClassifier
 from ..errors import IA3Error, check_methods, did_you_mean
-from ..files.records import append_record, read_records
 from ..tfew.prompts.encoding import EncodedExample, Encoder
 from ..tfew.prompts.labels import Label, Text
 from ..tfew.prompts.templates import Template
@@ -35,6 +32,7 @@ from ..tfew.scoring.evaluation import Spread, spread
 from ..tfew.scoring.prefix import caches_prefix
 from .costs import Cost, answer_tokens, in_context_cost, model_size, tfew_cost, zero_shot_cost
 from .in_context import ENSEMBLES, Ensemble, InContextClassifier
+from .results import Results, digest
 from .setfit import SetFit, check_setfit, run_setfit
 
 if TYPE_CHECKING:
@@ -42,8 +40,8 @@ if TYPE_CHECKING:
 
 METHODS = ("zero-shot", "icl", "tfew", "setfit")
 
-# `ia3.console.counting_bar` is one: what is being done and how much of it there is -> within the
-# context, a function that is called with how much more is done.
+# As `ia3.report.console.counting_bar`: from what is done and how much of it there is to a context
+# with a function that is called with how much more is done.
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -118,7 +116,7 @@ class Run:
         flops_an_answer: by `costs`, a test text.
         flops_uncached: in-context learning's an answer if it read the demonstrations each time, as
             the paper counts; of other methods `None`.
-        stored_bytes: kept for the task, beside the base model: the adapter's files, the
+        stored_bytes: what is stored for the task beside the base model: the adapter's files, the
             demonstrations' tokens, SetFit's encoder and head.
         examples: labelled texts given.
         examples_used: of them, those that were learned from: in-context learning's must fit the
@@ -142,13 +140,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """A method over all its runs: the spread of its accuracy, the medians of what it cost.
+    """A method over all its runs: as `Run`, with medians.
 
     Attributes:
-        method: one of `METHODS`.
         runs: how many.
         accuracy: median and quartiles, from 0 to 1.
-        train_seconds: as in `Run`, the median; as are the others up to `stored_bytes`.
         examples: labelled texts given, the fewest and the most of a run.
         examples_used: learned from, the fewest and the most of a run.
     """
@@ -183,7 +179,7 @@ def draw_samples(
     shots: int | None = None,
     seeds: int = 5,
 ) -> list[Sample]:
-    """One sample a seed.
+    """Draw one sample for each seed.
 
     Args:
         texts: to learn from, `[examples]`.
@@ -224,13 +220,10 @@ def draw_samples(
                     f"shots is {shots}, which takes all {len(texts)} examples and leaves none to "
                     "test on: give fewer, or test data"
                 )
-            answers: Sequence[Text] = [texts[i] for i in rest]
-            truth: Sequence[Label] = [labels[i] for i in rest]
+            asked = ([texts[i] for i in rest], [labels[i] for i in rest])
         else:
-            answers, truth = test_texts, test_labels
-        samples.append(
-            Sample(seed, [texts[i] for i in drawn], [labels[i] for i in drawn], answers, truth)
-        )
+            asked = (list(test_texts), list(test_labels))
+        samples.append(Sample(seed, [texts[i] for i in drawn], [labels[i] for i in drawn], *asked))
     return samples
 
 
@@ -277,7 +270,7 @@ def compare(
         results: a JSON Lines file to which every run is added when it is done. Runs that are in it
             already, of the same data and settings, are not repeated.
         anew: forget the runs that are in it.
-        bar: shows how far a run is, e.g. `ia3.console.counting_bar`.
+        bar: shows how far a run is, e.g. `ia3.report.console.counting_bar`.
 
     Returns:
         The runs, by sample and then by method.
@@ -289,7 +282,12 @@ def compare(
     """
     settings = settings or Settings()
     _check(samples, methods, settings)
-    done = [] if results is None or anew else _records(results)
+    names = {field.name for field in fields(Run)}
+    stored = Results(
+        None if anew else results,
+        lambda record: {*names, "conditions"} <= record.keys(),
+        "a run of a comparison",
+    )
     base = None
     if any(method != "setfit" for method in methods):
         base = load_base_model(
@@ -298,60 +296,64 @@ def compare(
             device=settings.device,
             dtype=settings.dtype,
         )
-    planned = [
-        (sample, method, _conditions(method, sample, settings, base))
-        for i, sample in enumerate(samples)
-        for method in methods
-        if method != "zero-shot" or i == 0 or not _same_test(sample, samples[0])
-    ]
-    found = [_found(done, sample, method, conditions) for sample, method, conditions in planned]
+    planned = []
+    for i, sample in enumerate(samples):
+        for method in methods:
+            if method != "zero-shot" or i == 0 or not _same_test(sample, samples[0]):
+                conditions = _conditions(method, sample, settings, base)
+                key = {"method": method, "seed": sample.seed, "conditions": conditions}
+                planned.append((sample, method, key, stored.find(**key)))
     if settings.setfit is not None and any(
-        method == "setfit" and run is None
-        for (_, method, _), run in zip(planned, found, strict=True)
+        method == "setfit" and record is None for _, method, _, record in planned
     ):
         check_setfit(settings.setfit)
     if results is not None and anew:
         Path(results).unlink(missing_ok=True)
+        stored.path = Path(results)
     runs = []
-    for (sample, method, conditions), run in zip(planned, found, strict=True):
-        if run is None:
+    for sample, method, key, record in planned:
+        if record is None:
             run = _run(method, sample, settings, base, bar)
-            if results is not None:
-                append_record(results, {**asdict(run), "conditions": conditions})
+            stored.add({**asdict(run), "conditions": key["conditions"]})
+        else:
+            run = Run(**{name: record[name] for name in names})
         runs.append(run)
     return runs
 
 
 def summaries(runs: Sequence[Run]) -> list[Summary]:
     """One summary a method, in the order of `METHODS`."""
-    result = []
-    for method in METHODS:
-        of_method = [run for run in runs if run.method == method]
-        if not of_method:
-            continue
-        uncached = [run.flops_uncached for run in of_method if run.flops_uncached is not None]
-        examples = [run.examples for run in of_method]
-        used = [run.examples_used for run in of_method]
-        result.append(
-            Summary(
-                method=method,
-                runs=len(of_method),
-                accuracy=spread([run.accuracy for run in of_method]),
-                train_seconds=statistics.median(run.train_seconds for run in of_method),
-                answer_seconds=statistics.median(run.answer_seconds for run in of_method),
-                flops_before=statistics.median(run.flops_before for run in of_method),
-                flops_an_answer=statistics.median(run.flops_an_answer for run in of_method),
-                flops_uncached=statistics.median(uncached) if uncached else None,
-                stored_bytes=round(statistics.median(run.stored_bytes for run in of_method)),
-                examples=(min(examples), max(examples)),
-                examples_used=(min(used), max(used)),
-            )
-        )
-    return result
+    by_method = {method: [run for run in runs if run.method == method] for method in METHODS}
+    return [_summary(of_method) for of_method in by_method.values() if of_method]
+
+
+def _summary(runs: Sequence[Run]) -> Summary:
+    """Of one method's runs, at least one."""
+
+    def median(name: str) -> float:
+        return float(statistics.median(getattr(run, name) for run in runs))
+
+    def ends(name: str) -> tuple[int, int]:
+        values = [getattr(run, name) for run in runs]
+        return min(values), max(values)
+
+    return Summary(
+        method=runs[0].method,
+        runs=len(runs),
+        accuracy=spread([run.accuracy for run in runs]),
+        train_seconds=median("train_seconds"),
+        answer_seconds=median("answer_seconds"),
+        flops_before=median("flops_before"),
+        flops_an_answer=median("flops_an_answer"),
+        flops_uncached=None if runs[0].flops_uncached is None else median("flops_uncached"),
+        stored_bytes=round(median("stored_bytes")),
+        examples=ends("examples"),
+        examples_used=ends("examples_used"),
+    )
 
 
 def _check(samples: Sequence[Sample], methods: Sequence[str], settings: Settings) -> None:
-    """Refuse before anything takes minutes what would be refused after."""
+    """Raise an error now for what would fail only after minutes."""
     check_methods(methods, METHODS)
     if len({*methods}) < len(methods):
         raise IA3Error(f"a method is given more than once: {', '.join(methods)}")
@@ -387,102 +389,122 @@ def _same_test(one: Sample, other: Sample) -> bool:
     )
 
 
-def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None, bar: Bar) -> Run:
-    if base is None or method == "setfit":
-        return _setfit_run(sample, settings, base, bar)
-    name = f"{method}, seed {sample.seed}"
-    common = settings.common()
-    # The first use of a model finds out what it can do, and imports what training needs.
-    untuned = FewShotClassifier(**common, steps=0).fit(sample.texts, sample.labels)
-    untuned.predict(sample.test_texts[:1])
-    prompts = len(untuned.templates_)
-    size = model_size(base.model)
-    asked = _encoded(base, untuned, sample.test_texts)
-    tokens = answer_tokens(asked)
-    used, uncached, answered = 0, None, prompts
-    classifier: RankingClassifier
-    if method == "zero-shot":
-        classifier, train_seconds = untuned, 0.0
-        cost = zero_shot_cost(size, prompts * tokens)
-    elif method == "tfew":
-        trained = FewShotClassifier(**common, **settings.training(), seed=sample.seed)
-        with bar(f"{name}: training", trained.steps) as advance:
-            started = time.perf_counter()
-            trained.fit(sample.texts, sample.labels, on_step=lambda step: advance(1))
-            train_seconds = time.perf_counter() - started
-        classifier, cost = trained, _tfew_cost(trained, base, sample, prompts * tokens)
-        used = len(sample.texts)
-    else:
-        shown = InContextClassifier(
-            **common,
-            ensemble=settings.ensemble,
-            calibrate=settings.calibrate,
-            leave_out=True,
-            seed=sample.seed,
-        )
-        started = time.perf_counter()
-        shown.fit(sample.texts, sample.labels)
-        # The first answer has the demonstrations computed.
-        shown.predict(sample.test_texts[:1])
-        train_seconds = time.perf_counter() - started
-        demonstrations = sum(map(sum, shown.demonstration_tokens_))
-        answered = sum(map(len, shown.demonstrations_))
-        longest = max(map(max, shown.demonstration_tokens_)) + max(map(longest_sequence, asked))
-        cached = caches_prefix(base) and longest <= longest_shared(base)
-        each_time = in_context_cost(size, tokens, demonstrations, members=answered)
-        cost = in_context_cost(size, tokens, demonstrations, members=answered, cached=cached)
-        if settings.calibrate:
-            # A text without content is asked about, too.
-            cost = replace(cost, flops_before=cost.flops_before + cost.flops_an_answer)
-        classifier, used, uncached = shown, shown.examples_used_, each_time.flops_an_answer
-    with bar(f"{name}: answering", answered * len(sample.test_texts)) as advance:
-        started = time.perf_counter()
-        predicted = classifier.predict(sample.test_texts, progress=advance)
-        answer_seconds = (time.perf_counter() - started) / len(sample.test_texts)
+# -- one method on one sample ----------------------------------------------------------------------
+
+
+class _Fitted(NamedTuple):
+    """What was done before the first answer, and what an answer costs."""
+
+    train_seconds: float
+    cost: Cost
+    examples_used: int
+    flops_uncached: float | None = None
+
+
+def _as_run(
+    method: str, sample: Sample, predicted: Sequence[Any], answer_seconds: float, fitted: _Fitted
+) -> Run:
+    right = sum(str(a) == str(b) for a, b in zip(predicted, sample.test_labels, strict=True))
     return Run(
         method=method,
         seed=sample.seed,
-        accuracy=_accuracy(predicted.tolist(), sample.test_labels),
-        train_seconds=train_seconds,
+        accuracy=right / len(predicted),
+        train_seconds=fitted.train_seconds,
         answer_seconds=answer_seconds,
-        flops_before=cost.flops_before,
-        flops_an_answer=cost.flops_an_answer,
-        flops_uncached=uncached,
-        stored_bytes=cost.stored_bytes,
+        **vars(fitted.cost),
+        flops_uncached=fitted.flops_uncached,
         examples=0 if method == "zero-shot" else len(sample.texts),
-        examples_used=used,
+        examples_used=fitted.examples_used,
         answers=len(sample.test_texts),
     )
 
 
-def _encoded(
-    base: BaseModel, classifier: RankingClassifier, texts: Sequence[Text]
-) -> list[EncodedExample]:
-    """Every text in every template."""
-    encoder = Encoder(base, classifier.choices_, chat=False)
-    templates = [Template(source) for source in classifier.templates_]
-    fields = [{TEXT: t} if isinstance(t, str) else t for t in texts]
-    return [encoder.encode(f, template) for f in fields for template in templates]
+def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None, bar: Bar) -> Run:
+    if base is None or method == "setfit":
+        return _setfit_run(sample, settings, base, bar)
+    # The first use probes the model and imports modules, which must not count as training.
+    untuned = FewShotClassifier(**settings.common(), steps=0).fit(sample.texts, sample.labels)
+    untuned.predict(sample.test_texts[:1])
+    asked, prompts = _encoded(base, untuned, sample.test_texts), len(untuned.templates_)
+    name = f"{method}, seed {sample.seed}"
+    classifier: FewShotClassifier | InContextClassifier
+    if method == "zero-shot":
+        cost = zero_shot_cost(model_size(base.model), prompts * answer_tokens(asked))
+        classifier, fitted = untuned, _Fitted(0.0, cost, 0)
+    elif method == "tfew":
+        classifier, fitted = _tfew(sample, settings, base, asked, bar)
+    else:
+        classifier, fitted = _in_context(sample, settings, base, asked)
+        prompts = sum(map(len, classifier.demonstrations_))
+    with bar(f"{name}: answering", prompts * len(sample.test_texts)) as advance:
+        started = time.perf_counter()
+        predicted = classifier.predict(sample.test_texts, progress=advance).tolist()
+        seconds = time.perf_counter() - started
+    return _as_run(method, sample, predicted, seconds / len(predicted), fitted)
 
 
-def _tfew_cost(
-    classifier: FewShotClassifier, base: BaseModel, sample: Sample, tokens: float
-) -> Cost:
-    """The cost of training on a sample, and of an answer of so many tokens."""
+def _tfew(
+    sample: Sample,
+    settings: Settings,
+    base: BaseModel,
+    asked: Sequence[EncodedExample],
+    bar: Bar,
+) -> tuple[FewShotClassifier, _Fitted]:
+    """Train a classifier."""
     from ..tfew.training.trainer import TFewConfig
 
-    size, examples = model_size(base.model), len(sample.texts)
-    # The last batch of an epoch has what is left.
+    trained = FewShotClassifier(**settings.common(), **settings.training(), seed=sample.seed)
+    with bar(f"tfew, seed {sample.seed}: training", trained.steps) as advance:
+        started = time.perf_counter()
+        trained.fit(sample.texts, sample.labels, on_step=lambda step: advance(1))
+        seconds = time.perf_counter() - started
+    size, examples, prompts = model_size(base.model), len(sample.texts), len(trained.templates_)
+    # The last batch of an epoch may be smaller.
     batches = math.ceil(examples / TFewConfig().batch_size)
     training = tfew_cost(
         size,
-        answer_tokens(_encoded(base, classifier, sample.texts)),
-        steps=classifier.steps,
+        answer_tokens(_encoded(base, trained, sample.texts)),
+        steps=trained.steps,
         batch_size=examples / batches,
-        stored_bytes=sum(map(len, adapter_files(classifier.adapter_).values())),
+        stored_bytes=sum(map(len, adapter_files(trained.adapter_).values())),
     )
-    answering = zero_shot_cost(size, tokens)
-    return replace(training, flops_an_answer=answering.flops_an_answer)
+    answering = zero_shot_cost(size, prompts * answer_tokens(asked))
+    cost = replace(training, flops_an_answer=answering.flops_an_answer)
+    return trained, _Fitted(seconds, cost, examples)
+
+
+def _in_context(
+    sample: Sample, settings: Settings, base: BaseModel, asked: Sequence[EncodedExample]
+) -> tuple[InContextClassifier, _Fitted]:
+    """Have demonstrations in the prompt, computed once if the model can cache them."""
+    classifier = InContextClassifier(
+        **settings.common(),
+        ensemble=settings.ensemble,
+        calibrate=settings.calibrate,
+        leave_out=True,
+        seed=sample.seed,
+    )
+    started = time.perf_counter()
+    classifier.fit(sample.texts, sample.labels)
+    # The first answer computes the demonstrations.
+    classifier.predict(sample.test_texts[:1])
+    seconds = time.perf_counter() - started
+    counts = classifier.demonstration_tokens_
+    longest = max(map(max, counts)) + max(map(longest_sequence, asked))
+    cached = caches_prefix(base) and longest <= longest_shared(base)
+    each_time, cost = (
+        in_context_cost(
+            *(model_size(base.model), answer_tokens(asked), sum(map(sum, counts))),
+            members=sum(map(len, counts)),
+            cached=is_cached,
+        )
+        for is_cached in (False, cached)
+    )
+    if settings.calibrate:
+        # Calibration scores a text without content as well.
+        cost = replace(cost, flops_before=cost.flops_before + cost.flops_an_answer)
+    used = classifier.examples_used_
+    return classifier, _Fitted(seconds, cost, used, each_time.flops_an_answer)
 
 
 def _setfit_run(sample: Sample, settings: Settings, base: BaseModel | None, bar: Bar) -> Run:
@@ -497,20 +519,18 @@ def _setfit_run(sample: Sample, settings: Settings, base: BaseModel | None, bar:
             use_gpu=_device_type(settings, base) != "cpu",
         )
         advance(1)
-    return Run(
-        method="setfit",
-        seed=sample.seed,
-        accuracy=_accuracy(result.predicted, [str(label) for label in sample.test_labels]),
-        train_seconds=result.train_seconds,
-        answer_seconds=result.answer_seconds,
-        flops_before=result.flops_before,
-        flops_an_answer=result.flops_an_answer,
-        flops_uncached=None,
-        stored_bytes=result.stored_bytes,
-        examples=len(sample.texts),
-        examples_used=len(sample.texts),
-        answers=len(sample.test_texts),
-    )
+    fitted = _Fitted(result.train_seconds, result.cost, len(sample.texts))
+    return _as_run("setfit", sample, result.predicted, result.answer_seconds, fitted)
+
+
+def _encoded(
+    base: BaseModel, classifier: RankingClassifier, texts: Sequence[Text]
+) -> list[EncodedExample]:
+    """Every text in every template."""
+    encoder = Encoder(base, classifier.choices_, chat=False)
+    templates = [Template(source) for source in classifier.templates_]
+    fields = [{TEXT: t} if isinstance(t, str) else t for t in texts]
+    return [encoder.encode(f, template) for f in fields for template in templates]
 
 
 def _plain(text: Text) -> str:
@@ -522,12 +542,7 @@ def _plain(text: Text) -> str:
     return "\n".join(f"{name}: {value}" for name, value in text.items())
 
 
-def _accuracy(predicted: Sequence[Any], truth: Sequence[Any]) -> float:
-    right = [a == b for a, b in zip(predicted, truth, strict=True)]
-    return right.count(True) / len(right)
-
-
-# -- results on disk -------------------------------------------------------------------------------
+# -- what a run's results depend on ----------------------------------------------------------------
 
 
 def _conditions(
@@ -536,8 +551,8 @@ def _conditions(
     """All that a run's results depend on, as JSON has it; the untuned model sees no example."""
     labels = sorted(map(str, {*sample.labels}))
     conditions: dict[str, Any] = {
-        "examples": _digest(labels if method == "zero-shot" else [sample.texts, sample.labels]),
-        "test": _digest([sample.test_texts, sample.test_labels]),
+        "examples": digest(labels if method == "zero-shot" else [sample.texts, sample.labels]),
+        "test": digest([sample.test_texts, sample.test_labels]),
         "device": _device_type(settings, base),
     }
     if method == "setfit" or base is None:
@@ -546,9 +561,9 @@ def _conditions(
     template = settings.template or None
     tokenizer = base.tokenizer
     conditions |= {
-        "model": _digest(fingerprint(base.model).to_json()),
+        "model": digest(fingerprint(base.model).to_json()),
         "dtype": str(next(base.model.parameters()).dtype),
-        "tokenizer": _digest([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]),
+        "tokenizer": digest([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]),
         "template": [template] if isinstance(template, str) else template and list(template),
         "choices": settings.choices and {str(k): words for k, words in settings.choices.items()},
     }
@@ -562,25 +577,3 @@ def _conditions(
 
 def _device_type(settings: Settings, base: BaseModel | None) -> str:
     return (device_named(settings.device) if base is None else base.device).type
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
-
-
-def _found(
-    done: Sequence[dict[str, Any]], sample: Sample, method: str, conditions: dict[str, Any]
-) -> Run | None:
-    for record in done:
-        values = dict(record)
-        if values.pop("conditions") == conditions and (values["method"], values["seed"]) == (
-            method,
-            sample.seed,
-        ):
-            return Run(**{name: values[name] for name in Run.__dataclass_fields__})
-    return None
-
-
-def _records(path: str | Path) -> list[dict[str, Any]]:
-    names = {*Run.__dataclass_fields__, "conditions"}
-    return read_records(path, lambda record: names <= record.keys(), "a run of a comparison")

@@ -18,17 +18,8 @@ from ..core.experts import is_experts
 from ..model.ia3_model import value_count
 from ..tfew.prompts.encoding import EncodedExample
 
-# A stored token is an integer of 4 bytes, a stored value of a vector a float32 (table 1).
+# A stored token is an integer of 4 bytes (table 1).
 TOKEN_BYTES = 4
-VALUE_BYTES = 4
-
-# The medians over the paper's datasets (section 4.2).
-PAPER_SHOTS = 41
-PAPER_ANSWER_TOKENS = 103
-PAPER_DEMONSTRATION_TOKENS = 98
-# (IA)³ on T0 (section 3.3): blocks a side, d_k = d_v, d_ff. A decoder has two attentions a block.
-_T0_BLOCKS, _T0_ATTENTION, _T0_FEEDFORWARD = 24, 4096, 10240
-T0_VALUES = _T0_BLOCKS * (2 + 4) * _T0_ATTENTION + _T0_BLOCKS * 2 * _T0_FEEDFORWARD
 
 
 @dataclass(frozen=True)
@@ -124,8 +115,7 @@ def tfew_cost(
         tokens: of a text with all choices.
         steps: of the optimizer; 1,000 in the paper (section 3.5).
         batch_size: texts a step, in the mean; 8 in the paper.
-        stored_bytes: of the adapter, e.g. the sum over `ia3.store.adapter_files(adapter)`, or
-            `VALUE_BYTES` a value.
+        stored_bytes: of the adapter: of its files, or 4 a value as in the paper.
     """
     training = size.training_flops * tokens * steps * batch_size
     return Cost(size.forward_flops * tokens, training, stored_bytes)
@@ -158,21 +148,6 @@ def in_context_cost(
     if cached:
         return Cost(text, demonstrations, stored)
     return Cost(demonstrations + text, 0.0, stored)
-
-
-def paper_table() -> dict[str, Cost]:
-    """Table 1 of the paper, computed: method -> cost."""
-    eleven_billion = ModelSize(11e9, is_encoder_decoder=True)
-    tokens, demonstrations = PAPER_ANSWER_TOKENS, PAPER_SHOTS * PAPER_DEMONSTRATION_TOKENS
-    table = {
-        "T-Few": tfew_cost(eleven_billion, tokens, stored_bytes=VALUE_BYTES * T0_VALUES),
-        "T0": zero_shot_cost(eleven_billion, tokens),
-        "T5+LM": in_context_cost(eleven_billion, tokens, demonstrations),
-    }
-    for name, parameters in (("6.7B", 6.7e9), ("13B", 13e9), ("175B", 175e9)):
-        size = ModelSize(parameters, is_encoder_decoder=False)
-        table[f"GPT-3 {name}"] = in_context_cost(size, tokens, demonstrations)
-    return table
 
 
 def _experts_a_token(config: Any) -> float:

@@ -1,7 +1,7 @@
 """In-context learning, T-Few's rival: labelled examples stand in the prompt, nothing is trained.
 
 The demonstrations are the same for every text. A decoder-only model computes them once: their keys
-and values are kept, and the texts of a batch follow them in one row, each seeing the demonstrations
+and values are cached, and the texts of a batch follow in one row, each seeing the demonstrations
 and itself. Where a model cannot take that (`caches_prefix` tries it out), and with an
 encoder-decoder, whose encoder lets the demonstrations see the text, whole prompts are computed.
 """
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 Ensemble = Literal["none", "orderings", "one-shot"]
 ENSEMBLES: tuple[Ensemble, ...] = ("none", "orderings", "one-shot")
 
-# Between a demonstration and what follows it.
+# Separates a demonstration from the text after it.
 BREAK = "\n\n"
-# What stands for a text without content, in calibration.
+# In calibration, this stands for a text without content.
 CONTENT_FREE = "N/A"
-# So many prompts are held as token ids at a time: with demonstrations they are long.
+# Prompts with demonstrations are long, so only this many are held as token ids at a time.
 ENCODED_AT_ONCE = 256
 
 
@@ -46,7 +46,7 @@ class InContextClassifier(RankingClassifier):
 
     Each prompt is preceded by labelled examples: the same template, filled in, with its answer.
     `fit` trains nothing: it draws the order of the demonstrations and checks that they fit. Their
-    keys and values are computed in the first prediction and kept for later ones; if the model's
+    keys and values are computed in the first prediction and cached for later ones; if the model's
     weights change, or the adapter on it, fit again.
 
     Args:
@@ -136,13 +136,13 @@ class InContextClassifier(RankingClassifier):
             )
             for template in task.templates
         ]
-        kept: Sequence[int] = range(len(task.examples))
+        chosen: Sequence[int] = range(len(task.examples))
         if self.leave_out:
-            # One very long text would leave no room for any: longer ones are cut.
+            # A longer text is cut, so that one very long text still leaves room for demonstrations.
             longest = [min(text, context_length(self.base) // 2) for text in longest]
-            # Where none fits, all are refused.
-            kept = self._fitting(task.labels, written, longest) or kept
-        groups = self._groups(kept)
+            # If none fits, the check below raises an error about all of them.
+            chosen = self._fitting(task.labels, written, longest) or chosen
+        groups = self._groups(chosen)
         demonstrations, tokens = [], []
         for of_template, longest_text in zip(written, longest, strict=True):
             members = _joined(of_template, groups)
@@ -153,7 +153,7 @@ class InContextClassifier(RankingClassifier):
         )
         self.demonstrations_ = demonstrations
         self.demonstration_tokens_ = tokens
-        self.examples_used_ = len(kept)
+        self.examples_used_ = len(chosen)
         self.settings_ = {"chat": self.chat, "calibrate": self.calibrate}
         self._content_free = {
             name: CONTENT_FREE if isinstance(value, str) else value
@@ -167,13 +167,13 @@ class InContextClassifier(RankingClassifier):
         state = super().__getstate__()
         return {**state, "_prefixes": {}} if "_prefixes" in state else state
 
-    def _groups(self, kept: Sequence[int]) -> list[list[int]]:
+    def _groups(self, chosen: Sequence[int]) -> list[list[int]]:
         """Which demonstrations precede a prompt, in which order: one list a member."""
         if self.ensemble == "one-shot":
-            return [[i] for i in kept]
+            return [[i] for i in chosen]
         draw = random.Random(self.seed)
         members = self.orderings if self.ensemble == "orderings" else 1
-        return [draw.sample(kept, len(kept)) for _ in range(members)]
+        return [draw.sample(chosen, len(chosen)) for _ in range(members)]
 
     def _fitting(
         self, labels: Sequence[Label], written: Sequence[Sequence[str]], longest: Sequence[int]
@@ -181,8 +181,8 @@ class InContextClassifier(RankingClassifier):
         """As many of the demonstrations as fit, `written` and `longest` for each template."""
         context = context_length(self.base)
 
-        def fit(kept: Sequence[int]) -> bool:
-            groups = self._groups(kept)
+        def fit(chosen: Sequence[int]) -> bool:
+            groups = self._groups(chosen)
             return all(
                 max(token_counts(self.base, _joined(of_template, groups))) <= context - text
                 for of_template, text in zip(written, longest, strict=True)
@@ -191,11 +191,11 @@ class InContextClassifier(RankingClassifier):
         order = _labels_in_turn(labels, self.seed)
         if self.ensemble == "one-shot":
             return sorted(i for i in order if fit([i]))
-        kept = fitting(self.base, written, [context - text for text in longest], order)
-        # In the order that is drawn they may have a few tokens more.
-        while kept and not fit(sorted(kept)):
-            kept.pop()
-        return sorted(kept)
+        chosen = fitting(self.base, written, [context - text for text in longest], order)
+        # Joined in the drawn order, they may have a few tokens more.
+        while chosen and not fit(sorted(chosen)):
+            chosen.pop()
+        return sorted(chosen)
 
     def _check_fit(self, members: Sequence[str], written: Sequence[str], longest: int) -> list[int]:
         """The number of tokens of each member's demonstrations; an error where one is too long."""
@@ -203,7 +203,7 @@ class InContextClassifier(RankingClassifier):
         room = context - longest
         counts = token_counts(self.base, members)
         if max(counts) > room:
-            # So many fit whichever they are.
+            # Any selection of this many fits.
             sums = accumulate(sorted(token_counts(self.base, written), reverse=True))
             fitting = sum(total <= room for total in sums)
             advice = "give so many, or shorter ones" if fitting else "give shorter ones"
@@ -259,7 +259,7 @@ class InContextClassifier(RankingClassifier):
             key = (member.source, member.demonstrations)
             prefix = self._prefixes.get(key)
             if prefix is None or not prefix.belongs_to(base):
-                # Whatever the others share with the first prompt is found by comparing them.
+                # The common beginning is found by comparing the other prompts with the first.
                 prefix = self._prefixes[key] = cached_prefix(base, encoded[0].prompt)
             parts.append(choice_scores_after(base, prefix, encoded, progress=progress))
         return torch.cat(parts).double()
@@ -301,19 +301,19 @@ def fitting(
         order: the demonstrations' indices, in the order that they are tried and joined in.
     """
     alone = [token_counts(base, of_template) for of_template in written]
-    kept: list[int] = []
+    chosen: list[int] = []
     texts, tokens = [""] * len(written), [0] * len(written)
     for i in order:
-        # A first look: what does not fit by the sum of tokens is not joined to be counted.
+        # The sum of tokens rules most out without joining and counting the texts again.
         if any(t + a[i] > r for t, a, r in zip(tokens, alone, room, strict=True)):
             continue
         with_next = [text + w[i] for text, w in zip(texts, written, strict=True)]
         # Counted together, because tokens may run across the break.
         counts = token_counts(base, with_next)
         if all(count <= r for count, r in zip(counts, room, strict=True)):
-            kept.append(i)
+            chosen.append(i)
             texts, tokens = with_next, counts
-    return kept
+    return chosen
 
 
 def longest_input(base: BaseModel, examples: Sequence[EncodedExample]) -> int:

@@ -9,191 +9,45 @@ computed again.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-import re
 import shutil
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..adapter.fingerprint import fingerprint
 from ..base.loading import BaseModel
-from ..errors import IA3Error, MissingExtraError, check_methods, did_you_mean
+from ..errors import IA3Error, MissingExtraError, check_methods
 from ..files.atomic import check_folder
-from ..files.records import append_record, read_records
-from ..files.tables import Row, read_table
+from ..files.tables import Row
 from ..tfew.prompts.encoding import EncodedExample, Encoder, TrainingExample, context_length
-from ..tfew.prompts.promptsource import PromptTemplate
-from ..tfew.prompts.tasks import RAFT_TASKS, few_shot, load_templates
+from ..tfew.prompts.tasks import few_shot
 from ..tfew.scoring.evaluation import predict_choices
 from ..tfew.temporary_adapter import all_linear, paper_sites, temporary_adapter
 from ..tfew.training.trainer import TFewConfig, TrainingStep, train
 from .in_context import BREAK, WithDemonstrations, fitting, longest_input, token_counts
+from .raft_data import ID, LABEL, PARTS, RaftTask
+from .results import Results
 
 try:
     from sklearn.metrics import accuracy_score, f1_score
 except ImportError as error:
-    raise MissingExtraError("scikit-learn", "tfew", "scoring RAFT") from error
+    raise MissingExtraError("scikit-learn", "experiments", "scoring RAFT") from error
 
 Method = Literal["majority", "zero-shot", "icl", "tfew"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Sites = Literal["all-linear", "paper"]
 
-# The labelled examples fall into so many parts: of 50, the authors of T-Few hold out 10.
-PARTS = 5
-TASK_NAME = "task.json"
-LABEL = "Label"
-ID = "ID"
 RESULTS_NAME = "results.jsonl"
-# A killed run predicts at most so many test examples a second time.
+# A killed run predicts at most this many test examples a second time.
 PREDICTED_AT_ONCE = 100
 TEST = "test"
-
-
-# -- the data --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RaftTask:
-    """One task of the benchmark.
-
-    Attributes:
-        name: the benchmark's.
-        labels: their names, in the order of the template's choices.
-        fields: the columns that the prompt is made of, in the order of the file.
-        train: the labelled rows, with `ID`, the fields and `Label`.
-        test: the rows without a label.
-        template: of the prompts.
-    """
-
-    name: str
-    labels: tuple[str, ...]
-    fields: tuple[str, ...]
-    train: tuple[Row, ...]
-    test: tuple[Row, ...]
-    template: PromptTemplate
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The words that are ranked for each label."""
-        return self.template.choices_of({})
-
-    def answer(self, row: Row) -> int:
-        """The index of a labelled row's label."""
-        return self.labels.index(row[LABEL])
-
-    def example(self, row: Row) -> dict[str, str]:
-        """What the prompt is made of."""
-        return {name: row[name] for name in self.fields}
-
-    def digest(self) -> str:
-        """Of all that predictions depend on."""
-        rows = [dict(row) for row in (*self.train, *self.test)]
-        content = repr((self.labels, self.choices, self.template.prompt.source, rows))
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def read_raft(folder: str | Path, tasks: Sequence[str] = ()) -> list[RaftTask]:
-    """The benchmark's tasks, each in a folder of its name.
-
-    Such a folder has a `task.json` (`data_columns`, and `label_columns` with the names of `Label`),
-    a `train.csv` and a `test_unlabeled.csv`.
-
-    Args:
-        folder: with the tasks' folders.
-        tasks: the names of those to read; by default all that are there.
-
-    Returns:
-        Sorted by name.
-
-    Raises:
-        FileNotFoundError: the folder or one of the files is not there.
-        IA3Error: there is no such task, or a file is broken: it lacks a column, has a label that
-            `task.json` has not, or an ID twice.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder {folder} with the tasks of RAFT does not exist")
-    there = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not there:
-        raise IA3Error(f"{folder} has no folder in it: expected one for each task of RAFT")
-    for name in tasks or there:
-        if name not in RAFT_TASKS and (folder / name / TASK_NAME).is_file():
-            raise IA3Error(
-                f"{folder / name} is no task of RAFT: expected {', '.join(RAFT_TASKS)}"
-                f"{did_you_mean(name, RAFT_TASKS)}"
-            )
-    for name in tasks:
-        if name not in there:
-            raise IA3Error(
-                f"no task {name!r} in {folder}: it has {', '.join(there)}"
-                f"{did_you_mean(name, there)}"
-            )
-    return [_read_task(folder / name) for name in there if not tasks or name in tasks]
-
-
-def _read_task(folder: Path) -> RaftTask:
-    columns, labels = _read_names(folder / TASK_NAME)
-    (template,) = load_templates(folder.name)
-    choices = template.choices_of({})
-    if len(labels) != len(choices):
-        raise IA3Error(
-            f"{folder / 'task.json'} has {len(labels)} labels, expected the benchmark's "
-            f"{len(choices)}"
-        )
-    fields = tuple(name for name in columns if name != ID and template.prompt.reads(name))
-    train = read_table(folder / "train.csv", (ID, *fields), LABEL)
-    test = read_table(folder / "test_unlabeled.csv", (ID, *fields))
-    for row in train:
-        if row[LABEL] not in labels:
-            raise IA3Error(
-                f"{row.where}: the label {row[LABEL]!r} is not in task.json"
-                f"{did_you_mean(row[LABEL], labels)}"
-            )
-        # Of the columns that task.json names alone, as the prompts will be.
-        named = {name: row[name] for name in (*fields, LABEL)}
-        rendered = template.render(Row(named, row.where))
-        if rendered is None or rendered.answer != labels.index(row[LABEL]):
-            raise IA3Error(
-                f"{folder / 'task.json'} has the label {row[LABEL]!r} as number "
-                f"{labels.index(row[LABEL]) + 1}: expected the benchmark's labels in its order"
-            )
-    for rows in (train, test):
-        seen: set[str] = set()
-        for row in rows:
-            if row[ID] in seen:
-                raise IA3Error(f"{row.where}: the ID {row[ID]!r} is there more than once")
-            seen.add(row[ID])
-    if len(train) < PARTS:
-        raise IA3Error(
-            f"{folder / 'train.csv'} has {len(train)} rows, expected at least {PARTS}: the "
-            "benchmark has 50"
-        )
-    return RaftTask(folder.name, tuple(labels), fields, tuple(train), tuple(test), template)
-
-
-def _read_names(path: Path) -> tuple[list[str], list[str]]:
-    """The columns and the labels that a `task.json` names."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: it names a RAFT task's labels")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        columns, labels = content["data_columns"], content["label_columns"][LABEL]
-        for names in (columns, labels):
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise TypeError(f"{names!r} is not a list of names")
-    except (ValueError, KeyError, TypeError) as error:
-        raise IA3Error(
-            f"{path} does not describe a RAFT task ({type(error).__name__}: {error}): expected "
-            f"data_columns, and label_columns with the names of {LABEL!r}"
-        ) from error
-    return columns, labels
 
 
 # -- scores ----------------------------------------------------------------------------------------
@@ -231,43 +85,6 @@ class PublicScore:
     rows: int
 
 
-def public_labels(task: RaftTask, folder: str | Path) -> list[str | None]:
-    """The true labels of Banking77's test rows, found by their text among the public ones.
-
-    White space makes no difference in a text, nor case and punctuation in a label's name.
-
-    Args:
-        task: `banking_77`.
-        folder: with `test.csv` or `train.csv` or both, in the columns `text` and `category`.
-
-    Returns:
-        One label a test row; `None` where the text is not there, or there with several.
-
-    Raises:
-        FileNotFoundError: neither file is there.
-        IA3Error: a file is broken, has a category that the task has not, or no text matches.
-    """
-    paths = [Path(folder) / name for name in ("test.csv", "train.csv")]
-    if not any(path.is_file() for path in paths):
-        raise FileNotFoundError(f"neither {paths[0]} nor {paths[1]} exists: they are Banking77's")
-    names = {_letters(label): label for label in task.labels}
-    found: defaultdict[str, set[str]] = defaultdict(set)
-    for path in paths:
-        for row in read_table(path, ("text",), "category") if path.is_file() else ():
-            label = names.get(_letters(row["category"]))
-            if label is None:
-                raise IA3Error(
-                    f"{row.where}: the category {row['category']!r} is none of {task.name}'s labels"
-                    f"{did_you_mean(row['category'], task.labels)}"
-                )
-            found[" ".join(row["text"].split())].add(label)
-    texts = [" ".join(" ".join(task.example(row).values()).split()) for row in task.test]
-    truth = [next(iter(found[t])) if len(found.get(t, ())) == 1 else None for t in texts]
-    if not any(truth):
-        raise IA3Error(f"none of the test texts of {task.name} is in {folder}")
-    return truth
-
-
 def public_score(truth: Sequence[str | None], predicted: Sequence[str]) -> PublicScore:
     """The score of a submission where the truth is known.
 
@@ -278,10 +95,6 @@ def public_score(truth: Sequence[str | None], predicted: Sequence[str]) -> Publi
     known = [(t, p) for t, p in zip(truth, predicted, strict=True) if t is not None]
     macro_f1, accuracy = _scores(*map(list, zip(*known, strict=True)))
     return PublicScore(macro_f1, accuracy, len(known), len(truth))
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[\W_]+", "", name.casefold())
 
 
 def _scores(truth: Sequence[str], predicted: Sequence[str]) -> tuple[float, float]:
@@ -331,7 +144,7 @@ class RaftSettings:
         }
         if method == "tfew":
             settings |= {**asdict(self.config), "sites": self.sites}
-            # Memory is the machine's matter.
+            # The limit on memory does not change predictions.
             del settings["max_tokens"]
         return settings
 
@@ -390,15 +203,15 @@ def cross_validate(
         OSError: the results cannot be written.
     """
     check_methods(methods, METHODS)
-    run = _Run(base, task, settings or RaftSettings(), results, progress)
-    parts = held_out(len(task.train), folds, run.settings.config.seed)
+    run = _Run(base, task, settings or RaftSettings(), _results(results), progress)
     wanted = [method for method in METHODS if method in methods]
     for method in wanted:
-        run.kept.check(method, task.name, run.settings.of(method, base, task))
+        _check_settings(run, method)
+    folds_held = held_out(len(task.train), folds, run.settings.config.seed)
+    truth = [task.train[i][LABEL] for held in folds_held for i in held]
     scores = []
     for method in wanted:
-        records = [run.fold(method, number, held) for number, held in enumerate(parts)]
-        truth = [task.train[i][LABEL] for held in parts for i in held]
+        records = [_fold(run, method, number, held) for number, held in enumerate(folds_held)]
         predicted = [label for record in records for label in record["predictions"]]
         demonstrations = [len(r["demonstrations"]) for r in records if "demonstrations" in r]
         macro_f1, accuracy = _scores(truth, predicted)
@@ -434,9 +247,26 @@ def submission(
     Returns:
         The names of the labels, `[test rows]`.
     """
-    run = _Run(base, task, settings or RaftSettings(), results, progress)
-    run.kept.check("tfew", task.name, run.settings.of("tfew", base, task))
-    return run.test()
+    run = _Run(base, task, settings or RaftSettings(), _results(results), progress)
+    _check_settings(run, "tfew")
+    size = PREDICTED_AT_ONCE
+    parts = [task.test[start : start + size] for start in range(0, len(task.test), size)]
+    records = [_found(run, "tfew", TEST, n, part) for n, part in enumerate(parts)]
+    missing = [n for n, record in enumerate(records) if record is None]
+    run.count(sum(len(part) for n, part in enumerate(parts) if n not in missing))
+    if missing:
+        encoder = run.encoder()
+        with _tuned(run, TEST, range(len(task.train))):
+            for n in missing:
+                examples = [
+                    encoder.encode(task.example(row), task.template.prompt) for row in parts[n]
+                ]
+                records[n] = _add(run, "tfew", TEST, n, parts[n], _predict(run, examples))
+        run.warn_of_cut_texts(encoder, sum(len(parts[n]) for n in missing))
+    else:
+        run.count(run.settings.config.steps)
+    _forget_checkpoints(run, TEST)
+    return [label for record in records if record for label in record["predictions"]]
 
 
 def work(task: RaftTask, settings: RaftSettings, methods: Sequence[Method], folds: int) -> int:
@@ -446,295 +276,247 @@ def work(task: RaftTask, settings: RaftSettings, methods: Sequence[Method], fold
     return rows * len({*methods}) + ("tfew" in methods) * folds * settings.config.steps
 
 
+# -- one task with one model -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class _Run:
-    """One task with one model: its rows are encoded when they are first needed, and once."""
+    """What the steps below are given; rows are encoded when they are first needed, and once."""
 
-    def __init__(
-        self,
-        base: BaseModel,
-        task: RaftTask,
-        settings: RaftSettings,
-        results: str | Path | None,
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        self.base = base
-        self.task = task
-        self.settings = settings
-        self.kept = _Kept(results)
-        self._progress = progress
-        self._answers = [task.answer(row) for row in task.train]
-        # Where a prompt was cut, the demonstration made of it is cut at the same place.
-        self._cut: set[int] = set()
-
-    def fold(self, method: Method, number: int, held: Sequence[int]) -> dict[str, Any]:
-        """The record of one fold."""
-        rows = [self.task.train[i] for i in held]
-        record = self._found(method, number, 0, rows)
-        if record is None:
-            record = self._computed(method, number, held)
-            self.kept.add(record)
-        else:
-            self._count(len(held) + (method == "tfew") * self.settings.config.steps)
-        if method == "tfew":
-            self.kept.forget_checkpoints(self.task.name, number)
-        return record
-
-    def _computed(self, method: Method, number: int, held: Sequence[int]) -> dict[str, Any]:
-        others = [i for i in range(len(self.task.train)) if i not in held]
-        shown: dict[str, Any] = {}
-        if method == "majority":
-            counts = Counter(self._answers[i] for i in others)
-            predicted = [max(range(len(self.task.labels)), key=counts.__getitem__)] * len(held)
-            self._count(len(held))
-        elif method == "zero-shot":
-            with self.base.lock:
-                predicted = self._predict([self._encoded[i] for i in held])
-        elif method == "icl":
-            with self.base.lock:
-                predicted, demonstrations = self._after_demonstrations(number, held, others)
-            shown["demonstrations"] = [self.task.train[i][ID] for i in demonstrations]
-        else:
-            with self._tuned(number, others):
-                predicted = self._predict([self._encoded[i] for i in held])
-        rows = [self.task.train[i] for i in held]
-        return self._record(method, number, 0, rows, predicted) | shown
-
-    def test(self) -> list[str]:
-        """The labels of the test rows."""
-        rows, size = self.task.test, PREDICTED_AT_ONCE
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        kept = [self._found("tfew", TEST, n, part) for n, part in enumerate(parts)]
-        labels = {n: record["predictions"] for n, record in enumerate(kept) if record is not None}
-        missing = [n for n in range(len(parts)) if n not in labels]
-        self._count(sum(map(len, labels.values())))
-        if missing:
-            encoder = self._encoder()
-            with self._tuned(TEST, range(len(self.task.train))):
-                for n in missing:
-                    encoded = [
-                        encoder.encode(self.task.example(row), self.task.template.prompt)
-                        for row in parts[n]
-                    ]
-                    record = self._record("tfew", TEST, n, parts[n], self._predict(encoded))
-                    self.kept.add(record)
-                    labels[n] = record["predictions"]
-            self._warn_of_cut_texts(encoder, sum(len(parts[n]) for n in missing))
-        else:
-            self._count(self.settings.config.steps)
-        self.kept.forget_checkpoints(self.task.name, TEST)
-        return [label for n in range(len(parts)) for label in labels[n]]
-
-    def _found(
-        self, method: Method, split: int | str, part: int, rows: Sequence[Row]
-    ) -> dict[str, Any] | None:
-        """The record that is kept of these rows, if there is one."""
-        record = self.kept.find(self.task.name, method, split, part)
-        if record is None:
-            return None
-        predictions = record["predictions"]
-        fits = record["ids"] == [row[ID] for row in rows] and len(predictions) == len(rows)
-        if not fits or not {*predictions} <= {*self.task.labels}:
-            raise IA3Error(
-                f"{self.kept.path}: the {method} predictions of {self.task.name}, split {split}, "
-                "are not of its rows and labels; remove the line to compute it again"
-            )
-        return record
-
-    def _record(
-        self,
-        method: Method,
-        split: int | str,
-        part: int,
-        rows: Sequence[Row],
-        predicted: Sequence[int],
-    ) -> dict[str, Any]:
-        return {
-            "task": self.task.name,
-            "method": method,
-            "split": split,
-            "part": part,
-            "ids": [row[ID] for row in rows],
-            "predictions": [self.task.labels[i] for i in predicted],
-            "settings": self.settings.of(method, self.base, self.task),
-        }
-
-    def _count(self, done: int) -> None:
-        if self._progress is not None and done:
-            self._progress(done)
-
-    # -- the model --------------------------------------------------------------------------------
-
-    def _encoder(self, max_prompt_tokens: int | None = None) -> Encoder:
-        return Encoder(
-            self.base,
-            self.task.choices,
-            chat=False,
-            max_prompt_tokens=max_prompt_tokens or self.settings.max_prompt_tokens,
-        )
+    base: BaseModel
+    task: RaftTask
+    settings: RaftSettings
+    results: Results
+    progress: Callable[[int], None] | None
 
     @cached_property
-    def _encoded(self) -> list[EncodedExample]:
-        """The labelled rows."""
-        encoder = self._encoder()
-        encoded = []
-        for i, row in enumerate(self.task.train):
-            before = encoder.truncated
-            encoded.append(encoder.encode(self.task.example(row), self.task.template.prompt))
-            if encoder.truncated > before:
-                self._cut.add(i)
-        self._warn_of_cut_texts(encoder, len(encoded))
-        return encoded
+    def answers(self) -> list[int]:
+        """The labelled rows' labels, as indices."""
+        return [self.task.answer(row) for row in self.task.train]
 
-    def _warn_of_cut_texts(self, encoder: Encoder, prompts: int) -> None:
+    @cached_property
+    def encoded(self) -> list[EncodedExample]:
+        """The labelled rows."""
+        return [example for example, _ in self._encoded_and_cut]
+
+    def was_cut(self, i: int) -> bool:
+        """Whether a labelled row's text was cut at the end."""
+        return self._encoded_and_cut[i][1]
+
+    @cached_property
+    def _encoded_and_cut(self) -> list[tuple[EncodedExample, bool]]:
+        encoder = self.encoder()
+        rows = []
+        for row in self.task.train:
+            before = encoder.truncated
+            example = encoder.encode(self.task.example(row), self.task.template.prompt)
+            rows.append((example, encoder.truncated > before))
+        self.warn_of_cut_texts(encoder, len(rows))
+        return rows
+
+    def encoder(self, max_prompt_tokens: int | None = None) -> Encoder:
+        """An encoder of prompts up to this length, the settings' by default."""
+        limit = max_prompt_tokens or self.settings.max_prompt_tokens
+        return Encoder(self.base, self.task.choices, chat=False, max_prompt_tokens=limit)
+
+    def warn_of_cut_texts(self, encoder: Encoder, prompts: int) -> None:
+        """Say how many of the prompts were too long."""
         if encoder.truncated:
             limit = self.settings.max_prompt_tokens
             than = "the model's context" if limit is None else f"{limit} tokens"
             warnings.warn(
                 f"{self.task.name}: {encoder.truncated} of {prompts} prompts are longer than "
                 f"{than}: their texts were cut at the end",
-                stacklevel=2,
+                stacklevel=3,
             )
 
-    def _predict(self, examples: Sequence[EncodedExample]) -> list[int]:
-        return predict_choices(
-            self.base,
-            examples,
-            max_tokens=self.settings.config.max_tokens,
-            progress=self._progress,
+    def count(self, done: int) -> None:
+        """Tell the progress."""
+        if self.progress is not None and done:
+            self.progress(done)
+
+
+def _fold(run: _Run, method: Method, number: int, held: Sequence[int]) -> dict[str, Any]:
+    """The record of one fold, found or computed."""
+    task = run.task
+    rows = [task.train[i] for i in held]
+    record = _found(run, method, number, 0, rows)
+    if record is None:
+        others = [i for i in range(len(task.train)) if i not in held]
+        predicted, shown = _predicted(run, method, number, held, others)
+        more = {"demonstrations": [task.train[i][ID] for i in shown]} if method == "icl" else {}
+        record = _add(run, method, number, 0, rows, predicted, **more)
+    else:
+        run.count(len(held) + (method == "tfew") * run.settings.config.steps)
+    if method == "tfew":
+        _forget_checkpoints(run, number)
+    return record
+
+
+def _predicted(
+    run: _Run, method: Method, fold: int, held: Sequence[int], others: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """The held-out rows' predictions, and the rows that stood before the prompts."""
+    if method == "majority":
+        counts = Counter(run.answers[i] for i in others)
+        run.count(len(held))
+        return [max(range(len(run.task.labels)), key=counts.__getitem__)] * len(held), []
+    if method == "icl":
+        with run.base.lock:
+            return _in_context(run, fold, held, others)
+    with _tuned(run, fold, others) if method == "tfew" else run.base.lock:
+        return _predict(run, [run.encoded[i] for i in held]), []
+
+
+def _predict(run: _Run, examples: Sequence[EncodedExample]) -> list[int]:
+    max_tokens = run.settings.config.max_tokens
+    return predict_choices(run.base, examples, max_tokens=max_tokens, progress=run.progress)
+
+
+@contextmanager
+def _tuned(run: _Run, split: int | str, rows: Sequence[int]) -> Iterator[None]:
+    """The base model with vectors trained on these rows."""
+    taken = 0
+
+    def on_step(step: TrainingStep) -> None:
+        nonlocal taken
+        run.count(step.step - taken)
+        taken = step.step
+
+    config = run.settings.config
+    examples = [TrainingExample((run.encoded[i],), run.answers[i]) for i in rows]
+    sites = paper_sites if run.settings.sites == "paper" else all_linear
+    checkpoints = _checkpoints(run, split)
+    with temporary_adapter(run.base, sites(run.base)) as model:
+        train(run.base, model, examples, config, on_step, checkpoints=checkpoints)
+        run.count(config.steps - taken)
+        yield
+
+
+def _in_context(
+    run: _Run, fold: int, held: Sequence[int], others: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """The predictions, and the rows that stood before the prompts."""
+    base, task = run.base, run.task
+    asked = [run.encoded[i] for i in held]
+    room = context_length(base) - longest_input(base, asked)
+    draw = random.Random(f"{run.settings.config.seed}/{task.name}/{fold}")
+    written = [_demonstration(run, i) for i in range(len(task.train))]
+    shown = fitting(base, [written], [room], draw.sample(others, len(others)))
+    if not shown:
+        return _predict(run, asked), []
+    text = "".join(written[i] for i in shown)
+    limit = run.settings.max_prompt_tokens
+    encoder = run.encoder(limit and limit + token_counts(base, [text])[0])
+    template = WithDemonstrations(task.template.prompt.source, text)
+    examples = [encoder.encode(task.example(task.train[i]), template) for i in held]
+    return _predict(run, examples), shown
+
+
+def _demonstration(run: _Run, i: int) -> str:
+    """A labelled row's prompt, cut where its prompt alone was cut, and its answer."""
+    row, choices = run.task.train[i], run.task.choices
+    if run.was_cut(i):
+        prompt = run.base.tokenizer.decode(
+            run.encoded[i].prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+    else:
+        prompt = run.task.template.prompt.render(run.task.example(row), choices)
+    return f"{prompt} {choices[run.answers[i]]}{BREAK}"
+
+
+# -- results on disk -------------------------------------------------------------------------------
+
+
+def _results(folder: str | Path | None) -> Results:
+    if folder is not None:
+        check_folder(folder)
+    path = None if folder is None else Path(folder) / RESULTS_NAME
+    return Results(path, _is_record, "a result of RAFT")
+
+
+def _check_settings(run: _Run, method: Method) -> None:
+    """Refuse to mix a method's results with those of other settings."""
+    task, settings = run.task.name, run.settings.of(method, run.base, run.task)
+    of_method = [record for record in run.results if record["method"] == method]
+    for record, (name, value) in product(of_method, settings.items()):
+        there = record["settings"].get(name)
+        if there == value or (name == "data" and record["task"] != task):
+            continue
+        how = f"of {method} have {name}={there!r}, this run {value!r}"
+        if name == "data":
+            how = f"of {task} were computed on other data"
+        raise IA3Error(
+            f"{run.results.path}: its results {how}; give another folder, or remove this one to "
+            "begin anew"
         )
 
-    @contextmanager
-    def _tuned(self, split: int | str, rows: Sequence[int]) -> Iterator[None]:
-        """The base model with vectors trained on these rows."""
-        steps, taken = self.settings.config.steps, 0
 
-        def on_step(step: TrainingStep) -> None:
-            nonlocal taken
-            self._count(step.step - taken)
-            taken = step.step
-
-        examples = [TrainingExample((self._encoded[i],), self._answers[i]) for i in rows]
-        sites = paper_sites if self.settings.sites == "paper" else all_linear
-        checkpoints = self.kept.checkpoints(self.task.name, split)
-        with temporary_adapter(self.base, sites(self.base)) as ia3_model:
-            train(
-                self.base,
-                ia3_model,
-                examples,
-                self.settings.config,
-                on_step,
-                checkpoints=checkpoints,
-            )
-            self._count(steps - taken)
-            yield
-
-    def _after_demonstrations(
-        self, fold: int, held: Sequence[int], others: Sequence[int]
-    ) -> tuple[list[int], list[int]]:
-        """In-context learning: the predictions, and the rows that stood before the prompts."""
-        asked = [self._encoded[i] for i in held]
-        room = context_length(self.base) - longest_input(self.base, asked)
-        draw = random.Random(f"{self.settings.config.seed}/{self.task.name}/{fold}")
-        written = [self._demonstration(i) for i in range(len(self.task.train))]
-        shown = fitting(self.base, [written], [room], draw.sample(others, len(others)))
-        if not shown:
-            return self._predict(asked), []
-        text = "".join(written[i] for i in shown)
-        limit = self.settings.max_prompt_tokens
-        encoder = self._encoder(limit and limit + token_counts(self.base, [text])[0])
-        template = WithDemonstrations(self.task.template.prompt.source, text)
-        encoded = [encoder.encode(self.task.example(self.task.train[i]), template) for i in held]
-        return self._predict(encoded), shown
-
-    def _demonstration(self, i: int) -> str:
-        """A labelled row's prompt and its answer."""
-        row, choices = self.task.train[i], self.task.choices
-        if i in self._cut:
-            prompt = self.base.tokenizer.decode(
-                self._encoded[i].prompt,
-                skip_special_tokens=True,
-                clean_up_tokenization_spaces=False,
-            )
-        else:
-            prompt = self.task.template.prompt.render(self.task.example(row), choices)
-        return f"{prompt} {choices[self._answers[i]]}{BREAK}"
+def _found(
+    run: _Run, method: Method, split: int | str, part: int, rows: Sequence[Row]
+) -> dict[str, Any] | None:
+    """The record that is kept of these rows, if there is one."""
+    task = run.task
+    record = run.results.find(task=task.name, method=method, split=split, part=part)
+    if record is None:
+        return None
+    predictions = record["predictions"]
+    fits = record["ids"] == [row[ID] for row in rows] and len(predictions) == len(rows)
+    if not fits or not {*predictions} <= {*task.labels}:
+        raise IA3Error(
+            f"{run.results.path}: the {method} predictions of {task.name}, split {split}, are not "
+            "of its rows and labels; remove the line to compute it again"
+        )
+    return record
 
 
-# -- what is kept ----------------------------------------------------------------------------------
+def _add(
+    run: _Run,
+    method: Method,
+    split: int | str,
+    part: int,
+    rows: Sequence[Row],
+    predicted: Sequence[int],
+    **more: Any,
+) -> dict[str, Any]:
+    """Keep predictions; returns their record."""
+    record = {
+        "task": run.task.name,
+        "method": method,
+        "split": split,
+        "part": part,
+        "ids": [row[ID] for row in rows],
+        "predictions": [run.task.labels[i] for i in predicted],
+        "settings": run.settings.of(method, run.base, run.task),
+        **more,
+    }
+    run.results.add(record)
+    return record
 
 
-class _Kept:
-    """The records of a folder's `results.jsonl`, one a line; in memory alone without a folder."""
+def _checkpoints(run: _Run, split: int | str) -> Path | None:
+    """Where a training is kept as it goes."""
+    path = run.results.path
+    return None if path is None else path.parent / "checkpoints" / f"{run.task.name}-{split}"
 
-    def __init__(self, folder: str | Path | None) -> None:
-        self._folder = None if folder is None else Path(folder)
-        self._records: dict[tuple[Any, ...], dict[str, Any]] = {}
-        if self._folder is None:
-            return
-        check_folder(self._folder)
-        self.path = self._folder / RESULTS_NAME
-        for record in read_records(self.path, _is_record, "a result of RAFT"):
-            self._keep(record)
 
-    def check(self, method: Method, task: str, settings: Mapping[str, Any]) -> None:
-        """Refuse to mix a method's results with those of other settings."""
-        for record in self._records.values():
-            if record["method"] != method:
-                continue
-            for name, value in settings.items():
-                there = record["settings"].get(name)
-                if there == value or (name == "data" and record["task"] != task):
-                    continue
-                how = (
-                    f"of {task} were computed on other data"
-                    if name == "data"
-                    else f"of {method} have {name}={there!r}, this run {value!r}"
-                )
-                raise IA3Error(
-                    f"{self.path}: its results {how}; give another folder, or remove this one to "
-                    "begin anew"
-                )
-
-    def find(
-        self, task: str, method: Method, split: int | str, part: int = 0
-    ) -> dict[str, Any] | None:
-        """The record, if there is one."""
-        return self._records.get((task, method, split, part))
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Keep a record, on the disk when this returns."""
-        self._keep(record)
-        if self._folder is not None:
-            append_record(self.path, record)
-
-    def checkpoints(self, task: str, split: int | str) -> Path | None:
-        """Where a training is kept as it goes."""
-        return None if self._folder is None else self._folder / "checkpoints" / f"{task}-{split}"
-
-    def forget_checkpoints(self, task: str, split: int | str) -> None:
-        """Remove them: what they were for is done."""
-        folder = self.checkpoints(task, split)
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            if folder.parent.is_dir() and not any(folder.parent.iterdir()):
-                folder.parent.rmdir()
-
-    def _keep(self, record: dict[str, Any]) -> None:
-        key = tuple(record[name] for name in ("task", "method", "split", "part"))
-        self._records[key] = record
+def _forget_checkpoints(run: _Run, split: int | str) -> None:
+    """Remove the checkpoints of a training whose predictions are kept."""
+    folder = _checkpoints(run, split)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
 
 
 def _is_record(record: dict[str, Any]) -> bool:
+    lists = ["ids", "predictions", *(["demonstrations"] if record.get("method") == "icl" else [])]
     return (
         isinstance(record.get("task"), str)
         and record.get("method") in METHODS
         and isinstance(record.get("split"), int | str)
         and isinstance(record.get("part"), int)
         and isinstance(record.get("settings"), dict)
-        and all(_is_list_of_texts(record.get(name)) for name in ("ids", "predictions"))
-        and (record["method"] != "icl" or _is_list_of_texts(record.get("demonstrations")))
+        and all(isinstance(record.get(name), list) for name in lists)
+        and all(isinstance(item, str) for name in lists for item in record[name])
     )
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -1,4 +1,4 @@
-"""SetFit on a sample, run in an environment of its own: its packages do not go with these."""
+"""SetFit on a sample, in an environment of its own: its packages need other versions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import IA3Error
+from .costs import Cost, ModelSize
 
 _PROGRAM = Path(__file__).with_name("setfit_program.py")
 # The sentence encoder that is taken where none is named, as in the program.
@@ -58,14 +59,11 @@ class SetFitResult:
     stored_bytes: int
 
     @property
-    def flops_before(self) -> float:
-        """Training: 6N a token, as for the other methods (`costs`)."""
-        return 6.0 * self.parameters * self.training_tokens
-
-    @property
-    def flops_an_answer(self) -> float:
-        """An answer: 2N a token."""
-        return 2.0 * self.parameters * self.answer_tokens
+    def cost(self) -> Cost:
+        """6N a token of training and 2N of an answer, as for the other methods."""
+        size = ModelSize(self.parameters, is_encoder_decoder=False)
+        training = size.training_flops * self.training_tokens
+        return Cost(size.forward_flops * self.answer_tokens, training, self.stored_bytes)
 
 
 def check_setfit(setfit: SetFit) -> None:
@@ -122,7 +120,7 @@ def run_setfit(
 def _run(setfit: SetFit, *arguments: str, use_gpu: bool = True) -> subprocess.CompletedProcess[str]:
     environment = dict(os.environ)
     if setfit.model is None or _is_path(setfit.model):
-        # It would ask the hub about a model that is here.
+        # SetFit would ask the hub about a local model too.
         environment["HF_HUB_OFFLINE"] = "1"
     if not use_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""

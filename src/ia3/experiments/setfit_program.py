@@ -2,7 +2,7 @@
 
     python setfit_program.py INPUT OUTPUT
 
-It knows nothing of this package: `setfit_peer.py` runs it with another interpreter, and both files
+It knows nothing of this package: `setfit.py` runs it with another interpreter, and both files
 are JSON. The recipe is SetFit's usual one: pairs from 20 iterations, batches of 16, one epoch of
 contrastive training, then a logistic regression on the embeddings (Tunstall et al. 2022, arXiv
 2209.11055).

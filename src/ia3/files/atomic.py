@@ -104,7 +104,7 @@ def _write(path: Path, content: bytes, target: Path) -> None:
     try:
         path.write_bytes(content)
     except OSError as error:
-        # The temporary file's name means nothing to anybody.
+        # The caller does not know the temporary file's name.
         raise OSError(error.errno, error.strerror, str(target)) from error
 
 
@@ -120,7 +120,7 @@ def write_stdout(content: bytes) -> None:
     """Write to standard output, to the last byte.
 
     Raises:
-        BrokenPipeError: nobody reads any more.
+        BrokenPipeError: the reader has closed the pipe.
         OSError: it leads into a file that cannot take all.
     """
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -21,57 +21,34 @@ class HubOptions(TypedDict, total=False):
 
 
 def adapter_folder(
-    model_id: str | Path,
-    patterns: Sequence[str],
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
+    model_id: str | Path, patterns: Sequence[str], **hub: Unpack[HubOptions]
 ) -> Path:
     """The folder that holds an adapter's files.
 
     Args:
         model_id: a folder, or an id on the hub.
         patterns: which files to fetch from the hub.
-        subfolder: where in the folder or repository the adapter lies.
+        **hub: `subfolder` is where in the folder or repository the adapter lies; the others are
+            huggingface_hub's.
 
     Raises:
         FileNotFoundError: neither such a folder, nor to be had from the hub.
     """
-    folder = Path(model_id)
+    folder, subfolder = Path(model_id), hub.pop("subfolder", None)
     if not folder.is_dir():
-        folder = _snapshot(
-            str(model_id),
-            [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns],
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
+        inside = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
+        folder = _snapshot(str(model_id), inside, hub)
     if subfolder is None:
         return folder
-    inside = folder / subfolder
-    if not inside.resolve().is_relative_to(folder.resolve()):
+    found = folder / subfolder
+    if not found.resolve().is_relative_to(folder.resolve()):
         raise FileNotFoundError(f"subfolder {subfolder!r} leads out of {folder}")
-    if not inside.is_dir():
+    if not found.is_dir():
         raise FileNotFoundError(f"no adapter at {model_id}: it has no subfolder {subfolder!r}")
-    return inside
+    return found
 
 
-def _snapshot(
-    model_id: str,
-    patterns: list[str],
-    *,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    force_download: bool,
-    local_files_only: bool,
-) -> Path:
+def _snapshot(model_id: str, patterns: list[str], hub: HubOptions) -> Path:
     from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
@@ -80,19 +57,11 @@ def _snapshot(
         RevisionNotFoundError,
     )
 
+    # Some versions ask for the files of a commit although they are offline, and fail.
+    local = hub.get("local_files_only", False) or is_offline_mode()
+    options = {**hub, "local_files_only": local}
     try:
-        return Path(
-            snapshot_download(
-                model_id,
-                allow_patterns=patterns,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                # Some versions ask for the files of a commit even so, and fail.
-                local_files_only=local_files_only or is_offline_mode(),
-            )
-        )
+        return Path(snapshot_download(model_id, allow_patterns=patterns, **options))
     except HFValidationError as error:
         raise FileNotFoundError(
             f"no adapter at {model_id!r}: no such folder, and not a hub id"

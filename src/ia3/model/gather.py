@@ -1,13 +1,13 @@
-"""From adapters' names to routes: what each row of a batch is multiplied by, at every site."""
+"""From adapters' names to a route: what each row of a batch is multiplied by, at every site."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.activations import Side
 from ..core.inventory import Contents
@@ -15,18 +15,15 @@ from ..core.route import BASE, LOCK, Host, Names, Route
 from ..core.sites import Site
 from ..errors import IA3Error
 
-if TYPE_CHECKING:
-    from ..bank.bank import AdapterBank
-
 
 @dataclass(frozen=True)
 class Gathered:
-    """Rows of a bank.
+    """The values of several adapters, a row each.
 
     Attributes:
-        values: `[rows, columns]`.
+        values: `[rows, columns]`, floating.
         sites, sizes: what the columns are of, and how many each has.
-        used: the sites where one of the rows' adapters has a vector.
+        used: the sites where one of the adapters has a vector.
     """
 
     values: Tensor
@@ -39,190 +36,117 @@ class Gathered:
         split = zip(self.sites, torch.split(self.values, [*self.sizes], 1), strict=True)
         return {site: part for site, part in split if site in self.used}
 
-    def rows(self) -> list[dict[Site, Tensor]]:
-        """The same of each row: site -> `[dim]`."""
-        parts = self.parts()
-        return [
-            {site: part[row] for site, part in parts.items()} for row in range(len(self.values))
-        ]
 
+class RowSource(Protocol):
+    """Adapters beside those on the model, whose values come as rows: a bank."""
 
-@dataclass
-class _Kept:
-    """An adapter's values as one row.
+    def __contains__(self, name: object) -> bool: ...
 
-    Attributes:
-        state: of the vectors that they are of; `None` where these can change without a trace.
-        row: `[values]`, sites in the model's order, ones where the adapter has no vector.
-        sites: those where it has one.
-    """
+    def __len__(self) -> int: ...
 
-    state: object
-    row: Tensor
-    sites: frozenset[Site]
+    def names(self) -> list[str]:
+        """The adapters' names."""
+        ...
 
-
-class Rows:
-    """The rows of a model's own adapters, each kept until its vectors change."""
-
-    def __init__(self) -> None:
-        self._found: Contents | None = None
-        self._sites: dict[Site, str] = {}
-        self._routed: list[Site] = []
-        self._kept: dict[str, _Kept] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy gathers its own.
-        return vars(Rows())
-
-    def forget(self) -> None:
-        """Vectors may have changed without a trace."""
-        self._kept.clear()
-
-    def route(
-        self,
-        host: Host,
-        find: Callable[[], Contents],
-        adapters: Collection[str],
-        bank: AdapterBank | None,
-        names: Sequence[str],
-        index: Tensor,
-    ) -> Route:
-        """A route of adapters of this model and its bank.
+    def gather(self, names: Sequence[str], index: Sequence[int]) -> Gathered:
+        """The values of adapters.
 
         Args:
-            host: the model.
-            find: what is on it.
-            adapters: its own.
-            bank: the model's, which has all other names.
-            names: different ones, of its adapters, its bank's or `BASE`.
-            index: which of the names, int64: `[rows]`, or `[batch, seq]` for tokens.
-
-        Raises:
-            IA3Error: an adapter cannot be mixed with others, or cannot be loaded.
+            names: of these adapters, or `BASE`.
+            index: which of the names each row is to be, `[rows]`.
         """
-        own = [name for name in names if name in adapters]
-        banked = [name for name in names if name != BASE and name not in adapters]
-        by_row = index.dim() == 1
-        gathered: Gathered | None = None
-        if bank is not None and banked and not own:
-            places = index.tolist() if by_row else range(len(names))
-            gathered = bank.gather(names, places)
-        elif bank is not None and banked:
-            gathered = bank.gather(banked, range(len(banked)))
-        # After the bank, which may have found new sites.
-        with LOCK:
-            found = find()
-            self._look_at(found)
-            sites = self._sites
-            for name in own:
-                if name not in adapters:
-                    raise IA3Error(f"adapter {name!r} was deleted while it was asked for")
-                _check_mixable(found, name)
-            if not own:
-                parts = gathered.parts() if gathered is not None else {}
-                return Route(host, sites, parts.get, index, gathered=by_row)
-            others = {} if gathered is None else dict(zip(banked, gathered.rows(), strict=True))
-            if any(
-                site[name].requires_grad for name in own for site in self._routed if name in site
-            ):
-                # They may be trained by an optimizer that leaves no trace.
-                self.forget()
-                return Route(host, sites, _Stacked(names, self._routed, others), index)
-            with torch.inference_mode(False), torch.no_grad():
-                kept = {name: self._row(name) for name in own}
-                kept.update((name, self._row_of_bank(parts)) for name, parts in others.items())
-                values = self._values(names, index, kept)
-                used = frozenset().union(*(each.sites for each in kept.values()))
-                sizes = [site.activation.dim for site in self._routed]
-                split = zip(self._routed, torch.split(values, sizes, 1), strict=True)
-                parts = {site: part for site, part in split if site in used}
-            return Route(host, sites, parts.get, index, gathered=by_row)
-
-    def _values(self, names: Sequence[str], index: Tensor, kept: dict[str, _Kept]) -> Tensor:
-        """`[rows, values]`; `[names, values]` where tokens are routed."""
-        like = next(iter(kept.values())).row
-        rows = [kept[n].row.to(like.device) if n in kept else torch.ones_like(like) for n in names]
-        values = torch.stack(rows)
-        if index.dim() == 1 and index.tolist() != list(range(len(names))):
-            values = values.index_select(0, index.to(values.device))
-        return values
-
-    def _row_of_bank(self, parts: Mapping[Site, Tensor]) -> _Kept:
-        device = next((part.device for part in parts.values()), None)
-        row = [
-            parts[site] if site in parts else torch.ones(site.activation.dim, device=device)
-            for site in self._routed
-        ]
-        return _Kept(None, torch.cat(row), frozenset(parts))
-
-    def _row(self, name: str) -> _Kept:
-        having = [site for site in self._routed if name in site]
-        vectors = [site[name] for site in having]
-        state = None
-        if all(type(v) is nn.Parameter and not v.is_inference() and not v.is_meta for v in vectors):
-            state = [(vector.data_ptr(), vector._version) for vector in vectors]
-        kept = self._kept.get(name)
-        if kept is None or state is None or kept.state != state:
-            parts = {site: site.vector(name).detach().reshape(-1) for site in having}
-            device = next(iter(parts.values())).device if parts else torch.device("cpu")
-            kept = _Kept(
-                state,
-                torch.cat(
-                    [
-                        parts[site].to(device)
-                        if site in parts
-                        else torch.ones(site.activation.dim, device=device)
-                        for site in self._routed
-                    ]
-                ),
-                frozenset(having),
-            )
-            self._kept[name] = kept
-        return kept
-
-    def _look_at(self, found: Contents) -> None:
-        if self._found is not found:
-            self._sites = {site: name for name, _, site in found.sites}
-            self._routed = [site for site in self._sites if site.side != "inner"]
-            self._kept.clear()
-            self._found = found
+        ...
 
 
-class _Stacked:
-    """The values at a site as gradients reach them: the very vectors, stacked.
-
-    Vectors stay those of an adapter that is deleted meanwhile: a backward pass may be to come.
+def make_route(
+    host: Host,
+    find: Callable[[], Contents],
+    adapters: Collection[str],
+    source: RowSource | None,
+    names: Sequence[str],
+    index: Tensor,
+) -> Route:
+    """A route of a model's adapters, and those of its bank.
 
     Args:
-        names: in this order.
-        sites: where adapters of the model's own may have vectors.
-        others: the values of adapters that are not.
+        host: what the route is of.
+        find: gives what is on the model now.
+        adapters: the names of the model's own.
+        source: has all other names; `None` where there are no others.
+        names: each once: adapters, or `BASE`.
+        index: which of the names, int64: `[rows]`, or `[batch, seq]` for tokens.
+
+    Raises:
+        IA3Error: an adapter cannot be mixed with others, or cannot be loaded.
+    """
+    own = [name for name in names if name in adapters]
+    others = [name for name in names if name != BASE and name not in adapters]
+    by_row = index.dim() == 1
+    gathered: dict[Site, Tensor] = {}
+    if source is not None and others:
+        if own:
+            gathered = source.gather(others, range(len(others))).parts()
+        else:
+            places = index.tolist() if by_row else range(len(names))
+            gathered = source.gather(names, places).parts()
+    # After the bank, which may have placed new sites.
+    with LOCK:
+        contents = find()
+        sites = {site: module for module, _, site in contents.sites}
+        if not own:
+            return Route(host, sites, gathered.get, index, gathered=by_row)
+        for name in own:
+            if name not in adapters:
+                raise IA3Error(f"adapter {name!r} was deleted while it was asked for")
+            _check_mixable(contents, name)
+        stacked = StackedVectors(names, sites, others, gathered)
+        if any(site[name].requires_grad for site in sites for name in own if name in site):
+            return Route(host, sites, stacked, index)
+        with torch.inference_mode(False), torch.no_grad():
+            values = {site: stacked(site) for site in sites}
+            rows = {
+                site: value.index_select(0, index.to(value.device)) if by_row else value
+                for site, value in values.items()
+                if value is not None
+            }
+        return Route(host, sites, rows.get, index, gathered=by_row)
+
+
+class StackedVectors:
+    """The values of several adapters at a site, `[names, dim]`, through which gradients flow.
+
+    Args:
+        names: in the order of the rows; a name that has nothing at a site counts as ones there.
+        sites: where the model's own adapters may have vectors.
+        others, gathered: the names of adapters that are not the model's own, and site -> their
+            values, `[others, dim]`.
     """
 
     def __init__(
         self,
         names: Sequence[str],
-        sites: Sequence[Site],
-        others: Mapping[str, Mapping[Site, Tensor]],
+        sites: Collection[Site],
+        others: Sequence[str],
+        gathered: Mapping[Site, Tensor],
     ) -> None:
-        self.names = names
-        self.others = others
-        self._readers = {
-            site: {name: site.reader(name) for name in names if name in site} for site in sites
-        }
+        self._names = names
+        self._others = others
+        self._gathered = gathered
+        self._having = {site: [name for name in names if name in site] for site in sites}
 
     def __call__(self, site: Site) -> Tensor | None:
-        readers = self._readers.get(site, {})
-        rows = {name: read().reshape(-1) for name, read in readers.items()}
-        like = next(iter(rows.values()), None)
-        for name, parts in self.others.items():
-            if site in parts:
-                rows[name] = parts[site] if like is None else parts[site].to(like)
-        if not rows:
+        having = self._having.get(site, [])
+        gone = next((name for name in having if name not in site), None)
+        if gone is not None:
+            raise IA3Error(f"adapter {gone!r} was deleted while a call with it was running")
+        rows = {name: site.vector(name).reshape(-1) for name in having}
+        like = next(iter(rows.values()), self._gathered.get(site))
+        if like is None:
             return None
-        ones = torch.ones_like(next(iter(rows.values())))
-        return torch.stack([rows.get(name, ones) for name in self.names])
+        if site in self._gathered:
+            rows.update(zip(self._others, self._gathered[site].to(like), strict=True))
+        ones = torch.ones(site.activation.dim, dtype=like.dtype, device=like.device)
+        return torch.stack([rows.get(name, ones) for name in self._names])
 
 
 def is_within_experts(module: str, side: Side) -> bool:
@@ -230,14 +154,14 @@ def is_within_experts(module: str, side: Side) -> bool:
     return side == "inner" or "experts" in module.split(".")
 
 
-def _check_mixable(found: Contents, name: str) -> None:
-    for module, _, copies in found.copies:
+def _check_mixable(contents: Contents, name: str) -> None:
+    for module, _, copies in contents.copies:
         if name in copies:
             raise IA3Error(
                 f"adapter {name!r} has a copy of {module!r} (modules_to_save), which all rows of a "
                 "batch would go through: it cannot be mixed with others, make it the active one"
             )
-    for module, _, site in found.sites:
+    for module, _, site in contents.sites:
         if name in site and is_within_experts(module, site.side):
             raise IA3Error(
                 f"adapter {name!r} rescales within the experts {module!r}, whose tokens are no "
@@ -246,8 +170,8 @@ def _check_mixable(found: Contents, name: str) -> None:
             )
 
 
-def named(names: Names, token_index: Tensor | None = None) -> tuple[list[str], Tensor]:
-    """Different names, and which of them each row or token has.
+def read_names(names: Names, token_index: Tensor | None = None) -> tuple[list[str], Tensor]:
+    """Which adapters a batch is given, and which of them each row or token has.
 
     Args:
         names: one a row; or one a token, in lists of the same length; or, with `token_index`,
@@ -255,7 +179,7 @@ def named(names: Names, token_index: Tensor | None = None) -> tuple[list[str], T
         token_index: `[batch, seq]`, int64.
 
     Returns:
-        The names without repetitions, and `[rows]` or `[batch, seq]`, int64.
+        The names, each once, and `[rows]` or `[batch, seq]`, int64.
 
     Raises:
         IA3Error: the names are no such list, or the index leads beyond them.
@@ -263,7 +187,7 @@ def named(names: Names, token_index: Tensor | None = None) -> tuple[list[str], T
     if isinstance(names, str) or not isinstance(names, Sequence) or len(names) == 0:
         raise IA3Error(f"adapter_names is {names!r}, expected a list with one name a row")
     if token_index is not None:
-        return _named_by_index(names, token_index)
+        return _read_names_by_index(names, token_index)
     flat = list(names)
     shape = [len(flat)]
     if not isinstance(flat[0], str):
@@ -289,7 +213,7 @@ def named(names: Names, token_index: Tensor | None = None) -> tuple[list[str], T
     return list(places), torch.tensor(index).reshape(shape)
 
 
-def _named_by_index(names: Names, token_index: Tensor) -> tuple[list[str], Tensor]:
+def _read_names_by_index(names: Names, token_index: Tensor) -> tuple[list[str], Tensor]:
     if not all(isinstance(name, str) for name in names):
         raise IA3Error("adapter_names holds lists: expected plain names beside a token_index")
     if token_index.dim() != 2 or token_index.dtype != torch.int64 or token_index.numel() == 0:

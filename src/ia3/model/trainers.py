@@ -1,80 +1,46 @@
 """This library's models in transformers' `Trainer`.
 
 The Trainer knows a model with adapters by PEFT's class. Of such a model it saves the adapters alone
-in its checkpoints and loads them again, and it looks for columns and labels at the base model. Here
-the names by which its modules look that class up are pointed at a class that stands for PEFT's
-models and this library's. None of its functions is replaced, and peft need not be installed.
+in its checkpoints and loads them again, and it looks for columns and labels at the base model. It
+asks `isinstance(model, PeftModel)`, which no attribute of a model can answer, and where peft is not
+installed there is no `PeftModel` to inherit from. So that name in the Trainer's modules is pointed
+at a class that stands for PEFT's models and for this library's. None of the Trainer's functions is
+replaced.
 """
 
 from __future__ import annotations
 
 import sys
 from abc import ABC
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import TypeVar
 
-Model = TypeVar("Model", bound=type)
-
-TRAINER = "transformers.trainer"
-# The modules that ask whether a model is PEFT's. The Trainer's brings the other one with it.
-ASKING = (TRAINER, "transformers.trainer_utils")
+# The modules that ask, and a name that each defines after its imports: without it they are not
+# whole yet, and would replace what is set now.
+ASKING = {"transformers.trainer": "Trainer", "transformers.trainer_utils": "_is_peft_model"}
 
 
-class AdaptedModel(ABC):  # noqa: B024 -- it stands for the classes registered with it
+class AnyPeftModel(ABC):  # noqa: B024 -- it stands for the classes registered with it
     """What the Trainer treats as PEFT's model: an instance of a registered class."""
 
 
-def known_to_trainer(model_class: Model) -> Model:
-    """Have the Trainer treat a class as PEFT's `PeftModel`; a decorator.
+def tell_trainer(model_class: type) -> None:
+    """Have the Trainer treat a class as PEFT's `PeftModel`, if the Trainer has been imported.
 
-    `transformers.trainer` is not imported for it: if it is not there yet, it is extended once
-    somebody imports it.
+    An `IA3Model` calls this when it is made. If the Trainer is imported later, the model calls it
+    again when the Trainer asks for the first of the base model's attributes.
     """
-    AdaptedModel.register(model_class)
-    if TRAINER in sys.modules:
-        _extend()
-    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _OnImport())
-    return model_class
-
-
-def _extend() -> None:
-    for name in ASKING:
-        module = sys.modules[name]
+    for name, last in ASKING.items():
+        module = sys.modules.get(name)
+        if module is None or not hasattr(module, last):
+            continue
         names = vars(module)
         theirs = names.get("PeftModel")
-        if theirs is AdaptedModel:
+        if theirs is AnyPeftModel:
             continue
+        AnyPeftModel.register(model_class)
         if theirs is not None:
-            AdaptedModel.register(theirs)
+            AnyPeftModel.register(theirs)
         else:
-            names["PeftMixedModel"] = AdaptedModel
+            names["PeftMixedModel"] = AnyPeftModel
             # It guards the names above, which are there now, and the copying of adapter files.
             names["is_peft_available"] = lambda: True
-        names["PeftModel"] = AdaptedModel
-
-
-class _OnImport(MetaPathFinder):
-    """Leaves the import of the Trainer's module to the other finders, and extends it thereafter."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != TRAINER:
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        specs = (finder.find_spec(fullname, path, target) for finder in others)
-        spec = next((found for found in specs if found is not None), None)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_extend(module: ModuleType) -> None:
-            execute(module)
-            _extend()
-
-        spec.loader.exec_module = execute_and_extend  # type: ignore[method-assign]
-        return spec
+        names["PeftModel"] = AnyPeftModel

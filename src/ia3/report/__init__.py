@@ -1,1 +1,1 @@
-"""What a training did, on one HTML page."""
+"""Reports: HTML pages, pictures, and output for a terminal."""

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import MissingExtraError
 from .heatmap import LayerSiteGrid, mean_grid
 from .maps import SiteMap, statistic_maps
-from .page import facts_list, page, scrolled, section, site_figure
+from .page import facts_list, page, section, site_figure, table
+from .plotting import saved, settings
 
-try:
-    import matplotlib
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise MissingExtraError("matplotlib", "report", "drawing adapters") from error
+# isort: split
+# After the module that says what to install where matplotlib is absent.
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Beyond these, a page or a picture has the means alone.
+# With more adapters than this, a page or a picture has the means alone.
 MOST_ON_PAGE = 12
 MOST_IN_PICTURE = 5
 _HEX = {"inhibited": "#2563c9", "amplified": "#d9620f", "total": "#1b1f27"}
-_STYLE: dict[Any, object] = {
-    "font.size": 8,
-    "text.parse_math": False,
-    "axes.edgecolor": "#999999",
-    "xtick.color": "#666666",
-    "ytick.color": "#666666",
-}
 
 
 def inspection_page(
@@ -53,7 +43,7 @@ def inspection_page(
     sections = [
         section(
             escape(name),
-            "".join(site_figure(one, f"adapter-{number}-{one.name}") for one in maps),
+            "".join(site_figure(one, f"adapter-{number}-{one.of.name}") for one in maps),
         )
         for number, ((name, _), maps) in enumerate(
             zip(shown, statistic_maps([grid for _, grid in shown]), strict=True)
@@ -82,16 +72,10 @@ def difference_page(
         header: of the table.
         rows: of the table, as they are shown.
     """
-    sections = [
-        section("Where they differ", "".join(site_figure(one, f"map-{one.name}") for one in maps))
-    ]
+    figures = "".join(site_figure(one, f"map-{one.of.name}") for one in maps)
+    sections = [section("Where they differ", figures)]
     if rows:
-        head = "".join(f"<th>{escape(each)}</th>" for each in header)
-        body = "".join(
-            f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-        )
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        sections.append(section("Largest changes", scrolled(table)))
+        sections.append(section("Largest changes", table(header, rows)))
     return page(title, [facts_list(facts), *sections])
 
 
@@ -117,31 +101,27 @@ def _picture(names: Sequence[str], columns: Sequence[Sequence[SiteMap]]) -> byte
         len(columns) * (2.6 + float(np.clip(0.12 * widest, 1.5, 9))) + 0.6,
         rows * (0.9 + 0.2 * tallest),
     )
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+    with settings({"font.size": 8}):
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, len(columns), squeeze=False)
         for column, (name, maps) in enumerate(zip(names, columns, strict=True)):
             for row, one in enumerate(maps):
                 axes = grid[row, column]
                 drawn = _draw(axes, one)
-                title = f"{name}\n{one.title}" if row == 0 else one.title
+                title = f"{name}\n{one.of.title}" if row == 0 else one.of.title
                 axes.set_title(title, fontsize=8, loc="left", color="#333333")
                 if column == len(columns) - 1:
                     bar = figure.colorbar(drawn, ax=list(grid[row]), fraction=0.03, pad=0.01)
-                    bar.ax.set_title(one.measure, fontsize=7)
-        written = io.BytesIO()
-        figure.savefig(written, format="png", dpi=140, metadata={"Software": None})
-    return written.getvalue()
+                    bar.ax.set_title(one.of.measure, fontsize=7)
+        return saved(figure, dpi=140)
 
 
 def _draw(axes: Axes, one: SiteMap) -> Any:
-    colours = [_HEX["inhibited"]] if one.signed else []
-    colours += ["#ffffff", _HEX[one.positive]]
-    palette = LinearSegmentedColormap.from_list(one.name, colours)
+    colours = [_HEX["inhibited"]] if one.of.signed else []
+    colours += ["#ffffff", _HEX[one.of.positive]]
+    palette = LinearSegmentedColormap.from_list(one.of.name, colours)
     palette.set_bad("#e2e2e2")
-    least = -one.most if one.signed else 0.0
+    least = -one.most if one.of.signed else 0.0
     drawn = axes.imshow(one.values.T, cmap=palette, vmin=least, vmax=one.most, aspect="auto")
     step = max(1, -(-len(one.layers) // 12))
     places = range(0, len(one.layers), step)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import IA3Error, MissingExtraError
+from ..errors import IA3Error
+from .plotting import saved, settings
 
-try:
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    from matplotlib.transforms import ScaledTranslation
-except ImportError as error:
-    raise MissingExtraError("matplotlib", "report", "drawing a comparison") from error
+# isort: split
+# After the module that says what to install where matplotlib is absent.
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,23 +26,12 @@ HEADER = (
     *("FLOPs to train", "FLOPs an answer", "bytes to store", "examples used"),
 )
 
-# Apart for readers who see fewer colours too (Okabe and Ito's), and by their shapes.
+# Okabe and Ito's colours, which differ for colour-blind readers too, and a shape for each.
 _MARKS = {
     "zero-shot": ("#6b6b6b", "s"),
     "icl": ("#0072b2", "o"),
     "tfew": ("#d55e00", "D"),
     "setfit": ("#009e73", "^"),
-}
-_STYLE: dict[Any, object] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ia3",
-    "font.size": 9,
-    "axes.edgecolor": "#999999",
-    "axes.labelcolor": "#333333",
-    "xtick.color": "#666666",
-    "ytick.color": "#666666",
-    "grid.color": "#e2e2e2",
-    "grid.linewidth": 0.6,
 }
 # Methods of the same FLOPs stand side by side, so many points apart.
 _APART = 9.0
@@ -69,11 +56,11 @@ def cells(summary: Summary) -> list[str]:
 
 
 def notes(summaries: Sequence[Summary]) -> list[str]:
-    """What has to be said below the table, a sentence each."""
+    """The sentences below the table."""
     lines = []
     for summary in summaries:
-        uncached = summary.flops_uncached
-        if uncached is not None and uncached > summary.flops_an_answer:
+        uncached = _uncached(summary)
+        if uncached is not None:
             lines.append(
                 "In-context learning computes its demonstrations once, before the first answer; "
                 f"computed for every answer, as the paper counts, it takes {_flops(uncached)} "
@@ -93,9 +80,14 @@ def markdown(summaries: Sequence[Summary]) -> str:
     Raises:
         IA3Error: there is nothing to show.
     """
-    rows = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1), *map(cells, _some(summaries))]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    table = markdown_table(HEADER, list(map(cells, _some(summaries))))
     return "".join([table, *(f"\n{note}\n" for note in notes(summaries))])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown: the first column to the left, numbers to the right."""
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows))
 
 
 def picture(summaries: Sequence[Summary], kind: Literal["png", "svg"]) -> bytes:
@@ -112,28 +104,15 @@ def picture(summaries: Sequence[Summary], kind: Literal["png", "svg"]) -> bytes:
         IA3Error: there is nothing to show.
     """
     shown = _some(summaries)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+    with settings({"font.size": 9}):
         figure = Figure(figsize=(8.8, 3.9), layout="constrained")
         grid = figure.add_gridspec(2, 2, width_ratios=(1.9, 1))
         _accuracy(figure.add_subplot(grid[:, 0]), shown)
-        _bars(
-            figure.add_subplot(grid[0, 1]),
-            shown,
-            [summary.train_seconds for summary in shown],
-            "seconds to train",
-        )
-        _bars(
-            figure.add_subplot(grid[1, 1]),
-            shown,
-            [1000 * summary.answer_seconds for summary in shown],
-            "milliseconds an answer",
-        )
-        written = io.BytesIO()
-        metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-        figure.savefig(written, format=kind, dpi=160, metadata=metadata)
-    return written.getvalue()
+        train = [summary.train_seconds for summary in shown]
+        answer = [1000 * summary.answer_seconds for summary in shown]
+        _bars(figure.add_subplot(grid[0, 1]), shown, train, "seconds to train")
+        _bars(figure.add_subplot(grid[1, 1]), shown, answer, "milliseconds an answer")
+        return saved(figure, kind, dpi=160)
 
 
 # -- drawing ---------------------------------------------------------------------------------------
@@ -144,25 +123,17 @@ def _accuracy(axes: Axes, summaries: Sequence[Summary]) -> None:
     for summary, shift in zip(summaries, shifts, strict=True):
         name = TITLES[summary.method]
         _point(axes, summary, summary.flops_an_answer, name, shift=shift, hollow=False)
+    flops = [summary.flops_an_answer for summary in summaries]
     for summary in summaries:
-        uncached = summary.flops_uncached
-        if uncached is not None and uncached > summary.flops_an_answer:
-            axes.plot(
-                [summary.flops_an_answer, uncached],
-                [summary.accuracy.median] * 2,
-                color=_MARKS[summary.method][0],
-                linewidth=0.9,
-                linestyle=":",
-            )
+        uncached = _uncached(summary)
+        if uncached is not None:
+            flops.append(uncached)
+            ends, level = [summary.flops_an_answer, uncached], [summary.accuracy.median] * 2
+            colour = _MARKS[summary.method][0]
+            axes.plot(ends, level, color=colour, linewidth=0.9, linestyle=":")
             name = f"{TITLES[summary.method]}, nothing cached"
             _point(axes, summary, uncached, name, shift=0.0, hollow=True)
-    flops = [
-        value
-        for summary in summaries
-        for value in (summary.flops_an_answer, summary.flops_uncached)
-        if value is not None
-    ]
-    # Points moved aside do not widen the axis by themselves.
+    # The limits are set by hand, because points moved aside do not widen the axis.
     axes.set_xscale("log")
     axes.set_xlim(min(flops) / 2, max(flops) * 2)
     low = min(summary.accuracy.lower for summary in summaries)
@@ -180,14 +151,8 @@ def _accuracy(axes: Axes, summaries: Sequence[Summary]) -> None:
     axes.grid()
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=4,
-        frameon=False,
-        handletextpad=0.2,
-        columnspacing=1.2,
-    )
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4}
+    axes.legend(**place, frameon=False, handletextpad=0.2, columnspacing=1.2)
 
 
 def _point(
@@ -198,33 +163,27 @@ def _point(
     assert figure is not None
     accuracy = summary.accuracy
     colour, shape = _MARKS[summary.method]
+    style: dict[str, Any] = {"marker": shape, "markersize": 7, "capsize": 3, "linestyle": "none"}
     axes.errorbar(
         flops,
         accuracy.median,
         yerr=[[accuracy.median - accuracy.lower], [accuracy.upper - accuracy.median]],
         color=colour,
-        marker=shape,
         markerfacecolor="white" if hollow else colour,
-        markersize=7,
-        capsize=3,
-        linestyle="none",
         label=name,
         transform=axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans),
         zorder=3,
+        **style,
     )
 
 
 def _shifts(summaries: Sequence[Summary]) -> list[float]:
     """In points: methods of nearly the same FLOPs would cover each other's whiskers."""
     shifts = []
-    for summary in summaries:
-        level = [
-            other.method
-            for other in summaries
-            if abs(math.log(other.flops_an_answer / summary.flops_an_answer)) < 0.1
-        ]
-        place = level.index(summary.method) - (len(level) - 1) / 2
-        shifts.append(_APART * place)
+    flops = {summary.method: math.log(summary.flops_an_answer) for summary in summaries}
+    for method, own in flops.items():
+        level = [other for other, value in flops.items() if abs(value - own) < 0.1]
+        shifts.append(_APART * (level.index(method) - (len(level) - 1) / 2))
     return shifts
 
 
@@ -244,6 +203,12 @@ def _bars(axes: Axes, summaries: Sequence[Summary], values: Sequence[float], tit
 # -- text ------------------------------------------------------------------------------------------
 
 
+def _uncached(summary: Summary) -> float | None:
+    """The FLOPs an answer of demonstrations that are not cached, where that makes a difference."""
+    uncached = summary.flops_uncached
+    return None if uncached is None or uncached <= summary.flops_an_answer else uncached
+
+
 def _some(summaries: Sequence[Summary]) -> Sequence[Summary]:
     if not summaries:
         raise IA3Error("there are no runs to show: expected at least one")
@@ -251,7 +216,7 @@ def _some(summaries: Sequence[Summary]) -> Sequence[Summary]:
 
 
 def _seconds(value: float) -> str:
-    """Two digits that say something, at least."""
+    """Seconds with at least two significant digits."""
     if value == 0:
         return "0"
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

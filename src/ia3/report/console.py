@@ -1,10 +1,10 @@
-"""What a person watches: progress bars with loss and rate, the confusion matrix."""
+"""Output for a terminal: progress bars, tables and the confusion matrix."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -22,42 +23,29 @@ from rich.text import Text
 if TYPE_CHECKING:
     from ..tfew.training.trainer import TrainingStep
 
-# Progress and remarks; results go to standard output.
+# Progress and remarks go to standard error, results to standard output.
 screen = Console(stderr=True, emoji=False)
+results = Console(emoji=False)
 
-# Where there is no terminal, how far things are is said in a line of its own after so many seconds.
+# Without a terminal, a line says how far the work is, at most one in so many seconds.
 SECONDS_A_LINE = 30.0
 
 
 def visible(text: str) -> str:
-    """The text in one line; what a terminal would obey is escaped, as in Python's `repr`."""
+    """The text in one line, with control characters escaped as in Python's `repr`."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @contextmanager
 def training_bar(steps: int) -> Iterator[Any]:
     """A progress bar of training, with loss and rate; yields the `on_step` that moves it."""
-    progress = Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[rate]} steps/s"),
-        TimeElapsedColumn(),
-        console=screen,
-    )
-    task = progress.add_task("training", total=steps, loss="-", rate="-")
+    words = "loss {task.fields[loss]}  {task.fields[rate]} steps/s"
+    with _bar("training", steps, words, loss="-", rate="-") as (task, update):
 
-    def on_step(step: TrainingStep) -> None:
-        speed = progress.tasks[task].speed
-        progress.update(
-            task,
-            completed=step.step,
-            loss=f"{step.loss:.3f}",
-            rate=f"{speed:.2f}" if speed else "-",
-        )
-        moved()
+        def on_step(step: TrainingStep) -> None:
+            rate = f"{task.speed:.2f}" if task.speed else "-"
+            update(completed=step.step, loss=f"{step.loss:.3f}", rate=rate)
 
-    with _shown(progress) as moved:
         yield on_step
 
 
@@ -70,70 +58,71 @@ def training_bar_of_many(steps: Mapping[str, int]) -> Iterator[Any]:
 
     Yields the `on_step` that moves it, called with a task's name and its step.
     """
-    progress = Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps, {task.fields[done]} of {task.fields[tasks]} tasks done"),
-        TimeElapsedColumn(),
-        console=screen,
-    )
-    bar = progress.add_task("training", total=sum(steps.values()), done=0, tasks=len(steps))
+    words = "steps, {task.fields[done]} of {task.fields[tasks]} tasks done"
+    total = sum(steps.values())
+    with _bar("training", total, words, done=0, tasks=len(steps)) as (task, update):
 
-    def on_step(name: str, step: TrainingStep) -> None:
-        done = progress.tasks[bar].fields["done"] + (step.step == step.steps)
-        progress.update(bar, advance=1, done=done)
-        moved()
+        def on_step(name: str, step: TrainingStep) -> None:
+            update(advance=1, done=task.fields["done"] + (step.step == step.steps))
 
-    with _shown(progress) as moved:
         yield on_step
 
 
 @contextmanager
 def counting_bar(what: str, total: int) -> Iterator[Any]:
     """A progress bar over examples; yields the callback that advances it."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=screen)
-    task = progress.add_task(what, total=total)
-
-    def advance(done: int) -> None:
-        progress.advance(task, done)
-        moved()
-
-    with _shown(progress) as moved:
-        yield advance
+    with _bar(what, total) as (_, update):
+        yield lambda done: update(advance=done)
 
 
 @contextmanager
-def _shown(progress: Progress) -> Iterator[Callable[[], None]]:
-    """Show a bar of one task; yields what is to be called when it has moved."""
-    if not screen.is_interactive:
-        # In a log, a bar would be there when all is done, and no earlier.
-        yield _in_lines(progress)
-        return
-    with progress:
+def _bar(
+    what: str, total: int, words: str = "", **fields: Any
+) -> Iterator[tuple[Task, Callable[..., None]]]:
+    """Show a bar; yields its task, and what updates the task and shows it."""
+    columns = [TextColumn(what), BarColumn(), MofNCompleteColumn()]
+    columns += [TextColumn(words)] if words else []
+    progress = Progress(*columns, TimeElapsedColumn(), console=screen)
+    number = progress.add_task(what, total=total, **fields)
+    said = time.monotonic()
+
+    def update(**changed: Any) -> None:
+        nonlocal said
+        progress.update(number, **changed)
+        # A log would show a bar only at the end, so it gets lines.
+        if not screen.is_interactive and time.monotonic() - said >= SECONDS_A_LINE:
+            said = time.monotonic()
+            _print_line(progress)
+
+    with progress if screen.is_interactive else nullcontext():
         try:
-            yield lambda: None
+            yield progress.tasks[0], update
         except BaseException:
-            # What went wrong is said in one line: half a bar above it says nothing more.
+            # The error follows in one line; the bar is removed.
             progress.live.transient = True
             raise
 
 
-def _in_lines(progress: Progress) -> Callable[[], None]:
-    said = time.monotonic()
+def _print_line(progress: Progress) -> None:
+    columns = [c for c in progress.columns if isinstance(c, ProgressColumn)]
+    words = [str(c.render(progress.tasks[0])) for c in columns if not isinstance(c, BarColumn)]
+    screen.print(" ".join(words), markup=False, highlight=False, soft_wrap=True)
 
-    def moved() -> None:
-        nonlocal said
-        if time.monotonic() - said < SECONDS_A_LINE:
-            return
-        said = time.monotonic()
-        (task,) = progress.tasks
-        columns = [c for c in progress.columns if isinstance(c, ProgressColumn)]
-        words = [str(c.render(task)) for c in columns if not isinstance(c, BarColumn)]
-        screen.print(" ".join(words), markup=False, highlight=False, soft_wrap=True)
 
-    return moved
+def table_of(header: Sequence[str], rows: Iterable[Sequence[str | Text]], **more: Any) -> Table:
+    """A table of text: the first column to the left, numbers to the right.
+
+    Args:
+        header: the columns' names.
+        rows: texts are made visible; what is a rich Text already stays as it is.
+        more: rich's settings of a table.
+    """
+    table = Table(**more)
+    for column, name in enumerate(header):
+        table.add_column(Text(visible(name)), justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*(Text(visible(c)) if isinstance(c, str) else c for c in row))
+    return table
 
 
 def print_confusion(console: Console, classes: list[Any], matrix: list[list[int]]) -> None:
@@ -141,11 +130,9 @@ def print_confusion(console: Console, classes: list[Any], matrix: list[list[int]
     if len(classes) > 12:
         console.print(f"(confusion matrix of {len(classes)} classes: see --json)")
         return
-    table = Table(title="rows: true label, columns: prediction")
-    table.add_column("")
-    for label in classes:
-        table.add_column(Text(str(label)), justify="right")
-    for i, (label, row) in enumerate(zip(classes, matrix, strict=True)):
-        cells = [f"[bold]{n}[/]" if i == j else str(n) for j, n in enumerate(row)]
-        table.add_row(Text(str(label)), *cells)
-    console.print(table)
+    names = [str(label) for label in classes]
+    rows: list[list[str | Text]] = [
+        [name, *(Text(str(n), "bold" if i == j else "") for j, n in enumerate(row))]
+        for i, (name, row) in enumerate(zip(names, matrix, strict=True))
+    ]
+    console.print(table_of(["", *names], rows, title="rows: true label, columns: prediction"))

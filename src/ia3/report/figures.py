@@ -7,33 +7,28 @@ stays text: it can be selected, and the reader's fonts draw scripts that matplot
 
 from __future__ import annotations
 
-import io
 import re
-import threading
 import unicodedata
-import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import MissingExtraError
+from .plotting import saved, settings
 
-try:
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-    from matplotlib.ticker import MaxNLocator
-except ImportError as error:
-    raise MissingExtraError("matplotlib", "report", "drawing the report") from error
+# isort: split
+# After the module that says what to install where matplotlib is absent.
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
     from ..tfew.training.trainer import TrainingStep
+    from .maps import SiteMap
 
 # With more classes than this a matrix shows neither names nor counts: they would be unreadable.
 MOST_NAMED_CLASSES = 20
@@ -45,25 +40,15 @@ _COLOURS = (
     *("right", "wrong", "inhibited", "amplified"),
 )
 _STAND_INS = {name: f"#0{i:x}0b0c" for i, name in enumerate(_COLOURS)}
-_STYLE: dict[Any, object] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ia3",
-    # A class may be called "$5 or $10".
-    "text.parse_math": False,
+_GRID = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+_MUTED = ("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
+_STYLE = {
     "font.size": 9,
     "text.color": _STAND_INS["ink"],
-    "axes.labelcolor": _STAND_INS["muted"],
-    "axes.edgecolor": _STAND_INS["grid"],
-    "xtick.color": _STAND_INS["grid"],
-    "ytick.color": _STAND_INS["grid"],
-    "xtick.labelcolor": _STAND_INS["muted"],
-    "ytick.labelcolor": _STAND_INS["muted"],
-    "grid.color": _STAND_INS["grid"],
-    "grid.linewidth": 0.6,
     "lines.solid_capstyle": "round",
+    **dict.fromkeys(_GRID, _STAND_INS["grid"]),
+    **dict.fromkeys(_MUTED, _STAND_INS["muted"]),
 }
-# matplotlib's settings belong to the whole process.
-_SETTINGS = threading.Lock()
 _LONGEST_LABEL = 26
 
 
@@ -75,27 +60,18 @@ def training_curve(history: Sequence[TrainingStep], *, name: str) -> str:
         name: of the figure, a prefix to the ids in it.
     """
     steps = np.array([record.step for record in history])
-    with _settings():
+    with settings(_STYLE):
         figure, axes = _canvas(750, 290, left=46, right=12, top=10, bottom=36)
-        for term, field, width in (
-            ("unlikelihood", "unlikelihood", 1.6),
-            ("length-norm", "length_norm", 1.6),
-            ("lm", "lm", 1.6),
-            ("total", "loss", 2.4),
-        ):
+        # A single step has no line, so it gets a marker.
+        marker = "o" if len(steps) == 1 else ""
+        for term in ("unlikelihood", "length-norm", "lm", "total"):
+            field, width = ("loss", 2.4) if term == "total" else (term.replace("-", "_"), 1.6)
             values = np.array([getattr(record, field) for record in history], dtype=np.float64)
             colour = _STAND_INS[term]
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-            axes.plot(
-                steps,
-                running_mean(values),
-                color=colour,
-                linewidth=width,
-                # One point makes no line.
-                marker="o" if len(steps) == 1 else "",
-            )
+            axes.plot(steps, _running_mean(values), color=colour, linewidth=width, marker=marker)
         axes.set_ylim(bottom=0)
-        # Half a step at either end: a single step, too, stands at a whole number.
+        # With half a step of room at either end, a single step stands at a whole number too.
         axes.set_xlim(steps[0] - 0.5, steps[-1] + 0.5)
         axes.xaxis.set_major_locator(
             MaxNLocator(integer=True, nbins=10, steps=[1, 2, 5, 10], min_n_ticks=1)
@@ -110,7 +86,7 @@ def training_curve(history: Sequence[TrainingStep], *, name: str) -> str:
         return _inline_svg(figure, name, "Training loss over the steps", {})
 
 
-def running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The mean over a tenth of the steps around each, over fewer at either end; `[steps]`."""
     half = len(values) // 20
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
@@ -138,7 +114,7 @@ def confusion_matrix(
     labels = [_shortened(_drawable(c)) for c in classes]
     widest = max(_text_width(label) for label in labels) if named else 12.0
     side = 300.0
-    with _settings():
+    with settings(_STYLE):
         figure, axes = _canvas(
             side + widest + 38,
             side + (0.7 * widest + 46 if named else 52),
@@ -152,21 +128,14 @@ def confusion_matrix(
             count = counts[row, column]
             opacity = float(0.1 + 0.9 * np.sqrt(count / most))
             cell = f"cell-{row}-{column}"
-            tooltips[cell] = (
-                f"true {_drawable(classes[row])}, predicted {_drawable(classes[column])}: {count:g}"
-            )
+            true, predicted = _drawable(classes[row]), _drawable(classes[column])
+            tooltips[cell] = f"true {true}, predicted {predicted}: {count:g}"
             _fill(axes, column, row, "right" if row == column else "wrong", opacity, cell)
             if named:
                 text = f"{count:g}"
-                axes.text(
-                    column,
-                    row,
-                    text,
-                    ha="center",
-                    va="center_baseline",
-                    fontsize=min(9.0, side / n * 0.9 / (0.62 * max(len(text), 2))),
-                    color=_STAND_INS["on-strong" if opacity > 0.6 else "ink"],
-                )
+                colour = "on-strong" if opacity > 0.6 else "ink"
+                size = min(9.0, side / n * 0.9 / (0.62 * max(len(text), 2)))
+                _write(axes, column, row, text, colour, size, va="center_baseline")
         axes.set_xlim(-0.5, n - 0.5)
         axes.set_ylim(n - 0.5, -0.5)
         axes.set_xlabel("predicted label")
@@ -192,40 +161,26 @@ def confusion_matrix(
         return _inline_svg(figure, name, description, tooltips)
 
 
-def layer_site_map(
-    values: NDArray[np.float64],
-    layers: Sequence[str],
-    sites: Sequence[str],
-    *,
-    positive: str,
-    negative: str,
-    most: float,
-    unit: str,
-    name: str,
-    description: str,
-) -> str:
+def layer_site_map(shown: SiteMap, *, name: str) -> str:
     """Layers from left to right, sites from top to bottom, the stronger the farther from 0.
 
     Args:
-        values: `[layers, sites]`; NaN where there is nothing.
-        layers: as in `LayerSiteGrid`.
-        sites: as in `LayerSiteGrid`.
-        positive: the CSS variable of the values above 0.
-        negative: and of those below.
-        most: the value of full strength, on either side.
-        unit: a format of the value in a tooltip, e.g. `"{:.0%}"`.
+        shown: the map.
         name: of the figure, a prefix to the ids in it.
-        description: for readers who do not see it.
     """
+    layers, sites = shown.layers, shown.sites
     labels = [_shortened(_drawable(site)) for site in sites]
     stacks = [layer.rpartition(".")[0] for layer in layers]
-    # A gap between encoder and decoder.
-    at = np.arange(len(layers)) + 0.7 * np.cumsum([a != b for a, b in _pairs(stacks)])
+    # The encoder and the decoder are a gap apart.
+    before = [*stacks[:1], *stacks[:-1]]
+    at = np.arange(len(layers)) + 0.7 * np.cumsum(
+        [a != b for a, b in zip(before, stacks, strict=True)]
+    )
     columns = float(at[-1]) + 1
     cell_width = float(np.clip(630 / columns, 7, 34))
     left = max(_text_width(label) for label in labels) + 12
     below = 36 + (12 if any(stacks) else 0)
-    with _settings():
+    with settings(_STYLE):
         figure, axes = _canvas(
             left + columns * cell_width + 8,
             len(sites) * 22 + below + 4,
@@ -235,25 +190,16 @@ def layer_site_map(
             bottom=below,
         )
         tooltips = {}
-        for (row, column), value in np.ndenumerate(values):
+        for (row, column), value in np.ndenumerate(shown.values):
             cell = f"cell-{row}-{column}"
             where = f"layer {_drawable(layers[row])}, {_drawable(sites[column])}"
             if np.isnan(value):
                 tooltips[cell] = f"{where}: no vector"
-                axes.text(
-                    float(at[row]),
-                    column,
-                    "×",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color=_STAND_INS["muted"],
-                    gid=cell,
-                )
+                _write(axes, float(at[row]), column, "×", "muted", 7, gid=cell)
                 continue
-            tooltips[cell] = f"{where}: {unit.format(value)}"
-            colour = positive if value >= 0 else negative
-            opacity = float(min(1.0, abs(value) / most))
+            tooltips[cell] = f"{where}: {shown.of.unit.format(value)}"
+            colour = shown.of.positive if value >= 0 else "inhibited"
+            opacity = float(min(1.0, abs(value) / shown.most))
             _fill(axes, float(at[row]), column, colour, opacity, cell)
         axes.set_xlim(-0.5, columns - 0.5)
         axes.set_ylim(len(sites) - 0.5, -0.5)
@@ -270,28 +216,16 @@ def layer_site_map(
         for stack in dict.fromkeys(filter(None, stacks)):
             middle = float(np.mean([at[i] for i, of in enumerate(stacks) if of == stack]))
             axes.annotate(
-                _drawable(stack),
-                (middle, 0),
-                (0, -24),
+                *(_drawable(stack), (middle, 0), (0, -24)),
                 xycoords=("data", "axes fraction"),
                 textcoords="offset points",
                 ha="center",
             )
-        return _inline_svg(figure, name, description, tooltips)
+        title = f"{shown.of.title} by layer and site"
+        return _inline_svg(figure, name, title, tooltips)
 
 
 # -- drawing --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _settings() -> Iterator[None]:
-    """matplotlib's defaults and ours, whatever the user's own settings are."""
-    with _SETTINGS, matplotlib.rc_context(), warnings.catch_warnings():
-        # The reader's browser draws the text; that matplotlib could not does not matter.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
-        yield
 
 
 def _canvas(
@@ -323,6 +257,13 @@ def _fill(axes: Axes, x: float, y: float, colour: str, opacity: float, cell: str
     )
 
 
+def _write(
+    axes: Axes, x: float, y: float, text: str, colour: str, size: float, **more: Any
+) -> None:
+    given = {"ha": "center", "va": "center", "fontsize": size, "color": _STAND_INS[colour], **more}
+    axes.text(x, y, text, **given)
+
+
 def _inline_svg(figure: Figure, name: str, description: str, tooltips: Mapping[str, str]) -> str:
     """The figure as an `<svg>` element of an HTML page.
 
@@ -332,10 +273,7 @@ def _inline_svg(figure: Figure, name: str, description: str, tooltips: Mapping[s
         description: read out in place of the figure.
         tooltips: gid of an artist -> the text shown over it.
     """
-    written = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(written, format="svg", metadata=nothing)
-    root = ET.fromstring(written.getvalue())
+    root = ET.fromstring(saved(figure, "svg").decode())
     _, _, width, height = (float(x) for x in root.attrib["viewBox"].split())
     parents = list(root.iter())
     # HTML needs no namespaces.
@@ -395,7 +333,7 @@ def _shortened(text: str) -> str:
 
 
 def _text_width(text: str) -> float:
-    """About the points a label takes; the reader's font is unknown."""
+    """An estimate of a label's width in points, as the reader's font is unknown."""
     return sum(9.5 if unicodedata.east_asian_width(c) in "WF" else 5.4 for c in text)
 
 
@@ -403,8 +341,3 @@ def _tick_step(count: int, *, most_ticks: int) -> int:
     """The smallest round step that leaves no more ticks than that."""
     steps = (1, 2, 5, 10, 20, 50, 100, 200, 500)
     return next((step for step in steps if count / step <= most_ticks), 1000)
-
-
-def _pairs(items: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every item with the one before it, the first with itself."""
-    return zip([*items[:1], *items[:-1]], items, strict=True)

@@ -1,4 +1,4 @@
-"""Vectors summed up by where they sit: one cell a layer and site."""
+"""Statistics of vectors by layer and site."""
 
 from __future__ import annotations
 
@@ -100,29 +100,29 @@ def site_statistics(vectors: Mapping[str, NDArray[Any]]) -> list[SiteStatistics]
     pooled: dict[str, list[NDArray[Any]]] = {}
     for name, vector in vectors.items():
         pooled.setdefault(_layer_and_site(name)[1], []).append(vector.reshape(-1))
-    found = []
-    for site, parts in sorted(pooled.items()):
-        values = np.concatenate(parts).astype(np.float64)
-        of_site = vars(statistics(values))
-        found.append(SiteStatistics(**of_site, site=site, vectors=len(parts), values=values.size))
-    return found
+    joined = {site: np.concatenate(pooled[site]).astype(np.float64) for site in sorted(pooled)}
+    return [
+        SiteStatistics(
+            **vars(statistics(values)), site=site, vectors=len(pooled[site]), values=values.size
+        )
+        for site, values in joined.items()
+    ]
 
 
 def mean_grid(grids: Sequence[LayerSiteGrid]) -> LayerSiteGrid:
     """The mean of each statistic over adapters, at least one, of those that have the cell."""
     layers = sorted({layer for grid in grids for layer in grid.layers}, key=_layer_order)
     sites = sorted({site for grid in grids for site in grid.sites})
-    means = {}
-    for each in fields(Statistics):
-        total, count = np.zeros((2, len(layers), len(sites)))
-        for grid in grids:
-            values = getattr(grid, each.name)
-            rows = [layers.index(layer) for layer in grid.layers]
-            at = np.ix_(rows, [sites.index(site) for site in grid.sites])
-            total[at] += np.nan_to_num(values)
-            count[at] += ~np.isnan(values)
-        means[each.name] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return LayerSiteGrid(layers, sites, **means)
+    names = [each.name for each in fields(Statistics)]
+    total, count = np.zeros((2, len(names), len(layers), len(sites)))
+    for grid in grids:
+        values = np.array([getattr(grid, name) for name in names])
+        rows = [layers.index(layer) for layer in grid.layers]
+        at = np.ix_(range(len(names)), rows, [sites.index(site) for site in grid.sites])
+        total[at] += np.nan_to_num(values)
+        count[at] += ~np.isnan(values)
+    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return LayerSiteGrid(layers, sites, *means)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,23 +147,18 @@ class DifferenceGrid:
 
 def difference_grid(differences: Sequence[SiteDifference]) -> DifferenceGrid:
     """Lay differences out by layer and site; those that share a cell are pooled."""
-    layers, sites, cells = _cells(
-        {
-            d.site: np.array(
-                [
-                    *(d.values, d.values * d.change, d.norm**2),
-                    *((0, 0) if d.cosine is None else (1, d.cosine)),
-                ]
-            )
-            for d in differences
-        }
-    )
+    sums = {
+        d.site: np.array(
+            [d.values, d.values * d.change, d.norm**2, d.cosine is not None, d.cosine or 0]
+        )
+        for d in differences
+    }
+    layers, sites, cells = _cells(sums)
     change, norm, cosine = np.full((3, len(layers), len(sites)), np.nan)
     for at, parts in cells.items():
         values, changes, squares, known, cosines = parts.reshape(-1, 5).sum(0)
         change[at], norm[at] = changes / values, np.sqrt(squares)
-        if known:
-            cosine[at] = cosines / known
+        cosine[at] = cosines / known if known else np.nan
     return DifferenceGrid(layers, sites, change, norm, cosine)
 
 
@@ -207,5 +202,5 @@ def _layer_order(layer: str) -> tuple[bool, bool, str, int]:
     if layer == OUTSIDE:
         return True, False, "", 0
     stack, _, number = layer.rpartition(".")
-    # The decoder reads what the encoder made.
+    # The decoder comes after the encoder.
     return False, stack.startswith("decoder"), stack, int(number)

@@ -1,10 +1,10 @@
-"""Maps of layers and sites: what each shows, for the page, the picture and the terminal alike."""
+"""Maps of layers and sites, as the page, the picture and the terminal show them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,39 +13,29 @@ from .heatmap import AMPLIFIED_ABOVE, INHIBITED_BELOW, DifferenceGrid, LayerSite
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Colour = Literal["inhibited", "amplified", "total"]
-
-# Below these, full colour would make a drama of nothing: 0.02 octaves are 1.4%.
+# No scale ends below these values, so that tiny differences stay pale: 0.02 octaves are 1.4%.
 LEAST_OCTAVES = 0.02
 LEAST_SHARE = 0.05
 LEAST_SIZE = 0.01
 
 
-@dataclass(frozen=True, eq=False)
-class SiteMap:
-    """One quantity by layer and site.
+@dataclass(frozen=True)
+class Quantity:
+    """What a map shows, and how.
 
     Attributes:
         name: of the quantity, as in JSON.
         title: in words.
-        layers: as in `LayerSiteGrid`.
-        sites: as in `LayerSiteGrid`.
-        values: `[layers, sites]`, NaN where there is nothing.
         positive: colour of the values above 0; those below are `"inhibited"`.
-        most: the value of full strength, on either side.
         short: a format of the value where there is little room.
         unit: a format of the value with its unit.
         measure: what the scale counts.
-        caption: what it says.
+        caption: what the map says.
     """
 
     name: str
     title: str
-    layers: list[str]
-    sites: list[str]
-    values: NDArray[np.float64]
-    positive: Colour
-    most: float
+    positive: str
     short: str
     unit: str
     measure: str
@@ -57,123 +47,100 @@ class SiteMap:
         return self.unit.startswith("{:+")
 
 
+@dataclass(frozen=True, eq=False)
+class SiteMap:
+    """One quantity by layer and site.
+
+    Attributes:
+        of: the quantity.
+        layers: as in `LayerSiteGrid`.
+        sites: as in `LayerSiteGrid`.
+        values: `[layers, sites]`, NaN where there is nothing.
+        most: the value of full strength, on either side.
+    """
+
+    of: Quantity
+    layers: list[str]
+    sites: list[str]
+    values: NDArray[np.float64]
+    most: float
+
+
+_OCTAVES = ("{:+.3f}", "{:+.3f} octaves", "octaves")
+_STATISTICS = (
+    Quantity(
+        *("mean", "Mean amplification", "amplified", *_OCTAVES),
+        "Each cell is one learned vector, found by its layer (input on the left, output on the "
+        "right) and the module whose activation it multiplies: blue ones turn the activation down "
+        "on average, orange ones turn it up (an octave is a factor of 2), and pale ones leave its "
+        "strength alone.",
+    ),
+    Quantity(
+        *("spread", "Spread", "total", "{:.3f}", "{:.3f}", "spread"),
+        "The standard deviation of a vector's values: how far training has told its channels "
+        "apart.",
+    ),
+    Quantity(
+        *("inhibited", "Share of channels inhibited", "inhibited"),
+        *("{:.0%}", "{:.0%} inhibited", "of channels"),
+        f"How much of each vector turns its channels down (below {INHIBITED_BELOW}): where this "
+        "map and the next are both strong, the vector turns some channels down and others up, even "
+        "if its mean is pale.",
+    ),
+    Quantity(
+        *("amplified", "Share of channels amplified", "amplified"),
+        *("{:.0%}", "{:.0%} amplified", "of channels"),
+        f"How much of each vector turns its channels up (above {AMPLIFIED_ABOVE}): cells that are "
+        "pale in both maps of shares are vectors that training has hardly moved from 1.",
+    ),
+)
+_DIFFERENCES = (
+    Quantity(
+        *("change", "Mean change", "amplified", *_OCTAVES),
+        "By how much the second adapter turns a vector's channels up (orange) or down (blue) "
+        "against the first, on average; an octave is a factor of 2.",
+    ),
+    Quantity(
+        *("norm", "Norm of the difference", "total", "{:.3f}", "{:.3f}", "norm"),
+        "How far the two vectors are apart, whatever the direction: where this is strong and the "
+        "mean change is pale, some channels go up and others down.",
+    ),
+    Quantity(
+        *("cosine", "Cosine of the log-scales", "amplified", "{:+.2f}", "{:+.3f}", "cosine"),
+        "Whether both adapters turn the same channels up and down (1), or the opposite ones (−1), "
+        "however strongly; about 0 where they have nothing to do with each other.",
+    ),
+)
+
+
 def statistic_maps(grids: Sequence[LayerSiteGrid]) -> list[list[SiteMap]]:
     """Mean, spread and the shares inhibited and amplified of each grid, on common scales."""
-    octaves = _most([np.abs(grid.mean) for grid in grids], LEAST_OCTAVES)
     share = _most([a for grid in grids for a in (grid.inhibited, grid.amplified)], LEAST_SHARE)
-    spread = _most([grid.spread for grid in grids], LEAST_SIZE)
-    return [
-        [
-            SiteMap(
-                "mean",
-                "Mean amplification",
-                grid.layers,
-                grid.sites,
-                grid.mean,
-                "amplified",
-                octaves,
-                "{:+.3f}",
-                "{:+.3f} octaves",
-                "octaves",
-                "Each cell is one learned vector, found by its layer (input on the left, output on "
-                "the right) and the module whose activation it multiplies: blue ones turn the "
-                "activation down on average, orange ones turn it up (an octave is a factor of 2), "
-                "and pale ones leave its strength alone.",
-            ),
-            SiteMap(
-                "spread",
-                "Spread",
-                grid.layers,
-                grid.sites,
-                grid.spread,
-                "total",
-                spread,
-                "{:.3f}",
-                "{:.3f}",
-                "spread",
-                "The standard deviation of a vector's values: how far training has told its "
-                "channels apart.",
-            ),
-            SiteMap(
-                "inhibited",
-                "Share of channels inhibited",
-                grid.layers,
-                grid.sites,
-                grid.inhibited,
-                "inhibited",
-                share,
-                "{:.0%}",
-                "{:.0%} inhibited",
-                "of channels",
-                f"How much of each vector turns its channels down (below {INHIBITED_BELOW}): where "
-                "this map and the next are both strong, the vector turns some channels down and "
-                "others up, even if its mean is pale.",
-            ),
-            SiteMap(
-                "amplified",
-                "Share of channels amplified",
-                grid.layers,
-                grid.sites,
-                grid.amplified,
-                "amplified",
-                share,
-                "{:.0%}",
-                "{:.0%} amplified",
-                "of channels",
-                f"How much of each vector turns its channels up (above {AMPLIFIED_ABOVE}): cells "
-                "that are pale in both maps of shares are vectors that training has hardly moved "
-                "from 1.",
-            ),
-        ]
-        for grid in grids
-    ]
+    scales = {
+        "mean": _most([np.abs(grid.mean) for grid in grids], LEAST_OCTAVES),
+        "spread": _most([grid.spread for grid in grids], LEAST_SIZE),
+        "inhibited": share,
+        "amplified": share,
+    }
+    return [_maps(_STATISTICS, grid, scales) for grid in grids]
 
 
 def difference_maps(grid: DifferenceGrid) -> list[SiteMap]:
     """The change, its norm, and the cosine of the log-scales."""
+    scales = {
+        "change": _most([np.abs(grid.change)], LEAST_OCTAVES),
+        "norm": _most([grid.norm], LEAST_SIZE),
+        "cosine": 1.0,
+    }
+    return _maps(_DIFFERENCES, grid, scales)
+
+
+def _maps(
+    quantities: Sequence[Quantity], grid: LayerSiteGrid | DifferenceGrid, scales: dict[str, float]
+) -> list[SiteMap]:
     return [
-        SiteMap(
-            "change",
-            "Mean change",
-            grid.layers,
-            grid.sites,
-            grid.change,
-            "amplified",
-            _most([np.abs(grid.change)], LEAST_OCTAVES),
-            "{:+.3f}",
-            "{:+.3f} octaves",
-            "octaves",
-            "By how much the second adapter turns a vector's channels up (orange) or down (blue) "
-            "against the first, on average; an octave is a factor of 2.",
-        ),
-        SiteMap(
-            "norm",
-            "Norm of the difference",
-            grid.layers,
-            grid.sites,
-            grid.norm,
-            "total",
-            _most([grid.norm], LEAST_SIZE),
-            "{:.3f}",
-            "{:.3f}",
-            "norm",
-            "How far the two vectors are apart, whatever the direction: where this is strong and "
-            "the mean change is pale, some channels go up and others down.",
-        ),
-        SiteMap(
-            "cosine",
-            "Cosine of the log-scales",
-            grid.layers,
-            grid.sites,
-            grid.cosine,
-            "amplified",
-            1.0,
-            "{:+.2f}",
-            "{:+.3f}",
-            "cosine",
-            "Whether both adapters turn the same channels up and down (1), or the opposite ones "
-            "(−1), however strongly; about 0 where they have nothing to do with each other.",
-        ),
+        SiteMap(of, grid.layers, grid.sites, getattr(grid, of.name), scales[of.name])
+        for of in quantities
     ]
 
 

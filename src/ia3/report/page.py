@@ -1,4 +1,4 @@
-"""Pages of HTML that need nothing but themselves, and what stands on them."""
+"""Self-contained pages of HTML, and the parts that they are made of."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def page(title: str, sections: Sequence[str]) -> str:
     """A page of these sections, without script or network. Same input, same bytes."""
     text = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        # Should a name ever slip through unescaped, it still could not run or fetch anything.
+        # A second defence behind escaping: a script in a name could not run, nor fetch anything.
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
     )
-    # A lone surrogate, as in text cut in the middle of a character, could not be written to a file.
+    # UTF-8 has no lone surrogates, which text cut in the middle of a character may hold.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -42,7 +42,7 @@ def figure(svg: str, caption: str, scale: str = "") -> str:
 
 
 def scrolled(svg: str) -> str:
-    """What may be wider than the page."""
+    """A part that scrolls where it is wider than the page."""
     return f'<div class="scroll">{svg}</div>'
 
 
@@ -57,38 +57,34 @@ def scale(colours: tuple[str, ...], what: str, *marks: str) -> str:
     )
 
 
-def site_figure(of: SiteMap, name: str) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text under a header."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return scrolled(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+
+def site_figure(shown: SiteMap, name: str) -> str:
     """A map of layers and sites with its heading, its scale and what it says.
 
     Args:
+        shown: the map.
         name: of the figure; those on a page differ.
     """
     from . import figures
 
-    most = of.most
+    of, most = shown.of, shown.most
+    colours: tuple[str, ...] = ("", of.positive)
+    marks = [f"{m:.0%}" if "%" in of.unit else f"{m:.2g}" for m in (0, most / 2, most)]
     if of.signed:
-        ends = [f"−{most:.2g}", f"+{most:.2g}"]
-        if of.measure == "octaves":
-            ends = [
-                f"{end} (×{2**power:.2f})" for end, power in zip(ends, (-most, most), strict=True)
-            ]
-        bar = scale(("inhibited", "", of.positive), of.measure, ends[0], "0", ends[1])
-    else:
-        marks = [f"{m:.0%}" if "%" in of.unit else f"{m:.2g}" for m in (0, most / 2, most)]
-        bar = scale(("", of.positive), of.measure, *marks)
-    drawn = figures.layer_site_map(
-        of.values,
-        of.layers,
-        of.sites,
-        positive=of.positive,
-        negative="inhibited",
-        most=most,
-        unit=of.unit,
-        name=name,
-        description=f"{of.title} by layer and site",
-    )
-    marked = f'<p class="scales">{bar}</p>'
-    return f"<h3>{escape(of.title)}</h3>" + figure(drawn, escape(of.caption), marked)
+        colours = ("inhibited", *colours)
+        factors = [f" (×{2**m:.2f})" if of.measure == "octaves" else "" for m in (-most, most)]
+        marks = [f"−{most:.2g}{factors[0]}", "0", f"+{most:.2g}{factors[1]}"]
+    bar = f'<p class="scales">{scale(colours, of.measure, *marks)}</p>'
+    drawn = figures.layer_site_map(shown, name=name)
+    return f"<h3>{escape(of.title)}</h3>" + figure(drawn, escape(of.caption), bar)
 
 
 _CSS = """

@@ -45,32 +45,27 @@ def short_sites(sites: Sequence[str]) -> list[str]:
     return shortened
 
 
-def _table(of: SiteMap, columns: range) -> Table:
-    table = Table(title=Text(of.title))
+def _table(shown: SiteMap, columns: range) -> Table:
+    table = Table(title=Text(shown.of.title))
     table.add_column("layer", justify="right", overflow="fold")
-    names = short_sites(of.sites)
+    names = short_sites(shown.sites)
     for column in columns:
-        table.add_column(
-            Text(visible(names[column])),
-            justify="right",
-            overflow="fold",
-            min_width=_CELL,
-            max_width=12,
-        )
-    for row, layer in enumerate(of.layers):
-        cells = [_cell(of, float(of.values[row, column])) for column in columns]
+        name = Text(visible(names[column]))
+        table.add_column(name, justify="right", overflow="fold", min_width=_CELL, max_width=12)
+    for row, layer in enumerate(shown.layers):
+        cells = [_cell(shown, float(shown.values[row, column])) for column in columns]
         table.add_row(Text(visible(layer)), *cells)
     return table
 
 
-def _cell(of: SiteMap, value: float) -> Text:
+def _cell(shown: SiteMap, value: float) -> Text:
     if math.isnan(value):
         return Text("×", style="dim")
-    text = of.short.format(value)
-    strength = min(1.0, abs(value) / of.most)
+    text = shown.of.short.format(value)
+    strength = min(1.0, abs(value) / shown.most)
     if strength < _PALE:
         return Text(text)
-    colour = _RGB[of.positive if value >= 0 else "inhibited"]
+    colour = _RGB[shown.of.positive if value >= 0 else "inhibited"]
     red, green, blue = (round(255 + (c - 255) * strength) for c in colour)
     ink = "#ffffff" if 299 * red + 587 * green + 114 * blue < 150_000 else "#000000"
     return Text(text, style=f"{ink} on #{red:02x}{green:02x}{blue:02x}")

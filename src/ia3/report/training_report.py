@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import IA3Error
 from .heatmap import LayerSiteGrid, layer_site_grid
 from .maps import statistic_maps
-from .page import facts_list, figure, page, scale, scrolled, section, site_figure
+from .page import facts_list, figure, page, scale, scrolled, section, site_figure, table
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -115,35 +115,26 @@ def _confusions(
     from . import figures
 
     most = max(1.0, before.max(), after.max())
-    panels = "".join(
-        f"<div><h3>{when} <small>{_right(matrix)}</small></h3>"
-        + scrolled(
-            figures.confusion_matrix(
-                matrix,
-                classes,
-                most=most,
-                name=f"confusion-{when.split()[0].lower()}",
-                description=f"Confusion matrix {when.lower()}: {_right(matrix)}",
-            )
+    panels = ""
+    for when, matrix in (("before", before), ("after", after)):
+        said = f"Confusion matrix {when} training: {_right(matrix)}"
+        drawn = figures.confusion_matrix(
+            matrix, classes, most=most, name=f"confusion-{when}", description=said
         )
-        + "</div>"
-        for when, matrix in (("Before training", before), ("After training", after))
-    )
-    # Opacity grows with the root of the count: halfway lies a quarter of the largest.
+        heading = f"{when.capitalize()} training <small>{_right(matrix)}</small>"
+        panels += f"<div><h3>{heading}</h3>{scrolled(drawn)}</div>"
+    # Opacity grows with the root of the count, so a quarter of the largest count is halfway.
     marks = ("0", f"{most / 4:.0f}" if most >= 4 else "", f"{most:g}")
-    scales = (
-        '<p class="scales">'
-        + scale(("", "right"), "right", *marks)
-        + scale(("", "wrong"), "mistaken", *marks)
-        + "</p>"
-    )
+    right, wrong = scale(("", "right"), "right", *marks), scale(("", "wrong"), "mistaken", *marks)
     caption = (
         "A row is a true label and a column the model's answer: what is right lies on the "
         "diagonal, so training should gather the colour there, and a strong cell beside it names "
         "two labels that the model still confuses (both matrices share one scale)."
     )
-    body = f'<figure><div class="pair">{panels}</div>{scales}<figcaption>{caption}</figcaption>'
-    body += "</figure>"
+    body = (
+        f'<figure><div class="pair">{panels}</div><p class="scales">{right}{wrong}</p>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
     if len(classes) > figures.MOST_NAMED_CLASSES:
         body += _mistakes(classes, before, after) + _numbers(classes)
     return section("Right and wrong answers", body)
@@ -162,19 +153,15 @@ def _mistakes(
     """The pairs confused most often after training: the matrix is too fine to read them off."""
     wrong = after * (1 - np.eye(len(classes)))
     order = np.argsort(-wrong, axis=None, kind="stable")[:_MISTAKES_LISTED]
-    rows = "".join(
-        f"<tr><td>{escape(classes[i])}</td><td>{escape(classes[j])}</td>"
-        f"<td>{before[i, j]:g}</td><td>{after[i, j]:g}</td></tr>"
+    rows = [
+        (classes[i], classes[j], f"{before[i, j]:g}", f"{after[i, j]:g}")
         for i, j in (divmod(int(at), len(classes)) for at in order)
         if wrong[i, j] > 0
-    )
+    ]
     if not rows:
         return ""
-    return (
-        "<h3>Most frequent mistakes after training</h3>"
-        '<div class="scroll"><table><thead><tr><th>true label</th><th>taken for</th>'
-        f"<th>before</th><th>after</th></tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    shown = table(("true label", "taken for", "before", "after"), rows)
+    return f"<h3>Most frequent mistakes after training</h3>{shown}"
 
 
 def _numbers(classes: Sequence[str]) -> str:
@@ -186,6 +173,6 @@ def _vectors(grid: LayerSiteGrid) -> str:
     heading = "What the adapter learned"
     if not grid.layers:
         return section(heading, "<p>There are no vectors.</p>")
-    maps = [each for each in statistic_maps([grid])[0] if each.name != "spread"]
+    maps = [each for each in statistic_maps([grid])[0] if each.of.name != "spread"]
     figures = (site_figure(each, f"map-{number}") for number, each in enumerate(maps))
     return section(heading, "".join(figures))

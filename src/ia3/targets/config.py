@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from enum import Enum, StrEnum
 from pathlib import Path
@@ -14,8 +13,10 @@ from typing import Any, Unpack
 from ..errors import IA3Error, did_you_mean
 from ..files.atomic import write_files
 from ..files.hub import CONFIG_NAME, HubOptions, adapter_folder
+from .matching import feedforward_among
 
-Modules = str | list[str] | set[str] | tuple[str, ...] | None
+Entries = str | list[str] | set[str] | tuple[str, ...]
+Modules = Entries | None
 
 
 class TaskType(StrEnum):
@@ -35,57 +36,84 @@ class PeftType(StrEnum):
     IA3 = "IA3"
 
 
-OPTIONAL_STRING = ((str, type(None)), "a string")
-BOOLEAN = (bool, "True or False")
 # What a file may get wrong; other fields have checks of their own.
-FIELD_TYPES: list[tuple[str, Any, str]] = [
-    ("base_model_name_or_path", *OPTIONAL_STRING),
-    ("revision", *OPTIONAL_STRING),
-    ("inference_mode", *BOOLEAN),
-    ("fan_in_fan_out", *BOOLEAN),
-    ("init_ia3_weights", *BOOLEAN),
-    ("paper_sites", *BOOLEAN),
-    ("auto_mapping", (dict, type(None)), "a mapping"),
-]
+FIELD_TYPES: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("base_model_name_or_path", "revision"), (str | None, "a string")),
+    **dict.fromkeys(
+        ("inference_mode", "fan_in_fan_out", "init_ia3_weights", "paper_sites"),
+        (bool, "True or False"),
+    ),
+    "auto_mapping": (dict | None, "a mapping"),
+}
 
 
 def _as_set(modules: Modules, field_name: str) -> str | set[str] | None:
-    if modules is None or isinstance(modules, str):
-        return modules
     if isinstance(modules, list | tuple | set) and all(isinstance(m, str) for m in modules):
         return set(modules)
-    raise IA3Error(f"{field_name} is {modules!r}, expected a list of names or a regular expression")
+    if modules is not None and not isinstance(modules, str):
+        raise IA3Error(
+            f"{field_name} is {modules!r}, expected a list of names or a regular expression"
+        )
+    try:
+        re.compile(modules or "")
+    except re.error as error:
+        message = f"{field_name} {modules!r} is not a regular expression: {error}"
+        raise IA3Error(message) from error
+    return modules
 
 
 @dataclass
 class IA3Config:
-    """Which activations of a model get a learned vector.
+    """Which activations of a model get a learned vector, in the fields of PEFT's `IA3Config`.
+
+    Every field has a default; what is `None` is filled in for the model, in a copy of the config
+    (`model.peft_config[name]`). Three fields choose modules, each in one of these forms:
+
+    - a list of names: `"k"` names every module called `k` or `….k`, `"attn.k"` those in an `attn`;
+    - a string: a regular expression that must match a module's whole name;
+    - `None`: see the field.
 
     Args:
-        task_type: a `TaskType`, e.g. `"CAUSAL_LM"`: which class `get_peft_model` returns. For
-            sequence and token classification the classifier is trained and saved too.
+        task_type: a `TaskType` or its name, e.g. `"CAUSAL_LM"`: which class `get_peft_model`
+            returns. For sequence and token classification the classifier is trained and saved too.
         base_model_name_or_path: the base model's name or folder; filled in from the model.
         revision: the base model's revision on the hub.
         inference_mode: the adapter's vectors do not require gradients.
-        target_modules: the modules to rescale. A list matches whole names or dotted suffixes
-            (`"k"` matches `block.0.attn.k`), a string is a regular expression that must match the
-            whole name, `"all-linear"` is every linear layer but the output layer, and `None`
-            chooses by architecture: PEFT's defaults for the types PEFT knows, the paper's sites,
-            found from the model's structure, for the others.
-        exclude_modules: modules to leave out, in the same forms.
-        feedforward_modules: those of the targets whose *input* is rescaled (the feed-forward inner
-            activation of the paper) rather than their output, in the same forms.
+        target_modules: the modules to rescale. `"all-linear"` is every linear layer but the output
+            layer. `None` is PEFT's default for the architectures that PEFT knows and `paper_sites`
+            for the others.
+        exclude_modules: those of the targets to leave out; none if `None`.
+        feedforward_modules: those of the targets whose *input* is rescaled (in a feed-forward
+            layer's down projection: the inner activation of the paper) and not their output.
+            `None` is the down projections among the targets.
         fan_in_fan_out: the weight is stored `[in, out]`; recorded for PEFT, found from the module.
         modules_to_save: further modules to train and save in full, by the ends of their names.
-        init_ia3_weights: start from ones (the identity). Otherwise from a normal distribution.
+        init_ia3_weights: start from ones, which change nothing; else from a normal distribution.
         auto_mapping: PEFT's hint for finding the base model's class.
-        paper_sites: the sites of the paper (section 3.3) on any architecture: keys, values and the
-            feed-forward inner activation. PEFT's defaults rescale the queries of several
-            architectures, and all of a fused q-k-v projection, whose query part stays one here.
+        peft_type: always `"IA3"`.
+        paper_sites: choose the activations of the paper (section 3.3) on any architecture: keys,
+            values and the feed-forward inner activation. PEFT's defaults rescale the queries of
+            several architectures, and all of a fused q-k-v projection, whose query part stays one
+            here.
+        unknown: keys of a file that are none of these fields; kept and written back.
 
     Raises:
-        IA3Error: `feedforward_modules` names modules that are not among `target_modules`,
-            `paper_sites` comes with modules, or `task_type` is not one.
+        IA3Error: a field has a value of another kind, `feedforward_modules` names modules that are
+            not among `target_modules`, or `paper_sites` comes with modules. Names that match no
+            module are an error when the config meets a model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from ia3 import IA3Config, get_peft_model
+        >>> sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32}
+        >>> layers = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+        >>> base = LlamaForCausalLM(LlamaConfig(**sizes, **layers))
+        >>> config = IA3Config(target_modules=["v_proj", "down_proj"], task_type="CAUSAL_LM")
+        >>> model = get_peft_model(base, config)
+        >>> model.peft_config["default"].feedforward_modules
+        {'down_proj'}
+        >>> {name: tuple(vector.shape) for name, vector in model.vectors("default").items()}
+        {'model.layers.0.self_attn.v_proj': (8, 1), 'model.layers.0.mlp.down_proj': (1, 32)}
     """
 
     task_type: str | None = None
@@ -104,7 +132,7 @@ class IA3Config:
     unknown: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for name, kinds, expected in FIELD_TYPES:
+        for name, (kinds, expected) in FIELD_TYPES.items():
             if not isinstance(getattr(self, name), kinds):
                 raise IA3Error(f"{name} is {getattr(self, name)!r}, expected {expected}")
         if self.peft_type != "IA3":
@@ -194,18 +222,13 @@ class IA3Config:
         Raises:
             IA3Error: the file is not JSON, or not the config of an (IA)³ adapter.
         """
-        return cls.from_text(Path(path).read_bytes(), str(path))
-
-    @classmethod
-    def from_text(cls, text: bytes, source: str) -> IA3Config:
-        """What an `adapter_config.json` holds; `source` is its path, and raises as `from_json`."""
         try:
-            values = json.loads(text.decode("utf-8"))
+            values = json.loads(Path(path).read_bytes().decode("utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise IA3Error(f"{source} is not JSON: {error}") from error
+            raise IA3Error(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
-            raise IA3Error(f"{source} holds {type(values).__name__}, expected a JSON object")
-        return cls.from_dict(values, source=source)
+            raise IA3Error(f"{path} holds {type(values).__name__}, expected a JSON object")
+        return cls.from_dict(values, source=str(path))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json` into a folder.
@@ -240,35 +263,3 @@ def _task_type(value: str) -> TaskType:
             f"{did_you_mean(str(name), known)}"
         )
     return TaskType(name)
-
-
-def matches(name: str, modules: Iterable[str] | str) -> bool:
-    """PEFT's rule: a string is a full regular expression, a list holds names or dotted suffixes."""
-    if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
-    return any(name == module or name.endswith(f".{module}") for module in modules)
-
-
-def matches_feedforward(name: str, modules: Iterable[str] | str) -> bool:
-    """PEFT's rule for feed-forward modules: a list's entry may also be the end of a last part.
-
-    The side decides a vector's shape, so that it must be found by the same rule as PEFT's.
-    """
-    if isinstance(modules, str):
-        return matches(name, modules)
-    return any(name.endswith(module) for module in modules)
-
-
-def feedforward_among(
-    targets: Iterable[str], feedforward: Iterable[str]
-) -> tuple[list[str], list[str]]:
-    """The same choice with the feed-forward entries a subset of the targets: (targets, those).
-
-    PEFT wants a subset, but writes its own defaults whatever the targets. A longer target
-    (`mlp.down_proj` for `down_proj`) stands in for the entry, an entry inside a wider target
-    (`mlp.c_proj` in `c_proj`) is named among the targets too, and one outside all is dropped.
-    """
-    pairs = [(target, module) for target in targets for module in feedforward]
-    longer = {target for target, module in pairs if target.endswith(module)}
-    inside = {module for target, module in pairs if module.endswith(f".{target}")}
-    return sorted({*targets, *inside}), sorted(longer | inside)

@@ -1,9 +1,9 @@
-"""What a config would rescale, in a table for people."""
+"""What a config would rescale, printed as a table."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 
 from torch import nn
 
@@ -11,55 +11,79 @@ from ..core.names import Target, model_type_of
 from .config import IA3Config
 from .resolve import resolve
 
+HEAD = ("module", "side", "times", "values", "why")
+
 
 def explain(model: nn.Module, config: IA3Config | None = None) -> None:
     """Print which modules of a model would be rescaled, how many values, and why.
 
+    Modules that differ only in the number of their layer share a line, with a `*` for the number.
+    The columns are the module's name; its side that is rescaled (`output`, `input`, or `inner` of
+    experts); how many such modules there are; how many values the vector of one has; and why it was
+    chosen. The last line is the size of the whole adapter in float32.
+
     Args:
         model: the base model, which is not changed; it may be on the meta device.
-        config: what to rescale; the defaults if not given.
+        config: what to rescale; `IA3Config()`, the defaults for the architecture, if not given.
 
     Raises:
-        IA3Error: the config does not fit the model.
+        IA3Error: the config does not fit the model: a name matches nothing, a module cannot be
+            rescaled, or there are no defaults for such a model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> import ia3
+        >>> sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32}
+        >>> layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        >>> ia3.explain(LlamaForCausalLM(LlamaConfig(**sizes, **layers)))
+        LlamaForCausalLM (llama)
+        module                           side    times  values  why
+        model.layers.*.self_attn.k_proj  output      2       8  PEFT's default 'k_proj'
+        model.layers.*.self_attn.v_proj  output      2       8  PEFT's default 'v_proj'
+        model.layers.*.mlp.down_proj     input       2      32  PEFT's default 'down_proj'
+        6 modules, 96 values, 384 bytes
     """
-    print(explanation(model, config or IA3Config()))
-
-
-def explanation(model: nn.Module, config: IA3Config) -> str:
-    """A table: which modules, which side, how many values, and why.
-
-    Modules that differ only in the number of their layer share a line.
-
-    Raises:
-        IA3Error: the config does not fit the model.
-    """
-    _, targets = resolve(model, config)
-    rows = [("module", "side", "times", "values", "why")]
-    kinds = Counter(_kind(target) for target in targets)
-    first = {_kind(target): target for target in reversed(targets)}
-    for kind in dict.fromkeys(_kind(target) for target in targets):
-        target, times = first[kind], kinds[kind]
-        name = kind[0] if times > 1 else target.name
-        rows.append((name, target.side, str(times), f"{_values(target):,}", target.why))
-    total = sum(_values(target) for target in targets)
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  "
-        f"{row[3]:>{widths[3]}}  {row[4]}"
-        for row in rows
-    ]
+    _, targets = resolve(model, config or IA3Config())
     model_type = model_type_of(model)
-    title = type(model).__name__ + (f" ({model_type})" if model_type != "None" else "")
-    modules = "1 module" if len(targets) == 1 else f"{len(targets)} modules"
-    frozen = sum(end - start for target in targets for start, end in target.frozen)
-    stay = f", {frozen:,} of them stay one" if frozen else ""
-    return "\n".join([title, *lines, f"{modules}, {total:,} values, {4 * total:,} bytes{stay}"])
+    print(type(model).__name__ + (f" ({model_type})" if model_type != "None" else ""))
+    rows = [HEAD, *_rows(targets)]
+    name, side, times, values = (max(len(row[column]) for row in rows) for column in range(4))
+    for row in rows:
+        print(
+            f"{row[0]:<{name}}  {row[1]:<{side}}  {row[2]:>{times}}  {row[3]:>{values}}  {row[4]}"
+        )
+    print(_sum(targets))
 
 
-def _kind(target: Target) -> tuple[str, str, tuple[int, ...], object, str]:
-    name = ".".join("*" if part.isdigit() else part for part in target.name.split("."))
-    return name, target.side, target.activation.shape, target.frozen, target.why
+def _rows(targets: list[Target]) -> list[tuple[str, ...]]:
+    alike: dict[object, list[Target]] = defaultdict(list)
+    for target in targets:
+        name = _without_numbers(target.name)
+        shape = target.activation.shape
+        alike[name, target.side, shape, target.frozen, target.why].append(target)
+    return [
+        (
+            first.name if not others else _without_numbers(first.name),
+            first.side,
+            str(1 + len(others)),
+            f"{_values(first):,}",
+            first.why,
+        )
+        for first, *others in alike.values()
+    ]
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _values(target: Target) -> int:
     return math.prod(target.activation.shape)
+
+
+def _sum(targets: list[Target]) -> str:
+    total = sum(map(_values, targets))
+    modules = "1 module" if len(targets) == 1 else f"{len(targets)} modules"
+    frozen = sum(end - start for target in targets for start, end in target.frozen)
+    stay = f", {frozen:,} of them stay one" if frozen else ""
+    return f"{modules}, {total:,} values, {4 * total:,} bytes{stay}"

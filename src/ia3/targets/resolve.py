@@ -1,83 +1,40 @@
-"""From a config and a model to the sites: which module, which side, how many values."""
+"""From a config and a model to the targets: which module, which side, how many values."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import re
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..core.activations import SUPPORTED, Activation, Side, activation_of, linear_features
-from ..core.names import ATTRIBUTE as ATTRIBUTE
 from ..core.names import Frozen, Target, base_modules, model_type_of, own_modules
 from ..errors import IA3Error, did_you_mean
-from .config import IA3Config, TaskType, feedforward_among, matches, matches_feedforward
-from .structure import (
-    PaperTarget,
-    block_lists,
-    feedforward_targets,
-    names_or_suffixes,
-    paper_targets,
-)
+from .architectures import ARCHITECTURES
+from .config import Entries, IA3Config, TaskType
+from .matching import feedforward_among, matches, matches_feedforward, names_or_suffixes
+from .structure import block_lists, feedforward_targets, paper_targets
 
 # Where a sequence classifier keeps its output layer, in PEFT's order.
 CLASSIFIERS = ("score", "classifier")
 
-# model_type -> (target_modules, feedforward_modules), equal to PEFT 0.21's defaults.
-ARCHITECTURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "t5": (("k", "v", "wo"), ("wo",)),
-    "mt5": (("k", "v", "wi_1"), ()),
-    "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
-    "bloom": (("query_key_value", "mlp.dense_4h_to_h"), ("mlp.dense_4h_to_h",)),
-    "roberta": (("key", "value", "output.dense"), ("output.dense",)),
-    "opt": (("q_proj", "k_proj", "fc2"), ("fc2",)),
-    "gptj": (("q_proj", "v_proj", "fc_out"), ("fc_out",)),
-    "gpt_neox": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
-    "gpt_neo": (("q_proj", "v_proj", "c_proj"), ("c_proj",)),
-    "bart": (("q_proj", "v_proj", "fc2"), ("fc2",)),
-    "gpt_bigcode": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
-    "llama": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
-    "llama4": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
-    "mistral": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
-    "mixtral": (("k_proj", "v_proj", "w2"), ("w2",)),
-    "bert": (("key", "value", "output.dense"), ("output.dense",)),
-    "deberta-v2": (("key_proj", "value_proj", "output.dense"), ("output.dense",)),
-    "deberta": (("in_proj", "output.dense"), ("output.dense",)),
-    "RefinedWebModel": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
-    "RefinedWeb": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
-    "falcon": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
-    "phi": (("q_proj", "v_proj", "fc2"), ("fc2",)),
-    "gemma": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
-    "gemma2": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
-    "gemma3_text": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
-    "qwen2": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
-    "qwen3": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
-}
-
 
 def resolve(
-    model: nn.Module,
-    config: IA3Config,
-    frozen: Mapping[str, Frozen] | None = None,
-    modules: Mapping[str, nn.Module] | None = None,
-    known: list[Target] | None = None,
+    model: nn.Module, config: IA3Config, frozen: Mapping[str, Frozen] | None = None
 ) -> tuple[IA3Config, list[Target]]:
     """What a config rescales on this model.
 
     Args:
         model: the base model, possibly with sites of other adapters on it.
-        config: `None` fields are filled in: PEFT's defaults where it knows the model's type,
+        config: `None` fields are filled in: PEFT's defaults where PEFT knows the model's type,
             otherwise the paper's sites.
-        frozen: for an adapter that is loaded, module name -> the ranges that stay one. Its entries
-            may match nothing: adapters trained with PEFT hold such, and their vectors say what
-            they rescale.
-        modules: all of the model's modules by name, where they have been looked up.
-        known: the targets, where a config of the same `selection` was resolved before on the very
-            same modules.
+        frozen: for an adapter that is loaded, module name -> the ranges that stay one. The config's
+            entries may match nothing then: adapters trained with PEFT hold such, and their vectors
+            say what they rescale.
 
     Returns:
         A copy of the config with its modules named in the forms PEFT reads, and the targets in the
@@ -86,63 +43,28 @@ def resolve(
     Raises:
         IA3Error: a name or pattern matches nothing, or a match cannot be rescaled.
     """
-    for field in ("target_modules", "exclude_modules", "feedforward_modules"):
-        _check_expression(getattr(config, field), field)
-    values = config.to_dict()
-    values.pop("paper_sites", None)
-    if values["base_model_name_or_path"] is None:
-        model_config = getattr(model, "config", None)
-        values["base_model_name_or_path"] = getattr(model_config, "_name_or_path", None) or None
-    why: dict[str, str] = {}
-    ranges = dict(frozen or {})
-    found: list[PaperTarget] = []
-    model_type = model_type_of(model)
-    if config.target_modules is None:
-        if config.paper_sites or model_type not in ARCHITECTURES:
-            found = _paper_targets(model, config)
-            values["target_modules"], values["feedforward_modules"] = _entries(model, found)
-        else:
-            values["target_modules"], default, found = _peft_defaults(model, model_type)
-            if config.feedforward_modules is None:
-                values["feedforward_modules"] = default
-            why = {
-                name: f"PEFT's default {entry!r}"
-                for entry in values["target_modules"]
-                for name in base_modules(model)
-                if matches(name, [entry])
-            }
-        why.update({site.name: site.why for site in found})
-        ranges.update({site.name: site.frozen for site in found if site.frozen})
-    elif _is_all_linear(config.target_modules):
-        linear = [name for name, module in model.named_modules() if linear_features(module)]
-        chosen = [name for name in linear if name not in _output_layer(model, config.task_type)]
-        values["target_modules"] = names_or_suffixes(model, chosen)
-        why = dict.fromkeys(chosen, "linear layer")
-    if values["feedforward_modules"] is None:
-        values["target_modules"], values["feedforward_modules"] = _default_feedforward(
-            model, values["target_modules"]
-        )
-    # Unknown keys were named when the file was read.
-    fields = {key: value for key, value in values.items() if key not in config.unknown}
-    resolved = IA3Config(**fields, unknown=dict(config.unknown))
-    if modules is None:
-        modules = dict(model.named_modules())
-    targets = known
-    if targets is None:
-        named_by = _naming(resolved)
-        matching = _matching(model, modules, resolved, strict=frozen is None)
-        targets = [
-            Target(
-                name,
-                side,
-                activation,
-                ranges.get(name, ()),
-                why.get(name) or named_by(name, side),
-            )
-            for name, side, activation in matching
-        ]
-        for target in targets:
-            _check_ranges(target)
+    entries, feedforward, sites = _choice(model, config)
+    base_name = config.base_model_name_or_path
+    if base_name is None:
+        base_name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    resolved = dataclasses.replace(
+        config,
+        base_model_name_or_path=base_name,
+        target_modules=entries,
+        feedforward_modules=feedforward,
+        paper_sites=False,
+        unknown=dict(config.unknown),
+    )
+    modules = dict(model.named_modules())
+    if frozen is None:
+        _check_entries(resolved, own_modules(modules), model)
+    why = {site.name: site.why for site in sites}
+    ranges = {**(frozen or {}), **{site.name: site.frozen for site in sites if site.frozen}}
+    targets = []
+    for name, side, activation in _chosen(resolved, modules, model):
+        reason = why.get(name) or _why(config, resolved, name, side)
+        targets.append(Target(name, side, activation, ranges.get(name, ()), reason))
+        _check_ranges(targets[-1])
     # PEFT warns where its loading has to mend this.
     resolved.fan_in_fan_out = any(isinstance(modules[t.name], Conv1D) for t in targets)
     return resolved, targets
@@ -179,16 +101,6 @@ def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
     ]
 
 
-def selection(config: IA3Config, frozen: Mapping[str, Frozen]) -> Hashable:
-    """What decides which modules a resolved config chooses from a model's, and what stays one."""
-    modules = (config.target_modules, config.exclude_modules, config.feedforward_modules)
-    return (
-        *(frozenset(each) if isinstance(each, set) else each for each in modules),
-        tuple(config.modules_to_save or ()),
-        frozenset((name, tuple(map(tuple, ranges))) for name, ranges in frozen.items() if ranges),
-    )
-
-
 def check_vectors(
     vectors: Mapping[str, Tensor], targets: Sequence[Target], model_name: str
 ) -> None:
@@ -219,7 +131,29 @@ def check_vectors(
             )
 
 
-def _paper_targets(model: nn.Module, config: IA3Config) -> list[PaperTarget]:
+# -- what is left to the library -------------------------------------------------------------------
+
+
+def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list[Target]]:
+    """`target_modules`, `feedforward_modules`, and those targets that were found by structure."""
+    entries, feedforward = config.target_modules, config.feedforward_modules
+    sites: list[Target] = []
+    if entries is None and (config.paper_sites or model_type_of(model) not in ARCHITECTURES):
+        sites = _paper_targets(model, config)
+        entries, feedforward = _entries(model, sites)
+    elif entries is None:
+        entries, default, sites = _peft_defaults(model)
+        feedforward = default if feedforward is None else feedforward
+    elif _is_all_linear(entries):
+        linear = [name for name, module in model.named_modules() if linear_features(module)]
+        head = _output_layer(model, config.task_type)
+        entries = names_or_suffixes(model, [name for name in linear if name not in head])
+    if feedforward is None:
+        entries, feedforward = _default_feedforward(model, entries)
+    return entries, feedforward, sites
+
+
+def _paper_targets(model: nn.Module, config: IA3Config) -> list[Target]:
     try:
         return paper_targets(model)
     except IA3Error as error:
@@ -231,10 +165,9 @@ def _paper_targets(model: nn.Module, config: IA3Config) -> list[PaperTarget]:
         ) from error
 
 
-def _peft_defaults(
-    model: nn.Module, model_type: str
-) -> tuple[list[str], list[str], list[PaperTarget]]:
+def _peft_defaults(model: nn.Module) -> tuple[list[str], list[str], list[Target]]:
     """PEFT's targets and feed-forward modules, and what stands in for those that match nothing."""
+    model_type = model_type_of(model)
     targets, feedforward = (list(modules) for modules in ARCHITECTURES[model_type])
     names = base_modules(model)
     stale = [entry for entry in targets if not any(matches(name, [entry]) for name in names)]
@@ -251,7 +184,7 @@ def _peft_defaults(
     warnings.warn(
         f"PEFT's default {gone} for {model_type!r} matches nothing in {type(model).__name__}; "
         f"{entries} ({found[0].why}) is rescaled instead",
-        stacklevel=4,
+        stacklevel=5,
     )
     return (
         [entry for entry in targets if entry not in stale] + entries,
@@ -260,7 +193,7 @@ def _peft_defaults(
     )
 
 
-def _entries(model: nn.Module, found: Iterable[PaperTarget]) -> tuple[list[str], list[str]]:
+def _entries(model: nn.Module, found: Iterable[Target]) -> tuple[list[str], list[str]]:
     """The sites as PEFT's `target_modules` and `feedforward_modules` name them."""
     outputs = [site.name for site in found if site.side == "output"]
     inputs = [site.name for site in found if site.side != "output"]
@@ -268,114 +201,24 @@ def _entries(model: nn.Module, found: Iterable[PaperTarget]) -> tuple[list[str],
     return names_or_suffixes(model, outputs) + feedforward, feedforward
 
 
-def _default_feedforward(
-    model: nn.Module, targets: str | list[str]
-) -> tuple[str | list[str], list[str]]:
+def _default_feedforward(model: nn.Module, targets: Entries) -> tuple[Entries, list[str]]:
     """The targets, and those of them that are a feed-forward's down projection."""
-    model_type = model_type_of(model)
-    names = base_modules(model)
-    if model_type in ARCHITECTURES:
-        default = list(ARCHITECTURES[model_type][1])
+    names = [name for name in base_modules(model) if matches(name, targets)]
+    if model_type_of(model) in ARCHITECTURES:
         # Experts have no module of PEFT's names.
-        default += [
-            name
-            for name in names
-            if matches(name, targets) and activation_of(model.get_submodule(name), "inner")
-        ]
+        experts = [name for name in names if activation_of(model.get_submodule(name), "inner")]
+        default = [*ARCHITECTURES[model_type_of(model)][1], *experts]
     else:
         try:
-            default = [site.name for site in feedforward_targets(model)]
+            found = {site.name for site in feedforward_targets(model)}
         except IA3Error:
-            default = []
-        default = [name for name in default if matches(name, targets)]
-    if isinstance(targets, str):
-        chosen = [name for name in names if matches(name, targets)]
-        return targets, [
-            entry for entry in default if any(matches_feedforward(name, [entry]) for name in chosen)
-        ]
-    return feedforward_among(targets, default)
-
-
-def _matching(
-    model: nn.Module, modules: Mapping[str, nn.Module], config: IA3Config, *, strict: bool
-) -> list[tuple[str, Side, Activation]]:
-    assert config.target_modules is not None
-    assert config.feedforward_modules is not None
-    names = own_modules(modules)
-
-    def check(
-        modules: str | Iterable[str], field: str, rule: Callable[[str, list[str]], bool] = matches
-    ) -> None:
-        if strict:
-            _check_all_match(modules, names, field, model, rule)
-
-    check(config.target_modules, "target_modules")
-    chosen = matched = [name for name in names if matches(name, config.target_modules)]
-    # Saved whole, they need no vector; PEFT's rule.
-    saved = [f".{entry}." for entry in config.modules_to_save or ()]
-    chosen = [name for name in chosen if not any(entry in f".{name}." for entry in saved)]
-    if config.exclude_modules:
-        check(config.exclude_modules, "exclude_modules")
-        chosen = [name for name in chosen if not matches(name, config.exclude_modules)]
-    if not chosen:
-        raise IA3Error(f"no module of {type(model).__name__} is left to rescale")
-    if config.feedforward_modules:
-        check(config.feedforward_modules, "feedforward_modules", matches_feedforward)
-        if strict and not any(matches_feedforward(n, config.feedforward_modules) for n in matched):
-            raise IA3Error(
-                f"feedforward_modules {config.feedforward_modules!r} match none of the targets, of "
-                f"which {matched[0]!r} is the first: they must be among target_modules"
-            )
-    matching = []
-    for name in chosen:
-        module = modules[name]
-        feedforward = matches_feedforward(name, config.feedforward_modules)
-        side: Side = "output"
-        if feedforward:
-            side = "inner" if activation_of(module, "inner") else "input"
-        activation = activation_of(module, side)
-        if activation is None:
-            raise IA3Error(
-                f"module {name!r} is a {type(module).__name__}, whose {side} cannot be rescaled: "
-                f"expected {SUPPORTED}{_hint(module, side)}"
-            )
-        matching.append((name, side, activation))
-    return matching
-
-
-def _hint(module: nn.Module, side: Side) -> str:
-    if activation_of(module, "inner"):
-        return "; experts have an inner activation only: name them in feedforward_modules too"
-    if isinstance(module, nn.Linear) and activation_of(module, side) is None:
-        return "; nn.MultiheadAttention reads its weight without calling it"
-    return ""
-
-
-def _check_ranges(target: Target) -> None:
-    for start, end in target.frozen:
-        if not 0 <= start < end <= target.activation.dim:
-            raise IA3Error(
-                f"module {target.name!r}: values {start} to {end} are to stay one, but its "
-                f"{target.side} has {target.activation.dim}"
-            )
-
-
-def _naming(config: IA3Config) -> Callable[[str, Side], str]:
-    """By module and side: which of the config's entries names it."""
-    targets, feedforward = (
-        modules if isinstance(modules, str) else sorted(modules or ())
-        for modules in (config.target_modules, config.feedforward_modules)
-    )
-
-    def why(name: str, side: Side) -> str:
-        modules, rule = (
-            (targets, matches) if side == "output" else (feedforward, matches_feedforward)
-        )
-        if isinstance(modules, str):
-            return f"matches {modules!r}"
-        return f"named by {next(entry for entry in modules if rule(name, [entry]))!r}"
-
-    return why
+            found = set()
+        default = [name for name in names if name in found]
+    if not isinstance(targets, str):
+        return feedforward_among(targets, default)
+    return targets, [
+        entry for entry in default if any(matches_feedforward(name, [entry]) for name in names)
+    ]
 
 
 def _is_all_linear(modules: object) -> bool:
@@ -392,30 +235,86 @@ def _output_layer(model: nn.Module, task_type: str | None) -> set[str]:
     return {name for name, module in model.named_modules() if module is head}
 
 
-def _check_expression(modules: object, field: str) -> None:
-    if isinstance(modules, str):
-        try:
-            re.compile(modules)
-        except re.error as error:
-            raise IA3Error(f"{field} {modules!r} is not a regular expression: {error}") from error
+# -- the modules of the model ----------------------------------------------------------------------
 
 
-def _check_all_match(
-    modules: str | Iterable[str],
-    names: list[str],
-    field: str,
-    model: nn.Module,
-    rule: Callable[[str, list[str]], bool],
-) -> None:
+def _check_entries(config: IA3Config, names: list[str], model: nn.Module) -> None:
     """Every entry must match a module: a silent mismatch would train less than was asked for."""
     kind = type(model).__name__
+    for field in ("target_modules", "exclude_modules", "feedforward_modules"):
+        entries = getattr(config, field) or ()
+        rule = matches_feedforward if field == "feedforward_modules" else matches
+        if isinstance(entries, str) and not any(matches(name, entries) for name in names):
+            raise IA3Error(f"{field}: the expression {entries!r} matches no whole name in {kind}")
+        for entry in () if isinstance(entries, str) else sorted(entries):
+            if not any(rule(name, [entry]) for name in names):
+                last_parts = {name.rsplit(".", 1)[-1] for name in names} | set(names)
+                usual = ARCHITECTURES.get(model_type_of(model), ((), ()))[0]
+                hint = did_you_mean(entry, usual) or did_you_mean(entry, sorted(last_parts))
+                raise IA3Error(f"{field}: module {entry!r} matches nothing in {kind}{hint}")
+    matched = [name for name in names if matches(name, config.target_modules or ())]
+    feedforward = config.feedforward_modules
+    if feedforward and not any(matches_feedforward(name, feedforward) for name in matched):
+        raise IA3Error(
+            f"feedforward_modules {feedforward!r} match none of the targets, of which "
+            f"{matched[0]!r} is the first: they must be among target_modules"
+        )
+
+
+def _chosen(
+    config: IA3Config, modules: Mapping[str, nn.Module], model: nn.Module
+) -> Iterator[tuple[str, Side, Activation]]:
+    """The modules that a resolved config chooses, by name, and which activation of them."""
+    # Saved whole, they need no vector; PEFT's rule.
+    saved = [f".{entry}." for entry in config.modules_to_save or ()]
+    chosen = [
+        name
+        for name in own_modules(modules)
+        if matches(name, config.target_modules or ())
+        and not matches(name, config.exclude_modules or ())
+        and not any(entry in f".{name}." for entry in saved)
+    ]
+    if not chosen:
+        raise IA3Error(f"no module of {type(model).__name__} is left to rescale")
+    for name in chosen:
+        module = modules[name]
+        side: Side = "output"
+        if matches_feedforward(name, config.feedforward_modules or ()):
+            side = "inner" if activation_of(module, "inner") else "input"
+        activation = activation_of(module, side)
+        if activation is None:
+            raise IA3Error(
+                f"module {name!r} is a {type(module).__name__}, whose {side} cannot be rescaled: "
+                f"expected {SUPPORTED}{_hint(module)}"
+            )
+        yield name, side, activation
+
+
+def _hint(module: nn.Module) -> str:
+    if activation_of(module, "inner"):
+        return "; experts have an inner activation only: name them in feedforward_modules too"
+    if isinstance(module, nn.Linear):
+        return "; nn.MultiheadAttention reads its weight without calling it"
+    return ""
+
+
+def _check_ranges(target: Target) -> None:
+    for start, end in target.frozen:
+        if not 0 <= start < end <= target.activation.dim:
+            raise IA3Error(
+                f"module {target.name!r}: values {start} to {end} are to stay one, but its "
+                f"{target.side} has {target.activation.dim}"
+            )
+
+
+def _why(config: IA3Config, resolved: IA3Config, name: str, side: Side) -> str:
+    """Which of the resolved config's entries names a target."""
+    if _is_all_linear(config.target_modules):
+        return "linear layer"
+    modules, rule = resolved.target_modules, matches
+    if side != "output":
+        modules, rule = resolved.feedforward_modules, matches_feedforward
     if isinstance(modules, str):
-        if not any(re.fullmatch(modules, name) for name in names):
-            raise IA3Error(f"{field}: the expression {modules!r} matches no whole name in {kind}")
-        return
-    for module in sorted(modules):
-        if not any(rule(name, [module]) for name in names):
-            last_parts = {name.rsplit(".", 1)[-1] for name in names} | set(names)
-            usual = ARCHITECTURES.get(model_type_of(model), ((), ()))[0]
-            hint = did_you_mean(module, usual) or did_you_mean(module, sorted(last_parts))
-            raise IA3Error(f"{field}: module {module!r} matches nothing in {kind}{hint}")
+        return f"matches {modules!r}"
+    entry = next(entry for entry in sorted(modules or ()) if rule(name, [entry]))
+    return f"PEFT's default {entry!r}" if config.target_modules is None else f"named by {entry!r}"

@@ -1,48 +1,30 @@
 """The paper's sites, found from a model's structure: keys, values, feed-forward inner activation.
 
-Nothing here knows model types. Attention is a module whose children are queries, keys and values by
-the names the field uses; a feed-forward layer is a down projection by its usual names whose sizes
-undo those of a layer beside it. What cannot be told for sure is an error, never a guess: a site too
-many or too few trains and scores almost as well as the right ones, so that nobody would notice.
+Nothing here knows model types. An attention is a module whose children are queries, keys and values
+by the names the field uses; a feed-forward layer is a down projection by its usual names whose
+sizes undo those of a layer beside it. What cannot be told for sure is an error, never a guess: with
+a site too many or too few a model trains and scores almost as well, and no one would notice.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
-from ..core.activations import Side, activation_of
+from ..core.activations import Activation, Side, activation_of
 from ..core.experts import is_experts
-from ..core.names import Frozen
+from ..core.names import Frozen, Target
 from ..errors import IA3Error
+from .fused_projections import fused_queries
 
 Role = Literal["query", "key", "value", "keys and values", "latent", "fused", "shared"]
 
-
-@dataclass(frozen=True)
-class PaperTarget:
-    """One of the paper's sites.
-
-    Attributes:
-        name: the module's full name in the model.
-        side: which activation of the module is rescaled.
-        frozen: half-open ranges `[start, end)` of the activation's values that are no keys or
-            values and must stay one, in ascending order.
-        why: what the activation is, for people.
-    """
-
-    name: str
-    side: Side
-    frozen: Frozen
-    why: str
+_INNER = "feed-forward inner activation"
 
 
-def paper_targets(model: nn.Module) -> list[PaperTarget]:
+def paper_targets(model: nn.Module) -> list[Target]:
     """The sites of (IA)³ as Liu et al. 2022 (section 3.3) have them, in the model's order.
 
     These are the outputs of every key and value projection, in self- and cross-attention, and the
@@ -60,15 +42,15 @@ def paper_targets(model: nn.Module) -> list[PaperTarget]:
     targets = [target for name in tree.attentions for target in _keys_and_values(tree, name)]
     _refuse_unknown_attention(tree)
     if not targets:
-        raise IA3Error(
+        raise _left_to_caller(
             f"no attention with query, key and value projections was found in "
             f"{type(model).__name__}, and the paper's sites are theirs (a recurrent or state-space "
-            "model has none): name what to rescale in target_modules"
+            "model has none)"
         )
     return tree.in_order([*targets, *_feedforward(tree)])
 
 
-def feedforward_targets(model: nn.Module) -> list[PaperTarget]:
+def feedforward_targets(model: nn.Module) -> list[Target]:
     """Those of `paper_targets` that are feed-forward inner activations.
 
     Raises:
@@ -94,57 +76,6 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         if isinstance(stack := tree.modules[name], nn.ModuleList)
         and not any(above in tree.stacks for above in _above(name))
     }
-
-
-def names_or_suffixes(
-    model: nn.Module, names: Sequence[str], apart_from: Collection[str] = ()
-) -> list[str]:
-    """The shortest list of entries by which PEFT selects exactly these modules of the model.
-
-    An entry selects the module of that very name and all those whose names end in a dot and it.
-
-    Args:
-        model: the base model.
-        names: names of its modules.
-        apart_from: further names that no entry may be the end of, dot or not: PEFT's rule for
-            `feedforward_modules`, which looks at the targets only. So the inputs' entries are found
-            apart from the outputs' names.
-
-    Returns:
-        The entries, sorted; an entry is a module's last part where that suffices, its whole name
-        where nothing shorter does.
-
-    Raises:
-        IA3Error: a name is no module's, or selects others too even in full.
-    """
-    everywhere = Counter(end for name, _ in model.named_modules() for end in _ends(name))
-    wanted = Counter(end for name in set(names) for end in _ends(name))
-    entries = set()
-    for name in names:
-        # The shortest of a name's entries covers all that its longer ones cover, so that taking the
-        # shortest for each name gives the fewest.
-        entry = next(
-            (
-                end
-                for end in _ends(name)
-                if everywhere[end] == wanted[end]
-                and not any(other.endswith(end) for other in apart_from)
-            ),
-            None,
-        )
-        if entry is None:
-            raise IA3Error(
-                f"module {name!r} of {type(model).__name__} cannot be selected by its name, which "
-                "is not there or ends another module's: give target_modules as a regular expression"
-            )
-        entries.add(entry)
-    return sorted(entries)
-
-
-def _ends(name: str) -> list[str]:
-    """A name's dotted suffixes, shortest first, the whole name last."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 # -- the words of the field ------------------------------------------------------------------------
@@ -255,8 +186,20 @@ class _Tree:
         nested = any(stack != holder and stack.startswith(below) for stack in self.stacks)
         return None if nested else holder
 
-    def in_order(self, targets: list[PaperTarget]) -> list[PaperTarget]:
+    def activation(self, name: str, side: Side) -> Activation:
+        activation = activation_of(self.modules[name], side)
+        assert activation is not None
+        return activation
+
+    def target(self, name: str, side: Side, why: str, frozen: Frozen = ()) -> Target:
+        return Target(name, side, self.activation(name, side), frozen, why)
+
+    def in_order(self, targets: list[Target]) -> list[Target]:
         return sorted(targets, key=lambda target: self.order[target.name])
+
+
+def _left_to_caller(problem: str) -> IA3Error:
+    return IA3Error(f"{problem}: name what to rescale in target_modules")
 
 
 def _attention_roles(name: str, module: nn.Module) -> dict[str, Role]:
@@ -274,12 +217,8 @@ def _attention_roles(name: str, module: nn.Module) -> dict[str, Role]:
         # Where keys serve as values too, the values' place is there and empty.
         empty = [attribute for attribute, value in vars(module).items() if value is None]
         found |= {_role(child, module) or "query" for child in [*empty, *module._modules]}
-    is_attention = {"query", "key", "value"} <= found or found & {
-        "fused",
-        "shared",
-        "keys and values",
-    }
-    return roles if is_attention else {}
+    at_once = {"fused", "shared", "keys and values"}
+    return roles if {"query", "key", "value"} <= found or found & at_once else {}
 
 
 def _above(name: str) -> list[str]:
@@ -295,7 +234,7 @@ def _is_projection(module: nn.Module) -> bool:
 # -- keys and values -------------------------------------------------------------------------------
 
 
-def _keys_and_values(tree: _Tree, attention: str) -> list[PaperTarget]:
+def _keys_and_values(tree: _Tree, attention: str) -> list[Target]:
     roles = tree.attentions[attention]
     targets = []
     for child, role in roles.items():
@@ -307,27 +246,24 @@ def _keys_and_values(tree: _Tree, attention: str) -> list[PaperTarget]:
         projection = tree.projection(name)
         if projection is None or role == "shared":
             reason = "gives queries and keys at once" if role == "shared" else "is not one layer"
-            raise IA3Error(
+            raise _left_to_caller(
                 f"{name!r} ({type(tree.modules[name]).__name__}) {reason}, so that its keys cannot "
-                f"be rescaled alone: name what to rescale in target_modules"
+                "be rescaled alone"
             )
         frozen: Frozen = ()
         why = {"key": "keys", "value": "values"}.get(role, "keys and values")
-        size = _size(tree.modules[projection], "output")
+        size = tree.activation(projection, "output").dim
         if role == "latent":
             latent = _latent_size(tree, attention)
             if size == latent:
                 continue
             frozen, why = ((0, latent),), "rotary keys: the latent stays one"
         elif role == "fused":
-            layout = _layout(tree, attention, name)
+            ranges = fused_queries(tree.modules[attention], name, size)
             # In cross-attention the same name may stand for keys and values alone.
             if "query" not in roles.values():
-                groups, ranges = layout(tree.modules[attention], size)
-                starts = range(0, size, size // groups)
-                frozen = tuple((at + start, at + end) for at in starts for start, end in ranges)
-                why = "fused q-k-v: queries stay one"
-        targets.append(PaperTarget(projection, "output", frozen, why))
+                frozen, why = ranges, "fused q-k-v: queries stay one"
+        targets.append(tree.target(projection, "output", why, frozen))
     return targets
 
 
@@ -336,31 +272,23 @@ def _latent_size(tree: _Tree, attention: str) -> int:
     for child, role in tree.attentions[attention].items():
         projection = tree.projection(f"{attention}.{child}" if attention else child)
         if role == "keys and values" and projection is not None:
-            return _size(tree.modules[projection], "input")
-    raise IA3Error(
+            return tree.activation(projection, "input").dim
+    raise _left_to_caller(
         f"attention {attention!r} ({type(tree.modules[attention]).__name__}) has a latent for keys "
-        "and values and no projection from it: name what to rescale in target_modules"
+        "and values and no projection from it"
     )
-
-
-def _size(module: nn.Module, side: Side) -> int:
-    activation = activation_of(module, side)
-    assert activation is not None
-    return activation.dim
 
 
 def _refuse_unknown_attention(tree: _Tree) -> None:
     """Every attention in a list of layers must be one whose keys and values were found."""
     for name, module in tree.modules.items():
-        if not any(
-            isinstance(tree.modules[a], nn.ModuleList | nn.Sequential) for a in _above(name)
-        ):
+        holders = [tree.modules[above] for above in _above(name)]
+        if not any(isinstance(holder, nn.ModuleList | nn.Sequential) for holder in holders):
             continue  # an attention that pools for a head
         if isinstance(module, nn.MultiheadAttention):
-            raise IA3Error(
+            raise _left_to_caller(
                 f"{name!r} is a torch.nn.MultiheadAttention, which projects to queries, keys and "
-                "values with one parameter and no module whose output could be rescaled: name what "
-                "to rescale in target_modules"
+                "values with one parameter and no module whose output could be rescaled"
             )
         if (
             _is_called_attention(module)
@@ -369,121 +297,16 @@ def _refuse_unknown_attention(tree: _Tree) -> None:
             and len(tree.projections(name)) > 2
             and not any(_role(child, module) for child in module._modules)
         ):
-            raise IA3Error(
+            raise _left_to_caller(
                 f"the keys and values of attention {name!r} ({type(module).__name__}) could not be "
-                f"told from its parts {list(module._modules)}: name what to rescale in "
-                "target_modules"
+                f"told from its parts {list(module._modules)}"
             )
-
-
-# -- fused projections -----------------------------------------------------------------------------
-
-# Of an attention and the size of its fused output: how many equal groups the output consists of,
-# and which values of each group are neither keys nor values.
-Layout = Callable[[Any, int], tuple[int, Frozen]]
-
-
-def _first_third(attention: Any, size: int) -> tuple[int, Frozen]:
-    """All queries, then all keys, then all values (or values, then keys)."""
-    return 1, ((0, size // 3),)
-
-
-def _first(queries: Callable[[Any], int]) -> Layout:
-    """All queries, as many as given, then fewer keys and values."""
-    return lambda attention, size: (1, ((0, queries(attention)),))
-
-
-def _by_groups(groups: Callable[[Any], int]) -> Layout:
-    """Groups, each a third queries first."""
-    return lambda attention, size: (groups(attention), ((0, size // groups(attention) // 3),))
-
-
-def _falcon(attention: Any, size: int) -> tuple[int, Frozen]:
-    heads, head_dim = attention.num_heads, attention.head_dim
-    if attention.new_decoder_architecture:
-        return attention.num_kv_heads, ((0, heads // attention.num_kv_heads * head_dim),)
-    return (1, ((0, heads * head_dim),)) if attention.multi_query else (heads, ((0, head_dim),))
-
-
-def _gpt_bigcode(attention: Any, size: int) -> tuple[int, Frozen]:
-    if attention.multi_query:
-        return 1, ((0, attention.embed_dim),)
-    return attention.num_heads, ((0, attention.head_dim),)
-
-
-def _qwen3_next(attention: Any, size: int) -> tuple[int, Frozen]:
-    """Groups of queries, keys, values and the output's gate."""
-    queries = attention.head_k_dim
-    values = attention.num_v_heads // attention.num_k_heads * attention.head_v_dim
-    start = 2 * queries + values
-    return attention.num_k_heads, ((0, queries), (start, start + values))
-
-
-# Classes of transformers. The order within a projection cannot be told from its shape, and a class
-# of the same name elsewhere may have another one.
-_LAYOUTS: dict[str, Layout] = {
-    **dict.fromkeys(
-        (
-            "Attention", "BarkSelfAttention", "Blip2Attention", "BlipAttention",
-            "CohereCompassVisionAttention", "DecisionTransformerGPT2Attention",
-            "DeepseekOcr2SamVisionAttention", "Dots3NoteVisionAttention",
-            "Ernie4_5_VLMoeVisionAttention", "Florence2VisionChannelAttention",
-            "Florence2VisionWindowAttention", "GPT2Attention", "Glm4vMoeVisionAttention",
-            "Glm4vVisionAttention", "Glm5NextVisionAttention", "GlmImageVisionAttention",
-            "GlmOcrVisionAttention", "GotOcr2VisionAttention", "HieraMaskUnitAttention",
-            "ImageGPTAttention", "InstructBlipAttention", "InstructBlipVideoAttention",
-            "LayoutLMv2SelfAttention", "MgpstrAttention", "ModernBertAttention", "MptAttention",
-            "PPFormulaNetVisionAttention", "PPOCRV5MobileRecAttention",
-            "PPOCRV5ServerRecAttention", "PPOCRV6SmallRecAttention", "Qwen2_5_VLVisionAttention",
-            "Qwen3OmniMoeVisionAttention", "Qwen3VLMoeVisionAttention", "Qwen3VLVisionAttention",
-            "Qwen3_5MoeVisionAttention", "Qwen3_5VisionAttention", "Qwen4ExpVisionAttention",
-            "SLANeXtVisionAttention", "Sam2MultiScaleAttention", "SamHQVisionAttention",
-            "SamVisionAttention", "SegGptAttention", "TimesformerSelfAttention",
-            "UnlimitedOcrSamVisionAttention", "VisionAttention", "VitDetAttention",
-        ),
-        _first_third,
-    ),
-    **dict.fromkeys(("BloomAttention", "PersimmonAttention"), _by_groups(lambda a: a.num_heads)),
-    **dict.fromkeys(
-        ("DisentangledSelfAttention", "GPTNeoXJapaneseAttention", "MiniMaxLightningAttention"),
-        _by_groups(lambda a: a.num_attention_heads),
-    ),
-    "GPTNeoXAttention": _by_groups(lambda a: a.config.num_attention_heads),
-    # Cut in four for the machines it was trained on.
-    "CodeGenAttention": _by_groups(lambda a: 4),
-    **dict.fromkeys(
-        ("Phi3Attention", "Phi4MultimodalAttention"),
-        _first(lambda a: a.config.num_attention_heads * a.head_dim),
-    ),
-    "DbrxAttention": _first(lambda a: a.num_heads * a.head_dim),
-    "Exaone4_5_VisionAttention": _first(lambda a: a.q_dim),
-    **dict.fromkeys(
-        ("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet", "Qwen4ExpTextGatedDeltaNet"),
-        _first(lambda a: a.key_dim),
-    ),
-    "Qwen3NextGatedDeltaNet": _qwen3_next,
-    "FalconAttention": _falcon,
-    "GPTBigCodeAttention": _gpt_bigcode,
-}  # fmt: skip
-
-
-def _layout(tree: _Tree, attention: str, name: str) -> Layout:
-    """The order of queries, keys and values in a fused projection's output."""
-    for kind in type(tree.modules[attention]).__mro__:
-        if kind.__name__ in _LAYOUTS and kind.__module__.startswith("transformers."):
-            return _LAYOUTS[kind.__name__]
-    raise IA3Error(
-        f"{name!r} gives queries, keys and values at once, in an order that is not known for "
-        f"{type(tree.modules[attention]).__name__}: name what to rescale in target_modules"
-    )
 
 
 # -- feed-forward layers ---------------------------------------------------------------------------
 
-_INNER = "feed-forward inner activation"
 
-
-def _feedforward(tree: _Tree) -> list[PaperTarget]:
+def _feedforward(tree: _Tree) -> list[Target]:
     within = [
         (name, layer)
         for name in tree.modules
@@ -495,25 +318,20 @@ def _feedforward(tree: _Tree) -> list[PaperTarget]:
         module = tree.modules[name]
         down = _down_projection(tree, name)
         if is_experts(module):
-            targets.append(PaperTarget(name, "inner", (), "experts' inner activation"))
+            targets.append(tree.target(name, "inner", "experts' inner activation"))
         elif _holds_experts(module):
-            raise IA3Error(
-                f"{name!r} ({type(module).__name__}) holds experts in a form that cannot be "
-                "rescaled: name what to rescale in target_modules"
-            )
+            kind = type(module).__name__
+            raise _left_to_caller(f"{name!r} ({kind}) holds experts that cannot be rescaled")
         elif down is not None:
-            targets.append(PaperTarget(down, "input", (), _INNER))
+            targets.append(tree.target(down, "input", _INNER))
         else:
             continue
         with_names.add(layer)
     for name, layer in within:
         if layer not in with_names and (down := _plain_down_projection(tree, name)) is not None:
-            targets.append(PaperTarget(down, "input", (), _INNER))
+            targets.append(tree.target(down, "input", _INNER))
     if not targets:
-        raise IA3Error(
-            f"no feed-forward layer was found in {type(tree.model).__name__}: name what to rescale "
-            "in target_modules"
-        )
+        raise _left_to_caller(f"no feed-forward layer was found in {type(tree.model).__name__}")
     return targets
 
 
@@ -559,14 +377,12 @@ def _plain_down_projection(tree: _Tree, name: str) -> str | None:
     *ups, down = children
     if isinstance(tree.modules[down], nn.Conv2d | nn.Conv3d):
         return None  # of images, not of tokens
-    widens = _size(tree.modules[down], "input") > _size(tree.modules[down], "output")
+    widens = tree.activation(down, "input").dim > tree.activation(down, "output").dim
     return down if widens and all(_undoes(tree, down, up) for up in ups) else None
 
 
 def _undoes(tree: _Tree, down: str, up: str) -> bool:
     """Whether one layer's sizes lead back to where another's come from, gated or not."""
-    inner, outer = _size(tree.modules[down], "input"), _size(tree.modules[down], "output")
-    return _size(tree.modules[up], "input") == outer and _size(tree.modules[up], "output") in (
-        inner,
-        2 * inner,
-    )
+    inner, outer = tree.activation(down, "input").dim, tree.activation(down, "output").dim
+    start, end = tree.activation(up, "input").dim, tree.activation(up, "output").dim
+    return start == outer and end in (inner, 2 * inner)

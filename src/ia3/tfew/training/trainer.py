@@ -179,8 +179,8 @@ def train(
         ia3_model: has the vectors to train.
         examples: the training set; every step draws one template for each of its examples.
         config: the recipe.
-        on_step: called after every optimizer step of this call; training ends with the step after
-            which it raises `StopTraining`.
+        on_step: called after every optimizer step of this call; training ends with the
+            step after which it raises `StopTraining`.
         checkpoints: a folder for checkpoints, every 25 steps (`save_steps`) and at the end, of
             which the last one stays. If it has a checkpoint of the same run, training goes on from
             there, and ends with the vectors of a run without a break: on a CPU, to the last bit.

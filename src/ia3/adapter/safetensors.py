@@ -1,0 +1,146 @@
+"""Safetensors files: the package reads them; they are written here, to the same bytes every time.
+
+The package writes a header's metadata in another order in every process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, deserialize, safe_open
+
+from ..errors import IA3Error
+
+# torch is imported where tensors are made of values: outlines are read without it.
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+# torch's dtypes and the format's names of them, in the order in which the package writes them: the
+# widest first.
+DTYPES = {
+    "torch.uint64": "U64",
+    "torch.int64": "I64",
+    "torch.float64": "F64",
+    "torch.complex64": "C64",
+    "torch.float32": "F32",
+    "torch.uint32": "U32",
+    "torch.int32": "I32",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+    "torch.uint16": "U16",
+    "torch.int16": "I16",
+    "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "torch.float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
+
+
+def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """(key -> its tensor's shape, in the order of the file; metadata), without the values.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        IA3Error: it is truncated, or not a safetensors file.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.offset_keys()}
+            return shapes, file.metadata() or {}
+    except SafetensorError as error:
+        raise _not_whole(path, error) from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(key -> tensor, on the CPU, in the order of the file; metadata); raises as `read_header`."""
+    from safetensors.torch import load
+
+    # Read, not mapped: a file that is cut short while it is mapped ends the process.
+    content = path.read_bytes()
+    try:
+        tensors = load(content)
+    except (SafetensorError, KeyError) as error:  # the latter for a dtype that torch lacks
+        raise _not_whole(path, error) from error
+    # The package has checked the header, but gives metadata of files alone.
+    header: dict[str, Any] = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+    return {key: tensors[key] for key in header}, metadata
+
+
+def read_floats(path: Path, ending: str) -> dict[str, NDArray[np.float32]]:
+    """Key -> values as float32, of the keys that end so; without torch.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        IA3Error: it is truncated, or such a tensor does not hold floating-point values.
+    """
+    try:
+        tensors = dict(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise _not_whole(path, error) from error
+    # The package gives them in another order in every process.
+    keys = sorted(key for key in tensors if key.endswith(ending))
+    return {key: _floats(tensors[key], key, path) for key in keys}
+
+
+def write(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file: 8 bytes with the header's length, the header, the tensors.
+
+    Raises:
+        IA3Error: the format has no name for a tensor's dtype.
+    """
+    for key, tensor in tensors.items():
+        if str(tensor.dtype) not in DTYPES:
+            raise IA3Error(
+                f"{key!r} is {tensor.dtype}, which cannot be saved: expected one of {[*DTYPES]}"
+            )
+    place = {dtype: number for number, dtype in enumerate(DTYPES)}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    data: list[Any] = []
+    end = 0
+    for key in sorted(tensors, key=lambda key: (place[str(tensors[key].dtype)], key)):
+        values = _values(tensors[key])
+        start, end = end, end + values.nbytes
+        header[key] = {
+            "dtype": DTYPES[str(tensors[key].dtype)],
+            "shape": list(tensors[key].shape),
+            "data_offsets": [start, end],
+        }
+        data.append(values)
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    # The tensors begin at a multiple of 8 bytes.
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *data])
+
+
+def _values(tensor: Tensor) -> NDArray[Any]:
+    """A tensor's values as they lie in a file."""
+    import torch
+
+    if tensor.dtype is not torch.float32:  # numpy lacks some dtypes
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+    return np.ascontiguousarray(tensor.numpy(force=True))
+
+
+def _floats(tensor: Mapping[str, Any], key: str, path: Path) -> NDArray[np.float32]:
+    dtype, data = tensor["dtype"], tensor["data"]
+    if dtype == "BF16":
+        # The upper half of a float32.
+        values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    elif dtype in ("F16", "F32", "F64"):
+        values = np.frombuffer(data, f"<f{int(dtype[1:]) // 8}").astype(np.float32)
+    else:
+        raise IA3Error(f"{path}: tensor {key!r} is {dtype}, expected floating-point values")
+    return values.reshape(tensor["shape"])
+
+
+def _not_whole(path: Path, error: Exception) -> IA3Error:
+    return IA3Error(f"{path} is not a whole safetensors file: {error}")

@@ -1,0 +1,55 @@
+"""Results of experiments that are kept as they come, and found again by what they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..files.records import append_record, read_records
+
+
+class Results:
+    """Records in a JSON Lines file, each on the disk as soon as it is added.
+
+    Args:
+        path: of the file; without one, records are held in memory alone.
+        is_record: whether an object is such a record.
+        what: it records, for messages.
+
+    Raises:
+        IA3Error: a line of the file is no such record.
+    """
+
+    def __init__(
+        self, path: str | Path | None, is_record: Callable[[dict[str, Any]], bool], what: str
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self._records = [] if self.path is None else read_records(self.path, is_record, what)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._records)
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """The first record that has these values, if there is one."""
+        for record in self._records:
+            if all(record.get(name) == value for name, value in key.items()):
+                return record
+        return None
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Keep a record.
+
+        Raises:
+            OSError: it cannot be written; the records before stay whole.
+        """
+        self._records.append(record)
+        if self.path is not None:
+            append_record(self.path, record)
+
+
+def digest(values: Any) -> str:
+    """16 hex digits that differ where the values, as JSON has them, differ."""
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,491 @@
+"""The adapters on one base model: which there are, which multiply, and which train."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapter.store import Adapter
+from ..core.activations import device_of
+from ..core.inventory import Contents, Inventory
+from ..core.merge import Merge
+from ..core.mlp import Carriers
+from ..core.names import ATTRIBUTE, Target
+from ..core.route import BASE, LOCK, watch
+from ..core.saved_modules import (
+    SavedModule,
+    attach_saved_module,
+    check_saved_modules,
+    detach_saved_module,
+    find_modules_to_save,
+    load_saved_module,
+    saved_module_of,
+)
+from ..core.sites import Site, check_free, displace, place, site_of
+from ..errors import IA3Error, did_you_mean
+from ..targets.config import IA3Config
+from ..targets.resolve import check_vectors, resolve
+from .frozen_base import FrozenBase
+from .fused_mlp import fuse, is_fused, mark_sites, unfuse
+from .heads import with_head
+
+# The attributes of the modules that hold vectors or copies: setting one ("training") would set the
+# vector, and a vector that is set ("frozen") would be the attribute.
+TAKEN = {*dir(nn.Module()), *Site.__annotations__, *SavedModule.__annotations__}
+
+
+class Adapters:
+    """The adapters on a base model: vectors at its activations, and copies of whole modules.
+
+    Changes hold the lock of `core.route`, and what raises changes nothing.
+
+    Args:
+        model: the base model, without adapters.
+        merge: what is merged into its weights.
+
+    Attributes:
+        configs: adapter name -> its config, with its modules named.
+        active: the adapters that multiply.
+        enabled: False: none multiplies, and the model computes as the base model does.
+        unloaded: everything was taken off, for good.
+        base: the base model's own parameters.
+
+    Raises:
+        IA3Error: the model has adapters already.
+    """
+
+    def __init__(self, model: nn.Module, merge: Merge) -> None:
+        on = next((name for name, m in model.named_modules() if ATTRIBUTE in m._modules), None)
+        if on is not None:
+            raise IA3Error(
+                f"{type(model).__name__} has adapters already (at {on!r}): use add_adapter on "
+                "its IA3Model, or unload() that first"
+            )
+        self.model = model
+        self.merge = merge
+        self.base = FrozenBase(model)
+        self.configs: dict[str, IA3Config] = {}
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self.unloaded = False
+        self._inventory = Inventory(model)
+        self._open_routes = 0
+        self._fused: list[str] = []
+        self._plain = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open_routes": 0}  # a copy is not routed
+
+    # -- what there is ----------------------------------------------------------------------------
+
+    def contents(self) -> Contents:
+        """The model's modules, sites and copies as they are now."""
+        return self._inventory.now()
+
+    def sites_of(self, name: str) -> list[tuple[str, Site]]:
+        """Where an adapter has a vector: module name and site, in the model's order."""
+        return [(module, site) for module, _, site in self.contents().sites if name in site]
+
+    def copies_of(self, name: str) -> dict[str, nn.Module]:
+        """Module name -> an adapter's copy of the module (`modules_to_save`)."""
+        return {m: copies[name] for m, _, copies in self.contents().copies if name in copies}
+
+    def merged_modules(self) -> set[str]:
+        """The modules that have adapters merged into them."""
+        return {module for module, _, site in self.contents().sites if site.merged}
+
+    def stored(self, name: str) -> Adapter:
+        """An adapter as it is off its model. Its tensors may share the model's memory."""
+        having = self.sites_of(name)
+        return Adapter(
+            dataclasses.replace(self.configs[name]),
+            {module: site.vector(name).detach() for module, site in having},
+            {
+                f"{module}.{key}": value
+                for module, twin in self.copies_of(name).items()
+                for key, value in twin.state_dict().items()
+            },
+            {module: site.frozen[name] for module, site in having if name in site.frozen},
+        )
+
+    def named(self, names: str | Sequence[str] | None) -> tuple[str, ...]:
+        """Adapters' names, each once; the active ones for `None`.
+
+        Raises:
+            IA3Error: one is unknown.
+        """
+        if isinstance(names, str):
+            names = (names,)
+        found = tuple(dict.fromkeys(self.active if names is None else names))
+        self.check_known(found)
+        return found
+
+    # -- checks: each raises IA3Error -------------------------------------------------------------
+
+    def check_known(self, names: Collection[str]) -> None:
+        """The model has adapters of these names."""
+        for name in names:
+            if name not in self.configs:
+                raise IA3Error(
+                    f"no adapter {name!r} on this model, which has {sorted(self.configs)}"
+                    f"{did_you_mean(name, self.configs)}"
+                )
+
+    def check_loaded(self) -> None:
+        """The model has not been unloaded."""
+        if self.unloaded:
+            raise IA3Error("this model was unloaded: make a new one")
+
+    def check_enabled(self, before: str) -> None:
+        """Adapters are not disabled."""
+        if not self.enabled:
+            raise IA3Error(f"adapters are disabled: enable_adapter_layers() before {before}")
+
+    def check_unrouted(self, what: str) -> None:
+        """No route of the model is on. The caller holds the lock."""
+        if self._open_routes:
+            raise IA3Error(f"{what}: a route of this model is on, leave it first")
+
+    def check_unmerged(self, name: str) -> None:
+        """An adapter is not merged."""
+        if name in self.merge.adapters:
+            raise IA3Error(f"adapter {name!r} is merged: unmerge_adapter() first")
+
+    def check_one_copy(self, names: Collection[str]) -> None:
+        """No two of the adapters have a copy of the same module."""
+        for module, _, copies in self.contents().copies:
+            having = sorted(set(names).intersection(copies.adapters))
+            if len(having) > 1:
+                raise IA3Error(
+                    f"adapters {having} each have a copy of {module!r} (modules_to_save): only one "
+                    "of them can be active"
+                )
+
+    def fit(
+        self, name: str, config: IA3Config, stored: Adapter | None
+    ) -> tuple[IA3Config, list[Target]]:
+        """What a config, or a stored adapter, rescales on this model; nothing is changed.
+
+        Warns where a stored adapter was trained on another base model.
+
+        Raises:
+            IA3Error: it does not fit the model, or not the other adapters on it.
+        """
+        contents = self.contents()
+        frozen = None if stored is None else stored.frozen
+        resolved, targets = resolve(self.model, config, frozen)
+        for target in targets:
+            check_free(contents.modules[target.name], target)
+            self._check_outside_copies(target.name, contents)
+        if stored is not None:
+            check_vectors(stored.vectors, targets, type(self.model).__name__)
+            if stored.base and (other := stored.base.difference(self.model, self.merged_modules())):
+                warnings.warn(
+                    f"this may be the wrong base model for adapter {name!r}: {other}", stacklevel=5
+                )
+        return resolved, targets
+
+    def _check_can_be_copied(self, saved: Sequence[str]) -> None:
+        contents = self.contents()
+        for name in saved:
+            self._check_outside_copies(name, contents)
+            module = contents.modules[name]
+            for part_name, part in module.named_modules(prefix=name):
+                if site_of(part) is not None or (part is not module and saved_module_of(part)):
+                    raise IA3Error(
+                        f"modules_to_save: another adapter on this model has vectors or a copy in "
+                        f"{part_name!r}, which is part of {name!r}"
+                    )
+                if is_fused(part):
+                    raise IA3Error(
+                        f"modules_to_save: {part_name!r} in {name!r} is fused: unfuse_mlp() first"
+                    )
+
+    def _check_outside_copies(self, name: str, contents: Contents) -> None:
+        for around, _, _ in contents.copies:
+            if name.startswith(f"{around}."):
+                raise IA3Error(
+                    f"module {name!r} is part of {around!r}, which another adapter on this model "
+                    "has in its modules_to_save"
+                )
+
+    # -- adding and removing ----------------------------------------------------------------------
+
+    def add(self, name: str, config: IA3Config, stored: Adapter | None = None) -> None:
+        """Add an adapter, not active, its vectors from `stored` or new.
+
+        Raises:
+            IA3Error: the name is taken or malformed, or the adapter does not fit the model.
+        """
+        with LOCK:
+            self.check_loaded()
+            if name in self.configs:
+                raise IA3Error(f"adapter {name!r} exists already: delete it or choose another")
+            check_name(name)
+            config = dataclasses.replace(config, modules_to_save=with_head(self.model, config))
+            resolved, targets = self.fit(name, config, stored)
+            strict = stored is None
+            saved = find_modules_to_save(self.model, resolved.modules_to_save, strict=strict)
+            self._check_can_be_copied(saved)
+            if stored is not None:
+                check_saved_modules(stored.copies, saved, self.model)
+            try:
+                self._add_vectors(name, config, targets, stored)
+                self._add_copies(name, saved, stored)
+                self.configs[name] = resolved
+            except BaseException:  # memory may run out
+                self._take_off(name)
+                raise
+
+    def place(self, targets: Sequence[Target]) -> dict[str, Site]:
+        """Module name -> the site there, placed now where there is none."""
+        modules, carriers = self.contents().modules, Carriers(self.model)
+        sites = {target.name: place(modules[target.name], target, carriers) for target in targets}
+        for site in sites.values():
+            site.in_place = not self._plain
+        return sites
+
+    def _add_vectors(
+        self, name: str, config: IA3Config, targets: Sequence[Target], stored: Adapter | None
+    ) -> None:
+        modules, sites = self.contents().modules, self.place(targets)
+        new = torch.ones if config.init_ia3_weights else torch.randn
+        for target in targets:
+            device = device_of(modules[target.name])
+            if stored is None:
+                vector = new(target.activation.shape, device=device)
+            else:
+                # A model on the meta device has no values to lose; the adapter has.
+                device = torch.device("cpu") if device.type == "meta" else device
+                vector = stored.vectors[target.name].to(device, torch.float32, copy=True)
+            sites[target.name].add(name, vector, target.frozen)
+
+    def _add_copies(self, name: str, saved: Sequence[str], stored: Adapter | None) -> None:
+        for module_name in saved:
+            module = self.model.get_submodule(module_name)
+            copies = attach_saved_module(module)
+            copies.add(name, module)
+            if stored is not None:
+                load_saved_module(copies[name], module_name, stored.copies)
+
+    def load_into(self, name: str, stored: Adapter) -> None:
+        """Give an adapter that is there the values of a stored one, in place.
+
+        Raises:
+            IA3Error: it is merged, or the stored one has other vectors or copies.
+        """
+        with LOCK:
+            self.check_unmerged(name)
+            having, copies = self.sites_of(name), self.copies_of(name)
+            targets = [site.target(module) for module, site in having]
+            check_vectors(stored.vectors, targets, type(self.model).__name__)
+            check_saved_modules(stored.copies, list(copies), self.model)
+            for module, site in having:
+                here, there = site.frozen.get(name, ()), stored.frozen.get(module, ())
+                if here != there:
+                    raise IA3Error(
+                        f"the adapter does not fit {name!r}: other values of its vectors stay one: "
+                        f"of {module!r} {list(there)}, expected {list(here)}"
+                    )
+            with torch.no_grad():
+                for module, site in having:
+                    site[name].copy_(stored.vectors[module])
+            for module, twin in copies.items():
+                load_saved_module(twin, module, stored.copies)
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter. If no other is active then, the first that is left becomes so.
+
+        Raises:
+            IA3Error: the adapter is unknown or merged, or a route is on.
+        """
+        with LOCK:
+            self.check_unrouted("delete_adapter")
+            self.check_known([name])
+            self.check_unmerged(name)
+            remaining = tuple(other for other in self.active if other != name)
+            first = next((other for other in self.configs if other != name), None)
+            # Before its vectors go: calls of other threads ask for those of the active ones.
+            if self.active and not remaining and first is not None:
+                warnings.warn(f"adapter {name!r} was active; {first!r} is active now", stacklevel=3)
+                self._switch((first,), (first,), leaving=name)
+            else:
+                self.activate(remaining)
+            self._take_off(name)
+
+    def _take_off(self, name: str) -> None:
+        self.configs.pop(name, None)
+        contents = self.contents()
+        for _, module, site in contents.sites:
+            site.remove(name)
+            if not site.vectors and not site.banked:
+                displace(module)
+        for _, module, copies in contents.copies:
+            if name in copies:
+                copies.remove(name)
+            if not copies.adapters:
+                detach_saved_module(module)
+
+    # -- which of them multiply and train ---------------------------------------------------------
+
+    def switch(self, names: str | Sequence[str], inference_mode: bool) -> None:
+        """Make these adapters the active ones, and unless in inference mode those that train.
+
+        Raises:
+            IA3Error: one is unknown, or two of them have a copy of the same module.
+        """
+        with LOCK:
+            active = self.named(names)
+            self._switch(active, () if inference_mode else active)
+
+    def _switch(
+        self, active: tuple[str, ...], trained: Collection[str], leaving: str | None = None
+    ) -> None:
+        self.check_one_copy(active)
+        if self.merge.adapters:
+            warnings.warn("adapters are merged; they are unmerged first", stacklevel=4)
+            self.merge.undo()
+        if any(map(self.copies_of, active)):
+            self.check_unrouted("set_adapter of an adapter with modules_to_save")
+        self._train(trained, {*self.active, *active}, leaving)
+        self.activate(active)
+
+    def _train(self, trained: Collection[str], changed: set[str], leaving: str | None) -> None:
+        """Have the vectors and copies of these adapters alone require gradients.
+
+        Args:
+            changed: the adapters that may not be so yet. Of another, `model.requires_grad_()` has
+                reached all vectors or none: the first one tells.
+            leaving: an adapter that is left as it is, as a backward pass may be to come for it.
+        """
+        contents = self.contents()
+        for name in self.configs.keys() - {leaving}:
+            first = next((site for _, _, site in contents.sites if name in site), None)
+            if name in changed or (first is not None and first[name].requires_grad):
+                for _, _, site in contents.sites:
+                    if name in site:
+                        site[name].requires_grad = name in trained
+        for _, _, copies in contents.copies:
+            for name in set(copies.adapters) - {leaving}:
+                for parameter in copies[name].parameters():
+                    if parameter.is_floating_point():
+                        parameter.requires_grad_(name in trained)
+
+    def activate(self, names: tuple[str, ...] | None = None) -> None:
+        """Have these adapters multiply from the next call on; for `None`, those that did.
+
+        Called after each change of what is merged, fused or routed too, by which it depends where
+        hooks are needed.
+        """
+        with LOCK:
+            self.active = self.active if names is None else names
+            active = self.active if self.enabled else ()
+            contents, routed = self.contents(), self._open_routes > 0
+            watch(self.model, routed)
+            if self._fused:  # of these layers, some may have been taken out of the model
+                fused = [contents.modules[name] for name in self._fused if name in contents.modules]
+                mark_sites([site for _, _, site in contents.sites], fused)
+            for _, module, site in contents.sites:
+                site.activate(module, active, routed)
+            for _, _, copies in contents.copies:
+                copies.active = next((name for name in active if name in copies), None)
+
+    def enable(self, enabled: bool) -> None:
+        """Have the active adapters multiply, or none: merged ones are unmerged then, and stay so.
+
+        Raises:
+            IA3Error: they are to be disabled while a route is on.
+        """
+        with LOCK:
+            if not enabled:
+                self.check_unrouted(
+                    "disabling adapters (rows of the base model are named '__base__')"
+                )
+                self.merge.undo()
+            self.enabled = enabled
+            self.activate()
+
+    def unmerge(self) -> None:
+        """Put the base's original weights back, bit for bit."""
+        with LOCK:
+            self.merge.undo()
+            self.activate()
+
+    # -- how they multiply ------------------------------------------------------------------------
+
+    def route_opened(self) -> None:
+        """Have the hooks there that ask for a route. Until `route_closed` nothing removes them."""
+        with LOCK:
+            self._open_routes += 1
+            try:
+                watch(self.model, True)
+                if not all(site.routed for _, _, site in self.contents().sites):
+                    self.activate()
+            except BaseException:
+                self._open_routes -= 1
+                raise
+
+    def route_closed(self) -> None:
+        """Undo `route_opened`; the hooks stay until the next change."""
+        with LOCK:
+            self._open_routes -= 1
+
+    def use_plain_product(self, plain: bool) -> None:
+        """Rescale at the very module, or where it costs the least memory."""
+        with LOCK:
+            self._plain = plain
+            for _, _, site in self.contents().sites:
+                site.in_place = not plain
+
+    def fuse(self) -> int:
+        """Fuse the model's gated feed-forward layers; returns how many are fused now."""
+        with LOCK:
+            self.check_loaded()
+            self._fused = fuse(self.model)
+            self.activate()
+            return len(self._fused)
+
+    def unfuse(self) -> None:
+        """Undo `fuse`."""
+        with LOCK:
+            if self._fused:
+                self._fused = []
+                unfuse(self.model)
+                self.activate()
+
+    def unload(self) -> None:
+        """Take everything off the model, which is then what it was."""
+        with LOCK:
+            self.unloaded = True
+            self.unfuse()
+            self.unmerge()
+            contents = self.contents()
+            for _, module, _ in contents.sites:
+                displace(module)
+            for _, module, _ in contents.copies:
+                detach_saved_module(module)
+            watch(self.model, False)
+            self.base.give_back()
+            self.configs.clear()
+            self.active = ()
+            # It holds every module, also those that the model may part with later.
+            self._inventory = Inventory(self.model)
+
+
+def check_name(name: str) -> None:
+    """Raise `IA3Error` where an adapter cannot have this name."""
+    if not re.fullmatch(r"[^./\\\s\x00]+", name):
+        raise IA3Error(f"adapter name {name!r} must have no dot, slash or white space")
+    if name == BASE:
+        raise IA3Error(f"adapter name {BASE!r} means the base model: choose another")
+    if name in TAKEN:
+        raise IA3Error(
+            f"adapter name {name!r} is also an attribute of the modules that hold the vectors: "
+            "choose another"
+        )

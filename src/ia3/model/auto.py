@@ -1,0 +1,163 @@
+"""`AutoPeftModel`: an adapter together with its base model, which the adapter's config names."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from ..errors import IA3Error
+from ..files.hub import CONFIG_NAME, adapter_folder
+from ..targets.config import IA3Config, TaskType
+from .ia3_model import MODEL_CLASSES, IA3Model
+from .saving import DEFAULT_ADAPTER
+
+# Whose classes an adapter's config may name as its base model's, unless the user says otherwise.
+LIBRARIES = ("transformers", "diffusers")
+# What says how to fetch files from the hub, both the adapter's and the base model's.
+FOR_BOTH = ("token", "cache_dir", "force_download", "local_files_only")
+TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model", "chat_template*")
+
+
+class AutoPeftModel:
+    """An adapter together with its base model, which its config names.
+
+    The base model's class is the one its config recorded (`auto_mapping`), or the one its task type
+    asks for.
+    """
+
+    task_type: TaskType | None = None
+
+    def __init_subclass__(cls, task: TaskType | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.task_type = task or cls.task_type
+
+    def __init__(self) -> None:
+        raise IA3Error(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained()")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        adapter_name: str = DEFAULT_ADAPTER,
+        is_trainable: bool = False,
+        config: IA3Config | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        import_allowlist: Sequence[str] = LIBRARIES,
+        **base_options: Any,
+    ) -> IA3Model:
+        """Load an adapter and, before it, its base model.
+
+        Args:
+            pretrained_model_name_or_path: the adapter's folder or its id on the hub.
+            adapter_name: the name it gets.
+            is_trainable: its vectors require gradients.
+            config: instead of the adapter's own.
+            revision: the adapter's, on the hub.
+            subfolder: where in the folder or repository the adapter lies.
+            import_allowlist: the libraries that the adapter's config may choose the base model's
+                class from.
+            base_options: for the base model's `from_pretrained`, e.g. `dtype`, `device_map`. What
+                says how to fetch from the hub (`token`, `cache_dir`, ...) holds for both.
+
+        Raises:
+            FileNotFoundError: there is no adapter.
+            IA3Error: its config names no base model, or one of another task.
+            OSError: the base model is not to be had.
+        """
+        for_both: Any = {key: base_options[key] for key in FOR_BOTH if key in base_options}
+        folder = adapter_folder(
+            pretrained_model_name_or_path,
+            ["adapter_*", *TOKENIZER_FILES],
+            revision=revision,
+            subfolder=subfolder,
+            **for_both,
+        )
+        config = config or IA3Config.from_pretrained(folder)
+        if config.base_model_name_or_path is None:
+            raise IA3Error(
+                f"{folder / CONFIG_NAME} names no base model: load it yourself, then "
+                "PeftModel.from_pretrained(model, ...)"
+            )
+        if cls.task_type is not None and config.task_type not in (None, cls.task_type.value):
+            raise IA3Error(
+                f"{pretrained_model_name_or_path} is an adapter for {config.task_type}, expected "
+                f"{cls.task_type.value}: use AutoPeftModel"
+            )
+        base = _base_class(cls.task_type, config, import_allowlist).from_pretrained(
+            config.base_model_name_or_path, revision=config.revision, **base_options
+        )
+        _fit_vocabulary(base, folder, base_options.get("trust_remote_code", False))
+        kind = MODEL_CLASSES.get(cls.task_type, IA3Model)
+        return kind.from_pretrained(base, folder, adapter_name, is_trainable, config)
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel, task=TaskType.CAUSAL_LM):
+    """An adapter with its decoder-only language model."""
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel, task=TaskType.SEQ_2_SEQ_LM):
+    """An adapter with its encoder-decoder language model."""
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel, task=TaskType.SEQ_CLS):
+    """An adapter with its sequence classifier."""
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel, task=TaskType.TOKEN_CLS):
+    """An adapter with its token classifier."""
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel, task=TaskType.QUESTION_ANS):
+    """An adapter with its question answerer."""
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel, task=TaskType.FEATURE_EXTRACTION):
+    """An adapter with its model of hidden states."""
+
+
+AUTO_CLASSES = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+}
+
+
+def _base_class(task_type: TaskType | None, config: IA3Config, allowed: Sequence[str]) -> Any:
+    if task_type is None and config.task_type is not None:
+        task_type = TaskType(config.task_type)
+    if task_type is not None:
+        return getattr(transformers, AUTO_CLASSES[task_type])
+    mapping = config.auto_mapping or {}
+    library, name = mapping.get("parent_library"), mapping.get("base_model_class")
+    # An adapter's file must not choose which code is run.
+    if not isinstance(library, str) or not any(f"{library}.".startswith(f"{a}.") for a in allowed):
+        raise IA3Error(
+            f"the adapter's config has no task_type, and its auto_mapping {mapping} names no class "
+            f"of {', '.join(allowed)}: load the base model yourself, then "
+            "PeftModel.from_pretrained(model, ...), or name the library in import_allowlist, if it "
+            "is to be trusted"
+        )
+    found = getattr(importlib.import_module(library), str(name), None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise IA3Error(f"auto_mapping: {library} has no model class {name!r}")
+    return found
+
+
+def _fit_vocabulary(base: Any, folder: Path, trust_remote_code: bool) -> None:
+    """Make room for the tokens of a tokenizer that was saved beside the adapter."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=trust_remote_code
+    )
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer))

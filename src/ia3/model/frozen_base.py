@@ -1,0 +1,78 @@
+"""The base model while adapters are on it: frozen, and saved without them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..core.names import ATTRIBUTE
+
+
+class FrozenBase:
+    """A base model that is to be frozen, and given back as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._ignored = getattr(model, "_keys_to_ignore_on_save", None)
+        self._requires_input_grads = False
+
+    def freeze(self) -> None:
+        """Stop the base's parameters training, and hide adapters from its `save_pretrained`."""
+        for name in self._trained:
+            self.model.get_parameter(name).requires_grad_(False)
+        if isinstance(self.model, PreTrainedModel):
+            self.model._keys_to_ignore_on_save = AdapterKeys(self.model, self._ignored or ())
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+            self.require_input_grads()
+
+    def require_input_grads(self) -> None:
+        """Have the embeddings' output require gradients.
+
+        Reentrant checkpointing gives gradients only where a block's input requires them, and
+        nothing before the first vector does.
+        """
+        if hasattr(self.model, "enable_input_require_grads") and not self._requires_input_grads:
+            self.model.enable_input_require_grads()  # type: ignore[operator]
+            self._requires_input_grads = True
+
+    def give_back(self) -> None:
+        """Undo `freeze`. Parameters that are no longer in the model are passed over."""
+        parameters = dict(self.model.named_parameters())
+        for name in self._trained:
+            if name in parameters:
+                parameters[name].requires_grad_(True)
+        if isinstance(self.model, PreTrainedModel):
+            self.model._keys_to_ignore_on_save = self._ignored
+        if self._requires_input_grads:
+            self.model.disable_input_require_grads()  # type: ignore[operator]
+            self._requires_input_grads = False
+
+
+class AdapterKeys(Collection[str]):
+    """The keys of a model's state dict that its own `save_pretrained` leaves out.
+
+    They are looked up each time: adapters come and go.
+
+    Args:
+        model: the base model.
+        ignored: the keys that it leaves out anyway.
+    """
+
+    def __init__(self, model: nn.Module, ignored: Collection[str]) -> None:
+        self._model = model
+        self._ignored = ignored
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._ignored
+        for key in self._model.state_dict(keep_vars=True):
+            if ATTRIBUTE in key.split("."):
+                yield key
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, key: object) -> bool:
+        return key in list(self)

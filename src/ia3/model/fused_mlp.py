@@ -1,0 +1,245 @@
+"""Gated MLPs that keep less for the backward pass.
+
+Written out, down(act(gate(x)) ⊙ up(x) ⊙ vector) keeps gate, act(gate), up and the products. A fused
+MLP computes the product before the down projection in one operation, which keeps gate, up and the
+vector alone and computes act(gate) again in the backward pass: a third less than the frozen model
+keeps. It rounds differently, so that it is used only where it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.activations import linear_features
+from ..core.mlp import FUNCTIONS, Mlp, read_mlp
+from ..core.names import ATTRIBUTE
+from ..core.patch import patch, patched
+from ..core.rescale import rescale
+from ..core.saved_modules import HOOKS, saved_module_of
+from ..core.sites import Site, site_of
+from ..errors import IA3Error
+from ..targets.structure import feedforward_targets
+
+# -- putting it on ---------------------------------------------------------------------------------
+
+
+def fuse(model: nn.Module) -> list[str]:
+    """Fuse the gated MLPs of a model; `mark_sites` is to be called afterwards.
+
+    Returns:
+        The names of all that are fused now, in the model's order.
+
+    Raises:
+        IA3Error: the model has no MLP that computes down(dropout(act(gate(x)) ⊙ up(x))).
+    """
+    names = []
+    for name, module in model.named_modules():
+        if ATTRIBUTE in name.split("."):
+            continue
+        if not is_fused(module):
+            found = gated_mlp(module)
+            if isinstance(found, str):
+                continue
+            patch(module, FusedForward(module, found))
+        names.append(name)
+    if not names:
+        first = feedforward_targets(model)[0].name.rpartition(".")[0]
+        module = model.get_submodule(first)
+        raise IA3Error(
+            f"no feed-forward layer can be fused: {first!r} ({type(module).__name__}): "
+            f"{gated_mlp(module)}"
+        )
+    return names
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give the fused MLPs of a model their own forward again."""
+    for module in model.modules():
+        fused = patched(module, FusedForward)
+        if fused is not None:
+            fused.remove()
+        if isinstance(module, Site):
+            module.in_block = False
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module is a fused MLP."""
+    return patched(module, FusedForward) is not None
+
+
+def mark_sites(sites: Iterable[Site], modules: Iterable[nn.Module]) -> None:
+    """Tell each site whether one of these modules, a fused MLP, multiplies by its vectors.
+
+    Such a site has no hooks of its own (`Site.in_block`).
+    """
+    forwards: list[Any] = [p.forward for m in modules if (p := patched(m, FusedForward))]
+    inside = {id(forward.site()) for forward in forwards}
+    for site in sites:
+        site.in_block = id(site) in inside
+
+
+def gated_mlp(module: nn.Module) -> Mlp | str:
+    """What a module computes, if it is an MLP that can be fused; else why it cannot."""
+    children = ((name, child) for name, child in module.named_children() if name != ATTRIBUTE)
+    linear = {name: size for name, child in children if (size := linear_features(child))}
+    if len(linear) != 3:
+        return f"it has {len(linear)} linear layers, expected a gate, an up and a down projection"
+    if saved_module_of(module) is not None:
+        return "an adapter has a copy of it (modules_to_save)"
+    why = (
+        f"it computes something else than down(act(gate(x)) ⊙ up(x)), act one of {list(FUNCTIONS)}"
+    )
+    for down, (inner, _) in linear.items():
+        if all(out == inner for name, (_, out) in linear.items() if name != down):
+            found = read_mlp(module, down)
+            if isinstance(found, str):
+                why = found
+            elif found.gate is not None:
+                return found
+    return why
+
+
+# -- the forward -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class FusedForward:
+    """A fused MLP's forward: what `mlp` says, with the vectors on the down projection's input."""
+
+    module: nn.Module
+    mlp: Mlp
+
+    def site(self) -> Site | None:
+        """The site on the down projection's input, if it has one."""
+        site = site_of(self.module.get_submodule(self.mlp.down))
+        return site if site is not None and site.side == "input" else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward of the module's class: its argument may be named."""
+        (values,) = (*args, *kwargs.values())
+        mlp, parts = self.mlp, self.module._modules
+        assert mlp.gate is not None
+        assert mlp.function is not None
+        down: Any = parts[mlp.down]
+        gate, up = parts[mlp.gate](values), parts[mlp.up](values)  # type: ignore[misc]
+        site = self.site()
+        factor = None if site is None or not site.in_block else site.factor(up)
+        activation = parts.get(mlp.activation or "")
+        if activation is not None and _is_watched(activation):
+            product = activation(gate) * up
+        elif factor is not None and factor.dim() == 1:
+            product, factor = gated_product(gate, up, factor, mlp.function), None
+        else:
+            product = gated_product(gate, up, None, mlp.function)
+        if factor is not None:
+            product = rescale(product, factor, keep_result=True)
+        if mlp.dropout is not None:
+            product = parts[mlp.dropout](product)  # type: ignore[misc]
+        if mlp.casts and down.weight.is_floating_point():
+            product = product.to(down.weight.dtype)
+        result: Tensor = down(product)
+        return result
+
+
+def _is_watched(activation: nn.Module) -> bool:
+    """Whether hooks or another forward see, or change, what the activation computes."""
+    attributes = activation.__dict__
+    return "forward" in attributes or any(map(attributes.get, HOOKS))
+
+
+# -- the operation ---------------------------------------------------------------------------------
+
+_ATEN = torch.ops.aten
+
+
+def _silu_backward(grad: Tensor, gate: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _ATEN.silu_backward(grad, gate)  # type: ignore[no-any-return]
+    # silu_backward has no derivative itself.
+    sigmoid = torch.sigmoid(gate)
+    return grad * sigmoid * (1 + gate * (1 - sigmoid))
+
+
+# (gradient, gate) -> the gradient times the function's derivative.
+BACKWARD: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": _silu_backward,
+    "gelu": _ATEN.gelu_backward,
+    "gelu_tanh": lambda grad, gate: _ATEN.gelu_backward(grad, gate, approximate="tanh"),
+    "relu": lambda grad, gate: _ATEN.threshold_backward(grad, gate, 0),
+}
+
+
+def gated_product(gate: Tensor, up: Tensor, vector: Tensor | None, function: str) -> Tensor:
+    """function(gate) ⊙ up ⊙ vector, which keeps these three alone for the backward pass.
+
+    Half precision is computed in float32 and rounded once, where separate operations round after
+    each. Nothing is divided by the vector, so that its zeros are no special case.
+
+    Args:
+        gate: `[..., dim]`, any floating dtype.
+        up: `[..., dim]`.
+        vector: `[dim]`, which may be of a wider dtype; ones for `None`.
+        function: of `FUNCTIONS`.
+
+    Returns:
+        `[..., dim]` in the dtype that gate and up promote to.
+    """
+    # Else the formula keeps no more. A compiler chooses itself what to keep.
+    if (
+        torch.is_grad_enabled()
+        and (gate.requires_grad or up.requires_grad)
+        and type(gate) is type(up) is Tensor
+        and gate.shape == up.shape
+        and (vector is None or vector.shape == gate.shape[-1:])
+        and not (gate.is_nested or torch.compiler.is_compiling())
+        and not torch._C._are_functorch_transforms_active()
+    ):
+        product: Tensor = _GatedProduct.apply(gate, up, vector, function)  # type: ignore[no-untyped-call]
+        return product
+    return _formula(gate, up, vector, function)
+
+
+def _formula(gate: Tensor, up: Tensor, vector: Tensor | None, function: str) -> Tensor:
+    wide = _wide(gate, up, vector)
+    product = FUNCTIONS[function](gate.to(wide)) * up.to(wide)
+    product = product if vector is None else product * vector
+    return product.to(torch.promote_types(gate.dtype, up.dtype))
+
+
+def _wide(gate: Tensor, up: Tensor, vector: Tensor | None) -> torch.dtype:
+    """The dtype to compute in."""
+    wide = torch.promote_types(torch.promote_types(gate.dtype, up.dtype), torch.float32)
+    return wide if vector is None else torch.promote_types(wide, vector.dtype)
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, vector: Tensor | None, function: str) -> Tensor:
+        ctx.save_for_backward(gate, up, vector)
+        ctx.function = function
+        return _formula(gate, up, vector, function)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Of operations that can be differentiated themselves: second derivatives are right.
+        gate, up, vector = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        wide = _wide(gate, up, vector)
+        grad, gates, ups = grads[0].to(wide), gate.to(wide), up.to(wide)
+        of_gate = of_up = of_vector = None
+        if needed[0]:
+            of_values = grad * ups if vector is None else grad * ups * vector
+            of_gate = BACKWARD[ctx.function](of_values, gates).to(gate.dtype)
+        if needed[1] or needed[2]:
+            of_scaled_up = grad * FUNCTIONS[ctx.function](gates)
+            if needed[1]:
+                of_up = of_scaled_up if vector is None else of_scaled_up * vector
+                of_up = of_up.to(up.dtype)
+            if needed[2]:
+                of_vector = (of_scaled_up * ups).sum_to_size(vector.shape).to(vector.dtype)
+        return of_gate, of_up, of_vector, None

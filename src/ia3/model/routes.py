@@ -1,0 +1,184 @@
+"""Routing one model: batches whose rows, or tokens, have an adapter each, and the model's bank."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from ..adapter.store import Adapter
+from ..core.route import BASE, LOCK, Names, Route, current_route, entered
+from ..core.sites import Site, displace
+from ..errors import IA3Error, did_you_mean
+from .adapters import Adapters
+from .gather import RowSource, is_within_experts, make_route, read_names
+from .heads import with_head
+
+
+class Routes:
+    """The routes of one model, whose host they are, and its bank.
+
+    Args:
+        adapters: the model's own.
+
+    Attributes:
+        model: the base model.
+        bank: the adapters that can be named beside the model's own; a copy of the model has none.
+    """
+
+    def __init__(self, adapters: Adapters) -> None:
+        self.model = adapters.model
+        self.bank: RowSource | None = None
+        self._adapters = adapters
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "bank": None}
+
+    # -- routes -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def entered(
+        self, names: Names, token_index: Tensor | None = None, call: tuple[Any, Any] | None = None
+    ) -> Iterator[None]:
+        """Within the context, calls of the model in this thread or task have these adapters.
+
+        Args:
+            names, token_index: as for `read_names`.
+            call: the arguments of the call to come, by place and by name, which are checked first.
+
+        Raises:
+            IA3Error: a name is unknown, or the model or an adapter cannot be routed.
+        """
+        route = self._route(names, token_index)
+        if call is not None:
+            route.check(*call)
+        with entered(route):
+            yield
+
+    def generate(self, names: Names | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As `IA3Model.generate`; without names, the rows of the current route, if there is one."""
+        model: Any = self.model
+        route = current_route(self) if names is None else self._route(names)
+        if route is None:
+            return model.generate(*args, **kwargs)
+        if route.by_token:
+            raise IA3Error(
+                "generate cannot be routed by tokens, those to come have no names: give one name "
+                "a row"
+            )
+        route.check(args, kwargs)
+        given = next((c for c in (*args[1:2], kwargs.get("generation_config")) if c), None)
+        configs = (given, model.generation_config)
+        times = [
+            next((t for t in (kwargs.get(name), *(getattr(c, name, 0) for c in configs)) if t), 1)
+            for name in ("num_beams", "num_return_sequences")
+        ]
+        # A compiled step would break at every site.
+        if given is None:
+            kwargs.setdefault("disable_compile", True)
+        else:
+            given = copy.deepcopy(given)
+            given.disable_compile = True
+            args, kwargs = args[:1], {**kwargs, "generation_config": given}
+        with entered(route.repeated({1, max(times)})):
+            return model.generate(*args, **kwargs)
+
+    def _route(self, names: Names, token_index: Tensor | None = None) -> Route:
+        adapters, bank = self._adapters, self.bank
+        adapters.check_loaded()
+        adapters.check_enabled("routing")
+        different, index = read_names(names, token_index)
+        for name in different:
+            if name != BASE and name not in adapters.configs and (bank is None or name not in bank):
+                where = "" if bank is None else f" nor in its bank of {len(bank)}"
+                known = [*adapters.configs, *(bank.names() if bank is not None else ())]
+                raise IA3Error(
+                    f"no adapter {name!r} on this model, which has {sorted(adapters.configs)},"
+                    f"{where}; {BASE!r} is the base model{did_you_mean(name, known)}"
+                )
+        config = getattr(self.model, "config", None)
+        if index.dim() == 2 and getattr(config, "is_encoder_decoder", False):
+            raise IA3Error(
+                f"{type(self.model).__name__} has an encoder and a decoder, whose tokens are not "
+                "the same: give one name a row"
+            )
+        return make_route(self, adapters.contents, adapters.configs, bank, different, index)
+
+    def _open(self, route: Route) -> None:
+        adapters = self._adapters
+        with LOCK:
+            if merged := adapters.merge.adapters:
+                raise IA3Error(
+                    f"adapters {sorted(merged)} are merged, in all rows: unmerge_adapter() before "
+                    "routing"
+                )
+            contents = adapters.contents()
+            for name, _, copies in contents.copies:
+                if copies.active is not None:
+                    raise IA3Error(
+                        f"adapter {copies.active!r} is active, whose copy of {name!r} "
+                        "(modules_to_save) all rows would go through: set_adapter() to another "
+                        "before routing"
+                    )
+            lost = route.sites.keys() - {site for _, _, site in contents.sites}
+            if any(route.values(site) is not None for site in lost):
+                raise IA3Error("the model that was routed has lost adapters since")
+            adapters.route_opened()
+
+    def _close(self) -> None:
+        self._adapters.route_closed()
+
+    def _owns(self, site: Any) -> bool:
+        return any(site is each for _, _, each in self._adapters.contents().sites)
+
+    # -- the bank ---------------------------------------------------------------------------------
+
+    def check_not_in_bank(self, name: str) -> None:
+        """Raise `IA3Error` where the bank has an adapter of this name."""
+        if self.bank is not None and name in self.bank:
+            raise IA3Error(
+                f"the model's bank has an adapter {name!r} already: remove it or choose another"
+            )
+
+    def attach(self, bank: RowSource) -> None:
+        """Have a bank's adapters known."""
+        self._adapters.check_loaded()
+        if self.bank is not None:
+            raise IA3Error("the model has a bank already: close() that first")
+        self.bank = bank
+
+    def detach(self) -> None:
+        """Undo `attach`, and take off the sites that only the bank needed."""
+        with LOCK:
+            self._adapters.check_unrouted("detaching the bank")
+            self.bank = None
+            for _, module, site in self._adapters.contents().sites:
+                site.banked = False
+                if not site.vectors:
+                    displace(module)
+
+    def sites_for_bank(self, name: str, adapter: Adapter) -> dict[str, Site]:
+        """As `IA3Model.sites_for_bank`."""
+        adapters = self._adapters
+        if adapter.copies or with_head(self.model, adapter.config):
+            raise IA3Error(
+                f"adapter {name!r} has copies of modules (modules_to_save), which all rows of a "
+                "batch would go through: it cannot be in a bank"
+            )
+        _, targets = adapters.fit(name, adapter.config, adapter)
+        inner = next((t.name for t in targets if is_within_experts(t.name, t.side)), None)
+        if inner is not None:
+            raise IA3Error(
+                f"adapter {name!r} rescales within the experts {inner!r}, whose tokens are no "
+                "longer in the order of the batch: it cannot be in a bank"
+            )
+        with LOCK:
+            sites = adapters.place(targets)
+            for site in sites.values():
+                site.banked = True
+            # Fused layers have to know the sites that are theirs.
+            adapters.activate()
+        return sites

@@ -1,0 +1,191 @@
+"""Adapters in files and on the hub: functions over the adapters of one model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Unpack
+
+from torch import Tensor
+
+from ..adapter import store
+from ..adapter.fingerprint import fingerprint
+from ..adapter.store import Adapter
+from ..core.names import ATTRIBUTE
+from ..errors import IA3Error
+from ..files.atomic import check_folder, write_files
+from ..files.hub import HubOptions, adapter_folder
+from ..targets.config import IA3Config
+from .adapters import Adapters
+
+# PEFT's folder for the adapter of this name is the one given, for others one inside it.
+DEFAULT_ADAPTER = "default"
+
+
+def save(
+    adapters: Adapters, folders: Mapping[str, Path], state_dict: Mapping[str, Tensor] | None
+) -> None:
+    """Write adapters' two files each, all of them or, where a folder cannot be written, none.
+
+    Args:
+        folders: adapter name -> its folder, made if absent.
+        state_dict: the `IA3Model`'s, whose values go before those on the model.
+
+    Raises:
+        OSError: the disk is full or may not be written; what was there before stays.
+    """
+    written = to_save(adapters, list(folders))
+    for name, adapter in written.items():
+        _fill(adapter, adapters, name, state_dict or {})
+    files = {name: store.adapter_files(adapter) for name, adapter in written.items()}
+    for folder in folders.values():
+        check_folder(folder)
+    for name, folder in folders.items():
+        write_files(folder, files[name])
+
+
+def to_save(adapters: Adapters, names: Sequence[str]) -> dict[str, Adapter]:
+    """Adapters as they are saved: for inference, and with their base model's fingerprint.
+
+    Raises:
+        IA3Error: a name is unknown.
+    """
+    adapters.check_known(names)
+    merged = adapters.merged_modules()
+    base = fingerprint(adapters.model, merged)
+    found = {name: adapters.stored(name) for name in names}
+    for adapter in found.values():
+        config = adapter.config
+        config.inference_mode = True
+        if config.task_type is None and config.auto_mapping is None:
+            base_class = type(adapters.model)
+            config.auto_mapping = {
+                "base_model_class": base_class.__name__,
+                "parent_library": base_class.__module__,
+            }
+        adapter.base = base
+    return found
+
+
+def folders_of(
+    adapters: Adapters,
+    folder: str | Path,
+    selected: Sequence[str] | None = None,
+    only: str | None = None,
+) -> dict[str, Path]:
+    """Adapter name -> its folder, as PEFT lays them out.
+
+    Args:
+        folder: where `"default"` goes; others go into a folder of their name inside it.
+        selected: all adapters if not given.
+        only: this adapter alone, into the folder itself.
+
+    Raises:
+        IA3Error: a name is unknown, or there is no adapter.
+    """
+    if only is not None:
+        folders = {only: Path(folder)}
+    else:
+        names = adapters.configs if selected is None else selected
+        folders = {n: Path(folder) / ("" if n == DEFAULT_ADAPTER else n) for n in names}
+    adapters.check_known(folders)
+    if not folders:
+        raise IA3Error("there is no adapter to save")
+    return folders
+
+
+def check_options(safe_serialization: bool, save_embedding_layers: bool | str) -> None:
+    """Raise `IA3Error` where PEFT's options ask for what is not written here."""
+    if save_embedding_layers is True:
+        raise IA3Error(
+            "save_embedding_layers=True: embeddings are saved where they are trained, by naming "
+            "them in modules_to_save"
+        )
+    if safe_serialization is not True:
+        raise IA3Error(
+            f"safe_serialization is {safe_serialization!r}, expected True: a pickle could run code "
+            "when it is read, so that only safetensors files are written"
+        )
+
+
+def read(
+    model_id: str | Path, config: IA3Config | None, is_trainable: bool, **hub: Unpack[HubOptions]
+) -> Adapter:
+    """An adapter from its folder or from the hub.
+
+    Args:
+        config: instead of its own.
+        is_trainable: its vectors are to require gradients.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        IA3Error: its files are broken.
+    """
+    adapter = store.read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config)
+    adapter.config.inference_mode = not is_trainable
+    return adapter
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Errors within the context begin with the adapter's folder or id."""
+    try:
+        yield
+    except IA3Error as error:
+        raise IA3Error(f"{source}: {error}") from error
+
+
+def push(
+    adapters: Adapters,
+    folders: Mapping[str, Path],
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    commit_message: str,
+    create_pr: bool,
+) -> str:
+    """Upload adapters, and a model card where the repository has none; returns the address.
+
+    Args:
+        folders: adapter name -> its folder in the repository, relative.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as root:
+        save(adapters, {name: root / folder for name, folder in folders.items()}, None)
+        if not api.file_exists(repo.repo_id, "README.md", revision=revision):
+            first = adapters.configs[next(iter(folders))]
+            write_files(root, {"README.md": _model_card(first).encode()})
+        commit = api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=root,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+    return str(commit)
+
+
+def _fill(
+    adapter: Adapter, adapters: Adapters, name: str, state_dict: Mapping[str, Tensor]
+) -> None:
+    """Give an adapter the values that an `IA3Model`'s state dict has for it."""
+    end = f"{ATTRIBUTE}.{name}"
+    for module, vector in adapter.vectors.items():
+        adapter.vectors[module] = state_dict.get(f"model.{module}.{end}", vector)
+    for module, twin in adapters.copies_of(name).items():
+        for key, value in twin.state_dict().items():
+            adapter.copies[f"{module}.{key}"] = state_dict.get(f"model.{module}.{end}.{key}", value)
+
+
+def _model_card(config: IA3Config) -> str:
+    base = config.base_model_name_or_path
+    # A folder of this machine means nothing on the hub.
+    known = [f"base_model: {base}"] if base and not Path(base).exists() else []
+    return "\n".join(["---", *known, "library_name: peft", "tags:", "- ia3", "---", ""])
