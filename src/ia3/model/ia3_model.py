@@ -19,15 +19,12 @@ from ..adapter.combining import CombinationType, MajoritySign, combine
 from ..adapter.store import Adapter
 from ..core.merge import Merge
 from ..core.route import LOCK, Names
-from ..core.sites import Site
 from ..errors import IA3Error
 from ..files.hub import HubOptions
 from ..targets.config import IA3Config, TaskType
 from . import saving
 from .adapters import Adapters
 from .adapters import check_name as check_name
-from .gather import RowSource
-from .merging import merge_adapters, merge_for_good, untie
 from .routes import Routes
 from .saving import DEFAULT_ADAPTER as DEFAULT_ADAPTER
 from .trainers import tell_trainer
@@ -97,10 +94,7 @@ class IA3Model(nn.Module):
         *,
         source: str = "adapter",
     ) -> IA3Model:
-        """Put an adapter that has been read onto a base model.
-
-        Args:
-            source: what errors call the adapter.
+        """Put an adapter that has been read, from `source`, onto a base model.
 
         Raises:
             IA3Error: the adapter does not fit the model, which is then unchanged.
@@ -123,7 +117,7 @@ class IA3Model(nn.Module):
     def _begin(self, model: nn.Module) -> None:
         super().__init__()
         self._adapters = Adapters(model, Merge(model))
-        self._routes = Routes(self._adapters)
+        self.routes = Routes(self._adapters)
         self.model = model
         tell_trainer(IA3Model)
 
@@ -150,14 +144,14 @@ class IA3Model(nn.Module):
         Args:
             adapter_name: a name without dots or slashes, new to this model.
             peft_config: what it rescales.
-            vectors: module name -> vector (`Activation.shape`: `[dim, 1]` on a linear layer's
-                output, `[1, dim]` on its input), any floating dtype; stored as float32. Ones if not
-                given, as `init_ia3_weights` says. With vectors, entries of the config's lists may
-                match nothing.
+            vectors: module name -> vector (`[dim, 1]` on a linear layer's output, `[1, dim]` on its
+                input), any floating dtype; stored as float32. Ones if not given, as
+                `init_ia3_weights` says. With vectors, entries of the config's lists may match
+                nothing.
 
         Raises:
-            IA3Error: the name is taken or malformed, the config or the vectors do not fit the
-                model; the model is then unchanged.
+            IA3Error: the name is taken or malformed, or the config or the vectors do not fit the
+                model, which is then unchanged.
         """
         self._add(adapter_name, peft_config, _stored(peft_config, vectors))
 
@@ -171,18 +165,13 @@ class IA3Model(nn.Module):
         density: float | None = None,
         majority_sign_method: MajoritySign = "total",
     ) -> None:
-        """Add an adapter that combines others; by default the weighted sums, as PEFT computes them.
-
-        The new one is not active.
+        """Add an adapter, not yet active, that combines others; by default PEFT's weighted sums.
 
         Args:
             adapters: the names of those to combine.
             weights: one for each.
             adapter_name: the new name.
-            combination_type: `"linear"`, `"average"`, `"geometric_mean"`, `"task_arithmetic"` or
-                `"ties"`: see `ia3.combine`.
-            density: for `"ties"`, the share of each adapter's values that is kept.
-            majority_sign_method: for `"ties"`, `"total"` or `"frequency"`.
+            combination_type, density, majority_sign_method: see `ia3.combine`.
 
         Raises:
             IA3Error: the names, weights or options do not fit, or two of the adapters have a copy
@@ -195,7 +184,7 @@ class IA3Model(nn.Module):
 
     def _add(self, name: str, config: IA3Config, stored: Adapter | None) -> None:
         # Before the model's lock is held: the bank has one of its own.
-        self._routes.check_not_in_bank(name)
+        self.routes.check_not_in_bank(name)
         self._adapters.add(name, config, stored)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -219,9 +208,8 @@ class IA3Model(nn.Module):
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
-            >>> base = LlamaForCausalLM(LlamaConfig(
-            ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            ...     num_attention_heads=4, num_key_value_heads=2))
+            >>> from ia3 import IA3Config, get_peft_model
+            >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
             >>> model = get_peft_model(base, IA3Config(), "first")
             >>> model.add_adapter("second", IA3Config(target_modules="all-linear"))
             >>> model.set_adapter("second")
@@ -264,10 +252,7 @@ class IA3Model(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the context the model computes as the base model does.
-
-        Merged adapters are unmerged, and stay so.
-        """
+        """As `disable_adapter_layers`, within the context."""
         enabled = self._adapters.enabled
         self._adapters.enable(False)
         try:
@@ -316,7 +301,7 @@ class IA3Model(nn.Module):
     # A compiler knows no thread's route.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_routed(self, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self._routes.entered(names, call=(args, kwargs)):
+        with self.routes.entered(names, call=(args, kwargs)):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Names | None = None, **kwargs: Any) -> Any:
@@ -329,7 +314,7 @@ class IA3Model(nn.Module):
         Raises:
             IA3Error: as `route`; or there are not as many names as the input has rows.
         """
-        return self._routes.generate(adapter_names, args, kwargs)
+        return self.routes.generate(adapter_names, args, kwargs)
 
     @contextmanager
     def route(self, names: Names, token_index: Tensor | None = None) -> Iterator[None]:
@@ -354,18 +339,18 @@ class IA3Model(nn.Module):
                 not as many rows or tokens as were named.
 
         Example:
+            >>> import torch
             >>> from transformers import LlamaConfig, LlamaForCausalLM
-            >>> base = LlamaForCausalLM(LlamaConfig(
-            ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            ...     num_attention_heads=4, num_key_value_heads=2))
+            >>> from ia3 import IA3Config, get_peft_model
+            >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
             >>> model = get_peft_model(base, IA3Config(), "first")
             >>> model.add_adapter("second", IA3Config())
             >>> with torch.no_grad(), model.route(["first", "__base__", "second"]):
             ...     logits = model(input_ids=torch.arange(12).reshape(3, 4)).logits
             >>> logits.shape
-            torch.Size([3, 4, 64])
+            torch.Size([3, 4, 32000])
         """
-        with self._routes.entered(names, token_index):
+        with self.routes.entered(names, token_index):
             yield
 
     def use_plain_product(self, plain: bool = True) -> None:
@@ -404,22 +389,16 @@ class IA3Model(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Recompute activations in the backward pass, as the base model does it.
-
-        Reentrant checkpointing gives gradients only where a block's input requires them, and
-        nothing before the first site does, so that the embeddings' output is made to.
-        """
+        """Recompute activations in the backward pass, as the base model does it."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)  # type: ignore[operator]
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant", True):
-            self._adapters.base.require_input_grads()
+        self._adapters.base.checkpointing_enabled(gradient_checkpointing_kwargs)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
         """The newer name of `gradient_checkpointing_enable` in transformers."""
         self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)  # type: ignore[operator]
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant", True):
-            self._adapters.base.require_input_grads()
+        self._adapters.base.checkpointing_enabled(activation_checkpointing_kwargs)
 
     @property
     def base_model(self) -> IA3Model:
@@ -438,38 +417,6 @@ class IA3Model(nn.Module):
                 raise
         tell_trainer(IA3Model)
         return getattr(self.model, name)
-
-    # -- the bank ---------------------------------------------------------------------------------
-
-    @property
-    def bank(self) -> RowSource | None:
-        """The bank whose adapters can be named beside this model's."""
-        return self._routes.bank
-
-    def attach_bank(self, bank: RowSource) -> None:
-        """Have a bank's adapters known; `AdapterBank` calls it.
-
-        Raises:
-            IA3Error: there is one already, or the model was unloaded.
-        """
-        self._routes.attach(bank)
-
-    def detach_bank(self) -> None:
-        """Undo `attach_bank`.
-
-        Raises:
-            IA3Error: a route of the model is on.
-        """
-        self._routes.detach()
-
-    def sites_for_bank(self, adapter_name: str, adapter: Adapter) -> dict[str, Site]:
-        """Module name -> the site for each vector of a bank's adapter, placed now if it is new.
-
-        Raises:
-            IA3Error: the adapter does not fit the model, or cannot be mixed with others; the model
-                is then unchanged.
-        """
-        return self._routes.sites_for_bank(adapter_name, adapter)
 
     # -- merging ----------------------------------------------------------------------------------
 
@@ -491,8 +438,7 @@ class IA3Model(nn.Module):
                 with a module that would change with it, or (with `safe_merge`) a merged weight is
                 not finite; the model is then unchanged.
         """
-        self._adapters.check_enabled("merging them")
-        merge_adapters(self._adapters, self._adapters.named(adapter_names), safe_merge)
+        self._adapters.merge_in(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit."""
@@ -523,20 +469,15 @@ class IA3Model(nn.Module):
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
-            >>> base = LlamaForCausalLM(LlamaConfig(
-            ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            ...     num_attention_heads=4, num_key_value_heads=2))
+            >>> from ia3 import IA3Config, get_peft_model
+            >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
             >>> merged = get_peft_model(base, IA3Config()).merge_and_unload()
-            >>> merged is base
-            True
-            >>> [name for name in merged.state_dict() if "ia3_l" in name]
-            []
+            >>> merged is base, [name for name in merged.state_dict() if "ia3_l" in name]
+            (True, [])
         """
         with LOCK:
-            merge_for_good(self._adapters, adapter_names, safe_merge, dequantise)
-            self.unload()
-        untie(self.model)
-        return self.model
+            self._adapters.merge_for_good(adapter_names, safe_merge, dequantise)
+            return self.unload()
 
     def unload(self) -> nn.Module:
         """Take everything off and return the very model that was passed in, bit for bit.
@@ -549,7 +490,7 @@ class IA3Model(nn.Module):
         with LOCK:
             if not self._adapters.unloaded:
                 self._adapters.check_unrouted("unload")
-                self._routes.detach()
+                self.routes.detach()
                 self._adapters.unload()
         return self.model
 
@@ -634,15 +575,12 @@ class IA3Model(nn.Module):
             IA3Error: its files are broken or do not fit the model, which is then unchanged.
 
         Example:
-            >>> from tempfile import TemporaryDirectory
             >>> from transformers import LlamaConfig, LlamaForCausalLM
-            >>> base = LlamaForCausalLM(LlamaConfig(
-            ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            ...     num_attention_heads=4, num_key_value_heads=2))
-            >>> with TemporaryDirectory() as folder:
-            ...     model = get_peft_model(base, IA3Config(task_type="CAUSAL_LM"))
-            ...     model.save_pretrained(folder)
-            ...     again = IA3Model.from_pretrained(model.unload(), folder)
+            >>> from ia3 import IA3Config, IA3Model, get_peft_model
+            >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
+            >>> model = get_peft_model(base, IA3Config(task_type="CAUSAL_LM"))
+            >>> model.save_pretrained("my-adapter")
+            >>> again = IA3Model.from_pretrained(model.unload(), "my-adapter")
             >>> type(again).__name__, again.active_adapters, again.training
             ('PeftModelForCausalLM', ['default'], False)
         """
@@ -661,7 +599,7 @@ class IA3Model(nn.Module):
         torch_device: str | None = None,
         **hub: Unpack[HubOptions],
     ) -> None:
-        """Load a further adapter, not yet active; raises as `from_pretrained` does.
+        """Load a further adapter, not yet active; as `from_pretrained` otherwise.
 
         Under the name of one that is there, its values are loaded into that one, in place: an
         optimizer that holds its parameters goes on with them.
@@ -692,17 +630,11 @@ class IA3Model(nn.Module):
         Args:
             repo_id: the repository on the hub, made if absent.
             adapter_name: this adapter alone; all if not given.
+            private, token, revision, commit_message, create_pr: as huggingface_hub takes them.
         """
-        return saving.push(
-            self._adapters,
-            saving.folders_of(self._adapters, "", None, adapter_name),
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
+        folders = saving.folders_of(self._adapters, "", None, adapter_name)
+        commit = {"revision": revision, "commit_message": commit_message, "create_pr": create_pr}
+        return saving.push(self._adapters, folders, repo_id, private, token, **commit)
 
 
 def _stored(config: IA3Config, vectors: Mapping[str, Tensor] | None) -> Adapter | None:
@@ -747,12 +679,11 @@ def get_peft_model(
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> base = LlamaForCausalLM(LlamaConfig(
-        ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        ...     num_attention_heads=4, num_key_value_heads=2))
+        >>> from ia3 import IA3Config, get_peft_model
+        >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
         >>> model = get_peft_model(base, IA3Config(task_type="CAUSAL_LM"))
         >>> model.get_nb_trainable_parameters()  # two layers of keys, values and inner activations
-        (96, 6832)
+        (22272, 8378432)
     """
     if isinstance(model, IA3Config) and isinstance(peft_config, nn.Module):
         model, peft_config = peft_config, model
