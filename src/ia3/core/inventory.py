@@ -72,9 +72,3 @@ class Inventory:
     def __getstate__(self) -> dict[str, Any]:
         # A copy finds its own.
         return vars(Inventory(self.model))
-
-
-def activate(found: Contents, adapters: tuple[str, ...], routed: bool) -> None:
-    """`Site.activate` at all sites of a model."""
-    for _, module, site in found.sites:
-        site.activate(module, adapters, routed)

@@ -196,7 +196,8 @@ class Adapters:
             if name in self.configs:
                 raise IA3Error(f"adapter {name!r} exists already: delete it or choose another")
             check_name(name)
-            config = dataclasses.replace(config, modules_to_save=with_head(self.model, config))
+            saved_too = with_head(self.model, config) or None
+            config = dataclasses.replace(config, modules_to_save=saved_too)
             resolved, targets = self.fit(name, config, stored)
             strict = stored is None
             saved = find_modules_to_save(self.model, resolved.modules_to_save, strict=strict)

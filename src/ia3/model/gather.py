@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -64,10 +64,8 @@ def make_route(
     """A route of a model's adapters, and those of its bank.
 
     Args:
-        host: what the route is of.
-        find: gives what is on the model now.
-        adapters: the names of the model's own.
-        source: has all other names; `None` where there are no others.
+        host, find: the model, and what gives its contents as they are now.
+        adapters: the names of the model's own; `source` has all others.
         names: each once: adapters, or `BASE`.
         index: which of the names, int64: `[rows]`, or `[batch, seq]` for tokens.
 
@@ -93,7 +91,9 @@ def make_route(
         for name in own:
             if name not in adapters:
                 raise IA3Error(f"adapter {name!r} was deleted while it was asked for")
-            _check_mixable(contents, name)
+            copied = [module for module, _, copies in contents.copies if name in copies]
+            having = [(module, site.side) for site, module in sites.items() if name in site]
+            check_mixable(name, copied, having)
         stacked = _stacked_vectors(names, sites, others, gathered)
         if any(site[name].requires_grad for site in sites for name in own if name in site):
             return Route(host, sites, stacked, index)
@@ -137,24 +137,19 @@ def _stacked_vectors(
     return stacked
 
 
-def is_within_experts(module: str, side: Side) -> bool:
-    """Whether a module of this name sees tokens by expert, no longer in the order of the batch."""
-    return side == "inner" or "experts" in module.split(".")
-
-
-def _check_mixable(contents: Contents, name: str) -> None:
-    for module, _, copies in contents.copies:
-        if name in copies:
-            raise IA3Error(
-                f"adapter {name!r} has a copy of {module!r} (modules_to_save), which all rows of a "
-                "batch would go through: it cannot be mixed with others, make it the active one"
-            )
-    for module, _, site in contents.sites:
-        if name in site and is_within_experts(module, site.side):
+def check_mixable(name: str, copied: Collection[str], sites: Iterable[tuple[str, Side]]) -> None:
+    """Raise `IA3Error` where an adapter, by its copies and sites, cannot have some rows alone."""
+    alone = "it cannot be mixed with others, make it the active one"
+    for module in copied:
+        raise IA3Error(
+            f"adapter {name!r} has a copy of {module!r} (modules_to_save), which all rows of a "
+            f"batch would go through: {alone}"
+        )
+    for module, side in sites:
+        if side == "inner" or "experts" in module.split("."):
             raise IA3Error(
                 f"adapter {name!r} rescales within the experts {module!r}, whose tokens are no "
-                "longer in the order of the batch: it cannot be mixed with others, make it the "
-                "active one"
+                f"longer in the order of the batch: {alone}"
             )
 
 

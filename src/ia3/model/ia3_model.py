@@ -43,6 +43,7 @@ class IA3Model(nn.Module):
 
     Several threads may call the model, and change its adapters meanwhile: each change is made under
     one lock, a call sees the adapters from before or after it, and a change that raises is undone.
+    What is refused raises `IA3Error`, an adapter's name that is unknown in any method.
 
     Args:
         model: the base model; any module with linear layers.
@@ -134,10 +135,7 @@ class IA3Model(nn.Module):
         return self._adapters.configs
 
     def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: IA3Config,
-        vectors: Mapping[str, Tensor] | None = None,
+        self, adapter_name: str, peft_config: IA3Config, vectors: Mapping[str, Tensor] | None = None
     ) -> None:
         """Add an adapter, not yet active: its vectors do not require gradients until it is.
 
@@ -145,9 +143,8 @@ class IA3Model(nn.Module):
             adapter_name: a name without dots or slashes, new to this model.
             peft_config: what it rescales.
             vectors: module name -> vector (`[dim, 1]` on a linear layer's output, `[1, dim]` on its
-                input), any floating dtype; stored as float32. Ones if not given, as
-                `init_ia3_weights` says. With vectors, entries of the config's lists may match
-                nothing.
+                input), any floating dtype; stored as float32. With vectors, entries of the config's
+                lists may match nothing. If not given, ones, as `init_ia3_weights` says.
 
         Raises:
             IA3Error: the name is taken or malformed, or the config or the vectors do not fit the
@@ -168,14 +165,10 @@ class IA3Model(nn.Module):
         """Add an adapter, not yet active, that combines others; by default PEFT's weighted sums.
 
         Args:
-            adapters: the names of those to combine.
-            weights: one for each.
+            adapters, weights: the names of those to combine, and a weight for each.
             adapter_name: the new name.
-            combination_type, density, majority_sign_method: see `ia3.combine`.
-
-        Raises:
-            IA3Error: the names, weights or options do not fit, or two of the adapters have a copy
-                of the same module (`modules_to_save`).
+            combination_type, density, majority_sign_method: see `ia3.combine`, which also says what
+                is refused.
         """
         self._adapters.check_known(adapters)
         stored = [(name, self._adapters.stored(name)) for name in adapters]
@@ -188,23 +181,19 @@ class IA3Model(nn.Module):
         self._adapters.add(name, config, stored)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If no other is active then, the first that is left becomes so.
+        """Remove an adapter, neither merged nor routed.
 
-        Raises:
-            IA3Error: the adapter is unknown or merged, or a route of the model is on.
+        If no other is active then, the first that is left becomes so.
         """
         self._adapters.remove(adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones; several multiply. Only they require gradients.
+        """Make these adapters the active ones; several multiply.
 
-        Args:
-            adapter_name: one name, or several.
-            inference_mode: they do not require gradients either.
+        Only they require gradients, or none do in `inference_mode`.
 
         Raises:
-            IA3Error: a name is unknown, or two of them have a copy of one module
-                (`modules_to_save`).
+            IA3Error: a name is unknown, or two have a copy of one module (`modules_to_save`).
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -237,13 +226,7 @@ class IA3Model(nn.Module):
         return self.peft_config[self.active_adapters[0]]
 
     def disable_adapter_layers(self) -> None:
-        """Compute as the base model does, until `enable_adapter_layers`.
-
-        Merged adapters are unmerged, and stay so.
-
-        Raises:
-            IA3Error: a route of the model is on.
-        """
+        """Compute as the base model does, unmerged and unrouted, until `enable_adapter_layers`."""
         self._adapters.enable(False)
 
     def enable_adapter_layers(self) -> None:
@@ -261,11 +244,7 @@ class IA3Model(nn.Module):
             self._adapters.enable(enabled)
 
     def vectors(self, adapter_name: str) -> dict[str, Tensor]:
-        """Module name -> the vector that trains: float32, `[dim, 1]` or `[1, dim]`.
-
-        Raises:
-            IA3Error: the adapter is unknown.
-        """
+        """Module name -> the vector that trains: float32, `[dim, 1]` or `[1, dim]`."""
         self._adapters.check_known([adapter_name])
         return {name: site[adapter_name] for name, site in self._adapters.sites_of(adapter_name)}
 
@@ -289,10 +268,7 @@ class IA3Model(nn.Module):
 
         Args:
             adapter_names: instead of these, one name a row of the batch, or lists with one a
-                token, as for `route`.
-
-        Raises:
-            IA3Error: as `route`; or there are not as many names as the input has rows or tokens.
+                token; raises as `route`.
         """
         if adapter_names is None:
             return self.model(*args, **kwargs)
@@ -308,11 +284,8 @@ class IA3Model(nn.Module):
         """The base model's `generate`, with the active adapters.
 
         Args:
-            adapter_names: instead of these, one name a row of the input. Beams and returned
-                sequences of a row have its name. Their values are gathered once, for all steps.
-
-        Raises:
-            IA3Error: as `route`; or there are not as many names as the input has rows.
+            adapter_names: instead of these, one name a row of the input, also for its beams and
+                returned sequences; raises as `route`.
         """
         return self.routes.generate(adapter_names, args, kwargs)
 
@@ -321,11 +294,9 @@ class IA3Model(nn.Module):
         """Within the context each row of a batch has an adapter of its own.
 
         The route belongs to the thread or task that enters it, and to what is called in it: what
-        gradient checkpointing computes again has the same one, wherever the backward pass runs.
-        Vectors that require gradients get those of their rows. The values of other adapters are
-        gathered when the context is entered; `vector.data` must not be written to meanwhile, which
-        leaves no trace. The batch is the first axis of all activations: a model that has the
-        sequence there is not noticed where both are equal. A thread that is started within does not
+        gradient checkpointing computes again has the same one. Vectors that require gradients get
+        those of their rows; the values of other adapters are gathered when the context is entered.
+        The batch is the first axis of all activations. A thread that is started within does not
         inherit the route, and a generator must not yield within it.
 
         Args:
@@ -356,29 +327,22 @@ class IA3Model(nn.Module):
     def use_plain_product(self, plain: bool = True) -> None:
         """Rescale by activation ⊙ vector at the very module, as PEFT does, or where it costs least.
 
-        By default vectors are applied in place where nothing else holds the activation, and those
-        of a gated MLP's down projection on the up projection's output, where a probe has shown that
-        it is the same. That keeps no copy of an activation for the gradients. It rounds elsewhere:
-        in bfloat16 a vector's gradient comes from a rounded result.
-
-        Args:
-            plain: False to go back.
+        By default (`plain=False`) vectors are applied in place where nothing else holds the
+        activation, and those of a gated MLP's down projection on the up projection's output, so
+        that no copy of an activation is kept for the gradients. In bfloat16 a vector's gradient
+        then comes from a rounded result.
         """
         self._adapters.use_plain_product(plain)
 
     def fuse_mlp(self) -> int:
-        """Have gated feed-forward layers keep less for the backward pass.
+        """Have gated feed-forward layers keep less for the backward pass; how many do so now.
 
         In each of them, act(gate(x)) ⊙ up(x) ⊙ vector becomes one operation that keeps gate and up,
-        where the layer's own forward keeps act(gate) as well. Results differ in their last bits.
-        Layers that compute anything else are left alone, and so are those that are put on the model
-        later. No other thread may be calling the model.
-
-        Returns:
-            How many layers are fused now.
+        but not act(gate). Results differ in their last bits. Other layers are left alone, and those
+        that are put on the model later. No other thread may be calling the model.
 
         Raises:
-            IA3Error: none can be; the message names one and says why.
+            IA3Error: none can be fused; the message names one and says why.
         """
         return self._adapters.fuse()
 
@@ -434,9 +398,8 @@ class IA3Model(nn.Module):
             safe_merge: refuse a result that is not finite.
 
         Raises:
-            IA3Error: adapters are disabled, a weight cannot take the vector exactly, it is shared
-                with a module that would change with it, or (with `safe_merge`) a merged weight is
-                not finite; the model is then unchanged.
+            IA3Error: adapters are disabled, or a weight cannot take the vector exactly or is shared
+                with a module that would change too; the model is then unchanged.
         """
         self._adapters.merge_in(adapter_names, safe_merge)
 
@@ -451,10 +414,9 @@ class IA3Model(nn.Module):
         dequantise: bool = False,
         progressbar: bool = False,
     ) -> nn.Module:
-        """Merge the adapters into the base weights for good and return the plain base model.
+        """Merge adapters for good, as `merge_adapter` does, and return the plain base model.
 
-        What is merged already stays merged; the result computes what the model computes now, and
-        the adapters named, if any. Modules in `modules_to_save` take the values of the
+        What is merged already stays merged. Modules in `modules_to_save` take the values of the
         active adapter's copy, or the named one's.
 
         Args:
@@ -463,9 +425,6 @@ class IA3Model(nn.Module):
             dequantise: where a quantized weight cannot take a vector exactly, put an ordinary
                 linear layer in its place.
             progressbar: taken for PEFT's sake; merging is over before one could be read.
-
-        Raises:
-            IA3Error: as `merge_adapter`.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -480,13 +439,7 @@ class IA3Model(nn.Module):
             return self.unload()
 
     def unload(self) -> nn.Module:
-        """Take everything off and return the very model that was passed in, bit for bit.
-
-        This object is of no further use; a second call changes nothing.
-
-        Raises:
-            IA3Error: a route of the model is on.
-        """
+        """Take everything off, unrouted, and return the very model that was passed in."""
         with LOCK:
             if not self._adapters.unloaded:
                 self._adapters.check_unrouted("unload")
@@ -509,11 +462,9 @@ class IA3Model(nn.Module):
     ) -> None:
         """Write adapters' `adapter_config.json` and `adapter_model.safetensors`, atomically.
 
-        As PEFT does, the adapter `"default"` goes into the folder itself, others into a folder of
-        their name inside it.
-
         Args:
-            save_directory: made if absent; files of these names in it are replaced.
+            save_directory: made if absent. As PEFT does, the adapter `"default"` goes into the
+                folder itself, others into a folder of their name inside it.
             safe_serialization: only True: pickled files can run code when they are read.
             selected_adapters: all adapters if not given.
             adapter_name: this adapter alone, into the folder itself.
@@ -531,13 +482,7 @@ class IA3Model(nn.Module):
             saving.save(self._adapters, folders, state_dict)
 
     def adapter(self, adapter_name: str) -> Adapter:
-        """An adapter as it is saved: its config, its vectors and copies, and what its base is.
-
-        Its tensors may share the model's memory.
-
-        Raises:
-            IA3Error: the adapter is unknown.
-        """
+        """An adapter as it is saved; its tensors may share the model's memory."""
         return saving.to_save(self._adapters, [adapter_name])[adapter_name]
 
     @classmethod
@@ -559,7 +504,7 @@ class IA3Model(nn.Module):
         Args:
             model: the base model.
             model_id: the adapter's folder, or its id on the hub.
-            adapter_name: the name it gets.
+            adapter_name: the name that it gets.
             is_trainable: its vectors require gradients. Otherwise the model is put into evaluation
                 mode, as PEFT does.
             config: instead of the adapter's own.
@@ -621,20 +566,17 @@ class IA3Model(nn.Module):
         adapter_name: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload (IA)³ adapter",
-        create_pr: bool = False,
+        **commit: Any,
     ) -> str:
         """Upload what `save_pretrained` writes, with a model card, and return the address.
 
         Args:
-            repo_id: the repository on the hub, made if absent.
+            repo_id: the repository on the hub; made, perhaps `private`, if absent.
             adapter_name: this adapter alone; all if not given.
-            private, token, revision, commit_message, create_pr: as huggingface_hub takes them.
+            commit: `revision`, `commit_message`, `create_pr`: as `HfApi.upload_folder` takes them.
         """
         folders = saving.folders_of(self._adapters, "", None, adapter_name)
-        commit = {"revision": revision, "commit_message": commit_message, "create_pr": create_pr}
-        return saving.push(self._adapters, folders, repo_id, private, token, **commit)
+        return saving.push(self._adapters, folders, repo_id, private, token, commit)
 
 
 def _stored(config: IA3Config, vectors: Mapping[str, Tensor] | None) -> Adapter | None:
@@ -663,9 +605,7 @@ def get_peft_model(
     """Put a first adapter on a model.
 
     Args:
-        model: the base model.
-        peft_config: what to rescale.
-        adapter_name: the adapter's name.
+        model, peft_config, adapter_name: as for `IA3Model`.
         mixed: only False: there is one kind of adapter here.
         autocast_adapter_dtype, low_cpu_mem_usage: taken for PEFT's sake; vectors are always float32
             and made once.

@@ -31,9 +31,6 @@ def save(
     Args:
         folders: adapter name -> its folder, made if absent.
         state_dict: the `IA3Model`'s, whose values go before those on the model.
-
-    Raises:
-        OSError: the disk is full or may not be written; what was there before stays.
     """
     written = to_save(adapters, list(folders), state_dict)
     files = {name: store.adapter_files(adapter) for name, adapter in written.items()}
@@ -68,17 +65,9 @@ def to_save(
 
 
 def folders_of(
-    adapters: Adapters,
-    folder: str | Path,
-    selected: Sequence[str] | None = None,
-    only: str | None = None,
+    adapters: Adapters, folder: str | Path, selected: Sequence[str] | None, only: str | None
 ) -> dict[str, Path]:
-    """Adapter name -> its folder, as PEFT lays them out.
-
-    Args:
-        folder: where `"default"` goes; others go into a folder of their name inside it.
-        selected: all adapters if not given.
-        only: this adapter alone, into the folder itself.
+    """Adapter name -> its folder, as PEFT lays them out; for `only` one, the folder itself.
 
     Raises:
         IA3Error: a name is unknown, or there is no adapter.
@@ -111,16 +100,7 @@ def check_options(safe_serialization: bool, save_embedding_layers: bool | str) -
 def read(
     model_id: str | Path, config: IA3Config | None, is_trainable: bool, **hub: Unpack[HubOptions]
 ) -> Adapter:
-    """An adapter from its folder or from the hub.
-
-    Args:
-        config: instead of its own.
-        is_trainable: its vectors are to require gradients.
-
-    Raises:
-        FileNotFoundError: there is no adapter.
-        IA3Error: its files are broken.
-    """
+    """An adapter from its folder or from the hub; raises as `store.read_adapter`."""
     adapter = store.read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config)
     adapter.config.inference_mode = not is_trainable
     return adapter
@@ -141,24 +121,20 @@ def push(
     repo_id: str,
     private: bool | None,
     token: str | bool | None,
-    **commit: Any,
+    commit: Mapping[str, Any],
 ) -> str:
-    """Upload adapters, and a model card where the repository has none; returns the address.
-
-    Args:
-        folders: adapter name -> its folder in the repository, relative.
-        commit: `revision`, `commit_message` and `create_pr`.
-    """
+    """Upload adapters, and a model card where the repository has none; returns the address."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as root:
         save(adapters, {name: root / folder for name, folder in folders.items()})
-        if not api.file_exists(repo.repo_id, "README.md", revision=commit["revision"]):
+        if not api.file_exists(repo_id, "README.md", revision=commit.get("revision")):
             first = adapters.configs[next(iter(folders))]
             write_files(root, {"README.md": _model_card(first).encode()})
-        return str(api.upload_folder(repo_id=repo.repo_id, folder_path=root, **commit))
+        options = {"commit_message": "Upload (IA)³ adapter", **commit}
+        return str(api.upload_folder(repo_id=repo_id, folder_path=root, **options))
 
 
 def _model_card(config: IA3Config) -> str:
