@@ -94,7 +94,7 @@ def check_forward(module: nn.Module) -> None:
         )
 
 
-def fold(module: nn.Module, scale: Tensor) -> dict[str, Tensor]:
+def scaled_weights(module: nn.Module, scale: Tensor) -> dict[str, Tensor]:
     """What a merge puts in place of the parameters: the inner axis of `down_proj` multiplied.
 
     Args:
@@ -112,11 +112,11 @@ def fold(module: nn.Module, scale: Tensor) -> dict[str, Tensor]:
     down = module.get_parameter("down_proj").detach()
     wide = torch.promote_types(down.dtype, torch.float32)
     factors = scale.detach().to(down.device, wide).unsqueeze(3 - _inner_axis(module))
-    folded = torch.empty_like(down)
+    scaled = torch.empty_like(down)
     # One expert at a time: all of them in float32 can be more than there is memory for.
     for expert, factor in enumerate(factors):
-        folded[expert] = down[expert].to(wide) * factor
-    return {"down_proj": folded}
+        scaled[expert] = down[expert].to(wide) * factor
+    return {"down_proj": scaled}
 
 
 # -- the block -------------------------------------------------------------------------------------
