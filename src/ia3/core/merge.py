@@ -15,7 +15,7 @@ from ..errors import IA3Error
 from . import quantized, weights
 from .activations import Side
 from .inventory import sites
-from .mlp import up_projection
+from .mlp import read_mlp
 from .names import ATTRIBUTE
 from .sites import displace, site_of
 
@@ -148,14 +148,15 @@ class Merge:
         module = self._module(name)
         if side != "input" or not quantized.is_quantized(module):
             return name, side
-        before = up_projection(self.model, name)
-        if before is None:
+        parent, _, down = name.rpartition(".")
+        mlp = read_mlp(self._module(parent), down, with_gate=False)
+        if isinstance(mlp, str):
             raise IA3Error(
                 f"cannot merge into {name!r}: a vector on the input of a quantized "
                 f"{type(module).__name__} scales its columns, which share constants, and no layer "
                 "before it can take the vector instead; merge with dequantise=True"
             )
-        return before, "output"
+        return f"{parent}.{mlp.up}".removeprefix("."), "output"
 
     def _module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,18 +96,6 @@ def read_mlp(mlp: nn.Module, down: str, *, with_gate: bool = True) -> Mlp | str:
     return f"no layer's output can take a vector in the place of {down!r}'s input"
 
 
-def up_projection(model: nn.Module, down_name: str) -> str | None:
-    """The name of the layer whose output can be rescaled instead of a down projection's input.
-
-    Raises:
-        AttributeError: the model has no module `down_name`.
-    """
-    model.get_submodule(down_name)
-    parent, _, down = down_name.rpartition(".")
-    mlp = read_mlp(model.get_submodule(parent), down, with_gate=False)
-    return f"{parent}.{mlp.up}".removeprefix(".") if isinstance(mlp, Mlp) else None
-
-
 @dataclass(frozen=True, eq=False)
 class Carrier:
     """The layer whose output is rescaled instead of a down projection's input.
@@ -138,30 +125,19 @@ class Carrier:
         return Carrier(*copy.deepcopy(parts, memo))
 
 
-class Carriers:
-    """The carriers of one model's down projections."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    @cached_property
-    def _holders(self) -> Counter[int]:
-        """How many modules hold each module, by its id."""
-        modules = self._model.modules()
-        return Counter(id(c) for module in modules for c in module._modules.values() if c)
-
-    def of(self, down_name: str) -> Carrier | None:
-        """The carrier for a down projection's input; `None` where there is none."""
-        parent, _, down = down_name.rpartition(".")
-        mlp = self._model.get_submodule(parent)
-        found = read_mlp(mlp, down, with_gate=False)
-        if isinstance(found, str):
-            return None
-        layers = mlp.get_submodule(found.up), mlp.get_submodule(down)
-        if any(self._holders[id(layer)] > 1 for layer in layers):
-            # What is right in one MLP may not be in the other.
-            return None
-        return Carrier(found.up, layers[0], down, layers[1], mlp._modules)
+def carrier_of(model: nn.Module, down_name: str) -> Carrier | None:
+    """The carrier of a vector on a down projection's input; `None` where there is none."""
+    parent, _, down = down_name.rpartition(".")
+    mlp = model.get_submodule(parent)
+    found = read_mlp(mlp, down, with_gate=False)
+    if isinstance(found, str):
+        return None
+    layers = mlp.get_submodule(found.up), mlp.get_submodule(down)
+    held = [child for module in model.modules() for child in module._modules.values()]
+    if any(held.count(layer) > 1 for layer in layers):
+        # What is right in one MLP may not be in the other.
+        return None
+    return Carrier(found.up, layers[0], down, layers[1], mlp._modules)
 
 
 # -- what runs prove -------------------------------------------------------------------------------
@@ -174,17 +150,14 @@ def _carries(mlp: nn.Module, up: nn.Module, down: nn.Module) -> bool:
     dtypes = (p.dtype for p in mlp.parameters() if p.is_floating_point() and p.itemsize > 1)
     dtype = next(dtypes, torch.float32)
     like = torch.empty(0, dtype=dtype, device="cpu" if device.type == "meta" else device)
-    # Both signs, even for a width of one: a ReLU lets positive factors through.
-    vector = torch.linspace(0.5, 1.5, _features(up)[1], dtype=torch.float64, device="cpu")
-    vector[::2] *= -1
-    plain, scaled = _Run(mlp, up, like), _Run(mlp, up, like, vector)
+    plain, scaled = _Run(mlp, up, like), _Run(mlp, up, like, scaled=True)
     if not {up, down} <= plain.inputs.keys():
         return False
     if plain.results[up]._version or scaled.results[up]._version:
         # The MLP writes over what the vector's gradient would be computed from.
         return False
     tolerance = 4 * torch.finfo(dtype).eps
-    return _close(scaled.inputs[down], plain.inputs[down].double() * vector, tolerance) and (
+    return _close(scaled.inputs[down], plain.inputs[down].double() * scaled.vector, tolerance) and (
         _close(scaled.output.cpu(), plain.output.cpu().double(), tolerance)
     )
 
@@ -229,8 +202,8 @@ def _functions(run: _Run, gate: nn.Module, up: nn.Module, down: nn.Module) -> se
     dtypes = (run.given.dtype, getattr(getattr(down, "weight", None), "dtype", None))
     if (
         len(run.inputs) != 3
-        or not _same(run.inputs[gate], run.given)
-        or not _same(run.inputs[up], run.given)
+        or not torch.equal(run.inputs[gate], run.given)
+        or not torch.equal(run.inputs[up], run.given)
         or run.output is not run.results[down]
         or product.dtype not in dtypes
         or not gates.shape == ups.shape == product.shape
@@ -245,23 +218,20 @@ def _functions(run: _Run, gate: nn.Module, up: nn.Module, down: nn.Module) -> se
     }
 
 
-def _same(actual: Tensor, expected: Tensor) -> bool:
-    return actual.dtype == expected.dtype and torch.equal(actual, expected)
-
-
 class _Run:
     """One run of an MLP's forward, with random values in the place of its linear layers' outputs.
 
     Args:
         mlp: its forward takes one tensor.
-        up: a layer that takes that tensor; its output is multiplied by `vector`, `[inner]`.
+        up: a layer that takes that tensor.
         like: has the dtype and the device of the values.
-        training: the mode. In training, a dropout multiplies by `mask`.
+        scaled: multiply the output of `up` by `vector`.
+        training: the mode. Either way, a dropout multiplies by `mask`.
 
     Attributes:
         given: the MLP's input, `[1, 3, hidden]`.
         inputs, results: linear layer -> its input (a copy on the CPU) and its output.
-        mask: `[inner]`.
+        vector, mask: `[inner]`; the vector is float64, on the CPU, of both signs.
         output: the MLP's result.
     """
 
@@ -270,21 +240,26 @@ class _Run:
         mlp: nn.Module,
         up: nn.Module,
         like: Tensor,
-        vector: Tensor | None = None,
+        *,
+        scaled: bool = False,
         training: bool = False,
     ) -> None:
-        self._up, self._like, self._vector = up, like, vector
+        self._sizes = {part: size for part in mlp.modules() if (size := linear_features(part))}
+        hidden, inner = self._sizes[up]
+        self._scaled, self._like = up if scaled else None, like
         self._generator = torch.Generator("cpu").manual_seed(1)
         self.inputs: dict[nn.Module, Tensor] = {}
         self.results: dict[nn.Module, Tensor] = {}
+        self.vector = torch.linspace(0.5, 1.5, inner, dtype=torch.float64, device="cpu")
+        # Both signs, even for a width of one: a ReLU lets positive factors through.
+        self.vector[::2] *= -1
         self.mask = torch.ones((), device="cpu")
-        self.given = self._values(1, 3, _features(up)[0]).to(like)
-        parts = list(mlp.modules())
+        self.given = self._values(1, 3, hidden).to(like)
         stand_ins: dict[nn.Module, Callable[[Tensor], Tensor]] = {
-            part: partial(self._linear, part) for part in parts if linear_features(part)
+            layer: partial(self._linear, layer) for layer in self._sizes
         }
-        if training:
-            stand_ins |= {part: self._dropout for part in parts if isinstance(part, nn.Dropout)}
+        dropouts = [part for part in mlp.modules() if isinstance(part, nn.Dropout)]
+        stand_ins |= dict.fromkeys(dropouts, self._dropout)
         self.output: Tensor = run_twin(mlp, stand_ins, training, self.given)
 
     def _values(self, *shape: int) -> Tensor:
@@ -294,15 +269,15 @@ class _Run:
 
     def _linear(self, layer: nn.Module, activation: Tensor) -> Tensor:
         """In the place of a linear layer's forward."""
-        wide, out = _features(layer)
+        wide, out = self._sizes[layer]
         if activation.shape[-1] != wide:
             raise ValueError(f"a linear layer got {activation.shape[-1]} values, expected {wide}")
         if layer in self.inputs:
             raise ValueError("a linear layer is called twice")
         self.inputs[layer] = activation.to("cpu", copy=True)
         result = self._values(*activation.shape[:-1], out)
-        if layer is self._up and self._vector is not None:
-            result = result * self._vector
+        if layer is self._scaled:
+            result = result * self.vector
         self.results[layer] = result.to(self._like)
         return self.results[layer]
 
@@ -310,9 +285,3 @@ class _Run:
         """In the place of a dropout's forward: it drops the same share of a value every time."""
         self.mask = torch.linspace(0.2, 2, activation.shape[-1], device="cpu").to(self._like)
         return activation * self.mask
-
-
-def _features(layer: nn.Module) -> tuple[int, int]:
-    features = linear_features(layer)
-    assert features is not None
-    return features
