@@ -17,7 +17,7 @@ from ..errors import IA3Error
 from . import experts
 from .activations import Activation, Side
 from .hooks import InputHook, OutputHook
-from .mlp import Carrier, Carriers
+from .mlp import Carrier, carrier_of
 from .names import ATTRIBUTE, Frozen, Target
 from .patch import refuse_replica
 from .route import factor_of, is_routed
@@ -231,14 +231,14 @@ def check_free(module: nn.Module, target: Target) -> None:
         experts.check_forward(module)
 
 
-def place(module: nn.Module, target: Target, carriers: Carriers) -> Site:
+def place(model: nn.Module, module: nn.Module, target: Target) -> Site:
     """The module's site, registered on it now if it has none."""
     site = site_of(module)
     if site is None:
         # By default compiled code does not look whether hooks were added or removed since, and
         # would go on with the adapters that were active when it was compiled.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
-        site = Site(target, carriers.of(target.name) if target.side == "input" else None)
+        site = Site(target, carrier_of(model, target.name) if target.side == "input" else None)
         module.add_module(ATTRIBUTE, site)
     return site
 
