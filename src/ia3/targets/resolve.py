@@ -87,7 +87,8 @@ def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
             "rescale all blocks"
         )
     ((name, blocks),) = lists.items()
-    if not 1 <= count <= (size := len(blocks)):
+    size = len(blocks)
+    if not 1 <= count <= size:
         message = f"upper_blocks is {count}, expected 1 to {size}: {kind} has {size} blocks"
         raise IA3Error(message)
     return [
