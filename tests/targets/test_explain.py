@@ -29,7 +29,7 @@ def explained(
     model: nn.Module, config: IA3Config | None, capsys: pytest.CaptureFixture[str]
 ) -> tuple[str, list[dict[str, str]], str]:
     """What is printed: the title, a row for each kind of module, and the sum."""
-    ia3.explain(model, *[config] * (config is not None))
+    ia3.explain(model, config)
     title, head, *rows, total = capsys.readouterr().out.splitlines()
     columns = head.split()
     assert columns == ["module", "side", "times", "values", "why"]
