@@ -95,23 +95,16 @@ def rescale(
         return (activation * vector).to(activation.dtype)
     if torch.is_grad_enabled() and vector.requires_grad:
         in_place = in_place and not activation._is_view()
+        axes = zip(reversed(vector.shape), reversed(activation.shape), strict=False)
         if (
             not (keep_result or in_place)
             or activation.dtype not in DIVIDING_DTYPES
             or vector.dtype not in DIVIDING_DTYPES
             or activation.dim() < 2
-            or not _broadcasts(vector, activation)
+            or any(size not in (1, whole) for size, whole in axes)
         ):
             return (activation * vector).to(activation.dtype)
         return _KeepResult.apply(activation, vector, in_place)  # type: ignore[no-any-return, no-untyped-call]
     if in_place and not (activation.requires_grad and activation._is_view()):
         return activation.mul_(vector)
     return (activation * vector).to(activation.dtype)
-
-
-def _broadcasts(vector: Tensor, activation: Tensor) -> bool:
-    """Whether the product has the activation's shape."""
-    if vector.dim() == 1:
-        return True
-    ends = zip(reversed(vector.shape), reversed(activation.shape), strict=False)
-    return all(size in (1, whole) for size, whole in ends)

@@ -20,15 +20,7 @@ from .names import ATTRIBUTE, base_modules
 from .patch import SLOTS, patch, patched, refuse_replica
 from .weights import write
 
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class SavedModule(nn.Module):
@@ -155,10 +147,10 @@ def shared_parameters(model: nn.Module) -> set[int]:
 
 
 def keep_saved_module(module: nn.Module, adapter: str, shared: Collection[int] = ()) -> None:
-    """Give the module itself the values of an adapter's copy, for good.
+    """Give the module itself the values of an adapter's copy, but not the modules that share them.
 
     Args:
-        shared: the ids of parameters that other modules have too, and which must not change there.
+        shared: the ids of parameters that several modules have.
     """
     copies = saved_module_of(module)
     assert copies is not None
@@ -166,9 +158,10 @@ def keep_saved_module(module: nn.Module, adapter: str, shared: Collection[int] =
     for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
         path, _, last = name.rpartition(".")
         owner, value = module.get_submodule(path), tensor.detach().clone()
-        if owner._buffers.get(last) is not None:
+        parameter = owner._parameters.get(last)
+        if parameter is None:
             owner._buffers[last] = value
-        elif id(owner.get_parameter(last)) in shared and not owner.get_parameter(last).is_meta:
+        elif id(parameter) in shared and not parameter.is_meta:
             owner._parameters[last] = nn.Parameter(value, requires_grad=False)
         else:
             write(owner, last, value)
