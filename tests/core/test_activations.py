@@ -54,7 +54,7 @@ LAYERS: dict[str, Layer] = {
     "linear of no row": Layer(lambda: nn.Linear(6, 4), (0, 6)),
     "linear of one column": Layer(lambda: nn.Linear(1, 1), (3, 1)),
     "Conv1D": Layer(lambda: Conv1D(4, 6), (2, 3, 6)),
-    "conv1d": Layer(lambda: nn.Conv1d(6, 4, 3), (2, 6, 7), 1),
+    "conv1d": Layer(lambda: nn.Conv1d(6, 4, 3, padding=2), (2, 6, 7), 1),
     "conv1d unbatched": Layer(lambda: nn.Conv1d(6, 4, 3, groups=2, bias=False), (6, 7), 1),
     "conv2d": Layer(lambda: nn.Conv2d(6, 4, (3, 2), stride=2, dilation=(1, 2)), (2, 6, 7, 8), 2),
     "conv2d in groups": Layer(lambda: nn.Conv2d(6, 12, 3, groups=3), (2, 6, 5, 5), 2),
@@ -62,14 +62,6 @@ LAYERS: dict[str, Layer] = {
     "conv2d unbatched": Layer(lambda: nn.Conv2d(6, 4, 3), (6, 5, 6), 2),
     "conv3d": Layer(lambda: nn.Conv3d(6, 4, (1, 2, 3), groups=2), (2, 6, 3, 4, 5), 3),
     "conv3d unbatched": Layer(lambda: nn.Conv3d(6, 4, 2), (6, 3, 4, 3), 3),
-    **{
-        f"conv1d padded by {mode}": Layer(
-            lambda mode=mode: nn.Conv1d(6, 4, 3, padding=2, padding_mode=mode, groups=2),
-            (2, 6, 7),
-            1,
-        )
-        for mode in ("zeros", "reflect", "replicate", "circular")
-    },
     "conv2d padded to the same size": Layer(
         lambda: nn.Conv2d(6, 4, (3, 5), padding="same", padding_mode="reflect"), (2, 6, 7, 8), 2
     ),

@@ -31,9 +31,8 @@ class Mlp(nn.Module):
         super().__init__()
         self.gate, self.up, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
 
-    def forward(self, values: Tensor) -> Tensor:
-        result: Tensor = self.down(silu(self.gate(values)) * self.up(values))
-        return result
+    def forward(self, values):
+        return self.down(silu(self.gate(values)) * self.up(values))
 
 
 class Network(nn.Module):
@@ -41,9 +40,8 @@ class Network(nn.Module):
         super().__init__()
         self.key, self.mlp = nn.Linear(4, 4), Mlp()
 
-    def forward(self, values: Tensor) -> Tensor:
-        result: Tensor = self.mlp(self.key(values))
-        return result
+    def forward(self, values):
+        return self.mlp(self.key(values))
 
 
 def network() -> Network:
@@ -63,14 +61,14 @@ def flat(model: IA3Model) -> dict[str, Tensor]:
     return {name: vector.detach().flatten() for name, vector in model.vectors("default").items()}
 
 
-def by_hand(base: Any, vectors: dict[str, Tensor], values: Tensor = VALUES) -> Tensor:
+def by_hand(base, vectors):
     """What the network with these vectors gives; from its weights as they are."""
 
-    def layer(module: Any, values: Tensor) -> Tensor:
+    def layer(module, values):
         return linear(values, module.weight, module.bias)
 
     with torch.no_grad():
-        key = layer(base.key, values) * vectors.get("key", 1.0)
+        key = layer(base.key, VALUES) * vectors.get("key", 1.0)
         up = layer(base.mlp.up, key) * vectors.get("mlp.up", 1.0)
         inner = silu(layer(base.mlp.gate, key)) * up * vectors.get("mlp.down", 1.0)
         return layer(base.mlp.down, inner)
@@ -88,28 +86,14 @@ def check(model: IA3Model) -> None:
                 torch.testing.assert_close(model(VALUES), by_hand(model.model, {}))
 
 
-def written(layer):
-    layer.weight.data = layer.weight.detach() - 1
-
-
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("change", [written, torch.nn.utils.parametrizations.spectral_norm])
-def test_weights_changed_under_an_active_adapter(change, layer):
+def test_weights_changed_under_an_active_adapter(layer):
     model = adapted(network())
     check(model)
     before = model(VALUES)
-    change(model.model.get_submodule(layer))
+    torch.nn.utils.parametrizations.spectral_norm(model.model.get_submodule(layer))
     assert not torch.allclose(model(VALUES), before)
     check(model)
-
-
-def test_weights_given_for_one_call():
-    model = adapted(network())
-    weights = {"key.weight": torch.ones(4, 4, dtype=torch.float64)}
-    with torch.no_grad():
-        found = torch.func.functional_call(model.model, weights, VALUES)
-    model.model.key.weight.data.fill_(1.0)
-    torch.testing.assert_close(found, by_hand(model.model, flat(model)))
 
 
 @pytest.mark.parametrize("targets", [("key",), ("up",), ("key", "up")], ids=" ".join)
@@ -232,7 +216,7 @@ def test_compiled_code_follows_what_is_active():
 @pytest.mark.parametrize("first", ["vectors", "copy"])
 def test_a_copy_of_a_layer_that_carries(first: str):
     """`modules_to_save` has the up projection, and another adapter a vector on the down's."""
-    base = network()
+    base = network().double()
     before = snapshot(base)
     down = IA3Config(target_modules=["down"], feedforward_modules=["down"])
     saved = IA3Config(target_modules=["key"], feedforward_modules=[], modules_to_save=["up"])
@@ -244,15 +228,12 @@ def test_a_copy_of_a_layer_that_carries(first: str):
     vector = model.vectors("vectors")["mlp.down"]
     vector.data = vector + 0.5
     assert base.mlp.down.ia3_l._carrier is not None
-    values = VALUES.float()
-    expected = by_hand(base, {"mlp.down": vector.detach().flatten()}, values)
-    torch.testing.assert_close(model(values).detach(), expected)
+    expected = by_hand(base, {"mlp.down": vector.detach().flatten()})
+    torch.testing.assert_close(model(VALUES).detach(), expected)
     with model.disable_adapter():
-        torch.testing.assert_close(model(values).detach(), by_hand(base, {}, values))
-    torch.testing.assert_close(model(values).detach(), expected)
+        torch.testing.assert_close(model(VALUES).detach(), by_hand(base, {}))
     assert [name for name, _ in base.mlp.up.ia3_l["copy"].named_modules()] == [""]
     assert hooks_on(base.mlp.up.ia3_l["copy"]) == 0
-    vector.data = torch.ones_like(vector)
     model.unload()
     assert_unchanged(base, before)
 
@@ -290,13 +271,12 @@ def test_a_call_sees_one_state_of_a_model_that_is_switched_meanwhile():
 
     with ThreadPoolExecutor(2) as pool:
         computing = [pool.submit(compute) for _ in range(2)]
-        for _ in range(300):
+        for _ in range(100):
             for names in ("default", "other"):
                 model.set_adapter(names, inference_mode=True)
             with model.disable_adapter():
                 pass
         stop.set()
-        for each in computing:
-            each.result()
+        assert [each.result() for each in computing] == [None, None]
     model.set_adapter("default", inference_mode=True)
     check(model)
