@@ -300,8 +300,6 @@ def test_the_user_may_trust_a_library(saved_base, tmp_path):
 def test_what_is_not_there_or_of_another_task(
     changed, name, error, message, saved_adapter, tmp_path
 ):
-    changed, name, error, message, saved_adapter, tmp_path
-):
     folder = tmp_path
     if changed is not None:
         folder = saved_adapter()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..core.activations import linear_features
 from ..core.mlp import FUNCTIONS, Mlp, read_mlp
@@ -114,15 +115,16 @@ class FusedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The forward of the module's class: its argument may be named."""
         (values,) = (*args, *kwargs.values())
-        mlp, parts = self.mlp, self.module._modules
-        assert mlp.gate is not None
+        mlp = self.mlp
+        parts: Any = self.module._modules
         assert mlp.function is not None
-        down: Any = parts[mlp.down]
-        gate, up = parts[mlp.gate](values), parts[mlp.up](values)  # type: ignore[misc]
+        down, gate, up = parts[mlp.down], parts[mlp.gate](values), parts[mlp.up](values)
         site = self.site()
         factor = None if site is None or not site.in_block else site.factor(up)
-        activation = parts.get(mlp.activation or "")
-        if activation is not None and _is_watched(activation):
+        activation = parts.get(mlp.activation)
+        # Hooks or another forward on the activation see, or change, what it computes.
+        own = {} if activation is None else activation.__dict__
+        if activation is not None and ("forward" in own or any(map(own.get, HOOKS))):
             product = activation(gate) * up
         elif factor is not None and factor.dim() == 1:
             product, factor = gated_product(gate, up, factor, mlp.function), None
@@ -131,17 +133,10 @@ class FusedForward:
         if factor is not None:
             product = rescale(product, factor, keep_result=True)
         if mlp.dropout is not None:
-            product = parts[mlp.dropout](product)  # type: ignore[misc]
+            product = parts[mlp.dropout](product)
         if mlp.casts and down.weight.is_floating_point():
             product = product.to(down.weight.dtype)
-        result: Tensor = down(product)
-        return result
-
-
-def _is_watched(activation: nn.Module) -> bool:
-    """Whether hooks or another forward see, or change, what the activation computes."""
-    attributes = activation.__dict__
-    return "forward" in attributes or any(map(attributes.get, HOOKS))
+        return down(product)  # type: ignore[no-any-return]
 
 
 # -- the operation ---------------------------------------------------------------------------------
@@ -149,17 +144,9 @@ def _is_watched(activation: nn.Module) -> bool:
 _ATEN = torch.ops.aten
 
 
-def _silu_backward(grad: Tensor, gate: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return _ATEN.silu_backward(grad, gate)  # type: ignore[no-any-return]
-    # silu_backward has no derivative itself.
-    sigmoid = torch.sigmoid(gate)
-    return grad * sigmoid * (1 + gate * (1 - sigmoid))
-
-
 # (gradient, gate) -> the gradient times the function's derivative.
 BACKWARD: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": _silu_backward,
+    "silu": _ATEN.silu_backward,
     "gelu": _ATEN.gelu_backward,
     "gelu_tanh": lambda grad, gate: _ATEN.gelu_backward(grad, gate, approximate="tanh"),
     "relu": lambda grad, gate: _ATEN.threshold_backward(grad, gate, 0),
@@ -185,10 +172,8 @@ def gated_product(gate: Tensor, up: Tensor, vector: Tensor | None, function: str
     if (
         torch.is_grad_enabled()
         and (gate.requires_grad or up.requires_grad)
-        and type(gate) is type(up) is Tensor
-        and gate.shape == up.shape
-        and (vector is None or vector.shape == gate.shape[-1:])
-        and not (gate.is_nested or torch.compiler.is_compiling())
+        and not gate.is_nested
+        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     ):
         product: Tensor = _GatedProduct.apply(gate, up, vector, function)  # type: ignore[no-untyped-call]
@@ -214,8 +199,8 @@ class _GatedProduct(torch.autograd.Function):
         return _formula(gate, up, vector, function)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Of operations that can be differentiated themselves: second derivatives are right.
         gate, up, vector = ctx.saved_tensors
         needed = ctx.needs_input_grad
         grad, gates, ups = _wide(grads[0]), _wide(gate), _wide(up)
