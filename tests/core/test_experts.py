@@ -38,7 +38,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import ia3
 from ia3 import IA3Model
-from ia3.core.experts import attach, experts_shape, fold, is_experts
+from ia3.core.experts import attach, experts_shape, is_experts, scaled_weights
 from ia3.core.patch import Patch
 from ia3.errors import IA3Error
 
@@ -393,14 +393,14 @@ def test_merged_equals_unmerged_and_removed_is_the_base(kind: str, implementatio
         for handle in handles:
             handle.remove()
             handle.remove()
-        folded = [fold(block, values_of(block)) for block in blocks_of(model)]
+        scaled = [scaled_weights(block, values_of(block)) for block in blocks_of(model)]
         for block in blocks_of(model):
             del block._modules["vectors"]
         assert torch.equal(model(ids).logits, base)
         assert [set(block.__dict__) for block in blocks_of(model)] == attributes
         assert list(model.state_dict()) == names
         assert all(torch.equal(model.state_dict()[name], before[name]) for name in names)
-        for block, parameters in zip(blocks_of(model), folded, strict=True):
+        for block, parameters in zip(blocks_of(model), scaled, strict=True):
             assert parameters.keys() == {"down_proj"}
             block.get_parameter("down_proj").data = parameters["down_proj"]
         assert distance(model(ids).logits, unmerged) < 1e-6
@@ -411,14 +411,14 @@ def test_folding_rounds_once_and_changes_nothing() -> None:
         block = _block(kind, "eager").bfloat16()
         down, scale = block.get_parameter("down_proj"), 0.5 + torch.rand(EXPERTS, INNER)
         before = down.clone()
-        (folded,) = fold(block, scale).values()
-        assert folded.dtype == torch.bfloat16
+        (scaled,) = scaled_weights(block, scale).values()
+        assert scaled.dtype == torch.bfloat16
         assert torch.equal(down, before)
         exact = down.double() * scale.double().unsqueeze(axis)
         # Half a unit in the last of bfloat16's 8 places, and float32's own rounding before it.
-        assert ((folded.double() - exact).abs() <= exact.abs() * (2**-9 + 2**-23) * 2).all()
-        assert torch.equal(fold(block, torch.ones_like(scale))["down_proj"], before)
-        assert not torch.equal(folded, before)
+        assert ((scaled.double() - exact).abs() <= exact.abs() * (2**-9 + 2**-23) * 2).all()
+        assert torch.equal(scaled_weights(block, torch.ones_like(scale))["down_proj"], before)
+        assert not torch.equal(scaled, before)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -592,7 +592,7 @@ def test_vectors_of_another_shape_are_refused() -> None:
     with pytest.raises(IA3Error, match=r"\[4, 25\].*expected \[4, 24\]"):
         attach(block, Vectors((EXPERTS, INNER + 1)))
     with pytest.raises(IA3Error, match=r"\[24\].*expected \[4, 24\]"):
-        fold(block, torch.ones(INNER))
+        scaled_weights(block, torch.ones(INNER))
     assert "forward" not in block.__dict__
 
 

@@ -236,7 +236,7 @@ def test_a_layer_put_in_the_place_of_one_that_carries() -> None:
     """Then the down projection's input is rescaled, whichever of the two was replaced."""
     base = network()
     model = adapted(base)
-    assert base.mlp.down.ia3_l.carrier is not None
+    assert base.mlp.down.ia3_l._carrier is not None
     base.mlp.up = nn.Linear(4, 6).double().requires_grad_(False)
     check(model)
 
@@ -246,7 +246,7 @@ def test_nothing_is_left_behind() -> None:
     before = snapshot(base)
     modules = ["key", "up", "down"]
     model = IA3Model(base, IA3Config(target_modules=modules, feedforward_modules=["down"]))
-    assert base.mlp.down.ia3_l.carrier is not None
+    assert base.mlp.down.ia3_l._carrier is not None
     assert sum(map(hooks_on, base.modules())) == 3
     with model.disable_adapter():
         assert not any(map(hooks_on, base.modules()))
@@ -284,7 +284,7 @@ def test_a_copy_of_a_layer_that_carries(first: str) -> None:
     model.set_adapter(["vectors", "copy"])
     vector = model.vectors("vectors")["mlp.down"]
     vector.data = vector + 0.5
-    assert base.mlp.down.ia3_l.carrier is not None
+    assert base.mlp.down.ia3_l._carrier is not None
     values = VALUES.float()
     expected = by_hand(base, {"mlp.down": vector.detach().flatten()}, values)
     torch.testing.assert_close(model(values).detach(), expected)

@@ -326,12 +326,12 @@ def test_untied_weights_are_merged_into(make_model: MakeModel, make_inputs: Make
         theirs = peft.get_peft_model(make_model("gpt2"), peft.IA3Config(**modules))
     randomize(vectors(theirs))
     expected = logits(theirs, **inputs)
-    assert relative(logits(theirs.merge_and_unload(), inputs), expected) > 0.1
+    assert relative(logits(theirs.merge_and_unload(), **inputs), expected) > 0.1
     base = make_model("gpt2")
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
     ours = adapted(base, **modules)
     assert relative(logits(ours, **inputs), expected) < 1e-6
-    assert relative(logits(ours.merge_and_unload(), inputs), expected) < 1e-6
+    assert relative(logits(ours.merge_and_unload(), **inputs), expected) < 1e-6
 
 
 def test_embeddings_are_merged_into(tiny_llama: PreTrainedModel, make_inputs: MakeInputs) -> None:
@@ -339,7 +339,7 @@ def test_embeddings_are_merged_into(tiny_llama: PreTrainedModel, make_inputs: Ma
     inputs = make_inputs("llama")
     model = adapted(tiny_llama, target_modules=["embed_tokens"], feedforward_modules=[])
     expected = logits(model, **inputs)
-    assert relative(logits(model.merge_and_unload(), inputs), expected) < 1e-6
+    assert relative(logits(model.merge_and_unload(), **inputs), expected) < 1e-6
 
 
 class Holder(nn.Module):
@@ -426,7 +426,7 @@ def test_merging_adapters_that_are_not_active(three: IA3Model, inputs: dict[str,
     three.merge_adapter(["b", "c"])
     assert relative(logits(three, **inputs), expected) < 1e-6
     three.unmerge_adapter()
-    assert torch.equal(logits(three, **inputs), unmerged(three, ["a"], inputs))
+    assert torch.equal(logits(three, inputs), unmerged(three, ["a"], **inputs))
 
 
 @pytest.mark.parametrize(
@@ -468,7 +468,8 @@ def test_one_name_is_no_list_of_letters(
     model.merge_adapter("second")
     assert relative(logits(model, **inputs), expected) < 1e-6
     model.unmerge_adapter()
-    assert relative(logits(model.merge_and_unload(adapter_names="second"), inputs), expected) < 1e-6
+    merged = model.merge_and_unload(adapter_names="second")
+    assert relative(logits(merged, **inputs), expected) < 1e-6
 
 
 def test_choosing_an_adapter_unmerges_first(three: IA3Model, inputs: dict[str, Tensor]) -> None:
@@ -534,7 +535,7 @@ def test_disabled_adapters_are_not_merged(three: IA3Model, inputs: dict[str, Ten
         assert torch.equal(logits(three, **inputs), expected)
     adapted = logits(three, **inputs)
     three.disable_adapter_layers()
-    assert relative(logits(three.merge_and_unload(), inputs), adapted) < 1e-6
+    assert relative(logits(three.merge_and_unload(), **inputs), adapted) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -571,7 +572,7 @@ def test_a_model_cast_while_merged_unmerges_to_the_cast_base(
     three.unmerge_adapter()
     assert weights(three.model) == weights(make_model("llama").to(dtype))
     with three.disable_adapter():
-        assert torch.equal(logits(three, **inputs), logits(make_model("llama").to(dtype), inputs))
+        assert torch.equal(logits(three, **inputs), logits(make_model("llama").to(dtype), **inputs))
     # Merged again, it is rounded once from the weights that there are now.
     three.merge_adapter()
     name = "model.layers.0.self_attn.k_proj"

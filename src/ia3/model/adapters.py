@@ -16,7 +16,6 @@ from ..adapter.store import Adapter
 from ..core.activations import device_of
 from ..core.inventory import Contents, Inventory
 from ..core.merge import Merge
-from ..core.mlp import Carriers
 from ..core.names import ATTRIBUTE, Target
 from ..core.route import BASE, LOCK, watch
 from ..core.saved_modules import (
@@ -219,8 +218,8 @@ class Adapters:
 
     def place(self, targets: Sequence[Target]) -> dict[str, Site]:
         """Module name -> the site there, placed now where there is none."""
-        modules, carriers = self.contents().modules, Carriers(self.model)
-        sites = {target.name: place(modules[target.name], target, carriers) for target in targets}
+        modules = self.contents().modules
+        sites = {t.name: place(self.model, modules[t.name], t) for t in targets}
         for site in sites.values():
             site.in_place = not self._plain
         return sites
