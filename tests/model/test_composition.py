@@ -132,45 +132,6 @@ def test_compiled_as_one_graph(kind):
         assert relative(gradient, expected[name]) < 1e-5, name
 
 
-def test_a_compiled_model_follows_its_adapters():
-    """By default Dynamo does not look at hooks again once it has compiled a module's call."""
-    kind = "llama"
-    base = build(kind)
-    torch.compiler.reset()
-    compiled = torch.compile(base, fullgraph=True, backend="eager")
-    seen = []
-
-    def check(step):
-        with torch.no_grad():
-            seen.append(loss_of(kind, compiled).item())
-            assert seen[-1] == pytest.approx(loss_of(kind, base).item(), rel=1e-6), step
-
-    check("before")
-    model = ia3.get_peft_model(base, ia3.IA3Config())
-    randomize(vectors(model))
-    check("attached")
-    model.add_adapter("second", ia3.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    randomize(vectors(model, "second"), seed=1)
-    check("a second one added")
-    model.set_adapter("second")
-    check("the second one active")
-    model.set_adapter(["default", "second"])
-    check("both active")
-    model.disable_adapter_layers()
-    check("disabled")
-    model.enable_adapter_layers()
-    check("enabled")
-    model.merge_adapter()
-    check("merged")
-    model.unmerge_adapter()
-    check("unmerged")
-    model.delete_adapter("default")
-    check("the first one deleted")
-    model.unload()
-    check("unloaded")
-    assert len({round(value, 4) for value in seen}) == 4  # the base, each of the two, and both
-
-
 @EVERY_MODEL
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("first", ["adapter", "checkpointing"])
@@ -300,26 +261,6 @@ def test_generation_is_pefts(kind, how):
 
 
 # -- the base model's own checkpoints --------------------------------------------------------------
-
-
-@EVERY_MODEL
-def test_only_vectors_are_added_to_the_base_models_state(kind):
-    base = build(kind)
-    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    modules = dict(base.named_modules())
-    model = ia3.get_peft_model(base, ia3.IA3Config())
-    model.add_adapter("second", ia3.IA3Config())
-    added = {
-        f"{name}.ia3_l.{adapter}" for adapter in ("default", "second") for name in vectors(model)
-    }
-    state = base.state_dict()
-    assert plain_keys(base) == list(before)
-    assert state.keys() - before.keys() == added
-    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
-    assert all(base.get_submodule(name) is module for name, module in modules.items())
-    assert model.unload() is base
-    assert list(base.state_dict()) == list(before)
-    assert [*base.named_modules()] == [*modules.items()]
 
 
 @EVERY_MODEL

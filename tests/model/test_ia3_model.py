@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from support.memory import saved_bytes
 from support.pairs import adapted, logits, randomize, relative, vectors
 from support.snapshots import assert_unchanged, snapshot, weights
 from torch import Tensor, nn
@@ -260,24 +261,6 @@ def test_adapter_names_that_are_words(tiny_llama, make_inputs):
 # -- with the rest of the world --------------------------------------------------------------------
 
 
-def saved_bytes(model, inputs):
-    """What the backward pass needs: bytes in distinct storages, the model's own left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-    storages: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no address is used twice
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**inputs)
-    return sum(storages.values())
-
-
 @EVERY_MODEL
 @EVERY_CHOICE
 def test_no_more_is_saved_for_the_backward_pass_than_by_peft(pair, make_inputs, kind, choice):
@@ -288,31 +271,23 @@ def test_no_more_is_saved_for_the_backward_pass_than_by_peft(pair, make_inputs, 
         # Per layer, the gated product and the activation function keep their operands, PEFT a copy
         # besides: bytes of the gate's and of the up projection's output.
         less = 2 * 2 * inputs["input_ids"].numel() * 48 * 4
-    assert saved_bytes(ours, inputs) <= saved_bytes(theirs, inputs) - less
-
-
-@pytest.fixture
-def recorded():
-    """What a hook of the user's own saw."""
-    return []
+    ids = inputs["input_ids"]
+    assert saved_bytes(ours, ids) <= saved_bytes(theirs, ids) - less
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_hooks_of_others_keep_what_they_saw(tiny_llama, make_inputs, recorded, first):
+def test_hooks_of_others_keep_what_they_saw(tiny_llama, make_inputs, first):
     """An output that the user's hook recorded is never written over."""
     layer = tiny_llama.get_submodule("model.layers.0.self_attn.k_proj")
-    inputs = make_inputs("llama")
+    recorded = []
 
     def record(module, args, output):
         recorded.extend([output, output.detach().clone()])
 
-    if first:
-        handle = layer.register_forward_hook(record)
-        model = adapted(tiny_llama)
-    else:
-        model = adapted(tiny_llama)
-        handle = layer.register_forward_hook(record, prepend=True)
-    model(**inputs).loss.backward()
+    handle = layer.register_forward_hook(record) if first else None
+    model = adapted(tiny_llama)
+    handle = handle or layer.register_forward_hook(record, prepend=True)
+    model(**make_inputs("llama")).loss.backward()
     seen, then = recorded
     assert torch.equal(seen, then)
     model.unload()

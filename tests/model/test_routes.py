@@ -7,6 +7,7 @@ import contextvars
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import pytest
@@ -160,7 +161,7 @@ def test_convolutions_are_routed():
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_any_mix_equals_its_rows_alone(names, length, left, seed, dtype):
-    model = _model_in(dtype)
+    model = model_in(dtype)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (len(names), length), generator=generator)
     mask = torch.ones_like(ids)
@@ -179,13 +180,9 @@ def test_any_mix_equals_its_rows_alone(names, length, left, seed, dtype):
         assert relative(found[row][seen], expected[0][seen]) < within, name
 
 
-_models: dict[torch.dtype, ia3.IA3Model] = {}
-
-
-def _model_in(dtype):
-    if dtype not in _models:
-        _models[dtype] = several("llama", dtype=dtype)
-    return _models[dtype]
+@cache
+def model_in(dtype):
+    return several("llama", dtype=dtype)
 
 
 def test_a_copy_of_a_routed_model_is_its_own(model, inputs, tmp_path):
