@@ -198,11 +198,6 @@ def test_weighted_adapters(kind, dtype):
 # A first layer, a second one, and inputs for them.
 PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 8), lambda: nn.Linear(8, 5), (4, 6)),
-    "linear without bias": (
-        lambda: nn.Linear(6, 8, bias=False),
-        lambda: nn.Linear(8, 5, bias=False),
-        (2, 3, 6),
-    ),
     "Conv1D": (lambda: Conv1D(8, 6), lambda: Conv1D(5, 8), (2, 3, 6)),
     "conv2d": (
         lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1),
@@ -212,11 +207,6 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[i
     "conv2d in groups": (
         lambda: nn.Conv2d(6, 8, 3, groups=2),
         lambda: nn.Conv2d(8, 4, (2, 1), dilation=2, groups=4),
-        (2, 6, 7, 9),
-    ),
-    "conv2d by depth": (
-        lambda: nn.Conv2d(6, 12, 3, groups=6),
-        lambda: nn.Conv2d(12, 12, 3, groups=12, bias=False),
         (2, 6, 7, 9),
     ),
     "conv3d": (
