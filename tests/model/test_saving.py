@@ -11,6 +11,8 @@ import huggingface_hub
 import peft
 import pytest
 import torch
+from support import pairs
+from support.pairs import randomize, vectors
 
 import ia3
 from ia3 import IA3Config, IA3Error, PeftConfig, PeftModel, get_peft_model
@@ -20,22 +22,11 @@ IDS = torch.arange(3, 11)[None]
 
 
 def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
+    return pairs.logits(model, input_ids=IDS)
 
 
-def disturb(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(1 + 0.4 * torch.randn(parameter.shape, generator=generator))
-
-
-def adapted(base, seed=0, name="default"):
-    model = get_peft_model(copy.deepcopy(base), IA3Config(task_type="CAUSAL_LM"), name)
-    disturb(model, seed)
-    return model
+def adapted(base, seed=0):
+    return pairs.adapted(copy.deepcopy(base), seed, task_type="CAUSAL_LM")
 
 
 def snapshot(folder):
@@ -53,7 +44,7 @@ def test_default_at_the_root_others_in_folders(tiny_llama, tmp_path, writer, rea
     expected = {}
     for seed, name in enumerate(("default", "other")):
         model.set_adapter(name)
-        disturb(model, seed)
+        randomize(vectors(model, name), seed)
         expected[name] = logits(model)
     model.save_pretrained(tmp_path)
     assert snapshot(tmp_path) - {"README.md"} == FILES | {f"other/{file}" for file in FILES}
@@ -102,7 +93,7 @@ def test_a_subfolder(tiny_llama, tmp_path):
 
 def test_pefts_old_files_are_read(tiny_llama, tmp_path):
     theirs = peft.get_peft_model(copy.deepcopy(tiny_llama), peft.IA3Config())
-    disturb(theirs, 3)
+    randomize(vectors(theirs), 3)
     theirs.save_pretrained(tmp_path, safe_serialization=False)
     assert "adapter_model.bin" in snapshot(tmp_path)
     again = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), tmp_path)
@@ -181,7 +172,7 @@ def test_an_adapter_brings_its_base_model_at_its_revision(tiny_llama, tmp_path):
         IA3Config(task_type="CAUSAL_LM", base_model_name_or_path="someone/base"),
         revision="v1",
     )
-    disturb(model, 0)
+    randomize(vectors(model))
     cached(tmp_path, "adapter", "best", "e" * 40, root=model)
     for library in (ia3, peft):
         again = library.AutoPeftModelForCausalLM.from_pretrained(
