@@ -47,11 +47,8 @@ class Adapters:
 
     Changes hold the lock of `core.route`, and what raises (`IA3Error`) changes nothing.
 
-    Args:
-        model: the base model, without adapters.
-        merge: what is merged into its weights.
-
     Attributes:
+        model, merge: the base model, and what is merged into its weights.
         configs: adapter name -> its config, with its modules named.
         active: the adapters that multiply.
         enabled: False: none multiplies, and the model computes as the base model does.
@@ -371,7 +368,7 @@ class Adapters:
         with LOCK:
             if not enabled:
                 self.check_unrouted(
-                    "disabling adapters (rows of the base model are named '__base__')"
+                    f"disabling adapters (rows of the base model are named {BASE!r})"
                 )
                 self.merge.undo()
             self.enabled = enabled

@@ -112,11 +112,7 @@ def _stacked_vectors(
 ) -> Callable[[Site], Tensor | None]:
     """Site -> the values of adapters there, `[names, dim]`, through which gradients flow.
 
-    Args:
-        names: in the order of the rows; a name that has nothing at a site counts as ones there.
-        sites: where the model's own adapters may have vectors.
-        others, gathered: the names of adapters that are not the model's own, and site -> their
-            values, `[others, dim]`.
+    They are vectors at the sites, those of `others` gathered, `[others, dim]`, or ones.
     """
     had = {site: [name for name in names if name in site] for site in sites}
 

@@ -562,8 +562,6 @@ class IA3Model(nn.Module):
     def push_to_hub(
         self,
         repo_id: str,
-        *,
-        adapter_name: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         **commit: Any,
@@ -572,11 +570,9 @@ class IA3Model(nn.Module):
 
         Args:
             repo_id: the repository on the hub; made, perhaps `private`, if absent.
-            adapter_name: this adapter alone; all if not given.
             commit: `revision`, `commit_message`, `create_pr`: as `HfApi.upload_folder` takes them.
         """
-        folders = saving.folders_of(self._adapters, "", None, adapter_name)
-        return saving.push(self._adapters, folders, repo_id, private, token, commit)
+        return saving.push(self._adapters, repo_id, private, token, commit)
 
 
 def _stored(config: IA3Config, vectors: Mapping[str, Tensor] | None) -> Adapter | None:

@@ -19,10 +19,7 @@ from .heads import with_head
 
 
 class Routes:
-    """The routes of one model, whose host they are, and its bank.
-
-    Args:
-        adapters: the model's own.
+    """The routes of one model, whose host this is, and its bank.
 
     Attributes:
         model: the base model.

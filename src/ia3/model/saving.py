@@ -117,19 +117,19 @@ def naming(source: str) -> Iterator[None]:
 
 def push(
     adapters: Adapters,
-    folders: Mapping[str, Path],
     repo_id: str,
     private: bool | None,
     token: str | bool | None,
     commit: Mapping[str, Any],
 ) -> str:
-    """Upload adapters, and a model card where the repository has none; returns the address."""
+    """Upload all adapters, and a model card where the repository has none; returns the address."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as root:
-        save(adapters, {name: root / folder for name, folder in folders.items()})
+        folders = folders_of(adapters, root, None, None)
+        save(adapters, folders)
         if not api.file_exists(repo_id, "README.md", revision=commit.get("revision")):
             first = adapters.configs[next(iter(folders))]
             write_files(root, {"README.md": _model_card(first).encode()})
