@@ -38,16 +38,12 @@ def fuse(model: nn.Module) -> list[str]:
     Raises:
         IA3Error: the model has no MLP that computes down(dropout(act(gate(x)) ⊙ up(x))).
     """
-    names = []
     for name, module in model.named_modules():
-        if ATTRIBUTE in name.split("."):
-            continue
-        if not is_fused(module):
+        if ATTRIBUTE not in name.split(".") and not is_fused(module):
             found = gated_mlp(module)
-            if isinstance(found, str):
-                continue
-            patch(module, FusedForward(module, found))
-        names.append(name)
+            if isinstance(found, Mlp):
+                patch(module, FusedForward(module, found))
+    names = [name for name, module in model.named_modules() if is_fused(module)]
     if not names:
         first = feedforward_targets(model)[0].name.rpartition(".")[0]
         module = model.get_submodule(first)
