@@ -12,13 +12,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import MakeInputs, MakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.pairs import adapted, logits, randomize, relative, vectors
 from support.snapshots import assert_unchanged, hooks_on, snapshot, weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ia3 import IA3Config, IA3Error, IA3Model
@@ -100,9 +98,7 @@ def draw_vectors(model: IA3Model, adapters: list[str], seed: int) -> None:
 @given(nets(), st.integers(1, 3), st.integers(0, 2**31), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
 @torch.no_grad()
-def test_merging_is_the_product_and_unmerging_its_undoing(
-    net: tuple[Net, list[str]], count: int, seed: int, order: Any
-) -> None:
+def test_merging_is_the_product_and_unmerging_its_undoing(net, count, seed, order):
     base, inputs = net
     dtype = base.layers[0].weight.dtype
     ids = torch.tensor([[0, 1, 2, 3, 4, 0], [4, 4, 1, 0, 2, 3]])
@@ -195,9 +191,7 @@ def merge_and_back(model: Adapted) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("values", ["random", "tiny", "zero"])
-def test_unmerging_restores_the_bits_where_peft_does_not(
-    kind: str, dtype: torch.dtype, values: str
-) -> None:
+def test_unmerging_restores_the_bits_where_peft_does_not(kind, dtype, values):
     restored = []
     for model in both(lambda: LAYERS[kind]().to(dtype)):
         if values != "random":
@@ -218,9 +212,7 @@ def tensors(model: Adapted) -> list[Tensor]:
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("vector_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("safe", [False, True])
-def test_merging_rounds_once_where_peft_rounds_for_each_adapter(
-    kind: str, vector_dtype: torch.dtype, safe: bool
-) -> None:
+def test_merging_rounds_once_where_peft_rounds_for_each_adapter(kind, vector_dtype, safe):
     """Three adapters over a bfloat16 base, against the products in float64."""
     adapters = ("one", "two", "three")
     models = both(lambda: LAYERS[kind]().bfloat16(), adapters)
@@ -250,7 +242,7 @@ def test_merging_rounds_once_where_peft_rounds_for_each_adapter(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["vector", "weight", "bias"])
-def test_safe_merge_is_all_or_nothing_where_peft_stops_halfway(value: float, where: str) -> None:
+def test_safe_merge_is_all_or_nothing_where_peft_stops_halfway(value, where):
     """The bad value is in the last of three layers."""
 
     def base() -> nn.Module:
@@ -286,7 +278,7 @@ def test_safe_merge_is_all_or_nothing_where_peft_stops_halfway(value: float, whe
     assert changed == [False, True]
 
 
-def test_safe_merge_notices_what_half_precision_cannot_hold() -> None:
+def test_safe_merge_notices_what_half_precision_cannot_hold():
     base = nn.Sequential(nn.Linear(2, 2, bias=False)).half()
     nn.init.constant_(base[0].weight, 40000.0)
     model = IA3Model(base, IA3Config(target_modules=["0"], feedforward_modules=[]))
@@ -303,9 +295,7 @@ def test_safe_merge_notices_what_half_precision_cannot_hold() -> None:
 @pytest.mark.parametrize(
     ("targets", "other"), [(["lm_head"], "transformer.wte"), (["wte"], "lm_head")]
 )
-def test_a_tied_weight_is_not_merged_into(
-    tiny_gpt2: PreTrainedModel, make_inputs: MakeInputs, targets: list[str], other: str
-) -> None:
+def test_a_tied_weight_is_not_merged_into(tiny_gpt2, make_inputs, targets, other):
     inputs = make_inputs("gpt2")
     config = IA3Config(target_modules=[*targets, "c_attn"], feedforward_modules=[])
     model = IA3Model(tiny_gpt2, config)
@@ -318,7 +308,7 @@ def test_a_tied_weight_is_not_merged_into(
     assert torch.equal(logits(model, **inputs), expected)
 
 
-def test_untied_weights_are_merged_into(make_model: MakeModel, make_inputs: MakeInputs) -> None:
+def test_untied_weights_are_merged_into(make_model, make_inputs):
     """Where PEFT merges into the tied weight, both layers change."""
     inputs = make_inputs("gpt2")
     modules: dict[str, Any] = {"target_modules": ["lm_head"], "feedforward_modules": []}
@@ -334,7 +324,7 @@ def test_untied_weights_are_merged_into(make_model: MakeModel, make_inputs: Make
     assert relative(logits(ours.merge_and_unload(), **inputs), expected) < 1e-6
 
 
-def test_embeddings_are_merged_into(tiny_llama: PreTrainedModel, make_inputs: MakeInputs) -> None:
+def test_embeddings_are_merged_into(tiny_llama, make_inputs):
     """PEFT does not rescale embeddings at all."""
     inputs = make_inputs("llama")
     model = adapted(tiny_llama, target_modules=["embed_tokens"], feedforward_modules=[])
@@ -363,7 +353,7 @@ class Holder(nn.Module):
     ],
     ids=["float8", "complex", "parametrized", "meta", "max_norm"],
 )
-def test_weights_that_cannot_take_a_vector(make: Callable[[], nn.Module], message: str) -> None:
+def test_weights_that_cannot_take_a_vector(make, message):
     base = Holder(make())
     config = IA3Config(target_modules=["before", "layer"], feedforward_modules=[])
     model = IA3Model(base, config)
@@ -379,7 +369,7 @@ def test_weights_that_cannot_take_a_vector(make: Callable[[], nn.Module], messag
 
 
 @pytest.fixture
-def three(tiny_llama: PreTrainedModel) -> IA3Model:
+def three(tiny_llama):
     """Adapters "a" and "b" on the same modules, "c" on some of them and on another; "a" active."""
     model = IA3Model(tiny_llama, IA3Config(), "a")
     model.add_adapter("b", IA3Config())
@@ -390,7 +380,7 @@ def three(tiny_llama: PreTrainedModel) -> IA3Model:
 
 
 @pytest.fixture
-def inputs(make_inputs: MakeInputs) -> dict[str, Tensor]:
+def inputs(make_inputs):
     return make_inputs("llama")
 
 
@@ -406,9 +396,7 @@ def unmerged(model: IA3Model, adapters: list[str], inputs: dict[str, Tensor]) ->
 
 
 @pytest.mark.parametrize("steps", [["a", "b", "c"], ["c", "a", "b"], ["abc"], ["bc", "a"], ["b"]])
-def test_adapters_are_merged_in_any_order_or_in_part(
-    three: IA3Model, inputs: dict[str, Tensor], steps: list[str]
-) -> None:
+def test_adapters_are_merged_in_any_order_or_in_part(three, inputs, steps):
     before = weights(three.model)
     three.set_adapter(["a", "b", "c"])
     expected = logits(three, **inputs)
@@ -420,7 +408,7 @@ def test_adapters_are_merged_in_any_order_or_in_part(
     assert torch.equal(logits(three, **inputs), expected)
 
 
-def test_merging_adapters_that_are_not_active(three: IA3Model, inputs: dict[str, Tensor]) -> None:
+def test_merging_adapters_that_are_not_active(three, inputs):
     """What is merged takes the place of what is active, as in PEFT."""
     expected = unmerged(three, ["b", "c"], inputs)
     three.merge_adapter(["b", "c"])
@@ -441,14 +429,7 @@ def test_merging_adapters_that_are_not_active(three: IA3Model, inputs: dict[str,
         ("ab", "a", None, "ab"),
     ],
 )
-def test_unloading(
-    three: IA3Model,
-    inputs: dict[str, Tensor],
-    active: str,
-    merged: str,
-    names: list[str] | None,
-    result: str,
-) -> None:
+def test_unloading(three, inputs, active, merged, names, result):
     expected = unmerged(three, list(result), inputs)
     three.set_adapter(list(active))
     if merged:
@@ -458,9 +439,7 @@ def test_unloading(
     assert not any("ia3" in key for key in base.state_dict())
 
 
-def test_one_name_is_no_list_of_letters(
-    tiny_llama: PreTrainedModel, inputs: dict[str, Tensor]
-) -> None:
+def test_one_name_is_no_list_of_letters(tiny_llama, inputs):
     model = IA3Model(tiny_llama, IA3Config(), "first")
     model.add_adapter("second", IA3Config())
     randomize(vectors(model, "second"))
@@ -472,7 +451,7 @@ def test_one_name_is_no_list_of_letters(
     assert relative(logits(merged, **inputs), expected) < 1e-6
 
 
-def test_choosing_an_adapter_unmerges_first(three: IA3Model, inputs: dict[str, Tensor]) -> None:
+def test_choosing_an_adapter_unmerges_first(three, inputs):
     before = weights(three.model)
     expected = unmerged(three, ["b"], inputs)
     three.merge_adapter()
@@ -482,9 +461,7 @@ def test_choosing_an_adapter_unmerges_first(three: IA3Model, inputs: dict[str, T
     assert torch.equal(logits(three, **inputs), expected)
 
 
-def test_other_adapters_come_and_go_while_one_is_merged(
-    three: IA3Model, inputs: dict[str, Tensor], tmp_path: Any
-) -> None:
+def test_other_adapters_come_and_go_while_one_is_merged(three, inputs, tmp_path):
     before = weights(three.model)
     expected = logits(three, **inputs)
     three.save_pretrained(tmp_path, adapter_name="b")
@@ -504,9 +481,7 @@ def test_other_adapters_come_and_go_while_one_is_merged(
     assert torch.equal(logits(three, **inputs), expected)
 
 
-def test_a_merge_that_fails_leaves_the_earlier_one(
-    three: IA3Model, inputs: dict[str, Tensor]
-) -> None:
+def test_a_merge_that_fails_leaves_the_earlier_one(three, inputs):
     three.set_adapter(["a", "c"])
     before = weights(three.model)
     expected = logits(three, **inputs)
@@ -526,7 +501,7 @@ def test_a_merge_that_fails_leaves_the_earlier_one(
     assert weights(three.model) == before
 
 
-def test_disabled_adapters_are_not_merged(three: IA3Model, inputs: dict[str, Tensor]) -> None:
+def test_disabled_adapters_are_not_merged(three, inputs):
     """The model is to compute as the base model does until they are enabled."""
     with three.disable_adapter():
         expected = logits(three, **inputs)
@@ -543,9 +518,7 @@ def test_disabled_adapters_are_not_merged(three: IA3Model, inputs: dict[str, Ten
     [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
     ids=["copy", "pickle"],
 )
-def test_copies_of_a_merged_model_unmerge_by_themselves(
-    three: IA3Model, inputs: dict[str, Tensor], copied: Callable[[IA3Model], IA3Model]
-) -> None:
+def test_copies_of_a_merged_model_unmerge_by_themselves(three, inputs, copied):
     before, expected = weights(three.model), logits(three, **inputs)
     three.merge_adapter()
     merged, after = logits(three, **inputs), weights(three.model)
@@ -564,9 +537,7 @@ def test_copies_of_a_merged_model_unmerge_by_themselves(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_model_cast_while_merged_unmerges_to_the_cast_base(
-    three: IA3Model, make_model: MakeModel, inputs: dict[str, Tensor], dtype: torch.dtype
-) -> None:
+def test_a_model_cast_while_merged_unmerges_to_the_cast_base(three, make_model, inputs, dtype):
     three.merge_adapter()
     three.to(dtype)
     three.unmerge_adapter()
@@ -581,7 +552,7 @@ def test_a_model_cast_while_merged_unmerges_to_the_cast_base(
     assert torch.equal(three.model.get_submodule(name).weight.detach(), product.to(dtype))
 
 
-def test_optimizers_keep_the_parameters_they_have(three: IA3Model) -> None:
+def test_optimizers_keep_the_parameters_they_have(three):
     """A merge changes what the base's parameters hold, never which they are."""
     before = {name: id(parameter) for name, parameter in three.named_parameters()}
     three.merge_adapter()
@@ -590,9 +561,7 @@ def test_optimizers_keep_the_parameters_they_have(three: IA3Model) -> None:
     assert {name: id(parameter) for name, parameter in three.named_parameters()} == before
 
 
-def test_a_merge_that_runs_out_of_memory_changes_nothing(
-    three: IA3Model, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_that_runs_out_of_memory_changes_nothing(three, inputs, monkeypatch):
     three.set_adapter(["a"])
     three.merge_adapter(["a"])
     expected = logits(three, **inputs)
@@ -606,9 +575,7 @@ def test_a_merge_that_runs_out_of_memory_changes_nothing(
     assert torch.equal(logits(three, **inputs), expected)
 
 
-def test_unloading_twice_leaves_the_next_adapter_alone(
-    three: IA3Model, inputs: dict[str, Tensor]
-) -> None:
+def test_unloading_twice_leaves_the_next_adapter_alone(three, inputs):
     base = three.unload()
     after = IA3Model(base, IA3Config(init_ia3_weights=False))
     expected = logits(after, **inputs)

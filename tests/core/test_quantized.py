@@ -6,7 +6,6 @@ import copy
 import io
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scaled_rows_and_the_original_bits(kind: str) -> None:
+def test_scaled_rows_and_the_original_bits(kind):
     layer, x, vector = quantized(kind), inputs(), scale()
     plain, before, output = dequantised(layer).double(), bits(layer), layer(x)
     values = scaled_rows(layer, vector)
@@ -153,7 +152,7 @@ def test_scaled_rows_and_the_original_bits(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["nf4", "int8", "ao-int8"])
-def test_half_precision(kind: str, dtype: torch.dtype) -> None:
+def test_half_precision(kind, dtype):
     layer, vector = quantized(kind), scale().to(dtype)
     layer.bias.data = layer.bias.data.to(dtype)
     bias = layer.bias.clone()
@@ -182,7 +181,7 @@ def pickled(layer: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_copies_of_a_scaled_layer(kind: str, copied: Callable[[Any], Any]) -> None:
+def test_copies_of_a_scaled_layer(kind, copied):
     layer, x = quantized(kind), inputs()
     original = layer(x)
     before = put(layer, scaled_rows(layer, scale()))
@@ -195,7 +194,7 @@ def test_copies_of_a_scaled_layer(kind: str, copied: Callable[[Any], Any]) -> No
 
 
 @pytest.mark.parametrize("forward_first", [False, True])
-def test_eight_bit_constants_before_and_after_the_first_forward(forward_first: bool) -> None:
+def test_eight_bit_constants_before_and_after_the_first_forward(forward_first):
     # The first forward moves them from the weight into the layer's state.
     layer, x, vector = quantized("int8").eval(), inputs(), scale()
     expected = copy.deepcopy(layer)(x) * vector
@@ -210,7 +209,7 @@ def test_eight_bit_constants_before_and_after_the_first_forward(forward_first: b
     assert torch.equal(layer.state_dict()["SCB"], original)
 
 
-def test_nested_constants_become_float32() -> None:
+def test_nested_constants_become_float32():
     layer = quantized("nf4-nested")
     assert layer.weight.quant_state.nested
     before = put(layer, scaled_rows(layer, scale()))
@@ -231,7 +230,7 @@ def repack(layer: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", FOUR_BIT)
-def test_repacked_for_the_cpu(kind: str) -> None:
+def test_repacked_for_the_cpu(kind):
     layer, vector = quantized(kind), scale()
     repack(layer)
     before, plain = bits(layer), dequantised(layer)
@@ -245,7 +244,7 @@ def test_repacked_for_the_cpu(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FOUR_BIT)
-def test_what_was_read_outlives_repacking(kind: str) -> None:
+def test_what_was_read_outlives_repacking(kind):
     layer, x = quantized(kind), inputs()
     before, output = bits(layer), layer(x)
     original = read_slot(layer, "weight.quant_state")
@@ -256,7 +255,7 @@ def test_what_was_read_outlives_repacking(kind: str) -> None:
         assert torch.equal(layer(x), output)
 
 
-def test_evaluating_and_saving_a_scaled_layer() -> None:
+def test_evaluating_and_saving_a_scaled_layer():
     layer, x, vector = quantized("nf4-nested").eval(), inputs(), scale()
     layer.bias = None
     expected = dequantised(layer)(x) * vector
@@ -272,14 +271,14 @@ def test_evaluating_and_saving_a_scaled_layer() -> None:
 
 
 @pytest.mark.parametrize("kind", [*FOUR_BIT])
-def test_a_block_that_spans_rows(kind: str) -> None:
+def test_a_block_that_spans_rows(kind):
     layer = quantized(kind, columns=96)
     with pytest.raises(IA3Error, match=r"rows of 96 values in blocks of 64.* spans two rows"):
         scaled_rows(layer, scale())
     assert relative(dequantised(layer)(inputs(96)), layer(inputs(96))) < 1e-6
 
 
-def test_torchao_weights_that_cannot_be_scaled() -> None:
+def test_torchao_weights_that_cannot_be_scaled():
     layer = nn.Linear(IN, OUT)
     ao.quantize_(layer, ao.Int8WeightOnlyConfig(granularity=ao.PerTensor()))
     with pytest.raises(IA3Error, match=r"blocks of \[96, 128\].* spans several rows"):
@@ -297,7 +296,7 @@ def test_torchao_weights_that_cannot_be_scaled() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dequantised(kind: str) -> None:
+def test_dequantised(kind):
     layer, x = quantized(kind).eval(), inputs()
     before = bits(layer)
     plain = dequantised(layer)
@@ -312,14 +311,14 @@ def test_dequantised(kind: str) -> None:
     assert dequantised(layer, torch.bfloat16).bias.dtype == torch.bfloat16
 
 
-def test_what_is_quantized() -> None:
+def test_what_is_quantized():
     assert all(is_quantized(quantized(kind)) for kind in KINDS)
     not_yet = bnb.nn.Linear4bit(IN, OUT)
     fake = bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=True)
     assert not any(is_quantized(m) for m in (nn.Linear(IN, OUT), not_yet, fake, nn.ReLU()))
 
 
-def test_bitsandbytes_is_not_imported() -> None:
+def test_bitsandbytes_is_not_imported():
     program = (
         "import sys; from torch import nn; from ia3.core.quantized import is_quantized\n"
         "assert not is_quantized(nn.Linear(2, 2)); assert 'bitsandbytes' not in sys.modules"
@@ -353,7 +352,7 @@ SIZES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory):
     """A LLaMA whose rows are whole blocks."""
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
@@ -379,7 +378,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_gradients_over_a_quantized_model(kind: str, checkpoint: Path) -> None:
+def test_gradients_over_a_quantized_model(kind, checkpoint):
     model, plain = load(checkpoint, kind), load(checkpoint, kind)
     for name, module in list(plain.named_modules()):
         if is_quantized(module):
@@ -394,14 +393,14 @@ def test_gradients_over_a_quantized_model(kind: str, checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_peft_refuses_to_merge(kind: str, checkpoint: Path) -> None:
+def test_peft_refuses_to_merge(kind, checkpoint):
     model = peft.get_peft_model(load(checkpoint, kind), peft.IA3Config(task_type="CAUSAL_LM"))
     with pytest.raises((NotImplementedError, ValueError)):
         model.merge_and_unload()
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_merging_into_a_quantized_model(kind: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_merging_into_a_quantized_model(kind, checkpoint, tmp_path):
     base = load(checkpoint, kind)
     untouched = logits(base, **INPUTS)
     adapter = adapted(base)
@@ -426,7 +425,7 @@ def test_merging_into_a_quantized_model(kind: str, checkpoint: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_vector_that_no_row_can_take(kind: str, tmp_path: Path) -> None:
+def test_a_vector_that_no_row_can_take(kind, tmp_path):
     torch.manual_seed(0)
     config = OPTConfig(
         **SIZES, word_embed_proj_dim=64, ffn_dim=128, num_hidden_layers=1, dropout=0.0
@@ -443,7 +442,7 @@ def test_a_vector_that_no_row_can_take(kind: str, tmp_path: Path) -> None:
     assert relative(logits(merged, **INPUTS), expected) < 2e-6
 
 
-def test_a_merge_that_is_not_finite(checkpoint: Path) -> None:
+def test_a_merge_that_is_not_finite(checkpoint):
     adapter: IA3Model = adapted(load(checkpoint, "nf4"))
     with torch.no_grad():
         next(p for p in adapter.parameters() if p.requires_grad)[0] = float("nan")

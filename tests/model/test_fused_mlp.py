@@ -27,12 +27,12 @@ MLP = "model.layers.0.mlp"
 GATED = {"llama": 2, "mistral": 2, "qwen2": 2, "qwen3": 2, "gemma": 2, "gemma2": 2, "gemma3": 2}
 
 
-def loss_and_gradients(model, inputs, adapter="default", compiled=None):
+def loss_and_gradients(model, inputs, adapter="default", run=None):
     """The loss, and the gradients of the vectors by name."""
     trained = vectors(model, adapter)
     for vector in trained.values():
         vector.grad = None
-    loss = (compiled or model)(**inputs).loss
+    loss = (model if run is None else run)(**inputs).loss
     loss.backward()
     return loss.detach(), {name: vector.grad for name, vector in trained.items()}
 
@@ -128,7 +128,7 @@ def test_compiled(model, inputs):
     model.fuse_mlp()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     inputs = {**inputs, "use_cache": False}
-    assert_same_gradients(loss_and_gradients(model, inputs, compiled=compiled), expected)
+    assert_same_gradients(loss_and_gradients(model, inputs, run=compiled), expected)
 
 
 # -- memory ----------------------------------------------------------------------------------------
