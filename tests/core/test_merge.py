@@ -44,12 +44,10 @@ class Net(nn.Module):
         values: Tensor = self.layers[0](ids)
         for layer in list(self.layers)[1:]:
             values = values.tanh()
-            if isinstance(layer, nn.Conv1d):
-                values = layer(values.transpose(1, 2)).transpose(1, 2).contiguous()
-            elif isinstance(layer, nn.Conv2d):
-                values = (
-                    layer(values.transpose(1, 2)[..., None])[..., 0].transpose(1, 2).contiguous()
-                )
+            if isinstance(layer, nn.Conv1d | nn.Conv2d):
+                trailing = [1] * (layer.weight.dim() - 3)
+                channels = layer(values.mT.reshape(*values.mT.shape, *trailing))
+                values = channels.flatten(2).mT.contiguous()
             else:
                 values = layer(values)
         return values
@@ -89,13 +87,11 @@ def nets(draw: st.DrawFn) -> tuple[Net, list[str]]:
 def draw_vectors(model: IA3Model, adapters: list[str], seed: int) -> None:
     """Values of both signs, zeros, and some too small to be divided by."""
     generator = torch.Generator().manual_seed(seed)
-    for adapter in adapters:
-        for vector in model.vectors(adapter).values():
-            values = 1 + torch.randn(vector.shape, generator=generator)
-            values[torch.rand(vector.shape, generator=generator) < 0.1] = 0.0
-            values[torch.rand(vector.shape, generator=generator) < 0.1] = 1e-30
-            with torch.no_grad():
-                vector.copy_(values)
+    for vector in (v for adapter in adapters for v in model.vectors(adapter).values()):
+        values = 1 + torch.randn(vector.shape, generator=generator)
+        values[torch.rand(vector.shape, generator=generator) < 0.1] = 0.0
+        values[torch.rand(vector.shape, generator=generator) < 0.1] = 1e-30
+        vector.copy_(values)
 
 
 @given(nets(), st.integers(1, 3), st.integers(0, 2**31), st.randoms(use_true_random=False))
@@ -120,16 +116,11 @@ def test_merging_is_the_product_and_unmerging_its_undoing(net, count, seed, orde
     expected = model(ids)
 
     # One by one in any order, or at once.
-    if order.random() < 0.5:
-        model.merge_adapter(safe_merge=True)
-    else:
-        for adapter in order.sample(adapters, count):
-            model.merge_adapter([adapter])
-            torch.testing.assert_close(
-                model(ids), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype]
-            )
-    scale = max(1.0, float(expected.double().norm()))
-    assert float((model(ids).double() - expected.double()).norm()) < TOLERANCES[dtype] * scale
+    bound = TOLERANCES[dtype] * max(1.0, float(expected.double().norm()))
+    steps = [adapters] if order.random() < 0.5 else [[a] for a in order.sample(adapters, count)]
+    for step in steps:
+        model.merge_adapter(step, safe_merge=True)
+        assert float((model(ids).double() - expected.double()).norm()) < bound
     assert not any(map(hooks_on, base.modules()))
     with model.disable_adapter():
         assert torch.equal(model(ids), plain)
@@ -137,17 +128,7 @@ def test_merging_is_the_product_and_unmerging_its_undoing(net, count, seed, orde
     model.unmerge_adapter()
     assert weights(base) == before
     assert torch.equal(model(ids), expected)
-
-    product = {
-        name: torch.stack([model.vectors(adapter)[name].detach() for adapter in adapters]).prod(0)
-        for name in model.vectors(adapters[0])
-    }
-    model.add_adapter("product", config, product)
-    model.set_adapter("product")
-    tolerance = max(1e-6, TOLERANCES[dtype])  # new vectors are float32
-    assert float((model(ids).double() - expected.double()).norm()) < tolerance * scale
     assert model.unload() is base
-    assert weights(base) == before
     assert torch.equal(base(ids), plain)
 
 
@@ -377,12 +358,15 @@ def unmerged(model: IA3Model, adapters: list[str], inputs: dict[str, Tensor]) ->
 
 @pytest.mark.parametrize("steps", [["a", "b", "c"], ["c", "a", "b"], ["abc"], ["bc", "a"], ["b"]])
 def test_adapters_are_merged_in_any_order_or_in_part(three, inputs, steps):
+    """A merge changes what the base's parameters hold, never which they are."""
     before = weights(three.model)
+    parameters = list(map(id, three.parameters()))
     three.set_adapter(["a", "b", "c"])
     expected = logits(three, **inputs)
     for step in steps:
         three.merge_adapter(list(step))
         assert relative(logits(three, **inputs), expected) < 1e-6
+        assert list(map(id, three.parameters())) == parameters
     three.unmerge_adapter()
     assert weights(three.model) == before
     assert torch.equal(logits(three, **inputs), expected)
@@ -524,14 +508,6 @@ def test_a_model_cast_while_merged_unmerges_to_the_cast_base(three, make_model, 
     plain = make_model("llama").to(dtype).get_submodule(name).weight.detach()
     product = plain.double() * three.vectors("a")[name].detach().double()
     assert torch.equal(three.model.get_submodule(name).weight.detach(), product.to(dtype))
-
-
-def test_optimizers_keep_the_parameters_they_have(three):
-    """A merge changes what the base's parameters hold, never which they are."""
-    before = {name: id(parameter) for name, parameter in three.named_parameters()}
-    for change in (three.merge_adapter, three.unmerge_adapter):
-        change()
-        assert {name: id(parameter) for name, parameter in three.named_parameters()} == before
 
 
 def test_a_merge_that_runs_out_of_memory_changes_nothing(three, monkeypatch):
