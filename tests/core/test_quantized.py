@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from ia3 import IA3Error, IA3Model
-from ia3.core.quantized import dequantised, is_quantized, read_slot, scaled_rows, write_slot
+from ia3.core.quantized import dequantised, is_quantized, scaled_rows
+from ia3.core.weights import read, write
 
 BESIDE = "lies beside the environment: see `test` in the Makefile"
 pytestmark = pytest.mark.quantized
@@ -83,26 +84,22 @@ def inputs(columns: int = IN) -> Tensor:
     return torch.randn(2, 5, columns, generator=torch.Generator().manual_seed(1))
 
 
-def scale(rows: int = OUT) -> Tensor:
+def scale() -> Tensor:
     """Positive, negative, one and zero."""
-    values = torch.randn(rows, generator=torch.Generator().manual_seed(2))
+    values = torch.randn(OUT, generator=torch.Generator().manual_seed(2))
     values[:3] = torch.tensor([0.0, 1.0, -1.0])
     return values
 
 
 def put(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
     """Write slots; what stood there before."""
-    before = {}
+    before = {slot: read(module, slot) for slot in values}
     for slot, value in values.items():
-        if slot == "bias":
-            before[slot], module.bias.data = module.bias.data, value
-        else:
-            before[slot] = read_slot(module, slot)
-            write_slot(module, slot, value)
+        write(module, slot, value)
     return before
 
 
-def bits(module: nn.Module) -> list[Tensor]:
+def bits(module: nn.Module) -> list[bytes]:
     """Everything that makes up its values: integers, constants, bias."""
     weight = module.weight
     if isinstance(module, bnb.nn.Linear4bit):
@@ -114,14 +111,7 @@ def bits(module: nn.Module) -> list[Tensor]:
     else:
         parts = [weight.qdata, weight.scale]
     parts += [] if module.bias is None else [module.bias]
-    return [part.detach().clone().flatten() for part in parts]
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(
-        a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-        for a, b in zip(one, other, strict=True)
-    )
+    return [p.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes() for p in parts]
 
 
 # -- one layer ------------------------------------------------------------------------------------
@@ -132,7 +122,7 @@ def test_scaled_rows_and_the_original_bits(kind):
     layer, x, vector = quantized(kind), inputs(), scale()
     plain, before, output = dequantised(layer).double(), bits(layer), layer(x)
     values = scaled_rows(layer, vector)
-    assert same(bits(layer), before)  # nothing has changed yet
+    assert bits(layer) == before  # nothing has changed yet
     originals = put(layer, values)
     assert relative(layer(x), output * vector) < 1e-6
     assert not layer(x)[..., 0].any()
@@ -140,13 +130,13 @@ def test_scaled_rows_and_the_original_bits(kind):
     assert relative(scaled.weight, plain.weight * vector[:, None]) < 1e-6
     assert relative(scaled.bias, plain.bias * vector) < 1e-6
     # The integers are those of before.
-    assert same(bits(layer)[:1], before[:1])
-    assert not same(bits(layer), before)
+    assert bits(layer)[0] == before[0]
+    assert bits(layer) != before
     put(layer, scaled_rows(layer, vector))
     assert relative(layer(x), output * vector * vector) < 1e-6
     layer = layer.to("cpu")
     put(layer, originals)
-    assert same(bits(layer), before)
+    assert bits(layer) == before
     assert torch.equal(layer(x), output)
 
 
@@ -194,11 +184,11 @@ def test_eight_bit_constants_before_and_after_the_first_forward(forward_first):
     expected = copy.deepcopy(layer)(x) * vector
     if forward_first:
         layer(x)
-    original = read_slot(layer, "weight.SCB")
+    original = read(layer, "weight.SCB")
     before = put(layer, scaled_rows(layer, vector))
     # Exact while it quantizes its input, too.
     assert relative(layer(x), expected) < 1e-6
-    assert torch.equal(layer.state_dict()["SCB"], read_slot(layer, "weight.SCB"))
+    assert torch.equal(layer.state_dict()["SCB"], read(layer, "weight.SCB"))
     put(layer, before)
     assert torch.equal(layer.state_dict()["SCB"], original)
 
@@ -233,7 +223,7 @@ def test_repacked_for_the_cpu(kind):
     assert relative(dequantised(layer).weight, plain.weight * vector[:, None]) < 1e-6
     assert relative(layer(inputs()), plain(inputs()) * vector) < 1e-6
     put(layer, originals)
-    assert same(bits(layer), before)
+    assert bits(layer) == before
     assert layer.weight.quant_state.packing_format_for_cpu
 
 
@@ -241,11 +231,11 @@ def test_repacked_for_the_cpu(kind):
 def test_what_was_read_outlives_repacking(kind):
     layer, x = quantized(kind), inputs()
     before, output = bits(layer), layer(x)
-    original = read_slot(layer, "weight.quant_state")
+    original = read(layer, "weight.quant_state")
     for _ in range(2):  # repacking what was written must not spoil it either
         repack(layer)
-        write_slot(layer, "weight.quant_state", original)
-        assert same(bits(layer), before)
+        write(layer, "weight.quant_state", original)
+        assert bits(layer) == before
         assert torch.equal(layer(x), output)
 
 
@@ -293,7 +283,7 @@ def test_dequantised(kind):
     assert plain.weight.dtype == torch.float32
     assert not plain.weight.requires_grad
     assert not plain.training
-    assert same(bits(layer), before)
+    assert bits(layer) == before
     # Dynamic kinds quantize their input too.
     assert relative(plain(x), layer.train()(x)) < (2e-2 if "dynamic" in kind else 1e-6)
     assert dequantised(layer, torch.bfloat16).bias.dtype == torch.bfloat16
@@ -398,7 +388,7 @@ def test_merging_into_a_quantized_model(kind, checkpoint, tmp_path):
     assert not any(map(hooks_on, layers))
     assert relative(logits(adapter, **INPUTS), expected) < 2e-6
     adapter.unmerge_adapter()
-    assert all(same(bits(x), y) for x, y in zip(layers, before, strict=True))
+    assert [bits(layer) for layer in layers] == before
     assert torch.equal(logits(adapter, **INPUTS), expected)
     merged = adapter.merge_and_unload()
     assert merged is base
