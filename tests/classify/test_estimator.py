@@ -157,8 +157,7 @@ def test_labels_and_the_words_ranked_for_them(make, labels, choices, classes, wo
 
 
 @pytest.mark.parametrize(
-    "labels",
-    [[1, 0] * 3, np.array([1, 0] * 3), [np.int64(x) for x in (1, 0) * 3], ["1", "0"] * 3],
+    "labels", [[1, 0] * 3, np.array([1, 0] * 3), [np.int64(x) for x in (1, 0) * 3], ["1", "0"] * 3]
 )
 def test_numerals_as_labels_warn_and_are_ranked_as_they_are(make, labels):
     with pytest.warns(UserWarning, match=r"\[.?0.?, .?1.?\].*what they mean.*choices"):

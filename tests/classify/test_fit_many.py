@@ -81,7 +81,7 @@ def trained_head() -> Adapter:
 # -- as fit ----------------------------------------------------------------------------------------
 
 
-def test_classifiers_are_those_that_fit_gives() -> None:
+def test_classifiers_are_those_that_fit_gives():
     before = state_bits(MODEL), hook_count(MODEL)
     begin = tiny_classifier(seed=5).fit(*BILLS).adapter_
     settings = {
@@ -109,7 +109,7 @@ def test_classifiers_are_those_that_fit_gives() -> None:
     assert hook_count(MODEL) == hooks
 
 
-def test_one_classifier_is_the_settings_of_all() -> None:
+def test_one_classifier_is_the_settings_of_all():
     data = {"a": BILLS, "b": (BILLS[0][::-1], BILLS[1])}
     fitted = fit_many(data, tiny_classifier(), max_tokens=64).classifiers
     for name in data:
@@ -117,7 +117,7 @@ def test_one_classifier_is_the_settings_of_all() -> None:
     assert not same_vectors(*fitted.values())
 
 
-def test_a_task_ends_early() -> None:
+def test_a_task_ends_early():
     whole: list[dict[str, torch.Tensor]] = []
 
     def vectors_now(step: TrainingStep) -> None:
@@ -137,7 +137,7 @@ def test_a_task_ends_early() -> None:
         assert torch.equal(found[name.split(".ia3_l.")[0]], vector)
 
 
-def test_one_task_at_a_time_is_in_memory() -> None:
+def test_one_task_at_a_time_is_in_memory():
     def prepared(*_: object) -> None:
         assert sum(type(thing) is PreparedTask for thing in gc.get_objects()) == 1
 
@@ -145,14 +145,14 @@ def test_one_task_at_a_time_is_in_memory() -> None:
     assert fit_many(tasks, tiny_classifier(steps=1), on_step=prepared).failures == {}
 
 
-def test_the_example_runs() -> None:
+def test_the_example_runs():
     run_examples(fit_many)
 
 
 # -- failures --------------------------------------------------------------------------------------
 
 
-def test_tasks_fail_alone(tmp_path: Path) -> None:
+def test_tasks_fail_alone(tmp_path):
     few = IA3Model(tiny_llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     other = few.adapter("default")
     other.vectors = {name: vector[:3] for name, vector in other.vectors.items()}
@@ -191,7 +191,7 @@ def test_tasks_fail_alone(tmp_path: Path) -> None:
     assert found == ["blocked", "good", RECORDS_NAME]
 
 
-def test_data_of_no_use_fails_alone() -> None:
+def test_data_of_no_use_fails_alone():
     texts, labels = BILLS
     bad: dict[str, tuple[Any, str]] = {
         "no_texts": ((None, labels), "texts is None (NoneType), expected a list of texts"),
@@ -212,13 +212,13 @@ def test_data_of_no_use_fails_alone() -> None:
         assert message in str(fitted.failures[name])
 
 
-def test_warnings_name_the_task() -> None:
+def test_warnings_name_the_task():
     numerals = word_tokenizer([*WORDS, "0", "1", "2"])
     with pytest.warns(UserWarning, match="task 'moods': the labels .* are ranked as these words"):
         fit_many({"moods": MOODS}, tiny_classifier(steps=0, tokenizer=numerals))
 
 
-def test_the_longest_name_is_that_of_a_folder(tmp_path: Path) -> None:
+def test_the_longest_name_is_that_of_a_folder(tmp_path):
     name = "n" * 240
     assert fit_many({name: BILLS}, tiny_classifier(steps=0), out=tmp_path).failures == {}
     assert (tmp_path / name / WEIGHTS_NAME).is_file()
@@ -246,9 +246,7 @@ def test_the_longest_name_is_that_of_a_folder(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_begun_is_refused(
-    tasks: Any, classifier: Any, message: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_begun_is_refused(tasks, classifier, message, tmp_path):
     with pytest.raises(IA3Error, match=message.replace(".", r"\.")):
         fit_many(tasks, classifier, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -294,7 +292,7 @@ def fitted_again(out: Path) -> set[str]:
     return steps
 
 
-def test_finished_tasks_are_not_trained_again_after_a_kill(tmp_path: Path) -> None:
+def test_finished_tasks_are_not_trained_again_after_a_kill(tmp_path):
     arguments = [sys.executable, "-c", CHILD, str(tmp_path)]
     with subprocess.Popen(
         arguments, stdout=subprocess.PIPE, text=True, env=child_environment()
@@ -310,7 +308,7 @@ def test_finished_tasks_are_not_trained_again_after_a_kill(tmp_path: Path) -> No
     assert (tmp_path / "first" / WEIGHTS_NAME).stat().st_mtime_ns == written
 
 
-def test_other_data_or_settings_are_trained_again(tmp_path: Path) -> None:
+def test_other_data_or_settings_are_trained_again(tmp_path):
     def trained(data: Any, **settings: Any) -> set[str]:
         steps: set[str] = set()
         fit_many(
@@ -342,7 +340,7 @@ def test_other_data_or_settings_are_trained_again(tmp_path: Path) -> None:
     assert [record["task"] for record in records].count("a") == 2
 
 
-def test_what_was_written_over_is_trained_again(tmp_path: Path) -> None:
+def test_what_was_written_over_is_trained_again(tmp_path):
     assert fitted_again(tmp_path) == {"first", "second"}
     # As a call leaves it that is killed between saving a classifier and recording it.
     tiny_classifier(learning_rate=1e-2).fit(*BILLS).save(tmp_path / "first")
@@ -356,7 +354,7 @@ def test_what_was_written_over_is_trained_again(tmp_path: Path) -> None:
     assert fitted_again(tmp_path) == {"first", "second"}
 
 
-def test_a_record_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_record_that_is_none_is_refused(tmp_path):
     (tmp_path / RECORDS_NAME).write_text('{"task": "a", "digest": "0", "history": [{}]}\n')
     with pytest.raises(IA3Error, match=r"line 1: not a task that was fitted"):
         fit_many({"a": BILLS}, tiny_classifier(), out=tmp_path)

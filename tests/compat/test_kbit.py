@@ -35,10 +35,7 @@ SMALL = LlamaConfig(
 )
 QUANTIZATIONS = {
     "4-bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "4-bit in bfloat16 storage": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_storage": torch.bfloat16,
-    },
+    "4-bit in bfloat16 storage": {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16},
     "8-bit": {"load_in_8bit": True},
 }
 BOTH = (ia3, peft)
@@ -69,7 +66,7 @@ def described(model: torch.nn.Module) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("base")
     plain().save_pretrained(made)
     return made
@@ -90,9 +87,7 @@ def quantized(folder: Path, quantization: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("method", [None, *QuantizationMethod])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_an_ordinary_model_is_prepared_as_by_peft(
-    method: QuantizationMethod | None, checkpointing: bool
-) -> None:
+def test_an_ordinary_model_is_prepared_as_by_peft(method, checkpointing):
     """Also one that says that it is quantized, but holds ordinary parameters beside."""
     results = []
     for library in BOTH:
@@ -106,9 +101,7 @@ def test_an_ordinary_model_is_prepared_as_by_peft(
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("options", [None, {"use_reentrant": False}, {"use_reentrant": True}])
-def test_a_quantized_model_is_prepared_as_by_peft(
-    folder: Path, quantization: str, options: dict[str, Any] | None
-) -> None:
+def test_a_quantized_model_is_prepared_as_by_peft(folder, quantization, options):
     results = []
     for library in BOTH:
         model = quantized(folder, quantization)
@@ -152,9 +145,7 @@ def train(
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_the_trainer_trains_the_vectors_as_with_peft(
-    folder: Path, tmp_path: Path, quantization: str
-) -> None:
+def test_the_trainer_trains_the_vectors_as_with_peft(folder, tmp_path, quantization):
     results = []
     for library in BOTH:
         base = library.prepare_model_for_kbit_training(quantized(folder, quantization))
@@ -170,9 +161,7 @@ def test_the_trainer_trains_the_vectors_as_with_peft(
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_a_model_that_was_not_prepared_trains_too(
-    folder: Path, tmp_path: Path, quantization: str
-) -> None:
+def test_a_model_that_was_not_prepared_trains_too(folder, tmp_path, quantization):
     """In bfloat16; with PEFT the float32 vectors widen the keys alone, and attention fails."""
     losses, vectors = train(ia3, quantized(folder, quantization), tmp_path / "ours")
     assert all(math.isfinite(loss) for loss in losses)
@@ -183,7 +172,7 @@ def test_a_model_that_was_not_prepared_trains_too(
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_vectors_are_counted_as_peft_counts_them(folder: Path, quantization: str) -> None:
+def test_vectors_are_counted_as_peft_counts_them(folder, quantization):
     ours, theirs = (
         library.get_peft_model(
             quantized(folder, quantization), library.IA3Config(task_type="CAUSAL_LM")
@@ -197,7 +186,7 @@ def test_vectors_are_counted_as_peft_counts_them(folder: Path, quantization: str
 
 
 @pytest.mark.quantized
-def test_reentrant_checkpointing_gives_every_vector_its_gradient(folder: Path) -> None:
+def test_reentrant_checkpointing_gives_every_vector_its_gradient(folder):
     ids = torch.arange(1, 9)[None]
     gradients = []
     for checkpointing in (False, True):

@@ -7,22 +7,20 @@ import pickle
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import MakeInputs, MakeModel
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.ia3.model import IA3Model as StockModel
 from support.architectures import build
 from support.pairs import Adapted, randomize, relative, vectors
 from support.snapshots import weights
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import ia3
 from ia3.compat import peft as integration
@@ -33,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWar
 
 
 @pytest.fixture(autouse=True)
-def always_uninstalled() -> Iterator[None]:
+def always_uninstalled():
     yield
     integration.uninstall()
 
@@ -107,12 +105,12 @@ IDS = torch.arange(24).reshape(2, 12) % 12
 # -- installing --------------------------------------------------------------------------------
 
 
-def test_peft_is_not_imported_before_install() -> None:
+def test_peft_is_not_imported_before_install():
     code = "import sys, ia3.compat.peft; print('peft' in sys.modules)"
     assert run_python(code) == "False"
 
 
-def test_without_peft_the_error_names_the_extra() -> None:
+def test_without_peft_the_error_names_the_extra():
     code = """if True:
         import sys
         sys.modules["peft"] = None
@@ -129,7 +127,7 @@ def test_without_peft_the_error_names_the_extra() -> None:
     assert "pip install 'ia3[peft]'" in first
 
 
-def test_round_trip_leaves_peft_as_it_was() -> None:
+def test_round_trip_leaves_peft_as_it_was():
     def exposed() -> list[object]:
         mappings = (peft.PEFT_TYPE_TO_TUNER_MAPPING, peft.PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
         modules = (peft, peft.tuners, peft.tuners.ia3)
@@ -148,9 +146,7 @@ def test_round_trip_leaves_peft_as_it_was() -> None:
         assert exposed() == before
 
 
-def test_only_other_versions_of_peft_are_warned_about(
-    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_only_other_versions_of_peft_are_warned_about(monkeypatch, recwarn):
     integration.install()
     assert not recwarn.list
     monkeypatch.setattr(peft, "__version__", "0.210.0")
@@ -158,9 +154,7 @@ def test_only_other_versions_of_peft_are_warned_about(
         integration.install()
 
 
-def test_models_made_before_and_meanwhile_stay_as_they_are(
-    make_model: MakeModel, make_inputs: MakeInputs
-) -> None:
+def test_models_made_before_and_meanwhile_stay_as_they_are(make_model, make_inputs):
     inputs = make_inputs("llama")
     old = adapt(make_model("llama"), task_type="CAUSAL_LM")
     logits = old(**inputs).logits
@@ -179,7 +173,7 @@ def test_models_made_before_and_meanwhile_stay_as_they_are(
     assert not is_ours(adapt(make_model("llama"), task_type="CAUSAL_LM"))
 
 
-def test_the_tuner_itself_can_be_built(tiny_llama: PreTrainedModel) -> None:
+def test_the_tuner_itself_can_be_built(tiny_llama):
     integration.install()
     assert is_ours(peft.IA3Model(tiny_llama, peft.IA3Config(), "default"))
 
@@ -189,9 +183,7 @@ def test_the_tuner_itself_can_be_built(tiny_llama: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("adapters", [("default",), ("default", "second")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_and_gradients_equal_pefts(
-    kind: str, adapters: tuple[str, ...], make_model: MakeModel, make_inputs: MakeInputs
-) -> None:
+def test_outputs_and_gradients_equal_pefts(kind, adapters, make_model, make_inputs):
     ours, pefts = both(lambda: make_model(kind), adapters=adapters)
     assert is_ours(ours)
     assert not is_ours(pefts)
@@ -209,7 +201,7 @@ def test_outputs_and_gradients_equal_pefts(
 
 
 @pytest.mark.parametrize("feedforward", [[], ["linear", "conv2d", "conv3d"]])
-def test_every_kind_of_module_equals_peft(feedforward: list[str]) -> None:
+def test_every_kind_of_module_equals_peft(feedforward):
     names = ["linear", "conv2d", "conv3d"]
     ours, pefts = both(make_small, target_modules=names, feedforward_modules=feedforward)
     assert relative(ours(IDS), pefts(IDS)) < 1e-6
@@ -217,7 +209,7 @@ def test_every_kind_of_module_equals_peft(feedforward: list[str]) -> None:
     assert relative(ours(IDS), pefts(IDS)) < 1e-6
 
 
-def test_modules_that_peft_refuses() -> None:
+def test_modules_that_peft_refuses():
     for refused in (["embedding"], ["conv1d"]):
         with pytest.raises((ValueError, AttributeError)):
             adapt(make_small(), target_modules=refused, feedforward_modules=[])
@@ -231,7 +223,7 @@ def test_modules_that_peft_refuses() -> None:
     assert relative(ours(IDS), small(IDS)) < 1e-6
 
 
-def test_a_hook_on_the_base_module_sees_its_own_output(tiny_llama: PreTrainedModel) -> None:
+def test_a_hook_on_the_base_module_sees_its_own_output(tiny_llama):
     integration.install()
     ids = torch.arange(3, 12)[None]
     plain = tiny_llama.model.layers[0].self_attn.v_proj
@@ -243,7 +235,7 @@ def test_a_hook_on_the_base_module_sees_its_own_output(tiny_llama: PreTrainedMod
     assert torch.equal(seen[0], expected)
 
 
-def test_one_module_cannot_be_rescaled_on_both_sides() -> None:
+def test_one_module_cannot_be_rescaled_on_both_sides():
     integration.install()
     model = adapt(make_small(), target_modules=["linear"], feedforward_modules=[])
     config = peft.IA3Config(target_modules=["linear"], feedforward_modules=["linear"])
@@ -252,7 +244,7 @@ def test_one_module_cannot_be_rescaled_on_both_sides() -> None:
     assert list(model.peft_config) == ["default"]
 
 
-def test_a_module_that_cannot_be_rescaled_leaves_the_model_unwrapped() -> None:
+def test_a_module_that_cannot_be_rescaled_leaves_the_model_unwrapped():
     def make() -> nn.Module:
         return nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.LayerNorm(2), "c": nn.Linear(2, 2)})
 
@@ -272,9 +264,7 @@ def test_a_module_that_cannot_be_rescaled_leaves_the_model_unwrapped() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_unmerging_restores_the_bits_where_peft_does_not(
-    kind: str, dtype: torch.dtype, make_model: MakeModel
-) -> None:
+def test_unmerging_restores_the_bits_where_peft_does_not(kind, dtype, make_model):
     restored = []
     for model in both(lambda: make_model(kind).to(dtype), adapters=("default", "second")):
         before = weights(model)
@@ -290,7 +280,7 @@ def test_unmerging_restores_the_bits_where_peft_does_not(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_equals_unmerged(kind: str, make_model: MakeModel, make_inputs: MakeInputs) -> None:
+def test_merged_equals_unmerged(kind, make_model, make_inputs):
     integration.install()
     inputs = make_inputs(kind)
     base = make_model(kind)
@@ -310,9 +300,7 @@ def test_merged_equals_unmerged(kind: str, make_model: MakeModel, make_inputs: M
     assert not any("ia3" in attribute for m in merged.modules() for attribute in vars(m))
 
 
-def test_adapters_are_merged_one_by_one_in_any_order(
-    make_model: MakeModel, make_inputs: MakeInputs
-) -> None:
+def test_adapters_are_merged_one_by_one_in_any_order(make_model, make_inputs):
     integration.install()
     inputs = make_inputs("llama")
     model = adapt(make_model("llama"), adapters=("a", "b"))
@@ -325,7 +313,7 @@ def test_adapters_are_merged_one_by_one_in_any_order(
     assert weights(model) == before
 
 
-def test_disabling_unmerges(make_model: MakeModel, make_inputs: MakeInputs) -> None:
+def test_disabling_unmerges(make_model, make_inputs):
     inputs = make_inputs("llama")
     base = make_model("llama")(**inputs).logits
     exact = []
@@ -338,7 +326,7 @@ def test_disabling_unmerges(make_model: MakeModel, make_inputs: MakeInputs) -> N
     assert exact == [True, False]
 
 
-def test_a_layer_alone_is_not_merged(tiny_llama: PreTrainedModel) -> None:
+def test_a_layer_alone_is_not_merged(tiny_llama):
     integration.install()
     for verb in (layers(adapt(tiny_llama))[0].merge, layers(tiny_llama)[0].unmerge):
         with pytest.raises(NotImplementedError, match="merge_adapter"):
@@ -347,9 +335,7 @@ def test_a_layer_alone_is_not_merged(tiny_llama: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("unload", [False, True])
-def test_safe_merge_changes_nothing_where_peft_merges_half(
-    value: float, unload: bool, make_model: MakeModel
-) -> None:
+def test_safe_merge_changes_nothing_where_peft_merges_half(value, unload, make_model):
     changed = []
     for model in both(lambda: make_model("llama")):
         model.base_model.model.model.layers[1].mlp.down_proj.ia3_l["default"].data[0, 3] = value
@@ -363,7 +349,7 @@ def test_safe_merge_changes_nothing_where_peft_merges_half(
     assert changed == [False, True]
 
 
-def test_a_weight_that_another_module_shares_is_not_merged_into(make_model: MakeModel) -> None:
+def test_a_weight_that_another_module_shares_is_not_merged_into(make_model):
     base = make_model("gpt2")
     assert base.lm_head.weight is base.transformer.wte.weight
     integration.install()
@@ -375,7 +361,7 @@ def test_a_weight_that_another_module_shares_is_not_merged_into(make_model: Make
     assert weights(model) == before
 
 
-def test_weights_that_accelerate_offloads(make_model: MakeModel, make_inputs: MakeInputs) -> None:
+def test_weights_that_accelerate_offloads(make_model, make_inputs):
     inputs = make_inputs("llama")
     expected = with_ours(lambda: adapt(make_model("llama")))(**inputs).logits
     base = make_model("llama")(**inputs).logits
@@ -423,7 +409,7 @@ UP_AND_DOWN = {"target_modules": ["up_proj", "down_proj"], "feedforward_modules"
 @pytest.mark.quantized
 @pytest.mark.parametrize("modules", [{}, UP_AND_DOWN], ids=["defaults", "both"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_merging_into_quantized_weights(bits: int, modules: dict[str, list[str]]) -> None:
+def test_merging_into_quantized_weights(bits, modules):
     ours, pefts = both(lambda: quantized_llama(bits), **modules)
     with pytest.raises(ValueError, match=f"{bits}-bit"):
         pefts.merge_and_unload()
@@ -441,7 +427,7 @@ def test_merging_into_quantized_weights(bits: int, modules: dict[str, list[str]]
 
 
 @pytest.mark.quantized
-def test_an_input_vector_that_quantized_weights_cannot_take() -> None:
+def test_an_input_vector_that_quantized_weights_cannot_take():
     integration.install()
     modules = {"target_modules": ["o_proj"], "feedforward_modules": ["o_proj"]}
     model = adapt(quantized_llama(4), **modules)
@@ -453,7 +439,7 @@ def test_an_input_vector_that_quantized_weights_cannot_take() -> None:
 # -- which modules -----------------------------------------------------------------------------
 
 
-def test_a_default_that_matches_nothing_is_replaced(tmp_path: Path) -> None:
+def test_a_default_that_matches_nothing_is_replaced(tmp_path):
     stock = adapt(build("mixtral"))
     assert not any("experts" in name for name in vectors(stock))
     integration.install()
@@ -480,7 +466,7 @@ def test_a_default_that_matches_nothing_is_replaced(tmp_path: Path) -> None:
     assert relative(model.merge_and_unload()(ids).logits, expected) < 1e-6
 
 
-def test_a_config_of_defaults_can_be_read_again(make_model: MakeModel, tmp_path: Path) -> None:
+def test_a_config_of_defaults_can_be_read_again(make_model, tmp_path):
     # The feed-forward default (wo) is not among the targets.
     ours, pefts = both(lambda: make_model("t5"), target_modules=["k", "v"])
     pefts.save_pretrained(tmp_path / "peft")
@@ -492,7 +478,7 @@ def test_a_config_of_defaults_can_be_read_again(make_model: MakeModel, tmp_path:
     assert not config.feedforward_modules
 
 
-def test_an_architecture_that_peft_does_not_know(tiny_llama: PreTrainedModel) -> None:
+def test_an_architecture_that_peft_does_not_know(tiny_llama):
     class NewcomerConfig(LlamaConfig):
         model_type = "newcomer"
 
@@ -506,7 +492,7 @@ def test_an_architecture_that_peft_does_not_know(tiny_llama: PreTrainedModel) ->
     assert config.feedforward_modules == {"down_proj"}
 
 
-def test_choices_that_are_left_to_the_caller(tiny_gpt2: PreTrainedModel) -> None:
+def test_choices_that_are_left_to_the_caller(tiny_gpt2):
     integration.install()
     with pytest.raises(IA3Error, match=r"no default target_modules.*\(Small\).*no attention"):
         peft.get_peft_model(make_small(), peft.IA3Config())
@@ -519,9 +505,7 @@ def test_choices_that_are_left_to_the_caller(tiny_gpt2: PreTrainedModel) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_move_both_ways(
-    kind: str, make_model: MakeModel, make_inputs: MakeInputs, tmp_path: Path
-) -> None:
+def test_files_move_both_ways(kind, make_model, make_inputs, tmp_path):
     inputs = make_inputs(kind)
     ours, pefts = both(lambda: make_model(kind))
     expected = pefts(**inputs).logits
@@ -540,9 +524,7 @@ def test_files_move_both_ways(
     assert configs[0] == configs[1]
 
 
-def test_transformers_own_adapters(
-    make_model: MakeModel, make_inputs: MakeInputs, tmp_path: Path
-) -> None:
+def test_transformers_own_adapters(make_model, make_inputs, tmp_path):
     inputs = make_inputs("llama")
     base = make_model("llama")(**inputs).logits
     stock = make_model("llama")
@@ -582,7 +564,7 @@ def test_transformers_own_adapters(
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_copies_and_pickles(merged: bool, make_model: MakeModel, make_inputs: MakeInputs) -> None:
+def test_copies_and_pickles(merged, make_model, make_inputs):
     integration.install()
     inputs = make_inputs("t5")
     model = adapt(make_model("t5"))
@@ -598,7 +580,7 @@ def test_copies_and_pickles(merged: bool, make_model: MakeModel, make_inputs: Ma
     assert all(layer.merged == merged for layer in layers(model))
 
 
-def test_compiled_without_a_break(make_model: MakeModel, make_inputs: MakeInputs) -> None:
+def test_compiled_without_a_break(make_model, make_inputs):
     integration.install()
     inputs = {k: v for k, v in make_inputs("llama").items() if k != "labels"}
     model = adapt(make_model("llama"))

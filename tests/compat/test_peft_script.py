@@ -210,7 +210,7 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 
 
 @pytest.mark.parametrize("script", [SEQ2SEQ, TRAINER], ids=["seq2seq", "Trainer"])
-def test_prints_what_it_prints_with_peft(tmp_path: Path, script: str) -> None:
+def test_prints_what_it_prints_with_peft(tmp_path, script):
     assert script.count("peft import") == 1
     theirs = run(script, tmp_path / "peft")
     ours = run(script.replace("from peft import", "from ia3 import"), tmp_path / "ia3")

@@ -10,8 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import MakeInputs, MakeModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
 import ia3
@@ -54,9 +53,7 @@ def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 @EVERY_MODEL
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "injected"])
 @LIBRARIES
-def test_tensors_interchange(
-    make_model: MakeModel, make_inputs: MakeInputs, kind: str, wrapped: bool, one: Any, other: Any
-) -> None:
+def test_tensors_interchange(make_model, make_inputs, kind, wrapped, one, other):
     inputs = make_inputs(kind)
     first = put_on(one, make_model(kind), wrapped)
     second = put_on(other, make_model(kind), wrapped)
@@ -74,7 +71,7 @@ def test_tensors_interchange(
     torch.testing.assert_close(changed, logits(second, inputs), rtol=1e-5, atol=1e-5)
 
 
-def test_heads_interchange() -> None:
+def test_heads_interchange():
     small = LlamaConfig(
         vocab_size=48,
         hidden_size=16,
@@ -101,7 +98,7 @@ def test_heads_interchange() -> None:
 
 
 @LIBRARIES
-def test_several_adapters(make_model: MakeModel, one: Any, other: Any) -> None:
+def test_several_adapters(make_model, one, other):
     chosen = {"target_modules": ["k_proj", "q_proj"], "feedforward_modules": []}
     models = []
     for library in (one, other):
@@ -119,9 +116,7 @@ def test_several_adapters(make_model: MakeModel, one: Any, other: Any) -> None:
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
-def test_injecting_twice_makes_the_second_active(
-    make_model: MakeModel, make_inputs: MakeInputs
-) -> None:
+def test_injecting_twice_makes_the_second_active(make_model, make_inputs):
     inputs, results = make_inputs("llama"), []
     for library in (ia3, peft):
         model = put_on(library, make_model("llama"), False)
@@ -141,8 +136,8 @@ def test_injecting_twice_makes_the_second_active(
 
 @EVERY_MODEL
 def test_the_model_stays_the_same_object_and_trains_the_vectors_alone(
-    make_model: MakeModel, make_inputs: MakeInputs, kind: str
-) -> None:
+    make_model, make_inputs, kind
+):
     base, inputs = make_model(kind), make_inputs(kind)
     expected, keys = logits(base, inputs), set(base.state_dict())
     model = ia3.inject_adapter_in_model(IA3Config(), base)
@@ -159,9 +154,7 @@ def test_the_model_stays_the_same_object_and_trains_the_vectors_alone(
 @pytest.mark.parametrize(
     "twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
-def test_copies_of_an_injected_model_are_independent(
-    twin: Callable[[nn.Module], nn.Module], make_model: MakeModel, make_inputs: MakeInputs
-) -> None:
+def test_copies_of_an_injected_model_are_independent(twin, make_model, make_inputs):
     inputs = make_inputs("llama")
     model = ia3.inject_adapter_in_model(IA3Config(), make_model("llama"))
     expected = logits(model, inputs)
@@ -173,7 +166,7 @@ def test_copies_of_an_injected_model_are_independent(
         ia3.get_peft_model_state_dict(model, adapter_name="second")
 
 
-def test_sites_from_a_state_dict(make_model: MakeModel) -> None:
+def test_sites_from_a_state_dict(make_model):
     """As PEFT does: its keys say what is rescaled, its values are not loaded."""
     tensors = {
         "model.layers.1.self_attn.o_proj.ia3_l": torch.full((32, 1), 2.0),
@@ -192,7 +185,7 @@ def test_sites_from_a_state_dict(make_model: MakeModel) -> None:
     assert ia3.get_peft_model_state_dict(model).keys() == tensors.keys()
 
 
-def test_a_state_dict_without_vectors_is_an_error(make_model: MakeModel) -> None:
+def test_a_state_dict_without_vectors_is_an_error(make_model):
     with pytest.raises(IA3Error, match="holds no vector"):
         ia3.inject_adapter_in_model(
             IA3Config(), make_model("llama"), state_dict={"lm_head.weight": torch.ones(2)}
@@ -202,7 +195,7 @@ def test_a_state_dict_without_vectors_is_an_error(make_model: MakeModel) -> None
 # -- forms of the state dict -----------------------------------------------------------------------
 
 
-def test_a_state_dict_that_was_gathered_already(make_model: MakeModel) -> None:
+def test_a_state_dict_that_was_gathered_already(make_model):
     model = put_on(ia3, make_model("llama"), True)
     gathered = {name: value + 1 for name, value in model.state_dict().items()}
     found = ia3.get_peft_model_state_dict(model, gathered)
@@ -210,7 +203,7 @@ def test_a_state_dict_that_was_gathered_already(make_model: MakeModel) -> None:
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "injected"])
-def test_compiled_models(make_model: MakeModel, wrapped: bool) -> None:
+def test_compiled_models(make_model, wrapped):
     model = put_on(ia3, make_model("llama"), wrapped)
     compiled = torch.compile(model)
     tensors = disturbed(ia3.get_peft_model_state_dict(model))
@@ -223,7 +216,7 @@ def test_compiled_models(make_model: MakeModel, wrapped: bool) -> None:
         torch.testing.assert_close(found, tensors, rtol=0, atol=0)
 
 
-def test_the_prefix_may_be_absent_or_present(make_model: MakeModel) -> None:
+def test_the_prefix_may_be_absent_or_present(make_model):
     wrapped, injected = (put_on(ia3, make_model("llama"), w) for w in (True, False))
     tensors = disturbed(ia3.get_peft_model_state_dict(wrapped))
     ia3.set_peft_model_state_dict(injected, tensors)
@@ -232,9 +225,7 @@ def test_the_prefix_may_be_absent_or_present(make_model: MakeModel) -> None:
     torch.testing.assert_close(found, tensors, rtol=0, atol=0)
 
 
-def test_values_that_stay_one_are_one_for_peft_too(
-    make_model: MakeModel, make_inputs: MakeInputs
-) -> None:
+def test_values_that_stay_one_are_one_for_peft_too(make_model, make_inputs):
     """The query part of GPT-2's fused projection, even after something has moved it."""
     inputs = make_inputs("gpt2")
     model = ia3.get_peft_model(make_model("gpt2"), IA3Config(paper_sites=True))
@@ -258,7 +249,7 @@ def test_values_that_stay_one_are_one_for_peft_too(
 # -- what does not fit -----------------------------------------------------------------------------
 
 
-def test_keys_that_do_not_fit_are_reported(make_model: MakeModel) -> None:
+def test_keys_that_do_not_fit_are_reported(make_model):
     model = put_on(ia3, make_model("llama"), False)
     tensors = disturbed(ia3.get_peft_model_state_dict(model))
     gone = sorted(tensors)[0]
@@ -273,7 +264,7 @@ def test_keys_that_do_not_fit_are_reported(make_model: MakeModel) -> None:
         assert torch.equal(value, expected)
 
 
-def test_another_shape_is_an_error_that_changes_nothing(make_model: MakeModel) -> None:
+def test_another_shape_is_an_error_that_changes_nothing(make_model):
     model = put_on(ia3, make_model("llama"), True)
     tensors = disturbed(ia3.get_peft_model_state_dict(model))
     spoiled = sorted(tensors)[-1]
@@ -291,7 +282,7 @@ def test_another_shape_is_an_error_that_changes_nothing(make_model: MakeModel) -
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "injected"])
-def test_an_adapter_that_is_not_there(make_model: MakeModel, wrapped: bool) -> None:
+def test_an_adapter_that_is_not_there(make_model, wrapped):
     model = put_on(ia3, make_model("llama"), wrapped)
     with pytest.raises(IA3Error, match="'other'"):
         ia3.get_peft_model_state_dict(model, adapter_name="other")

@@ -494,6 +494,7 @@ def test_a_picture_names_what_is_compared_and_is_the_same_each_time(methods):
     for other in {"T-Few", "SetFit", "in-context", "zero-shot"} - {cells(s)[0] for s in found}:
         assert other not in text
     assert ("nothing cached" in text) == ("icl" in methods)
+    assert "$" not in text  # powers of ten are drawn
     assert picture(found, "svg") == svg
     assert picture(found, "png") == picture(found, "png")
 

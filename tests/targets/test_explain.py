@@ -7,20 +7,17 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from conftest import MakeModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.architectures import ARCHITECTURES, build, output
 from support.pairs import randomize, relative, vectors
 from support.snapshots import assert_unchanged, snapshot
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import ia3
 from ia3 import IA3Config, IA3Error, IA3Model, get_peft_model_state_dict
@@ -56,9 +53,7 @@ CONFIGS: dict[str, IA3Config | None] = {
 
 @pytest.mark.parametrize("choice", CONFIGS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "t5", "mixtral"])
-def test_what_is_printed_is_what_is_rescaled(
-    kind: str, choice: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_printed_is_what_is_rescaled(kind, choice, capsys):
     config = CONFIGS[choice]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "PEFT's default .'w2'. for 'mixtral'")
@@ -101,20 +96,13 @@ def test_what_is_printed_is_what_is_rescaled(
         ),
     ],
 )
-def test_reasons(
-    kind: str,
-    config: IA3Config | None,
-    reasons: list[str],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_reasons(kind, config, reasons, capsys):
     _, rows, _ = explained(build(kind), config, capsys)
     found = {row["why"] for row in rows}
     assert found >= set(reasons)
 
 
-def test_a_model_type_that_is_not_known(
-    tiny_llama: PreTrainedModel, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_type_that_is_not_known(tiny_llama, capsys):
     tiny_llama.config.model_type = "camel"
     title, rows, _ = explained(tiny_llama, None, capsys)
     assert title == "LlamaForCausalLM (camel)"
@@ -125,20 +113,20 @@ def test_a_model_type_that_is_not_known(
     }
 
 
-def test_a_model_without_weights(make_model: MakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_weights(make_model, capsys):
     with torch.device("meta"):
         empty = make_model("llama")
     assert explained(empty, None, capsys) == explained(make_model("llama"), None, capsys)
 
 
-def test_a_model_with_adapters(make_model: MakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_with_adapters(make_model, capsys):
     plain = explained(make_model("llama"), None, capsys)
     model = IA3Model(make_model("llama"), IA3Config(target_modules="all-linear"))
     model.add_adapter("b", IA3Config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     assert explained(model.model, None, capsys) == plain
 
 
-def test_modules_that_are_alone_keep_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+def test_modules_that_are_alone_keep_their_names(capsys):
     model = nn.Sequential(nn.Linear(3, 4), nn.ModuleDict({"7": nn.Linear(4, 4)}))
     title, rows, total = explained(model, IA3Config(target_modules=["7"]), capsys)
     assert title == "Sequential"
@@ -148,9 +136,7 @@ def test_modules_that_are_alone_keep_their_names(capsys: pytest.CaptureFixture[s
     assert total == "1 module, 4 values, 16 bytes"
 
 
-def test_what_cannot_be_explained(
-    tiny_llama: PreTrainedModel, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_explained(tiny_llama, capsys):
     with pytest.raises(IA3Error, match=r"'k_prj' matches nothing.*did you mean 'k_proj'"):
         ia3.explain(tiny_llama, IA3Config(target_modules=["k_prj"]))
     with pytest.raises(IA3Error, match="no default target_modules"):
@@ -158,7 +144,7 @@ def test_what_cannot_be_explained(
     assert capsys.readouterr().out == ""
 
 
-def test_mixtral_has_no_module_of_pefts_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixtral_has_no_module_of_pefts_default(capsys):
     """Its experts' `w2` are one 3-D parameter now."""
     message = r"\['w2'\] for 'mixtral' matches nothing.*\['experts'\] .* is rescaled instead"
     with pytest.raises(ValueError, match="w2"):
@@ -234,7 +220,7 @@ def projected(kind: str, model: Any, name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", QUERIES)
-def test_queries_are_never_rescaled(kind: str, tmp_path: Path) -> None:
+def test_queries_are_never_rescaled(kind, tmp_path):
     model = trained(kind)
     first = fused_names(model)[0]
     queries = QUERIES[kind](model)
@@ -284,7 +270,7 @@ def test_queries_are_never_rescaled(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", QUERIES)
-def test_the_header_says_what_stays_one(kind: str, tmp_path: Path) -> None:
+def test_the_header_says_what_stays_one(kind, tmp_path):
     model = IA3Model(build(kind), IA3Config(paper_sites=True))
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
@@ -305,7 +291,7 @@ def test_the_header_says_what_stays_one(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bloom"])
-def test_sums_and_further_adapters_keep_the_queries(kind: str) -> None:
+def test_sums_and_further_adapters_keep_the_queries(kind):
     model = IA3Model(build(kind), IA3Config(paper_sites=True))
     model.add_adapter("second", IA3Config(paper_sites=True))
     model.add_adapter("whole", IA3Config())  # PEFT's default: queries as well
@@ -321,7 +307,7 @@ def test_sums_and_further_adapters_keep_the_queries(kind: str) -> None:
     assert not torch.equal(projected(kind, model.model, first)[..., queries], plain)
 
 
-def test_values_of_queries_are_not_loaded_where_they_stay_one(tmp_path: Path) -> None:
+def test_values_of_queries_are_not_loaded_where_they_stay_one(tmp_path):
     """They would be taken for ones without a word."""
     whole = IA3Model(build("gpt2"), IA3Config())
     randomize(vectors(whole))
@@ -339,7 +325,7 @@ def test_values_of_queries_are_not_loaded_where_they_stay_one(tmp_path: Path) ->
 
 # PEFT cannot rescale experts.
 @pytest.mark.parametrize("kind", sorted(ARCHITECTURES.keys() - {"mixtral"}))
-def test_the_papers_sites_load_in_peft(kind: str, tmp_path: Path) -> None:
+def test_the_papers_sites_load_in_peft(kind, tmp_path):
     """Of every architecture: the entries found for the config select just these modules."""
     model = IA3Model(build(kind), IA3Config(paper_sites=True))
     randomize(vectors(model))

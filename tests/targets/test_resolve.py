@@ -8,21 +8,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import MakeModel
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as PEFT_FEEDFORWARD,
 )
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as PEFT_TARGETS,
-)
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from support.snapshots import hooks_on
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import BertConfig, BertForSequenceClassification
 
 from ia3 import IA3Config, IA3Error, IA3Model
 from ia3.targets.architectures import ARCHITECTURES
@@ -96,15 +88,13 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "config"), CHOICES)
-def test_same_modules_and_shapes_as_peft(
-    make_model: MakeModel, kind: str, config: dict[str, Any]
-) -> None:
+def test_same_modules_and_shapes_as_peft(make_model, kind, config):
     expected = theirs(make_model(kind), **config)
     assert expected
     assert ours(make_model(kind), **config) == expected
 
 
-def test_all_linear_leaves_out_a_classifier() -> None:
+def test_all_linear_leaves_out_a_classifier():
     config = BertConfig(
         vocab_size=32,
         hidden_size=16,
@@ -120,12 +110,12 @@ def test_all_linear_leaves_out_a_classifier() -> None:
     assert "classifier" not in found
 
 
-def test_defaults_are_pefts() -> None:
+def test_defaults_are_pefts():
     assert {kind: list(targets) for kind, (targets, _) in ARCHITECTURES.items()} == PEFT_TARGETS
     assert {kind: list(ff) for kind, (_, ff) in ARCHITECTURES.items()} == PEFT_FEEDFORWARD
 
 
-def test_defaults_are_written_into_the_adapters_config(tiny_t5: PreTrainedModel) -> None:
+def test_defaults_are_written_into_the_adapters_config(tiny_t5):
     config = IA3Config()
     filled = IA3Model(tiny_t5, config).peft_config["default"]
     assert filled.target_modules == {"k", "v", "wo"}
@@ -186,9 +176,7 @@ def test_defaults_are_written_into_the_adapters_config(tiny_t5: PreTrainedModel)
         ("llama", {"modules_to_save": ["mlp", "gate_proj"]}, "is saved whole"),
     ],
 )
-def test_errors_say_what_is_wrong_and_leave_the_model_alone(
-    make_model: MakeModel, kind: str, config: dict[str, Any], message: str
-) -> None:
+def test_errors_say_what_is_wrong_and_leave_the_model_alone(make_model, kind, config, message):
     model = make_model(kind)
     before = snapshot(model)
     with pytest.raises(IA3Error) as error:
@@ -197,14 +185,14 @@ def test_errors_say_what_is_wrong_and_leave_the_model_alone(
     assert snapshot(model) == before
 
 
-def test_unknown_model_type_gets_the_papers_sites(tiny_llama: LlamaForCausalLM) -> None:
+def test_unknown_model_type_gets_the_papers_sites(tiny_llama):
     tiny_llama.config.model_type = "camel"
     config = IA3Model(tiny_llama, IA3Config()).peft_config["default"]
     assert config.target_modules == {"k_proj", "v_proj", "down_proj"}
     assert config.feedforward_modules == {"down_proj"}
 
 
-def test_model_without_a_config() -> None:
+def test_model_without_a_config():
     """Any torch module will do once the targets are named."""
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(IA3Error, match="no default target_modules"):
@@ -224,12 +212,12 @@ def test_model_without_a_config() -> None:
         ({"peft_type": "LORA"}, "peft_type is 'LORA', expected 'IA3'"),
     ],
 )
-def test_configs_that_make_no_sense(config: dict[str, Any], message: str) -> None:
+def test_configs_that_make_no_sense(config, message):
     with pytest.raises(IA3Error, match=message):
         IA3Config(**config)
 
 
-def test_a_second_adapter_that_does_not_fit_changes_nothing(tiny_llama: PreTrainedModel) -> None:
+def test_a_second_adapter_that_does_not_fit_changes_nothing(tiny_llama):
     model = IA3Model(tiny_llama, IA3Config())
     before = snapshot(tiny_llama)
     with pytest.raises(IA3Error, match=r"rescales its output.*its input"):
@@ -247,7 +235,7 @@ def test_a_second_adapter_that_does_not_fit_changes_nothing(tiny_llama: PreTrain
     assert list(model.peft_config) == ["default"]
 
 
-def test_vectors_on_the_model_are_never_targets(tiny_llama: PreTrainedModel) -> None:
+def test_vectors_on_the_model_are_never_targets(tiny_llama):
     """An expression that also matches the names of the first adapter's own modules."""
     config = IA3Config(target_modules=r".*self_attn\.k_proj.*", feedforward_modules=[])
     model = IA3Model(tiny_llama, config)
@@ -259,7 +247,7 @@ def test_vectors_on_the_model_are_never_targets(tiny_llama: PreTrainedModel) -> 
         model.add_adapter("fourth", IA3Config(target_modules=["k_prj"]))
 
 
-def test_two_sets_of_adapters_on_one_model(tiny_llama: PreTrainedModel) -> None:
+def test_two_sets_of_adapters_on_one_model(tiny_llama):
     IA3Model(tiny_llama, IA3Config())
     before = snapshot(tiny_llama)
     with pytest.raises(IA3Error, match=r"has adapters already.*add_adapter"):

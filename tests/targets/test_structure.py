@@ -399,7 +399,7 @@ CASES: dict[str, Case] = {
 
 
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> Case:
+def case(request):
     return CASES[request.param]
 
 
@@ -422,7 +422,7 @@ def found(model: nn.Module) -> list[Row]:
     return rows
 
 
-def test_sites(case: Case) -> None:
+def test_sites(case):
     expected = {
         (name.replace("#", layer), *row) for name, *row in case.sites for layer in ("0", "1")
     }
@@ -431,7 +431,7 @@ def test_sites(case: Case) -> None:
     assert len(rows) == len(expected)
 
 
-def test_order_and_feedforward_part(case: Case) -> None:
+def test_order_and_feedforward_part(case):
     model = case.build(2)
     order = [name for name, _ in model.named_modules()]
     targets = paper_targets(model)
@@ -500,7 +500,7 @@ def seen_by_others(
     return influence
 
 
-def test_other_tokens_see_keys_and_values_and_nothing_else(case: Case) -> None:
+def test_other_tokens_see_keys_and_values_and_nothing_else(case):
     model = small(case.build, 1)
     outputs = {t.name: t for t in paper_targets(model) if t.side == "output"}
     looked_at = set()
@@ -541,9 +541,7 @@ def names(targets: Sequence[Target]) -> set[str]:
         ("BertForQuestionAnswering", "BertConfig", USUAL, {"qa_outputs"}),
     ],
 )
-def test_a_head_changes_nothing(
-    model: str, config: str, own: dict[str, Any], heads: set[str]
-) -> None:
+def test_a_head_changes_nothing(model, config, own, heads):
     headed = made(model, config, **own)(1)
     assert heads <= {name for name, _ in headed.named_modules()}
     prefix = f"{headed.base_model_prefix}."
@@ -627,9 +625,7 @@ def deepseek_v32() -> nn.Module:
         ),
     ],
 )
-def test_what_looks_like_attention_or_a_feedforward_layer_is_left_out(
-    build: Callable[[], nn.Module], left_out: list[str], expected: list[str]
-) -> None:
+def test_what_looks_like_attention_or_a_feedforward_layer_is_left_out(build, left_out, expected):
     model = build()
     for part in left_out:
         assert any(part in name for name, _ in model.named_modules())
@@ -689,7 +685,7 @@ def in_layers(block: Callable[[], nn.Module]) -> nn.Module:
         ("projKey", "projValue", "projQuery"),
     ],
 )
-def test_own_attention_with_usual_words(key: str, value: str, query: str) -> None:
+def test_own_attention_with_usual_words(key, value, query):
     model = in_layers(lambda: Block(Separate(key, value, query), plain_layer()))
     assert names(paper_targets(model)) == {
         f"layers.{layer}.{name}"
@@ -698,7 +694,7 @@ def test_own_attention_with_usual_words(key: str, value: str, query: str) -> Non
     }
 
 
-def test_feedforward_layer_by_its_sizes() -> None:
+def test_feedforward_layer_by_its_sizes():
     model = in_layers(lambda: Block(Separate(), GatedLayer()))
     assert {target.name for target in feedforward_targets(model)} == {
         "layers.0.thinking.back",
@@ -706,7 +702,7 @@ def test_feedforward_layer_by_its_sizes() -> None:
     }
 
 
-def test_one_block_by_itself() -> None:
+def test_one_block_by_itself():
     assert names(paper_targets(Block(Separate(), plain_layer()))) == {
         "mixing.to_k",
         "mixing.to_v",
@@ -714,14 +710,14 @@ def test_one_block_by_itself() -> None:
     }
 
 
-def test_keys_that_serve_as_values() -> None:
+def test_keys_that_serve_as_values():
     attention = Separate()
     attention.to_v = None
     model = in_layers(lambda: Block(attention, plain_layer()))
     assert "layers.0.mixing.to_k" in names(paper_targets(model))
 
 
-def test_a_layer_that_several_places_share_is_one_site() -> None:
+def test_a_layer_that_several_places_share_is_one_site():
     block = Block(Separate(), plain_layer())
     model = in_layers(lambda: block)
     assert names(paper_targets(model)) == {
@@ -731,7 +727,7 @@ def test_a_layer_that_several_places_share_is_one_site() -> None:
     }
 
 
-def test_order_of_a_subclass_is_its_parents() -> None:
+def test_order_of_a_subclass_is_its_parents():
     class Own(GPT2Attention):
         pass
 
@@ -769,9 +765,7 @@ class ParallelExperts(nn.Module):
         (Separate, ParallelExperts, r"'layers.0.thinking' \(ParallelExperts\) holds experts"),
     ],
 )
-def test_what_cannot_be_told_is_an_error(
-    attention: Callable[[], nn.Module], feed_forward: Callable[[], nn.Module], expected: str
-) -> None:
+def test_what_cannot_be_told_is_an_error(attention, feed_forward, expected):
     model = in_layers(lambda: Block(attention(), feed_forward()))
     with pytest.raises(IA3Error, match=f"{expected}.*target_modules"):
         paper_targets(model)
@@ -788,9 +782,7 @@ def test_what_cannot_be_told_is_an_error(
         ),
     ],
 )
-def test_a_model_without_attention_is_an_error(
-    model: str, config: str, own: dict[str, Any]
-) -> None:
+def test_a_model_without_attention_is_an_error(model, config, own):
     made_model = made(model, config, vocab_size=VOCABULARY, **own)(2)
     with pytest.raises(IA3Error, match=f"no attention.*{model}.*target_modules"):
         paper_targets(made_model)
@@ -808,7 +800,7 @@ def entries(model: nn.Module) -> tuple[list[str], list[str]]:
     return [*names_or_suffixes(model, outputs), *feedforward], feedforward
 
 
-def test_peft_reads_the_entries_as_the_same_sites(case: Case) -> None:
+def test_peft_reads_the_entries_as_the_same_sites(case):
     model = case.build(2)
     targets = paper_targets(model)
     chosen, feedforward = entries(model)
@@ -845,6 +837,6 @@ def test_peft_reads_the_entries_as_the_same_sites(case: Case) -> None:
         ("mixtral", ["experts", "k_proj", "v_proj"]),
     ],
 )
-def test_entries_are_short(case_name: str, expected: list[str]) -> None:
+def test_entries_are_short(case_name, expected):
     chosen, _ = entries(CASES[case_name].build(2))
     assert sorted(chosen) == expected

@@ -1,8 +1,7 @@
 """Replace a module's forward, in layers that come off in any order.
 
-`patch(module, forward)` has calls of the module run `forward` instead of the module's own. A
-module may be patched several times: the last patch is outermost, and `Patch.below` is the forward
-that it replaced. Patches are copied and pickled with their module.
+The last patch on a module is outermost, and `Patch.below` is the forward that it replaced. Patches
+are copied and pickled with their module.
 
 accelerate replaces forwards too: it moves the one it finds to `_old_forward` and calls that.
 Patches are put there then, so that accelerate's hooks and patches may each come or go first.
@@ -62,9 +61,15 @@ class Patch:
         for above in patches(self.module):
             if above.before is self:
                 above.before = self.before
+        own = self.module.__dict__
         for slot in SLOTS:
-            if self.module.__dict__.get(slot) is self:
-                give_back(self.module, slot, self.before)
+            if own.get(slot) is self:
+                if self.before is not None:
+                    own[slot] = self.before
+                elif slot == "forward":
+                    del own[slot]
+                else:
+                    own[slot] = MethodType(type(self.module).forward, self.module)
         self.forward = None
 
 
@@ -121,30 +126,10 @@ def slot_for(module: nn.Module) -> str:
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
-def own_forward(module: nn.Module) -> MethodType:
-    """The forward of the module's class."""
-    return MethodType(type(module).forward, module)
-
-
-def give_back(module: nn.Module, slot: str, before: Callable[..., Any] | None = None) -> None:
-    """Take what is in a slot away.
-
-    Args:
-        before: what was there; if nothing was, the module has its class's forward again.
-    """
-    if before is not None:
-        module.__dict__[slot] = before
-    elif slot == "forward":
-        del module.__dict__[slot]
-    else:
-        module.__dict__[slot] = own_forward(module)
-
-
 def refuse_replica(module: nn.Module) -> NoReturn:
     """In place of `nn.Module._replicate_for_data_parallel`, which copies a module for each GPU.
 
-    Each of the copies would share the first one's hooks and patches, and so compute with its
-    vectors and weights.
+    The copies would share the first one's hooks and patches, and compute with its vectors.
     """
     raise IA3Error(
         "nn.DataParallel cannot copy a model with adapters: run a process a GPU (torchrun, "

@@ -101,7 +101,8 @@ def _picture(names: Sequence[str], columns: Sequence[Sequence[SiteMap]]) -> byte
         len(columns) * (2.6 + float(np.clip(0.12 * widest, 1.5, 9))) + 0.6,
         rows * (0.9 + 0.2 * tallest),
     )
-    with settings({"font.size": 8}):
+    # Names of folders and modules are no formulas.
+    with settings({"font.size": 8, "text.parse_math": False}):
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, len(columns), squeeze=False)
         for column, (name, maps) in enumerate(zip(names, columns, strict=True)):

@@ -44,6 +44,8 @@ _GRID = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
 _MUTED = ("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
 _STYLE = {
     "font.size": 9,
+    # A class may be called "$5 or $10".
+    "text.parse_math": False,
     "text.color": _STAND_INS["ink"],
     "lines.solid_capstyle": "round",
     **dict.fromkeys(_GRID, _STAND_INS["grid"]),
