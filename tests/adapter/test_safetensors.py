@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from ia3.adapter.safetensors import DTYPES, read_floats, read_header, read_tensors, write
 from ia3.errors import IA3Error
@@ -26,9 +26,7 @@ VALUES = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([[0.5], [-1.0]
 def test_tensors_of_every_dtype_are_written_as_the_package_does() -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        f"head.{number}": torch.randint(0, 2, (2, 3), generator=generator).to(
-            getattr(torch, dtype.removeprefix("torch."))
-        )
+        f"head.{number}": torch.randint(0, 2, (2, 3), generator=generator).to(getattr(torch, dtype))
         for number, dtype in enumerate(DTYPES)
     }
     tensors |= {"é": torch.tensor(2.0), "none": torch.ones(0, 4), "a": torch.ones(3)}
@@ -39,17 +37,8 @@ def test_tensors_of_every_dtype_are_written_as_the_package_does() -> None:
     assert write(tensors, {"format": "pt"}) == expected
 
 
-def test_values_that_are_conjugates_of_others() -> None:
-    """Of which only a mark says that they are."""
-    values = torch.tensor([1 + 2j, -3j], dtype=torch.complex128)
-    tensors = {"conjugate": values.to(torch.complex64).conj(), "negative": values.conj().imag}
-    assert tensors["negative"].is_neg()
-    found = load(write(tensors, {}))
-    assert all(torch.equal(found[name], value) for name, value in tensors.items())
-
-
 def test_a_dtype_that_the_format_lacks_is_named() -> None:
-    with pytest.raises(IA3Error, match=r"'a' is torch.complex128, which cannot be saved: expected"):
+    with pytest.raises(IA3Error, match=r"'a' is complex128, which cannot be saved: expected"):
         write({"a": torch.ones(1, dtype=torch.complex128)}, {})
 
 

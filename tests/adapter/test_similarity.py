@@ -17,7 +17,6 @@ from hypothesis.extra import numpy as arrays
 from safetensors.torch import save
 
 import ia3
-from ia3.adapter import similarity
 from ia3.adapter.fingerprint import Fingerprint
 from ia3.adapter.layout import find_adapters, read_outline, read_vectors
 from ia3.adapter.similarity import difference, largest_changes, log_scales, search
@@ -220,12 +219,7 @@ def brute_force(folders: list[Path], like: Path) -> dict[Path, float]:
     return cosines
 
 
-@pytest.mark.parametrize("block", [1, 3 * 48, 2**26])
-def test_the_nearest_are_those_of_brute_force(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
-) -> None:
-    """However few adapters are compared at once."""
-    monkeypatch.setattr(similarity, "BLOCK_BYTES", block)
+def test_the_nearest_are_those_of_brute_force(tmp_path):
     further = "model.layers.1.mlp.down_proj"
     folders = [write(tmp_path / f"{i:02}", random_values(i)) for i in range(9)]
     folders.append(write(tmp_path / "few", random_values(20, SITES[1:])))

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -57,42 +57,41 @@ def topics() -> list[str]:
     return [choice.replace(" ", "_") for choice in template.choices_of({})]
 
 
-def task_of(
-    folder: Path, name: str, labels: Sequence[str], of_rows: Sequence[str], *, words: int = 6
-) -> RaftTask:
+def task_of(folder, name="ade_corpus_v2", labels=ADE, of_rows=10, *, words=6, seed=0) -> RaftTask:
+    """A task with these labels of its rows, or with so many rows."""
+    if isinstance(of_rows, int):
+        of_rows = some_labels(labels, of_rows, seed)
     train = list(zip(texts(len(of_rows), 1, words), of_rows, strict=True))
     write_task(folder, name, labels, train, texts(7, 2, words))
     (task,) = read_raft(folder, [name])
     return task
 
 
-def tokenizer(*, end: bool = False) -> Any:
+def tokenizer(*, end=False):
     """Every word of the templates, the labels and the texts is a token."""
-    templates = [load_templates(name)[0] for name in COLUMN]
-    sources = [t.prompt.source for t in templates] + [" ".join(t.choices_of({})) for t in templates]
     known = dict.fromkeys(WORDS)
     split = word_tokenizer().backend_tokenizer.pre_tokenizer
-    for source in sources:
-        known |= dict.fromkeys(word for word, _ in split.pre_tokenize_str(source))
+    for name in COLUMN:
+        (template,) = load_templates(name)
+        for source in (template.prompt.source, " ".join(template.choices_of({}))):
+            known |= dict.fromkeys(word for word, _ in split.pre_tokenize_str(source))
     return word_tokenizer(list(known), end=end)
 
 
 TOKENIZER = tokenizer()
 
 
-def base_of(context: int = 1024, name: str = "tiny") -> BaseModel:
-    model = tiny_llama(vocabulary=len(TOKENIZER), max_position_embeddings=context)
+def base_of(context=1024, name="tiny", seed=0) -> BaseModel:
+    model = tiny_llama(seed, vocabulary=len(TOKENIZER), max_position_embeddings=context)
     return BaseModel(model, TOKENIZER, name)
 
 
-def settings(**given: Any) -> RaftSettings:
-    config = {"steps": 3, "learning_rate": 0.05, "seed": 0} | {
-        name: given.pop(name) for name in ("steps", "learning_rate", "seed") if name in given
-    }
-    return RaftSettings(TFewConfig(**config), **given)
+def settings(*, sites="all-linear", max_prompt_tokens=None, **config) -> RaftSettings:
+    config = TFewConfig(**{"steps": 3, "learning_rate": 0.05, "seed": 0, **config})
+    return RaftSettings(config, sites, max_prompt_tokens)
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
+def records(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
@@ -129,57 +128,35 @@ def test_only_the_tasks_asked_for_are_read(tmp_path):
         read_raft(tmp_path)
 
 
-def replace_in(name: str, old: str, new: str) -> Callable[[Path], None]:
-    def change(task: Path) -> None:
-        content = (task / name).read_text()
-        assert old in content
-        (task / name).write_text(content.replace(old, new))
-
-    return change
-
-
-BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no task.json": (lambda task: (task / "task.json").unlink(), "task.json does not exist"),
-    "no train.csv": (lambda task: (task / "train.csv").unlink(), "train.csv does not exist"),
-    "no test": (lambda t: (t / "test_unlabeled.csv").unlink(), "test_unlabeled.csv does not exist"),
-    "no labels": (replace_in("task.json", "label_columns", "x"), "KeyError: 'label_columns'"),
-    "labels are a text": (
-        replace_in("task.json", json.dumps(ADE), '"both"'),
-        "'both' is not a list of names",
-    ),
-    "a label more": (
-        replace_in("task.json", '"ADE-related"', '"ADE-related", "maybe"'),
-        "has 3 labels, expected the benchmark's 2",
-    ),
-    "other order": (
-        replace_in("task.json", json.dumps(ADE), json.dumps(ADE[::-1])),
-        "expected the benchmark's labels in its order",
-    ),
-    "unknown label": (
-        replace_in("train.csv", "one,ADE-related", "one,ADE-rleated"),
+BROKEN = [
+    ("task.json", None, None, "task.json does not exist"),
+    ("train.csv", None, None, "train.csv does not exist"),
+    ("test_unlabeled.csv", None, None, "test_unlabeled.csv does not exist"),
+    ("task.json", "label_columns", "x", "KeyError: 'label_columns'"),
+    ("task.json", '"ADE-related"', '"ADE-related", "maybe"', "has 3 labels, expected the bench"),
+    ("task.json", json.dumps(ADE), json.dumps(ADE[::-1]), "the benchmark's labels in its order"),
+    (
+        *("train.csv", "one,ADE-related", "one,ADE-rleated"),
         "train.csv, line 2: the label 'ADE-rleated' is not in task.json; did you mean 'ADE-related",
     ),
-    "no such field": (replace_in("train.csv", "Sentence,", "Text,"), "no column 'Sentence' among"),
-    "field unnamed": (replace_in("task.json", '"Sentence"', '"Text"'), "'Sentence' is undefined"),
-    "no label column": (replace_in("train.csv", ",Label,", ",Lable,"), "no column 'Label' among"),
-    "no ID in the test": (
-        replace_in("test_unlabeled.csv", ",ID", ",Number"),
-        "no column 'ID' among",
-    ),
-    "an ID twice": (
-        replace_in("test_unlabeled.csv", "eight,7", "eight,6"),
-        "test_unlabeled.csv, line 3: the ID '6' is there more than once",
-    ),
-}
+    ("train.csv", "Sentence,", "Text,", "no column 'Sentence' among"),
+    ("task.json", '"Sentence"', '"Text"', "'Sentence' is undefined"),
+    ("train.csv", ",Label,", ",Lable,", "no column 'Label' among"),
+    ("test_unlabeled.csv", ",ID", ",Number", "no column 'ID' among"),
+]
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_data(tmp_path, case):
+@pytest.mark.parametrize(("name", "old", "new", "message"), BROKEN)
+def test_broken_data(tmp_path, name, old, new, message):
     train = list(zip(["one", "two", "three", "four", "five", "six"], ADE * 3, strict=True))
-    task = write_task(tmp_path, "ade_corpus_v2", ADE, train, ["seven", "eight"])
+    path = write_task(tmp_path, "ade_corpus_v2", ADE, train, ["seven", "eight"]) / name
     read_raft(tmp_path)
-    breaks, message = BROKEN[case]
-    breaks(task)
+    if old is None:
+        path.unlink()
+    else:
+        content = path.read_text()
+        assert old in content
+        path.write_text(content.replace(old, new))
     with pytest.raises((IA3Error, FileNotFoundError), match=message):
         read_raft(tmp_path)
 
@@ -187,18 +164,12 @@ def test_broken_data(tmp_path, case):
 def test_folders_that_are_not_the_benchmark(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent with the tasks of RAFT does not exist"):
         read_raft(tmp_path / "absent")
-    with pytest.raises(IA3Error, match="has no folder in it"):
+    (tmp_path / "rte").mkdir()
+    with pytest.raises(IA3Error, match="no task of RAFT in it: expected folders named ade_corpus"):
         read_raft(tmp_path)
-    write_task(tmp_path, "ade_corpus_v2", ADE, [("a", label) for label in ADE * 2], ["b"])
-    with pytest.raises(IA3Error, match="has 4 rows, expected at least 5"):
-        read_raft(tmp_path)
+    task_of(tmp_path)
     with pytest.raises(IA3Error, match=r"no task 'ade_corpus'.*did you mean 'ade_corpus_v2'"):
         read_raft(tmp_path, ["ade_corpus"])
-    # Another task, even beside one of the benchmark.
-    (tmp_path / "rte").mkdir()
-    (tmp_path / "rte" / "task.json").write_text("{}")
-    with pytest.raises(IA3Error, match="rte is no task of RAFT"):
-        read_raft(tmp_path)
 
 
 # -- what is held out ------------------------------------------------------------------------------
@@ -215,9 +186,6 @@ def test_every_row_is_held_out_once(examples, seed):
 def test_ten_of_fifty_are_held_out_and_the_seed_draws_them():
     assert [len(fold) for fold in held_out(50, 5, 0)] == [10] * 5
     assert held_out(50, 1, 0) != held_out(50, 1, 1)
-    for folds in (0, 6):
-        with pytest.raises(IA3Error, match=f"folds is {folds}, expected 1 to 5"):
-            held_out(50, folds, 0)
 
 
 # -- methods ---------------------------------------------------------------------------------------
@@ -225,7 +193,7 @@ def test_ten_of_fifty_are_held_out_and_the_seed_draws_them():
 
 def test_macro_f1_of_the_majority_by_hand(tmp_path):
     # Whatever two are held out, most of the others are "not": all ten are predicted so.
-    task = task_of(tmp_path, "ade_corpus_v2", ADE, [ADE[0]] * 3 + [ADE[1]] * 7)
+    task = task_of(tmp_path, of_rows=[ADE[0]] * 3 + [ADE[1]] * 7)
     (score,) = cross_validate(base_of(), task, methods=["majority"])
     assert score.macro_f1 == pytest.approx((0 + 2 * 7 / (7 + 10)) / 2)
     assert (score.accuracy, score.examples) == (0.7, 10)
@@ -267,7 +235,7 @@ def written(task: RaftTask, ids: Sequence[str]) -> str:
 
 
 def test_the_untuned_model_ranks_the_choices(tmp_path):
-    task = task_of(tmp_path, "one_stop_english", ENGLISH, some_labels(ENGLISH, 10))
+    task = task_of(tmp_path, "one_stop_english", ENGLISH)
     base = base_of()
     cross_validate(base, task, methods=["zero-shot"], results=tmp_path / "out")
     for record in records(tmp_path / "out"):
@@ -275,10 +243,14 @@ def test_the_untuned_model_ranks_the_choices(tmp_path):
         assert record["predictions"] == [plain_prediction(base, task, p) for p in prompts]
 
 
-@pytest.mark.parametrize("context", [150, 1024])
+@pytest.mark.parametrize("context", [150, 1024, "an encoder-decoder's"])
 def test_as_many_demonstrations_as_the_context_holds(tmp_path, context):
-    task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
-    base = base_of(context)
+    task = task_of(tmp_path)
+    if isinstance(context, int):
+        base = base_of(context)
+    else:
+        base = BaseModel(tiny_t5(vocabulary=len(TOKENIZER)), tokenizer(end=True), "t5")
+        context = 1024
     (score,) = cross_validate(base, task, methods=["icl"], results=tmp_path / "out")
     answers = [len(TOKENIZER(choice)["input_ids"]) for choice in task.choices]
     prompts = [task.template.render(row).prompt for row in task.train]
@@ -299,20 +271,8 @@ def test_as_many_demonstrations_as_the_context_holds(tmp_path, context):
     assert 0 < counts[0] < 8 if context == 150 else counts == [8] * 5
 
 
-def test_an_encoder_decoder(tmp_path):
-    base = BaseModel(tiny_t5(vocabulary=len(TOKENIZER)), tokenizer(end=True), "t5")
-    task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
-    scores = cross_validate(base, task, settings(), folds=1, results=tmp_path / "out")
-    assert [score.method for score in scores] == METHODS
-    in_context = records(tmp_path / "out")[2]
-    assert len(in_context["demonstrations"]) == 8
-    before = written(task, in_context["demonstrations"])
-    prompts = [task.template.render(task.train[int(i)]).prompt for i in in_context["ids"]]
-    assert in_context["predictions"] == [plain_prediction(base, task, before + p) for p in prompts]
-
-
 def test_without_room_for_a_demonstration_the_untuned_model_is_asked(tmp_path):
-    task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
+    task = task_of(tmp_path)
     untuned, in_context = cross_validate(base_of(80), task, methods=["icl", "zero-shot"])
     assert in_context.demonstrations == (0,) * 5
     assert (untuned.method, in_context.method) == ("zero-shot", "icl")
@@ -320,7 +280,7 @@ def test_without_room_for_a_demonstration_the_untuned_model_is_asked(tmp_path):
 
 
 def test_tfew_is_a_classifier_fitted_on_the_other_rows(tmp_path):
-    task = task_of(tmp_path, "one_stop_english", ENGLISH, some_labels(ENGLISH, 10))
+    task = task_of(tmp_path, "one_stop_english", ENGLISH)
     base = base_of()
     steps = settings(steps=6)
     cross_validate(base, task, steps, methods=["tfew"], folds=2, results=tmp_path / "out")
@@ -337,10 +297,8 @@ def test_tfew_is_a_classifier_fitted_on_the_other_rows(tmp_path):
             steps=6,
             learning_rate=0.05,
         ).fit(others, [row["Label"] for row in others])
-        predicted = dict(
-            zip([row["ID"] for row in held], classifier.predict(held).tolist(), strict=True)
-        )
-        assert record["predictions"] == [predicted[i] for i in record["ids"]]
+        predicted = zip([row["ID"] for row in held], classifier.predict(held), strict=True)
+        assert sorted(zip(record["ids"], record["predictions"], strict=True)) == sorted(predicted)
 
 
 def test_all_77_topics_are_in_the_prompt_and_in_the_loss(tmp_path):
@@ -356,7 +314,7 @@ def test_all_77_topics_are_in_the_prompt_and_in_the_loss(tmp_path):
 
 @pytest.mark.parametrize("sites", ["all-linear", "paper"])
 def test_the_model_is_left_as_it_was(tmp_path, sites):
-    task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
+    task = task_of(tmp_path)
     base = base_of()
     before, hooks = state_bits(base.model), hook_count(base.model)
     cross_validate(base, task, settings(sites=sites), folds=1)
@@ -369,7 +327,7 @@ def test_the_model_is_left_as_it_was(tmp_path, sites):
 
 
 def test_work_is_what_progress_counts(tmp_path):
-    task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 11))
+    task = task_of(tmp_path, of_rows=11)
     given = settings(steps=4)
     out = tmp_path / "out"
     for _ in range(2):  # computed, and read
@@ -382,12 +340,10 @@ def test_work_is_what_progress_counts(tmp_path):
 
 
 def test_long_texts_are_cut_to_the_limit(tmp_path):
-    task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10), words=60)
-    base = base_of(512)
+    task = task_of(tmp_path, words=60)
+    base, cut = base_of(512), settings(max_prompt_tokens=70)
     with pytest.warns(UserWarning, match="10 of 10 prompts are longer than 70 tokens"):
-        (score,) = cross_validate(
-            base, task, settings(max_prompt_tokens=70), methods=["icl"], folds=1
-        )
+        (score,) = cross_validate(base, task, cut, methods=["icl"], folds=1)
     (whole,) = cross_validate(base, task, methods=["icl"], folds=1)
     assert score.demonstrations[0] > whole.demonstrations[0]
     with pytest.warns(UserWarning, match="7 of 7 prompts are longer than 70 tokens"):
@@ -396,31 +352,17 @@ def test_long_texts_are_cut_to_the_limit(tmp_path):
         cross_validate(base, task, settings(max_prompt_tokens=5), methods=["zero-shot"])
 
 
-def test_settings_out_of_range_and_unknown_methods(tmp_path):
-    with pytest.raises(IA3Error, match="sites is 'all'"):
-        RaftSettings(sites="all")
-    with pytest.raises(IA3Error, match="max_prompt_tokens is 0"):
-        RaftSettings(max_prompt_tokens=0)
-    task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
-    with pytest.raises(IA3Error, match="no method 'lora': expected some of"):
-        cross_validate(base_of(), task, methods=["lora"])
-
-
 # -- what is kept ----------------------------------------------------------------------------------
 
 
 def test_what_is_kept_is_not_computed_again(tmp_path):
-    task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
+    task = task_of(tmp_path)
     out = tmp_path / "out"
     scores = cross_validate(base_of(), task, settings(), folds=2, results=out)
     predicted = submission(base_of(), task, settings(), results=out)
     content = (out / "results.jsonl").read_bytes()
     unable = base_of()
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("computed again")
-
-    unable.model.forward = refuse  # type: ignore[method-assign]
+    unable.model.forward = Mock(side_effect=RuntimeError("computed again"))
     assert cross_validate(unable, task, settings(), folds=2, results=out) == scores
     assert submission(unable, task, settings(), results=out) == predicted
     assert (out / "results.jsonl").read_bytes() == content
@@ -434,7 +376,7 @@ def test_what_is_kept_is_not_computed_again(tmp_path):
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
-    task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
+    task = task_of(tmp_path)
     out = tmp_path / "out"
     cross_validate(base_of(), task, settings(), folds=1, results=out)
     content = (out / "results.jsonl").read_bytes()
@@ -459,55 +401,44 @@ def test_other_settings_are_refused_by_name(tmp_path):
 
 
 def test_other_data_is_refused(tmp_path):
-    task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
-    out = tmp_path / "out"
+    task, out = task_of(tmp_path), tmp_path / "out"
     cross_validate(base_of(), task, methods=["majority"], results=out)
-    other = task_of(tmp_path / "other", "ade_corpus_v2", ADE, some_labels(ADE, 10, seed=1))
+    other = task_of(tmp_path / "other", seed=1)
     with pytest.raises(IA3Error, match="results of ade_corpus_v2 were computed on other data"):
         cross_validate(base_of(), other, methods=["majority"], results=out)
     # Another task is not this one's data.
-    another = task_of(tmp_path, "one_stop_english", ENGLISH, some_labels(ENGLISH, 10))
+    another = task_of(tmp_path, "one_stop_english", ENGLISH)
     cross_validate(base_of(), another, methods=["majority"], results=out)
     assert len(records(out)) == 10
 
 
 def test_broken_results_and_those_of_another_model_are_refused(tmp_path):
-    task = task_of(tmp_path, "ade_corpus_v2", ADE, some_labels(ADE, 10))
-    out = tmp_path / "out"
-
-    def again(base: BaseModel | None = None) -> Any:
-        return cross_validate(base or base_of(), task, methods=["zero-shot"], results=out)
-
-    first, path = again(), out / "results.jsonl"
+    task, out = task_of(tmp_path), tmp_path / "out"
+    path = out / "results.jsonl"
+    first = cross_validate(base_of(), task, methods=["zero-shot"], results=out)
     content = path.read_bytes()
-    # Half a line is computed again.
-    path.write_bytes(content[:-40])
-    assert again() == first
-    assert path.read_bytes() == content
+    # Half a line is computed again, and so is a line of other rows.
+    for changed in (content[:-40], content.replace(b'"ids": ["', b'"ids": ["x', 1)):
+        path.write_bytes(changed)
+        assert cross_validate(base_of(), task, methods=["zero-shot"], results=out) == first
     with pytest.raises(IA3Error, match="of zero-shot have base model="):
-        again(BaseModel(tiny_llama(seed=1, vocabulary=len(TOKENIZER)), TOKENIZER, "tiny"))
-    for old, new, message in (
-        ('{"task"', '{"task": 1}\n{"task"', "line 1: not a result of RAFT"),
-        ('"settings": {', '"settings": null, "x": {', "line 1: not a result of RAFT"),
-        ('"ids": ["', '"ids": ["x', "are not of its rows and labels"),
-        ('"predictions": ["', '"predictions": ["x', "are not of its rows and labels"),
-    ):
-        path.write_text(content.decode().replace(old, new, 1))
-        with pytest.raises(IA3Error, match=message):
-            again()
+        cross_validate(base_of(seed=1), task, methods=["zero-shot"], results=out)
+    path.write_text('{"task": 1}\n')
+    with pytest.raises(IA3Error, match="line 1: not a result of RAFT"):
+        cross_validate(base_of(), task, methods=["zero-shot"], results=out)
 
 
 # -- Banking77's public labels ---------------------------------------------------------------------
 
 
-def public_folder(folder: Path, rows: Sequence[tuple[str, str]], name: str = "test.csv") -> Path:
+def public_folder(folder, rows, name="test.csv"):
     folder.mkdir(exist_ok=True)
     write_csv(folder / name, ("text", "category"), rows)
     return folder
 
 
 @pytest.fixture
-def banking(tmp_path: Path) -> RaftTask:
+def banking(tmp_path):
     labels = topics()
     train = [(text, labels[0]) for text in texts(5, 1)]
     test = ["where is  my card?", "who\nare you ", "any topic", "unknown"]
@@ -517,15 +448,9 @@ def banking(tmp_path: Path) -> RaftTask:
 
 
 def test_public_labels_are_found_by_text(banking, tmp_path):
-    folder = public_folder(
-        tmp_path / "public",
-        [
-            ("where is my card?", "Card arrival?"),
-            ("who are you", "verify_my_identity"),
-            ("any topic", "atm_support"),
-            ("Unknown", "age_limit"),
-        ],
-    )
+    once = [("where is my card?", "Card arrival?"), ("who are you", "verify_my_identity")]
+    once += [("any topic", "atm_support"), ("Unknown", "age_limit")]
+    folder = public_folder(tmp_path / "public", once)
     again = [(" where is my\tcard?", "CARD-ARRIVAL"), ("any topic", "age_limit")]
     public_folder(folder, again, "train.csv")
     # One text has two labels, and case tells texts apart.
@@ -563,7 +488,7 @@ def test_the_benchmarks_banking_texts_are_all_public():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(tmp_path_factory):
     """A folder with a model and two tasks of the benchmark; one has a test set of two parts."""
     folder = tmp_path_factory.mktemp("raft")
     base = base_of()
@@ -583,7 +508,7 @@ SETTINGS = ("--steps", 28, "--learning-rate", 0.03, "--folds", 2, "--banking77",
 
 
 @pytest.fixture(scope="module")
-def unbroken(place: Place) -> dict[str, Any]:
+def unbroken(place):
     """What a run in one go says."""
     return said(place.run(*RAFT, "--out", "unbroken", *SETTINGS, "--json"))
 
@@ -630,12 +555,11 @@ def test_table_and_figure(place, unbroken):
     assert {path.name for path in out.iterdir()} == FILES
 
 
-def killed(place: Place, when: Callable[[], bool]) -> None:
+def killed(place, when):
     """Kill a run into `broken` as soon as this is so."""
     command = [str(part) for part in (IA3, *RAFT, "--out", "broken", *SETTINGS)]
-    process = subprocess.Popen(
-        command, cwd=place.folder, env=place.environment, stderr=subprocess.DEVNULL
-    )
+    given = {"cwd": place.folder, "env": place.environment, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **given)
     until = time.monotonic() + 240
     while not when():
         assert process.poll() is None
@@ -648,11 +572,11 @@ def killed(place: Place, when: Callable[[], bool]) -> None:
 def test_a_killed_run_goes_on(place, unbroken):
     once, out = (place.folder / name for name in ("unbroken", "broken"))
 
-    def kept(part: str) -> bool:
+    def kept(part):
         path = out / "results.jsonl"
         return path.exists() and part in path.read_text()
 
-    def training_the_second_fold() -> bool:
+    def training_the_second_fold():
         found = out.glob("checkpoints/ade_corpus_v2-1/checkpoint-*")
         return any(found) or kept('"method": "tfew", "split": 1')
 

@@ -802,7 +802,7 @@ def test_a_route_is_gone_once_it_is_left() -> None:
     gc.disable()
     try:
         with model.route(NAMES):
-            route = weakref.ref(routing.current_route(model._routes))  # type: ignore[arg-type]
+            route = weakref.ref(routing.current_route(model.routes))  # type: ignore[arg-type]
             logits(model, **batch("llama"))
         assert route() is None
     finally:
@@ -823,7 +823,7 @@ def test_yielding_within_a_route_is_an_error_and_leaves_none_behind() -> None:
     with pytest.raises(ia3.IA3Error, match="do not yield"):
         list(one)
     list(other)
-    assert routing.current_route(model._routes) is None
+    assert routing.current_route(model.routes) is None
     assert torch.equal(logits(model, **inputs), before)
     model.delete_adapter("b")  # no route counts as open
 

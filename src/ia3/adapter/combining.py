@@ -49,8 +49,7 @@ def combine(
       Where neither sign wins, the result is one.
 
     A site that an adapter lacks counts as ones, but for `"linear"`. Values that stay one in an
-    adapter count as ones too, and are left out of its density. All but `"linear"` are computed in
-    float64; the result is float32.
+    adapter count as ones too, and are left out of its density. They are computed in float64.
 
     >>> import torch
     >>> from ia3 import IA3Config, combine
@@ -86,50 +85,43 @@ def combine(
     base = _common_base(adapters)
     copies = _copies(adapters)
     shapes, feedforward = _sites(adapters)
-    vectors = [_filled(adapter) for _, adapter in adapters]
-    changes: list[dict[str, Tensor]] = []
+    parts = [adapter for _, adapter in adapters]
+    vectors = [_with_ones(part) for part in parts]
     if combination_type == "ties":
         share = TIES_DENSITY if density is None else density
-        changes = [_trimmed(adapter, share) for _, adapter in adapters]
+        vectors = [_trimmed(part, share) for part in parts]
     combined: dict[str, Tensor] = {}
     frozen: dict[str, Frozen] = {}
     for name, shape in shapes.items():
+        stack = _stacked(name, vectors, lacking=0.0 if combination_type == "linear" else 1.0)
         if combination_type == "linear":
-            value = _linear(name, vectors, weights)
+            value = _weighted(stack, weights)
         elif combination_type == "average":
-            value = _weighted(_stacked(name, vectors, 1.0), weights) / sum(weights)
+            value = _weighted(stack, weights) / sum(weights)
         elif combination_type == "geometric_mean":
-            value = _geometric_mean(_stacked(name, vectors, 1.0), weights, name)
+            value = _geometric_mean(stack, weights, name)
         elif combination_type == "task_arithmetic":
-            value = 1 + _weighted(_stacked(name, vectors, 1.0) - 1, weights)
+            value = 1 + _weighted(stack - 1, weights)
         else:
-            value = 1 + _disjoint_mean(_stacked(name, changes, 0.0), weights, majority_sign_method)
-        having = [adapter for _, adapter in adapters if name in adapter.vectors]
-        stay = torch.stack([_staying_one(adapter, name) for adapter in having]).all(0)
+            value = 1 + _disjoint_mean(stack - 1, weights, majority_sign_method)
+        stay = torch.stack([_stays_one(p, name) for p in parts if name in p.vectors]).all(0)
         if stay.any():
             frozen[name] = _ranges(stay)
             value = value.masked_fill(stay.reshape(shape).to(value.device), 1.0)
         combined[name] = value.float()
-    config = _config([adapter.config for _, adapter in adapters], list(shapes), feedforward)
+    config = _config([part.config for part in parts], list(shapes), feedforward)
     return Adapter(config, combined, copies, frozen, base)
 
 
 # -- values ---------------------------------------------------------------------------------------
 
 
-def _linear(name: str, vectors: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensor:
-    having = [(each[name], w) for each, w in zip(vectors, weights, strict=True) if name in each]
-    total = torch.zeros_like(having[0][0], dtype=torch.float32)
-    for vector, weight in having:
-        total += weight * vector.to(total.device)
-    return total
-
-
 def _stacked(name: str, vectors: Sequence[Mapping[str, Tensor]], lacking: float) -> Tensor:
     """`[adapters, *shape]`, float64; adapters that lack the vector have this value."""
     first = next(each[name] for each in vectors if name in each).double()
-    others = [each.get(name, torch.full_like(first, lacking)).to(first) for each in vectors]
-    return torch.stack(others)
+    return torch.stack(
+        [each.get(name, torch.full_like(first, lacking)).to(first) for each in vectors]
+    )
 
 
 def _weighted(stack: Tensor, weights: Sequence[float]) -> Tensor:
@@ -154,16 +146,17 @@ def _geometric_mean(stack: Tensor, weights: Sequence[float], name: str) -> Tenso
 
 
 def _trimmed(adapter: Adapter, density: float) -> dict[str, Tensor]:
-    """l − 1 in float64, zero but for the share `density` of values that are largest."""
-    changes = {name: vector.double() - 1 for name, vector in _filled(adapter).items()}
-    trained = []
-    for name, change in changes.items():
-        trained.append(change.reshape(-1).cpu()[~_staying_one(adapter, name)].abs())
-    sizes = torch.cat(trained) if trained else torch.zeros(0)
-    keep = int(density * len(sizes))
+    """The vectors in float64; all but the share `density` that is farthest from one are one."""
+    vectors = {name: vector.double() for name, vector in _with_ones(adapter).items()}
+    distances = [
+        (vector.cpu().reshape(-1) - 1).abs()[~_stays_one(adapter, name)]
+        for name, vector in vectors.items()
+    ]
+    trained = torch.cat([torch.zeros(0), *distances])
+    keep = int(density * len(trained))
     # Values of the same size are kept or dropped together, so that their order decides nothing.
-    least = float(sizes.topk(keep).values[-1]) if keep else math.inf
-    return {name: change * (change.abs() >= least) for name, change in changes.items()}
+    least = float(trained.topk(keep).values[-1]) if keep else math.inf
+    return {name: v.masked_fill((v - 1).abs() < least, 1.0) for name, v in vectors.items()}
 
 
 def _disjoint_mean(changes: Tensor, weights: Sequence[float], method: MajoritySign) -> Tensor:
@@ -174,16 +167,15 @@ def _disjoint_mean(changes: Tensor, weights: Sequence[float], method: MajoritySi
     return _weighted(changes * agreeing, weights) / agreeing.sum(0).clamp(min=1)
 
 
-def _filled(adapter: Adapter) -> dict[str, Tensor]:
-    """The vectors with their frozen values one."""
-    vectors = dict(adapter.vectors)
-    for name in adapter.frozen:
-        stay = _staying_one(adapter, name).reshape(vectors[name].shape)
-        vectors[name] = vectors[name].masked_fill(stay.to(vectors[name].device), 1.0)
-    return vectors
+def _with_ones(adapter: Adapter) -> dict[str, Tensor]:
+    """The vectors, with one where they stay one."""
+    return {
+        name: vector.masked_fill(_stays_one(adapter, name).view_as(vector).to(vector.device), 1.0)
+        for name, vector in adapter.vectors.items()
+    }
 
 
-def _staying_one(adapter: Adapter, name: str) -> Tensor:
+def _stays_one(adapter: Adapter, name: str) -> Tensor:
     """`[values]`, bool, on the CPU: the values of a vector that stay one."""
     stay = torch.zeros(adapter.vectors[name].numel(), dtype=torch.bool)
     for start, end in adapter.frozen.get(name, ()):
@@ -203,16 +195,14 @@ def _ranges(stay: Tensor) -> Frozen:
 
 def _checked_weights(given: Any, count: int, combination_type: str) -> list[float]:
     try:
-        if any(isinstance(weight, str | bytes) for weight in given):
-            raise TypeError("a text is no number")
         weights = [float(weight) for weight in given]
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError) as error:
         raise IA3Error(
             f"the weights are {given!r}, expected a list of finite numbers, one for each adapter"
         ) from error
     if not weights or count != len(weights):
         raise IA3Error(f"{len(weights)} weights for {count} adapters: expected one each")
-    if not all(math.isfinite(weight) for weight in weights):
+    if not all(map(math.isfinite, weights)):
         raise IA3Error(f"the weights are {weights}, expected finite numbers")
     if combination_type in ("average", "geometric_mean") and not sum(weights) > 0:
         raise IA3Error(
@@ -272,9 +262,9 @@ def _sites(
     adapters: Sequence[tuple[str, Adapter]],
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """(module name -> its vector's shape, the feed-forward modules among them)."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    sides: dict[str, bool] = {}
+    sites: dict[str, tuple[tuple[int, ...], str]] = {}
     first: dict[str, str] = {}
+    saved = {entry for _, adapter in adapters for entry in adapter.config.modules_to_save or ()}
     for called, adapter in adapters:
         feedforward = adapter.config.feedforward_modules
         if feedforward is None or adapter.config.target_modules is None:
@@ -282,57 +272,44 @@ def _sites(
                 f"{called}: its config does not name its modules (target_modules and "
                 "feedforward_modules): load it onto its model and save it, which fills them in"
             )
+        others = sorted(saved.difference(adapter.config.modules_to_save or ()))
         for name, vector in adapter.vectors.items():
-            shape, side = tuple(vector.shape), matches_feedforward(name, feedforward)
-            if shapes.setdefault(name, shape) != shape or sides.setdefault(name, side) != side:
+            side = "input" if matches_feedforward(name, feedforward) else "output"
+            site = (tuple(vector.shape), side)
+            known = sites.setdefault(name, site)
+            if site != known:
+                one, other = (f"{list(shape)} on the {side}" for shape, side in (known, site))
                 raise IA3Error(
                     f"{first[name]} and {called} do not go together: the vector of {name!r} is "
-                    f"{_described(shapes[name], sides[name])} in one and {_described(shape, side)} "
-                    "in the other"
+                    f"{one} in one and {other} in the other"
                 )
             first.setdefault(name, called)
-            inside = [
-                entry
-                for _, other in adapters
-                if other is not adapter
-                for entry in other.config.modules_to_save or ()
-                if f".{entry}." in f".{name}."
-            ]
-            if inside and inside[0] not in (adapter.config.modules_to_save or ()):
+            inside = [entry for entry in others if f".{entry}." in f".{name}."]
+            if inside:
                 raise IA3Error(
                     f"{called} has a vector at {name!r}, which is part of {inside[0]!r} in the "
                     "modules_to_save of another: they cannot be on one model"
                 )
-    return shapes, [name for name, side in sides.items() if side]
-
-
-def _described(shape: tuple[int, ...], side: bool) -> str:
-    return f"{list(shape)} on the {'input' if side else 'output'}"
+    shapes = {name: shape for name, (shape, _) in sites.items()}
+    return shapes, [name for name, (_, side) in sites.items() if side == "input"]
 
 
 def _config(configs: Sequence[IA3Config], names: list[str], feedforward: list[str]) -> IA3Config:
     """The first one's config with the modules of all."""
-    fields = ("target_modules", "feedforward_modules")
-    entries: dict[str, Any] = {field: [getattr(c, field) for c in configs] for field in fields}
-    expressions = [[isinstance(each, str) for each in entries[field]] for field in fields]
-    if any(c.exclude_modules for c in configs) or any(len(set(kinds)) > 1 for kinds in expressions):
-        # What one leaves out another may have, and a list does not go into an expression: the
-        # modules by their own names.
-        targets: Any = sorted(names)
-        inputs: Any = sorted(feedforward)
-    else:
-        targets, inputs = (
-            "|".join(f"({each})" for each in entries[field])
-            if kinds[0]
-            else sorted({name for each in entries[field] for name in each})
-            for field, kinds in zip(fields, expressions, strict=True)
-        )
+    entries = [[c.target_modules for c in configs], [c.feedforward_modules for c in configs]]
+    targets, inputs = names, feedforward
+    # What one leaves out another may have, and an expression does not go into a list: the modules
+    # are then listed by their own names.
+    if not any(c.exclude_modules for c in configs) and not any(
+        isinstance(each, str) for field in entries for each in field
+    ):
+        targets, inputs = ([n for each in field for n in each or ()] for field in entries)
     bases = [c.base_model_name_or_path for c in configs if c.base_model_name_or_path is not None]
     return replace(
         configs[0],
         base_model_name_or_path=bases[0] if bases else None,
-        target_modules=targets,
+        target_modules=sorted(set(targets)),
         exclude_modules=None,
-        feedforward_modules=inputs,
+        feedforward_modules=sorted(set(inputs)),
         modules_to_save=sorted({m for c in configs for m in c.modules_to_save or ()}) or None,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..base.loading import first_line
+from ..base.loading import first_line, read_model_config
 from ..core.activations import activation_of
 from ..errors import IA3Error, did_you_mean
 from ..targets.config import IA3Config
@@ -18,41 +18,12 @@ from .pickled import unpickle_tensors
 SUFFIX = ".multi_lora_b"
 
 
-def read_tfew_authors(path: str | Path) -> dict[str, Tensor]:
-    """The vectors in a `.pt` file of the T-Few authors' code, such as `finish.pt`.
-
-    Nothing but tensors is unpickled, so that a file cannot run code.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Module name -> vector, `[dim, 1]`, on the CPU. The names are those of transformers' T5; a
-        vector multiplies its module's output.
-
-    Raises:
-        FileNotFoundError: the file is not there.
-        IA3Error: it is broken, holds more than tensors, or other tensors than (IA)³ vectors.
-    """
-    expected = f"expected vectors named like 'encoder.block.0.layer.0.SelfAttention.k{SUFFIX}'"
-    tensors = unpickle_tensors(Path(path), expected)
-    if not isinstance(tensors, dict) or not tensors:
-        raise IA3Error(f"{path} holds {_described(tensors)}, {expected}")
-    for key, tensor in tensors.items():
-        if not (isinstance(key, str) and key.endswith(SUFFIX)):
-            raise IA3Error(f"{path}: {key!r} is not an (IA)³ vector, {expected}")
-        if not (isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.is_floating_point()):
-            raise IA3Error(
-                f"{path}: {key!r} is {_described(tensor)}, expected floating-point values [dim, 1]"
-            )
-    return {key.removesuffix(SUFFIX): tensor for key, tensor in tensors.items()}
-
-
 def convert_tfew_authors(path: str | Path, model: nn.Module) -> tuple[IA3Config, dict[str, Tensor]]:
     """An adapter of the T-Few authors' code as PEFT has it.
 
     Their feed-forward vector is on the output of `wi_1`, half of the gated layer's product; the
-    other half is not scaled, so that it is just as well on the product, the input of `wo`.
+    other half is not scaled, so that it is just as well on the product, the input of `wo`. Nothing
+    but tensors is unpickled: a file cannot run code.
 
     Args:
         path: their `.pt` file.
@@ -68,7 +39,7 @@ def convert_tfew_authors(path: str | Path, model: nn.Module) -> tuple[IA3Config,
         IA3Error: it is no such file, or its vectors do not fit the model: one is missing, not
             expected, or of another size.
     """
-    vectors = read_tfew_authors(path)
+    vectors = _read(Path(path))
     kind = type(model).__name__
     names = {name for name, _ in model.named_modules()}
     # Module name in their file -> our module's name and side.
@@ -124,19 +95,9 @@ def structure_of(name: str | Path) -> nn.Module:
     Raises:
         IA3Error: there is no such model, or it is no encoder-decoder.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForSeq2SeqLM
 
-    unusable = f"the config of {str(name)!r} describes no model"
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise IA3Error(
-            f"no model {str(name)!r}: it is neither a folder with a config.json, nor an id that "
-            f"the hub knows ({first_line(error)})"
-        ) from error
-    except StrictDataclassError as error:
-        raise IA3Error(f"{unusable}: {' '.join(str(error).split())}") from error
+    config = read_model_config(str(name), str(name))
     if not config.is_encoder_decoder:
         raise IA3Error(
             f"the model {str(name)!r} is a {config.model_type}, expected a T5 with gated "
@@ -147,7 +108,25 @@ def structure_of(name: str | Path) -> nn.Module:
             model: nn.Module = AutoModelForSeq2SeqLM.from_config(config)
             return model
     except Exception as error:  # numbers that do not go together fail anywhere
-        raise IA3Error(f"{unusable}: {first_line(error)}") from error
+        raise IA3Error(
+            f"the config of {str(name)!r} describes no model: {first_line(error)}"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The vectors in the authors' file, without the ending of their names."""
+    expected = f"expected vectors named like 'encoder.block.0.layer.0.SelfAttention.k{SUFFIX}'"
+    tensors = unpickle_tensors(path, expected)
+    if not isinstance(tensors, dict) or not tensors:
+        raise IA3Error(f"{path} holds {_described(tensors)}, {expected}")
+    for key, tensor in tensors.items():
+        if not (isinstance(key, str) and key.endswith(SUFFIX)):
+            raise IA3Error(f"{path}: {key!r} is not an (IA)³ vector, {expected}")
+        if not (isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.is_floating_point()):
+            raise IA3Error(
+                f"{path}: {key!r} is {_described(tensor)}, expected floating-point values [dim, 1]"
+            )
+    return {key.removesuffix(SUFFIX): tensor for key, tensor in tensors.items()}
 
 
 def _described(value: object) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..core.names import ATTRIBUTE, model_type_of
@@ -36,15 +37,11 @@ class Fingerprint:
 
     def to_json(self) -> str:
         """The text in an adapter's safetensors header."""
-        return json.dumps({"model_type": self.model_type, "samples": self.samples})
+        return json.dumps(vars(self))
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Fingerprint:
-        """Read it back.
-
-        Raises:
-            IA3Error: the text is malformed.
-        """
+        """Read it back; an `IA3Error` where it is malformed."""
         try:
             read: Any = json.loads(text)
             samples = {
@@ -54,17 +51,9 @@ class Fingerprint:
             if not isinstance(read["model_type"], str):
                 raise TypeError(f"model_type is {read['model_type']!r}")
             return cls(read["model_type"], samples)
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            RecursionError,
-            OverflowError,
-        ) as error:
-            raise IA3Error(
-                f"{source}: the base model's fingerprint is malformed: {error}"
-            ) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            message = f"{source}: the base model's fingerprint is malformed: {error}"
+            raise IA3Error(message) from error
 
     def difference(self, model: nn.Module, merged: Collection[str] = ()) -> str | None:
         """In words, how a model differs from the one this was taken of; `None` where it does not.
@@ -81,10 +70,15 @@ class Fingerprint:
         if found != self.model_type:
             return f"its model type is {found!r}, the adapter's base model is {self.model_type!r}"
         for name, (shape, expected) in self.samples.items():
-            parameter = _parameter(model, name, merged)
+            path, _, last = name.rpartition(".")
+            try:
+                parameter = model.get_submodule(path)._parameters.get(last)
+            except AttributeError:
+                continue
+            if not _is_the_base_models(path, merged) or not _can_be_sampled(parameter):
+                continue
             if (
-                parameter is not None
-                and list(parameter.shape) == shape
+                list(parameter.shape) == shape
                 and _distance(_sample(parameter), expected) > TOLERANCE
             ):
                 return f"the values of its {name!r} are not those of the adapter's base model"
@@ -133,23 +127,16 @@ def _telling(
         for name, parameter in module._parameters.items()
         if parameter is not None
     ]
+    step = max(1, math.ceil(len(found) / PARAMETERS))
+    # Evenly spaced ones first; the others only stand in for those that tell nothing.
+    spaced = (found[i] for start in range(step) for i in range(start, len(found), step))
+    telling = ((name, parameter) for name, parameter in spaced if _tells(parameter))
+    return list(islice(telling, PARAMETERS))
+
+
+def _tells(parameter: Tensor | None) -> TypeGuard[Tensor]:
     # Norms start as ones, so that they tell nothing before training.
-    return [
-        (name, parameter)
-        for name, parameter in found[:: max(1, math.ceil(len(found) / PARAMETERS))]
-        if _can_be_sampled(parameter) and (parameter.dim() > 1 or not _is_constant(parameter))
-    ]
-
-
-def _parameter(model: nn.Module, name: str, merged: Collection[str]) -> Tensor | None:
-    """The base model's parameter of this name, if it is there and can be looked at."""
-    path, _, last = name.rpartition(".")
-    try:
-        parameter = model.get_submodule(path)._parameters.get(last)
-    except AttributeError:
-        return None
-    there = _is_the_base_models(path, merged) and _can_be_sampled(parameter)
-    return parameter if there else None
+    return _can_be_sampled(parameter) and (parameter.dim() > 1 or len(set(_sample(parameter))) > 1)
 
 
 def _is_the_base_models(module: str, merged: Collection[str]) -> bool:
@@ -166,11 +153,6 @@ def _can_be_sampled(parameter: Tensor | None) -> TypeGuard[Tensor]:
         and parameter.numel() > 0
         and type(parameter.data) is Tensor
     )
-
-
-def _is_constant(parameter: Tensor) -> bool:
-    values = _sample(parameter)
-    return all(value == values[0] for value in values)
 
 
 def _sample(parameter: Tensor) -> list[float]:

@@ -30,7 +30,7 @@ KEY_PREFIX = "base_model.model."
 KEY_SUFFIX = f".{ATTRIBUTE}"
 
 # The names that models give to their embeddings and output layers.
-EMBEDDINGS = (
+EMBEDDINGS = {
     "embed_tokens",
     "lm_head",
     "shared",
@@ -38,7 +38,7 @@ EMBEDDINGS = (
     "word_embeddings",
     "embed_in",
     "embed_out",
-)
+}
 
 # What PEFT's config cannot say stands in the header of the safetensors file, which PEFT ignores.
 FROZEN_KEY = "ia3_frozen"
@@ -101,7 +101,7 @@ def find_adapters(root: str | Path) -> Iterator[Path]:
 
 
 def read_outline(folder: str | Path) -> Outline:
-    """An adapter's outline: its config, and the header of its safetensors file.
+    """An adapter's outline: its config, and what its other file's header says.
 
     Raises:
         FileNotFoundError: the folder or a file is not there.
@@ -163,11 +163,7 @@ def read_config(folder: str | Path) -> IA3Config:
 
 
 def weights_file(folder: Path) -> Path:
-    """The file with the values.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The file with the values; a `FileNotFoundError` where there is none."""
     for name in (WEIGHTS_NAME, PICKLED_NAME):
         if (folder / name).is_file():
             return folder / name
@@ -201,9 +197,8 @@ def name_tensors(
 
 
 def is_embedding(name: str) -> bool:
-    """Whether this is an embedding: PEFT puts them into the file where tokens were added."""
-    module = name.rpartition(".")[0]
-    return module.rpartition(".")[2] in EMBEDDINGS
+    """Whether a parameter is an embedding's: PEFT saves them where tokens were added."""
+    return not EMBEDDINGS.isdisjoint(name.split(".")[-2:-1])
 
 
 def read_metadata(
@@ -219,20 +214,18 @@ def read_metadata(
     Raises:
         IA3Error: it is malformed.
     """
+    where = f"{path}: the header's {FROZEN_KEY!r}"
     try:
         read: Any = json.loads(metadata.get(FROZEN_KEY, "{}"))
         frozen = {
             name: tuple((start, end) for start, end in ranges) for name, ranges in read.items()
         }
-        places = [place for ranges in frozen.values() for both in ranges for place in both]
-        if not all(type(place) is int for place in places):
+        if not all(type(n) is int for ranges in frozen.values() for both in ranges for n in both):
             raise TypeError("expected whole numbers")
     except (ValueError, TypeError, AttributeError) as error:
-        raise IA3Error(f"{path}: the header's {FROZEN_KEY!r} is malformed: {error}") from error
+        raise IA3Error(f"{where} is malformed: {error}") from error
     without = sorted(frozen.keys() - set(vectors))
     if without:
-        raise IA3Error(
-            f"{path}: the header's {FROZEN_KEY!r} names {without[0]!r}, which has no vector"
-        )
+        raise IA3Error(f"{where} names {without[0]!r}, which has no vector")
     text = metadata.get(BASE_KEY)
     return frozen, None if text is None else Fingerprint.from_json(text, str(path))

@@ -14,10 +14,7 @@ from ..errors import IA3Error
 
 
 def unpickle_tensors(path: Path, expected: str) -> Any:
-    """What a pickled file holds, read so that it cannot run code.
-
-    Args:
-        expected: what it should hold, for the message.
+    """What a pickled file holds; `expected` says in a message what it should.
 
     Raises:
         FileNotFoundError: the file is not there.

@@ -20,27 +20,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+
 # torch's dtypes and the format's names of them, in the order in which the package writes them: the
 # widest first.
 DTYPES = {
-    "torch.uint64": "U64",
-    "torch.int64": "I64",
-    "torch.float64": "F64",
-    "torch.complex64": "C64",
-    "torch.float32": "F32",
-    "torch.uint32": "U32",
-    "torch.int32": "I32",
-    "torch.bfloat16": "BF16",
-    "torch.float16": "F16",
-    "torch.uint16": "U16",
-    "torch.int16": "I16",
-    "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "torch.float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "torch.float8_e4m3fn": "F8_E4M3",
-    "torch.float8_e5m2": "F8_E5M2",
-    "torch.int8": "I8",
-    "torch.uint8": "U8",
-    "torch.bool": "BOOL",
+    "int64": "I64",
+    "float64": "F64",
+    "float32": "F32",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int16": "I16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
 
 
@@ -97,37 +92,27 @@ def write(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     Raises:
         IA3Error: the format has no name for a tensor's dtype.
     """
-    for key, tensor in tensors.items():
-        if str(tensor.dtype) not in DTYPES:
+    import torch
+
+    dtypes = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()}
+    for key, dtype in dtypes.items():
+        if dtype not in DTYPES:
             raise IA3Error(
-                f"{key!r} is {tensor.dtype}, which cannot be saved: expected one of {[*DTYPES]}"
+                f"{key!r} is {dtype}, which cannot be saved: expected one of {[*DTYPES]}"
             )
-    place = {dtype: number for number, dtype in enumerate(DTYPES)}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     data: list[Any] = []
     end = 0
-    for key in sorted(tensors, key=lambda key: (place[str(tensors[key].dtype)], key)):
-        values = _values(tensors[key])
-        start, end = end, end + values.nbytes
-        header[key] = {
-            "dtype": DTYPES[str(tensors[key].dtype)],
-            "shape": list(tensors[key].shape),
-            "data_offsets": [start, end],
-        }
+    for key in sorted(tensors, key=lambda key: ([*DTYPES].index(dtypes[key]), key)):
+        # As bytes, because numpy lacks some dtypes.
+        values = tensors[key].detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        shape, start, end = list(tensors[key].shape), end, end + values.nbytes
+        header[key] = {"dtype": DTYPES[dtypes[key]], "shape": shape, "data_offsets": [start, end]}
         data.append(values)
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     # The tensors begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, *data])
-
-
-def _values(tensor: Tensor) -> NDArray[Any]:
-    """A tensor's values as they lie in a file."""
-    import torch
-
-    if tensor.dtype is not torch.float32:  # numpy lacks some dtypes
-        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
-    return np.ascontiguousarray(tensor.numpy(force=True))
 
 
 def _floats(tensor: Mapping[str, Any], key: str, path: Path) -> NDArray[np.float32]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
 # The logarithm of a channel that is switched off would be -inf.
 SMALLEST = 2.0**-6
-# What adapters are compared at once may take this much memory.
-BLOCK_BYTES = 2**26
 
 
 def log_scales(values: NDArray[Any]) -> NDArray[Any]:
@@ -52,15 +49,7 @@ class SiteDifference:
 
 @dataclass(frozen=True)
 class ValueChange:
-    """One value in two adapters.
-
-    Attributes:
-        site: the module's name.
-        index: of the value in the vector, flattened.
-        first: the value in the first adapter.
-        second: in the second.
-        change: log2 |second| − log2 |first|, in octaves.
-    """
+    """One value in two adapters: its place in the flat vector, and log2 |second| − log2 |first|."""
 
     site: str
     index: int
@@ -81,7 +70,7 @@ def difference(first: Vectors, second: Vectors) -> tuple[SiteDifference, list[Si
     """
     pairs = _pairs(first, second)
     sites = [_difference(site, *both) for site, both in pairs.items()]
-    whole = [np.concatenate([both[i].reshape(-1) for both in pairs.values()]) for i in (0, 1)]
+    whole = map(np.concatenate, zip(*pairs.values(), strict=True))
     return _difference("all", *whole), sites
 
 
@@ -89,7 +78,6 @@ def largest_changes(first: Vectors, second: Vectors, count: int) -> list[ValueCh
     """The values that differ most by their log-scales, the largest change first."""
     changes = []
     for site, (a, b) in _pairs(first, second).items():
-        a, b = a.reshape(-1), b.reshape(-1)
         change = log_scales(b) - log_scales(a)
         for i in np.argsort(-np.abs(change), kind="stable")[:count]:
             if change[i]:
@@ -99,27 +87,17 @@ def largest_changes(first: Vectors, second: Vectors, count: int) -> list[ValueCh
     return heapq.nlargest(count, changes, key=lambda each: abs(each.change))
 
 
-def cosine(first: NDArray[Any], second: NDArray[Any]) -> float | None:
-    """The cosine of two flat vectors; `None` where one is all zeros."""
-    size = float(np.linalg.norm(first)) * float(np.linalg.norm(second))
-    return float(np.clip(first @ second / size, -1, 1)) if size else None
-
-
 def _difference(site: str, a: NDArray[Any], b: NDArray[Any]) -> SiteDifference:
-    a, b = (values.reshape(-1).astype(np.float64) for values in (a, b))
+    a, b = a.astype(np.float64), b.astype(np.float64)
     scales_a, scales_b = log_scales(a), log_scales(b)
-    return SiteDifference(
-        site,
-        a.size,
-        cosine(scales_a, scales_b),
-        float(np.linalg.norm(b - a)),
-        float((scales_b - scales_a).mean()),
-    )
+    size = float(np.linalg.norm(scales_a) * np.linalg.norm(scales_b))
+    cosine = float(np.clip(scales_a @ scales_b / size, -1, 1)) if size else None
+    change = float((scales_b - scales_a).mean())
+    return SiteDifference(site, a.size, cosine, float(np.linalg.norm(b - a)), change)
 
 
-def _pairs(
-    first: Vectors, second: Vectors
-) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+def _pairs(first: Vectors, second: Vectors) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """Site -> the values of both, flat."""
     pairs = {}
     for site in dict.fromkeys([*first, *second]):
         ones = np.ones_like(first[site] if site in first else second[site])
@@ -129,7 +107,7 @@ def _pairs(
                 f"the vector of {site!r} is {list(a.shape)} in one adapter and {list(b.shape)} in "
                 "the other: they are of different base models"
             )
-        pairs[site] = (a, b)
+        pairs[site] = (a.reshape(-1), b.reshape(-1))
     if not pairs:
         raise IA3Error("there are no vectors to compare")
     return pairs
@@ -172,8 +150,7 @@ def search(
     """The adapters nearest to one, by the cosine of their log-scales.
 
     A site that an adapter lacks counts as ones, the zeros of log-scales. An adapter that is the
-    identity has the cosine 0 with all others. Adapters are read a block at a time: memory does not
-    grow with their number.
+    identity has the cosine 0 with all others.
 
     Args:
         like: the adapter to compare with; it is left out where it is among the folders.
@@ -185,53 +162,37 @@ def search(
         IA3Error: the adapter to compare with is broken, or the identity.
     """
     own = read_vectors(like)
-    layout = {site: vector.shape for site, vector in own.items()}
-    wanted = _flat_scales(own, list(own))
-    size = float(np.linalg.norm(wanted))
+    ones = {site: np.ones_like(vector) for site, vector in own.items()}
+    wanted = _flat_scales(own)
+    size = np.linalg.norm(wanted)
     if not size:
         raise IA3Error(f"{like.folder}: all of its values are one, and nothing is like it")
-    block = np.zeros((max(1, BLOCK_BYTES // wanted.nbytes), wanted.size), np.float32)
-    held: list[tuple[Path, float]] = []
     found = Search()
-    here = like.folder.resolve()
-
-    def compare() -> None:
-        products = block[: len(held)] @ wanted
-        for (folder, norm), product in zip(held, products, strict=True):
-            cosine = float(np.clip(product / (norm * size), -1, 1)) if norm else 0.0
-            found.nearest.append(Neighbour(folder, cosine))
-        order = heapq.nsmallest(top, found.nearest, key=lambda n: (-n.cosine, str(n.adapter)))
-        found.nearest = order
-        held.clear()
-
     for folder in folders:
         progress(1)
-        if folder.resolve() == here:
+        if folder.resolve() == like.folder.resolve():
             continue
         try:
             outline = read_outline(folder)
             if like.base_difference(outline) is not None or any(
-                shape != layout.get(site, shape) for site, shape in outline.shapes.items()
+                site in own and shape != own[site].shape for site, shape in outline.shapes.items()
             ):
                 found.other_base += 1
                 continue
-            vectors = read_vectors(outline)
+            # The wanted one's sites first, in its order.
+            scales = _flat_scales({**ones, **read_vectors(outline)})
         except (IA3Error, OSError) as error:
             found.broken[folder] = str(error)
             continue
-        filled = {s: vectors.get(s, np.ones(shape, np.float32)) for s, shape in layout.items()}
-        row = block[len(held)]
-        row[:] = _flat_scales(filled, list(layout))
-        beyond = _flat_scales(vectors, [site for site in vectors if site not in layout])
-        held.append((folder, math.hypot(np.linalg.norm(row), np.linalg.norm(beyond))))
         found.compared += 1
-        if len(held) == len(block):
-            compare()
-    compare()
+        product = scales[: wanted.size] @ wanted / (size * (np.linalg.norm(scales) or 1))
+        found.nearest.append(Neighbour(folder, float(np.clip(product, -1, 1))))
+    found.nearest.sort(key=lambda each: (-each.cosine, str(each.adapter)))
+    del found.nearest[top:]
     return found
 
 
-def _flat_scales(vectors: Vectors, sites: list[str]) -> NDArray[np.float32]:
-    """The log-scales of these sites one after the other, float32."""
-    flat = [vectors[site].reshape(-1) for site in sites]
+def _flat_scales(vectors: Vectors) -> NDArray[np.float32]:
+    """The log-scales of all sites one after the other."""
+    flat = [vector.reshape(-1) for vector in vectors.values()]
     return log_scales(np.concatenate(flat)) if flat else np.zeros(0, np.float32)

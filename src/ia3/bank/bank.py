@@ -141,7 +141,7 @@ class AdapterBank:
         self._free = list(range(capacity, 0, -1))
         # Most adapters of a bank have the same config and shapes, and so the same sites.
         self._fitting: dict[Hashable, dict[str, Site]] = {}
-        self.model.attach_bank(self)
+        self.model.routes.attach(self)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -287,8 +287,8 @@ class AdapterBank:
             IA3Error: a route of the model is on.
         """
         with self._lock:
-            if self.model.bank is self:
-                self.model.detach_bank()
+            if self.model.routes.bank is self:
+                self.model.routes.detach()
                 self._entries.clear()
                 self._recent.clear()
                 self._fitting.clear()
@@ -437,7 +437,7 @@ class AdapterBank:
             bool(adapter.copies),
         )
         if key not in self._fitting:
-            sites = self.model.sites_for_bank(name, adapter)
+            sites = self.model.routes.sites_for_bank(name, adapter)
             new = [site for site in sites.values() if site not in self._columns]
             if new:
                 self._widen(new)
@@ -468,7 +468,7 @@ class AdapterBank:
         return self._entries[name]
 
     def _check_open(self) -> None:
-        if self.model.bank is not self:
+        if self.model.routes.bank is not self:
             raise IA3Error("this bank was closed, or its model unloaded: make a new one")
 
 

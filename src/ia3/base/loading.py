@@ -106,19 +106,21 @@ def load_base_model(
         return base
 
 
-def _load(
-    folder: str,
-    name: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    device: torch.device,
-    dtype: torch.dtype | str,
-) -> BaseModel:
+def read_model_config(folder: str, name: str) -> Any:
+    """A transformers model's config.
+
+    Args:
+        folder: or a hub id.
+        name: what the user called it, for messages.
+
+    Raises:
+        IA3Error: there is no such model, or its config is broken.
+    """
     from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise IA3Error(
             f"no model {name!r}: it is neither {EMBEDDED_MODEL!r}, nor a folder with a "
@@ -132,6 +134,19 @@ def _load(
             f"{folder}/config.json is broken: {first_line(reason)}; correct it there, or get the "
             "model again"
         ) from error
+
+
+def _load(
+    folder: str,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+    dtype: torch.dtype | str,
+) -> BaseModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    config = read_model_config(folder, name)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         model = kind.from_pretrained(folder, dtype=dtype)

@@ -107,8 +107,9 @@ def compare(
     samples = draw_samples(
         fields_of(rows, text),
         labels,
-        None if test_rows is None else fields_of(test_rows, text),
-        None if test_rows is None else labels_among(test_rows, label, known),
+        None
+        if test_rows is None
+        else (fields_of(test_rows, text), labels_among(test_rows, label, known)),
         shots=shots,
         seeds=seeds,
     )

