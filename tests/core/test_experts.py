@@ -21,11 +21,7 @@ from transformers import (
     DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
     PreTrainedModel,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -77,17 +73,12 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-INNER_OF_MANY = {"num_experts": EXPERTS, "moe_intermediate_size": INNER}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "mixtral": lambda: MixtralForCausalLM(
         MixtralConfig(intermediate_size=INNER, num_local_experts=EXPERTS, **COMMON)
     ),
-    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(shared_expert_intermediate_size=20, **INNER_OF_MANY, **COMMON)
-    ),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(head_dim=8, **INNER_OF_MANY, **COMMON)),
-    "olmoe": lambda: OlmoeForCausalLM(
-        OlmoeConfig(intermediate_size=INNER, num_experts=EXPERTS, **COMMON)
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(head_dim=8, num_experts=EXPERTS, moe_intermediate_size=INNER, **COMMON)
     ),
     "deepseek_v3": lambda: DeepseekV3ForCausalLM(
         DeepseekV3Config(
@@ -96,11 +87,8 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
             n_group=1,
             topk_group=1,
             first_k_dense_replace=0,
-            q_lora_rank=8,
-            kv_lora_rank=8,
-            qk_nope_head_dim=8,
-            qk_rope_head_dim=8,
-            v_head_dim=8,
+            **dict.fromkeys(["q_lora_rank", "kv_lora_rank"], 8),
+            **dict.fromkeys(["qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"], 8),
             **COMMON,
         )
     ),
@@ -258,14 +246,12 @@ def test_unknown_operations_get_a_multiplied_weight():
 
 def _block(kind: type[nn.Module], implementation: str) -> nn.Module:
     """A block alone, from the few settings that its class reads."""
+    inner = ["intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size"]
+    experts = ["num_local_experts", "n_routed_experts", "moe_num_experts"]
     config = SimpleNamespace(
         hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        moe_intermediate_size=INNER,
-        expert_ffn_hidden_size=INNER,
-        num_local_experts=EXPERTS,
-        n_routed_experts=EXPERTS,
-        moe_num_experts=EXPERTS,
+        **dict.fromkeys(inner, INNER),
+        **dict.fromkeys(experts, EXPERTS),
         zero_expert_num=1,
         moe_latent_size=None,
         hidden_act="silu",
@@ -386,7 +372,7 @@ def test_merging_rounds_once_and_changes_nothing(kind, axis):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(reentrant):
-    model = make_model("olmoe", "grouped_mm")
+    model = make_model("mixtral", "grouped_mm")
     for block in blocks_of(model):
         rescaled(block)
     model.get_input_embeddings().requires_grad_(True)
