@@ -93,6 +93,7 @@ ENCODER_DECODER = {
         num_layers=2,
         num_heads=4,
         decoder_start_token_id=0,
+        dropout_rate=0.0,
     ),
     "bart": BartConfig(
         vocab_size=VOCABULARY,
@@ -100,6 +101,7 @@ ENCODER_DECODER = {
         encoder_ffn_dim=48,
         decoder_ffn_dim=48,
         encoder_layers=2,
+        dropout=0.0,
         decoder_layers=2,
         encoder_attention_heads=4,
         decoder_attention_heads=4,

@@ -15,7 +15,7 @@ from .templates import Template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A choice is tokenised after the end of a prompt, whose last characters decide how.
+# A choice is tokenised after so many last characters of the prompt, which decide how.
 _TAIL_CHARACTERS = 12
 
 
@@ -40,15 +40,12 @@ class Encoder:
 
     Args:
         base: the model and its tokenizer.
-        answer_choices: the words to rank, in the order of the labels; none where each example
-            brings its own.
+        answer_choices: the words to rank, unless an example brings its own.
         chat: put the prompt into the tokenizer's chat template, as the user's message.
-        max_prompt_tokens: a prompt of more is shortened as one is that exceeds the model's context;
-            by default only that one is.
+        max_prompt_tokens: a longer prompt is cut as one is that exceeds the model's context.
 
     Raises:
-        IA3Error: `max_prompt_tokens` is below 1, or `chat` is asked of a tokenizer that has no chat
-            template.
+        IA3Error: `max_prompt_tokens` is below 1, or the tokenizer has no chat template.
     """
 
     def __init__(
@@ -83,12 +80,7 @@ class Encoder:
 
         A prompt longer than the model's context, or than `max_prompt_tokens`, is shortened by
         cutting the end of its longest field; `truncated` counts the examples that were cut. The
-        choices are never cut.
-
-        Args:
-            example: field name -> value.
-            template: of the prompt.
-            answer_choices: this example's own; by default the encoder's.
+        choices, by default the encoder's, are never cut.
 
         Raises:
             IA3Error: the template does not render, does not fit even with empty fields, there is no
@@ -120,20 +112,19 @@ class Encoder:
         text = template.render(example, words)
         if not text.strip():
             raise IA3Error(f"template {template.name!r} renders nothing for {dict(example)!r}")
-        if not self._chat:
-            return text
-        rendered: str = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-        return rendered
+        if self._chat:
+            messages = [{"role": "user", "content": text}]
+            text = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        return text
 
     def _prompt_ids(self, text: str) -> tuple[int, ...]:
         # A chat template writes its special tokens itself.
-        ids = self._tokenizer(text, add_special_tokens=not self._chat, truncation=False)[
-            "input_ids"
-        ]
-        if not self._encoder_decoder and ids and ids[-1] == self._tokenizer.eos_token_id:
-            ids = ids if self._chat else ids[:-1]
+        ids = self._tokenizer(text, add_special_tokens=not self._chat)["input_ids"]
+        writes_end = not (self._encoder_decoder or self._chat)
+        if writes_end and ids and ids[-1] == self._tokenizer.eos_token_id:
+            ids = ids[:-1]
         return tuple(ids)
 
     def _choice_ids_after(self, tail: str, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
@@ -181,12 +172,11 @@ class Encoder:
     def _without_last_tokens(self, text: str, count: int) -> str:
         """The text's beginning, shorter by so many tokens, and by one character at least."""
         if not self._tokenizer.is_fast:
-            ids = self._tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
             shorter: str = self._tokenizer.decode(ids[: max(0, len(ids) - count)])
             return shorter if len(shorter) < len(text) else text[: len(text) // 2]
-        offsets = self._tokenizer(
-            text, add_special_tokens=False, truncation=False, return_offsets_mapping=True
-        )["offset_mapping"]
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
         # The place where the first token to cut begins: a character of several tokens goes whole.
         end = offsets[-count][0] if count < len(offsets) else 0
         return text[: min(end, len(text) - 1)]

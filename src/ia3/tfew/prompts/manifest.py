@@ -15,7 +15,7 @@ from ...files.yaml import read_yaml
 from .labels import readable
 from .promptsource import PromptTemplate, read_promptsource
 from .tasks import HELD_OUT_TASKS, RAFT_TASKS, Task, few_shot, load_templates
-from .templates import ALL_FIELDS, ANSWER_CHOICES, SEPARATOR, Template
+from .templates import SEPARATOR, Template
 
 _DATA_KEYS = ("data", "split", "subset", "test", "test_split", "k", "seed")
 KEYS = (*_DATA_KEYS, "templates", "template", "label", "choices")
@@ -77,12 +77,7 @@ def read_manifest(path: str | Path) -> list[Task]:
 
 
 def read_manifest_file(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """A manifest's keys and values, every scalar as the text that is written.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        IA3Error: it is not YAML, not a mapping, or has a key that is not among these.
-    """
+    """A manifest's keys and values, every scalar as the text that is written."""
     content = read_yaml(path, "a YAML file of tasks", as_text=True)
     if not isinstance(content, dict):
         raise IA3Error(f"{path} is {shown(content)}, {EXPECTED}")
@@ -92,11 +87,7 @@ def read_manifest_file(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def tasks_in(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Task name -> its keys and values.
-
-    Raises:
-        IA3Error: there are none, or one is not a mapping.
-    """
+    """Task name -> its keys and values, at least one."""
     tasks = content.get("tasks")
     if not isinstance(tasks, dict) or not tasks:
         raise IA3Error(f"{path}: tasks is {shown(tasks)}, {EXPECTED}")
@@ -141,7 +132,7 @@ def _task(folder: Path, name: str, entry: dict[str, Any]) -> Task:
 
 
 def _written_templates(folder: Path, name: str, entry: dict[str, Any]) -> list[PromptTemplate]:
-    """Those of a promptsource file, or this project's own."""
+    """The templates of a promptsource file, or this project's own."""
     own = (*HELD_OUT_TASKS, *RAFT_TASKS)
     named = text_of(entry, "templates")
     if named is None and name not in own:
@@ -176,14 +167,6 @@ def _inline_templates(
                 f"template {source!r} holds {SEPARATOR!r}: expected the prompt alone; the answer "
                 "is made from 'label' and 'choices'"
             )
-        if sources.count(source) > 1:
-            raise IA3Error(f"template {source!r} is there twice")
-        for name in (ANSWER_CHOICES, ALL_FIELDS):
-            if Template(source).assigns(name):
-                raise IA3Error(
-                    f"template {source!r} sets {name!r}, which the answer is made from: expected "
-                    "another name"
-                )
     column = text_of(entry, "label") or "label"
     rows = (*train, *test)
     words = choices_of(entry)
@@ -243,13 +226,7 @@ def _label(row: Row, column: str) -> str:
 
 
 def check_keys(entry: Mapping[str, Any], keys: Sequence[str], expected: str = "") -> None:
-    """Raise `IA3Error` for a key that is not among these.
-
-    Args:
-        entry: a mapping of the manifest.
-        keys: that it may have.
-        expected: what the message says was expected; by default the keys.
-    """
+    """Raise `IA3Error` for a key that is not among these; `expected` is part of the message."""
     expected = expected or f"expected some of {', '.join(keys)}"
     for key in entry:
         if key not in keys:
@@ -279,9 +256,9 @@ def text_of(entry: Mapping[str, Any], key: str) -> str | None:
 
 def texts_of(entry: Mapping[str, Any], key: str) -> list[str] | None:
     """A text or a list of texts, as a list; `None` if it is not there."""
-    if key not in entry:
+    given = entry.get(key)
+    if given is None:
         return None
-    given = entry[key]
     texts = given if isinstance(given, list) else [given]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise IA3Error(f"{key} is {shown(given)}, expected a text or a list of texts")

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from ...base.loading import BaseModel
 from ..prompts.encoding import EncodedExample
-from .answer_tokens import compute_dtype, evaluating, output_layer
-from .token_scores import TokenScores
+from .answer_tokens import TokenScores, compute_dtype, evaluating, output_layer
 
 Scorer = Callable[[BaseModel, Sequence[EncodedExample]], TokenScores]
 
-# How far scores may be off, as a share of what a mistake changes in them: a model that makes it is
-# at 1. Rounding in bfloat16 puts a model of 30 blocks at 0.06, in float32 at 0.00001.
+# How far scores may be off, as a share of what a mistake changes in them. Rounding in bfloat16 puts
+# a model of 30 blocks at 0.06, in float32 at 0.00001.
 TOLERANCE = 0.2
 WIDE_TOLERANCE = 0.005
 
