@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.paths import SHARED
 
 from ia3.errors import IA3Error
 from ia3.tfew.prompts.manifest import read_manifest
 from ia3.tfew.prompts.promptsource import Rendered
-from ia3.tfew.prompts.tasks import few_shot, load_templates
-
-DATA = SHARED / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
+from ia3.tfew.prompts.tasks import load_templates
 
 COPA = {"premise": "It rained.", "choice1": "A", "choice2": "B", "question": "cause", "label": 1}
 TICKETS = "body,queue\nmy card,acct\nmy parcel,ship_out\nmy pin,acct\n"
@@ -42,7 +38,6 @@ def folder(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "copa.jsonl").write_text(json.dumps(COPA) + "\n", "utf-8")
     (tmp_path / "tickets.csv").write_text(TICKETS, "utf-8")
-    (tmp_path / "test.csv").write_text("body,queue\nmy box,ship_out\n", "utf-8")
     (tmp_path / "promptsource" / "tickets").mkdir(parents=True)
     (tmp_path / "promptsource" / "tickets" / "templates.yaml").write_text(PROMPTSOURCE, "utf-8")
     return tmp_path
@@ -76,7 +71,7 @@ def test_tasks_in_their_order_with_own_templates(folder, monkeypatch):
     text = (
         "tasks:\n  tickets: {data: tickets.csv, templates: promptsource/tickets}\n"
         "  copa: {data: data/copa.jsonl}\n"
-        "  why: {data: data/copa.jsonl, templates: copa, test: data/copa.jsonl}\n"
+        "  why: {data: data/copa.jsonl, templates: copa}\n"
     )
     # Files are relative to the manifest, wherever the process is.
     monkeypatch.chdir("/")
@@ -85,19 +80,17 @@ def test_tasks_in_their_order_with_own_templates(folder, monkeypatch):
     assert [t.name for t in copa.templates] == [t.name for t in load_templates("copa")]
     assert [t.name for t in why.templates] == [t.name for t in copa.templates]
     assert list(copa.train) == [COPA]
-    assert (list(why.test), list(copa.test)) == ([COPA], [])
     # Neither a task made from the data set, nor one without answer choices.
     assert [t.name for t in tickets.templates] == ["asks"]
     assert rendered(tickets, 1) == Rendered("my parcel?", ("account", "delivery"), 1)
 
 
 def test_inline_templates(folder):
-    task = inline(folder, "test: test.csv", '["{{ body }}\\nCategory:", "of {{ body }} {# #}"]')
+    task = inline(folder, "", '["{{ body }}\\nCategory:", "of {{ body }} {# #}"]')
     first, second = task.templates
     # The labels made readable, where no choices are given.
     assert rendered(task) == Rendered("my card\nCategory:", ("acct", "ship out"), 0)
     assert second.render(task.train[1]) == Rendered("of my parcel", ("acct", "ship out"), 1)
-    assert first.render(task.test[0]) == Rendered("my box\nCategory:", ("acct", "ship out"), 1)
     assert first.choices_of({}) == ("acct", "ship out")
     # A text without a label can be asked about.
     assert first.render({"body": "a"}, labelled=False) == Rendered(
@@ -148,19 +141,6 @@ def test_a_column_that_jinja_cannot_name(folder):
     assert [rendered(task, row).answer for row in (0, 1)] == [0, 1]
 
 
-def test_a_sample_keeps_the_choices_of_the_whole_data(folder):
-    rare = next(i for i in range(20) if i not in few_shot(range(20), 3, 42))
-    rows = [{"body": f"t{i}", "queue": "ship" if i == rare else "acct"} for i in range(20)]
-    (folder / "tickets.csv").write_text(
-        "".join(f"{r['body']},{r['queue']}\n" for r in [{"body": "body", "queue": "queue"}, *rows])
-    )
-    task = inline(folder, "k: 3\n    seed: 42")
-    assert list(task.train) == few_shot(rows, 3, 42)
-    assert {row["queue"] for row in task.train} == {"acct"}
-    assert task.templates[0].choices_of({}) == ("acct", "ship")
-    assert list(inline(folder, "k: 3").train) == few_shot(rows, 3, 0)
-
-
 @pytest.mark.datasets
 def test_splits_of_a_folder_of_datasets(folder):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
@@ -168,17 +148,10 @@ def test_splits_of_a_folder_of_datasets(folder):
     def split(text):
         return datasets.Dataset.from_list([{"body": text, "queue": q} for q in ("acct", "ship")])
 
-    names = ("train", "extra", "test", "validation")
-    datasets.DatasetDict({n: split(n) for n in names}).save_to_disk(folder / "many")
-    tasks = read(
-        folder,
-        "tasks:\n"
-        "  a: {data: many, test: many, template: '{{ body }}', label: queue}\n"
-        "  b: {data: many, split: extra, test: many, test_split: validation,"
-        " template: '{{ body }}', label: queue}\n",
-    )
-    found = [(task.train[0]["body"], task.test[0]["body"]) for task in tasks]
-    assert found == [("train", "test"), ("extra", "validation")]
+    datasets.DatasetDict({n: split(n) for n in ("train", "extra")}).save_to_disk(folder / "many")
+    entry = "data: many, template: '{{ body }}', label: queue"
+    tasks = read(folder, f"tasks:\n  a: {{{entry}}}\n  b: {{{entry}, split: extra}}\n")
+    assert [task.train[0]["body"] for task in tasks] == ["train", "extra"]
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -208,10 +181,6 @@ INLINE = "data: tickets.csv, label: queue, template: '{{ body }}'"
             "task 'a': there are 'template' and 'templates'",
         ),
         ("tasks: {copa: {data: a.csv, label: x}}", "'label' without 'template'"),
-        ("tasks: {copa: {data: a.csv, seed: 1}}", "'seed' without 'k'"),
-        (f"tasks: {{a: {{{INLINE}, k: many}}}}", "task 'a': k is 'many', expected a whole number"),
-        (f"tasks: {{a: {{{INLINE}, k: 4}}}}", "task 'a': k: a sample of 4 rows of 3"),
-        (f"tasks: {{a: {{{INLINE}, k: 1, seed: 4294967296}}}}", r"expected 0 to 2\*\*32 - 1"),
         ("tasks: {a: {data: tickets.csv, template: []}}", "template is a list, expected a text or"),
         (
             "tasks: {a: {data: tickets.csv, label: queue, template: '{{ body }} ||| x'}}",
@@ -252,7 +221,6 @@ def test_unusable_manifests(folder, text, message):
     ("text", "missing"),
     [
         ("tasks: {copa: {data: data/cpa.jsonl}}", "cpa.jsonl"),
-        ("tasks: {copa: {data: data/copa.jsonl, test: no.csv}}", "no.csv"),
         ("tasks: {copa: {data: data/copa.jsonl, templates: promptsource/rte}}", "promptsource/rte"),
         ("tasks: {copa: {data: data/copa.jsonl, templates: data}}", "data/templates.yaml"),
     ],

@@ -22,8 +22,6 @@ from ia3.base.loading import BaseModel
 from ia3.errors import IA3Error
 from ia3.files.rows import read_rows
 from ia3.files.tables import Row, read_table
-from ia3.model.ia3_model import IA3Model
-from ia3.targets.config import IA3Config
 from ia3.tfew.prompts.encoding import Encoder
 from ia3.tfew.prompts.promptsource import PromptTemplate
 from ia3.tfew.prompts.tasks import (
@@ -37,7 +35,6 @@ from ia3.tfew.prompts.tasks import (
 )
 from ia3.tfew.prompts.templates import Template
 from ia3.tfew.scoring.evaluation import evaluate, predict_choices, spread
-from ia3.tfew.training.trainer import TFewConfig, train
 
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
@@ -305,16 +302,6 @@ NO_TARGET = template_of("t", "the {{ animal }} ||| ", "no ||| yes")
 def test_unusable_training_sets(templates, message):
     with pytest.raises(IA3Error, match=message):
         Task("t", templates, ROWS).training_examples(Encoder(base_of(), chat=False))
-
-
-def test_training_on_a_task_raises_its_score():
-    base = base_of(seed=3)
-    task = Task("t", [FIXED, TURNED, OWN], ROWS, ROWS)
-    before = evaluate(base, task).spread.median
-    model = IA3Model(base.model, IA3Config(task_type="CAUSAL_LM", target_modules="all-linear"))
-    examples = task.training_examples(Encoder(base, chat=False))
-    train(base, model, examples, TFewConfig(steps=15, learning_rate=5e-2))
-    assert evaluate(base, task).spread.median > before
 
 
 # -- evaluation ------------------------------------------------------------------------------------

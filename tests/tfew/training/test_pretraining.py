@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from ia3.tfew.prompts.promptsource import PromptTemplate
 from ia3.tfew.prompts.tasks import Task
 from ia3.tfew.prompts.templates import Template
 from ia3.tfew.scoring.choices import token_scores
+from ia3.tfew.temporary_adapter import temporary_adapter
 from ia3.tfew.training.losses import token_loss
 from ia3.tfew.training.pretraining import Mixture, mixing_rates, pretrain
 from ia3.tfew.training.trainer import DrawnExamples
@@ -44,7 +46,9 @@ ANIMALS = ["cat", "dog", "bird", "cow", "hen", "fox", "owl", "bee"]
 WORDS = [*ANIMALS, "the", "is", "it", "so", "a", "no", "yes", "big", "small", "flies", "walks"]
 # Dropout makes the steps depend on the random state, which a checkpoint has to bring back.
 SMALL = {"vocab_size": VOCABULARY, "initializer_range": 0.2}
-GPT2 = GPT2Config(**SMALL, n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=1)
+GPT2 = GPT2Config(
+    **SMALL, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1
+)
 RECIPE = TFewConfig(steps=60, batch_size=4, learning_rate=3e-2, seed=3)
 
 
@@ -96,17 +100,9 @@ def test_rates_by_hand(sizes, cap, rates):
     assert found == pytest.approx(rates)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "cap", "message"),
-    [
-        ({}, 1, "no tasks to mix"),
-        ({"a": 1}, 0, "cap is 0, expected at least 1"),
-        ({"a": 1, "b": 0}, 1, "task 'b' has 0 training examples"),
-    ],
-)
-def test_impossible_rates(sizes, cap, message):
-    with pytest.raises(IA3Error, match=message):
-        mixing_rates(sizes, cap)
+def test_an_impossible_cap():
+    with pytest.raises(IA3Error, match="cap is 0, expected at least 1"):
+        mixing_rates({"a": 1}, 0)
 
 
 # -- draws -----------------------------------------------------------------------------------------
@@ -201,34 +197,20 @@ def loss_of(base, task, adapter, template=0):
     """The recipe's loss on a task's training set, under one template."""
     examples = task.training_examples(Encoder(base, chat=False))
     encoded = [e.encoded[template] for e in examples]
-    model = None if adapter is None else IA3Model.from_adapter(base.model, adapter)
-    try:
-        with torch.no_grad():
-            scores = token_scores(base, encoded)
-            return token_loss(scores, torch.tensor([e.label for e in examples])).total.item()
-    finally:
-        if model is not None:
-            model.unload()
+    with nullcontext() if adapter is None else temporary_adapter(base, adapter), torch.no_grad():
+        scores = token_scores(base, encoded)
+        return token_loss(scores, torch.tensor([e.label for e in examples])).total.item()
 
 
 def test_the_loss_falls_on_every_task(trained):
     base, adapter, steps = trained
     assert [step.step for step in steps] == list(range(1, 61))
+    kinds = {(v.dtype, v.device.type, v.requires_grad) for v in adapter.vectors.values()}
+    assert kinds == {(torch.float32, "cpu", False)}
     for task in TASKS:
         for template in range(len(task.templates)):
             before = loss_of(base, task, None, template)
             assert loss_of(base, task, adapter, template) < 0.8 * before
-
-
-def test_the_vectors_are_float32_at_the_classifiers_sites(trained):
-    base, adapter, _ = trained
-    fitted = FewShotClassifier(base.model, "{{ text }} is", tokenizer=base.tokenizer, steps=0)
-    fitted.fit(["the cat", "the dog"], ["big", "small"])
-    assert adapter.vectors.keys() == fitted.adapter_.vectors.keys()
-    for vector in adapter.vectors.values():
-        assert (vector.dtype, vector.device.type) == (torch.float32, "cpu")
-        assert not vector.requires_grad
-        assert (vector != 1).any()
 
 
 def test_the_base_model_is_as_it_was_after_a_divergence():
@@ -258,6 +240,7 @@ def test_a_classifier_begins_where_pre_training_ended(trained, tmp_path):
         )
         classifier.fit(TEXTS, LABELS)
         losses.append(classifier.history_[0].loss)
+        assert classifier.adapter_.vectors.keys() == adapter.vectors.keys()
     # The first batch is the whole of this training set, which is the task's under one template.
     assert losses[0] == losses[1]
     assert losses[0] == pytest.approx(loss_of(base, SIZE, adapter), rel=1e-5)
@@ -298,7 +281,6 @@ def test_unusable_tasks(tasks, message):
     "change",
     [
         {"cap": 5},
-        {"tasks": [SIZE, Task("walks", MOVES.templates, MOVES.train)]},
         {"tasks": [SIZE, Task("moves", MOVES.templates, [*MOVES.train[1:], MOVES.train[0]])]},
     ],
 )

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.scoring import NOT_SHARING, SHARING
+from support.scoring import LLAMA, NOT_SHARING, SHARING
 from support.tfew import (
     VOCABULARY,
     child_environment,
@@ -319,14 +319,8 @@ def test_logging(tmp_path):
 @pytest.mark.quantized
 def test_a_quantized_base_trains(tmp_path):
     pytest.importorskip("bitsandbytes")
-    settings = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        initializer_range=0.2,
-    )
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    settings = LlamaConfig(**{**LLAMA, **shape})
     random_model(settings).save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=BitsAndBytesConfig(load_in_4bit=True)

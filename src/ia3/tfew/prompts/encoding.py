@@ -97,13 +97,11 @@ class Encoder:
         room = self._max_length
         if not self._encoder_decoder:
             room -= max(len(choice) for choice in choices)
-        limit = f"the model's context has room for {room}"
-        if self._max_prompt_tokens is not None and self._max_prompt_tokens < room:
-            room = self._max_prompt_tokens
-            limit = f"max_prompt_tokens is {room}"
+        if self._max_prompt_tokens is not None:
+            room = min(room, self._max_prompt_tokens)
         if len(prompt) > room:
             self.truncated += 1
-            prompt = self._truncated_prompt(dict(example), template, words, prompt, room, limit)
+            prompt = self._truncated_prompt(dict(example), template, words, room)
         return EncodedExample(prompt, choices)
 
     def _prompt_text(
@@ -145,29 +143,26 @@ class Encoder:
         return tuple(ids)
 
     def _truncated_prompt(
-        self,
-        example: dict[str, Any],
-        template: Template,
-        words: tuple[str, ...],
-        prompt: tuple[int, ...],
-        room: int,
-        limit: str,
+        self, example: dict[str, Any], template: Template, words: tuple[str, ...], room: int
     ) -> tuple[int, ...]:
-        while len(prompt) > room:
-            texts = {name: v for name, v in example.items() if isinstance(v, str) and v}
-            longest = max(
-                (name for name in texts if template.reads(name)),
-                key=lambda name: len(texts[name]),
-                default=None,
-            )
-            if longest is None:
+        while True:
+            prompt = self._prompt_ids(self._prompt_text(example, template, words))
+            if len(prompt) <= room:
+                return prompt
+            texts = {
+                name: value
+                for name, value in example.items()
+                if isinstance(value, str) and value and template.reads(name)
+            }
+            if not texts:
+                by_setting = room == self._max_prompt_tokens
+                limit = "max_prompt_tokens is" if by_setting else "the model's context has room for"
                 raise IA3Error(
                     f"template {template.name!r} needs {len(prompt)} tokens without any text; "
-                    f"{limit}"
+                    f"{limit} {room}"
                 )
+            longest = max(texts, key=lambda name: len(texts[name]))
             example[longest] = self._without_last_tokens(texts[longest], len(prompt) - room)
-            prompt = self._prompt_ids(self._prompt_text(example, template, words))
-        return prompt
 
     def _without_last_tokens(self, text: str, count: int) -> str:
         """The text's beginning, shorter by so many tokens, and by one character at least."""

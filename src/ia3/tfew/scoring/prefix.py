@@ -105,12 +105,9 @@ def choice_scores_after(
         base: a model that `caches_prefix`, as it was when the prefix was computed.
         prefix: most prompts begin with it, or with a part of it.
         examples: all with the same number of choices.
-        max_tokens: computed at once, unless one choice after its prompt has more; fewer behind a
-            long prefix, whose part of the mask takes memory too.
-        progress: called with the number of examples done since the last call.
-
-    Returns:
-        `[examples, choices]`, float32, on the CPU.
+        max_tokens: as in `choice_scores`; fewer behind a long prefix, whose part of the mask takes
+            memory too.
+        progress: as in `choice_scores`.
     """
     if not examples:
         return torch.empty(0, 0)

@@ -50,10 +50,7 @@ def shared_scores(
 
 
 class TreeRow:
-    """A row of examples whose choices branch off from their prompts.
-
-    A token stands in the row once for all choices that have the same tokens up to it. The tokens
-    that follow it stand behind it, one branch after the other (depth first).
+    """A row of examples whose choices branch off from their prompts, depth first.
 
     Args:
         start: the row's first position in the flattened batch.

@@ -68,7 +68,18 @@ def tfew_loss(
             points at a choice with no token, or not exactly one of `pad_token_id` and `target_mask`
             is given.
     """
-    mask = _target_mask(logits, target_ids, pad_token_id, target_mask)
+    if logits.dim() != 4 or not logits.is_floating_point():
+        raise IA3Error(
+            f"logits are {_described(logits)}, expected floating [batch, choices, length, "
+            "vocabulary]"
+        )
+    for name, tensor, dims in (("target_ids", target_ids, 3), ("labels", labels, 1)):
+        if tensor.shape != logits.shape[:dims] or not _is_integer(tensor):
+            raise IA3Error(
+                f"{name} are {_described(tensor)}, expected integers {list(logits.shape[:dims])}, "
+                f"as the logits {list(logits.shape)} have them"
+            )
+    mask = _target_mask(target_ids, pad_token_id, target_mask).to(logits.device)
     _check_labels(labels, mask)
     tokens = target_ids[mask].to(logits.device, torch.int64)
     outside = tokens[(tokens < 0) | (tokens >= logits.shape[-1])]
@@ -124,35 +135,23 @@ def token_loss(
 
 
 def _target_mask(
-    logits: Tensor, target_ids: Tensor, pad_token_id: int | None, target_mask: Tensor | None
+    target_ids: Tensor, pad_token_id: int | None, target_mask: Tensor | None
 ) -> Tensor:
-    if logits.dim() != 4 or not logits.is_floating_point():
-        raise IA3Error(
-            f"logits are {_described(logits)}, expected floating [batch, choices, length, "
-            "vocabulary]"
-        )
-    if target_ids.shape != logits.shape[:3] or not _is_integer(target_ids):
-        raise IA3Error(
-            f"target_ids are {_described(target_ids)}, expected integers "
-            f"{list(logits.shape[:3])}, as the logits {list(logits.shape)} have them"
-        )
     if (pad_token_id is None) == (target_mask is None):
         both = "neither" if pad_token_id is None else "both"
         raise IA3Error(f"expected one of pad_token_id and target_mask, {both} given")
     if target_mask is None:
-        return torch.ne(target_ids, pad_token_id).to(logits.device)  # type: ignore[arg-type]
+        return torch.ne(target_ids, pad_token_id)  # type: ignore[arg-type]
     if target_mask.shape != target_ids.shape:
         raise IA3Error(
             f"target_mask is {_described(target_mask)}, expected {list(target_ids.shape)}, as "
             "target_ids"
         )
-    return target_mask.to(logits.device).bool()
+    return target_mask.bool()
 
 
 def _check_labels(labels: Tensor, mask: Tensor) -> None:
     batch, choices, _ = mask.shape
-    if labels.shape != (batch,) or not _is_integer(labels):
-        raise IA3Error(f"labels are {_described(labels)}, expected integers [{batch}]")
     if not batch:
         raise IA3Error("the batch has no examples: there is nothing to average over")
     having = mask.any(-1).tolist()

@@ -50,8 +50,6 @@ if importlib.util.find_spec("accelerate") is None:
 # In a checkpoint, beside the Trainer's own files: what identifies the run, and its steps so far.
 RUN_NAME = "ia3_run.json"
 CHECKPOINT_STEPS = 25
-# The authors' Adafactor scales its steps by the size of a vector; the Trainer's default does not.
-ADAFACTOR = {"scale_parameter": True, "relative_step": False}
 # Compared by digests, which error messages do not show.
 DIGESTS = ("examples", "base model", "first vectors")
 _TERMS = ("lm", "length_norm", "unlikelihood")
@@ -284,7 +282,9 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
                 f"{arguments.world_size} processes train: expected one, as gradients are not "
                 "averaged over processes"
             )
-        adafactor = (Adafactor, {"lr": arguments.learning_rate, **ADAFACTOR})
+        # The authors' scales its steps by the size of a vector; the Trainer's default does not.
+        settings = {"scale_parameter": True, "relative_step": False}
+        adafactor = (Adafactor, {"lr": arguments.learning_rate, **settings})
         super().__init__(
             model=ia3_model,
             args=arguments,
