@@ -28,7 +28,7 @@ def upper(base, blocks):
     return IA3Model(base.model, all_linear(base, blocks))
 
 
-@pytest.mark.parametrize("count", [2, 11, 12])
+@pytest.mark.parametrize("count", [2, 11])
 def test_peft_reads_the_same_model(tmp_path, count):
     """Block 1's name is the end of block 11's in part: neither takes the other along."""
     peft = pytest.importorskip("peft")

@@ -51,10 +51,10 @@ def temporary_adapter(
     Args:
         base: the model.
         adapter: the adapter, or the config of a new one, whose vectors are ones.
-        source: the name of the adapter in error messages.
+        source: names the adapter in error messages.
 
     Yields:
-        The model with the adapter active under the name `"default"`.
+        The model with the adapter active as `"default"`.
 
     Raises:
         IA3Error: the adapter or the config does not fit the model.

@@ -36,13 +36,6 @@ def ids_of(text):
 # -- prompt and choices ----------------------------------------------------------------------------
 
 
-def test_tokens_are_those_of_the_joined_text():
-    encoded = encoder().encode({"text": "Where is my card?"}, TEMPLATE)
-    assert encoded.prompt == ids_of("Where is my card?\nCategory:")
-    for choice, words in zip(encoded.choices, CHOICES, strict=True):
-        assert encoded.prompt + choice == ids_of(f"Where is my card?\nCategory: {words}")
-
-
 def is_whole(text):
     """Whether the tokenizer can write it: its vocabulary lacks a few bytes."""
     return bool(text.strip()) and TOKENIZER.decode(ids_of(text)) == text

@@ -6,14 +6,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...base.loading import BaseModel
 from ...errors import IA3Error
 from .templates import Template
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # A choice is tokenised after so many last characters of the prompt, which decide how.
 _TAIL_CHARACTERS = 12
@@ -131,7 +128,7 @@ class Encoder:
             ids = [tuple(self._tokenizer(word)["input_ids"]) for word in words]
         else:
             separator = "" if tail[-1].isspace() else " "
-            ids = [_ids_after(self._tokenizer, tail, separator + word) for word in words]
+            ids = [self._ids_after(tail, separator + word) for word in words]
         for index, choice in enumerate(ids):
             if not choice:
                 raise IA3Error(f"choice {words[index]!r} has no token")
@@ -141,6 +138,13 @@ class Encoder:
                     "tokens: give one other words"
                 )
         return tuple(ids)
+
+    def _ids_after(self, before: str, text: str) -> tuple[int, ...]:
+        first = self._tokenizer(before, add_special_tokens=False)["input_ids"]
+        both = self._tokenizer(before + text, add_special_tokens=False)["input_ids"]
+        if both[: len(first)] == first:
+            return tuple(both[len(first) :])
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _truncated_prompt(
         self, example: dict[str, Any], template: Template, words: tuple[str, ...], room: int
@@ -175,14 +179,6 @@ class Encoder:
         # The place where the first token to cut begins: a character of several tokens goes whole.
         end = offsets[-count][0] if count < len(offsets) else 0
         return text[: min(end, len(text) - 1)]
-
-
-def _ids_after(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> tuple[int, ...]:
-    first = tokenizer(before, add_special_tokens=False)["input_ids"]
-    both = tokenizer(before + text, add_special_tokens=False)["input_ids"]
-    if both[: len(first)] == first:
-        return tuple(both[len(first) :])
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def context_length(base: BaseModel) -> int:

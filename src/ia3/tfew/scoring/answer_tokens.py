@@ -111,11 +111,7 @@ def answer_scores(
 def _from_hidden_states(
     model: nn.Module, positions: Tensor, answers: AnswerTokens, run: Callable[[], Any]
 ) -> Tensor | None:
-    """`[scores]`, without the logits of all positions at once.
-
-    Returns:
-        `None` where the logits are more than a linear projection.
-    """
+    """`[scores]`; `None` where the logits are more than a linear projection."""
     head = output_layer(model)
     if model in _change_logits or not is_plain(head):
         return None
