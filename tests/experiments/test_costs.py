@@ -73,8 +73,12 @@ def test_vectors_take_4_megabytes():
 # -- a model of one's own --------------------------------------------------------------------------
 
 LLAMA = {
-    "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 4,
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
 }
 T5 = {"vocab_size": 64, "d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 512, "num_layers": 3}
 TOKENS = 16
