@@ -40,21 +40,20 @@ def written_out(classifier, text):
     def ids(of_text):
         return tuple(base.tokenizer(of_text)["input_ids"])
 
-    def scores(demonstrations, prompt):
-        space = "" if base.is_encoder_decoder else " "
-        choices = tuple(ids(space + words) for words in CHOICES.values())
-        return plain_scores(base, EncodedExample(ids(demonstrations + prompt), choices)).double()
+    space = "" if base.is_encoder_decoder else " "
+    choices = tuple(ids(space + words) for words in CHOICES.values())
 
-    def prompt(of_text):
-        return f"question : {of_text}\nabout"
+    def probabilities(demonstrations, of_text):
+        prompt = ids(f"{demonstrations}question : {of_text}\nabout")
+        return plain_scores(base, EncodedExample(prompt, choices)).double().softmax(-1)
 
-    probabilities = []
+    members = []
     for demonstrations in classifier.demonstrations_[0]:
-        probability = scores(demonstrations, prompt(text)).softmax(-1)
+        member = probabilities(demonstrations, text)
         if classifier.calibrate:
-            probability /= scores(demonstrations, prompt("N/A")).softmax(-1)
-        probabilities.append(probability / probability.sum())
-    return torch.stack(probabilities).mean(0).numpy()
+            member /= probabilities(demonstrations, "N/A")
+        members.append(member / member.sum())
+    return torch.stack(members).mean(0).numpy()
 
 
 # -- the classifier --------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 METHODS = ("zero-shot", "icl", "tfew", "setfit")
 
-# As `ia3.report.console.counting_bar`: from what is done and how much of it there is to a context
+# As `ia3.report.console.counting_bar`: from what is done, and how much of it there is, to a context
 # with a function that is called with how much more is done.
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -373,14 +373,8 @@ def _tfew(
 def _in_context(
     sample: Sample, settings: Settings, base: BaseModel, asked: Sequence[EncodedExample]
 ) -> tuple[InContextClassifier, _Fitted]:
-    """Have demonstrations in the prompt, computed once if the model can cache them."""
-    classifier = InContextClassifier(
-        **settings.common(),
-        ensemble=settings.ensemble,
-        calibrate=settings.calibrate,
-        leave_out=True,
-        seed=sample.seed,
-    )
+    given = {**settings.common(), "ensemble": settings.ensemble, "calibrate": settings.calibrate}
+    classifier = InContextClassifier(**given, leave_out=True, seed=sample.seed)
     started = time.perf_counter()
     classifier.fit(sample.texts, sample.labels)
     # The first answer computes the demonstrations.
