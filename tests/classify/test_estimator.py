@@ -507,7 +507,7 @@ def test_truncation_is_one_warning(tokenizer):
 # -- other models ----------------------------------------------------------------------------------
 
 
-def test_encoder_decoder(tmp_path):
+def test_encoder_decoder():
     words = sorted({word for text in TEXTS + NEW for word in text.replace(".", " ").split()})
     tokenizer = word_tokenizer([*words[:80], "billing", "delivery"], end=True)
     model = tiny_t5()
@@ -519,9 +519,6 @@ def test_encoder_decoder(tmp_path):
     np.testing.assert_allclose(probabilities.sum(1), 1)
     bare = FewShotClassifier(model, steps=0, tokenizer=tokenizer).fit(TEXTS, LABELS)
     assert not np.allclose(bare.predict_proba(NEW), probabilities)
-    classifier.save(tmp_path)
-    loaded = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
-    np.testing.assert_array_equal(loaded.predict_proba(NEW), probabilities)
 
 
 def test_upper_blocks(make, model, tokenizer, tmp_path):

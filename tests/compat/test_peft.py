@@ -36,6 +36,11 @@ def always_uninstalled():
     integration.uninstall()
 
 
+@pytest.fixture
+def installed():
+    integration.install()
+
+
 def with_ours(make: Callable[[], Any]) -> Any:
     """The same with this library's (IA)³ inside PEFT."""
     integration.install()
@@ -141,8 +146,7 @@ def test_round_trip_leaves_peft_as_it_was():
         assert exposed() == before
 
 
-def test_only_other_versions_of_peft_are_warned_about(monkeypatch, recwarn):
-    integration.install()
+def test_only_other_versions_of_peft_are_warned_about(installed, monkeypatch, recwarn):
     assert not recwarn.list
     monkeypatch.setattr(peft, "__version__", "0.210.0")
     with pytest.warns(UserWarning, match=r"tested with peft 0\.20 and 0\.21, this is 0\.210\.0"):
@@ -214,8 +218,7 @@ def test_modules_that_peft_refuses():
     assert relative(ours(IDS), small(IDS)) < 1e-6
 
 
-def test_a_hook_on_the_base_module_sees_its_own_output(tiny_llama):
-    integration.install()
+def test_a_hook_on_the_base_module_sees_its_own_output(installed, tiny_llama):
     ids = torch.arange(3, 12)[None]
     plain = tiny_llama.model.layers[0].self_attn.v_proj
     seen: list[Tensor] = []
@@ -226,8 +229,7 @@ def test_a_hook_on_the_base_module_sees_its_own_output(tiny_llama):
     assert torch.equal(seen[0], expected)
 
 
-def test_one_module_cannot_be_rescaled_on_both_sides():
-    integration.install()
+def test_one_module_cannot_be_rescaled_on_both_sides(installed):
     model = adapt(Small(), target_modules=["linear"], feedforward_modules=[])
     config = peft.IA3Config(target_modules=["linear"], feedforward_modules=["linear"])
     with pytest.raises(IA3Error, match=r"'linear': this adapter rescales its input.*its output"):
@@ -270,8 +272,7 @@ def test_unmerging_restores_the_bits_where_peft_does_not(kind, dtype, make_model
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_equals_unmerged(kind, make_model, make_inputs):
-    integration.install()
+def test_merged_equals_unmerged(installed, kind, make_model, make_inputs):
     inputs = make_inputs(kind)
     base = make_model(kind)
     names = dict(base.named_modules())
@@ -305,8 +306,7 @@ def test_disabling_unmerges(make_model, make_inputs):
     assert exact == [True, False]
 
 
-def test_a_layer_alone_is_not_merged(tiny_llama):
-    integration.install()
+def test_a_layer_alone_is_not_merged(installed, tiny_llama):
     for verb in (layers(adapt(tiny_llama))[0].merge, layers(tiny_llama)[0].unmerge):
         with pytest.raises(NotImplementedError, match="merge_adapter"):
             verb()
@@ -340,8 +340,7 @@ def test_a_weight_that_another_module_shares_is_not_merged_into(make_model):
     assert weights(model) == before
 
 
-def test_weights_under_another_kind_of_adapter_are_not_merged_into(tiny_llama):
-    integration.install()
+def test_weights_under_another_kind_of_adapter_are_not_merged_into(installed, tiny_llama):
     lora = peft.get_peft_model(tiny_llama, peft.LoraConfig(target_modules=["k_proj"]))
     with pytest.raises(IA3Error, match=r"k_proj'.* another kind of adapter is between"):
         adapt(lora, target_modules=["k_proj"], feedforward_modules=[]).merge_adapter()
@@ -413,8 +412,7 @@ def test_merging_into_quantized_weights(bits, modules):
 
 
 @pytest.mark.quantized
-def test_an_input_vector_that_quantized_weights_cannot_take():
-    integration.install()
+def test_an_input_vector_that_quantized_weights_cannot_take(installed):
     modules = {"target_modules": ["o_proj"], "feedforward_modules": ["o_proj"]}
     model = adapt(quantized_llama(4), **modules)
     with pytest.raises(IA3Error, match=r"o_proj.*columns.*no layer before it .* instead$"):
@@ -475,8 +473,7 @@ def test_an_architecture_that_peft_does_not_know(tiny_llama):
     assert config.feedforward_modules == {"down_proj"}
 
 
-def test_choices_that_are_left_to_the_caller(tiny_gpt2):
-    integration.install()
+def test_choices_that_are_left_to_the_caller(installed, tiny_gpt2):
     with pytest.raises(IA3Error, match=r"no default target_modules.*\(Small\).*no attention"):
         peft.get_peft_model(Small(), peft.IA3Config())
     tiny_gpt2.config.model_type = "newcomer"
@@ -538,8 +535,7 @@ def test_transformers_own_adapters(make_model, make_inputs, tmp_path):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_copies_and_pickles(merged, make_model, make_inputs):
-    integration.install()
+def test_copies_and_pickles(installed, merged, make_model, make_inputs):
     inputs = make_inputs("t5")
     model = adapt(make_model("t5"))
     expected = model(**inputs).logits
@@ -554,8 +550,7 @@ def test_copies_and_pickles(merged, make_model, make_inputs):
     assert all(layer.merged == merged for layer in layers(model))
 
 
-def test_compiled_without_a_break(make_model, make_inputs):
-    integration.install()
+def test_compiled_without_a_break(installed, make_model, make_inputs):
     inputs = {k: v for k, v in make_inputs("llama").items() if k != "labels"}
     model = adapt(make_model("llama"))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
