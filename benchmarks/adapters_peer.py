@@ -85,10 +85,7 @@ def compare(frozen: Any, rows: set[str], batch: tuple[int, int], repeats: int) -
 
 def in_milliseconds(timings: Any) -> dict[str, float]:
     """Its time, and what that is to the base model's."""
-    return {
-        "value": 1e3 * timings.median("adapters"),
-        "ratio": timings.ratio("adapters", "frozen"),
-    }
+    return {"value": 1e3 * timings.median("adapters"), "ratio": timings.ratio("adapters", "frozen")}
 
 
 def handle(frozen: Any, rows: set[str], others: list[int], repeats: int) -> dict[str, Any]:

@@ -136,9 +136,7 @@ def training_costs(
 
 
 def _training_curves(
-    name: str,
-    cause: str,
-    costs: Iterable[tuple[float, dict[str, tuple[float, float]]]],
+    name: str, cause: str, costs: Iterable[tuple[float, dict[str, tuple[float, float]]]]
 ) -> list[Curve]:
     seconds = Curve(name, cause, "training step, ms")
     memory = Curve(name, cause, "saved for backward, MiB")

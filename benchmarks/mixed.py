@@ -80,10 +80,7 @@ class MixedDecoding:
         """Decode a token of each row."""
         with torch.no_grad():
             self._model(
-                input_ids=self._tokens,
-                past_key_values=self._cache,
-                use_cache=True,
-                **self._options,
+                input_ids=self._tokens, past_key_values=self._cache, use_cache=True, **self._options
             )
 
     def back(self) -> None:

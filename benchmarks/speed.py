@@ -409,9 +409,7 @@ def adapter_rows(bench: Bench) -> list[Row]:
             return {name: lambda name=name: action(name) for name in models}
 
         def in_both_ways(
-            action: Callable[[str], None],
-            repeats: int,
-            after: Callable[[str], None] | None = None,
+            action: Callable[[str], None], repeats: int, after: Callable[[str], None] | None = None
         ) -> dict[str, dict[str, float]]:
             steps, ends = of_each(action), of_each(after) if after is not None else {}
             turns = take_turns(steps, repeats, after=ends, warm_up=3)

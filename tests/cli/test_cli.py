@@ -142,10 +142,7 @@ def test_fit_json(fitted: Any) -> None:
 
 def test_predict_json(fitted: Any) -> None:
     place, _ = fitted
-    rows = [
-        {"id": 1, "body": 'naïve, "so"\n', "more": {"a": None}},
-        {"id": 2, "body": ""},
-    ]
+    rows = [{"id": 1, "body": 'naïve, "so"\n', "more": {"a": None}}, {"id": 2, "body": ""}]
     place.write("new.jsonl", "\n\n".join(map(json.dumps, rows)))
     command = ("predict", "my-adapter", "--data", "new.jsonl", "--text", "body", "--json")
     # Standard output is UTF-8 whatever the terminal is.
@@ -284,8 +281,7 @@ def test_fit_many(model_place: Place) -> None:
     )
     fit = ("fit", "--model", model_place.model, "--data", "train.csv", "--steps", 3)
     done, alone = model_place.run_all(
-        ("fit-many", "tasks.yaml", "--out", "many", "--json"),
-        (*fit, "--out", "alone", "--seed", 4),
+        ("fit-many", "tasks.yaml", "--out", "many", "--json"), (*fit, "--out", "alone", "--seed", 4)
     )
     assert done.returncode == 1, done.stderr
     tasks = {task["task"]: task for task in json.loads(done.stdout)["tasks"]}

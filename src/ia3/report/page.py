@@ -158,9 +158,6 @@ table { border-collapse: collapse; font-size: .9375rem; }
 th, td { text-align: left; padding: 5px 20px 5px 0; border-bottom: 1px solid var(--grid); }
 th { color: var(--muted); font-weight: 500; white-space: nowrap; }
 th:nth-child(n+3), td:nth-child(n+3) { text-align: right; font-variant-numeric: tabular-nums; }
-details { margin-top: 16px; font-size: .9375rem; }
-summary { cursor: pointer; color: var(--muted); }
-ol { columns: 15em; margin: 8px 0 0; padding-left: 2.5em; overflow-wrap: anywhere; }
 @media (max-width: 600px) {
   main { padding: 20px 12px 40px; }
   section { padding: 16px; }
