@@ -155,9 +155,7 @@ def read(name: str, seed: int, data: Path) -> Task:
     from ia3.tfew.prompts.tasks import SEEDS, Task, few_shot, load_templates
 
     if name in ("sst2", "trec"):
-        split = few_shot_split(name, seed, data)
-        train = list(zip(split.train_texts, split.train_labels, strict=True))
-        whole = list(zip(split.test_texts, split.test_labels, strict=True))
+        train, whole = few_shot_split(name, seed, data)
         test = random.Random(0).sample(whole, TEST_ROWS)
         words = TREC_WORDS if name == "trec" else {"negative": "negative", "positive": "positive"}
         rows = [[{"text": t, "answer": words[x]} for t, x in part] for part in (train, test)]

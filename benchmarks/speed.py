@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from measuring import (
     Handling,
+    Timings,
     batch_of,
     contestants,
     forward_pass,
@@ -100,6 +101,28 @@ class Row:
         return all(found) if found else None
 
 
+def timed_row(
+    name: str,
+    measured: str,
+    timings: Timings,
+    names: Mapping[str, str],
+    limit: str,
+    against: str,
+    reach: dict[str, float],
+    peer: str = "",
+) -> Row:
+    """A row in milliseconds, with ratios in the same turn.
+
+    Args:
+        names: contestant -> its name in `timings`.
+        limit: the name in `timings` of what the ratios are against.
+    """
+    values = {contestant: 1e3 * timings.median(own) for contestant, own in names.items()}
+    ratios = {contestant: timings.ratio(own, limit) for contestant, own in names.items()}
+    level = 1e3 * timings.median(limit)
+    return Row(name, measured, "ms", values, reach, against, level, ratios, peer)
+
+
 # -- what is measured on ---------------------------------------------------------------------------
 
 
@@ -159,19 +182,10 @@ def step_row(bench: Bench) -> list[Row]:
         {name: training_step(model, embeddings, labels) for name, model in models.items()},
         bench.repeats,
     )
-    return [
-        Row(
-            "step",
-            f"training step, {BATCH[0]} × {BATCH[1]} tokens",
-            "ms",
-            {name: 1e3 * timings.median(name) for name in bench.adapted},
-            {"ia3": 1.02, "ia3 fused": 1.02},
-            "the same",
-            1e3 * timings.median("frozen"),
-            {name: timings.ratio(name, "frozen") for name in bench.adapted},
-            peer="step",
-        )
-    ]
+    measured = f"training step, {BATCH[0]} × {BATCH[1]} tokens"
+    reach = {"ia3": 1.02, "ia3 fused": 1.02}
+    names = {name: name for name in bench.adapted}
+    return [timed_row("step", measured, timings, names, "frozen", "the same", reach, "step")]
 
 
 def tfew_rows(bench: Bench) -> list[Row]:
@@ -207,7 +221,6 @@ def tfew_rows(bench: Bench) -> list[Row]:
     prompt, answers = len(many[0].prompt), sum(map(len, many[0].choices))
     of_many = f"{len(many[0].choices)} choices (Banking77, {prompt} + {answers} tokens)"
     of_few = f"{FEW_EXAMPLES} examples of {FEW_CHOICES} choices, prompts of {FEW_TOKENS} tokens"
-    expanded = "the same with choices expanded in the batch"
     rows = []
     for what, work, examples, reach, repeats in (
         (f"T-Few training step, {of_many}", training, many, 1 / 9, (bench.repeats + 2) // 3),
@@ -218,18 +231,9 @@ def tfew_rows(bench: Bench) -> list[Row]:
         # The other one takes half a minute, and its first time is like all others.
         steps["ia3"]()
         timings = take_turns(steps, repeats, warm_up=0)
-        rows.append(
-            Row(
-                "tfew",
-                what,
-                "ms",
-                {"ia3": 1e3 * timings.median("ia3")},
-                {"ia3": reach},
-                expanded,
-                1e3 * timings.median("expanded"),
-                {"ia3": timings.ratio("ia3", "expanded")},
-            )
-        )
+        names = {"ia3": "ia3"}
+        against = "the same with choices expanded in the batch"
+        rows.append(timed_row("tfew", what, timings, names, "expanded", against, {"ia3": reach}))
     return rows
 
 
@@ -277,16 +281,12 @@ def decoded(
     """One token decoded on as many threads as there are now."""
     timings = time_decoding(models, bench.vocabulary, 8 * bench.repeats)
     return [
-        Row(
+        timed_row(
             "decode",
             f"one token decoded, 64 in the cache, {what}{how}",
-            "ms",
-            {name: 1e3 * timings.median(name + ending) for name in names},
-            reach,
-            "base model",
-            1e3 * timings.median("frozen"),
-            {name: timings.ratio(name + ending, "frozen") for name in names},
-            peer="" if how else f"decode {what}",
+            timings,
+            {name: name + ending for name in names},
+            *("frozen", "base model", reach, "" if how else f"decode {what}"),
         )
         for what, names, ending, reach in (
             ("unmerged", bench.adapted, "", {"ia3": 1.03, "ia3 fused": 1.03}),
@@ -378,20 +378,12 @@ def adapter_rows(bench: Bench) -> list[Row]:
             rows.append(row(what, "load", bench.repeats, 3.0, f"load {others}"))
         what = f"switch to another adapter, {others} on the model"
         rows.append(row(what, "switch", 8 * bench.repeats, 0.5, "switch"))
-    return [
-        *rows,
-        Row(
-            "adapters",
-            "save an adapter",
-            "ms",
-            {"ia3": 1e3 * saving.median("ia3")},
-            {"ia3": 1 / 5},
-            "PEFT",
-            1e3 * saving.median("PEFT"),
-            {"ia3": saving.ratio("ia3", "PEFT")},
-            peer="save",
-        ),
-    ]
+    reach = {"ia3": 1 / 5}
+    names = {"ia3": "ia3"}
+    rows.append(
+        timed_row("adapters", "save an adapter", saving, names, "PEFT", "PEFT", reach, "save")
+    )
+    return rows
 
 
 def start_rows(bench: Bench) -> list[Row]:
