@@ -62,17 +62,6 @@ def test_saved_bytes_are_storages_counted_once_without_parameters():
     assert measuring.saved_bytes(model, twice) == 4 * 16 * 4 + 4 * 8 * 4
 
 
-def test_a_copy_with_the_same_weights_has_modules_of_its_own(tiny_llama):
-    copied = measuring.same_weights(tiny_llama)
-    pairs = zip(tiny_llama.parameters(), copied.parameters(), strict=True)
-    assert all(one is other for one, other in pairs)
-    adapted = measuring.on_ia3(copied)
-    for vector in adapted.vectors("default").values():
-        vector.data.fill_(2.0)
-    ids = torch.arange(6)[None]
-    assert not torch.allclose(adapted(input_ids=ids).logits, tiny_llama(input_ids=ids).logits)
-
-
 @pytest.fixture
 def base(tiny_llama) -> BaseModel:
     return BaseModel(tiny_llama, word_tokenizer(), "tiny")
