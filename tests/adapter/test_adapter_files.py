@@ -11,7 +11,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.pairs import adapted, logits, randomize, relative, vectors
 from support.snapshots import assert_unchanged, snapshot
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
 from ia3 import IA3Config, IA3Error, IA3Model
@@ -180,9 +180,7 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
 
 
 @pytest.fixture(params=["plain", "adapted", "merged"])
-def target(
-    request: pytest.FixtureRequest, make_model: MakeModel
-) -> Iterator[tuple[nn.Module, Callable[[Path], object]]]:
+def target(request, make_model):
     """A model, and how to load an adapter onto it."""
     base = make_model("llama")
     if request.param == "plain":
@@ -197,12 +195,7 @@ def target(
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN)
-def test_broken_files(
-    adapter: Path,
-    target: tuple[nn.Module, Callable[[Path], object]],
-    damage: Callable[[Path], object],
-    message: str,
-) -> None:
+def test_broken_files(adapter, target, damage, message):
     model, load = target
     damage(adapter)
     before = snapshot(model)
@@ -213,12 +206,7 @@ def test_broken_files(
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
-def test_adapters_of_other_architectures(
-    tmp_path: Path,
-    target: tuple[nn.Module, Callable[[Path], object]],
-    make_model: MakeModel,
-    kind: str,
-) -> None:
+def test_adapters_of_other_architectures(tmp_path, target, make_model, kind):
     model, load = target
     adapted(make_model(kind)).save_pretrained(tmp_path)
     before = snapshot(model)
@@ -229,9 +217,7 @@ def test_adapters_of_other_architectures(
 
 
 @pytest.mark.parametrize("present", [[], [CONFIG], [WEIGHTS], ["README.md"]])
-def test_folders_without_an_adapter(
-    adapter: Path, target: tuple[nn.Module, Callable[[Path], object]], present: list[str]
-) -> None:
+def test_folders_without_an_adapter(adapter, target, present):
     model, load = target
     (adapter / "README.md").touch()
     for path in list(adapter.iterdir()):
@@ -415,9 +401,7 @@ def test_vectors_of_any_floating_dtype_become_float32(adapter: Path, make_model:
             assert torch.equal(found[name], stored.float())
 
 
-def test_what_a_future_version_says_is_kept(
-    adapter: Path, make_model: MakeModel, make_inputs: MakeInputs, tmp_path: Path
-) -> None:
+def test_what_a_future_version_says_is_kept(adapter, make_model, make_inputs, tmp_path):
     future = {"ia4": {"depth": [1, None]}, "use_rsia3": True, "peft_version": "1.2.3"}
     edit_config(adapter, **future)
     inputs = make_inputs("llama")
@@ -476,9 +460,7 @@ def test_adapter_names_lead_nowhere(adapter: Path, tiny_llama: PreTrainedModel, 
 
 
 @pytest.mark.parametrize("way", ["up", "absolute", "link", "through"])
-def test_subfolders_lead_nowhere_else(
-    adapter: Path, tmp_path: Path, tiny_llama: PreTrainedModel, way: str
-) -> None:
+def test_subfolders_lead_nowhere_else(adapter, tmp_path, tiny_llama, way):
     outside = tmp_path / "outside"
     shutil.copytree(adapter, outside)
     subfolder = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -44,9 +43,7 @@ def adapter(values: dict[str, Sequence[float]], **changes: Any) -> Adapter:
     return dataclasses.replace(Adapter(config, shaped), **changes)
 
 
-def combined(
-    parts: Sequence[Adapter], weights: Sequence[float], how: CombinationType, **options: Any
-) -> dict[str, list[float]]:
+def combined(parts, weights, how, **options):
     named = [(str(i), part) for i, part in enumerate(parts)]
     result = combine(named, weights, how, **options)
     assert {vector.dtype for vector in result.vectors.values()} <= {torch.float32}
@@ -150,9 +147,7 @@ def test_the_sign_of_a_geometric_mean_is_the_heavier_one() -> None:
 # -- TIES ------------------------------------------------------------------------------------------
 
 
-def paper_ties(
-    tasks: list[list[float]], density: float, scale: float, *, frequency: bool = False
-) -> list[float]:
+def paper_ties(tasks, density, scale, *, frequency=False):
     """Yadav et al. 2023, algorithm 1, a value at a time, on task vectors that are flat lists."""
     kept = []
     for task in tasks:
@@ -179,9 +174,7 @@ def distinct(count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("density", [0.1, 0.2, 0.55, 1.0])
 @pytest.mark.parametrize("scale", [1.0, 0.4])
 @pytest.mark.parametrize("method", ["total", "frequency"])
-def test_ties_is_the_papers_over_the_whole_adapter(
-    density: float, scale: float, method: str
-) -> None:
+def test_ties_is_the_papers_over_the_whole_adapter(density, scale, method):
     sizes = {OUTPUTS[0]: 12, OUTPUTS[1]: 12, INPUT: 40}
     parts, flat = [], []
     for seed in range(4):
@@ -374,9 +367,7 @@ def two_adapters(model: Any, library: Any = ia3) -> Any:
 
 
 @pytest.mark.parametrize("how", ["linear", *OWN])
-def test_a_model_combines_as_files_do_and_peft_reads_them(
-    how: Any, make_model: MakeModel, tmp_path: Path
-) -> None:
+def test_a_model_combines_as_files_do_and_peft_reads_them(how, make_model, tmp_path):
     model = two_adapters(make_model("llama"))
     model.save_pretrained(tmp_path)
     model.add_weighted_adapter(["default", "second"], [0.7, 0.6], "both", how)
@@ -430,9 +421,7 @@ def test_a_list_and_an_expression_go_together(make_model: MakeModel) -> None:
     assert all(torch.allclose(vectors(model, "both")[n], v) for n, v in expected.items())
 
 
-def test_the_program_in_the_documents(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_program_in_the_documents(make_model, tmp_path, monkeypatch):
     page = (REPOSITORY / "docs" / "adapters.md").read_text("utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", page, re.S)
     model = two_adapters(make_model("llama"))

@@ -7,14 +7,12 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from conftest import MakeInputs, MakeModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.paths import SHARED
@@ -119,9 +117,7 @@ def place(tiny_t5: PreTrainedModel, their_file: Path) -> Path:
     return folder
 
 
-def test_a_converted_adapter_computes_what_the_authors_did(
-    place: Path, tiny_t5: PreTrainedModel, make_model: MakeModel, make_inputs: MakeInputs
-) -> None:
+def test_a_converted_adapter_computes_what_the_authors_did(place, tiny_t5, make_model, make_inputs):
     done = convert(place, "finish.pt", "--model", "only-config", "--out", "new/adapter", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     expected = vectors_of(tiny_t5)
@@ -243,12 +239,7 @@ def test_a_structure_has_no_weights(place: Path, tiny_t5: PreTrainedModel) -> No
         (lambda v: v.clear(), "holds an empty dict, expected vectors named like"),
     ],
 )
-def test_vectors_that_do_not_fit(
-    tiny_t5: PreTrainedModel,
-    tmp_path: Path,
-    change: Callable[[dict[Any, Any]], object],
-    expected: str,
-) -> None:
+def test_vectors_that_do_not_fit(tiny_t5, tmp_path, change, expected):
     vectors: dict[Any, Any] = dict(vectors_of(tiny_t5))
     change(vectors)
     path = tmp_path / "finish.pt"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeInputs, MakeModel
+from conftest import MakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -103,9 +103,7 @@ def test_the_header_holds_what_was_seen(adapter: Path) -> None:
     ),
 )
 @settings(max_examples=30, deadline=None)
-def test_written_and_read(
-    model_type: str, samples: dict[str, tuple[list[int], list[float]]]
-) -> None:
+def test_written_and_read(model_type, samples):
     seen = Fingerprint(model_type, samples)
     assert Fingerprint.from_json(seen.to_json(), "file") == seen
 
@@ -146,9 +144,7 @@ def test_no_warning_on_the_right_base(adapter: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_warning_on_weights_of_another_seed(
-    adapter: Path, make_inputs: MakeInputs, dtype: torch.dtype
-) -> None:
+def test_a_warning_on_weights_of_another_seed(adapter, make_inputs, dtype):
     (message,) = says(lambda: IA3Model.from_pretrained(llama(seed=1).to(dtype), adapter))
     assert "'default'" in message
     assert "'model.embed_tokens.weight' are not those" in message

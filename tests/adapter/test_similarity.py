@@ -29,9 +29,7 @@ from ia3.report.terminal import short_sites
 SITES = ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.k_proj")
 
 
-def write(
-    folder: Path, values: dict[str, list[float]], model: str | None = "base", **changes: Any
-) -> Path:
+def write(folder, values, model="base", **changes):
     """An adapter's folder with these vectors, on outputs."""
     config = ia3.IA3Config(
         base_model_name_or_path=model,

@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import VOCABULARY, MakeInputs, MakeModel
+from conftest import VOCABULARY, MakeModel
 from safetensors.torch import load_file
 from support.disks import full_disk
 from support.pairs import adapted, randomize, vectors
@@ -70,9 +70,7 @@ def test_vectors_round_trip_bit_for_bit(tmp_path: Path, make_model: MakeModel) -
     assert all(vector.requires_grad for vector in trained.vectors("default").values())
 
 
-def test_entries_that_match_nothing_do_not_keep_an_adapter_from_loading(
-    adapter: Path, make_model: MakeModel
-) -> None:
+def test_entries_that_match_nothing_do_not_keep_an_adapter_from_loading(adapter, make_model):
     """PEFT writes such configs for models where only some of the names occur."""
     path = adapter / CONFIG
     config = json.loads(path.read_text())
@@ -118,9 +116,7 @@ def test_a_failed_write_changes_nothing(tmp_path: Path, make_model: MakeModel, l
 
 
 @pytest.mark.parametrize("rescaled", ["k_proj", "lm_head"])
-def test_pefts_files_with_embeddings_in_them(
-    make_model: MakeModel, make_inputs: MakeInputs, tmp_path: Path, rescaled: str
-) -> None:
+def test_pefts_files_with_embeddings_in_them(make_model, make_inputs, tmp_path, rescaled):
     """PEFT puts embeddings beside the vectors where tokens were added or the head is rescaled."""
 
     def base() -> PreTrainedModel:

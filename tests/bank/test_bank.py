@@ -70,9 +70,7 @@ def expected(written: dict[str, Path], names: Sequence[str], dtype: Any = torch.
     return torch.stack([whole[name][row] for row, name in enumerate(names)])
 
 
-def assert_rows(
-    bank: AdapterBank, written: dict[str, Path], names: Sequence[str], **options: Any
-) -> None:
+def assert_rows(bank, written, names, **options):
     found = logits(bank.model, **rows_of(len(names)), adapter_names=names)
     assert torch.equal(found, expected(written, names, **options)), names
 
@@ -258,9 +256,7 @@ def test_an_adapter_that_cannot_be_pinned_leaves_no_trace(written: dict[str, Pat
 
 
 @pytest.mark.parametrize("capacity", [8, 1])
-def test_bad_names_and_sources_change_nothing(
-    written: dict[str, Path], tmp_path: Path, capacity: int
-) -> None:
+def test_bad_names_and_sources_change_nothing(written, tmp_path, capacity):
     model = ia3.IA3Model.from_pretrained(build("llama"), written["a1"], "own")
     bank = AdapterBank(model, capacity)
     bank.add("a1", written["a1"])
@@ -325,9 +321,7 @@ def test_bad_arguments_are_refused(written: dict[str, Path]) -> None:
     assert resident(bank) == {"a1", "a5"}
 
 
-def test_a_relative_folder_is_found_from_elsewhere(
-    written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_folder_is_found_from_elsewhere(written, tmp_path, monkeypatch):
     bank = AdapterBank(build("llama"), capacity=1)
     monkeypatch.chdir(written["a1"].parent)
     bank.add("a1", "a1")
@@ -382,9 +376,7 @@ def test_without_its_bank_a_model_is_what_it_was(written: dict[str, Path]) -> No
 # -- files that change -----------------------------------------------------------------------------
 
 
-def test_a_replaced_file_is_taken_up_when_refreshed(
-    written: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_replaced_file_is_taken_up_when_refreshed(written, tmp_path):
     folders = {n: Path(shutil.copytree(written[n], tmp_path / n)) for n in ("a1", "a2", "a3")}
     bank = AdapterBank(build("llama"), capacity=2)
     for name, folder in folders.items():
@@ -408,9 +400,7 @@ def test_a_replaced_file_is_taken_up_when_refreshed(
 
 @pytest.mark.parametrize("was_resident", [True, False])
 @pytest.mark.parametrize("content", [b"", b"x" * 50, None])
-def test_a_broken_file_is_an_error_for_its_adapter(
-    written: dict[str, Path], tmp_path: Path, content: bytes | None, was_resident: bool
-) -> None:
+def test_a_broken_file_is_an_error_for_its_adapter(written, tmp_path, content, was_resident):
     """Empty, foreign or cut short."""
     folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
     bank = AdapterBank(build("llama"), capacity=2)
@@ -435,9 +425,7 @@ def test_a_broken_file_is_an_error_for_its_adapter(
     assert_rows(bank, {**written, "a1": folder}, ["a1", "a3"])
 
 
-def test_a_pinned_adapter_comes_back_when_it_is_mended(
-    written: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_pinned_adapter_comes_back_when_it_is_mended(written, tmp_path):
     folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
     bank = AdapterBank(build("llama"), capacity=2)
     bank.add("a1", folder, pinned=True)
@@ -470,9 +458,7 @@ def test_a_pinned_adapter_comes_back_when_it_is_mended(
     assert_rows(bank, {**written, "a1": folder}, ["a1", "a5"])
 
 
-def test_an_adapter_that_is_gone_serves_while_it_is_resident(
-    written: dict[str, Path], tmp_path: Path
-) -> None:
+def test_an_adapter_that_is_gone_serves_while_it_is_resident(written, tmp_path):
     folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
     bank = AdapterBank(build("llama"), capacity=1)
     bank.add("a1", folder)
