@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.architectures import VOCABULARY, batch, build
-from support.pairs import randomize, vectors
+from support.pairs import logits, randomize, vectors
 from torch import Tensor
 
 import ia3
@@ -45,12 +45,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
     other = {"target_modules": ["q_proj", "v_proj"], "feedforward_modules": []}
     return {f"a{i}": write(root / f"a{i}", i, **(other if i % 2 == 0 else {})) for i in range(8)}
-
-
-def logits(model: Any, **inputs: Any) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**inputs, use_cache=False).logits
-    return result
 
 
 def rows_of(count: int) -> dict[str, Tensor]:
@@ -277,7 +271,6 @@ def test_bad_names_and_sources_change_nothing(written, tmp_path, capacity):
         ("new", no_config, FileNotFoundError, "no_config: adapter_config.json is not there"),
         ("new", file, IA3Error, f"{WEIGHTS} is not a folder: expected the one that"),
         ("new", None, IA3Error, r"source is None \(NoneType\), expected an adapter's folder"),
-        ("new", {"a": 1}, IA3Error, "source is {'a': 1}"),
         ("new", head, IA3Error, "modules_to_save"),
         ("new", other, IA3Error, "no module of LlamaForCausalLM"),
         ("new", short, IA3Error, "not a whole safetensors file"),
@@ -292,29 +285,30 @@ def test_bad_names_and_sources_change_nothing(written, tmp_path, capacity):
         model.add_adapter("a1", ia3.IA3Config())
     with pytest.raises(IA3Error, match=r"no adapter 'a11'.*bank of 1.*did you mean 'a1'"):
         logits(model, **rows_of(1), adapter_names=["a11"])
-    with pytest.raises(IA3Error, match="no adapter 'a2' in this bank"):
-        bank.remove("a2")
     with pytest.raises(IA3Error, match="has a bank already"):
         AdapterBank(model)
 
 
-@pytest.mark.parametrize("capacity", [0, -1, 2.5, "3", True, None])
-def test_a_capacity_is_a_whole_number(capacity: Any) -> None:
+@pytest.mark.parametrize("capacity", [0, 2.5, "3", True])
+def test_a_capacity_is_a_whole_number(capacity):
     with pytest.raises(IA3Error, match=f"capacity is {capacity!r}, expected a whole number"):
         AdapterBank(build("llama"), capacity=capacity)
 
 
-def test_bad_arguments_are_refused(written: dict[str, Path]) -> None:
-    bank = AdapterBank(build("llama"), capacity=2)
+def test_bad_arguments_are_refused(written):
+    bank = AdapterBank(build("llama"))
     bank.add("a1", written["a1"])
     with pytest.raises(IA3Error, match="dtype is 'float32', expected a floating dtype"):
-        AdapterBank(build("llama"), dtype="float32")  # type: ignore[arg-type]
+        AdapterBank(build("llama"), dtype="float32")
     for call in (bank.pin, bank.unpin, bank.remove, lambda name: bank.refresh([name])):
-        with pytest.raises(IA3Error, match="no adapter 3 in this bank of 1"):
-            call(3)
-    bank.add("a3", written["a3"])
-    bank.add("a5", written["a5"])
-    # A name that is given twice takes one slot.
+        with pytest.raises(IA3Error, match="no adapter 'a11' in this bank of 1; did you mean 'a1'"):
+            call("a11")
+
+
+def test_a_name_that_is_given_twice_takes_one_slot(written):
+    bank = AdapterBank(build("llama"), capacity=2)
+    for name in ("a1", "a3", "a5"):
+        bank.add(name, written[name])
     rows = bank.gather(["a5", "a5", BASE], [0, 1, 2]).values
     assert torch.equal(rows[0], rows[1])
     assert_rows(bank, written, ["a5", "a1"])
@@ -331,16 +325,6 @@ def test_a_relative_folder_is_found_from_elsewhere(written, tmp_path, monkeypatc
     assert_rows(bank, written, ["a3"])
     assert_rows(bank, written, ["a1"])
     assert [each.source for each in bank.list()] == [written["a1"], written["a3"]]
-
-
-def test_pickled_files_are_read(written: dict[str, Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
-    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
-    (folder / WEIGHTS).unlink()
-    bank = AdapterBank(build("llama"), capacity=1)
-    bank.add("a3", written["a3"])
-    bank.add("a1", folder)
-    assert_rows(bank, written, ["a1", BASE])
 
 
 def test_without_its_bank_a_model_is_what_it_was(written: dict[str, Path]) -> None:
@@ -404,8 +388,7 @@ def test_a_broken_file_is_an_error_for_its_adapter(written, tmp_path, content, w
     """Empty, foreign or cut short."""
     folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
     bank = AdapterBank(build("llama"), capacity=2)
-    order = ("a1", "a3", "a5") if was_resident else ("a3", "a5", "a1")
-    for name in order:
+    for name in ("a1", "a3", "a5") if was_resident else ("a3", "a5", "a1"):
         bank.add(name, folder if name == "a1" else written[name])
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:-8] if content is None else content)
