@@ -29,9 +29,7 @@ from ia3.report.terminal import short_sites
 SITES = ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.k_proj")
 
 
-def write(
-    folder: Path, values: dict[str, list[float]], model: str | None = "base", **changes: Any
-) -> Path:
+def write(folder: Path, values: dict[str, list[float]], model="base", **changes) -> Path:
     """An adapter's folder with these vectors, on outputs."""
     config = ia3.IA3Config(
         base_model_name_or_path=model,
@@ -39,8 +37,7 @@ def write(
         feedforward_modules=[],
     )
     vectors = {name: torch.tensor(held).reshape(-1, 1) for name, held in values.items()}
-    written = dataclasses.replace(Adapter(config, vectors), **changes)
-    write_files(folder, adapter_files(written))
+    write_files(folder, adapter_files(dataclasses.replace(Adapter(config, vectors), **changes)))
     return folder
 
 
@@ -203,21 +200,18 @@ def brute_force(folders: list[Path], like: Path) -> dict[Path, float]:
     """The cosines one by one, in float64, over all sites of both."""
 
     def scales(folder: Path) -> dict[str, Any]:
-        vectors = read_adapter(folder).vectors
-        return {
-            name: vector.double().abs().clamp(min=2**-6).log2().flatten().numpy()
-            for name, vector in vectors.items()
-        }
+        vectors = read_adapter(folder).vectors.items()
+        return {n: v.double().abs().clamp(min=2**-6).log2().flatten().numpy() for n, v in vectors}
+
+    def dot(a, b):
+        return sum(float(a[name] @ b[name]) for name in a.keys() & b.keys())
 
     wanted = scales(like)
     cosines = {}
     for folder in folders:
         own = scales(folder)
-        product = sum(float(own[name] @ wanted[name]) for name in own.keys() & wanted.keys())
-        size = math.sqrt(
-            sum(float(v @ v) for v in own.values()) * sum(float(v @ v) for v in wanted.values())
-        )
-        cosines[folder] = product / size if size else 0.0
+        size = math.sqrt(dot(own, own) * dot(wanted, wanted))
+        cosines[folder] = dot(own, wanted) / size if size else 0.0
     return cosines
 
 
@@ -245,9 +239,6 @@ def test_the_nearest_are_those_of_brute_force(tmp_path):
 
 
 def test_adapters_of_another_base_and_broken_ones_are_counted(tmp_path: Path) -> None:
-    def base(kind: str, value: float) -> Fingerprint:
-        return Fingerprint(kind, {"embed": ([4, 4], [value] * 8)})
-
     like = write(tmp_path / "like", random_values(0), "one")
     same_name = write(tmp_path / "same-name", random_values(1), "one")
     nameless = write(tmp_path / "nameless", random_values(2), None)
@@ -262,17 +253,16 @@ def test_adapters_of_another_base_and_broken_ones_are_counted(tmp_path: Path) ->
     assert list(found.broken) == [tmp_path / "broken"]
     assert "adapter_model.safetensors is not there" in found.broken[tmp_path / "broken"]
 
-    # Fingerprints say more than names.
-    stored = read_adapter(like)
-    for name, of in (("like", base("llama", 1)), ("moved", base("llama", 1.001))):
-        config = dataclasses.replace(stored.config, base_model_name_or_path=name)
-        files = adapter_files(dataclasses.replace(stored, config=config, base=of))
-        write_files(tmp_path / name, files)
-    for name, of in (("tuned", base("llama", 2)), ("gpt", base("gpt2", 1))):
-        write_files(tmp_path / name, adapter_files(dataclasses.replace(stored, base=of)))
-    folders = [tmp_path / name for name in ("like", "moved", "tuned", "gpt")]
-    found = search(read_outline(like), folders, 9)
-    assert [n.adapter.name for n in found.nearest] == ["moved"]
+
+def test_fingerprints_say_more_than_names(tmp_path):
+    def save(name: str, kind: str, value: float) -> Path:
+        base = Fingerprint(kind, {"embed": ([4, 4], [value] * 8)})
+        return write(tmp_path / name, random_values(0), name, base=base)
+
+    like, moved = save("like", "llama", 1), save("moved", "llama", 1.001)
+    others = [save("tuned", "llama", 2), save("gpt", "gpt2", 1)]
+    found = search(read_outline(like), [like, moved, *others], 9)
+    assert [n.adapter for n in found.nearest] == [moved]
     assert found.other_base == 2
 
 
