@@ -11,22 +11,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as hf
 from conftest import MakeInputs, MakeModel
 from support.pairs import adapted, vectors
 from support.snapshots import assert_unchanged, hooks_on, snapshot
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForTokenClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    LlamaForTokenClassification,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
 from transformers.pytorch_utils import Conv1D
 
 from ia3 import IA3Config, IA3Error, IA3Model
@@ -135,14 +124,14 @@ BERT: dict[str, Any] = {
     "num_attention_heads": 2,
     "intermediate_size": 24,
 }
-CLASSIFIERS: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**BERT)),
-    "llama of tokens": lambda: LlamaForTokenClassification(LlamaConfig(**BERT)),
-    "gpt2": lambda: GPT2ForSequenceClassification(
-        GPT2Config(**TINY, n_embd=16, n_layer=1, n_head=2)
+CLASSIFIERS = {
+    "llama": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**BERT)),
+    "llama of tokens": lambda: hf.LlamaForTokenClassification(hf.LlamaConfig(**BERT)),
+    "gpt2": lambda: hf.GPT2ForSequenceClassification(
+        hf.GPT2Config(**TINY, n_embd=16, n_layer=1, n_head=2)
     ),
-    "bert of tokens": lambda: BertForTokenClassification(BertConfig(**BERT)),
-    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**BERT)),
+    "bert of tokens": lambda: hf.BertForTokenClassification(hf.BertConfig(**BERT)),
+    "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**BERT)),
 }
 
 
