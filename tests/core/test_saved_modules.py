@@ -218,24 +218,6 @@ def test_deleting_an_adapter_deletes_its_head():
     assert_unchanged(base, before)
 
 
-def test_several_heads_in_one_folder_are_read_by_both_libraries(tmp_path: Path):
-    model = adapted(seed=1)
-    model.add_adapter("other", IA3Config(task_type="SEQ_CLS"))
-    model.set_adapter("other")
-    disturb(model, 2)
-    expected = result(model)
-    model.save_pretrained(tmp_path / "ours")
-    peft_model = peft.PeftModel.from_pretrained(make(), tmp_path / "ours")
-    peft_model.load_adapter(tmp_path / "ours" / "other", "other")
-    peft_model.set_adapter("other")
-    torch.testing.assert_close(result(peft_model.eval()), expected, rtol=1e-5, atol=1e-6)
-    peft_model.save_pretrained(tmp_path / "theirs")
-    again = PeftModel.from_pretrained(make(), tmp_path / "theirs")
-    again.load_adapter(tmp_path / "theirs" / "other", "other")
-    again.set_adapter("other")
-    assert torch.equal(result(again), expected)
-
-
 # -- merging, unloading, copying -------------------------------------------------------------------
 
 
