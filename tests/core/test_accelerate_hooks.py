@@ -80,53 +80,35 @@ def plain(make_model):
     return adapted(make_model("llama"))
 
 
+@pytest.mark.parametrize("dispatched_first", [True, False])
 @EVERY_WAY
-def test_attached_to_a_dispatched_model(plain, make_model, inputs, way, tmp_path):
+def test_adapting_offloaded_weights(plain, make_model, inputs, way, dispatched_first, tmp_path):
     base = make_model("llama")
-    WAYS[way](base, tmp_path)
-    before, base_logits = hooks(base), logits(base, **inputs)
+    base_logits, expected = logits(base, **inputs), logits(plain, **inputs)
+    if dispatched_first:
+        WAYS[way](base, tmp_path)
     model = adapted(base)
-    assert {v.device.type for v in model.vectors("default").values()} == {"cpu"}
-    assert torch.equal(logits(model, **inputs), logits(plain, **inputs))
-    model(**inputs).loss.backward()
-    plain(**inputs).loss.backward()
-    for name, vector in vectors(plain).items():
-        assert relative(vectors(model)[name].grad, vector.grad) < 1e-6, name
+    if not dispatched_first:
+        WAYS[way](base, tmp_path)
+    before = hooks(base)
+    assert torch.equal(logits(model, **inputs), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, **inputs), base_logits)
+    if dispatched_first:
+        assert {v.device.type for v in model.vectors("default").values()} == {"cpu"}
+        model(**inputs).loss.backward()
+        plain(**inputs).loss.backward()
+        for name, vector in vectors(plain).items():
+            assert relative(vectors(model)[name].grad, vector.grad) < 1e-6, name
 
     model.save_pretrained(tmp_path / "adapter")
     again = IA3Model.from_pretrained(make_model("llama"), tmp_path / "adapter")
-    assert torch.equal(logits(again, **inputs), logits(plain, **inputs))
-
+    assert torch.equal(logits(again, **inputs), expected)
     assert model.unload() is base
     assert hooks(base) == before
     assert torch.equal(logits(base, **inputs), base_logits)
     loaded = IA3Model.from_pretrained(base, tmp_path / "adapter")
-    assert torch.equal(logits(loaded, **inputs), logits(plain, **inputs))
-
-
-@EVERY_WAY
-def test_dispatched_with_an_adapter_on_it(plain, make_model, inputs, way, tmp_path):
-    base = make_model("llama")
-    base_logits = logits(base, **inputs)
-    model = adapted(base)
-    model.add_adapter("second", IA3Config(target_modules="all-linear"))
-    randomize(vectors(model, "second"), seed=3)
-    model.set_adapter(["default", "second"])
-    both = logits(model, **inputs)
-    WAYS[way](base, tmp_path)
-    before = hooks(base)
-    assert torch.equal(logits(model, **inputs), both)
-    model.set_adapter("default")
-    assert torch.equal(logits(model, **inputs), logits(plain, **inputs))
-    with model.disable_adapter():
-        assert torch.equal(logits(model, **inputs), base_logits)
-
-    model.save_pretrained(tmp_path / "adapter")
-    again = IA3Model.from_pretrained(make_model("llama"), tmp_path / "adapter")
-    assert torch.equal(logits(again, **inputs), logits(plain, **inputs))
-    assert model.unload() is base
-    assert hooks(base) == before
-    assert torch.equal(logits(base, **inputs), base_logits)
+    assert torch.equal(logits(loaded, **inputs), expected)
 
 
 @OFFLOADING_WAYS

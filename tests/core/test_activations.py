@@ -11,22 +11,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as hf
 from conftest import MakeInputs, MakeModel
 from support.pairs import adapted, vectors
 from support.snapshots import assert_unchanged, hooks_on, snapshot
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForTokenClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    LlamaForTokenClassification,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
 from transformers.pytorch_utils import Conv1D
 
 from ia3 import IA3Config, IA3Error, IA3Model
@@ -135,14 +124,14 @@ BERT: dict[str, Any] = {
     "num_attention_heads": 2,
     "intermediate_size": 24,
 }
-CLASSIFIERS: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**BERT)),
-    "llama of tokens": lambda: LlamaForTokenClassification(LlamaConfig(**BERT)),
-    "gpt2": lambda: GPT2ForSequenceClassification(
-        GPT2Config(**TINY, n_embd=16, n_layer=1, n_head=2)
+CLASSIFIERS = {
+    "llama": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**BERT)),
+    "llama of tokens": lambda: hf.LlamaForTokenClassification(hf.LlamaConfig(**BERT)),
+    "gpt2": lambda: hf.GPT2ForSequenceClassification(
+        hf.GPT2Config(**TINY, n_embd=16, n_layer=1, n_head=2)
     ),
-    "bert of tokens": lambda: BertForTokenClassification(BertConfig(**BERT)),
-    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**BERT)),
+    "bert of tokens": lambda: hf.BertForTokenClassification(hf.BertConfig(**BERT)),
+    "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**BERT)),
 }
 
 
@@ -243,43 +232,6 @@ def test_encoder_layers_that_leave_out_padding():
     torch.testing.assert_close(found[0, :2], alone[0])
 
 
-# -- dtypes and devices ----------------------------------------------------------------------------
-
-
-def dtypes(model: IA3Model) -> set[torch.dtype]:
-    return {vector.dtype for vector in model.vectors("default").values()}
-
-
-@pytest.mark.parametrize(
-    ("cast", "base", "wide"),
-    [
-        (lambda model: model.half(), torch.float16, torch.float32),
-        (lambda model: model.bfloat16(), torch.bfloat16, torch.float32),
-        (lambda model: model.to(torch.float16), torch.float16, torch.float32),
-        (lambda model: model.to(dtype=torch.bfloat16), torch.bfloat16, torch.float32),
-        (lambda model: model.to("cpu", torch.bfloat16), torch.bfloat16, torch.float32),
-        (lambda model: model.double(), torch.float64, torch.float64),
-        (lambda model: model.half().float(), torch.float32, torch.float32),
-        (lambda model: model.model.half(), torch.float16, torch.float32),
-    ],
-    ids=["half", "bfloat16", "to", "dtype=", "with device", "double", "there and back", "base"],
-)
-def test_vectors_are_never_narrowed(tiny_llama, make_inputs, cast, base, wide):
-    model = IA3Model(tiny_llama, IA3Config())
-    value = 1 + 2.0**-20  # which half precision cannot hold
-    for vector in model.vectors("default").values():
-        nn.init.constant_(vector, value)
-    cast(model)
-    assert dtypes(model) == {wide}
-    assert all((vector == value).all() for vector in model.vectors("default").values())
-    assert {parameter.dtype for parameter in tiny_llama.lm_head.parameters()} == {base}
-    inputs = make_inputs("llama")
-    result = model(**inputs)
-    assert result.logits.dtype == base
-    result.loss.backward()
-    assert {vector.grad.dtype for vector in model.vectors("default").values()} == {wide}
-
-
 def test_attached_on_the_meta_device(make_model: MakeModel, make_inputs: MakeInputs):
     """Weights may come after the adapter."""
     real = make_model("llama")
@@ -297,4 +249,3 @@ def test_attached_on_the_meta_device(make_model: MakeModel, make_inputs: MakeInp
     expected = IA3Model(make_model("llama"), IA3Config(), vectors=values)
     inputs = make_inputs("llama")
     torch.testing.assert_close(model(**inputs).logits, expected(**inputs).logits)
-    assert dtypes(model) == {torch.float32}

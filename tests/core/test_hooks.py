@@ -100,9 +100,7 @@ def test_weights_changed_under_an_active_adapter(layer):
 def test_vectors_changed_under_an_active_adapter(targets: tuple[str, ...]):
     model = adapted(network(), *targets)
     check(model)
-    vectors = model.vectors("default")
-
-    for vector in vectors.values():
+    for vector in model.vectors("default").values():
         vector.data.mul_(1.5)
         check(model)
         vector.data = vector.detach() + 0.25
