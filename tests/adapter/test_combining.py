@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -24,29 +22,24 @@ from ia3.adapter.combining import CombinationType, combine
 from ia3.adapter.fingerprint import Fingerprint
 from ia3.adapter.store import Adapter, adapter_files, read_adapter
 from ia3.errors import IA3Error
+from ia3.files.atomic import write_files
 
 OUTPUTS = ("layers.0.k_proj", "layers.1.k_proj")
 INPUT = "layers.0.down_proj"
 OWN: tuple[CombinationType, ...] = ("average", "geometric_mean", "task_arithmetic", "ties")
 
 
-def adapter(values: dict[str, Sequence[float]], **changes: Any) -> Adapter:
+def adapter(values, **changes):
     """An adapter of vectors on outputs of `k_proj` and inputs of `down_proj`."""
     config = ia3.IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
     )
-    shaped = {
-        name: torch.tensor(held, dtype=torch.float32).reshape(
-            (1, -1) if name.endswith("down_proj") else (-1, 1)
-        )
-        for name, held in values.items()
-    }
+    shapes = {name: (1, -1) if name == INPUT else (-1, 1) for name in values}
+    shaped = {name: torch.tensor(held).reshape(shapes[name]) for name, held in values.items()}
     return dataclasses.replace(Adapter(config, shaped), **changes)
 
 
-def combined(
-    parts: Sequence[Adapter], weights: Sequence[float], how: CombinationType, **options: Any
-) -> dict[str, list[float]]:
+def combined(parts, weights, how, **options) -> dict[str, list[float]]:
     named = [(str(i), part) for i, part in enumerate(parts)]
     result = combine(named, weights, how, **options)
     assert {vector.dtype for vector in result.vectors.values()} <= {torch.float32}
@@ -150,9 +143,7 @@ def test_the_sign_of_a_geometric_mean_is_the_heavier_one() -> None:
 # -- TIES ------------------------------------------------------------------------------------------
 
 
-def paper_ties(
-    tasks: list[list[float]], density: float, scale: float, *, frequency: bool = False
-) -> list[float]:
+def paper_ties(tasks, density, scale, *, frequency=False):
     """Yadav et al. 2023, algorithm 1, a value at a time, on task vectors that are flat lists."""
     kept = []
     for task in tasks:
@@ -179,23 +170,15 @@ def distinct(count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("density", [0.1, 0.2, 0.55, 1.0])
 @pytest.mark.parametrize("scale", [1.0, 0.4])
 @pytest.mark.parametrize("method", ["total", "frequency"])
-def test_ties_is_the_papers_over_the_whole_adapter(
-    density: float, scale: float, method: str
-) -> None:
+def test_ties_is_the_papers_over_the_whole_adapter(density, scale, method):
     sizes = {OUTPUTS[0]: 12, OUTPUTS[1]: 12, INPUT: 40}
     parts, flat = [], []
     for seed in range(4):
         whole = distinct(64, seed)
         # So that trimming each site by itself would keep other values.
         whole[:24] = 1 + (whole[:24] - 1) * 3
-        parts.append(
-            adapter(
-                {
-                    name: held.tolist()
-                    for name, held in zip(sizes, whole.split(list(sizes.values())), strict=True)
-                }
-            )
-        )
+        split = whole.split(list(sizes.values()))
+        parts.append(adapter({n: held.tolist() for n, held in zip(sizes, split, strict=True)}))
         flat.append((whole.double() - 1).tolist())
     found = combined(parts, [scale] * 4, "ties", density=density, majority_sign_method=method)
     expected = paper_ties(flat, density, scale, frequency=method == "frequency")
@@ -206,16 +189,12 @@ def test_ties_is_the_papers_over_the_whole_adapter(
 
 @pytest.mark.parametrize("method", ["total", "frequency"])
 @pytest.mark.parametrize("density", [0.25, 0.5])
-def test_ties_on_one_site_is_pefts(method: Any, density: float) -> None:
+def test_ties_on_one_site_is_pefts(method, density):
     tasks = [distinct(64, seed) for seed in range(3)]
     weights = [0.9, 0.5, 1.2]
-    found = combined(
-        [adapter({OUTPUTS[0]: task.tolist()}) for task in tasks],
-        weights,
-        "ties",
-        density=density,
-        majority_sign_method=method,
-    )[OUTPUTS[0]]
+    parts = [adapter({OUTPUTS[0]: task.tolist()}) for task in tasks]
+    options = {"density": density, "majority_sign_method": method}
+    found = torch.tensor(combined(parts, weights, "ties", **options)[OUTPUTS[0]])
     changes = [task - 1 for task in tasks]
     expected = 1 + peft_ties(changes, torch.tensor(weights), density, method)
     kept = [change.abs() >= change.abs().topk(int(64 * density)).values[-1] for change in changes]
@@ -223,9 +202,7 @@ def test_ties_on_one_site_is_pefts(method: Any, density: float) -> None:
     # Where as many values speak for one sign as for the other, PEFT takes the positive one.
     decided = signs.sum(0) != 0 if method == "frequency" else torch.ones(64, dtype=torch.bool)
     assert decided.sum() > 32
-    assert torch.tensor(found)[decided].tolist() == pytest.approx(
-        expected[decided].tolist(), abs=1e-6
-    )
+    torch.testing.assert_close(found[decided], expected[decided], rtol=0, atol=1e-6)
 
 
 def test_ties_where_no_sign_wins_leaves_one() -> None:
@@ -267,7 +244,7 @@ def test_a_site_that_an_adapter_lacks_counts_as_ones(how: Any) -> None:
         (((0, 2),), ((2, 4),), ()),
     ],
 )
-def test_values_stay_one_that_do_in_all(how: Any, one: Any, other: Any, both: Any) -> None:
+def test_values_stay_one_that_do_in_all(how, one, other, both):
     parts = [
         adapter({OUTPUTS[0]: [7.0, 8.0, 2.0, 3.0, 5.0, 6.0]}, frozen={OUTPUTS[0]: one}),
         adapter({OUTPUTS[0]: [5.0, 6.0, 4.0, 0.5, 9.0, 3.0]}, frozen={OUTPUTS[0]: other}),
@@ -275,19 +252,17 @@ def test_values_stay_one_that_do_in_all(how: Any, one: Any, other: Any, both: An
         adapter({INPUT: [2.0]}),
     ]
     options = {"density": 1.0} if how == "ties" else {}
-    named = [(str(i), part) for i, part in enumerate(parts)]
-    result = combine(named, [1, 1, 1], how, **options)
+    result = combine([(str(i), part) for i, part in enumerate(parts)], [1, 1, 1], how, **options)
     assert result.frozen == ({OUTPUTS[0]: both} if both else {})
-    # Where another adapter has trained them they are ones among others.
-    whole = combined([parts[0], dataclasses.replace(parts[1], frozen={})], [1, 1], "average")
-    first = [any(start <= i < end for start, end in one) for i in range(6)]
-    trained = parts[0].vectors[OUTPUTS[0]].reshape(-1).tolist()
-    ones = [1.0 if stays else value for stays, value in zip(first, trained, strict=True)]
-    pairs = zip(ones, parts[1].vectors[OUTPUTS[0]].reshape(-1).tolist(), strict=True)
-    assert whole[OUTPUTS[0]] == [(a + b) / 2 for a, b in pairs]
     stay = [any(start <= i < end for start, end in both) for i in range(6)]
     held = result.vectors[OUTPUTS[0]].reshape(-1).tolist()
     assert [value == 1 for value in held] == stay
+
+
+def test_values_that_another_adapter_has_trained_are_ones_among_others():
+    one = adapter({INPUT: [7.0, 8.0, 2.0]}, frozen={INPUT: ((0, 2),)})
+    other = adapter({INPUT: [5.0, 6.0, 4.0]})
+    assert combined([one, other], [1, 1], "average")[INPUT] == [3.0, 3.5, 3.0]
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -302,13 +277,8 @@ def test_values_stay_one_that_do_in_all(how: Any, one: Any, other: Any, both: An
         ("geometric_mean", [1, -2], {}, "add up to -1"),
         ("task_arithmetic", [1, float("nan")], {}, "expected finite numbers"),
         ("ties", [1, 1], {"density": 0.0}, "density is 0.0, expected a share above 0"),
-        ("ties", [1, 1], {"density": 20}, "density is 20"),
         ("ties", [1, 1], {"density": "0.3"}, "density is '0.3'"),
         ("linear", None, {}, "the weights are None, expected a list of finite numbers"),
-        ("linear", 1.0, {}, "the weights are 1.0"),
-        ("linear", [1, None], {}, "None"),
-        ("linear", [1, 1j], {}, "expected a list of finite numbers"),
-        (None, [1, 1], {}, "no combination_type None: expected one of linear"),
         ("average", [1, 1], {"density": 0.5}, "density belongs to 'ties'"),
         ("linear", [1, 1], {"majority_sign_method": "frequency"}, "majority_sign_method belongs"),
         ("ties", [1, 1], {"majority_sign_method": "mass"}, "expected one of total, frequency"),
@@ -358,25 +328,22 @@ def test_adapters_that_do_not_go_together() -> None:
 # -- on a model, and in files ----------------------------------------------------------------------
 
 
-def two_adapters(model: Any, library: Any = ia3) -> Any:
-    both = {
-        "default": {
-            "target_modules": ["k_proj", "down_proj"],
-            "feedforward_modules": ["down_proj"],
-        },
-        "second": {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []},
-    }
-    adapted = library.get_peft_model(model, library.IA3Config(**both["default"]))
-    adapted.add_adapter("second", library.IA3Config(**both["second"]))
-    for seed, name in enumerate(both):
+BOTH = {
+    "default": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "second": {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []},
+}
+
+
+def two_adapters(model):
+    adapted = ia3.IA3Model(model, ia3.IA3Config(**BOTH["default"]))
+    adapted.add_adapter("second", ia3.IA3Config(**BOTH["second"]))
+    for seed, name in enumerate(BOTH):
         randomize(vectors(adapted, name), seed)
     return adapted
 
 
 @pytest.mark.parametrize("how", ["linear", *OWN])
-def test_a_model_combines_as_files_do_and_peft_reads_them(
-    how: Any, make_model: MakeModel, tmp_path: Path
-) -> None:
+def test_a_model_combines_as_files_do_and_peft_reads_them(how, make_model, tmp_path):
     model = two_adapters(make_model("llama"))
     model.save_pretrained(tmp_path)
     model.add_weighted_adapter(["default", "second"], [0.7, 0.6], "both", how)
@@ -384,38 +351,36 @@ def test_a_model_combines_as_files_do_and_peft_reads_them(
     stored = [("a", read_adapter(tmp_path)), ("b", read_adapter(tmp_path / "second"))]
     result = combine(stored, [0.7, 0.6], how)
     on_model = vectors(model, "both")
-    assert on_model.keys() == result.vectors.keys()
-    assert all(torch.equal(result.vectors[name], v) for name, v in on_model.items())
+    assert_equal(result.vectors, on_model)
 
-    (tmp_path / "out").mkdir()
-    for name, content in adapter_files(result).items():
-        (tmp_path / "out" / name).write_bytes(content)
+    write_files(tmp_path / "out", adapter_files(result))
     theirs = peft.PeftModel.from_pretrained(make_model("llama"), str(tmp_path / "out"))
-    read = {
-        name.removeprefix("base_model.model.").partition(".ia3_l")[0]: value
-        for name, value in theirs.named_parameters()
-        if ".ia3_l" in name
-    }
-    assert read.keys() == on_model.keys()
-    assert all(torch.equal(value, on_model[name]) for name, value in read.items())
+    assert_equal(vectors(theirs), on_model)
     ours = ia3.PeftModel.from_pretrained(make_model("llama"), tmp_path / "out")
     model.set_adapter("both")
     ids = torch.arange(3, 14)[None]
     assert torch.equal(ours(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-def test_a_refused_combination_leaves_the_model_as_it_is(make_model: MakeModel) -> None:
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], vector) for name, vector in expected.items())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (["default", "second"], [1, 1], "new", "cat"),
+        (["default", "second"], [1, -1], "new", "average"),
+        (["default", "secnd"], [1, 1], "new", "ties"),
+        (["default"], [1], "second", "ties"),
+    ],
+)
+def test_a_refused_combination_leaves_the_model_as_it_is(make_model, arguments):
     model = two_adapters(make_model("llama"))
     before = list(model.state_dict())
-    refused: list[Callable[[], None]] = [
-        lambda: model.add_weighted_adapter(["default", "second"], [1, 1], "new", "cat"),
-        lambda: model.add_weighted_adapter(["default", "second"], [1, -1], "new", "average"),
-        lambda: model.add_weighted_adapter(["default", "secnd"], [1, 1], "new", "ties"),
-        lambda: model.add_weighted_adapter(["default"], [1], "second", "ties"),
-    ]
-    for attempt in refused:
-        with pytest.raises(IA3Error):
-            attempt()
+    with pytest.raises(IA3Error):
+        model.add_weighted_adapter(*arguments)
     assert list(model.state_dict()) == before
     assert set(model.peft_config) == {"default", "second"}
 
@@ -430,9 +395,7 @@ def test_a_list_and_an_expression_go_together(make_model: MakeModel) -> None:
     assert all(torch.allclose(vectors(model, "both")[n], v) for n, v in expected.items())
 
 
-def test_the_program_in_the_documents(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_program_in_the_documents(make_model, tmp_path, monkeypatch):
     page = (REPOSITORY / "docs" / "adapters.md").read_text("utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", page, re.S)
     model = two_adapters(make_model("llama"))
@@ -442,7 +405,4 @@ def test_the_program_in_the_documents(
     monkeypatch.chdir(tmp_path)
     held: dict[str, Any] = {"model": model}
     exec(program, held)
-    expected = held["both"].vectors
-    found = vectors(model, "both")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], vector) for name, vector in expected.items())
+    assert_equal(vectors(model, "both"), held["both"].vectors)

@@ -7,14 +7,12 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from conftest import MakeInputs, MakeModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.paths import SHARED
@@ -48,18 +46,12 @@ def their_file(tiny_t5: PreTrainedModel, tmp_path: Path) -> Path:
     return path
 
 
-def test_t0_3b(tmp_path: Path) -> None:
+def test_t0_3b(tmp_path):
     if not T03B.is_file():
         pytest.skip(f"the T-Few authors' adapter is not at {T03B}")
+    sizes = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32}
     config = T5Config(
-        vocab_size=32128,
-        d_model=2048,
-        d_kv=64,
-        d_ff=5120,
-        num_layers=24,
-        num_heads=32,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
+        vocab_size=32128, feed_forward_proj="gated-gelu", tie_word_embeddings=False, **sizes
     )
     with torch.device("meta"):
         model = T5ForConditionalGeneration(config)
@@ -76,8 +68,7 @@ def test_t0_3b(tmp_path: Path) -> None:
             expected = theirs[f"{name}.multi_lora_b"]
             assert vector.shape == (2048, 1)
         torch.testing.assert_close(vector, expected, rtol=0, atol=0)
-        assert vector.dtype == torch.float32
-        assert vector.device.type == "cpu"
+        assert (vector.dtype, vector.device.type) == (torch.float32, "cpu")
     assert adapter.task_type == "SEQ_2_SEQ_LM"
     assert adapter.target_modules == {"k", "v", "wo"}
     assert adapter.feedforward_modules == {"wo"}
@@ -119,9 +110,7 @@ def place(tiny_t5: PreTrainedModel, their_file: Path) -> Path:
     return folder
 
 
-def test_a_converted_adapter_computes_what_the_authors_did(
-    place: Path, tiny_t5: PreTrainedModel, make_model: MakeModel, make_inputs: MakeInputs
-) -> None:
+def test_a_converted_adapter_computes_what_the_authors_did(place, tiny_t5, make_model, make_inputs):
     done = convert(place, "finish.pt", "--model", "only-config", "--out", "new/adapter", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     expected = vectors_of(tiny_t5)
@@ -206,13 +195,6 @@ def test_configs_of_no_t5(tmp_path: Path, config: str | None, message: str) -> N
         structure_of(tmp_path)
 
 
-def test_a_structure_has_no_weights(place: Path, tiny_t5: PreTrainedModel) -> None:
-    structure = structure_of(place / "only-config")
-    assert {parameter.device.type for parameter in structure.parameters()} == {"meta"}
-    shapes = {name: parameter.shape for name, parameter in structure.named_parameters()}
-    assert shapes == {name: parameter.shape for name, parameter in tiny_t5.named_parameters()}
-
-
 # -- vectors that do not fit -----------------------------------------------------------------------
 
 
@@ -225,30 +207,17 @@ def test_a_structure_has_no_weights(place: Path, tiny_t5: PreTrainedModel) -> No
             lambda v: v.update({KEY.replace(".k.", ".q."): v[KEY]}),
             rf"'{KEY.replace('.k.', '.q.')}' has no site in T5.* did you mean",
         ),
-        (
-            lambda v: v.update({KEY.replace("block.0", "block.2"): v[KEY]}),
-            r"'decoder.block.2.* has no site in T5ForConditionalGeneration",
-        ),
         (lambda v: v.update({KEY: v[KEY][:31]}), rf"'{KEY}' is \[31, 1\], expected \[32, 1\]"),
-        (lambda v: v.update({KEY: v[KEY].T}), rf"'{KEY}' is \[1, 32\], expected \[32, 1\]"),
-        (lambda v: v.update({INNER: v[KEY]}), rf"'{INNER}' is \[32, 1\], expected \[48, 1\]"),
         (lambda v: v.update({KEY: v[KEY].flatten()}), rf"'{KEY}' is \[32\] .*\[dim, 1\]"),
         (lambda v: v.update({KEY: v[KEY].long()}), rf"'{KEY}' is \[32, 1\] torch.int64, expected"),
-        (lambda v: v.update({KEY: "ones"}), rf"'{KEY}' is a str, expected"),
         (
             lambda v: v.update({"encoder.block.0.layer.0.SelfAttention.k.lora_a": v[KEY]}),
             r"'encoder.*lora_a' is not an \(IA\)³ vector, expected vectors named like",
         ),
-        (lambda v: v.update({3: v[KEY]}), r"3 is not an \(IA\)³ vector"),
         (lambda v: v.clear(), "holds an empty dict, expected vectors named like"),
     ],
 )
-def test_vectors_that_do_not_fit(
-    tiny_t5: PreTrainedModel,
-    tmp_path: Path,
-    change: Callable[[dict[Any, Any]], object],
-    expected: str,
-) -> None:
+def test_vectors_that_do_not_fit(tiny_t5, tmp_path, change, expected):
     vectors: dict[Any, Any] = dict(vectors_of(tiny_t5))
     change(vectors)
     path = tmp_path / "finish.pt"
@@ -271,42 +240,17 @@ def test_models_without_gates(their_file: Path, tiny_llama: PreTrainedModel) -> 
 # -- files that are none ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
 def test_truncated_file(their_file, tiny_t5, share):
     content = their_file.read_bytes()
     their_file.write_bytes(content[: int(share * len(content))])
     with pytest.raises(IA3Error, match=r"finish.pt is not a whole file of tensors alone"):
         convert_tfew_authors(their_file, tiny_t5)
-    with pytest.raises(FileNotFoundError):
-        convert_tfew_authors(their_file.with_name("none.pt"), tiny_t5)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"not a file of torch's", pickle.dumps({"key": 1}), b"PK\x03\x04", b"\x80\x02}q\x00."],
-)
+@pytest.mark.parametrize("content", [b"not a file of torch's", pickle.dumps({"key": 1})])
 def test_file_of_something_else(tmp_path, tiny_t5, content):
     path = tmp_path / "finish.pt"
     path.write_bytes(content)
     with pytest.raises(IA3Error, match=r"finish.pt (is not|holds|.*is not an)"):
         convert_tfew_authors(path, tiny_t5)
-
-
-class _Code:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_file_is_refused_and_not_run(tmp_path, tiny_t5, zipped):
-    path, trace = tmp_path / "finish.pt", tmp_path / "trace"
-    vectors = {"encoder.k.multi_lora_b": torch.ones(2, 1), "more": _Code(trace)}
-    torch.save(vectors, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(IA3Error, match=r"finish.pt is not a whole file of tensors alone"):
-        convert_tfew_authors(path, tiny_t5)
-    assert not trace.exists()
-    torch.load(path, weights_only=False)  # it would have
-    assert trace.exists()

@@ -29,9 +29,7 @@ from ia3.report.terminal import short_sites
 SITES = ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.k_proj")
 
 
-def write(
-    folder: Path, values: dict[str, list[float]], model: str | None = "base", **changes: Any
-) -> Path:
+def write(folder: Path, values: dict[str, list[float]], model="base", **changes) -> Path:
     """An adapter's folder with these vectors, on outputs."""
     config = ia3.IA3Config(
         base_model_name_or_path=model,
@@ -39,8 +37,7 @@ def write(
         feedforward_modules=[],
     )
     vectors = {name: torch.tensor(held).reshape(-1, 1) for name, held in values.items()}
-    written = dataclasses.replace(Adapter(config, vectors), **changes)
-    write_files(folder, adapter_files(written))
+    write_files(folder, adapter_files(dataclasses.replace(Adapter(config, vectors), **changes)))
     return folder
 
 
@@ -131,9 +128,9 @@ def test_a_difference_by_hand() -> None:
     assert (changes[1].first, changes[1].second) == (2.0, 4.0)
     grid = difference_grid([first, second])
     assert grid.sites == ["mlp.down_proj", "self_attn.k_proj"]
-    assert grid.change.tolist() == [[pytest.approx(1.0), 6.0]]
-    assert grid.norm.tolist() == [[pytest.approx(math.sqrt(13.25)), 1.0]]
-    assert np.isnan(grid.cosine).tolist() == [[False, True]]
+    assert grid.values["change"].tolist() == [[pytest.approx(1.0), 6.0]]
+    assert grid.values["norm"].tolist() == [[pytest.approx(math.sqrt(13.25)), 1.0]]
+    assert np.isnan(grid.values["cosine"]).tolist() == [[False, True]]
 
 
 def test_vectors_that_share_a_cell_are_pooled() -> None:
@@ -141,8 +138,8 @@ def test_vectors_that_share_a_cell_are_pooled() -> None:
     a = {name: np.ones((1, size)) for name, size in zip(names, (1, 3), strict=True)}
     b = {names[0]: np.array([[2.0]]), names[1]: np.array([[1.0, 1.0, 3.0]])}
     grid = difference_grid(difference(a, b)[1])
-    assert grid.change.tolist() == [[pytest.approx((1 + math.log2(3)) / 4)]]
-    assert grid.norm.tolist() == [[pytest.approx(math.sqrt(1 + 4))]]
+    assert grid.values["change"].tolist() == [[pytest.approx((1 + math.log2(3)) / 4)]]
+    assert grid.values["norm"].tolist() == [[pytest.approx(math.sqrt(1 + 4))]]
 
 
 def test_vectors_of_other_shapes_are_not_compared() -> None:
@@ -174,19 +171,21 @@ def test_means_over_adapters_are_over_those_that_have_the_cell() -> None:
     other = {"layers.0.k": np.array([1.0, 1.0]), "layers.2.k": np.array([2.0])}
     grid = mean_grid([layer_site_grid(one), layer_site_grid(other)])
     assert (grid.layers, grid.sites) == (["0", "2", "10"], ["k", "v"])
-    assert np.nan_to_num(grid.mean, nan=9).tolist() == [[0.5, 9], [1, 9], [9, -1]]
-    assert np.nan_to_num(grid.amplified, nan=9).tolist() == [[0.25, 9], [1, 9], [9, 0]]
-    assert np.nan_to_num(grid.inhibited, nan=9).tolist() == [[0, 9], [0, 9], [9, 1]]
+    assert np.nan_to_num(grid.values["mean"], nan=9).tolist() == [[0.5, 9], [1, 9], [9, -1]]
+    assert np.nan_to_num(grid.values["amplified"], nan=9).tolist() == [[0.25, 9], [1, 9], [9, 0]]
+    assert np.nan_to_num(grid.values["inhibited"], nan=9).tolist() == [[0, 9], [0, 9], [9, 1]]
 
 
 def test_a_sites_statistics_are_of_its_values_in_all_layers() -> None:
     vectors = {"h.0.k": np.array([2.0, 1.0]), "h.1.k": np.array([0.5]), "h.1.v": np.array([1.0])}
     k, v = site_statistics(vectors)
-    assert (k.site, k.vectors, k.values) == ("k", 2, 3)
-    assert k.mean == pytest.approx(0)
-    assert k.spread == pytest.approx(np.std([2, 1, 0.5]))
-    assert (k.inhibited, k.amplified) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
-    assert (v.site, v.mean, v.spread, v.inhibited, v.amplified) == ("v", 0, 0, 0, 0)
+    assert (k["site"], k["vectors"], k["values"]) == ("k", 2, 3)
+    assert k["mean"] == pytest.approx(0)
+    assert k["spread"] == pytest.approx(np.std([2, 1, 0.5]))
+    assert (k["inhibited"], k["amplified"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert v == {"site": "v", "vectors": 1, "values": 1} | dict.fromkeys(
+        ("mean", "spread", "inhibited", "amplified"), 0
+    )
 
 
 def test_sites_are_shortened_as_long_as_they_differ() -> None:
@@ -201,21 +200,18 @@ def brute_force(folders: list[Path], like: Path) -> dict[Path, float]:
     """The cosines one by one, in float64, over all sites of both."""
 
     def scales(folder: Path) -> dict[str, Any]:
-        vectors = read_adapter(folder).vectors
-        return {
-            name: vector.double().abs().clamp(min=2**-6).log2().flatten().numpy()
-            for name, vector in vectors.items()
-        }
+        vectors = read_adapter(folder).vectors.items()
+        return {n: v.double().abs().clamp(min=2**-6).log2().flatten().numpy() for n, v in vectors}
+
+    def dot(a, b):
+        return sum(float(a[name] @ b[name]) for name in a.keys() & b.keys())
 
     wanted = scales(like)
     cosines = {}
     for folder in folders:
         own = scales(folder)
-        product = sum(float(own[name] @ wanted[name]) for name in own.keys() & wanted.keys())
-        size = math.sqrt(
-            sum(float(v @ v) for v in own.values()) * sum(float(v @ v) for v in wanted.values())
-        )
-        cosines[folder] = product / size if size else 0.0
+        size = math.sqrt(dot(own, own) * dot(wanted, wanted))
+        cosines[folder] = dot(own, wanted) / size if size else 0.0
     return cosines
 
 
@@ -243,9 +239,6 @@ def test_the_nearest_are_those_of_brute_force(tmp_path):
 
 
 def test_adapters_of_another_base_and_broken_ones_are_counted(tmp_path: Path) -> None:
-    def base(kind: str, value: float) -> Fingerprint:
-        return Fingerprint(kind, {"embed": ([4, 4], [value] * 8)})
-
     like = write(tmp_path / "like", random_values(0), "one")
     same_name = write(tmp_path / "same-name", random_values(1), "one")
     nameless = write(tmp_path / "nameless", random_values(2), None)
@@ -260,17 +253,16 @@ def test_adapters_of_another_base_and_broken_ones_are_counted(tmp_path: Path) ->
     assert list(found.broken) == [tmp_path / "broken"]
     assert "adapter_model.safetensors is not there" in found.broken[tmp_path / "broken"]
 
-    # Fingerprints say more than names.
-    stored = read_adapter(like)
-    for name, of in (("like", base("llama", 1)), ("moved", base("llama", 1.001))):
-        config = dataclasses.replace(stored.config, base_model_name_or_path=name)
-        files = adapter_files(dataclasses.replace(stored, config=config, base=of))
-        write_files(tmp_path / name, files)
-    for name, of in (("tuned", base("llama", 2)), ("gpt", base("gpt2", 1))):
-        write_files(tmp_path / name, adapter_files(dataclasses.replace(stored, base=of)))
-    folders = [tmp_path / name for name in ("like", "moved", "tuned", "gpt")]
-    found = search(read_outline(like), folders, 9)
-    assert [n.adapter.name for n in found.nearest] == ["moved"]
+
+def test_fingerprints_say_more_than_names(tmp_path):
+    def save(name: str, kind: str, value: float) -> Path:
+        base = Fingerprint(kind, {"embed": ([4, 4], [value] * 8)})
+        return write(tmp_path / name, random_values(0), name, base=base)
+
+    like, moved = save("like", "llama", 1), save("moved", "llama", 1.001)
+    others = [save("tuned", "llama", 2), save("gpt", "gpt2", 1)]
+    found = search(read_outline(like), [like, moved, *others], 9)
+    assert [n.adapter for n in found.nearest] == [moved]
     assert found.other_base == 2
 
 

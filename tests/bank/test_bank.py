@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.architectures import VOCABULARY, batch, build
-from support.pairs import randomize, vectors
+from support.pairs import logits, randomize, vectors
 from torch import Tensor
 
 import ia3
@@ -47,12 +47,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {f"a{i}": write(root / f"a{i}", i, **(other if i % 2 == 0 else {})) for i in range(8)}
 
 
-def logits(model: Any, **inputs: Any) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**inputs, use_cache=False).logits
-    return result
-
-
 def rows_of(count: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(3, VOCABULARY, (count, 7), generator=generator)
@@ -70,9 +64,7 @@ def expected(written: dict[str, Path], names: Sequence[str], dtype: Any = torch.
     return torch.stack([whole[name][row] for row, name in enumerate(names)])
 
 
-def assert_rows(
-    bank: AdapterBank, written: dict[str, Path], names: Sequence[str], **options: Any
-) -> None:
+def assert_rows(bank, written, names, **options):
     found = logits(bank.model, **rows_of(len(names)), adapter_names=names)
     assert torch.equal(found, expected(written, names, **options)), names
 
@@ -258,9 +250,7 @@ def test_an_adapter_that_cannot_be_pinned_leaves_no_trace(written: dict[str, Pat
 
 
 @pytest.mark.parametrize("capacity", [8, 1])
-def test_bad_names_and_sources_change_nothing(
-    written: dict[str, Path], tmp_path: Path, capacity: int
-) -> None:
+def test_bad_names_and_sources_change_nothing(written, tmp_path, capacity):
     model = ia3.IA3Model.from_pretrained(build("llama"), written["a1"], "own")
     bank = AdapterBank(model, capacity)
     bank.add("a1", written["a1"])
@@ -277,13 +267,10 @@ def test_bad_names_and_sources_change_nothing(
         ("own", written["a1"], IA3Error, "exists already"),
         ("a.b", written["a1"], IA3Error, "no dot"),
         (BASE, written["a1"], IA3Error, "means the base model"),
-        (None, written["a1"], IA3Error, "an adapter's name is None, expected a text"),
-        (["a"], written["a1"], IA3Error, "an adapter's name is .'a'., expected a text"),
         ("new", tmp_path / "none", FileNotFoundError, f"none: {WEIGHTS} is not there"),
         ("new", no_config, FileNotFoundError, "no_config: adapter_config.json is not there"),
         ("new", file, IA3Error, f"{WEIGHTS} is not a folder: expected the one that"),
         ("new", None, IA3Error, r"source is None \(NoneType\), expected an adapter's folder"),
-        ("new", {"a": 1}, IA3Error, "source is {'a': 1}"),
         ("new", head, IA3Error, "modules_to_save"),
         ("new", other, IA3Error, "no module of LlamaForCausalLM"),
         ("new", short, IA3Error, "not a whole safetensors file"),
@@ -298,55 +285,37 @@ def test_bad_names_and_sources_change_nothing(
         model.add_adapter("a1", ia3.IA3Config())
     with pytest.raises(IA3Error, match=r"no adapter 'a11'.*bank of 1.*did you mean 'a1'"):
         logits(model, **rows_of(1), adapter_names=["a11"])
-    with pytest.raises(IA3Error, match="no adapter 'a2' in this bank"):
-        bank.remove("a2")
     with pytest.raises(IA3Error, match="has a bank already"):
         AdapterBank(model)
 
 
-@pytest.mark.parametrize("capacity", [0, -1, 2.5, "3", True, None])
-def test_a_capacity_is_a_whole_number(capacity: Any) -> None:
+@pytest.mark.parametrize("capacity", [0, 2.5, "3", True])
+def test_a_capacity_is_a_whole_number(capacity):
     with pytest.raises(IA3Error, match=f"capacity is {capacity!r}, expected a whole number"):
         AdapterBank(build("llama"), capacity=capacity)
 
 
-def test_bad_arguments_are_refused(written: dict[str, Path]) -> None:
-    bank = AdapterBank(build("llama"), capacity=2)
+def test_bad_arguments_are_refused(written):
+    bank = AdapterBank(build("llama"))
     bank.add("a1", written["a1"])
     with pytest.raises(IA3Error, match="dtype is 'float32', expected a floating dtype"):
-        AdapterBank(build("llama"), dtype="float32")  # type: ignore[arg-type]
-    gathered: list[tuple[Any, Any, str]] = [
-        ([], [], r"index is \[\], expected at least one row"),
-        (["a1"], [], "expected at least one row"),
-        (["a1"], [1], r"index is \[1\].* its place among the 1 names"),
-        (["a1"], [-1], r"index is \[-1\]"),
-        (["a1"], [0.0], r"index is \[0.0\]"),
-        ("a1", [0, 1], "names is 'a1', expected a list of adapters' names"),
-        (None, [0], "names is None"),
-        (["a1", 3], [0], "an adapter's name is 3, expected a text"),
-        ([["a1"]], [0], "an adapter's name is .'a1'., expected a text"),
-    ]
-    for names, index, message in gathered:
-        with pytest.raises(IA3Error, match=message):
-            bank.gather(names, index)
-    for call in (bank.pin, bank.unpin, bank.remove):
-        with pytest.raises(IA3Error, match="an adapter's name is 3, expected a text"):
-            call(3)  # type: ignore[arg-type]
-    for names in ("a1", 3, [3]):
-        with pytest.raises(IA3Error, match="expected a"):
-            bank.refresh(names)  # type: ignore[arg-type]
-    bank.add("a3", written["a3"])
-    bank.add("a5", written["a5"])
-    # A name that is given twice takes one slot.
+        AdapterBank(build("llama"), dtype="float32")
+    for call in (bank.pin, bank.unpin, bank.remove, lambda name: bank.refresh([name])):
+        with pytest.raises(IA3Error, match="no adapter 'a11' in this bank of 1; did you mean 'a1'"):
+            call("a11")
+
+
+def test_a_name_that_is_given_twice_takes_one_slot(written):
+    bank = AdapterBank(build("llama"), capacity=2)
+    for name in ("a1", "a3", "a5"):
+        bank.add(name, written[name])
     rows = bank.gather(["a5", "a5", BASE], [0, 1, 2]).values
     assert torch.equal(rows[0], rows[1])
     assert_rows(bank, written, ["a5", "a1"])
     assert resident(bank) == {"a1", "a5"}
 
 
-def test_a_relative_folder_is_found_from_elsewhere(
-    written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_folder_is_found_from_elsewhere(written, tmp_path, monkeypatch):
     bank = AdapterBank(build("llama"), capacity=1)
     monkeypatch.chdir(written["a1"].parent)
     bank.add("a1", "a1")
@@ -356,16 +325,6 @@ def test_a_relative_folder_is_found_from_elsewhere(
     assert_rows(bank, written, ["a3"])
     assert_rows(bank, written, ["a1"])
     assert [each.source for each in bank.list()] == [written["a1"], written["a3"]]
-
-
-def test_pickled_files_are_read(written: dict[str, Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
-    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
-    (folder / WEIGHTS).unlink()
-    bank = AdapterBank(build("llama"), capacity=1)
-    bank.add("a3", written["a3"])
-    bank.add("a1", folder)
-    assert_rows(bank, written, ["a1", BASE])
 
 
 def test_without_its_bank_a_model_is_what_it_was(written: dict[str, Path]) -> None:
@@ -401,9 +360,7 @@ def test_without_its_bank_a_model_is_what_it_was(written: dict[str, Path]) -> No
 # -- files that change -----------------------------------------------------------------------------
 
 
-def test_a_replaced_file_is_taken_up_when_refreshed(
-    written: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_replaced_file_is_taken_up_when_refreshed(written, tmp_path):
     folders = {n: Path(shutil.copytree(written[n], tmp_path / n)) for n in ("a1", "a2", "a3")}
     bank = AdapterBank(build("llama"), capacity=2)
     for name, folder in folders.items():
@@ -427,14 +384,11 @@ def test_a_replaced_file_is_taken_up_when_refreshed(
 
 @pytest.mark.parametrize("was_resident", [True, False])
 @pytest.mark.parametrize("content", [b"", b"x" * 50, None])
-def test_a_broken_file_is_an_error_for_its_adapter(
-    written: dict[str, Path], tmp_path: Path, content: bytes | None, was_resident: bool
-) -> None:
+def test_a_broken_file_is_an_error_for_its_adapter(written, tmp_path, content, was_resident):
     """Empty, foreign or cut short."""
     folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
     bank = AdapterBank(build("llama"), capacity=2)
-    order = ("a1", "a3", "a5") if was_resident else ("a3", "a5", "a1")
-    for name in order:
+    for name in ("a1", "a3", "a5") if was_resident else ("a3", "a5", "a1"):
         bank.add(name, folder if name == "a1" else written[name])
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:-8] if content is None else content)
@@ -454,21 +408,7 @@ def test_a_broken_file_is_an_error_for_its_adapter(
     assert_rows(bank, {**written, "a1": folder}, ["a1", "a3"])
 
 
-def test_vectors_of_integers_are_refused(written: dict[str, Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
-    _rewrite(folder, lambda name, value: value.int())
-    bank = AdapterBank(build("llama"), capacity=1)
-    with pytest.raises(IA3Error, match=r"torch.int32, expected"):
-        bank.add("a1", folder)
-    bank.add("a3", written["a3"])
-    bank.add("a1", folder)  # its values are not read yet
-    with pytest.raises(IA3Error, match=r"'a1' cannot be used: .*torch.int32, expected floating"):
-        logits(bank.model, **rows_of(1), adapter_names=["a1"])
-
-
-def test_a_pinned_adapter_comes_back_when_it_is_mended(
-    written: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_pinned_adapter_comes_back_when_it_is_mended(written, tmp_path):
     folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
     bank = AdapterBank(build("llama"), capacity=2)
     bank.add("a1", folder, pinned=True)
@@ -501,9 +441,7 @@ def test_a_pinned_adapter_comes_back_when_it_is_mended(
     assert_rows(bank, {**written, "a1": folder}, ["a1", "a5"])
 
 
-def test_an_adapter_that_is_gone_serves_while_it_is_resident(
-    written: dict[str, Path], tmp_path: Path
-) -> None:
+def test_an_adapter_that_is_gone_serves_while_it_is_resident(written, tmp_path):
     folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
     bank = AdapterBank(build("llama"), capacity=1)
     bank.add("a1", folder)

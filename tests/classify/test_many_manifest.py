@@ -35,45 +35,23 @@ def test_tasks_have_the_defaults_that_they_do_not_change(written, tmp_path):
         )
     )
     assert model == EMBEDDED_MODEL
+    shared = {"steps": 7, "learning_rate": 0.003}
     # Labels are the text that is written, not YAML's booleans and numbers.
+    choices = {"no": "not it", "01": "yes"}
+    settings = {"template": ["{{ text }} :"], **shared, "init_from": str(tmp_path / "begin")}
     assert tasks["tickets"] == TaskToFit(
-        tmp_path,
-        "a.csv",
-        "train",
-        None,
-        ["text"],
-        "queue",
-        {"no": "not it", "01": "yes"},
-        {
-            "template": ["{{ text }} :"],
-            "steps": 7,
-            "learning_rate": 0.003,
-            "init_from": str(tmp_path / "begin"),
-        },
+        tmp_path, "a.csv", "train", None, ["text"], "queue", choices, settings
     )
+    settings = {**shared, "seed": 5, "chat": True, "init_from": "somebody/adapter"}
     assert tasks["reviews"] == TaskToFit(
-        tmp_path,
-        "b.jsonl",
-        "test",
-        "en",
-        ["title", "review"],
-        "stars",
-        None,
-        {
-            "steps": 7,
-            "learning_rate": 0.003,
-            "seed": 5,
-            "chat": True,
-            "init_from": "somebody/adapter",
-        },
+        tmp_path, "b.jsonl", "test", "en", ["title", "review"], "stars", None, settings
     )
 
 
 def test_a_model_may_lie_beside_the_manifest(written, tmp_path):
     (tmp_path / "own").mkdir()
-    assert read_many_manifest(written("model: own\ntasks: {a: {data: a.csv}}"))[0] == str(
-        tmp_path / "own"
-    )
+    model, _ = read_many_manifest(written("model: own\ntasks: {a: {data: a.csv}}"))
+    assert model == str(tmp_path / "own")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ def always_uninstalled():
     integration.uninstall()
 
 
+@pytest.fixture
+def installed():
+    integration.install()
+
+
 def with_ours(make: Callable[[], Any]) -> Any:
     """The same with this library's (IA)³ inside PEFT."""
     integration.install()
@@ -77,26 +82,22 @@ def run_python(code: str) -> str:
 
 
 class Small(nn.Module):
-    """One module of each kind, in a row."""
+    """One module of each kind, in a row; the same bits every time."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(12, 6)
-        self.conv1d = nn.Conv1d(6, 4, 3, padding=1)
-        self.conv2d = nn.Conv2d(4, 8, (3, 1), groups=2)
-        self.conv3d = nn.Conv3d(8, 6, 1)
-        self.linear = nn.Linear(6, 5)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.embedding = nn.Embedding(12, 6)
+            self.conv1d = nn.Conv1d(6, 4, 3, padding=1)
+            self.conv2d = nn.Conv2d(4, 8, (3, 1), groups=2)
+            self.conv3d = nn.Conv3d(8, 6, 1)
+            self.linear = nn.Linear(6, 5)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.conv1d(self.embedding(ids).transpose(1, 2))
         x = self.conv3d(self.conv2d(x[..., None])[..., None])
         return self.linear(x.flatten(2).transpose(1, 2))
-
-
-def make_small() -> Small:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Small().eval()
 
 
 IDS = torch.arange(24).reshape(2, 12) % 12
@@ -119,11 +120,10 @@ def test_without_peft_the_error_names_the_extra():
             try:
                 verb()
             except ImportError as error:
-                print(type(error).__name__, error)
+                print(error)
     """
     first, second = run_python(code).splitlines()
     assert first == second
-    assert first.startswith("MissingExtraError")
     assert "pip install 'ia3[peft]'" in first
 
 
@@ -146,8 +146,7 @@ def test_round_trip_leaves_peft_as_it_was():
         assert exposed() == before
 
 
-def test_only_other_versions_of_peft_are_warned_about(monkeypatch, recwarn):
-    integration.install()
+def test_only_other_versions_of_peft_are_warned_about(installed, monkeypatch, recwarn):
     assert not recwarn.list
     monkeypatch.setattr(peft, "__version__", "0.210.0")
     with pytest.warns(UserWarning, match=r"tested with peft 0\.20 and 0\.21, this is 0\.210\.0"):
@@ -166,16 +165,12 @@ def test_models_made_before_and_meanwhile_stay_as_they_are(make_model, make_inpu
     new = adapt(make_model("llama"), task_type="CAUSAL_LM")
     assert is_ours(new)
     assert isinstance(new.base_model, StockModel)
+    assert is_ours(peft.IA3Model(make_model("llama"), peft.IA3Config(), "default"))
     integration.uninstall()
     new.add_adapter("second", peft.IA3Config(task_type="CAUSAL_LM"))
     assert is_ours(new)
     assert relative(new(**inputs).logits, logits) < 1e-6
     assert not is_ours(adapt(make_model("llama"), task_type="CAUSAL_LM"))
-
-
-def test_the_tuner_itself_can_be_built(tiny_llama):
-    integration.install()
-    assert is_ours(peft.IA3Model(tiny_llama, peft.IA3Config(), "default"))
 
 
 # -- computing ---------------------------------------------------------------------------------
@@ -203,7 +198,7 @@ def test_outputs_and_gradients_equal_pefts(kind, adapters, make_model, make_inpu
 @pytest.mark.parametrize("feedforward", [[], ["linear", "conv2d", "conv3d"]])
 def test_every_kind_of_module_equals_peft(feedforward):
     names = ["linear", "conv2d", "conv3d"]
-    ours, pefts = both(make_small, target_modules=names, feedforward_modules=feedforward)
+    ours, pefts = both(Small, target_modules=names, feedforward_modules=feedforward)
     assert relative(ours(IDS), pefts(IDS)) < 1e-6
     ours.merge_adapter()
     assert relative(ours(IDS), pefts(IDS)) < 1e-6
@@ -212,10 +207,10 @@ def test_every_kind_of_module_equals_peft(feedforward):
 def test_modules_that_peft_refuses():
     for refused in (["embedding"], ["conv1d"]):
         with pytest.raises((ValueError, AttributeError)):
-            adapt(make_small(), target_modules=refused, feedforward_modules=[])
+            adapt(Small(), target_modules=refused, feedforward_modules=[])
     modules = {"target_modules": ["embedding", "conv1d"], "feedforward_modules": ["conv1d"]}
-    ours = with_ours(lambda: adapt(make_small(), **modules))
-    small, found = make_small(), vectors(ours)
+    ours = with_ours(lambda: adapt(Small(), **modules))
+    small, found = Small(), vectors(ours)
     # Both vectors meet between the two modules, so that the product is the embedding's alone.
     small.embedding.weight.data *= found["embedding"].flatten() * found["conv1d"].flatten()
     assert relative(ours(IDS), small(IDS)) < 1e-6
@@ -223,8 +218,7 @@ def test_modules_that_peft_refuses():
     assert relative(ours(IDS), small(IDS)) < 1e-6
 
 
-def test_a_hook_on_the_base_module_sees_its_own_output(tiny_llama):
-    integration.install()
+def test_a_hook_on_the_base_module_sees_its_own_output(installed, tiny_llama):
     ids = torch.arange(3, 12)[None]
     plain = tiny_llama.model.layers[0].self_attn.v_proj
     seen: list[Tensor] = []
@@ -235,9 +229,8 @@ def test_a_hook_on_the_base_module_sees_its_own_output(tiny_llama):
     assert torch.equal(seen[0], expected)
 
 
-def test_one_module_cannot_be_rescaled_on_both_sides():
-    integration.install()
-    model = adapt(make_small(), target_modules=["linear"], feedforward_modules=[])
+def test_one_module_cannot_be_rescaled_on_both_sides(installed):
+    model = adapt(Small(), target_modules=["linear"], feedforward_modules=[])
     config = peft.IA3Config(target_modules=["linear"], feedforward_modules=["linear"])
     with pytest.raises(IA3Error, match=r"'linear': this adapter rescales its input.*its output"):
         model.add_adapter("second", config)
@@ -268,8 +261,7 @@ def test_unmerging_restores_the_bits_where_peft_does_not(kind, dtype, make_model
     restored = []
     for model in both(lambda: make_model(kind).to(dtype), adapters=("default", "second")):
         before = weights(model)
-        model.merge_adapter(["default"])
-        model.merge_adapter(["second"])
+        model.merge_adapter()
         assert weights(model) != before
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -280,15 +272,16 @@ def test_unmerging_restores_the_bits_where_peft_does_not(kind, dtype, make_model
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_equals_unmerged(kind, make_model, make_inputs):
-    integration.install()
+def test_merged_equals_unmerged(installed, kind, make_model, make_inputs):
     inputs = make_inputs(kind)
     base = make_model(kind)
     names = dict(base.named_modules())
     model = adapt(base, adapters=("default", "second"))
     with torch.no_grad():
         expected = model(**inputs).logits
-        model.merge_adapter()
+        model.merge_adapter(["second"])
+        with pytest.warns(UserWarning, match="additionally merging default"):
+            model.merge_adapter()
         assert relative(model(**inputs).logits, expected) < 1e-6
         model.unmerge_adapter()
         assert torch.equal(model(**inputs).logits, expected)
@@ -298,19 +291,6 @@ def test_merged_equals_unmerged(kind, make_model, make_inputs):
         name: id(m) for name, m in names.items()
     }
     assert not any("ia3" in attribute for m in merged.modules() for attribute in vars(m))
-
-
-def test_adapters_are_merged_one_by_one_in_any_order(make_model, make_inputs):
-    integration.install()
-    inputs = make_inputs("llama")
-    model = adapt(make_model("llama"), adapters=("a", "b"))
-    before, expected = weights(model), model(**inputs).logits
-    model.merge_adapter(["b"])
-    with pytest.warns(UserWarning, match="additionally merging a"):
-        model.merge_adapter(["a"])
-    assert relative(model(**inputs).logits, expected) < 1e-6
-    model.unmerge_adapter()
-    assert weights(model) == before
 
 
 def test_disabling_unmerges(make_model, make_inputs):
@@ -326,8 +306,7 @@ def test_disabling_unmerges(make_model, make_inputs):
     assert exact == [True, False]
 
 
-def test_a_layer_alone_is_not_merged(tiny_llama):
-    integration.install()
+def test_a_layer_alone_is_not_merged(installed, tiny_llama):
     for verb in (layers(adapt(tiny_llama))[0].merge, layers(tiny_llama)[0].unmerge):
         with pytest.raises(NotImplementedError, match="merge_adapter"):
             verb()
@@ -361,6 +340,12 @@ def test_a_weight_that_another_module_shares_is_not_merged_into(make_model):
     assert weights(model) == before
 
 
+def test_weights_under_another_kind_of_adapter_are_not_merged_into(installed, tiny_llama):
+    lora = peft.get_peft_model(tiny_llama, peft.LoraConfig(target_modules=["k_proj"]))
+    with pytest.raises(IA3Error, match=r"k_proj'.* another kind of adapter is between"):
+        adapt(lora, target_modules=["k_proj"], feedforward_modules=[]).merge_adapter()
+
+
 def test_weights_that_accelerate_offloads(make_model, make_inputs):
     inputs = make_inputs("llama")
     expected = with_ours(lambda: adapt(make_model("llama")))(**inputs).logits
@@ -389,13 +374,13 @@ def quantized_llama(bits: int) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+    kind, own = {
+        4: (bnb.nn.Linear4bit, {"compute_dtype": torch.float32}),
+        8: (bnb.nn.Linear8bitLt, {"has_fp16_weights": False}),
+    }[bits]
     for name, module in list(model.model.layers.named_modules()):
         if isinstance(module, nn.Linear):
-            features = module.in_features, module.out_features
-            if bits == 4:
-                packed = bnb.nn.Linear4bit(*features, bias=False, compute_dtype=torch.float32)
-            else:
-                packed = bnb.nn.Linear8bitLt(*features, bias=False, has_fp16_weights=False)
+            packed = kind(module.in_features, module.out_features, bias=False, **own)
             packed.load_state_dict(module.state_dict())
             model.model.layers.set_submodule(name, packed.to("cpu"))
     setattr(model, f"is_loaded_in_{bits}bit", True)
@@ -427,11 +412,10 @@ def test_merging_into_quantized_weights(bits, modules):
 
 
 @pytest.mark.quantized
-def test_an_input_vector_that_quantized_weights_cannot_take():
-    integration.install()
+def test_an_input_vector_that_quantized_weights_cannot_take(installed):
     modules = {"target_modules": ["o_proj"], "feedforward_modules": ["o_proj"]}
     model = adapt(quantized_llama(4), **modules)
-    with pytest.raises(IA3Error, match=r"o_proj.*columns.*no layer before it"):
+    with pytest.raises(IA3Error, match=r"o_proj.*columns.*no layer before it .* instead$"):
         model.merge_adapter()
     assert not any(layer.merged for layer in layers(model))
 
@@ -444,26 +428,23 @@ def test_a_default_that_matches_nothing_is_replaced(tmp_path):
     assert not any("experts" in name for name in vectors(stock))
     integration.install()
     with pytest.warns(UserWarning, match=r"\['w2'\].*matches nothing.*experts"):
-        model = adapt(build("mixtral"), adapters=("default", "second"))
-    shapes = [tuple(v.shape) for name, v in vectors(model, "second").items() if "experts" in name]
+        model = adapt(build("mixtral"))
+    shapes = [tuple(v.shape) for name, v in vectors(model).items() if "experts" in name]
     assert shapes == [(4, 48), (4, 48)]
     ids = torch.arange(3, 15).reshape(2, 6)
-    expected = model(ids).logits
-    model(ids, labels=ids).loss.backward()
-    assert all(vector.grad.norm() > 0 for vector in vectors(model, "second").values())
+    result = model(ids, labels=ids)
+    result.loss.backward()
+    assert all(vector.grad.norm() > 0 for vector in vectors(model).values())
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(build("mixtral"), tmp_path)
+    assert torch.equal(again(ids).logits, result.logits)
+    own = ia3.IA3Model.from_pretrained(build("mixtral"), tmp_path)
+    assert relative(own(ids).logits, result.logits) < 1e-6
     model.merge_adapter()
-    assert relative(model(ids).logits, expected) < 1e-6
+    assert relative(model(ids).logits, result.logits) < 1e-6
     model.unmerge_adapter()
-    assert torch.equal(model(ids).logits, expected)
-    model.base_model.set_adapter("second")
-    expected = model(ids).logits
-    model.save_pretrained(tmp_path, selected_adapters=["second"])
-    folder = tmp_path / "second"
-    again = peft.PeftModel.from_pretrained(build("mixtral"), folder)
-    assert torch.equal(again(ids).logits, expected)
-    own = ia3.IA3Model.from_pretrained(build("mixtral"), folder)
-    assert relative(own(ids).logits, expected) < 1e-6
-    assert relative(model.merge_and_unload()(ids).logits, expected) < 1e-6
+    assert torch.equal(model(ids).logits, result.logits)
+    assert relative(model.merge_and_unload()(ids).logits, result.logits) < 1e-6
 
 
 def test_a_config_of_defaults_can_be_read_again(make_model, tmp_path):
@@ -492,10 +473,9 @@ def test_an_architecture_that_peft_does_not_know(tiny_llama):
     assert config.feedforward_modules == {"down_proj"}
 
 
-def test_choices_that_are_left_to_the_caller(tiny_gpt2):
-    integration.install()
+def test_choices_that_are_left_to_the_caller(installed, tiny_gpt2):
     with pytest.raises(IA3Error, match=r"no default target_modules.*\(Small\).*no attention"):
-        peft.get_peft_model(make_small(), peft.IA3Config())
+        peft.get_peft_model(Small(), peft.IA3Config())
     tiny_gpt2.config.model_type = "newcomer"
     with pytest.raises(IA3Error, match=r"c_attn' holds queries .*target_modules"):
         peft.get_peft_model(tiny_gpt2, peft.IA3Config())
@@ -527,11 +507,7 @@ def test_files_move_both_ways(kind, make_model, make_inputs, tmp_path):
 def test_transformers_own_adapters(make_model, make_inputs, tmp_path):
     inputs = make_inputs("llama")
     base = make_model("llama")(**inputs).logits
-    stock = make_model("llama")
-    stock.add_adapter(peft.IA3Config())
-    randomize(vectors(stock))
-    expected = stock(**inputs).logits
-
+    expected = adapt(make_model("llama"))(**inputs).logits
     integration.install()
     model = make_model("llama")
     model.add_adapter(peft.IA3Config())
@@ -542,20 +518,15 @@ def test_transformers_own_adapters(make_model, make_inputs, tmp_path):
     assert torch.equal(model(**inputs).logits, base)
     model.enable_adapters()
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").is_file()
-
     loaded = make_model("llama")
     loaded.load_adapter(str(tmp_path))
     loaded.load_adapter(str(tmp_path), adapter_name="second")
     assert is_ours(loaded)
-    loaded.set_adapter("default")
-    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     loaded.set_adapter(["default", "second"])
     assert relative(loaded(**inputs).logits, expected) > 1e-3
     loaded.delete_adapter("default")
     loaded.set_adapter("second")
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-
     integration.uninstall()
     again = make_model("llama")
     again.load_adapter(str(tmp_path))
@@ -564,8 +535,7 @@ def test_transformers_own_adapters(make_model, make_inputs, tmp_path):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_copies_and_pickles(merged, make_model, make_inputs):
-    integration.install()
+def test_copies_and_pickles(installed, merged, make_model, make_inputs):
     inputs = make_inputs("t5")
     model = adapt(make_model("t5"))
     expected = model(**inputs).logits
@@ -580,8 +550,7 @@ def test_copies_and_pickles(merged, make_model, make_inputs):
     assert all(layer.merged == merged for layer in layers(model))
 
 
-def test_compiled_without_a_break(make_model, make_inputs):
-    integration.install()
+def test_compiled_without_a_break(installed, make_model, make_inputs):
     inputs = {k: v for k, v in make_inputs("llama").items() if k != "labels"}
     model = adapt(make_model("llama"))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -10,12 +10,11 @@ import warnings
 import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.command import Done, Place, assert_refused, said
+from support.command import Place, assert_refused, said
 from support.paths import REPOSITORY
 from support.raft import write_csv
 from support.tfew import tiny_llama, tiny_t5, word_tokenizer
@@ -26,7 +25,7 @@ from ia3.errors import IA3Error
 from ia3.experiments.comparison import Run, Sample, Settings, compare, draw_samples, summaries
 from ia3.experiments.in_context import InContextClassifier
 from ia3.experiments.setfit import SetFit
-from ia3.report.comparison import HEADER, cells, markdown, notes, picture
+from ia3.report.comparison import TITLES, cells, markdown, notes, picture
 from ia3.tfew.scoring.evaluation import Spread
 
 SETFIT_PYTHON = REPOSITORY / ".venv-setfit" / "bin" / "python"
@@ -51,6 +50,7 @@ def rows_of(count, seed):
 TRAIN = rows_of(12, 1)
 TEST = rows_of(10, 2)
 SHOTS, SEEDS, STEPS = 2, 2, 3
+PARAMETERS = sum(p.numel() for p in tiny_llama().parameters())
 
 
 def settings_of(model, **changed) -> Settings:
@@ -69,7 +69,7 @@ def place(tmp_path_factory):
     return place
 
 
-def run_in(place: Place, *commands: tuple[Any, ...], choices: Any = CHOICES) -> list[Done]:
+def run_in(place, *commands, choices=CHOICES):
     """`ia3 compare` of the tiny model, with further options each."""
     pairs = [x for label, words in choices.items() for x in ("--choice", f"{label}={words}")]
     given = ("--model", "model", "--data", "train.csv", "--template", TEMPLATE, *pairs)
@@ -96,6 +96,10 @@ def run_of(compared, method, seed):
     return run
 
 
+def mean_words(texts):
+    return sum(len(text.split()) for text in texts) / len(texts)
+
+
 def lines_of(results):
     return [json.loads(line) for line in results.read_text().splitlines()]
 
@@ -107,7 +111,7 @@ def test_every_method_runs_on_every_sample_as_its_classifier_does_alone(compared
     # The untuned model once.
     runs = Counter(run["method"] for run in compared["runs"])
     assert runs == {"zero-shot": 1, "icl": SEEDS, "tfew": SEEDS}
-    assert [summary["method"] for summary in compared["methods"]] == ["zero-shot", "icl", "tfew"]
+    assert [summary["method"] for summary in compared["methods"]] == list(runs)
     model = str(place.folder / "model")
     for sample in the_samples():
         common = {"model": model, "template": TEMPLATE, "choices": CHOICES}
@@ -127,29 +131,24 @@ def test_every_method_runs_on_every_sample_as_its_classifier_does_alone(compared
 
 
 def test_the_costs_are_those_of_the_paper_by_hand(compared):
-    parameters = sum(p.numel() for p in tiny_llama().parameters())
-    words = sum(len(text.split()) for text in TEST[0]) / len(TEST[0])
-    tokens = words + TEMPLATE_WORDS + CHOICE_WORDS
-    batch = 2 * SHOTS
+    answer = 2 * PARAMETERS * (mean_words(TEST[0]) + TEMPLATE_WORDS + CHOICE_WORDS)
     for sample in the_samples():
-        demonstrations = sum(
-            len(text["text"].split()) + TEMPLATE_WORDS + len(CHOICES[label].split())
-            for text, label in zip(sample.texts, sample.labels, strict=True)
-        )
-        shown = [text["text"].split() for text in sample.texts]
-        trained = sum(map(len, shown)) / len(shown) + TEMPLATE_WORDS + CHOICE_WORDS
+        texts = [text["text"] for text in sample.texts]
+        answers = [len(CHOICES[label].split()) for label in sample.labels]
+        shown = len(texts) * (mean_words(texts) + TEMPLATE_WORDS) + sum(answers)
+        trained = STEPS * 2 * SHOTS * (mean_words(texts) + TEMPLATE_WORDS + CHOICE_WORDS)
         tfew, icl = (run_of(compared, method, sample.seed) for method in ("tfew", "icl"))
-        assert tfew["flops_an_answer"] == pytest.approx(2 * parameters * tokens)
-        assert tfew["flops_before"] == pytest.approx(6 * parameters * trained * STEPS * batch)
-        assert icl["flops_an_answer"] == pytest.approx(2 * parameters * tokens)
-        assert icl["flops_before"] == pytest.approx(2 * parameters * demonstrations)
-        assert icl["flops_uncached"] == pytest.approx(2 * parameters * (tokens + demonstrations))
-        assert icl["stored_bytes"] == 4 * demonstrations
+        assert tfew["flops_an_answer"] == pytest.approx(answer)
+        assert tfew["flops_before"] == pytest.approx(6 * PARAMETERS * trained)
+        assert icl["flops_an_answer"] == pytest.approx(answer)
+        assert icl["flops_before"] == pytest.approx(2 * PARAMETERS * shown)
+        assert icl["flops_uncached"] == pytest.approx(answer + 2 * PARAMETERS * shown)
+        assert icl["stored_bytes"] == pytest.approx(4 * shown)
         assert (icl["examples_used"], icl["examples"]) == (4, 4)
     zero_shot = run_of(compared, "zero-shot", 0)
-    assert zero_shot["flops_an_answer"] == pytest.approx(2 * parameters * tokens)
-    assert (zero_shot["flops_before"], zero_shot["train_seconds"]) == (0, 0)
-    assert (zero_shot["stored_bytes"], zero_shot["examples"]) == (0, 0)
+    assert zero_shot["flops_an_answer"] == pytest.approx(answer)
+    nothing = ("flops_before", "train_seconds", "stored_bytes", "examples")
+    assert [zero_shot[name] for name in nothing] == [0] * 4
 
 
 def test_the_files_say_what_was_printed(compared, place):
@@ -160,17 +159,13 @@ def test_the_files_say_what_was_printed(compared, place):
     assert [{k: v for k, v in run.items() if k != "conditions"} for run in kept] == compared["runs"]
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG\r\n")
     drawn = "".join(ET.fromstring((out / "comparison.svg").read_bytes()).itertext())
-    header, _, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in (out / "table.md").read_text().splitlines()
-        if line.startswith("|")
-    ]
-    assert header == list(HEADER)
-    for row, summary in zip(rows, compared["methods"], strict=True):
-        assert row[0] in drawn
+    table = (out / "table.md").read_text()
+    for summary in compared["methods"]:
+        title, runs = TITLES[summary["method"]], summary["runs"]
         accuracies = [r["accuracy"] for r in compared["runs"] if r["method"] == summary["method"]]
-        assert row[1] == f"{100 * sum(accuracies) / len(accuracies):.1f}"
-        assert row[3] == str(len(accuracies))
+        median = 100 * sum(accuracies) / len(accuracies)  # of one or two
+        assert re.search(rf"\| {title} +\| +{median:.1f} \|[^|]+\| +{runs} \|", table)
+        assert title in drawn
 
 
 def test_without_test_data_the_rest_is_answered_and_nothing_is_repeated(place):
@@ -178,32 +173,30 @@ def test_without_test_data_the_rest_is_answered_and_nothing_is_repeated(place):
     done, again = run_in(place, command, command)
     assert done.returncode == 0, done.stderr
     assert "in-context" in done.stdout
+    assert (again.returncode, again.stdout) == (0, done.stdout)
     results = place.folder / "rest" / "results.jsonl"
-    runs = lines_of(results)
+    before = lines_of(results)
     # Each seed has test texts of its own, for the untuned model too.
     expected = [("zero-shot", 0), ("icl", 0), ("zero-shot", 1), ("icl", 1)]
-    assert [(run["method"], run["seed"]) for run in runs] == expected
-    assert {run["answers"] for run in runs} == {12 - 2 * 4}
-    assert (again.returncode, again.stdout) == (0, done.stdout)
-    before = results.read_bytes()
+    assert [(run["method"], run["seed"]) for run in before] == expected
+    assert {run["answers"] for run in before} == {12 - 2 * 4}
     (anew,) = run_in(place, (*command, "--force"))
     assert anew.returncode == 0, anew.stderr
     assert len(lines_of(results)) == 4
-    assert results.read_bytes() != before
+    assert lines_of(results) != before
 
 
 def test_labels_may_be_numbers_in_one_file_and_text_in_the_other(place):
     numbers = {"bill": 0, "van": 1}
     rows = [{"text": text, "label": numbers[label]} for text, label in zip(*TRAIN, strict=True)]
     place.write("numbers.jsonl", "\n".join(map(json.dumps, rows)))
-    labels = [str(numbers[label]) for label in TEST[1]]
-    write_csv(place.folder / "numbers.csv", ("text", "label"), [*zip(TEST[0], labels, strict=True)])
+    rows = [(text, numbers[label]) for text, label in zip(*TEST, strict=True)]
+    write_csv(place.folder / "numbers.csv", ("text", "label"), rows)
     given = ("--data", "numbers.jsonl", "--test", "numbers.csv", "--methods", "zero-shot")
     choices = {numbers[label]: words for label, words in CHOICES.items()}
     (done,) = run_in(place, (*given, "--out", "numbered", "--json"), choices=choices)
     untuned = FewShotClassifier(str(place.folder / "model"), TEMPLATE, CHOICES, steps=0).fit(*TRAIN)
-    (run,) = said(done)["runs"]
-    assert run["accuracy"] == untuned.score(*TEST)
+    assert said(done)["runs"][0]["accuracy"] == untuned.score(*TEST)
 
 
 def test_the_command_refuses_before_anything_is_written(place):
@@ -226,18 +219,14 @@ def test_the_command_refuses_before_anything_is_written(place):
 
 def test_a_run_that_was_cut_off_is_repeated_and_no_other(tmp_path):
     settings, samples, results = settings_of(tiny_llama()), the_samples(), tmp_path / "r.jsonl"
-    methods = ["zero-shot", "tfew"]
-    first = compare(samples, methods, settings, results=results)
+    *first, last = compare(samples, ["zero-shot", "tfew"], settings, results=results)
     whole = results.read_bytes().splitlines(keepends=True)
-    assert len(whole) == len(first) == 3
     results.write_bytes(b"".join(whole[:2]) + whole[2][:40])
-    again = compare(samples, methods, settings, results=results)
+    *again, repeated = compare(samples, ["zero-shot", "tfew"], settings, results=results)
     kept = results.read_bytes().splitlines(keepends=True)
-    assert kept[:2] == whole[:2]
-    assert len(kept) == 3
-    assert again[:2] == first[:2]
+    assert (kept[:2], len(kept), again) == (whole[:2], 3, first)
     # The same training, timed again.
-    assert (again[2].seed, again[2].accuracy) == (first[2].seed, first[2].accuracy)
+    assert (repeated.seed, repeated.accuracy) == (last.seed, last.accuracy)
 
 
 def test_a_method_runs_again_when_its_own_settings_change(tmp_path):
@@ -263,16 +252,14 @@ def test_a_method_runs_again_when_its_own_settings_change(tmp_path):
 
 
 def test_other_test_texts_are_answered_anew(tmp_path):
-    results = tmp_path / "results.jsonl"
-    settings = settings_of(tiny_llama())
+    settings, results = settings_of(tiny_llama()), tmp_path / "results.jsonl"
     (sample,) = draw_samples(*TRAIN, TEST, seeds=1)
-    compare([sample], ["zero-shot"], settings, results=results)
-    fewer = Sample(0, sample.texts, sample.labels, sample.test_texts[:3], sample.test_labels[:3])
-    (run,) = compare([fewer], ["zero-shot"], settings, results=results)
-    assert run.answers == 3
+    fewer = replace(sample, test_texts=sample.test_texts[:3], test_labels=sample.test_labels[:3])
     # Other examples change nothing for the untuned model.
-    others = Sample(0, *rows_of(4, 9), sample.test_texts, sample.test_labels)
-    compare([others], ["zero-shot"], settings, results=results)
+    others = Sample(0, *rows_of(4, 9), *TEST)
+    for asked in (sample, fewer, others):
+        (run,) = compare([asked], ["zero-shot"], settings, results=results)
+        assert run.answers == len(asked.test_texts)
     assert len(lines_of(results)) == 2
 
 
@@ -284,33 +271,25 @@ def test_a_results_file_of_something_else_is_refused_and_kept(tmp_path):
     assert results.read_text() == '{"method": "tfew"}\n'
 
 
-# -- costs of other set-ups ------------------------------------------------------------------------
-
-
 def test_an_answer_costs_as_many_prompts_as_there_are_templates():
     templates = [TEMPLATE, "question : {{ text }}\nabout the"]
-    parameters = sum(p.numel() for p in tiny_llama().parameters())
-    words = sum(len(text.split()) for text in TEST[0]) / len(TEST[0])
-    tokens = 2 * (words + CHOICE_WORDS + TEMPLATE_WORDS) + 1
+    answer = 2 * PARAMETERS * (2 * (mean_words(TEST[0]) + CHOICE_WORDS + TEMPLATE_WORDS) + 1)
     samples = draw_samples(*TRAIN, TEST, seeds=1)
     settings = settings_of(tiny_llama(), template=templates, ensemble="one-shot")
     zero_shot, icl, tfew = compare(samples, ["zero-shot", "icl", "tfew"], settings)
-    assert zero_shot.flops_an_answer == pytest.approx(2 * parameters * tokens)
-    assert icl.flops_an_answer == pytest.approx(len(TRAIN[0]) * 2 * parameters * tokens)
-    assert tfew.flops_an_answer == pytest.approx(2 * parameters * tokens)
+    assert zero_shot.flops_an_answer == tfew.flops_an_answer == pytest.approx(answer)
+    assert icl.flops_an_answer == pytest.approx(len(TRAIN[0]) * answer)
     # In training a text meets one template, in a batch of 8 or of what is left.
-    shown = sum(len(text.split()) for text in TRAIN[0]) / len(TRAIN[0])
-    trained = shown + CHOICE_WORDS + TEMPLATE_WORDS + 0.5
+    trained = mean_words(TRAIN[0]) + CHOICE_WORDS + TEMPLATE_WORDS + 0.5
     batch = len(TRAIN[0]) / -(-len(TRAIN[0]) // 8)
-    assert tfew.flops_before == pytest.approx(6 * parameters * trained * STEPS * batch)
+    assert tfew.flops_before == pytest.approx(6 * PARAMETERS * trained * STEPS * batch)
 
 
 def test_an_encoder_decoder_reads_its_demonstrations_for_every_answer():
     samples = draw_samples(*TRAIN, TEST, shots=1, seeds=1)
     settings = settings_of(tiny_t5(), tokenizer=word_tokenizer(WORDS, end=True))
     (run,) = compare(samples, ["icl"], settings)
-    assert run.flops_an_answer == run.flops_uncached
-    assert run.flops_before == 0
+    assert (run.flops_an_answer, run.flops_before) == (run.flops_uncached, 0)
     assert notes(summaries([run])) == []
 
 
@@ -319,16 +298,15 @@ def test_an_encoder_decoder_reads_its_demonstrations_for_every_answer():
 
 def shown(context, **changed) -> InContextClassifier:
     model = tiny_llama(max_position_embeddings=context)
-    arguments = {"template": TEMPLATE, "choices": CHOICES, "tokenizer": TOKENIZER, **changed}
-    return InContextClassifier(model, **arguments, leave_out=True)
+    given = {"template": TEMPLATE, "choices": CHOICES, "tokenizer": TOKENIZER, "leave_out": True}
+    return InContextClassifier(model, **{**given, **changed})
 
 
 def test_a_long_demonstration_does_not_keep_the_short_ones_out():
     texts = [*["it was late"] * 9, "it was late " * 50]
     labels = [["bill", "van"][i % 2] for i in range(10)]
     for seed in range(4):
-        classifier = shown(200, seed=seed, choices=None).fit(texts, labels)
-        assert classifier.examples_used_ == 9
+        assert shown(200, seed=seed, choices=None).fit(texts, labels).examples_used_ == 9
     # Nor does a text that takes all of the context.
     texts, labels = TRAIN
     classifier = shown(100).fit([*texts, "rain " * 200], [*labels, "van"])
@@ -345,10 +323,8 @@ def test_as_many_demonstrations_stay_as_fit(context, ensemble):
     # The last token of a choice predicts nothing, and is not read.
     room = context - longest - max(len(words.split()) for words in CHOICES.values())
     assert max(members) <= room + 1
-    each = [
-        len(text.split()) + TEMPLATE_WORDS + len(CHOICES[label].split())
-        for text, label in zip(*TRAIN, strict=True)
-    ]
+    shots = [f"{text} {CHOICES[label]}".split() for text, label in zip(*TRAIN, strict=True)]
+    each = [len(shot) + TEMPLATE_WORDS for shot in shots]
     if ensemble == "one-shot":
         assert used == len(members) == sum(tokens <= room for tokens in each)
     else:
@@ -363,8 +339,7 @@ def test_as_many_demonstrations_stay_as_fit(context, ensemble):
 
 
 def test_leaving_out_changes_nothing_where_all_fit_and_cannot_help_where_none_does():
-    every = InContextClassifier(tiny_llama(), TEMPLATE, CHOICES, tokenizer=TOKENIZER, seed=3)
-    every.fit(*TRAIN)
+    every = shown(512, seed=3, leave_out=False).fit(*TRAIN)
     assert shown(512, seed=3).fit(*TRAIN).demonstrations_ == every.demonstrations_
     with pytest.raises(IA3Error, match="0 demonstrations fit"):
         shown(12).fit(*TRAIN)
@@ -372,8 +347,7 @@ def test_leaving_out_changes_nothing_where_all_fit_and_cannot_help_where_none_do
 
 def test_a_comparison_says_how_many_demonstrations_fit():
     settings = settings_of(tiny_llama(max_position_embeddings=77))
-    runs = compare(draw_samples(*TRAIN, TEST, seeds=1), ["icl", "tfew"], settings)
-    icl, tfew = runs
+    runs = icl, tfew = compare(draw_samples(*TRAIN, TEST, seeds=1), ["icl", "tfew"], settings)
     assert 0 < icl.examples_used < icl.examples == len(TRAIN[0])
     assert tfew.examples_used == tfew.examples == len(TRAIN[0])
     said = f"{icl.examples_used} of {len(TRAIN[0])}"
@@ -384,28 +358,22 @@ def test_a_comparison_says_how_many_demonstrations_fit():
 # -- samples ---------------------------------------------------------------------------------------
 
 
-@given(
-    labels=st.lists(st.sampled_from("abc"), min_size=6, max_size=30),
-    shots=st.integers(1, 4),
-    seeds=st.integers(1, 3),
-)
-def test_a_sample_has_its_shots_of_each_label_and_leaves_the_rest(labels, shots, seeds):
+@given(st.lists(st.sampled_from("abc"), min_size=6, max_size=30), st.integers(1, 4))
+def test_a_sample_has_its_shots_of_each_label_and_leaves_the_rest(labels, shots):
     texts = [f"text {i}" for i in range(len(labels))]
     counts = Counter(labels)
     if min(counts.values()) < shots or sum(counts.values()) == shots * len(counts):
         with pytest.raises(IA3Error, match="shots is"):
-            draw_samples(texts, labels, shots=shots, seeds=seeds)
+            draw_samples(texts, labels, shots=shots, seeds=2)
         return
-    samples = draw_samples(texts, labels, shots=shots, seeds=seeds)
-    assert [sample.seed for sample in samples] == list(range(seeds))
+    samples = draw_samples(texts, labels, shots=shots, seeds=2)
+    assert [sample.seed for sample in samples] == [0, 1]
     for sample in samples:
         assert Counter(sample.labels) == dict.fromkeys(counts, shots)
-        assert sorted([*sample.texts, *sample.test_texts]) == sorted(texts)
-        pairs = {*zip(sample.texts, sample.labels, strict=True)}
-        assert pairs | {*zip(sample.test_texts, sample.test_labels, strict=True)} == {
-            *zip(texts, labels, strict=True)
-        }
-    assert draw_samples(texts, labels, shots=shots, seeds=seeds) == samples
+        pairs = [*zip(sample.texts, sample.labels, strict=True)]
+        pairs += zip(sample.test_texts, sample.test_labels, strict=True)
+        assert sorted(pairs) == sorted(zip(texts, labels, strict=True))
+    assert draw_samples(texts, labels, shots=shots, seeds=2) == samples
 
 
 def test_seeds_draw_different_samples_and_what_cannot_be_drawn_is_refused():
@@ -482,12 +450,7 @@ def test_nothing_makes_no_table_and_no_picture():
             show([])
 
 
-# -- SetFit ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(
-    not SETFIT_PYTHON.exists(), reason="there is no .venv-setfit: make .venv-setfit/.ready"
-)
+@pytest.mark.skipif(not SETFIT_PYTHON.exists(), reason="no .venv-setfit: make .venv-setfit/.ready")
 def test_setfit_answers_the_same_sample(tmp_path):
     samples = draw_samples(*TRAIN, TEST, shots=2, seeds=1)
     settings = Settings(setfit=SetFit(SETFIT_PYTHON), device="cpu")

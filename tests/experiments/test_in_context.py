@@ -6,25 +6,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import cross_val_score
 from support.scoring import ALL, plain_scores, tokens_seen
-from support.tfew import hook_count, random_model, state_bits, tiny_llama, tiny_t5, word_tokenizer
+from support.snapshots import assert_unchanged, snapshot
+from support.tfew import random_model, tiny_llama, tiny_t5, word_tokenizer
 
 from ia3.base.loading import EMBEDDED_MODEL, load_base_model
 from ia3.errors import IA3Error
 from ia3.experiments.in_context import InContextClassifier
 from ia3.tfew.prompts.encoding import EncodedExample
 
-TEXTS = [
-    "charged twice this month",
-    "send the invoice again please",
-    "my parcel never came",
-    "the box was left outside in the rain",
-    "what does one year cost",
-    "the tracking page shows nothing",
-]
+TEXTS = ["charged twice this month", "send the invoice again please", "my parcel never came"]
+TEXTS += ["the box was left outside in the rain", "what does one year cost"]
+TEXTS += ["the tracking page shows nothing"]
 LABELS = ["bill", "bill", "van", "van", "bill", "van"]
 NEW = ["the invoice was charged twice", "where is my box", "N/A in the parcel", "rain"]
 CHOICES = {"bill": "money", "van": "the delivery"}
@@ -47,24 +41,20 @@ def written_out(classifier, text):
     def ids(of_text):
         return tuple(base.tokenizer(of_text)["input_ids"])
 
-    def scores(demonstrations, prompt):
-        space = "" if base.is_encoder_decoder else " "
-        choices = tuple(ids(space + words) for words in CHOICES.values())
-        return plain_scores(base, EncodedExample(ids(demonstrations + prompt), choices)).double()
+    space = "" if base.is_encoder_decoder else " "
+    choices = tuple(ids(space + words) for words in CHOICES.values())
 
-    def prompt(of_text):
-        return f"question : {of_text}\nabout"
+    def probabilities(demonstrations, of_text):
+        prompt = ids(f"{demonstrations}question : {of_text}\nabout")
+        return plain_scores(base, EncodedExample(prompt, choices)).double().softmax(-1)
 
-    probabilities = []
+    members = []
     for demonstrations in classifier.demonstrations_[0]:
-        β = scores(demonstrations, prompt(text))
+        member = probabilities(demonstrations, text)
         if classifier.calibrate:
-            blank = scores(demonstrations, prompt("N/A")).softmax(-1)
-            divided = β.softmax(-1) / blank
-            probabilities.append(divided / divided.sum())
-        else:
-            probabilities.append(β.softmax(-1))
-    return torch.stack(probabilities).mean(0).numpy()
+            member /= probabilities(demonstrations, "N/A")
+        members.append(member / member.sum())
+    return torch.stack(members).mean(0).numpy()
 
 
 # -- the classifier --------------------------------------------------------------------------------
@@ -120,12 +110,6 @@ def test_templates_are_averaged_each_with_its_own_demonstrations():
     assert np.abs(each[0] - each[1]).max() > 1e-3
 
 
-def test_a_text_without_content_is_undecided_when_calibrated():
-    classifier = make(calibrate=True, ensemble="orderings").fit(TEXTS, LABELS)
-    np.testing.assert_allclose(classifier.predict_proba(["N/A"]), [[0.5, 0.5]], atol=1e-6)
-    assert abs(make().fit(TEXTS, LABELS).predict_proba(["N/A"])[0, 0] - 0.5) > 1e-3
-
-
 def test_demonstrations_are_computed_once():
     classifier = make(ensemble="orderings", orderings=2, calibrate=True).fit(TEXTS, LABELS)
     demonstrations = sum(classifier.demonstration_tokens_[0])
@@ -173,17 +157,15 @@ def test_mappings_and_integer_labels():
 def test_the_model_stays_as_it_was():
     classifier = make(ensemble="orderings", orderings=2)
     model = classifier.model.train()
-    before = state_bits(model)
+    before = snapshot(model)
     classifier.fit(TEXTS, LABELS).predict(NEW)
-    assert model.training
-    assert hook_count(model) == 0
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert_unchanged(model, before)
 
 
 # -- what does not fit -----------------------------------------------------------------------------
 
 
-def limited(context: int, **changed) -> InContextClassifier:
+def limited(context, **changed):
     model = tiny_llama(max_position_embeddings=context)
     return InContextClassifier(model, TEMPLATE, CHOICES, tokenizer=TOKENIZER, **changed)
 
@@ -228,15 +210,8 @@ def test_unusable_settings():
         make().predict(NEW)
 
 
-# -- scikit-learn ----------------------------------------------------------------------------------
-
-
-def test_clone_pickle_and_cross_validation():
+def test_a_pickle_answers_the_same():
     classifier = make(ensemble="one-shot", calibrate=True).fit(TEXTS, LABELS)
     before = classifier.predict_proba(NEW)
     copy = pickle.loads(pickle.dumps(classifier))
     np.testing.assert_allclose(copy.predict_proba(NEW), before, atol=1e-6)
-    again = clone(classifier)
-    assert again.model is classifier.model
-    np.testing.assert_allclose(again.fit(TEXTS, LABELS).predict_proba(NEW), before, atol=1e-6)
-    assert cross_val_score(again, TEXTS, LABELS, cv=3).shape == (3,)

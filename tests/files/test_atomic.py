@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_new_folder_with_what_is_above_it(tmp_path: Path) -> None:
+def test_a_new_folder_with_what_is_above_it(tmp_path):
     write_files(tmp_path / "x" / "y", AFTER)
     assert contents(tmp_path / "x" / "y") == AFTER
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["y"]
@@ -50,18 +50,15 @@ def test_other_files_of_a_folder_stay(folder: Path) -> None:
     assert contents(folder) == {**BEFORE, **AFTER}
 
 
-def test_full_disk_leaves_no_new_folder(tmp_path: Path) -> None:
+def test_full_disk_leaves_no_new_folder_and_an_old_one_as_it_was(folder):
+    target = folder.parent / "x" / "y" / "z"
     with full_disk(), pytest.raises(OSError) as raised:
-        write_files(tmp_path / "x" / "y" / "z", AFTER)
-    assert raised.value.errno == errno.EFBIG
-    assert raised.value.filename == str(tmp_path / "x" / "y" / "z" / "b")
-    assert not list(tmp_path.iterdir())
-
-
-def test_full_disk_leaves_an_old_folder_as_it_was(folder: Path) -> None:
+        write_files(target, AFTER)
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(target / "b"))
     with full_disk(), pytest.raises(OSError):
         write_files(folder, AFTER)
     assert contents(folder) == BEFORE
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_interruption_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,14 +74,18 @@ def test_interruption_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPat
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_a_folder_in_the_place_of_a_file_is_found_before_any_is_replaced(folder: Path) -> None:
+def test_what_is_no_file_is_not_replaced(folder):
+    """It is found before any file is replaced."""
     (folder / "c").mkdir()
-    with pytest.raises(FileExistsError, match="c is not a file"):
-        write_files(folder, {**AFTER, "c": b""})
-    assert contents(folder) == {**BEFORE, "c": b""}
+    os.mkfifo(folder / "pipe")
+    for name in ("c", "pipe"):
+        with pytest.raises(FileExistsError, match=f"{name} is not a file"):
+            write_files(folder, {**AFTER, name: b""})
+    assert stat.S_ISFIFO((folder / "pipe").stat().st_mode)
+    assert contents(folder) == {**BEFORE, "c": b"", "pipe": b""}
 
 
-def test_a_file_in_the_place_of_the_folder(folder: Path) -> None:
+def test_a_file_in_the_place_of_the_folder(folder):
     for target in (folder / "a", folder / "a" / "b"):
         with pytest.raises(OSError):
             write_files(target, AFTER)
@@ -114,13 +115,6 @@ def test_a_link_stays_one(folder: Path, tmp_path: Path) -> None:
     write_file(link, b"new")
     assert link.is_symlink()
     assert (folder / "a").read_bytes() == b"new"
-
-
-def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FileExistsError, match="pipe is not a file"):
-        write_file(tmp_path / "pipe", b"new")
-    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_what_cannot_be_written_later(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

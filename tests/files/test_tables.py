@@ -87,95 +87,53 @@ def test_empty_texts_bring_one_warning(written: Any) -> None:
         read_table(written("b.csv", "title,text\n,one\n"), ["title", "text"])
 
 
-BAD_FILES = {
-    "empty": ("a.csv", "", "a.csv is empty"),
-    "blank lines": ("a.jsonl", "\n\n", "a.jsonl is empty"),
-    "header only": ("a.csv", "text,label\n", "a.csv has no rows"),
-    "suffix": ("a.xlsx", "PK", "ends in '.xlsx', expected one of .csv, .tsv, .jsonl, .ndjson"),
-    "no suffix": ("a", "text,label\na,b\n", "has no suffix"),
-    "missing column": (
-        "a.csv",
-        "txt,label\na,b\n",
-        "a.csv: no column 'text' among ['txt', 'label']; did you mean 'txt'?",
-    ),
-    "other delimiter": ("a.csv", "text;label\na;b\n", "looks separated by ';', expected ','"),
-    "key missing in one row": (
-        "a.jsonl",
-        '{"text": "a", "label": "b"}\n\n{"txt": "a", "label": "b"}\n',
-        "line 3: no column 'text' among ['txt', 'label']; did you mean 'txt'?",
-    ),
-    "column twice": (
-        "a.csv",
-        "text,label,text\na,b,c\n",
-        "line 1: the column 'text' is there more than once",
-    ),
-    "too many values": (
-        "a.csv",
-        'text,label\n"a\nb",x\none, two,y\n',
-        "line 4: 3 values, expected 2 as in the header; a text that holds ',' needs double quotes",
-    ),
-    "too few values": ("a.csv", "text,label\na,x\nb\n", "line 3: 1 values, expected 2"),
-    "open quote": (
-        "a.csv",
-        'text,label\na,x\n"b,y\nc,x\n',
-        "line 3: a double quote opens a value and none closes it",
-    ),
-    "text after a quote": ("a.csv", 'text,label\n"a"b,x\n', "line 2: ',' expected after '\"'"),
-    "latin-1": (
-        "a.csv",
-        "text,label\na,x\ncafé,y\n".encode("latin-1"),
-        "line 3: byte 0xe9 is not UTF-8; save the file as UTF-8",
-    ),
-    "latin-1 after a byte order mark": (
-        "a.csv",
-        b"\xef\xbb\xbftext,label\ncaf\xe9,y\n",
-        "line 2: byte 0xe9",
-    ),
-    "UTF-16": ("a.csv", "text,label\na,x\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
-    "NUL": ("a.csv", "text,label\na,x\nb\0c,y\n", "line 3: a NUL byte"),
-    "empty label": ("a.csv", "text,label\na,x\nb, \n", "line 3: the label 'label' is empty"),
-    "not JSON": ("a.jsonl", '{"text": "a"}\n{"text": }\n', "line 2: not JSON: Expecting value"),
-    "NaN": ("a.jsonl", '{"text": "a", "label": NaN}\n', "line 1: NaN is not JSON"),
-    "not an object": ("a.jsonl", '[{"text": "a"}]\n', 'line 1: [{"text": "a"}], expected one obj'),
-    "deep": ("a.jsonl", "[" * 100_000 + "\n", "line 1: "),
-    "huge number": ("a.jsonl", '{"label": ' + "1" * 5000 + "}\n", "line 1: "),
-    "half a surrogate pair": (
-        "a.jsonl",
-        '{"text": "\\ud83d", "label": 1}\n',
-        "line 1: half a surrogate pair",
-    ),
-    "null text": (
-        "a.jsonl",
-        '{"text": null, "label": 1}\n',
-        "line 1: the text 'text' is null, expected a string",
-    ),
-    "list as text": (
-        "a.jsonl",
-        '{"text": ["a"], "label": 1}\n',
-        "line 1: the text 'text' is [\"a\"], expected a string",
-    ),
-    "null label": (
-        "a.jsonl",
-        '{"text": "a", "label": "x"}\n{"text": "a", "label": null}\n',
-        "line 2: the label 'label' is null, expected a string or an integer",
-    ),
-    "fraction as label": ("a.jsonl", '{"text": "a", "label": 0.5}\n', "label 'label' is 0.5, exp"),
-    "labels of two types": (
-        "a.jsonl",
-        '{"text": "a", "label": 1}\n{"text": "b", "label": "1"}\n',
-        'line 2: the label "1" is of another type',
-    ),
-    "integer and boolean": (
-        "a.jsonl",
-        '{"text": "a", "label": 1}\n{"text": "b", "label": true}\n',
-        "line 2: the label true is of another type",
-    ),
+BAD_CSV = {
+    "": "a.csv is empty",
+    "text,label\n": "a.csv has no rows",
+    "txt,label\na,b\n": "a.csv: no column 'text' among ['txt', 'label']; did you mean 'txt'?",
+    "text;label\na;b\n": "looks separated by ';', expected ','",
+    "text,label,text\na,b,c\n": "line 1: the column 'text' is there more than once",
+    'text,label\n"a\nb",x\none, two,y\n': "line 4: 3 values, expected 2 as in the header; "
+    "a text that holds ',' needs double quotes",
+    "text,label\na,x\nb\n": "line 3: 1 values, expected 2",
+    'text,label\na,x\n"b,y\nc,x\n': "line 3: a double quote opens a value and none closes it",
+    'text,label\n"a"b,x\n': "line 2: ',' expected after '\"'",
+    "text,label\na,x\ncafé,y\n".encode(
+        "latin-1"
+    ): "line 3: byte 0xe9 is not UTF-8; save the file as",
+    b"\xef\xbb\xbftext,label\ncaf\xe9,y\n": "line 2: byte 0xe9",
+    "text,label\na,x\n".encode("utf-16"): "is UTF-16: save it as UTF-8",
+    "text,label\na,x\nb\0c,y\n": "line 3: a NUL byte",
+    "text,label\na,x\nb, \n": "line 3: the label 'label' is empty",
 }
+WITH_LABELS = '{"text": "a", "label": 1}\n{"text": "b", "label": %s}\n'
+BAD_JSONL = {
+    "\n\n": "a.jsonl is empty",
+    '{"text": "a", "label": "b"}\n\n{"txt": "a", "label": "b"}\n': "line 3: no column 'text' among "
+    "['txt', 'label']; did you mean 'txt'?",
+    '{"text": "a"}\n{"text": }\n': "line 2: not JSON: Expecting value",
+    '{"text": "a", "label": NaN}\n': "line 1: NaN is not JSON",
+    '[{"text": "a"}]\n': 'line 1: [{"text": "a"}], expected one object a line',
+    "[" * 100_000 + "\n": "line 1: ",
+    '{"label": ' + "1" * 5000 + "}\n": "line 1: ",
+    '{"text": "\\ud83d", "label": 1}\n': "line 1: half a surrogate pair",
+    '{"text": null, "label": 1}\n': "line 1: the text 'text' is null, expected a string",
+    '{"text": ["a"], "label": 1}\n': "line 1: the text 'text' is [\"a\"], expected a string",
+    WITH_LABELS % "null": "line 2: the label 'label' is null, expected a string or an integer",
+    WITH_LABELS % "0.5": "line 2: the label 'label' is 0.5, expected a string or an integer",
+    WITH_LABELS % '"1"': 'line 2: the label "1" is of another type',
+    WITH_LABELS % "true": "line 2: the label true is of another type",
+}
+BAD_FILES = [
+    *(("a.csv", content, message) for content, message in BAD_CSV.items()),
+    *(("a.jsonl", content, message) for content, message in BAD_JSONL.items()),
+    ("a.xlsx", "PK", "ends in '.xlsx', expected one of .csv, .tsv, .jsonl, .ndjson"),
+    ("a", "text,label\na,b\n", "has no suffix"),
+]
 
 
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files(written: Any, case: str) -> None:
-    name, content, message = BAD_FILES[case]
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES, ids=lambda value: None)
+def test_bad_files(written, name, content, message):
     path = written(name, content)
     with pytest.raises(IA3Error) as raised:
         read_table(path, ["text"], "label")

@@ -30,7 +30,7 @@ HIDDEN, INNER, HEADS, HEAD_DIM = 32, 48, 4, 8
 VOCABULARY, TOKENS = 40, 5
 
 Row = tuple[str, str, int, tuple[tuple[int, int], ...]]
-Inputs = Callable[[], dict[str, Tensor]]
+Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,29 +44,13 @@ class Case:
     seen_too: str = ""
 
 
-def ids() -> Tensor:
-    return torch.tensor([[7, 3, 21, 14, 9]])
-
-
-def text() -> dict[str, Tensor]:
-    return {"input_ids": ids()}
-
-
-def text_to_text() -> dict[str, Tensor]:
-    return {"input_ids": ids(), "decoder_input_ids": ids() + 1}
-
-
-def images() -> dict[str, Tensor]:
-    return {"pixel_values": torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8).sin()}
-
-
-def texts_and_images() -> dict[str, Tensor]:
-    return {**text(), **images()}
-
-
-def speech_to_text() -> dict[str, Tensor]:
-    features = torch.linspace(-9, 9, 8 * 12).reshape(1, 8, 12).sin()
-    return {"input_features": features, "decoder_input_ids": ids()}
+IDS = torch.tensor([[7, 3, 21, 14, 9]])
+TEXT = {"input_ids": IDS}
+TEXT_TO_TEXT = {**TEXT, "decoder_input_ids": IDS + 1}
+IMAGES = {"pixel_values": torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8).sin()}
+SPEECH = torch.linspace(-9, 9, 8 * 12).reshape(1, 8, 12).sin()
+SPEECH_TO_TEXT = {"input_features": SPEECH, "decoder_input_ids": IDS}
+WITH_ENCODER = {**TEXT, "encoder_hidden_states": torch.linspace(-1, 1, 192).reshape(1, 6, 32)}
 
 
 def made(model: str, config: str, layers: str = "num_hidden_layers", **fixed: Any) -> Any:
@@ -164,10 +148,10 @@ H = "transformer.h.#"
 def t5(name: str) -> Case:
     layers = "num_layers num_decoder_layers"
     build = made(f"{name}ForConditionalGeneration", f"{name}Config", layers, **T5)
-    return Case(build, T5_SITES, text_to_text)
+    return Case(build, T5_SITES, TEXT_TO_TEXT)
 
 
-def bart(model: str, config: str, inputs: Inputs = text_to_text, **own: Any) -> Case:
+def bart(model: str, config: str, inputs: Inputs = TEXT_TO_TEXT, **own: Any) -> Case:
     build = made(model, config, "encoder_layers decoder_layers", **BART, **own)
     return Case(build, BART_SITES, inputs)
 
@@ -182,7 +166,7 @@ def causal(
     **own: Any,
 ) -> Case:
     build = made(f"{name}{suffix}", f"{name}Config", layers, **{**usual, **own})
-    return Case(build, sites, text, seen_too)
+    return Case(build, sites, TEXT, seen_too)
 
 
 def gpt2_like(name: str, sites: Sequence[Row], **own: Any) -> Case:
@@ -242,10 +226,6 @@ def switch_transformers(layers: int) -> nn.Module:
     return hf.SwitchTransformersForConditionalGeneration(config)
 
 
-def with_encoder() -> dict[str, Tensor]:
-    return {**text(), "encoder_hidden_states": torch.linspace(-1, 1, 192).reshape(1, 6, 32)}
-
-
 WHISPER_POSITIONS = {"max_source_positions": 6, "max_target_positions": 16}
 XLM = {"n_words": VOCABULARY, "emb_dim": HIDDEN, "n_heads": HEADS}
 ALBERT = "albert.encoder.albert_layer_groups.0.albert_layers.0"
@@ -259,7 +239,7 @@ CASES: dict[str, Case] = {
     "marian": bart("MarianMTModel", "MarianConfig", max_position_embeddings=16),
     "pegasus": bart("PegasusForConditionalGeneration", "PegasusConfig", max_position_embeddings=16),
     "whisper": bart(
-        "WhisperForConditionalGeneration", "WhisperConfig", speech_to_text, num_mel_bins=8,
+        "WhisperForConditionalGeneration", "WhisperConfig", SPEECH_TO_TEXT, num_mel_bins=8,
         suppress_tokens=[], begin_suppress_tokens=[], **WHISPER_POSITIONS,
     ),
     # -- fused projections
@@ -269,7 +249,7 @@ CASES: dict[str, Case] = {
             fused(f"{H}.attn.c_attn", 96, THIRD), fused(f"{H}.crossattention.c_attn", 64),
             inner(f"{H}.mlp.c_proj"),
         ], add_cross_attention=True),
-        inputs=with_encoder,
+        inputs=WITH_ENCODER,
     ),
     "gpt_bigcode multi-query": gpt_bigcode([THIRD], 48, multi_query=True),
     "gpt_bigcode multi-head": gpt_bigcode(PER_HEAD, 96, multi_query=False),
@@ -311,13 +291,13 @@ CASES: dict[str, Case] = {
         fused("model.layers.#.linear_attn.in_proj_qkvz", 64, (0, 8), (24, 32), (32, 40), (56, 64)),
         experts("model.layers.#.mlp.experts", 12),
         inner("model.layers.#.mlp.shared_expert.down_proj", 20),
-    ], text, seen_too="in_proj_ba"),  # how much a token is written and how much is forgotten
+    ], TEXT, seen_too="in_proj_ba"),  # how much a token is written and how much is forgotten
     # -- keys and values apart
     "gptj": gpt2_like(
         "GPTJ", [*key_value(f"{H}.attn", HIDDEN), inner(f"{H}.mlp.fc_out")], rotary_dim=4
     ),
     "gpt_neo": Case(
-        gpt_neo, [*key_value(f"{H}.attn.attention", HIDDEN), inner(f"{H}.mlp.c_proj")], text
+        gpt_neo, [*key_value(f"{H}.attn.attention", HIDDEN), inner(f"{H}.mlp.c_proj")], TEXT
     ),
     "opt": causal("OPT", [
         *key_value("model.decoder.layers.#.self_attn", HIDDEN), inner("model.decoder.layers.#.fc2"),
@@ -327,7 +307,7 @@ CASES: dict[str, Case] = {
         for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2")
     },
     "gemma3_text": Case(
-        made("Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED), llama_like(), text
+        made("Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED), llama_like(), TEXT
     ),
     "phi": causal("Phi", llama_like(HIDDEN, "mlp.fc2")),
     "olmo2": causal("Olmo2", llama_like(), num_key_value_heads=2),
@@ -355,7 +335,7 @@ CASES: dict[str, Case] = {
             for layer in ("encoder.block.#.layer.1", "decoder.block.#.layer.2")
             for expert in (0, 1)
         ),
-    ], text_to_text),
+    ], TEXT_TO_TEXT),
     # Keys of 4 values without and 2 with positions, values of 6, of 4 heads.
     "deepseek_v3": causal("DeepseekV3", [
         fused("model.layers.#.self_attn.kv_a_proj_with_mqa", 18, (0, 16)),
@@ -385,7 +365,7 @@ CASES: dict[str, Case] = {
     "vit": Case(
         made("ViTForImageClassification", "ViTConfig", **VISION, **TOWER),
         [*key_value("vit.layers.#.attention", HIDDEN), inner("vit.layers.#.mlp.fc2")],
-        images,
+        IMAGES,
     ),
     "clip": Case(clip, [
         row
@@ -394,7 +374,7 @@ CASES: dict[str, Case] = {
             *key_value(f"{tower}.encoder.layers.#.self_attn", HIDDEN),
             inner(f"{tower}.encoder.layers.#.mlp.fc2"),
         )
-    ], texts_and_images),
+    ], {**TEXT, **IMAGES}),
 }
 # fmt: on
 
@@ -481,7 +461,7 @@ def test_other_tokens_see_keys_and_values_and_nothing_else(case):
     model = small(case.build, 1)
     outputs = {t.name: t for t in paper_targets(model) if t.side == "output"}
     looked_at = set()
-    for part, inputs in views(model, case.inputs()):
+    for part, inputs in views(model, case.inputs):
         for name, influence in seen_by_others(model, part, inputs).items():
             looked_at.add(name)
             stays = torch.full([len(influence)], name not in outputs)

@@ -5,11 +5,10 @@ A batch takes its rows from it by one gather. Adapters beyond the capacity wait 
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from ..errors import IA3Error, did_you_mean
 from ..model.gather import Gathered
 from ..model.ia3_model import IA3Model, check_name
 
-# The row of the base model.
 BASE_SLOT = 0
 
 
@@ -34,7 +32,6 @@ class Registered:
     """An adapter of a bank.
 
     Attributes:
-        name: its name.
         source: its folder; `None` for one that was given in memory.
         resident: its values are on the device, and can be used.
         pinned: they stay there, or come back there as soon as they can be used again.
@@ -48,12 +45,7 @@ class Registered:
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What `AdapterBank.refresh` found.
-
-    Attributes:
-        changed: the adapters whose files were replaced.
-        failed: adapter -> why it cannot be used.
-    """
+    """The adapters whose files were replaced, and adapter -> why it cannot be used."""
 
     changed: list[str]
     failed: dict[str, str]
@@ -61,22 +53,18 @@ class Refreshed:
 
 @dataclass
 class _Entry:
-    """An adapter of the bank.
+    """An adapter of the bank."""
 
-    Attributes:
-        source: its folder, or the adapter itself, with values of its own.
-        sites: those it rescales, by module name.
-        stamp: tells the version of its file that is known from others; `None` in memory.
-        slot: its row, if it is resident. A pinned one keeps it, also where it cannot be used.
-        pinned: it stays so.
-        error: why it cannot be used.
-    """
-
+    # Its folder, or the adapter itself, with values of its own.
     source: Path | Adapter
+    # Those it rescales, by module name.
     sites: Mapping[str, Site] = field(default_factory=dict)
+    # Tells the version of its file that is known from others; `None` in memory.
     stamp: tuple[int, int, int] | None = None
+    # Its row, if it is resident. A pinned one keeps it, also where it cannot be used.
     slot: int | None = None
     pinned: bool = False
+    # Why it cannot be used.
     error: str | None = None
 
 
@@ -124,7 +112,7 @@ class AdapterBank:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
+        if type(capacity) is not int or capacity < 1:
             raise IA3Error(f"capacity is {capacity!r}, expected a whole number, at least 1")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise IA3Error(f"dtype is {dtype!r}, expected a floating dtype")
@@ -140,7 +128,7 @@ class AdapterBank:
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._free = list(range(capacity, 0, -1))
         # Most adapters of a bank have the same config and shapes, and so the same sites.
-        self._fitting: dict[Hashable, dict[str, Site]] = {}
+        self._fitting: dict[str, dict[str, Site]] = {}
         self.model.routes.attach(self)
 
     def __contains__(self, name: object) -> bool:
@@ -174,27 +162,26 @@ class AdapterBank:
         """
         with self._lock:
             self._check_open()
-            _check_names([name])
             check_name(name)
-            if not isinstance(source, str | os.PathLike | Adapter):
-                raise IA3Error(
-                    f"source is {source!r} ({type(source).__name__}), expected an adapter's folder "
-                    "or an Adapter"
-                )
             if name in self._entries or name in self.model.peft_config:
                 raise IA3Error(f"adapter {name!r} exists already: remove it or choose another")
-            if pinned:
-                self._check_room(name)
             if isinstance(source, Adapter):
                 values = {n: vector.detach().cpu().clone() for n, vector in source.vectors.items()}
                 entry = _Entry(replace(source, vectors=values))
-            else:
+            elif isinstance(source, str | os.PathLike):
                 folder = Path(source).absolute()
                 if folder.is_file():
                     raise IA3Error(
                         f"{folder} is not a folder: expected the one that {WEIGHTS_NAME} is in"
                     )
                 entry = _Entry(folder)
+            else:
+                raise IA3Error(
+                    f"source is {source!r} ({type(source).__name__}), expected an adapter's folder "
+                    "or an Adapter"
+                )
+            if pinned:
+                self._check_room(name)
             if self._free or pinned:
                 self._place(name, entry, self._read(name, entry))
                 if not pinned:
@@ -216,15 +203,12 @@ class AdapterBank:
     def list(self) -> list[Registered]:
         """All adapters, in the order in which they were added."""
         with self._lock:
-            return [
-                Registered(
-                    name,
-                    entry.source if isinstance(entry.source, Path) else None,
-                    entry.slot is not None and entry.error is None,
-                    entry.pinned,
-                )
-                for name, entry in self._entries.items()
-            ]
+            listed = []
+            for name, entry in self._entries.items():
+                source = entry.source if isinstance(entry.source, Path) else None
+                resident = entry.slot is not None and entry.error is None
+                listed.append(Registered(name, source, resident, entry.pinned))
+            return listed
 
     def pin(self, name: str) -> None:
         """Have an adapter stay resident; it is loaded if it is not.
@@ -262,19 +246,15 @@ class AdapterBank:
         Raises:
             IA3Error: a name is unknown.
         """
-        chosen = self.names() if names is None else names
-        _check_names(chosen)
-        if names is not None:
-            for name in names:
-                self._entry(name)
         found = Refreshed([], {})
-        for name in chosen:
+        chosen = self.names() if names is None else names
+        with self._lock:
+            entries = [(name, self._entry(name)) for name in chosen]
+        for name, entry in entries:
             # One at a time: calls go on meanwhile.
             with self._lock:
-                if names is None and name not in self._entries:
-                    continue
                 try:
-                    if self._refresh(name, self._entry(name)):
+                    if self._entries.get(name) is entry and self._refresh(name, entry):
                         found.changed.append(name)
                 except (IA3Error, OSError) as error:
                     found.failed[name] = str(error)
@@ -290,8 +270,6 @@ class AdapterBank:
             if self.model.routes.bank is self:
                 self.model.routes.detach()
                 self._entries.clear()
-                self._recent.clear()
-                self._fitting.clear()
                 self._columns.clear()
                 self.values = self.values.new_ones(self.capacity + 1, 0)
 
@@ -308,18 +286,10 @@ class AdapterBank:
             A copy, `[rows, columns]`, in the bank's dtype and on its device.
 
         Raises:
-            IA3Error: there are no rows, or one has none of the names; an adapter is unknown or
-                cannot be loaded, or they are more than there is room for.
+            IA3Error: an adapter is unknown or cannot be loaded, or they are more than there is room
+                for.
         """
-        _check_names(names)
-        counted = all(isinstance(place, int) and 0 <= place < len(names) for place in index)
-        if len(index) == 0 or not counted:
-            raise IA3Error(
-                f"index is {[*index]}, expected at least one row, and for each one its place among "
-                f"the {len(names)} names"
-            )
         with self._lock:
-            self._check_open()
             own = list(dict.fromkeys(name for name in names if name != BASE))
             self._make_resident(own)
             slots = [BASE_SLOT if name == BASE else self._entries[name].slot for name in names]
@@ -333,29 +303,25 @@ class AdapterBank:
                 )
 
     def _make_resident(self, names: Sequence[str]) -> None:
-        missing = []
         for name in names:
             entry = self._entry(name)
             if entry.error is not None:
                 raise IA3Error(f"adapter {name!r} cannot be used: {entry.error}")
-            if entry.slot is None:
-                missing.append(name)
-            elif not entry.pinned:
+            if name in self._recent:
                 self._recent.move_to_end(name)
-        keep = frozenset(names)
-        for name in missing:
+        for name in names:
             entry = self._entries[name]
+            if entry.slot is not None:
+                continue
             try:
                 row = self._read(name, entry)
             except (IA3Error, OSError) as error:
                 entry.error = str(error)
                 raise IA3Error(f"adapter {name!r} cannot be used: {error}") from error
-            self._place(name, entry, row, keep)
+            self._place(name, entry, row, names)
             self._recent[name] = None
 
-    def _place(
-        self, name: str, entry: _Entry, row: Tensor, keep: frozenset[str] = frozenset()
-    ) -> None:
+    def _place(self, name: str, entry: _Entry, row: Tensor, keep: Sequence[str] = ()) -> None:
         """Put an adapter's row into its slot; it gets one if it has none."""
         if entry.slot is None:
             self._check_room(name, keep)
@@ -366,14 +332,14 @@ class AdapterBank:
         with torch.inference_mode(False), torch.no_grad():
             self.values[entry.slot] = row.to(self.values.device)
 
-    def _check_room(self, name: str, keep: frozenset[str] = frozenset()) -> None:
+    def _check_room(self, name: str, keep: Sequence[str] = ()) -> None:
         # All of a batch were moved to the end.
         oldest = next(iter(self._recent), None)
         if not self._free and (oldest is None or oldest in keep):
             pinned = self.capacity - len(self._recent)
             raise IA3Error(
                 f"no room for adapter {name!r}: of {self.capacity} slots {pinned} are pinned "
-                f"and {len(keep & self._recent.keys())} are of the same batch; make a bank of "
+                f"and {len(self._recent.keys() & keep)} are of the same batch; make a bank of "
                 "more capacity, unpin some or split the batch"
             )
 
@@ -416,11 +382,6 @@ class AdapterBank:
             row = torch.ones(self.values.shape[1], dtype=self.values.dtype)
             for module, site in sites.items():
                 vector, start = adapter.vectors[module], self._columns[site]
-                if not vector.is_floating_point():
-                    raise IA3Error(
-                        f"the vector of {module!r} is {vector.dtype}, expected floating-point "
-                        "values"
-                    )
                 row[start : start + site.activation.dim] = vector.reshape(-1)
                 for begin, end in adapter.frozen.get(module, ()):
                     row[start + begin : start + end] = 1.0
@@ -429,26 +390,22 @@ class AdapterBank:
 
     def _sites_of(self, name: str, adapter: Adapter) -> Mapping[str, Site]:
         """Module name -> site, for each vector of an adapter, with columns for all of them."""
-        key = (
-            adapter.config.to_json(),
-            None if adapter.base is None else adapter.base.to_json(),
-            tuple((module, vector.shape) for module, vector in adapter.vectors.items()),
-            json.dumps(adapter.frozen),
-            bool(adapter.copies),
-        )
-        if key not in self._fitting:
-            sites = self.model.routes.sites_for_bank(name, adapter)
-            new = [site for site in sites.values() if site not in self._columns]
-            if new:
-                self._widen(new)
-            self._fitting[key] = sites
-        return self._fitting[key]
+        shapes = [(module, vector.shape) for module, vector in adapter.vectors.items()]
+        parts = (adapter.config.to_json(), adapter.base, shapes, adapter.frozen, [*adapter.copies])
+        if repr(parts) not in self._fitting:
+            self._fitting[repr(parts)] = self.model.routes.sites_for_bank(name, adapter)
+            self._widen(self._fitting[repr(parts)].values())
+        return self._fitting[repr(parts)]
 
-    def _widen(self, sites: Sequence[Site]) -> None:
+    def _widen(self, sites: Iterable[Site]) -> None:
+        """Have columns for these sites too."""
         before = width = self.values.shape[1]
         for site in sites:
-            self._columns[site] = width
-            width += site.activation.dim
+            if site not in self._columns:
+                self._columns[site] = width
+                width += site.activation.dim
+        if width == before:
+            return
         with torch.inference_mode(False), torch.no_grad():
             values = self.values.new_empty(self.capacity + 1, width)
             resident = [entry.slot for entry in self._entries.values() if entry.slot is not None]
@@ -459,11 +416,10 @@ class AdapterBank:
 
     def _entry(self, name: str) -> _Entry:
         self._check_open()
-        _check_names([name])
         if name not in self._entries:
             raise IA3Error(
                 f"no adapter {name!r} in this bank of {len(self._entries)}"
-                f"{did_you_mean(name, self._entries)}"
+                f"{did_you_mean(str(name), self._entries)}"
             )
         return self._entries[name]
 
@@ -484,11 +440,3 @@ def _outlined(folder: Path) -> Adapter:
     vectors = {name: torch.empty(s, device="meta") for name, s in outline.shapes.items()}
     copies = dict.fromkeys(outline.copies, torch.empty(0, device="meta"))
     return Adapter(outline.config, vectors, copies, outline.frozen, outline.base)
-
-
-def _check_names(names: object) -> None:
-    if isinstance(names, str) or not isinstance(names, Collection):
-        raise IA3Error(f"names is {names!r}, expected a list of adapters' names")
-    for name in names:
-        if not isinstance(name, str):
-            raise IA3Error(f"an adapter's name is {name!r}, expected a text")

@@ -24,8 +24,6 @@ class BaseModel:
     """A frozen model with its tokenizer, shared by all callers that name the same one.
 
     Attributes:
-        model: the transformers model.
-        tokenizer: its tokenizer.
         name: the folder, hub id or embedded model's name that was asked for.
         lock: held while an adapter is on the model. There is one lock a model: a `BaseModel` of the
             same model with another tokenizer has the same one.

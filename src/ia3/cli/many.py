@@ -15,7 +15,7 @@ from rich.text import Text
 from ..errors import IA3Error
 from ..files.atomic import check_folder
 from ..report.console import training_bar_of_many, visible
-from .labelled import label_named, read_source
+from .labelled import label_named
 from .options import Device, DType, Json, MaxTokens, print_json, silence_loading
 
 if TYPE_CHECKING:
@@ -84,11 +84,11 @@ def fit_many(
 
 def _read(task: TaskToFit) -> tuple[list[Any], list[Any], dict[Any, str] | None]:
     """A task's texts, labels, and words by label."""
-    from ..files.rows import source_of
+    from ..files.rows import read_rows, source_of
     from ..files.tables import fields_of
 
     source = str(source_of(task.folder, task.data))
-    rows = read_source(source, task.split, task.subset, task.text, task.label)
+    rows = read_rows(source, split=task.split, subset=task.subset, text=task.text, label=task.label)
     labels = [row[task.label] for row in rows]
     choices = task.choices and {label_named(k, labels): w for k, w in task.choices.items()}
     return fields_of(rows, task.text), labels, choices

@@ -34,12 +34,9 @@ def is_experts(module: nn.Module) -> bool:
     There may be more experts in the former: identity experts have no use for a `down_proj`.
     """
     up, down = _up_weight(module), module._parameters.get("down_proj")
-    return (
-        up is not None
-        and down is not None
-        and up.dim() == down.dim() == 3
-        and up.shape[0] >= down.shape[0]
-    )
+    if up is None or down is None:
+        return False
+    return up.dim() == down.dim() == 3 and up.shape[0] >= down.shape[0]
 
 
 def experts_shape(module: nn.Module) -> tuple[int, int]:
@@ -62,11 +59,8 @@ def attach(module: nn.Module, vector: Callable[[], Tensor | None]) -> Patch:
             a plain function.
 
     Raises:
-        IA3Error: the block cannot be rescaled, has vectors already, or these do not fit it.
+        IA3Error: the block cannot be rescaled, or has vectors already.
     """
-    vectors = vector()
-    if vectors is not None:
-        _check_shape(module, vectors)
     if patched(module, _RescaledForward) is not None:
         raise IA3Error(
             f"this {type(module).__name__} has vectors attached already: remove() them first, or "
@@ -96,11 +90,7 @@ def scaled_weights(module: nn.Module, vectors: Tensor) -> dict[str, Tensor]:
     Returns:
         `{"down_proj": ...}` in the parameter's shape and dtype; the product is taken in float32
         (in float64 for a float64 weight) and rounded once.
-
-    Raises:
-        IA3Error: the block cannot be rescaled, or the vectors do not fit it.
     """
-    _check_shape(module, vectors)
     down = module.get_parameter("down_proj").detach()
     wide = torch.promote_types(down.dtype, torch.float32)
     factors = vectors.detach().to(down.device, wide).unsqueeze(3 - _inner_axis(module))
@@ -146,15 +136,6 @@ def _inner_axis(module: nn.Module) -> int:
             "both with the last two axes exchanged if transposed"
         )
     return axis
-
-
-def _check_shape(module: nn.Module, vectors: Tensor) -> None:
-    shape = experts_shape(module)
-    if tuple(vectors.shape) != shape or not vectors.is_floating_point():
-        raise IA3Error(
-            f"vectors of {list(vectors.shape)} {vectors.dtype} for the experts of a "
-            f"{type(module).__name__}, expected {list(shape)} floats: [experts, inner]"
-        )
 
 
 class _RescaledForward:

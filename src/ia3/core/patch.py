@@ -10,6 +10,7 @@ Patches are put there then, so that accelerate's hooks and patches may each come
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ from ..errors import IA3Error
 SLOTS = ("forward", "_old_forward")
 
 
+@dataclass(eq=False, slots=True)
 class Patch:
     """A forward in the place of a module's own, and the handle that removes it.
 
@@ -31,12 +33,9 @@ class Patch:
         before: what was in the slot; `None` for nothing.
     """
 
-    __slots__ = ("before", "forward", "module")
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        self.module = module
-        self.forward: Callable[..., Any] | None = forward
-        self.before: Callable[..., Any] | None = module.__dict__.get(slot_for(module))
+    module: nn.Module
+    forward: Callable[..., Any] | None
+    before: Callable[..., Any] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.forward
@@ -81,8 +80,8 @@ def patch(module: nn.Module, forward: Callable[..., Any]) -> Patch:
         forward: called with the module's arguments. To be copied and pickled with the module, it
             must be an object of a class with `__call__`, a bound method or a function of a module.
     """
-    handle = Patch(module, forward)
-    module.__dict__[slot_for(module)] = handle
+    own, slot = module.__dict__, slot_for(module)
+    handle = own[slot] = Patch(module, forward, own.get(slot))
     return handle
 
 

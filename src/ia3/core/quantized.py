@@ -28,18 +28,11 @@ SCALE = "weight.scale"  # torchao: Tensor[out, groups]
 
 @dataclass(frozen=True)
 class FourBit:
-    """A 4-bit weight: packed integers and their constants, as a forward on a CPU may repack both.
+    """A 4-bit weight: packed integers with their constants, as the forward may repack both."""
 
-    Attributes:
-        data: packed integers, uint8.
-        storage: the dtype the module holds them as; FSDP wants that of its other weights.
-        state: a `bitsandbytes.functional.QuantState` that no module holds.
-        may_repack: whether the forward may repack them.
-    """
-
-    data: Tensor
-    storage: torch.dtype
-    state: Any
+    data: Tensor  # uint8
+    storage: torch.dtype  # that the module holds them as; FSDP wants that of its other weights
+    state: Any  # a `bitsandbytes.functional.QuantState` that no module holds
     may_repack: bool
 
 
@@ -49,16 +42,17 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def scaled_rows(module: nn.Module, vector: Tensor) -> dict[str, Any]:
-    """What the slots of a quantized layer become when its output is scaled. Changes nothing.
+    """What the slots of a quantized layer become when its output is scaled.
+
+    Products are taken in float32 and rounded once; the constants of a 4-bit weight come out in
+    float32 even where they were quantized themselves.
 
     Args:
-        module: one for which `is_quantized` holds.
+        module: one for which `is_quantized` holds; unchanged.
         vector: `[out]`, any floating dtype, any sign, zeros too.
 
     Returns:
         Slot -> value for `write_slot`, and `"bias"` -> new data where the layer has a bias.
-        Products are taken in float32 and rounded once; the constants of a 4-bit weight come out in
-        float32 even where they were quantized themselves.
 
     Raises:
         IA3Error: a constant spans several rows, or the weight keeps its constants in a form that is
@@ -85,7 +79,7 @@ def read_slot(module: nn.Module, slot: str) -> Any:
         return _row_maxima(module)
     if slot == SCALE:
         return weight.scale
-    may_repack = bool(getattr(module, "support_avx512bf16_for_cpu", False))
+    may_repack: Any = module.support_avx512bf16_for_cpu
     # A copy, as bitsandbytes changes the state in place when it repacks.
     state = copy.copy(_state(module))
     return FourBit(weight.data.view(torch.uint8), weight.dtype, state, may_repack)

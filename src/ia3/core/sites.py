@@ -88,20 +88,16 @@ class Site(nn.Module):
         return self
 
     def add(self, adapter: str, vector: Tensor, frozen: Frozen = ()) -> None:
-        """Store a vector of `Activation.shape` under an adapter's name, not to be trained yet.
-
-        Args:
-            frozen: half-open ranges of it that count as one whatever the vector holds.
-        """
+        """Store a vector of `Activation.shape`, not to be trained yet, with its frozen ranges."""
+        # Not register_parameter: it refuses names that are also methods of this class ("product").
+        self._parameters[adapter] = nn.Parameter(vector, requires_grad=False)
         if frozen:
             mask = torch.zeros(self.activation.dim, dtype=torch.bool)
             for start, end in frozen:
                 mask[start:end] = True
             mask = mask.reshape(self.activation.shape).to(vector.device)
             self.register_buffer(_mask_name(adapter), mask, persistent=False)
-        # Not register_parameter: it refuses names that are also methods of this class ("product").
-        self._parameters[adapter] = nn.Parameter(vector, requires_grad=False)
-        if frozen:
+            # Last: saving a state dict reads both.
             self.frozen[adapter] = frozen
 
     def target(self, name: str) -> Target:
@@ -119,14 +115,12 @@ class Site(nn.Module):
     def remove(self, adapter: str) -> None:
         """Remove an adapter's vector, or what `add` had stored of it before it failed."""
         # First: saving a state dict reads the vector of each adapter that is in it.
-        self.frozen.pop(adapter, None)
+        if self.frozen.pop(adapter, ()):
+            delattr(self, _mask_name(adapter))
         self._parameters.pop(adapter, None)
-        name = _mask_name(adapter)
-        self._buffers.pop(name, None)
-        self._non_persistent_buffers_set.discard(name)
 
     def vector(self, adapter: str) -> Tensor:
-        """An adapter's vector, `Activation.shape`, with its frozen values one."""
+        """An adapter's vector, `Activation.shape`, its frozen values one."""
         vector: Tensor = self._parameters[adapter]  # type: ignore[assignment]
         if vector.is_meta and hasattr(self, "_hf_hook"):
             # accelerate brings a module's tensors for its forward, and a site has none.

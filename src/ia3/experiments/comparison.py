@@ -21,7 +21,7 @@ from torch import nn
 
 from ..adapter.fingerprint import fingerprint
 from ..adapter.store import adapter_files
-from ..base.loading import EMBEDDED_MODEL, BaseModel, device_named, load_base_model
+from ..base.loading import EMBEDDED_MODEL, BaseModel
 from ..classify.estimator import FewShotClassifier
 from ..classify.ranking import TEXT, RankingClassifier
 from ..errors import IA3Error, check_methods, did_you_mean
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 METHODS = ("zero-shot", "icl", "tfew", "setfit")
 
-# As `ia3.report.console.counting_bar`: from what is done and how much of it there is to a context
+# As `ia3.report.console.counting_bar`: from what is done, and how much of it there is, to a context
 # with a function that is called with how much more is done.
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -211,7 +211,7 @@ def compare(
         results: a JSON Lines file to which every run is added when it is done. Runs that are in it
             already, of the same data and settings, are not repeated.
         anew: remove this file first.
-        bar: shows how far a run is, e.g. `ia3.report.console.counting_bar`.
+        bar: shows how far a run is.
 
     Returns:
         The runs, by sample and then by method.
@@ -223,10 +223,7 @@ def compare(
     """
     settings = settings or Settings()
     _check(samples, methods, settings)
-    base = None
-    if {*methods} != {"setfit"}:
-        given = {name: getattr(settings, name) for name in ("tokenizer", "device", "dtype")}
-        base = load_base_model(settings.model, **given)
+    base = FewShotClassifier(**settings.common()).base
     if results is not None and anew:
         Path(results).unlink(missing_ok=True)
     names = {field.name for field in fields(Run)}
@@ -327,19 +324,19 @@ def _as_run(
     )
 
 
-def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None, bar: Bar) -> Run:
-    if base is None or method == "setfit":
+def _run(method: str, sample: Sample, settings: Settings, base: BaseModel, bar: Bar) -> Run:
+    if method == "setfit":
         return _setfit_run(sample, settings, base, bar)
     # The first use probes the model and imports modules, which must not count as training.
     untuned = FewShotClassifier(**settings.common(), steps=0).fit(sample.texts, sample.labels)
     untuned.predict(sample.test_texts[:1])
     asked, prompts = _encoded(base, untuned, sample.test_texts), len(untuned.templates_)
+    cost = zero_shot_cost(model_size(base.model), prompts * answer_tokens(asked))
     classifier: FewShotClassifier | InContextClassifier
     if method == "zero-shot":
-        cost = zero_shot_cost(model_size(base.model), prompts * answer_tokens(asked))
         classifier, fitted = untuned, _Fitted(0.0, cost, 0)
     elif method == "tfew":
-        classifier, fitted = _tfew(sample, settings, base, asked, bar)
+        classifier, fitted = _tfew(sample, settings, base, cost, bar)
     else:
         classifier, fitted = _in_context(sample, settings, base, asked)
         prompts = sum(map(len, classifier.demonstrations_))
@@ -352,24 +349,23 @@ def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None
 
 
 def _tfew(
-    sample: Sample, settings: Settings, base: BaseModel, asked: Sequence[EncodedExample], bar: Bar
+    sample: Sample, settings: Settings, base: BaseModel, answering: Cost, bar: Bar
 ) -> tuple[FewShotClassifier, _Fitted]:
     trained = FewShotClassifier(**settings.common(), **settings.training(), seed=sample.seed)
     with bar(f"tfew, seed {sample.seed}: training", trained.steps) as advance:
         started = time.perf_counter()
         trained.fit(sample.texts, sample.labels, on_step=lambda step: advance(1))
         seconds = time.perf_counter() - started
-    size, examples, prompts = model_size(base.model), len(sample.texts), len(trained.templates_)
+    examples = len(sample.texts)
     # The last batch of an epoch may be smaller.
     batches = math.ceil(examples / TFewConfig().batch_size)
     training = tfew_cost(
-        size,
+        model_size(base.model),
         answer_tokens(_encoded(base, trained, sample.texts)),
         steps=trained.steps,
         batch_size=examples / batches,
         stored_bytes=sum(map(len, adapter_files(trained.adapter_).values())),
     )
-    answering = zero_shot_cost(size, prompts * answer_tokens(asked))
     cost = replace(training, flops_an_answer=answering.flops_an_answer)
     return trained, _Fitted(seconds, cost, examples)
 
@@ -377,14 +373,8 @@ def _tfew(
 def _in_context(
     sample: Sample, settings: Settings, base: BaseModel, asked: Sequence[EncodedExample]
 ) -> tuple[InContextClassifier, _Fitted]:
-    """Have demonstrations in the prompt, computed once if the model can cache them."""
-    classifier = InContextClassifier(
-        **settings.common(),
-        ensemble=settings.ensemble,
-        calibrate=settings.calibrate,
-        leave_out=True,
-        seed=sample.seed,
-    )
+    given = {**settings.common(), "ensemble": settings.ensemble, "calibrate": settings.calibrate}
+    classifier = InContextClassifier(**given, leave_out=True, seed=sample.seed)
     started = time.perf_counter()
     classifier.fit(sample.texts, sample.labels)
     # The first answer computes the demonstrations.
@@ -392,20 +382,21 @@ def _in_context(
     seconds = time.perf_counter() - started
     counts = classifier.demonstration_tokens_
     longest = max(map(max, counts)) + max(map(longest_sequence, asked))
-    cached = caches_prefix(base) and longest <= longest_shared(base)
-    size, tokens, members = model_size(base.model), answer_tokens(asked), sum(map(len, counts))
-    each_time, cost = (
-        in_context_cost(size, tokens, sum(map(sum, counts)), members=members, cached=is_cached)
-        for is_cached in (False, cached)
+    cost = in_context_cost(
+        model_size(base.model),
+        answer_tokens(asked),
+        sum(map(sum, counts)),
+        members=sum(map(len, counts)),
+        cached=caches_prefix(base) and longest <= longest_shared(base),
     )
+    uncached = cost.flops_before + cost.flops_an_answer
     if settings.calibrate:
         # Calibration scores a text without content as well.
         cost = replace(cost, flops_before=cost.flops_before + cost.flops_an_answer)
-    uncached = each_time.flops_an_answer
     return classifier, _Fitted(seconds, cost, classifier.examples_used_, uncached)
 
 
-def _setfit_run(sample: Sample, settings: Settings, base: BaseModel | None, bar: Bar) -> Run:
+def _setfit_run(sample: Sample, settings: Settings, base: BaseModel, bar: Bar) -> Run:
     assert settings.setfit is not None
     with bar(f"setfit, seed {sample.seed}", 1) as advance:
         result = run_setfit(
@@ -414,7 +405,7 @@ def _setfit_run(sample: Sample, settings: Settings, base: BaseModel | None, bar:
             [str(label) for label in sample.labels],
             [_plain(text) for text in sample.test_texts],
             seed=sample.seed,
-            use_gpu=_device_type(settings, base) != "cpu",
+            use_gpu=base.device.type != "cpu",
         )
         advance(1)
     fitted = _Fitted(result.train_seconds, result.cost, len(sample.texts))
@@ -432,26 +423,23 @@ def _encoded(
 
 def _plain(text: Text) -> str:
     """A text without a template: one field's value, or all fields with their names."""
-    if isinstance(text, str):
-        return text
-    if len(text) == 1:
-        return str(*text.values())
-    return "\n".join(f"{name}: {value}" for name, value in text.items())
+    fields = {TEXT: text} if isinstance(text, str) else text
+    if len(fields) == 1:
+        return str(*fields.values())
+    return "\n".join(f"{name}: {value}" for name, value in fields.items())
 
 
 # -- what a run's results depend on ----------------------------------------------------------------
 
 
-def _conditions(
-    method: str, sample: Sample, settings: Settings, base: BaseModel | None
-) -> dict[str, Any]:
+def _conditions(method: str, sample: Sample, settings: Settings, base: BaseModel) -> dict[str, Any]:
     labels = sorted(map(str, {*sample.labels}))  # all that the untuned model sees of the examples
     conditions: dict[str, Any] = {
         "examples": digest(labels if method == "zero-shot" else [sample.texts, sample.labels]),
         "test": digest([sample.test_texts, sample.test_labels]),
-        "device": _device_type(settings, base),
+        "device": base.device.type,
     }
-    if method == "setfit" or base is None:
+    if method == "setfit":
         assert settings.setfit is not None
         return {**conditions, "model": settings.setfit.model, "python": str(settings.setfit.python)}
     template = settings.template or None
@@ -469,7 +457,3 @@ def _conditions(
         classifier = FewShotClassifier(**settings.training())
         conditions |= {"steps": classifier.steps, "learning_rate": classifier.learning_rate}
     return conditions
-
-
-def _device_type(settings: Settings, base: BaseModel | None) -> str:
-    return (device_named(settings.device) if base is None else base.device).type

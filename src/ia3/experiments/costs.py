@@ -18,7 +18,7 @@ from ..core.experts import is_experts
 from ..model.ia3_model import value_count
 from ..tfew.prompts.encoding import EncodedExample
 
-# A stored token is an integer of 4 bytes (table 1).
+# A stored token is an integer of 4 bytes (table 1: 41 · 98 · 4 = 16 kB).
 TOKEN_BYTES = 4
 
 
@@ -88,9 +88,9 @@ def tfew_cost(
     Args:
         size: of the model.
         tokens: of a text with all choices.
-        steps: of the optimizer (section 3.5).
+        steps: of the optimizer.
         batch_size: texts a step, in the mean.
-        stored_bytes: of the adapter: of its files, or 4 a value as in the paper.
+        stored_bytes: of the adapter.
     """
     training = size.training_flops * tokens * steps * batch_size
     return Cost(size.forward_flops * tokens, training, stored_bytes)
@@ -106,16 +106,13 @@ def in_context_cost(
 ) -> Cost:
     """In-context learning: an answer is a forward pass over demonstrations and text.
 
-    What is stored are the demonstrations' tokens, 4 bytes each (table 1: 41 · 98 · 4 = 16 kB).
-
     Args:
         size: of the model.
         tokens: of a text with all choices.
-        demonstration_tokens: of all prompts' demonstrations together.
+        demonstration_tokens: of all prompts' demonstrations together; these are stored.
         members: prompts that are averaged, each with the text in it. The paper counts an ensemble
             of one-shot prompts as one prompt with all demonstrations.
-        cached: whether the demonstrations are computed once, before the first answer, instead of
-            for every answer, which is the paper's count.
+        cached: compute the demonstrations once, not for every answer as the paper counts.
     """
     demonstrations = size.forward_flops * demonstration_tokens
     text = size.forward_flops * tokens * members

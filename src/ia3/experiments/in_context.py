@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.loading import EMBEDDED_MODEL, BaseModel
-from ..classify.ranking import LabelledTexts, RankingClassifier
+from ..classify.ranking import RankingClassifier
 from ..errors import IA3Error, did_you_mean
 from ..tfew.prompts.encoding import EncodedExample, Encoder, context_length, warn_of_cut_texts
 from ..tfew.prompts.labels import Label, Text
@@ -128,7 +128,10 @@ class InContextClassifier(RankingClassifier):
             raise IA3Error(f"orderings is {self.orderings}, expected at least 1")
         task = self._read_task(texts, labels)
         encoder = Encoder(self.base, task.choices, chat=self.chat)
-        written = [_written(task, template) for template in task.templates]
+        words = dict(zip(task.classes, task.choices, strict=True))
+        answers = [f" {words[label]}{BREAK}" for label in task.labels]
+        shots = list(zip(task.examples, answers, strict=True))
+        written = [[t.render(e, task.choices) + a for e, a in shots] for t in task.templates]
         longest = [
             longest_input(self.base, [encoder.encode(e, template) for e in task.examples])
             for template in task.templates
@@ -281,9 +284,9 @@ def fitting(
 
     Args:
         base: the model.
-        written: the text of each demonstration, `[templates][demonstrations]`.
+        written: the demonstrations, `[templates][demonstrations]`.
         room: tokens for all of them together, `[templates]`.
-        order: the indices of the demonstrations.
+        order: the demonstrations' indices.
     """
     alone = [token_counts(base, of_template) for of_template in written]
     chosen: list[int] = []
@@ -305,14 +308,6 @@ def longest_input(base: BaseModel, examples: Sequence[EncodedExample]) -> int:
     """The tokens of the longest prompt, with its longest answer where the model reads that."""
     # An encoder's input has no answer in it.
     return max(len(e.prompt) if base.is_encoder_decoder else longest_sequence(e) for e in examples)
-
-
-def _written(task: LabelledTexts, template: Template) -> list[str]:
-    words = dict(zip(task.classes, task.choices, strict=True))
-    return [
-        f"{template.render(example, task.choices)} {words[label]}{BREAK}"
-        for example, label in zip(task.examples, task.labels, strict=True)
-    ]
 
 
 def _joined(written: Sequence[str], groups: Sequence[Sequence[int]]) -> list[str]:

@@ -158,13 +158,12 @@ def cross_validate(
     Args:
         base: the model.
         task: from `read_raft`.
-        settings: by default those of the paper, on all linear layers.
+        settings: by default the paper's, on all linear layers.
         methods: of `METHODS`.
         folds: 1 to 5; with 5 every row is held out once.
-        results: a folder whose `results.jsonl` gets the predictions of each fold as they come. What
-            is in it is not computed again, and a training that was killed goes on.
-        progress: called with the number of rows predicted and steps taken since the last call;
-            `work` says how many there will be.
+        results: a folder for a file of predictions. What is in it is not computed again, and a
+            training that was killed goes on.
+        progress: called with the rows predicted and steps taken since the last call, of `work`.
 
     Returns:
         One score a method, in the order of `METHODS`.
@@ -191,11 +190,7 @@ def cross_validate(
 
 
 def parse_methods(names: str) -> list[Method]:
-    """The methods in a text such as "majority,tfew", in the order of `METHODS`.
-
-    Raises:
-        IA3Error: one is unknown, or there is none.
-    """
+    """The methods in a text such as "majority,tfew", in order; raises as `check_methods` does."""
     given = [name.strip() for name in names.split(",") if name.strip()]
     check_methods(given, METHODS)
     return [method for method in METHODS if method in given]
@@ -209,12 +204,9 @@ def submission(
     results: str | Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Train on all labelled rows, and predict the test rows; the base model is left as found.
+    """Train on all labelled rows, and predict the test rows' labels, `[test rows]`.
 
-    The arguments and errors are those of `cross_validate`.
-
-    Returns:
-        The names of the labels, `[test rows]`.
+    The base model is left as found; the arguments and errors are those of `cross_validate`.
     """
     run = _Run(base, task, settings or RaftSettings(), _results(results), progress)
     _check_settings(run, "tfew")
@@ -240,8 +232,7 @@ def submission(
 
 def work(task: RaftTask, settings: RaftSettings, methods: Sequence[Method], folds: int) -> int:
     """How many rows and steps `cross_validate` counts."""
-    parts = held_out(len(task.train), folds, settings.config.seed)
-    rows = sum(map(len, parts))
+    rows = sum(map(len, held_out(len(task.train), folds, settings.config.seed)))
     return rows * len({*methods}) + ("tfew" in methods) * folds * settings.config.steps
 
 
@@ -250,7 +241,7 @@ def work(task: RaftTask, settings: RaftSettings, methods: Sequence[Method], fold
 
 @dataclass(frozen=True)
 class _Run:
-    """What the steps below are given; rows are encoded when they are first needed, and once."""
+    """What the steps below are given; rows are encoded once, when they are first needed."""
 
     base: BaseModel
     task: RaftTask
@@ -354,8 +345,6 @@ def _in_context(
     draw = random.Random(f"{run.settings.config.seed}/{task.name}/{fold}")
     written = [_demonstration(run, i) for i in range(len(task.train))]
     shown = fitting(base, [written], [room], draw.sample(others, len(others)))
-    if not shown:
-        return _predict(run, asked), []
     text = "".join(written[i] for i in shown)
     limit = run.settings.max_prompt_tokens
     encoder = run.encoder(limit and limit + token_counts(base, [text])[0])

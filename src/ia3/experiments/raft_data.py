@@ -64,10 +64,7 @@ def read_raft(folder: str | Path, tasks: Sequence[str] = ()) -> list[RaftTask]:
 
     Args:
         folder: with the tasks' folders.
-        tasks: the names of those to read; by default all that are there.
-
-    Returns:
-        Sorted by name.
+        tasks: the names of those to read; by default all that are there, sorted.
 
     Raises:
         FileNotFoundError: the folder or one of the files is not there.

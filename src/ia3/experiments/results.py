@@ -28,10 +28,8 @@ class Results:
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """The first record that has these values, if there is one."""
-        for record in self._records:
-            if all(record.get(name) == value for name, value in key.items()):
-                return record
-        return None
+        matches = (r for r in self._records if all(r.get(n) == v for n, v in key.items()))
+        return next(matches, None)
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep a record; raises as `append_record` does."""

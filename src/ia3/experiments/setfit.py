@@ -81,15 +81,7 @@ def run_setfit(
     seed: int,
     use_gpu: bool,
 ) -> SetFitResult:
-    """Train on some texts and answer others, in a process of its own.
-
-    Args:
-        setfit: where it is.
-        texts: to train on, `[examples]`.
-        labels: of these, `[examples]`.
-        test_texts: to answer, at least one.
-        seed: of its training.
-        use_gpu: let it see a GPU, if there is one.
+    """Train on labelled texts and answer others, one at least, in a process of its own.
 
     Raises:
         IA3Error: it failed; the message has the last line that it printed.

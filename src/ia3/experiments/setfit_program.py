@@ -33,9 +33,14 @@ def main() -> None:
         TrainingArguments,
     )
 
-    packaged = "" if given["model"] else f"{import_module(MODEL_PACKAGE).__path__[0]}/model"
-    model = SetFitModel.from_pretrained(given["model"] or packaged)
-    counter = TokenCounter(model.model_body[0])
+    name = given["model"] or f"{import_module(MODEL_PACKAGE).__path__[0]}/model"
+    model = SetFitModel.from_pretrained(name)
+    tokens: list[int] = []  # that the encoder reads, without padding, [batches]
+
+    def count(module: Any, inputs: tuple[Any, ...]) -> None:
+        tokens.append(int(inputs[0]["attention_mask"].sum()))
+
+    model.model_body[0].register_forward_pre_hook(count)
     dataset = Dataset.from_dict({"text": given["texts"], "label": given["labels"]})
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -50,12 +55,12 @@ def main() -> None:
         )
         trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
         model.encode(given["test_texts"][:1])
-        counter.restart()
+        tokens.clear()
         started = time.perf_counter()
         trainer.train()
         train_seconds = time.perf_counter() - started
-        counted = counter.restart()
-
+        training_tokens = sum(tokens)
+        tokens.clear()
         started = time.perf_counter()
         predicted = [str(label) for label in model.predict(given["test_texts"])]
         answer_seconds = (time.perf_counter() - started) / len(predicted)
@@ -67,27 +72,11 @@ def main() -> None:
         "train_seconds": train_seconds,
         "answer_seconds": answer_seconds,
         "parameters": sum(p.numel() for p in model.model_body.parameters()),
-        "training_tokens": counted,
-        "answer_tokens": counter.restart() / len(predicted),
+        "training_tokens": training_tokens,
+        "answer_tokens": sum(tokens) / len(predicted),
         "stored_bytes": stored_bytes + len(pickle.dumps(model.model_head)),
     }
     Path(sys.argv[2]).write_text(json.dumps(result), "utf-8")
-
-
-class TokenCounter:
-    """Counts the tokens that a sentence encoder's transformer reads, without padding."""
-
-    def __init__(self, transformer: Any) -> None:
-        self._tokens = 0
-        transformer.register_forward_pre_hook(self._count)
-
-    def restart(self) -> int:
-        """The tokens since the last time."""
-        tokens, self._tokens = self._tokens, 0
-        return tokens
-
-    def _count(self, module: Any, inputs: tuple[Any, ...]) -> None:
-        self._tokens += int(inputs[0]["attention_mask"].sum())
 
 
 if __name__ == "__main__":

@@ -51,15 +51,15 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
         OSError: the disk is full or may not be written; nothing has changed.
     """
     folder = Path(folder)
-    if folder.exists():
+    if folder.is_dir():
         _write_into_old(folder, files)
+    elif folder.exists():
+        raise _os_error(errno.ENOTDIR, folder)
     else:
         _write_new(folder, files)
 
 
 def _write_into_old(folder: Path, files: Mapping[str, bytes]) -> None:
-    if not folder.is_dir():
-        raise _os_error(errno.ENOTDIR, folder)
     mark = uuid.uuid4().hex[:12]
     staged: dict[str, Path] = {}
     for name in files:

@@ -29,18 +29,18 @@ def read_records(
     path = Path(path)
     if not path.exists():
         return []
-    *whole, last = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().split(b"\n")
+    # An editor may have left out the end of the last line.
+    if _parsed(lines[-1]) is None:
+        lines.pop()
     records = []
-    for number, line in enumerate(whole, 1):
+    for number, line in enumerate(lines, 1):
         record = _parsed(line)
         if record is None or not is_record(record):
-            raise _not(path, number, what)
-        records.append(record)
-    # An editor may have left out the end of the line.
-    record = _parsed(last)
-    if record is not None:
-        if not is_record(record):
-            raise _not(path, len(whole) + 1, what)
+            raise IA3Error(
+                f"{path}, line {number}: not {what}; remove the line to compute it again, or give "
+                "another folder"
+            )
         records.append(record)
     return records
 
@@ -78,10 +78,3 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
-
-
-def _not(path: Path, line: int, what: str) -> IA3Error:
-    return IA3Error(
-        f"{path}, line {line}: not {what}; remove the line to compute it again, or give another "
-        "folder"
-    )

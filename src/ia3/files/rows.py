@@ -80,10 +80,9 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist")
     try:
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+        return list(parquet.read_table(path).to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise IA3Error(f"{path} is not a Parquet file: {error}") from error
-    return rows
 
 
 def _folder_rows(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -108,11 +107,8 @@ def _hub_rows(name: str, split: str, subset: str | None) -> list[dict[str, Any]]
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise MissingExtraError(
-            "datasets",
-            "datasets",
-            f"{name!r} is neither a file nor a folder: reading it from the hub",
-        ) from error
+        purpose = f"{name!r} is neither a file nor a folder: reading it from the hub"
+        raise MissingExtraError("datasets", "datasets", purpose) from error
     try:
         return list(load_dataset(name, subset, split=split))
     except (OSError, ValueError) as error:

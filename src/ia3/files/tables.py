@@ -72,24 +72,16 @@ def read_table(path: str | Path, text: Sequence[str] = (), label: str | None = N
 
 
 def check_rows(
-    source: str | Path, rows: Sequence[Row], text: Sequence[str], label: str | None = None
+    source: str | Path, rows: Sequence[Row], text: Sequence[str], label: str | None
 ) -> None:
-    """Refuse rows without a text or a label; one whose text is empty brings a warning.
-
-    Args:
-        source: where all of them are from, for messages.
-        rows: at least one.
-        text: as in `read_table`.
-        label: as in `read_table`.
-
-    Raises:
-        IA3Error: a column is not there, or a value in it is no text or no label.
-    """
+    """As `read_table` checks rows, of which there are some; `source` is for messages."""
     for column in (*text, *(() if label is None else (label,))):
         _check_column(source, rows, column)
     for row in rows:
         for column in text:
-            _check_text(row, column)
+            if not isinstance(row[column], str | int | float):
+                shown = _shown(row[column])
+                raise IA3Error(f"{row.where}: the text {column!r} is {shown}, expected a string")
         if label is not None:
             _check_label(row, label, type(rows[0][label]))
     empty = [row for row in rows if text and not any(str(row[c]).strip() for c in text)]
@@ -222,20 +214,13 @@ def _check_column(source: str | Path, rows: Sequence[Row], column: str) -> None:
     raise IA3Error(f"{where}: no column {column!r} among {columns}{hint}")
 
 
-def _check_text(row: Row, column: str) -> None:
-    value = row[column]
-    if not isinstance(value, str | int | float):
-        raise IA3Error(f"{row.where}: the text {column!r} is {_shown(value)}, expected a string")
-
-
 def _check_label(row: Row, column: str, kind: type) -> None:
     value = row[column]
+    named = f"{row.where}: the label {column!r} is"
     if not isinstance(value, str | int):
-        raise IA3Error(
-            f"{row.where}: the label {column!r} is {_shown(value)}, expected a string or an integer"
-        )
+        raise IA3Error(f"{named} {_shown(value)}, expected a string or an integer")
     if isinstance(value, str) and not value.strip():
-        raise IA3Error(f"{row.where}: the label {column!r} is empty")
+        raise IA3Error(f"{named} empty")
     if type(value) is not kind:
         raise IA3Error(
             f"{row.where}: the label {_shown(value)} is of another type than the first row's: "
@@ -253,9 +238,7 @@ def _shown(value: Any) -> str:
 
 
 def _jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(
-        _json({column: _finite(value) for column, value in row.items()}) + "\n" for row in rows
-    )
+    return "".join(f"{_json(_finite(dict(row)))}\n" for row in rows)
 
 
 def _csv(rows: Sequence[Mapping[str, Any]], delimiter: str) -> str:
@@ -263,13 +246,15 @@ def _csv(rows: Sequence[Mapping[str, Any]], delimiter: str) -> str:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
+    # What JSON has and CSV has not is written as JSON.
+    writer.writerows(
+        [
+            _json(_finite(value)) if isinstance(value, bool | int | list | dict) else value
+            for value in map(row.get, columns)
+        ]
+        for row in rows
+    )
     return text.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    """What JSON has and CSV has not is written as JSON."""
-    return _json(_finite(value)) if isinstance(value, bool | int | list | dict) else value
 
 
 def _json(value: Any) -> str:

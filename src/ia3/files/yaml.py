@@ -28,7 +28,7 @@ def read_yaml(path: Path, what: str, *, as_text: bool = False, tags: Sequence[st
 
     Raises:
         FileNotFoundError: there is no such file.
-        IA3Error: it is larger than 1 MiB, not YAML, not Unicode, or has a key twice.
+        IA3Error: it is larger than 1 MiB, not YAML, or has a key twice.
     """
     if not path.is_file():
         kind = "is not a file" if path.exists() else "does not exist"
@@ -43,8 +43,6 @@ def read_yaml(path: Path, what: str, *, as_text: bool = False, tags: Sequence[st
         Loader.add_constructor(tag, lambda loader, node: loader.construct_mapping(node, deep=True))
     try:
         return yaml.load(path.read_text("utf-8"), Loader=Loader)
-    except RecursionError as error:
-        raise IA3Error(f"{path} is nested too deep, expected {what}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         unquoted = "unhashable" in str(error)
         hint = "; a text that begins with '{' needs quotes around it" if unquoted else ""
@@ -53,16 +51,6 @@ def read_yaml(path: Path, what: str, *, as_text: bool = False, tags: Sequence[st
 
 class _Strict:
     """What both loaders check."""
-
-    def construct_scalar(self, node: Any) -> Any:
-        value = super().construct_scalar(node)  # type: ignore[misc]
-        try:
-            str(value).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{value!r} is not Unicode text", node.start_mark
-            ) from error
-        return value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         # Before merge keys (`<<`) are resolved, which may bring keys that the mapping replaces.

@@ -35,16 +35,12 @@ def fuse(model: nn.Module) -> list[str]:
     Raises:
         IA3Error: the model has no MLP that computes down(dropout(act(gate(x)) ⊙ up(x))).
     """
-    names = []
     for name, module in model.named_modules():
-        if ATTRIBUTE in name.split("."):
-            continue
-        if not is_fused(module):
+        if ATTRIBUTE not in name.split(".") and not is_fused(module):
             found = gated_mlp(module)
-            if isinstance(found, str):
-                continue
-            patch(module, FusedForward(module, found))
-        names.append(name)
+            if isinstance(found, Mlp):
+                patch(module, FusedForward(module, found))
+    names = [name for name, module in model.named_modules() if is_fused(module)]
     if not names:
         first = feedforward_targets(model)[0].name.rpartition(".")[0]
         module = model.get_submodule(first)
@@ -176,8 +172,7 @@ def gated_product(gate: Tensor, up: Tensor, vector: Tensor | None, function: str
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     ):
-        product: Tensor = _GatedProduct.apply(gate, up, vector, function)  # type: ignore[no-untyped-call]
-        return product
+        return _GatedProduct.apply(gate, up, vector, function)  # type: ignore[no-any-return, no-untyped-call]
     return _formula(gate, up, vector, function)
 
 
@@ -204,15 +199,13 @@ class _GatedProduct(torch.autograd.Function):
         gate, up, vector = ctx.saved_tensors
         needed = ctx.needs_input_grad
         grad, gates, ups = _wide(grads[0]), _wide(gate), _wide(up)
+        scaled, values = grad if vector is None else grad * vector, FUNCTIONS[ctx.function](gates)
         of_gate = of_up = of_vector = None
         if needed[0]:
-            of_values = grad * ups if vector is None else grad * ups * vector
+            of_values = scaled * ups
             of_gate = BACKWARD[ctx.function](of_values, gates.to(of_values)).to(gate.dtype)
-        if needed[1] or needed[2]:
-            of_scaled_up = grad * FUNCTIONS[ctx.function](gates)
-            if needed[1]:
-                of_up = of_scaled_up if vector is None else of_scaled_up * vector
-                of_up = of_up.to(up.dtype)
-            if needed[2]:
-                of_vector = (of_scaled_up * ups).sum_to_size(vector.shape).to(vector.dtype)
+        if needed[1]:
+            of_up = (scaled * values).to(up.dtype)
+        if needed[2]:
+            of_vector = (grad * values * ups).sum_to_size(vector.shape).to(vector.dtype)
         return of_gate, of_up, of_vector, None

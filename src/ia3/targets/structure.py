@@ -133,7 +133,7 @@ class _Tree:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        # Name of an attention -> its children's names and roles.
+        # Name of an attention -> its children's full names and roles.
         self.attentions = {
             name: roles
             for name, module in self.modules.items()
@@ -202,8 +202,9 @@ def _attention_roles(name: str, module: nn.Module) -> dict[str, Role]:
     if "indexer" in f"{name}.{type(module).__name__}".lower():
         # It chooses which tokens are attended to; its keys are not those that are attended to.
         return {}
+    prefix = f"{name}." if name else ""
     roles = {
-        child: role
+        prefix + child: role
         for child, part in module.named_children()
         if (role := _role(child, module)) and any(map(_is_projection, part.modules()))
     }
@@ -232,8 +233,7 @@ def _is_projection(module: nn.Module) -> bool:
 def _keys_and_values(tree: _Tree, attention: str) -> list[Target]:
     roles = tree.attentions[attention]
     targets = []
-    for child, role in roles.items():
-        name = f"{attention}.{child}" if attention else child
+    for name, role in roles.items():
         # An attention may be one of another's parts; and of a module that two share, there is only
         # the first name.
         if role == "query" or name in tree.attentions or name not in tree.modules:
@@ -264,8 +264,8 @@ def _keys_and_values(tree: _Tree, attention: str) -> list[Target]:
 
 def _latent_size(tree: _Tree, attention: str) -> int:
     """How wide the latent is that keys and values are projected from."""
-    for child, role in tree.attentions[attention].items():
-        projection = tree.projection(f"{attention}.{child}" if attention else child)
+    for name, role in tree.attentions[attention].items():
+        projection = tree.projection(name)
         if role == "keys and values" and projection is not None:
             return tree.dim(projection, "input")
     raise _left_to_caller(
@@ -341,14 +341,10 @@ def _holds_experts(module: nn.Module) -> bool:
 def _down_projection(tree: _Tree, name: str) -> str | None:
     """The child with the name of a down projection and the sizes of one, if there is such."""
     in_attention = name in tree.attentions or _is_called_attention(tree.modules[name])
-    children = {
-        child: last
-        for child in tree.children(name)
-        if child not in tree.holders
-        and child not in tree.attentions
-        and (last := child.rpartition(".")[2]) not in tree.attentions.get(name, {})
-    }
-    for child, last in children.items():
+    apart = {*tree.holders, *tree.attentions, *tree.attentions.get(name, {})}
+    children = [child for child in tree.children(name) if child not in apart]
+    for child in children:
+        last = child.rpartition(".")[2]
         named_down = last in _DOWN_NAMES or (
             not in_attention and (last in _LAST_NAMES or "output" in last.split("_"))
         )
