@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,27 +13,6 @@ from ..core.inventory import Contents
 from ..core.route import BASE, LOCK, Host, Names, Route
 from ..core.sites import Site
 from ..errors import IA3Error
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """The values of several adapters, a row each.
-
-    Attributes:
-        values: `[rows, columns]`, floating.
-        sites, sizes: what the columns are of, and how many each has.
-        used: the sites where one of the adapters has a vector.
-    """
-
-    values: Tensor
-    sites: Sequence[Site]
-    sizes: Sequence[int]
-    used: frozenset[Site]
-
-    def parts(self) -> dict[Site, Tensor]:
-        """Site -> `[rows, dim]`."""
-        split = zip(self.sites, torch.split(self.values, [*self.sizes], 1), strict=True)
-        return {site: part for site, part in split if site in self.used}
 
 
 class RowSource(Protocol):
@@ -48,8 +26,12 @@ class RowSource(Protocol):
         """The adapters' names."""
         ...
 
-    def gather(self, names: Sequence[str], index: Sequence[int]) -> Gathered:
-        """The values of adapters, or of `BASE`: `index`, `[rows]`, counts in the names."""
+    def gather(self, names: Sequence[str], index: Sequence[int]) -> dict[Site, Tensor]:
+        """The values of adapters, or of `BASE`, `[rows, dim]`, where one has a vector.
+
+        Args:
+            index: which of the names each row is to be, `[rows]`.
+        """
         ...
 
 
@@ -78,10 +60,10 @@ def make_route(
     gathered: dict[Site, Tensor] = {}
     if source is not None and others:
         if own:
-            gathered = source.gather(others, range(len(others))).parts()
+            gathered = source.gather(others, range(len(others)))
         else:
             places = index.tolist() if by_row else range(len(names))
-            gathered = source.gather(names, places).parts()
+            gathered = source.gather(names, places)
     # After the bank, which may have placed new sites.
     with LOCK:
         contents = find()
