@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import gelu, silu
 from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
     Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -31,16 +30,6 @@ from transformers import (
 from ia3 import IA3Config, IA3Model
 from ia3.core.mlp import Mlp, carrier_of, read_mlp
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
 LLAMA_MLP = "model.layers.0.mlp"
 T5_MLP = "encoder.block.0.layer.1.DenseReluDense"
 
@@ -52,8 +41,14 @@ def t5(projection: str) -> PreTrainedModel:
 
 
 def llama() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
+    return build("llama")
+
+
+def phi3() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    return Phi3ForCausalLM(
+        Phi3Config(vocab_size=VOCABULARY, num_attention_heads=4, pad_token_id=0, **sizes)
+    )
 
 
 def up_of(model: nn.Module, mlp: str, down: str = "down_proj") -> str | None:
@@ -77,11 +72,7 @@ NOT_GATED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     # fc1 and fc2 stand in the decoder layer itself.
     "opt": (lambda: build("opt"), "model.decoder.layers.0", "fc2"),
     # Half of gate_up_proj's rows would do, but no module has them as its output.
-    "phi3": (
-        lambda: AutoModelForCausalLM.from_config(Phi3Config(**SIZES)),
-        LLAMA_MLP,
-        "down_proj",
-    ),
+    "phi3": (phi3, LLAMA_MLP, "down_proj"),
     "mixtral": (lambda: build("mixtral"), LLAMA_MLP, "experts"),
     "attention": (lambda: build("qwen2"), "model.layers.0.self_attn", "o_proj"),
     "gate": (llama, LLAMA_MLP, "gate_proj"),
@@ -151,10 +142,9 @@ def test_a_layer_that_is_reached_from_elsewhere(tiny_llama):
 
 
 def test_meta_device():
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
+    mlp = llama().to("meta").get_submodule(LLAMA_MLP)
     expected = Mlp("down_proj", "up_proj", "gate_proj", "silu", "act_fn")
-    assert read_mlp(model.get_submodule(LLAMA_MLP), "down_proj") == expected
+    assert read_mlp(mlp, "down_proj") == expected
 
 
 def test_offloaded(tiny_llama):

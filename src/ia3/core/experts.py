@@ -33,7 +33,8 @@ def is_experts(module: nn.Module) -> bool:
 
     There may be more experts in the former: identity experts have no use for a `down_proj`.
     """
-    up, down = _up_weight(module), module._parameters.get("down_proj")
+    gate_up, up, down = map(module._parameters.get, ("gate_up_proj", "up_proj", "down_proj"))
+    up = up if gate_up is None else gate_up
     if up is None or down is None:
         return False
     return up.dim() == down.dim() == 3 and up.shape[0] >= down.shape[0]
@@ -104,22 +105,17 @@ def scaled_weights(module: nn.Module, vectors: Tensor) -> dict[str, Tensor]:
 # -- the block -------------------------------------------------------------------------------------
 
 
-def _up_weight(module: nn.Module) -> nn.Parameter | None:
-    gate_up = module._parameters.get("gate_up_proj")
-    return gate_up if gate_up is not None else module._parameters.get("up_proj")
-
-
 def _inner_axis(module: nn.Module) -> int:
     """The inner axis of `down_proj`: 2 where weights are `[experts, out, in]`, 1 if transposed."""
-    up, down = _up_weight(module), module.get_parameter("down_proj")
-    assert up is not None
+    parts = 1 if module._parameters.get("gate_up_proj") is None else 2
+    up = module.get_parameter("up_proj" if parts == 1 else "gate_up_proj")
+    down = module.get_parameter("down_proj")
     for weight in (up, down):
         if weight.dtype not in (*DIVIDING_DTYPES, torch.float16):
             raise IA3Error(
                 f"the experts of a {type(module).__name__} are {weight.dtype}, expected weights "
                 "of 16, 32 or 64-bit floats: load the model without quantizing its experts"
             )
-    parts = 1 if module._parameters.get("gate_up_proj") is None else 2
     fits = {
         2: tuple(up.shape[1:]) == (parts * down.shape[2], down.shape[1]),
         1: tuple(up.shape[1:]) == (down.shape[2], parts * down.shape[1]),
@@ -217,8 +213,7 @@ class _ScaledWeight:
 
     def multiplied(self) -> Tensor:
         """The tensor that this stands for."""
-        factor = _factor(self.vectors, self.rows, self.weight.dim(), self.axis)
-        return (self.weight * factor).to(self.weight.dtype)
+        return _scaled(self.weight, self.vectors, self.rows, self.axis)
 
 
 def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -265,7 +260,7 @@ def _scale(values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int) -> T
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if rows is not None and torch.is_grad_enabled() and not traced:
         return _Scale.apply(values, vectors, rows, axis)  # type: ignore[no-any-return, no-untyped-call]
-    return (values * _factor(vectors, rows, values.dim(), axis)).to(values.dtype)
+    return _scaled(values, vectors, rows, axis)
 
 
 class _Scale(torch.autograd.Function):
@@ -275,7 +270,7 @@ class _Scale(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, vectors: Tensor, rows: Tensor, axis: int) -> Tensor:
         ctx.axis = axis
         ctx.save_for_backward(values if ctx.needs_input_grad[1] else None, vectors, rows)
-        return (values * _factor(vectors, rows, values.dim(), axis)).to(values.dtype)
+        return _scaled(values, vectors, rows, axis)
 
     @staticmethod
     @once_differentiable
@@ -284,8 +279,7 @@ class _Scale(torch.autograd.Function):
         values, vectors, rows = ctx.saved_tensors
         grad_values = grad_vectors = None
         if ctx.needs_input_grad[0]:
-            factor = _factor(vectors, rows, grad.dim(), ctx.axis)
-            grad_values = (grad * factor).to(grad.dtype)
+            grad_values = _scaled(grad, vectors, rows, ctx.axis)
         if ctx.needs_input_grad[1]:
             wide = torch.promote_types(grad.dtype, torch.float32)
             product = grad.to(wide) * values
@@ -296,20 +290,17 @@ class _Scale(torch.autograd.Function):
         return grad_values, grad_vectors, None, None
 
 
-def _factor(vectors: Tensor, rows: Tensor | None, dims: int, axis: int) -> Tensor:
-    """The vectors shaped to be broadcast over values of so many dims."""
+def _scaled(values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int) -> Tensor:
     if vectors.dim() == 1:
-        return vectors if axis == -1 else vectors.unsqueeze(-1)
-    if rows is not None:
-        vectors = _with_no_expert(vectors).index_select(0, rows)
-        if dims == 2:
-            return vectors
-    return vectors.unsqueeze(-3 - axis)
+        factor = vectors if axis == -1 else vectors.unsqueeze(-1)
+    elif rows is None:
+        factor = vectors.unsqueeze(-3 - axis)
+    else:
+        factor = _with_no_expert(vectors).index_select(0, rows)
+        factor = factor if values.dim() == 2 else factor.unsqueeze(-3 - axis)
+    return (values * factor).to(values.dtype)
 
 
 def _with_no_expert(vectors: Tensor) -> Tensor:
-    """The vectors and one more, zeros, which rows of no expert are multiplied by.
-
-    Such rows are uninitialized, and so is their gradient, which must not reach an expert's vector.
-    """
+    """The vectors, and zeros for rows of no expert, whose values and gradients are undefined."""
     return functional.pad(vectors, (0, 0, 0, 1))

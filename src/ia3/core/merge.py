@@ -124,17 +124,15 @@ class Merge:
                 vector = vector if side == "inner" else vector.flatten()
                 sides = vectors.setdefault(owner, {})
                 sides[side] = sides[side] * vector if side in sides else vector
-        holders = _holders(self.model)
+        # Before the weights of offloaded modules are fetched, which replaces their parameters.
+        sharing = _sharing(self.model)
         values: dict[Spot, Any] = {}
         for name, sides in vectors.items():
-            module = self._module(name)
-            for slot, value in weights.products(module, name, sides).items():
-                parameter = module._parameters.get(slot.split(".")[0])
-                others = [other for other in holders.get(id(parameter), ()) if other != name]
-                if others:
+            for slot, value in weights.products(self._module(name), name, sides).items():
+                other = sharing.get((name, slot.split(".")[0]))
+                if other is not None:
                     raise IA3Error(
-                        f"cannot merge into {name}.{slot}: {others[0]!r} shares it and would "
-                        "change too"
+                        f"cannot merge into {name}.{slot}: {other!r} shares it and would change too"
                     )
                 values[name, slot] = value
         return values
@@ -169,10 +167,17 @@ class Merge:
             weights.write(self._module(name), slot, value)
 
 
-def _holders(model: nn.Module) -> dict[int, list[str]]:
-    """The id of each parameter -> the names of the modules that have it."""
-    holders: dict[int, list[str]] = {}
+def _sharing(model: nn.Module) -> dict[Spot, str]:
+    """Module and parameter name -> another module that has the very same parameter."""
+    owners: dict[int, list[Spot]] = {}
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            holders.setdefault(id(parameter), []).append(name)
-    return holders
+        for slot, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((name, slot))
+    return {
+        spot: other
+        for spots in owners.values()
+        for spot in spots
+        for other, _ in spots
+        if other != spot[0]
+    }
