@@ -256,9 +256,7 @@ def _copies(adapters: Sequence[tuple[str, Adapter]]) -> dict[str, Tensor]:
     return copied
 
 
-def _sites(
-    adapters: Sequence[tuple[str, Adapter]],
-) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def _sites(adapters: Sequence[tuple[str, Adapter]]) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """(module name -> its vector's shape, the feed-forward modules among them)."""
     sites: dict[str, tuple[tuple[int, ...], str]] = {}
     first: dict[str, str] = {}
