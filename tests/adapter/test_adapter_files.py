@@ -18,7 +18,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import VOCABULARY, MakeInputs, MakeModel
+from conftest import VOCABULARY, MakeModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.architectures import build
@@ -240,39 +240,18 @@ VERSIONS: dict[str, dict[str, Any]] = {
         if key not in ("auto_mapping", "revision", "init_ia3_weights")
     },
     "0.4": IN_0_4,
-    "0.21": {
-        **IN_0_4,
-        "exclude_modules": None,
-        "peft_version": "0.21.2",
-        "auto_mapping": {
-            "base_model_class": "LlamaForCausalLM",
-            "parent_library": "transformers.models.llama.modeling_llama",
-        },
-        "task_type": None,
-    },
+    "0.21": {**IN_0_4, "exclude_modules": None, "peft_version": "0.21.2", "task_type": None}
+    | {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"}},
 }
-MODULES: dict[str, dict[str, Any]] = {
-    "lists": {
-        "target_modules": ["v_proj", "k_proj", "down_proj"],
-        "feedforward_modules": ["down_proj"],
-    },
-    "expressions": {
-        "target_modules": r".*\.(k_proj|v_proj|down_proj)",
-        "feedforward_modules": r".*\.down_proj",
-    },
-    "a list and an expression": {
-        "target_modules": ["v_proj", "k_proj", "down_proj"],
-        "feedforward_modules": ".*down_proj",
-    },
-    "entries that match nothing": {
-        "target_modules": ["v_proj", "k_proj", "down_proj", "fc2"],
-        "feedforward_modules": ["down_proj"],
-    },
+NAMES = ["v_proj", "k_proj", "down_proj"]
+# (targets, feed-forward modules)
+MODULES: dict[str, tuple[Any, Any]] = {
+    "lists": (NAMES, ["down_proj"]),
+    "expressions": (r".*\.(k_proj|v_proj|down_proj)", r".*\.down_proj"),
+    "a list and an expression": (NAMES, ".*down_proj"),
+    "entries that match nothing": ([*NAMES, "fc2"], ["down_proj"]),
     # Whatever the targets, PEFT wrote its own default.
-    "more feed-forward modules than targets": {
-        "target_modules": ["v_proj", "k_proj", "mlp.down_proj"],
-        "feedforward_modules": ["down_proj"],
-    },
+    "more feed-forward modules than targets": (["v_proj", "k_proj", "mlp.down_proj"], NAMES[2:]),
 }
 
 
@@ -280,17 +259,11 @@ MODULES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("modules", MODULES)
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.filterwarnings("error")
-def test_files_of_all_versions_of_peft(
-    adapter: Path,
-    make_model: MakeModel,
-    make_inputs: MakeInputs,
-    tmp_path: Path,
-    version: str,
-    modules: str,
-    pickled: bool,
-) -> None:
+def test_files_of_every_peft(adapter, make_model, make_inputs, tmp_path, version, modules, pickled):
     expected = load_file(adapter / WEIGHTS)
-    (adapter / CONFIG).write_text(json.dumps({**VERSIONS[version], **MODULES[modules]}, indent=2))
+    targets, feedforward = MODULES[modules]
+    config = {"target_modules": targets, "feedforward_modules": feedforward, **VERSIONS[version]}
+    (adapter / CONFIG).write_text(json.dumps(config, indent=2))
     if pickled:
         write_pickle(adapter, expected)
     else:

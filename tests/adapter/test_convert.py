@@ -161,23 +161,6 @@ def test_a_folder_is_replaced_only_when_told(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "model", "message"),
-    [
-        ("absent.pt", "only-config", "absent.pt: No such file"),
-        ("broken.pt", "only-config", "broken.pt is not a whole file"),
-        ("finish.pt", "wider", "'encoder.block.0.layer.0.SelfAttention.k.multi_lora_b' is [32, 1]"),
-    ],
-)
-def test_refused_with_one_line(place: Path, file: str, model: str, message: str) -> None:
-    (place / "broken.pt").write_bytes((place / "finish.pt").read_bytes()[:500])
-    T5Config.from_pretrained(place / "only-config", d_kv=16).save_pretrained(place / "wider")
-    done = convert(place, file, "--model", model, "--out", "adapter")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
-    assert message in done.stderr
-    assert not (place / "adapter").exists()
-
-
-@pytest.mark.parametrize(
     ("config", "message"),
     [
         (None, "no model '.*': it is neither .* nor a folder"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,30 +62,13 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, dtype: torch.dtype) ->
     assert torch.equal(found["b"], tensors["b"])
 
 
-def test_a_header_with_white_space_is_read(tmp_path: Path) -> None:
-    """As json.dumps writes it; the format allows it."""
-    header = {"a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text + VALUES["a"].numpy().tobytes())
-    assert read_header(path) == ({"a": (2, 1)}, {})
-    assert torch.equal(read_tensors(path)[0]["a"], VALUES["a"])
-    assert np.array_equal(read_floats(path, "a")["a"], VALUES["a"].numpy())
-
-
 WHOLE = write(VALUES, {})
 BROKEN = {
     "empty": b"",
-    "cut in its length": WHOLE[:5],
     "cut in its header": WHOLE[: WHOLE.index(b"shape")],
     "cut in its values": WHOLE[:-1],
     "too long": WHOLE + b"\0",
-    "a length without end": b"\xff" * 20,
     "no JSON": WHOLE[:8] + b"[" + WHOLE[9:],
-    "a list": (2).to_bytes(8, "little") + b"[]",
-    "without a dtype": (9).to_bytes(8, "little") + b'{"a": {}}',
-    "no Unicode": (3).to_bytes(8, "little") + b"\xff\xff\xff",
     "a text": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
 }
 

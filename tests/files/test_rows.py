@@ -70,8 +70,7 @@ def test_a_name_that_is_nowhere_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("package", "source"),
-    [("datasets", "super_glue"), ("datasets", "."), ("pyarrow", "a.parquet")],
+    ("package", "source"), [("datasets", "super_glue"), ("datasets", "."), ("pyarrow", "a.parquet")]
 )
 def test_a_missing_package_is_named_with_its_extra(package, source, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)

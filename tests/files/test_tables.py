@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ia3.errors import IA3Error
+from ia3.files.rows import read_rows
 from ia3.files.tables import Row, fields_of, read_table, write_table
 
 
@@ -41,7 +42,7 @@ def test_quoted_fields_keep_delimiters_quotes_and_line_ends(written: Any) -> Non
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_line_ends_and_byte_order_mark(written: Any, end: str) -> None:
     path = written("a.csv", "\ufeff" + end.join(["text,label", "one,x", "", "two,y"]))
-    rows = read_table(path, ["text"], "label")
+    rows = read_rows(path, text=["text"], label="label")
     assert rows == [{"text": "one", "label": "x"}, {"text": "two", "label": "y"}]
     assert [row.where for row in rows] == [f"{path}, line 2", f"{path}, line 4"]
 
@@ -81,10 +82,10 @@ def test_fields_of_one_and_of_several_columns() -> None:
 def test_empty_texts_bring_one_warning(written: Any) -> None:
     path = written("a.csv", "title,text,label\n,one,x\n, ,y\n,,z\n")
     with pytest.warns(UserWarning, match=r"a\.csv, line 3: the text is empty \(and 1 more\)$"):
-        read_table(path, ["title", "text"], "label")
+        read_rows(path, text=["title", "text"], label="label")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_table(written("b.csv", "title,text\n,one\n"), ["title", "text"])
+        read_rows(written("b.csv", "title,text\n,one\n"), text=["title", "text"])
 
 
 BAD_CSV = {
@@ -136,7 +137,7 @@ BAD_FILES = [
 def test_bad_files(written, name, content, message):
     path = written(name, content)
     with pytest.raises(IA3Error) as raised:
-        read_table(path, ["text"], "label")
+        read_rows(path, text=["text"], label="label")
     assert message in str(raised.value)
     assert str(raised.value).startswith((str(path), f"data file {path}"))
     assert "\n" not in str(raised.value)

@@ -65,21 +65,19 @@ def combine(
     Args:
         adapters: `(name, adapter)`, at least one; the names are for messages.
         weights: one for each, `[adapters]`, finite.
-        combination_type: see above.
         density: above 0, 1 at most, for `"ties"` alone; 0.2 if not given, as in the paper.
         majority_sign_method: for `"ties"`: `"total"` weighs a sign by its values, as in the paper,
             `"frequency"` counts them.
 
     Returns:
-        An adapter with the first one's settings and all their modules; its vectors are float32, of
-        the adapters' shapes, `[dim, 1]` or `[1, dim]`. Values stay one where they do in all that
-        have the vector.
+        An adapter with the first one's settings and the modules of all; its vectors are float32,
+        `[dim, 1]` or `[1, dim]`. Values stay one where they do in all that have the vector.
 
     Raises:
         IA3Error: they are of different base models, have vectors of different shapes or sides, or
             copies of the same module (`modules_to_save`); their configs do not name their modules;
-            the weights are not one finite number for each, or add up to 0 or less where they divide
-            by their sum; or an option is unknown or belongs to another type.
+            the weights are not finite, or add up to 0 or less where they divide by their sum; or an
+            option is unknown or belongs to another type.
     """
     check_combination(combination_type, density, majority_sign_method)
     weights = _checked_weights(weights, len(adapters), combination_type)
@@ -260,9 +258,7 @@ def _copies(adapters: Sequence[tuple[str, Adapter]]) -> dict[str, Tensor]:
     return copied
 
 
-def _sites(
-    adapters: Sequence[tuple[str, Adapter]],
-) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def _sites(adapters: Sequence[tuple[str, Adapter]]) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """(module name -> its vector's shape, the feed-forward modules among them)."""
     sites: dict[str, tuple[tuple[int, ...], str]] = {}
     first: dict[str, str] = {}

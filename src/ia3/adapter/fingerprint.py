@@ -58,13 +58,8 @@ class Fingerprint:
     def difference(self, model: nn.Module, merged: Collection[str] = ()) -> str | None:
         """In words, how a model differs from the one this was taken of; `None` where it does not.
 
-        Values that cannot be compared (another shape after new tokens, quantized, not loaded yet)
-        are passed over.
-
-        Args:
-            model: the base model.
-            merged: the modules whose weights have an adapter merged into them, which are passed
-                over too.
+        Passed over are values that cannot be compared (another shape after new tokens, quantized,
+        not loaded yet), and the modules `merged`, which have an adapter merged into them.
         """
         found = model_type_of(model)
         if found != self.model_type:
@@ -101,9 +96,8 @@ class Fingerprint:
 def fingerprint(model: nn.Module, merged: Collection[str] = ()) -> Fingerprint:
     """Look at a base model: its type, and a few values of a few parameters.
 
-    Args:
-        model: the base model; adapters that are on it are passed over.
-        merged: the modules whose weights have an adapter merged into them, which are passed over.
+    Passed over are adapters on the model, and the modules `merged`, which have one merged into
+    them.
     """
     # Parameters of linear layers may be quantized, or new with every model that is loaded, as heads
     # are: only where there are no others.

@@ -50,8 +50,6 @@ class Outline:
     """What an adapter's files say without its values.
 
     Attributes:
-        folder: where it is.
-        config: with its modules named.
         shapes: module name -> its vector's shape.
         copies: parameter names in the base model, of the adapter's copies (`modules_to_save`).
         frozen: module name -> the ranges of its vector that stay one.
@@ -206,13 +204,8 @@ def read_metadata(
 ) -> tuple[dict[str, Frozen], Fingerprint | None]:
     """What a header says beyond PEFT's: (the ranges that stay one, the base model).
 
-    Args:
-        metadata: of the header.
-        vectors: the modules that have one.
-        path: the file, for messages.
-
     Raises:
-        IA3Error: it is malformed.
+        IA3Error: it is malformed, or names a module that is not among `vectors`.
     """
     where = f"{path}: the header's {FROZEN_KEY!r}"
     try:

@@ -1,6 +1,7 @@
 """Safetensors files: the package reads them; they are written here, to the same bytes every time.
 
-The package writes a header's metadata in another order in every process.
+The package writes a header's metadata in another order in every process. Readers raise
+`FileNotFoundError` where there is no file, and `IA3Error` where it is truncated or another.
 """
 
 from __future__ import annotations
@@ -40,12 +41,7 @@ DTYPES = {
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """(key -> its tensor's shape, in the order of the file; metadata), without the values.
-
-    Raises:
-        FileNotFoundError: the file is not there.
-        IA3Error: it is truncated, or not a safetensors file.
-    """
+    """(key -> its tensor's shape, in the order of the file; metadata), without the values."""
     try:
         with safe_open(path, "np") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.offset_keys()}
@@ -55,7 +51,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(key -> tensor, on the CPU, in the order of the file; metadata); raises as `read_header`."""
+    """(key -> tensor, on the CPU, in the order of the file; metadata)."""
     from safetensors.torch import load
 
     # Read, not mapped: a file that is cut short while it is mapped ends the process.
@@ -71,12 +67,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_floats(path: Path, ending: str) -> dict[str, NDArray[np.float32]]:
-    """Key -> values as float32, of the keys that end so; without torch.
-
-    Raises:
-        FileNotFoundError: the file is not there.
-        IA3Error: it is truncated, or such a tensor does not hold floating-point values.
-    """
+    """Key -> values as float32, of the keys that end so; without torch."""
     try:
         tensors = dict(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
     except SafetensorError as error:

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,6 @@ class SiteDifference:
     """How the vectors of two adapters differ at one site.
 
     Attributes:
-        site: the module's name.
         values: how many the vector has.
         cosine: of the two log-scales, from -1 to 1; `None` where one of them is all zeros.
         norm: ‖second − first‖ of the values themselves.
@@ -116,8 +115,7 @@ def _pairs(first: Vectors, second: Vectors) -> dict[str, tuple[NDArray[Any], NDA
 # -- search ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Neighbour:
+class Neighbour(NamedTuple):
     """An adapter that was found: its folder, and the cosine of its log-scales, from -1 to 1."""
 
     adapter: Path
@@ -154,8 +152,7 @@ def search(
 
     Args:
         like: the adapter to compare with; it is left out where it is among the folders.
-        folders: of adapters.
-        top: how many to find.
+        folders: of adapters, of which the `top` nearest are found.
         progress: called with 1 for each folder.
 
     Raises:

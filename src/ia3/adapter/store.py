@@ -11,21 +11,9 @@ from torch import Tensor
 from ..core.names import Frozen
 from ..files.hub import CONFIG_NAME
 from ..targets.config import IA3Config
-from . import safetensors
+from . import layout, safetensors
 from .fingerprint import Fingerprint
-from .layout import (
-    BASE_KEY,
-    FROZEN_KEY,
-    KEY_PREFIX,
-    KEY_SUFFIX,
-    PICKLED_NAME,
-    WEIGHTS_NAME,
-    is_embedding,
-    name_tensors,
-    read_config,
-    read_metadata,
-    weights_file,
-)
+from .layout import WEIGHTS_NAME as WEIGHTS_NAME
 from .pickled import read_pickled
 
 
@@ -51,13 +39,15 @@ class Adapter:
 
 def adapter_files(adapter: Adapter) -> dict[str, bytes]:
     """The contents of an adapter's files, by file name."""
-    tensors = {f"{KEY_PREFIX}{name}{KEY_SUFFIX}": v for name, v in adapter.vectors.items()}
-    tensors.update({f"{KEY_PREFIX}{name}": value for name, value in adapter.copies.items()})
+    tensors = {
+        f"{layout.KEY_PREFIX}{name}{layout.KEY_SUFFIX}": v for name, v in adapter.vectors.items()
+    }
+    tensors.update({f"{layout.KEY_PREFIX}{name}": value for name, value in adapter.copies.items()})
     metadata = {"format": "pt"}
     if adapter.frozen:
-        metadata[FROZEN_KEY] = json.dumps(adapter.frozen)
+        metadata[layout.FROZEN_KEY] = json.dumps(adapter.frozen)
     if adapter.base is not None:
-        metadata[BASE_KEY] = adapter.base.to_json()
+        metadata[layout.BASE_KEY] = adapter.base.to_json()
     return {
         WEIGHTS_NAME: safetensors.write(tensors, metadata),
         CONFIG_NAME: adapter.config.to_json().encode(),
@@ -76,17 +66,17 @@ def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter
         IA3Error: a file is truncated or not what it should be.
     """
     folder = Path(folder)
-    config = replace(config) if config is not None else read_config(folder)
-    path = weights_file(folder)
-    pickled = path.name == PICKLED_NAME
+    config = layout.read_config(folder) if config is None else replace(config)
+    path = layout.weights_file(folder)
+    pickled = path.name == layout.PICKLED_NAME
     tensors, metadata = (read_pickled(path), {}) if pickled else safetensors.read_tensors(path)
-    named, copied = name_tensors(tensors, config, path)
+    named, copied = layout.name_tensors(tensors, config, path)
     vectors = {name: tensors[key] for key, name in named.items()}
     copies = {name: tensors[key] for key, name in copied.items()}
-    frozen, base = read_metadata(metadata, vectors, path)
+    frozen, base = layout.read_metadata(metadata, vectors, path)
     # Embeddings that PEFT saved by themselves, where the config does not cover them already.
     saved = config.modules_to_save or []
-    embeddings = sorted({name.rpartition(".")[0] for name in copies if is_embedding(name)})
+    embeddings = sorted({name.rpartition(".")[0] for name in copies if layout.is_embedding(name)})
     new = [name for name in embeddings if not any(name.endswith(entry) for entry in saved)]
     config.modules_to_save = [*saved, *new] or None
     return Adapter(config, vectors, copies, frozen, base)

@@ -246,8 +246,8 @@ class AdapterBank:
             IA3Error: a name is unknown.
         """
         found = Refreshed([], {})
-        chosen = self.names() if names is None else names
         with self._lock:
+            chosen = self._entries if names is None else names
             entries = [(name, self._entry(name)) for name in chosen]
         for name, entry in entries:
             # One at a time: calls go on meanwhile.

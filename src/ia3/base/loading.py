@@ -105,11 +105,7 @@ def load_base_model(
 
 
 def read_model_config(folder: str, name: str) -> Any:
-    """A transformers model's config.
-
-    Args:
-        folder: or a hub id.
-        name: what the user called it, for messages.
+    """The config of a model in a folder or on the hub; `name` is what messages call it.
 
     Raises:
         IA3Error: there is no such model, or its config is broken.

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import IA3Error, did_you_mean
-from ..files.tables import Row, read_table
+from ..files.rows import read_rows
+from ..files.tables import Row
 from ..tfew.prompts.promptsource import PromptTemplate
 from ..tfew.prompts.tasks import RAFT_TASKS, load_templates
 
@@ -98,8 +99,8 @@ def _read_task(folder: Path) -> RaftTask:
             f"{len(choices)}"
         )
     fields = tuple(name for name in columns if name != ID and template.prompt.reads(name))
-    train = read_table(folder / "train.csv", (ID, *fields), LABEL)
-    test = read_table(folder / "test_unlabeled.csv", (ID, *fields))
+    train = read_rows(folder / "train.csv", text=(ID, *fields), label=LABEL)
+    test = read_rows(folder / "test_unlabeled.csv", text=(ID, *fields))
     for row in train:
         if row[LABEL] not in labels:
             raise IA3Error(
@@ -148,7 +149,7 @@ def public_labels(task: RaftTask, folder: str | Path) -> list[str | None]:
     names = {_letters(label): label for label in task.labels}
     found: defaultdict[str, set[str]] = defaultdict(set)
     for path in paths:
-        for row in read_table(path, ("text",), "category") if path.is_file() else ():
+        for row in read_rows(path, text=("text",), label="category") if path.is_file() else ():
             label = names.get(_letters(row["category"]))
             if label is None:
                 raise IA3Error(

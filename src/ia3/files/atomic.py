@@ -35,8 +35,7 @@ def write_file(path: str | Path, content: bytes) -> None:
         OSError: the disk is full or may not be written; nothing has changed.
     """
     path = Path(path)
-    if path.is_symlink():
-        path = Path(os.path.realpath(path))
+    path = path.resolve() if path.is_symlink() else path
     write_files(path.parent, {path.name: content})
 
 

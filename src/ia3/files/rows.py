@@ -39,18 +39,18 @@ def read_rows(
         MissingExtraError: the package that reads the source is not installed.
     """
     path = Path(source)
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        values = _folder_rows(path, split)
-    elif suffix == _PARQUET:
-        values = _parquet_rows(path)
-    elif path.is_file() or suffix in DELIMITERS:
-        return read_table(path, text, label)
+    if path.suffix.lower() != _PARQUET and (path.is_file() or path.suffix.lower() in DELIMITERS):
+        rows = read_table(path)
     else:
-        values = _hub_rows(str(source), split, subset)
-    if not values:
-        raise IA3Error(f"{source} has no rows")
-    rows = [Row(row, f"{source}, row {number}") for number, row in enumerate(values)]
+        if path.is_dir():
+            values = _folder_rows(path, split)
+        elif path.suffix.lower() == _PARQUET:
+            values = _parquet_rows(path)
+        else:
+            values = _hub_rows(str(source), split, subset)
+        if not values:
+            raise IA3Error(f"{source} has no rows")
+        rows = [Row(row, f"{source}, row {number}") for number, row in enumerate(values)]
     check_rows(source, rows, text, label)
     return rows
 

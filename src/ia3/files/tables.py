@@ -40,41 +40,32 @@ def delimiter_of(path: Path) -> str | None:
     return DELIMITERS[suffix]
 
 
-def read_table(path: str | Path, text: Sequence[str] = (), label: str | None = None) -> list[Row]:
+def read_table(path: str | Path) -> list[Row]:
     """The rows of a UTF-8 file, by its suffix: `.csv`, `.tsv`, `.jsonl` or `.ndjson`.
-
-    Args:
-        path: the file.
-        text: columns that every row must have, with a text; one that is empty brings a warning.
-        label: a column that every row must have, with a label; labels are of one type.
 
     Returns:
         One mapping a row, from column name to value; strings from CSV and TSV.
 
     Raises:
         FileNotFoundError: there is no such file.
-        IA3Error: the file is empty, not UTF-8, not of its format, or lacks a column or value.
+        IA3Error: the file is empty, not UTF-8 or not of its format.
     """
     path = Path(path)
     if not path.is_file():
         kind = "is not a file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"data file {path} {kind}")
     delimiter = delimiter_of(path)
-    content = _decoded(path)
-    if delimiter is None:
-        rows = list(_jsonl_rows(path, content))
-    else:
-        rows = list(_csv_rows(path, content, delimiter))
+    text = _decoded(path)
+    rows = list(_jsonl_rows(path, text) if delimiter is None else _csv_rows(path, text, delimiter))
     if not rows:
-        raise IA3Error(f"data file {path} {'has no rows' if content.strip() else 'is empty'}")
-    check_rows(path, rows, text, label)
+        raise IA3Error(f"data file {path} {'has no rows' if text.strip() else 'is empty'}")
     return rows
 
 
 def check_rows(
     source: str | Path, rows: Sequence[Row], text: Sequence[str], label: str | None
 ) -> None:
-    """As `read_table` checks rows, of which there are some; `source` is for messages."""
+    """Refuse rows that lack a text or a label, as `read_rows` says; `source` is for messages."""
     for column in (*text, *(() if label is None else (label,))):
         _check_column(source, rows, column)
     for row in rows:
