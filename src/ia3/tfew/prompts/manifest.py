@@ -125,10 +125,8 @@ def _written_templates(folder: Path, name: str, entry: dict[str, Any]) -> list[P
         file = folder / named
         if named in own or not (file.exists() or "/" in named or file.suffix):
             found = load_templates(named)
-        elif file.exists():
-            found = read_promptsource(file)
         else:
-            raise FileNotFoundError(f"{file} does not exist")
+            found = read_promptsource(file)
         templates = [t for t in found if t.original_task and t.choices is not None]
         if not templates:
             raise IA3Error(
@@ -233,9 +231,9 @@ def text_of(entry: Mapping[str, Any], key: str) -> str | None:
 
 def texts_of(entry: Mapping[str, Any], key: str) -> list[str] | None:
     """A text or a list of texts, as a list; `None` if it is not there."""
-    given = entry.get(key)
-    if given is None:
+    if key not in entry:
         return None
+    given = entry[key]
     texts = given if isinstance(given, list) else [given]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise IA3Error(f"{key} is {shown(given)}, expected a text or a list of texts")

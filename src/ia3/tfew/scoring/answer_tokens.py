@@ -77,14 +77,9 @@ def answer_scores(
     inputs: Mapping[str, Any],
     new_cache: Callable[[], Any] | None = None,
 ) -> TokenScores:
-    """Run the model and score the answer tokens.
+    """Run the model on `inputs` and score all tokens of the examples' choices.
 
-    Args:
-        base: the model.
-        examples: `[batch]`.
-        answers: all tokens of all their choices.
-        inputs: the model's arguments.
-        new_cache: makes the cache of keys and values that the model reads and extends.
+    `new_cache` makes the cache of keys and values that the model reads and extends.
 
     Raises:
         IA3Error: the model has no output layer, or its logits do not come from there.

@@ -99,9 +99,8 @@ def predict_choices(
     """The index of each example's most likely choice, by length-normalised log-probability.
 
     Args:
-        base: the model, with the adapter to evaluate active on it.
+        base, max_tokens: as in `evaluate`.
         examples: each with any number of choices.
-        max_tokens: computed in one forward pass, unless one example alone is longer.
         progress: called with the number of examples done since the last call.
 
     Raises:

@@ -14,14 +14,7 @@ from transformers import DynamicCache
 
 from ...base.loading import BaseModel
 from ..prompts.encoding import EncodedExample
-from .answer_tokens import (
-    AnswerTokens,
-    TokenScores,
-    answer_scores,
-    evaluating,
-    output_layer,
-    project_only,
-)
+from .answer_tokens import AnswerTokens, TokenScores, answer_scores, evaluating, project_only
 from .choices import MAX_TOKENS, choice_groups, choice_scores, longest_sequence, longest_shared
 from .expanded import expanded_scores
 from .probe import proves_equal
@@ -49,9 +42,8 @@ class Prefix:
 
     def belongs_to(self, base: BaseModel) -> bool:
         """Whether this model computed the keys and values, on the device that it is on now."""
-        parameter = output_layer(base.model).get_parameter("weight")
-        keys = self.layers[-1][0]
-        return self.model is base.model and keys.device == parameter.device
+        head = base.model.get_output_embeddings()  # type: ignore[operator]
+        return self.model is base.model and self.layers[-1][0].device == head.weight.device
 
     def shared_with(self, examples: Sequence[EncodedExample]) -> int:
         """How many tokens of the prefix all prompts begin with, less the last, which predicts."""
@@ -101,13 +93,8 @@ def choice_scores_after(
 ) -> Tensor:
     """`choice_scores`, with what the prompts share with the prefix not computed again.
 
-    Args:
-        base: a model that `caches_prefix`, as it was when the prefix was computed.
-        prefix: most prompts begin with it, or with a part of it.
-        examples: all with the same number of choices.
-        max_tokens: as in `choice_scores`; fewer behind a long prefix, whose part of the mask takes
-            memory too.
-        progress: as in `choice_scores`.
+    The model is one that `caches_prefix`, as it was when the prefix was computed. Behind a long
+    prefix, fewer than `max_tokens` are computed at once: its part of the mask takes memory too.
     """
     if not examples:
         return torch.empty(0, 0)

@@ -51,13 +51,7 @@ def mixing_rates(sizes: Mapping[str, int], cap: int = CAP) -> dict[str, float]:
 class Mixture(DrawnExamples):
     """A training set that draws a task by its rate, then one of its examples uniformly.
 
-    An item depends on the seed and its number alone.
-
-    Args:
-        examples: task name -> its training set.
-        rates: task name -> probability.
-        count: how many items there are.
-        seed: of the draws.
+    It has `count` items. An item depends on the seed and its number alone.
     """
 
     def __init__(
