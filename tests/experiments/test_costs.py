@@ -35,9 +35,6 @@ def two_digits(value):
     return f"{value:.1e}"
 
 
-# -- the paper's figures ---------------------------------------------------------------------------
-
-
 def test_the_costs_are_those_of_table_1():
     figures = {"T-Few": "1.1e+12", "T0": "1.1e+12", "T5+LM": "4.5e+13", "GPT-3 175B": "1.4e+15"}
     assert {name: two_digits(TABLE[name].flops_an_answer) for name in figures} == figures

@@ -57,9 +57,6 @@ def written_out(classifier, text):
     return torch.stack(members).mean(0).numpy()
 
 
-# -- the classifier --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("ensemble", "calibrate"), [("none", False), ("orderings", True), ("one-shot", False)]
 )

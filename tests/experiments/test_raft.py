@@ -1,7 +1,5 @@
 """RAFT: the benchmark's files, cross-validation, submissions, and `ia3 raft` as a process."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
