@@ -13,7 +13,8 @@ from .heatmap import AMPLIFIED_ABOVE, INHIBITED_BELOW, Grid
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Where the scale of a measure ends at least, so that tiny values stay pale: 0.02 octaves are 1.4%.
+# The scale of a measure reaches at least this far, so that tiny values stay pale (0.02 octaves are
+# 1.4%).
 LEAST = {"octaves": 0.02, "of channels": 0.05, "spread": 0.01, "norm": 0.01, "cosine": 1.0}
 
 
