@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from ..adapter import store
@@ -237,7 +236,7 @@ class FewShotClassifier(RankingClassifier):
             NotFittedError: `fit` was not called.
             OSError: the disk is full or may not be written; what was there before stays.
         """
-        check_is_fitted(self, "classes_")
+        self._check_fitted()
         task = {
             "format": TASK_FORMAT,
             "model": self.base.name,

@@ -93,7 +93,7 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             IA3Error: a text is neither a string nor a mapping, lacks a field, or the model's scores
                 of it are not finite.
         """
-        check_is_fitted(self, "classes_")
+        self._check_fitted()
         examples = _examples(texts)
         for row, example in enumerate(examples):
             missing = [name for name in self.fields_ if name not in example]
@@ -130,7 +130,7 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             NotFittedError: `fit` was not called.
             IA3Error: a label is not among `classes_`.
         """
-        check_is_fitted(self, "classes_")
+        self._check_fitted()
         known = self.classes_.tolist()
         for row, label in enumerate(_labels(labels, len(texts))):
             if label not in known:
@@ -157,6 +157,9 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return state
 
     # -- private ----------------------------------------------------------------------------------
+
+    def _check_fitted(self) -> None:
+        check_is_fitted(self, "classes_")
 
     def _read_task(self, texts: Sequence[Text], labels: ArrayLike) -> LabelledTexts:
         examples = _examples(texts)
