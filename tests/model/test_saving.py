@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
-from pathlib import Path
-from unittest.mock import create_autospec
+import subprocess
+import sys
+import threading
 
-import huggingface_hub
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import pairs
+from support.hub import Hub
 from support.pairs import randomize, vectors
 
 import ia3
@@ -196,53 +198,83 @@ def test_what_is_nowhere(tiny_llama, tmp_path, name, message):
         PeftConfig.from_pretrained(name, cache_dir=tmp_path)
 
 
-# -- pushing ---------------------------------------------------------------------------------------
+# -- a hub on this machine -------------------------------------------------------------------------
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """Name -> content of what is uploaded, and of what was there before."""
-    files = {}
-
-    def upload(*, repo_id, folder_path, **commit):
-        folder = Path(folder_path)
-        files.update({name: (folder / name).read_bytes() for name in snapshot(folder)})
-        return f"https://hub/{repo_id}/commit/{commit['commit_message']}"
-
-    api = create_autospec(huggingface_hub.HfApi, instance=True)
-    api.create_repo.return_value.repo_id = "someone/adapter"
-    api.file_exists.side_effect = lambda repo_id, name, *, revision: name in files
-    api.upload_folder.side_effect = upload
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda token: api)
-    return files
+def hub():
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
-def test_pushed_as_saved(tiny_llama, tmp_path, hub):
+ON_THE_HUB = """
+import sys
+import torch
+from transformers import LlamaForCausalLM
+from ia3 import PeftModel
+
+base, adapter, results = sys.argv[1:]
+model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter)
+print(model.push_to_hub("someone/adapter", private=True, commit_message="First"))
+model.unload()
+again = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), "someone/adapter")
+torch.save(again(input_ids=torch.arange(3, 11)[None]).logits, results)
+"""
+
+
+def push(tmp_path, hub):
+    """Run the script above against this hub, and return what it printed."""
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "hf_of_nobody",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    arguments = [str(tmp_path / name) for name in ("base", "adapter", "results")]
+    done = subprocess.run(
+        [sys.executable, "-c", ON_THE_HUB, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_pushed_and_loaded_again(tiny_llama, tmp_path, hub):
+    model = adapted(tiny_llama)
     tiny_llama.save_pretrained(tmp_path / "base")
-    model = adapted(type(tiny_llama).from_pretrained(tmp_path / "base"))
     model.save_pretrained(tmp_path / "adapter")
-    address = model.push_to_hub("adapter", private=True, commit_message="First")
-    assert address == "https://hub/someone/adapter/commit/First"
-    for file in FILES:
-        assert hub[file] == (tmp_path / "adapter" / file).read_bytes()
-    card = hub["README.md"].decode()
+    hub.files["model.safetensors"] = b"a large file of the same repository"
+    hub.files["checkpoint-10/optimizer.pt"] = b"another one"
+    printed = push(tmp_path, hub)
+    assert "someone/adapter/commit/" in printed
+    assert hub.files.keys() >= FILES
+    pushed = tmp_path / "pushed.safetensors"
+    pushed.write_bytes(hub.files["adapter_model.safetensors"])
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    torch.testing.assert_close(load_file(pushed), saved, rtol=0, atol=0)
+    results = torch.load(tmp_path / "results")
+    torch.testing.assert_close(results, logits(model), rtol=1e-5, atol=1e-5)
+    # The adapter alone was fetched.
+    assert set(hub.downloaded) == FILES
+    card = hub.files["README.md"].decode()
     assert "library_name: peft" in card
     # The hub refuses a base model that is a folder of this machine.
     assert str(tmp_path) not in card
 
 
-def test_a_card_that_is_there_is_kept(tiny_llama, hub):
-    hub["README.md"] = b"# What I wrote about this adapter\n"
-    model = adapted(tiny_llama)
-    model.add_adapter("other", IA3Config())
-    model.push_to_hub("someone/adapter", create_pr=True)
-    assert hub["README.md"] == b"# What I wrote about this adapter\n"
-    assert hub.keys() == FILES | {f"other/{file}" for file in FILES} | {"README.md"}
-
-
-def test_an_adapters_files_alone_are_fetched(tiny_llama, tmp_path, monkeypatch):
-    adapted(tiny_llama).save_pretrained(tmp_path)
-    fetch = create_autospec(huggingface_hub.snapshot_download, return_value=str(tmp_path))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    PeftModel.from_pretrained(tiny_llama, "someone/adapter")
-    assert fetch.call_args.kwargs["allow_patterns"] == ["adapter_*"]
+def test_a_card_that_is_there_is_kept(tiny_llama, tmp_path, hub):
+    tiny_llama.save_pretrained(tmp_path / "base")
+    adapted(tiny_llama).save_pretrained(tmp_path / "adapter")
+    hub.files["README.md"] = b"# What I wrote about this adapter\n"
+    push(tmp_path, hub)
+    assert hub.files["README.md"] == b"# What I wrote about this adapter\n"
+    assert hub.files.keys() == FILES | {"README.md"}
