@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ..errors import IA3Error
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def matches(name: str, modules: Iterable[str] | str) -> bool:
