@@ -49,7 +49,8 @@ def combine(
       Where neither sign wins, the result is one.
 
     A site that an adapter lacks counts as ones, but for `"linear"`. Values that stay one in an
-    adapter count as ones too, and are left out of its density. They are computed in float64.
+    adapter count as ones too, and are left out of its density. All but `"linear"` are computed in
+    float64.
 
     >>> import torch
     >>> from ia3 import IA3Config, combine
@@ -93,7 +94,9 @@ def combine(
     for name, shape in shapes.items():
         stack = _stacked(name, vectors, lacking=0.0 if combination_type == "linear" else 1.0)
         if combination_type == "linear":
-            value = _weighted(stack, weights)
+            # In float32 and in this order, as PEFT does: the same bits.
+            products = (w * vector for w, vector in zip(weights, stack.float(), strict=True))
+            value = sum(products, torch.zeros(()))
         elif combination_type == "average":
             value = _weighted(stack, weights) / sum(weights)
         elif combination_type == "geometric_mean":
