@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..errors import IA3Error
-from .patch import Patch, patch, patched, rebound, slot_for
+from .patch import Patch, patch, rebound, slot_for
 from .rescale import DIVIDING_DTYPES
 
 # These multiply by `module.down_proj` with the functions below; others hand it to kernels of their
@@ -49,11 +49,6 @@ def attach(module: nn.Module, vector: Callable[[], Tensor | None]) -> Patch:
 
     `vector` is called at each forward for the vectors, `[experts, inner]`, or `None`.
     """
-    if patched(module, _RescaledForward) is not None:
-        raise IA3Error(
-            f"this {type(module).__name__} has vectors attached already: remove() them first, or "
-            "attach the product of both"
-        )
     check_forward(module)
     return _RescaledForward(module, vector).patch
 

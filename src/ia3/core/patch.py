@@ -69,8 +69,8 @@ class Patch:
 def patch(module: nn.Module, forward: Callable[..., Any]) -> Patch:
     """Have calls of a module run `forward` until the returned handle's `remove()`.
 
-    To be copied and pickled with the module, it must be an object of a class with `__call__`, a
-    bound method or a function of a module.
+    To be copied and pickled with the module, `forward` must be an object of a class with
+    `__call__`, a bound method or a function of a module.
     """
     own, slot = module.__dict__, slot_for(module)
     handle = own[slot] = Patch(module, forward, own.get(slot))

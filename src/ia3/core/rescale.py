@@ -65,8 +65,8 @@ def rescale(
     """Multiply the last axis of an activation by a vector, or each row's by one of its own.
 
     Args:
-        activation: `[..., dim]`, any floating dtype; the result is of its shape and dtype, taken in
-            the wider of the two dtypes and rounded once.
+        activation: `[..., dim]`, any floating dtype; the result has its dtype, and is taken in
+            the wider of the two and rounded once.
         vector: `[dim]`, or any shape that broadcasts over the activation, as `[rows, 1, dim]`. With
             one axis more, each row is for k rows of the activation that follow each other.
         keep_result: take the vector's gradient from the result, so that the activation need not be
