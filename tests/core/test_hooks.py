@@ -1,20 +1,13 @@
 """Vectors on layers whose weights, hooks or forwards other code changes too."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import (  # type: ignore[import-untyped]
-    ModelHook,
-    add_hook_to_module,
-    remove_hook_from_module,
-)
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from support import pairs
 from support.snapshots import assert_unchanged, hooks_on, snapshot
 from torch import Tensor, nn
@@ -97,7 +90,7 @@ def test_weights_changed_under_an_active_adapter(layer):
 
 
 @pytest.mark.parametrize("targets", [("key",), ("up",), ("key", "up")], ids=" ".join)
-def test_vectors_changed_under_an_active_adapter(targets: tuple[str, ...]):
+def test_vectors_changed_under_an_active_adapter(targets):
     model = adapted(network(), *targets)
     check(model)
     for vector in model.vectors("default").values():
@@ -114,7 +107,7 @@ def test_vectors_changed_under_an_active_adapter(targets: tuple[str, ...]):
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-def test_a_hook_that_changes_the_output(layer: str, first: bool):
+def test_a_hook_that_changes_the_output(layer, first):
     """One that was there before the adapter adds to what is rescaled, a later one to the result."""
     base = network()
 
@@ -132,7 +125,7 @@ def test_a_hook_that_changes_the_output(layer: str, first: bool):
         target.register_forward_hook(add)
         # The vector of the down projection's input stands on the up projection's output.
         vector = {"key": vectors["key"], "mlp.up": vectors["mlp.down"]}.get(layer, 1.0)
-        twin.get_submodule(layer).bias.data.add_(1 / vector)  # type: ignore[union-attr, operator]
+        twin.get_submodule(layer).bias.data.add_(1 / vector)
     expected = by_hand(twin, vectors)
     torch.testing.assert_close(model(VALUES).detach(), expected)
     with torch.no_grad():
@@ -140,7 +133,7 @@ def test_a_hook_that_changes_the_output(layer: str, first: bool):
 
 
 @pytest.mark.parametrize("targets", [("key",), ("up",), ("key", "up")], ids=" ".join)
-def test_accelerates_hooks_come_and_go_while_adapters_do(targets: tuple[str, ...]):
+def test_accelerates_hooks_come_and_go_while_adapters_do(targets):
     base = network()
     model = adapted(base, *targets)
     switches = {True: model.enable_adapter_layers, False: model.disable_adapter_layers}
@@ -160,7 +153,7 @@ def test_accelerates_hooks_come_and_go_while_adapters_do(targets: tuple[str, ...
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_copy_of_one_layer_is_its_own(layer: str):
+def test_a_copy_of_one_layer_is_its_own(layer):
     """It computes from its own weights, and a down projection rescales its input itself."""
     model = adapted(network())
     vectors = flat(model)
@@ -173,29 +166,25 @@ def test_a_copy_of_one_layer_is_its_own(layer: str):
     torch.testing.assert_close(twin(values), expected)
 
 
-def test_a_layer_put_in_the_place_of_one_that_carries():
-    """Then the down projection's input is rescaled, whichever of the two was replaced."""
+@pytest.mark.parametrize(("layer", "sizes"), [("up", (4, 6)), ("down", (6, 4))])
+def test_a_layer_replaced_later(layer, sizes):
+    """Without its carrier, the down projection's input is rescaled; its vector goes with it."""
     base = network()
     model = adapted(base)
     assert base.mlp.down.ia3_l._carrier is not None
-    base.mlp.up = nn.Linear(4, 6).double().requires_grad_(False)
+    setattr(base.mlp, layer, nn.Linear(*sizes).double().requires_grad_(False))
     check(model)
-
-
-def test_nothing_is_left_behind():
-    base = network()
-    before = snapshot(base)
-    modules = ["key", "up", "down"]
-    model = IA3Model(base, IA3Config(target_modules=modules, feedforward_modules=["down"]))
-    assert base.mlp.down.ia3_l._carrier is not None
-    assert sum(map(hooks_on, base.modules())) == 3
-    with model.disable_adapter():
-        assert not any(map(hooks_on, base.modules()))
-    model.merge_adapter()
-    assert not any(map(hooks_on, base.modules()))
-    model.unmerge_adapter()
+    # What is left of the adapter comes off.
     model.unload()
-    assert_unchanged(base, before)
+    torch.testing.assert_close(base(VALUES), by_hand(base, {}))
+
+
+def test_other_vectors_by_functional_call():
+    model = adapted(network(), "key", "up")
+    doubled = {name: 2 * p for name, p in model.named_parameters() if "ia3_l" in name}
+    expected = by_hand(model.model, {name: 2 * vector for name, vector in flat(model).items()})
+    torch.testing.assert_close(torch.func.functional_call(model, doubled, VALUES), expected)
+    check(model)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -212,7 +201,7 @@ def test_compiled_code_follows_what_is_active():
 
 
 @pytest.mark.parametrize("first", ["vectors", "copy"])
-def test_a_copy_of_a_layer_that_carries(first: str):
+def test_a_copy_of_a_layer_that_carries(first):
     """`modules_to_save` has the up projection, and another adapter a vector on the down's."""
     base = network().double()
     before = snapshot(base)
@@ -237,18 +226,18 @@ def test_a_copy_of_a_layer_that_carries(first: str):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_forward_wrapped_by_others(layer: str):
+def test_a_forward_wrapped_by_others(layer):
     """Switched off and on under a wrapper, or after it has gone, vectors multiply once."""
     base = network()
     model = adapted(base)
     target = base.get_submodule(layer)
-    before: Any = target.forward
+    before = target.forward
     target.forward = lambda input: before(input)
     check(model)
     del target.forward
     check(model)
     with model.disable_adapter():
-        pass
+        assert not any(map(hooks_on, base.modules()))
     check(model)
     model.unload()
     torch.testing.assert_close(base(VALUES), by_hand(base, {}))
@@ -262,7 +251,7 @@ def test_a_call_sees_one_state_of_a_model_that_is_switched_meanwhile():
         vector.data = vector * 3
     stop = threading.Event()
 
-    def compute() -> None:
+    def compute():
         with torch.no_grad():
             while not stop.is_set():
                 model(VALUES)

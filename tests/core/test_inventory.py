@@ -1,9 +1,6 @@
 """What adapters have put on a model is found anew where the model has changed."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,23 +21,14 @@ def names(model: IA3Model) -> list[str]:
     return list(model.vectors("default"))
 
 
-def test_a_replaced_block_takes_its_sites_with_it():
+@pytest.mark.parametrize("replaced", ["model.layers.0", "model.layers.1.self_attn.k_proj"])
+def test_a_replaced_module_takes_its_sites_with_it_and_brings_them_back(replaced):
     model = IA3Model(tiny_llama(), CONFIG)
-    before = names(model)
-    model.set_adapter("default")
-    model.model.model.layers[0] = nn.Identity()
-    assert names(model) == [name for name in before if "layers.0." not in name]
+    before, held = names(model), model.model.get_submodule(replaced)
+    model.model.set_submodule(replaced, nn.Identity())
+    assert names(model) == [name for name in before if not name.startswith(replaced)]
     assert names(model) == [name for name, _, _ in sites(model.model)]
-
-
-def test_a_replaced_layer_and_its_return():
-    model = IA3Model(tiny_llama(), CONFIG)
-    before = names(model)
-    attention = model.model.model.layers[1].self_attn
-    held = attention.k_proj
-    attention.k_proj = nn.Linear(32, 16, bias=False)
-    assert names(model) == [n for n in before if n != "model.layers.1.self_attn.k_proj"]
-    attention.k_proj = held
+    model.model.set_submodule(replaced, held)
     assert sorted(names(model)) == sorted(before)
 
 
@@ -86,7 +74,7 @@ WIDE = IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["d
     [IA3Model.fuse_mlp, merged, disabled, routed, replaced, IA3Model.unfuse_mlp],
     ids=lambda change: change.__name__,
 )
-def test_only_what_is_active_multiplies(between: Callable[[IA3Model], object]):
+def test_only_what_is_active_multiplies(between):
     """Whichever adapters were active before, and whatever was done since."""
     ids = torch.arange(10).reshape(2, 5)
     model = IA3Model(tiny_llama(), WIDE, "wide")
@@ -116,7 +104,7 @@ def test_dicts_of_parameters_that_were_replaced():
     """DeepSpeed gives each module a dict of its own."""
     model = wide_and_narrow()
     for module in model.modules():
-        module._parameters = OrderedDict(module._parameters)  # type: ignore[assignment]
+        module._parameters = OrderedDict(module._parameters)
     model.delete_adapter("narrow")
     # Where the other one has its own.
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])

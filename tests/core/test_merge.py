@@ -1,11 +1,8 @@
 """Merging: exact, reversible to the bit, all or nothing, and where PEFT's is not."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -41,7 +38,7 @@ class Net(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """`[batch, 6]` ids to `[batch, 6, dim]`."""
-        values: Tensor = self.layers[0](ids)
+        values = self.layers[0](ids)
         for layer in list(self.layers)[1:]:
             values = values.tanh()
             if isinstance(layer, nn.Conv1d | nn.Conv2d):
@@ -53,7 +50,7 @@ class Net(nn.Module):
         return values
 
 
-KINDS: dict[str, Callable[[int, int, int, bool], nn.Module]] = {
+KINDS = {
     "linear": lambda i, o, groups, bias: nn.Linear(i, o, bias=bias),
     "Conv1D": lambda i, o, groups, bias: Conv1D(o, i),
     "conv1d": lambda i, o, groups, bias: nn.Conv1d(i, o, 3, padding=1, groups=groups, bias=bias),
@@ -61,12 +58,7 @@ KINDS: dict[str, Callable[[int, int, int, bool], nn.Module]] = {
         i, o, (3, 1), padding=(1, 0), groups=groups, bias=bias, padding_mode="circular"
     ),
 }
-TOLERANCES = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-}
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @st.composite
@@ -76,7 +68,7 @@ def nets(draw: st.DrawFn) -> tuple[Net, list[str]]:
     dims = [groups * draw(st.integers(1, 4)) for _ in range(draw(st.integers(2, 4)))]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers: list[nn.Module] = [nn.Embedding(5, dims[0])]
+        layers = [nn.Embedding(5, dims[0])]
         for wide, out in pairwise(dims):
             kind = draw(st.sampled_from(sorted(KINDS)))
             layers.append(KINDS[kind](wide, out, groups, draw(st.booleans())))
@@ -134,21 +126,17 @@ def test_merging_is_the_product_and_unmerging_its_undoing(net, count, seed, orde
 
 # -- where PEFT loses something --------------------------------------------------------------------
 
-LAYERS: dict[str, Callable[[], nn.Module]] = {
+LAYERS = {
     "linear": lambda: nn.Linear(64, 48),
     "Conv1D": lambda: Conv1D(48, 64),
     "conv2d": lambda: nn.Conv2d(64, 48, 3, groups=4),
 }
 
 
-def both(
-    make: Callable[[], nn.Module],
-    targets: Sequence[str] = ("layer",),
-    adapters: Sequence[str] = ("default",),
-) -> list[Adapted]:
+def both(make, targets=("layer",), adapters=("default",)):
     """Ours and PEFT's, on one module called `layer`, all adapters active."""
 
-    def base() -> nn.Module:
+    def base():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = make()
@@ -156,7 +144,7 @@ def both(
                 nn.init.normal_(parameter)
             return nn.ModuleDict({"layer": module})
 
-    modules: dict[str, Any] = {"target_modules": list(targets), "feedforward_modules": []}
+    modules = {"target_modules": list(targets), "feedforward_modules": []}
     ours = IA3Model(base(), IA3Config(**modules), adapters[0])
     theirs = peft.get_peft_model(base(), peft.IA3Config(**modules), adapters[0])
     for model, config in ((ours, IA3Config), (theirs, peft.IA3Config)):
@@ -280,7 +268,7 @@ def test_a_tied_weight_is_not_merged_into(tiny_gpt2, make_inputs, targets, other
 def test_untied_weights_are_merged_into(make_model, make_inputs):
     """Where PEFT merges into the tied weight, both layers change."""
     inputs = make_inputs("gpt2")
-    modules: dict[str, Any] = {"target_modules": ["lm_head"], "feedforward_modules": []}
+    modules = {"target_modules": ["lm_head"], "feedforward_modules": []}
     with pytest.warns(UserWarning, match="tie_word_embeddings"):
         theirs = peft.get_peft_model(make_model("gpt2"), peft.IA3Config(**modules))
     randomize(vectors(theirs))
@@ -291,14 +279,6 @@ def test_untied_weights_are_merged_into(make_model, make_inputs):
     ours = adapted(base, **modules)
     assert relative(logits(ours, **inputs), expected) < 1e-6
     assert relative(logits(ours.merge_and_unload(), **inputs), expected) < 1e-6
-
-
-def test_embeddings_are_merged_into(tiny_llama, make_inputs):
-    """PEFT does not rescale embeddings at all."""
-    inputs = make_inputs("llama")
-    model = adapted(tiny_llama, target_modules=["embed_tokens"], feedforward_modules=[])
-    expected = logits(model, **inputs)
-    assert relative(logits(model.merge_and_unload(), **inputs), expected) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -370,15 +350,6 @@ def test_adapters_are_merged_in_any_order_or_in_part(three, inputs, steps):
     three.unmerge_adapter()
     assert weights(three.model) == before
     assert torch.equal(logits(three, **inputs), expected)
-
-
-def test_merging_adapters_that_are_not_active(three, inputs):
-    """What is merged takes the place of what is active, as in PEFT."""
-    expected = [unmerged(three, adapters, inputs) for adapters in (["a"], ["b", "c"])]
-    three.merge_adapter(["b", "c"])
-    assert relative(logits(three, **inputs), expected[1]) < 1e-6
-    three.unmerge_adapter()
-    assert torch.equal(logits(three, **inputs), expected[0])
 
 
 @pytest.mark.parametrize(
@@ -508,19 +479,6 @@ def test_a_model_cast_while_merged_unmerges_to_the_cast_base(three, make_model, 
     plain = make_model("llama").to(dtype).get_submodule(name).weight.detach()
     product = plain.double() * three.vectors("a")[name].detach().double()
     assert torch.equal(three.model.get_submodule(name).weight.detach(), product.to(dtype))
-
-
-def test_a_merge_that_runs_out_of_memory_changes_nothing(three, monkeypatch):
-    three.merge_adapter(["a"])
-    before = snapshot(three)
-
-    def fail(*args: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr("ia3.core.weights._product", fail)
-    with pytest.raises(MemoryError):
-        three.merge_adapter(["b"])
-    assert_unchanged(three, before)
 
 
 def test_unloading_twice_leaves_the_next_adapter_alone(three, inputs):

@@ -43,17 +43,9 @@ class Weighs(nn.Module):
 ONE = torch.ones(())
 
 
-def test_patches_stack_the_last_one_outermost():
-    module = Weighs()
-    Adds(module, 1)
-    Doubles(module, 0)
-    assert module(ONE) == 2 * (3 + 1)
-    assert [type(found.forward) for found in patches(module)] == [Doubles, Adds]
-
-
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 @pytest.mark.parametrize("accelerated", ["before", "between", "after", "never"])
-def test_patches_come_off_in_any_order(order: tuple[int, ...], accelerated: str):
+def test_patches_come_off_in_any_order(order, accelerated):
     module = Weighs()
     if accelerated == "before":
         add_hook_to_module(module, ModelHook())
@@ -92,7 +84,7 @@ def test_a_removed_patch_that_is_held_elsewhere_runs_the_forward_below():
     # accelerate's own forward is a local function, which cannot be pickled.
     [("copied", False), ("copied", True), ("pickled", False)],
 )
-def test_a_copy_of_a_module_has_patches_of_its_own(way: str, accelerated: bool):
+def test_a_copy_of_a_module_has_patches_of_its_own(way, accelerated):
     module = Weighs()
     Adds(module, 1)
     Doubles(module, 0)
@@ -103,23 +95,9 @@ def test_a_copy_of_a_module_has_patches_of_its_own(way: str, accelerated: bool):
         twin.weight.fill_(5.0)
     assert (module(ONE), twin(ONE)) == (8, 12)
     own = patched(twin, Doubles)
-    assert own is not None
     assert own.module is twin
     own.remove()
     assert (module(ONE), twin(ONE)) == (8, 6)
-
-
-def test_a_patch_is_found_by_the_class_of_its_forward_or_its_methods_object():
-    class Listener:
-        def hear(self, input: Tensor) -> Tensor:
-            return input
-
-    module = Weighs()
-    assert patched(module, Adds) is None
-    added, heard = Adds(module, 1).handle, patch(module, Listener().hear)
-    assert patched(module, Adds) is added
-    assert patched(module, Listener) is heard
-    assert patched(module, Doubles) is None
 
 
 def test_the_forwards_signature_stays_what_it_was():
@@ -136,7 +114,6 @@ def test_the_forward_below_can_be_run_on_a_shallow_copy():
     with torch.no_grad():
         twin.weight.fill_(7.0)
     forward = rebound(module.forward, module, twin)
-    assert forward is not None
     assert forward(ONE) == 7
     module.forward = lambda input: input
     Adds(module, 1)

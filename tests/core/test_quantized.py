@@ -1,7 +1,5 @@
 """Merging into quantized weights: against the values they stand for, and where PEFT refuses."""
 
-from __future__ import annotations
-
 import copy
 import io
 import subprocess
@@ -12,22 +10,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as hf
 from conftest import VOCABULARY
 from support.pairs import adapted, logits, relative
 from support.snapshots import hooks_on
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedModel,
-    TorchAoConfig,
-)
 
-from ia3 import IA3Error, IA3Model
+from ia3 import IA3Error
 from ia3.core.quantized import dequantised, is_quantized, scaled_rows
 from ia3.core.weights import read, write
 
@@ -49,9 +38,7 @@ TORCHAO = {
     "ao-int8": ao.Int8WeightOnlyConfig(),
     "ao-int8-groups": ao.Int8WeightOnlyConfig(granularity=ao.PerGroup(32)),
     "ao-int4-groups": ao.IntxWeightOnlyConfig(
-        weight_dtype=torch.int4,
-        granularity=ao.PerGroup(32),
-        mapping_type=ao.MappingType.ASYMMETRIC,
+        weight_dtype=torch.int4, granularity=ao.PerGroup(32), mapping_type=ao.MappingType.ASYMMETRIC
     ),
     "ao-int8-dynamic": ao.Int8DynamicActivationInt8WeightConfig(),
     "ao-int4-dynamic": ao.Int8DynamicActivationIntxWeightConfig(
@@ -309,19 +296,19 @@ def test_bitsandbytes_is_not_imported():
 IDS = torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(3))
 INPUTS = {"input_ids": IDS}
 
-MODELS: dict[str, Any] = {
-    "nf4": BitsAndBytesConfig(
+MODELS = {
+    "nf4": hf.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     ),
-    "int8": BitsAndBytesConfig(load_in_8bit=True),
-    "torchao": TorchAoConfig(ao.Int8WeightOnlyConfig()),
+    "int8": hf.BitsAndBytesConfig(load_in_8bit=True),
+    "torchao": hf.TorchAoConfig(ao.Int8WeightOnlyConfig()),
 }
 
 
-SIZES: dict[str, Any] = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "num_attention_heads": 4,
@@ -335,12 +322,12 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
     sizes = {"intermediate_size": 128, "num_hidden_layers": 2, "num_key_value_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**SIZES, **sizes, pad_token_id=0)).save_pretrained(folder)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, **sizes, pad_token_id=0)).save_pretrained(folder)
     return folder
 
 
-def load(folder: Path, kind: str) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+def load(folder: Path, kind: str) -> hf.PreTrainedModel:
+    model = hf.AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=MODELS[kind], device_map="cpu", dtype=torch.float32
     )
     # Without dropout: evaluating, 8-bit kernels quantize their inputs, and 4-bit ones may compute
@@ -396,17 +383,17 @@ def test_merging_into_a_quantized_model(kind, checkpoint, tmp_path):
     assert relative(logits(merged, **INPUTS), expected) < 2e-6
     if kind != "torchao":
         merged.save_pretrained(tmp_path)
-        again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").train()
+        again = hf.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").train()
         assert relative(logits(again, **INPUTS), expected) < 2e-6
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_vector_that_no_row_can_take(kind, tmp_path):
     torch.manual_seed(0)
-    config = OPTConfig(
+    config = hf.OPTConfig(
         **SIZES, word_embed_proj_dim=64, ffn_dim=128, num_hidden_layers=1, dropout=0.0
     )
-    OPTForCausalLM(config).save_pretrained(tmp_path)
+    hf.OPTForCausalLM(config).save_pretrained(tmp_path)
     adapter = adapted(load(tmp_path, kind))
     expected = logits(adapter, **INPUTS)
     with pytest.raises(IA3Error, match=r"layers\.0\.fc2.*columns.*dequantise=True"):
@@ -419,7 +406,7 @@ def test_a_vector_that_no_row_can_take(kind, tmp_path):
 
 
 def test_a_merge_that_is_not_finite(checkpoint):
-    adapter: IA3Model = adapted(load(checkpoint, "nf4"))
+    adapter = adapted(load(checkpoint, "nf4"))
     with torch.no_grad():
         next(p for p in adapter.parameters() if p.requires_grad)[0] = float("nan")
     with pytest.raises(IA3Error, match="not finite"):

@@ -1,6 +1,6 @@
 """act(gate) ⊙ up ⊙ vector in one operation, against the definition in float64."""
 
-from __future__ import annotations
+import itertools
 
 import pytest
 import torch
@@ -40,7 +40,6 @@ def plain(gate: Tensor, up: Tensor, vector: Tensor, function: str) -> Tensor:
 
 def results(operation: object, inputs: list[Tensor], weight: Tensor, function: str) -> list[Tensor]:
     """The result, and the gradients of gate, up and vector of Σ weight ⊙ result²."""
-    assert callable(operation)
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     result = operation(*leaves, function)
     loss = (result.square() * weight.to(result.dtype)).sum()
@@ -50,18 +49,12 @@ def results(operation: object, inputs: list[Tensor], weight: Tensor, function: s
 @EVERY_FUNCTION
 @pytest.mark.parametrize("shape", [(2, 5, 8), (4, 8), (8,)])
 def test_gradient_is_the_derivative(function, shape):
-    gate, up = seeded(*shape).requires_grad_(), seeded(*shape, seed=1).requires_grad_()
-    vector = torch.tensor(AWKWARD, dtype=torch.float64, requires_grad=True)
-    for leaves in ((gate, up, vector), (gate, up, None)):
+    gate, up, vector = seeded(*shape), seeded(*shape, seed=1), torch.tensor(AWKWARD).double()
+    for needed in filter(any, itertools.product([True, False], repeat=3)):
+        leaves = [t.requires_grad_(n) for t, n in zip((gate, up, vector), needed, strict=True)]
         assert torch.autograd.gradcheck(lambda *t: gated_product(*t, function).sin(), leaves)
-
-
-@EVERY_FUNCTION
-@pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (1, 0, 1), (0, 1, 1), (0, 0, 1)])
-def test_only_some_need_a_gradient(function, needed):
-    inputs = [seeded(3, 8), seeded(3, 8, seed=1), torch.tensor(AWKWARD, dtype=torch.float64)]
-    leaves = [t.requires_grad_(bool(n)) for t, n in zip(inputs, needed, strict=True)]
-    assert torch.autograd.gradcheck(lambda *t: gated_product(*t, function), leaves)
+    leaves = gate.requires_grad_(), up.requires_grad_(), None
+    assert torch.autograd.gradcheck(lambda *t: gated_product(*t, function).sin(), leaves)
 
 
 COMPILED = torch.compile(gated_product, fullgraph=True, backend="aot_eager")
@@ -114,28 +107,9 @@ def test_half_precision_is_rounded_once(function, dtype):
     assert relative(found[2], expected[2]) < 1e-6
 
 
-def test_different_dtypes_promote():
-    gate = seeded(3, 8, dtype=torch.bfloat16).requires_grad_()
-    up = seeded(3, 8, dtype=torch.float32, seed=1).requires_grad_()
-    result = gated_product(gate, up, None, "silu")
-    assert result.dtype == torch.float32
-    result.sum().backward()
-    assert gate.grad is not None
-    assert gate.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(result, functional.silu(gate.float()) * up)
-
-
-def test_changed_afterwards_raises():
-    gate = seeded(3, 8).requires_grad_() * 1
-    result = gated_product(gate, seeded(3, 8, seed=1), None, "silu")
-    gate.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        result.sum().backward()
-
-
 def saved_by(*inputs):
     """What the operation keeps for the backward pass."""
-    saved: list[Tensor] = []
+    saved = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
     ):
@@ -160,7 +134,7 @@ def test_with_the_vector_alone_to_train_no_more_than_the_product_is_saved():
 def test_functional_transforms(function):
     inputs = (seeded(3, 8), seeded(3, 8, seed=1), torch.tensor(AWKWARD).double())
 
-    def loss(gate: Tensor, up: Tensor, vector: Tensor) -> Tensor:
+    def loss(gate, up, vector):
         return gated_product(gate, up, vector, function).square().sum()
 
     found = torch.func.grad(loss, argnums=(0, 1, 2))(*inputs)
@@ -183,5 +157,4 @@ def test_autocast():
     result.float().square().sum().backward()
     expected = definition(gate.double(), up.double(), vector.double(), "silu")
     assert relative(result.detach(), expected.detach()) < 2**-8
-    assert vector.grad is not None
-    assert weights[0].grad is not None
+    assert all(leaf.grad is not None for leaf in (vector, *weights))

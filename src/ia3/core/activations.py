@@ -22,19 +22,13 @@ SUPPORTED = "Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding (output) or a mod
 
 @dataclass(frozen=True)
 class Activation:
-    """One side of a module.
-
-    Attributes:
-        dim: how many channels it has, or values an expert.
-        shape: a vector's shape in memory and on disk, PEFT's: `[dim, 1]` on a linear layer's
-            output, `[1, dim]` on its input, `[1, dim, 1, ...]` on a convolution, and
-            `[experts, dim]` within experts.
-        factor_shape: a vector's shape as it multiplies the last axes of the activation: `[dim]`,
-            `[dim, 1, ...]` where axes come after the channels, `[experts, dim]` within experts.
-    """
+    """One side of a module: its `dim` channels, or values an expert, and a vector's shapes."""
 
     dim: int
+    # PEFT's, in memory and on disk: [dim, 1] on a linear layer's output, [1, dim] on its input,
+    # [1, dim, 1, ...] on a convolution, [experts, dim] within experts.
     shape: tuple[int, ...]
+    # As it multiplies the activation's last axes: [dim], [dim, 1, ...] or [experts, dim].
     factor_shape: tuple[int, ...]
 
 
@@ -84,9 +78,8 @@ def device_of(module: nn.Module) -> torch.device:
     """Where a module computes; `cpu` for one without tensors."""
     tensor: Tensor | None = next(chain(module.parameters(), module.buffers()), None)
     device = torch.device("cpu") if tensor is None else tensor.device
-    if device.type == "meta":
-        # Under accelerate's offloading the weights wait on the meta device between two calls.
-        executes_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if executes_on is not None:
-            return torch.device(executes_on)
+    # Under accelerate's offloading the weights wait on the meta device between two calls.
+    executes_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device.type == "meta" and executes_on is not None:
+        return torch.device(executes_on)
     return device

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..errors import IA3Error
-from .patch import Patch, patch, patched, rebound, slot_for
+from .patch import Patch, patch, rebound, slot_for
 from .rescale import DIVIDING_DTYPES
 
 # These multiply by `module.down_proj` with the functions below; others hand it to kernels of their
@@ -29,23 +29,17 @@ GROUPED_PRODUCTS = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module has experts as 3-D parameters: `gate_up_proj` or `up_proj`, and `down_proj`.
-
-    There may be more experts in the former: identity experts have no use for a `down_proj`.
-    """
+    """Whether a module has experts as 3-D parameters: `gate_up_proj` or `up_proj`, `down_proj`."""
     gate_up, up, down = map(module._parameters.get, ("gate_up_proj", "up_proj", "down_proj"))
     up = up if gate_up is None else gate_up
     if up is None or down is None:
         return False
+    # Identity experts have no use for a down_proj.
     return up.dim() == down.dim() == 3 and up.shape[0] >= down.shape[0]
 
 
 def experts_shape(module: nn.Module) -> tuple[int, int]:
-    """The shape of a block's vectors: the number of experts, and of inner values of each.
-
-    Raises:
-        IA3Error: the weights are packed, or their shapes do not fit each other.
-    """
+    """The shape of a block's vectors: the number of experts, and of inner values of each."""
     down = module.get_parameter("down_proj")
     return down.shape[0], down.shape[_inner_axis(module)]
 
@@ -53,20 +47,8 @@ def experts_shape(module: nn.Module) -> tuple[int, int]:
 def attach(module: nn.Module, vector: Callable[[], Tensor | None]) -> Patch:
     """Have each expert's inner activation multiplied by a vector of its own, until `remove()`.
 
-    Args:
-        module: one for which `is_experts` holds; its parameters stay as they are.
-        vector: called at each forward for the vectors, `[experts, inner]`, or `None` for a
-            forward without. To be copied and pickled with the model, it must be a bound method or
-            a plain function.
-
-    Raises:
-        IA3Error: the block cannot be rescaled, or has vectors already.
+    `vector` is called at each forward for the vectors, `[experts, inner]`, or `None`.
     """
-    if patched(module, _RescaledForward) is not None:
-        raise IA3Error(
-            f"this {type(module).__name__} has vectors attached already: remove() them first, or "
-            "attach the product of both"
-        )
     check_forward(module)
     return _RescaledForward(module, vector).patch
 
@@ -82,15 +64,9 @@ def check_forward(module: nn.Module) -> None:
 
 
 def scaled_weights(module: nn.Module, vectors: Tensor) -> dict[str, Tensor]:
-    """What a merge puts in place of the parameters: the inner axis of `down_proj` multiplied.
+    """What a merge puts in place of `down_proj`: its inner axis times vectors `[experts, inner]`.
 
-    Args:
-        module: one for which `is_experts` holds; it is not changed.
-        vectors: `[experts, inner]`.
-
-    Returns:
-        `{"down_proj": ...}` in the parameter's shape and dtype; the product is taken in float32
-        (in float64 for a float64 weight) and rounded once.
+    The product is taken in float32 or wider and rounded once to the parameter's dtype.
     """
     down = module.get_parameter("down_proj").detach()
     wide = torch.promote_types(down.dtype, torch.float32)
@@ -161,13 +137,10 @@ class _RescaledForward:
 
 
 class _ScaledWeight:
-    """A weight that is to be multiplied by vectors along one axis, but has not been yet.
+    """A weight, `[experts, ., .]` or less, that is yet to be multiplied by vectors along one axis.
 
-    Args:
-        weight: `[experts, ., .]`, or what is left of that after indexing.
-        vectors: `[experts, inner]`, or `[inner]` of one expert.
-        axis: the inner axis, -1 or -2; matrix products contract it.
-        rows: `[batch]`, the expert of each matrix of a gathered weight.
+    `vectors` is `[experts, inner]`, or `[inner]` of one expert; `axis` the inner axis, -1 or -2;
+    `rows`, `[batch]`, the expert of each matrix of a gathered weight.
     """
 
     def __init__(

@@ -23,14 +23,10 @@ class Multiplier(Protocol):
 
 
 class OutputHook:
-    """Multiplies a module's output, once, by all that is to multiply it: see `on`.
-
-    Attributes:
-        own: the site on the module's output.
-        carried: the site on a down projection's input that this module carries.
-    """
+    """Multiplies a module's output, once, by all that is to multiply it: see `on`."""
 
     def __init__(self, module: nn.Module) -> None:
+        # The site on the output, and that on a down projection's input which the module carries.
         self.own: Multiplier | None = None
         self.carried: Multiplier | None = None
         self._handle = module.register_forward_hook(self)
@@ -52,9 +48,7 @@ class OutputHook:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         own, carried = self.own, self.carried
-        factor = inner = None
-        if own is not None:
-            factor = own.factor(output)
+        factor, inner = None if own is None else own.factor(output), None
         if carried is not None and carried.is_carried():
             inner = carried.factor(output)
             if inner is not None:
@@ -92,11 +86,7 @@ class InputHook:
 
 
 def is_fresh(module: nn.Module, own_hooks: int = 1) -> bool:
-    """Whether nothing else can hold a module's output: a plain linear layer with no other hook.
-
-    Args:
-        own_hooks: how many of its forward hooks are the caller's.
-    """
+    """Whether nothing else can hold a module's output: a plain linear layer with no other hook."""
     own = module.__dict__
     return (
         type(module) is nn.Linear

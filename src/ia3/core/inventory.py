@@ -15,13 +15,7 @@ from .sites import Site
 
 @dataclass(frozen=True)
 class Contents:
-    """A model's modules, and what adapters have put on them.
-
-    Attributes:
-        modules: name -> module, in the model's order.
-        sites: the base module's name, the module, and the site on it.
-        copies: the base module's name, the module, and the copies of it.
-    """
+    """A model's modules, and what adapters have put on them: on which, and under what name."""
 
     modules: dict[str, nn.Module]
     sites: list[tuple[str, nn.Module, Site]]
@@ -29,7 +23,6 @@ class Contents:
 
 
 def contents(model: nn.Module) -> Contents:
-    """A model's contents now."""
     modules = dict(model.named_modules())
     on = [(name, m, m._modules.get(ATTRIBUTE)) for name, m in modules.items()]
     return Contents(
@@ -55,7 +48,6 @@ class Inventory:
         self._contents: Contents | None = None
 
     def now(self) -> Contents:
-        """The model's contents as they are now."""
         with LOCK:
             # Lists and dicts compare their items by identity first, in C.
             if self._contents is None or self._held != self._seen:

@@ -40,13 +40,7 @@ class Merge:
     def make(self, adapters: tuple[str, ...], safe: bool) -> None:
         """Have just these adapters merged, all from the original weights.
 
-        Args:
-            adapters: in the order in which they multiply.
-            safe: refuse a result that is not finite.
-
-        Raises:
-            IA3Error: a weight cannot take a vector exactly, is shared with another module, or (with
-                `safe`) would not be finite; nothing has changed then.
+        `safe` refuses a result that is not finite. Nothing has changed where it raises.
         """
         before = self._read(self._originals)
         try:
@@ -81,8 +75,7 @@ class Merge:
     def dequantise(self, adapters: tuple[str, ...]) -> dict[str, nn.Module]:
         """Put ordinary linear layers where quantized ones cannot take these adapters exactly.
 
-        Returns:
-            The quantized layers, for `requantise`.
+        Returns the quantized layers, for `requantise`.
         """
         replaced: dict[str, nn.Module] = {}
         for name, module, site in sites(self.model):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from .activations import device_of, linear_features
-from .twin import run_twin
+from .hooks import InputHook, OutputHook
+from .patch import SLOTS, rebound
+
+# A part of a module -> the forward that runs in the place of the part's.
+StandIns = Mapping[nn.Module, Callable[[Tensor], Tensor]]
 
 # The functions of the gate that are recognised.
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,24 +42,17 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Mlp:
     """What an MLP computes. Layers are named as the MLP's children.
 
-    Attributes:
-        down: the down projection.
-        up: the layer on whose output a vector is the same as on the down projection's input.
-        gate: with it, the MLP computes down(dropout(function(gate(x)) ⊙ up(x))) and nothing else;
-            `None` where that is not so, or `function` is none of `FUNCTIONS`.
-        function: the key in `FUNCTIONS`.
-        activation: the module that computes the function; `None` where the forward does so itself.
-        dropout: the dropout, if there is one.
-        casts: the product is cast to the dtype of the down projection's weight.
+    A vector on the output of `up` is the same as on the input of `down`. With a `gate`, the MLP
+    computes down(dropout(function(gate(x)) ⊙ up(x))) and nothing else.
     """
 
     down: str
     up: str
     gate: str | None = None
-    function: str | None = None
-    activation: str | None = None
+    function: str | None = None  # the key in `FUNCTIONS`
+    activation: str | None = None  # the module of the function, where there is one
     dropout: str | None = None
-    casts: bool = False
+    casts: bool = False  # the product, to the dtype of the down projection's weight
 
 
 @torch.no_grad()
@@ -63,14 +62,8 @@ def read_mlp(mlp: nn.Module, down: str, *, with_gate: bool = True) -> Mlp | str:
     `up` is the layer for which multiplying its output by a vector of both signs multiplies `down`'s
     input by that very vector, and reaches the MLP's result by no other way. No weight is read: the
     weights may be quantized, or on the meta device. Hooks of the MLP's parts run, except those of
-    adapters.
-
-    Args:
-        mlp: a module whose forward takes one tensor, `[1, tokens, hidden]`.
-        down: the name of a linear layer among its children.
-        with_gate: look for `gate` too. This takes runs in training mode, which may draw random
-            numbers: the global random state is put back. Otherwise it is never touched, so that
-            other threads may be calling the model.
+    adapters. `with_gate` looks for `gate` too, in training mode, and puts the global random state
+    back; without it that is never touched, so that other threads may be calling the model.
     """
     children = dict(mlp.named_children())
     linear = {name: size for name, part in children.items() if (size := linear_features(part))}
@@ -98,19 +91,13 @@ def read_mlp(mlp: nn.Module, down: str, *, with_gate: bool = True) -> Mlp | str:
 
 @dataclass(frozen=True, eq=False)
 class Carrier:
-    """The layer whose output is rescaled instead of a down projection's input.
-
-    Attributes:
-        name, module: the layer; `name` is that among the MLP's children.
-        down_name, down: the down projection.
-        siblings: the MLP's children, as the MLP itself holds them.
-    """
+    """The layer whose output is rescaled instead of a down projection's input."""
 
     name: str
     module: nn.Module
     down_name: str
     down: nn.Module
-    siblings: dict[str, nn.Module | None]
+    siblings: dict[str, nn.Module | None]  # the MLP's own dict of its children
 
     def in_place(self) -> bool:
         """Whether the MLP still has these very layers."""
@@ -221,18 +208,9 @@ def _functions(run: _Run, gate: nn.Module, up: nn.Module, down: nn.Module) -> se
 class _Run:
     """One run of an MLP's forward, with random values in the place of its linear layers' outputs.
 
-    Args:
-        mlp: its forward takes one tensor.
-        up: a layer that takes that tensor.
-        like: has the dtype and the device of the values.
-        scaled: multiply the output of `up` by `vector`.
-        training: the mode. Either way, a dropout multiplies by `mask`.
-
-    Attributes:
-        given: the MLP's input, `[1, 3, hidden]`.
-        inputs, results: linear layer -> its input (a copy on the CPU) and its output.
-        vector, mask: `[inner]`; the vector is float64, on the CPU, of both signs.
-        output: the MLP's result.
+    The values are of the dtype and on the device of `like`. With `scaled`, the output of `up` is
+    multiplied by `vector`; a dropout multiplies by `mask`. `inputs` and `results` are by linear
+    layer, the inputs copies on the CPU.
     """
 
     def __init__(
@@ -260,7 +238,10 @@ class _Run:
         }
         dropouts = [part for part in mlp.modules() if isinstance(part, nn.Dropout)]
         stand_ins |= dict.fromkeys(dropouts, self._dropout)
-        self.output: Tensor = run_twin(mlp, stand_ins, training, self.given)
+        # Other threads may be calling the MLP itself meanwhile.
+        twin = _twin(mlp, stand_ins, training, {})
+        with _Untouched(stand_ins):
+            self.output: Tensor = twin.forward(self.given)
 
     def _values(self, *shape: int) -> Tensor:
         # A size a token: some functions differ near zero, others far from it.
@@ -268,7 +249,6 @@ class _Run:
         return torch.randn(*shape, generator=self._generator, device="cpu") * sizes
 
     def _linear(self, layer: nn.Module, activation: Tensor) -> Tensor:
-        """In the place of a linear layer's forward."""
         wide, out = self._sizes[layer]
         if activation.shape[-1] != wide:
             raise ValueError(f"a linear layer got {activation.shape[-1]} values, expected {wide}")
@@ -282,6 +262,54 @@ class _Run:
         return self.results[layer]
 
     def _dropout(self, activation: Tensor) -> Tensor:
-        """In the place of a dropout's forward: it drops the same share of a value every time."""
+        # It drops the same share of a value every time.
         self.mask = torch.linspace(0.2, 2, activation.shape[-1], device="cpu").to(self._like)
         return activation * self.mask
+
+
+class _Untouched(TorchFunctionMode):
+    """Raises where an operation uses a parameter of these modules."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self._parameters = {id(p) for module in modules for p in module.parameters()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [*args, *(kwargs or {}).values()]
+        result = func(*args, **(kwargs or {}))
+        # Asking for a weight's dtype or shape is no use of its values.
+        if isinstance(result, Tensor) and any(id(value) in self._parameters for value in given):
+            raise ValueError("it computes with the weight of a layer without calling the layer")
+        return result
+
+
+def _twin(
+    module: nn.Module, stand_ins: StandIns, training: bool, made: dict[nn.Module, nn.Module]
+) -> nn.Module:
+    """A module's shallow copy, without adapters' patches and hooks; `made` are copies by module."""
+    within = any(part in stand_ins for part in module.modules())
+    if not within and isinstance(module, torch.jit.ScriptModule):
+        return module
+    if module in made:
+        return made[module]
+    twin = made[module] = object.__new__(type(module))
+    own = twin.__dict__
+    own.update(module.__dict__, training=training)
+    # What was compiled has the module's own weights in it.
+    own.pop("_compiled_call_impl", None)
+    for slot in ("_forward_hooks", "_forward_pre_hooks"):
+        hooks = [(k, h) for k, h in own[slot].items() if not isinstance(h, InputHook | OutputHook)]
+        own[slot] = OrderedDict(hooks)
+    own["_modules"] = {
+        name: None if child is None else _twin(child, stand_ins, training, made)
+        for name, child in module._modules.items()
+    }
+    if module in stand_ins:
+        own["forward"] = stand_ins[module]
+        return twin
+    for slot in set(SLOTS) & own.keys():
+        forward = rebound(own[slot], module, twin)
+        if forward is None and within:
+            raise ValueError("its forward was replaced by a function that works for itself alone")
+        own[slot] = forward or own[slot]
+    return twin

@@ -25,17 +25,11 @@ SLOTS = ("forward", "_old_forward")
 
 @dataclass(eq=False, slots=True)
 class Patch:
-    """A forward in the place of a module's own, and the handle that removes it.
-
-    Attributes:
-        module: the patched module.
-        forward: what its calls run; `None` once removed.
-        before: what was in the slot; `None` for nothing.
-    """
+    """A forward in the place of a module's own, and the handle that removes it."""
 
     module: nn.Module
-    forward: Callable[..., Any] | None
-    before: Callable[..., Any] | None
+    forward: Callable[..., Any] | None  # `None` once removed
+    before: Callable[..., Any] | None  # what was in the slot, if anything
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.forward
@@ -75,10 +69,8 @@ class Patch:
 def patch(module: nn.Module, forward: Callable[..., Any]) -> Patch:
     """Have calls of a module run `forward` until the returned handle's `remove()`.
 
-    Args:
-        module: any module; its hooks run as before.
-        forward: called with the module's arguments. To be copied and pickled with the module, it
-            must be an object of a class with `__call__`, a bound method or a function of a module.
+    To be copied and pickled with the module, `forward` must be an object of a class with
+    `__call__`, a bound method or a function of a module.
     """
     own, slot = module.__dict__, slot_for(module)
     handle = own[slot] = Patch(module, forward, own.get(slot))

@@ -44,19 +44,9 @@ def is_quantized(module: nn.Module) -> bool:
 def scaled_rows(module: nn.Module, vector: Tensor) -> dict[str, Any]:
     """What the slots of a quantized layer become when its output is scaled.
 
-    Products are taken in float32 and rounded once; the constants of a 4-bit weight come out in
-    float32 even where they were quantized themselves.
-
-    Args:
-        module: one for which `is_quantized` holds; unchanged.
-        vector: `[out]`, any floating dtype, any sign, zeros too.
-
-    Returns:
-        Slot -> value for `write_slot`, and `"bias"` -> new data where the layer has a bias.
-
-    Raises:
-        IA3Error: a constant spans several rows, or the weight keeps its constants in a form that is
-            not known.
+    The vector is `[out]`, of any floating dtype, sign and zeros. Products are taken in float32 and
+    rounded once; the constants of a 4-bit weight come out in float32 even where they were quantized
+    themselves. Raises `IA3Error` where a constant spans several rows, or is not found.
     """
     weight: Any = module.weight
     vector = vector.detach().to(weight.device, torch.float32)
@@ -109,15 +99,9 @@ def write_slot(module: nn.Module, slot: str, value: Any) -> None:
 def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear:
     """An ordinary linear layer with the values that a quantized one stands for.
 
-    What a layer does to its input (torchao's dynamic quantization of activations) is left out.
-
-    Args:
-        module: one for which `is_quantized` holds; unchanged.
-        dtype: of the weight and the bias. By default the one the layer computes in, which for
-            8-bit layers is not written down: the bias's, else float16.
-
-    Returns:
-        A frozen layer on the same device, in the same mode; `[out, in]` rounded once to `dtype`.
+    What a layer does to its input (torchao's dynamic quantization of activations) is left out. The
+    values are rounded once to `dtype`, by default the one the layer computes in, which for 8-bit
+    layers is not written down: the bias's, else float16.
     """
     weight: Any = module.weight
     bias = module._parameters.get("bias")

@@ -55,11 +55,7 @@ class _KeepResult(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             wide = torch.promote_types(grad.dtype, divisor.dtype)
             product = grad.to(wide) * scaled.to(wide)
-            if divisor.dim() == 1:
-                summed = product.flatten(0, -2).sum(0)
-            else:
-                summed = product.sum_to_size(divisor.shape)
-            grad_vector = summed / divisor
+            grad_vector = product.sum_to_size(divisor.shape) / divisor
         return grad_activation, grad_vector, None
 
 
@@ -69,19 +65,15 @@ def rescale(
     """Multiply the last axis of an activation by a vector, or each row's by one of its own.
 
     Args:
-        activation: `[..., dim]`, any floating dtype.
+        activation: `[..., dim]`, any floating dtype; the result has its dtype, and is taken in
+            the wider of the two and rounded once.
         vector: `[dim]`, or any shape that broadcasts over the activation, as `[rows, 1, dim]`. With
-            one axis more, `[rows, 1, ..., dim]`, each row is for k rows of the activation that
-            follow each other, `[rows * k, ..., dim]`. The product is taken in the wider of the two
-            dtypes and rounded once.
+            one axis more, each row is for k rows of the activation that follow each other.
         keep_result: take the vector's gradient from the result, so that the activation need not be
             kept. Ignored where that would not be exact or not be traceable (float16,
             `torch.compile`, `torch.func`).
         in_place: the activation is fresh: write over it, which keeps the result too. A view is not
             written over where gradients are wanted.
-
-    Returns:
-        `[..., dim]` in the activation's dtype; the same tensor object when written in place.
     """
     if activation.is_nested:
         parts = [rescale(part, vector) for part in activation.unbind()]

@@ -39,10 +39,7 @@ class Place(Hashable, Protocol):
 
 
 class Host(Protocol):
-    """The model that a route is of; `_open` and `_close` are called as it is entered and left.
-
-    `_open` raises `IA3Error` where the model cannot be routed as it is now.
-    """
+    """The model that a route is of; `_open` and `_close` are called as it is entered and left."""
 
     model: nn.Module
 
@@ -55,16 +52,10 @@ class Host(Protocol):
 class Route:
     """What the sites of a model multiply by, for each row or token of a batch.
 
-    Attributes:
-        host: the model.
-        sites: all of its sites, and the names of their modules. Nothing is done at one that comes
-            later.
-        values: the values at a site, `[n, dim]` or anything that can be viewed so; `None` where
-            there is nothing to do. With `gathered`, n rows of a batch. Else n adapters, and it is
-            called in every pass, so that gradients reach what it gives.
-        index: int64, which of the n: `[rows]`, or `[batch, seq]` for tokens.
-        gathered: `values` are one a row already.
-        repeats: how many rows of an activation one row of the batch may have become.
+    `sites` are all of the model's, with the names of their modules. `values` gives those at a site,
+    `[n, dim]` or what can be viewed so, or `None`: of n adapters, in every pass, so that gradients
+    reach them; with `gathered`, of the n rows. `index`, int64, says which of the n: `[rows]`, or
+    `[batch, seq]` for tokens. One row of the batch may have become `repeats` of an activation.
     """
 
     host: Host
@@ -87,11 +78,7 @@ class Route:
         return self.index.dim() == 2
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Check the arguments of a call of the model, before anything runs.
-
-        Raises:
-            IA3Error: they have other rows or tokens than were named.
-        """
+        """Raise `IA3Error` where a call of the model has other rows or tokens than were named."""
         main = getattr(self.host.model, "main_input_name", "input_ids")
         first = (*args[:1], *map(kwargs.get, (main, "inputs", "input_ids", "inputs_embeds")))
         values = (*first, *args[1:], *kwargs.values())
@@ -110,11 +97,7 @@ class Route:
         self._lengths.update(t.shape[1] for t in tensors if t.dim() > 1 and t.shape[0] == shape[0])
 
     def factor(self, site: Place, activation: Tensor) -> Tensor | None:
-        """What to multiply an activation by, shaped for `rescale`; `None` for nothing.
-
-        Raises:
-            IA3Error: the activation has other rows or tokens than were named.
-        """
+        """What to multiply an activation by, shaped for `rescale`; `None` for nothing."""
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             raise IA3Error(
                 "a routed model is being traced: the graph would keep this call's adapters; "
@@ -166,11 +149,7 @@ class Route:
 
 @contextmanager
 def entered(route: Route) -> Iterator[None]:
-    """Within the context, calls of the route's model in this thread or task are routed.
-
-    Raises:
-        IA3Error: the model cannot be routed as it is now.
-    """
+    """Within the context, calls of the route's model in this thread or task are routed."""
     # What is checkpointed is recomputed under the routes of its first run, from now on.
     if not _bind() and torch.is_grad_enabled():
         raise IA3Error(
@@ -227,7 +206,6 @@ def _under(routes: Mapping[Place, Route]) -> Iterator[None]:
 
 
 def current_route(host: Host) -> Route | None:
-    """The route of this model in this thread or task."""
     return next((route for route in _routes().values() if route.host is host), None)
 
 

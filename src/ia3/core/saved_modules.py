@@ -24,12 +24,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class SavedModule(nn.Module):
-    """Every adapter's copy of one base module.
+    """Every adapter's copy of one base module."""
 
-    Attributes:
-        active: the adapter whose copy is called; `None` for the module itself.
-    """
-
+    # The adapter whose copy is called; `None` for the module itself.
     active: str | None = None
 
     def __init__(self) -> None:
@@ -77,7 +74,6 @@ class SavedModule(nn.Module):
         self._modules[adapter] = twin.requires_grad_(False)
 
     def remove(self, adapter: str) -> None:
-        """Remove an adapter's copy."""
         del self._modules[adapter]
         if self.active == adapter:
             self.active = None
@@ -92,11 +88,7 @@ def saved_module_of(module: nn.Module) -> SavedModule | None:
 def find_modules_to_save(
     model: nn.Module, names: Iterable[str] | None, *, strict: bool = True
 ) -> list[str]:
-    """The modules that `modules_to_save` names, by PEFT's rule: the ends of their names.
-
-    Raises:
-        IA3Error: with `strict`, an entry matches no module; or one module holds another.
-    """
+    """The modules that `modules_to_save` names, by PEFT's rule: the ends of their names."""
     found: dict[str, None] = {}
     modules = base_modules(model) if names else []
     for entry in names or ():
@@ -147,11 +139,7 @@ def shared_parameters(model: nn.Module) -> set[int]:
 
 
 def keep_saved_module(module: nn.Module, adapter: str, shared: Collection[int] = ()) -> None:
-    """Give the module itself the values of an adapter's copy, but not the modules that share them.
-
-    Args:
-        shared: the ids of parameters that several modules have.
-    """
+    """Give the module itself the values of an adapter's copy, but not modules that share them."""
     copies = saved_module_of(module)
     assert copies is not None
     twin = copies[adapter]
@@ -170,11 +158,7 @@ def keep_saved_module(module: nn.Module, adapter: str, shared: Collection[int] =
 def check_saved_modules(
     values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module
 ) -> None:
-    """Check values of copies, by their names in the base model, against the modules saved.
-
-    Raises:
-        IA3Error: a tensor is missing, is not expected, or has another shape.
-    """
+    """Raise `IA3Error` where values of copies, by their names in the base model, do not fit it."""
     kind = type(model).__name__
     expected = {
         f"{name}.{key}": value

@@ -28,33 +28,21 @@ class Site(nn.Module):
     """Every adapter's vector at one activation of one base module.
 
     Vectors have PEFT's shapes (`Activation.shape`) and are float32 whatever the base's dtype.
-
-    Attributes:
-        side, activation: what is rescaled.
-        frozen: adapter -> the ranges of its vector that count as one; written by `add`.
-        active: the adapters whose vectors multiply now; written by `activate`.
-        in_place: rescale where it costs the least memory; else by the plain product, at the module
-            itself. Written by `IA3Model.use_plain_product`, and when the site is placed.
-        merged: the adapters that are part of the weights; written by `Merge`.
-        banked: a bank has values for it, so that it stays without vectors of its own.
-        in_block: the fused MLP around the module multiplies by the vectors, so that no hook does.
     """
 
     side: Side
     activation: Activation
-    frozen: dict[str, Frozen]
-    active: tuple[str, ...] = ()
+    frozen: dict[str, Frozen]  # adapter -> the ranges of its vector that count as one
+    active: tuple[str, ...] = ()  # the adapters whose vectors multiply now
+    # Rescale where it costs the least memory; else by the plain product, at the module itself.
     in_place: bool = True
-    merged: tuple[str, ...] = ()
-    banked: bool = False
-    in_block: bool = False
+    merged: tuple[str, ...] = ()  # the adapters that are part of the weights
+    banked: bool = False  # a bank has values for it: it stays without vectors of its own
+    in_block: bool = False  # the fused MLP around the module multiplies, so that no hook does
     # Underscores, as no adapter can have the name of an attribute.
-    # A route may be on, which comes before the active adapters.
-    _routed: bool = False
-    # Of a down projection's input, the layer whose output is rescaled instead.
-    _carrier: Carrier | None
-    # Of its hooks, while it has any.
-    _removers: tuple[Callable[[], None], ...] = ()
+    _routed: bool = False  # a route may be on, which comes before the active adapters
+    _carrier: Carrier | None  # rescaled instead of a down projection's input
+    _removers: tuple[Callable[[], None], ...] = ()  # of its hooks, while it has any
 
     def __init__(self, target: Target, carrier: Carrier | None = None) -> None:
         super().__init__()
@@ -113,7 +101,6 @@ class Site(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def remove(self, adapter: str) -> None:
-        """Remove an adapter's vector, or what `add` had stored of it before it failed."""
         # First: saving a state dict reads the vector of each adapter that is in it.
         if self.frozen.pop(adapter, ()):
             delattr(self, _mask_name(adapter))
@@ -136,10 +123,7 @@ class Site(nn.Module):
     def activate(self, module: nn.Module, adapters: tuple[str, ...], routed: bool = False) -> None:
         """Have the activation rescaled by the product of those adapters' vectors that are here.
 
-        Args:
-            module: the module that the site is on; it has hooks only while they are needed.
-            adapters: in the order in which they multiply.
-            routed: a route may be on: register hooks even without vectors, and ask for it.
+        With `routed`, a route may be on: there are hooks even without vectors, which ask for it.
         """
         here = tuple(name for name in adapters if self._parameters.get(name) is not None)
         if self.merged:
@@ -203,7 +187,6 @@ class Site(nn.Module):
 
 
 def site_of(module: nn.Module) -> Site | None:
-    """The site registered on a module, if it has one."""
     site = module._modules.get(ATTRIBUTE)
     return site if isinstance(site, Site) else None
 

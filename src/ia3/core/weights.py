@@ -22,13 +22,8 @@ from .activations import Side
 def products(module: nn.Module, name: str, vectors: Mapping[Side, Tensor]) -> dict[str, Any]:
     """What a module's slots become when vectors are merged into it: values for `write`.
 
-    Args:
-        module: stays as it is; a quantized one takes a vector on its output alone.
-        name: its name in its model.
-        vectors: `[dim]` a side, or `[experts, dim]` within experts.
-
-    Raises:
-        IA3Error: the weights cannot take the vectors exactly.
+    Vectors are `[dim]` a side, or `[experts, dim]` within experts. Raises `IA3Error` where the
+    weights cannot take them exactly; a quantized weight takes one on its output alone.
     """
     if quantized.is_quantized(module):
         try:
@@ -123,7 +118,6 @@ def _products(module: nn.Module, name: str, vectors: Mapping[Side, Tensor]) -> d
 
 
 def _across_weight(module: nn.Module, weight: Tensor, side: Side, vector: Tensor) -> Tensor:
-    """The vector, shaped to multiply the weight."""
     if isinstance(module, Conv1D | nn.Embedding):
         return vector if side == "output" else vector[:, None]
     trailing = [1] * (weight.dim() - 2)

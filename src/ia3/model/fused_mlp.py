@@ -30,11 +30,7 @@ from ..targets.structure import feedforward_targets
 
 
 def fuse(model: nn.Module) -> list[str]:
-    """Fuse the gated MLPs of a model, whose sites are then to be marked; all that are fused now.
-
-    Raises:
-        IA3Error: the model has no MLP that computes down(dropout(act(gate(x)) ⊙ up(x))).
-    """
+    """Fuse the gated MLPs of a model, whose sites are then to be marked; all that are fused now."""
     for name, module in model.named_modules():
         if ATTRIBUTE not in name.split(".") and not is_fused(module):
             found = gated_mlp(module)
@@ -61,7 +57,6 @@ def unfuse(model: nn.Module) -> None:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module is a fused MLP."""
     return patched(module, FusedForward) is not None
 
 
@@ -153,16 +148,8 @@ def gated_product(gate: Tensor, up: Tensor, vector: Tensor | None, function: str
     """function(gate) ⊙ up ⊙ vector, which keeps these three alone for the backward pass.
 
     Half precision is computed in float32 and rounded once, where separate operations round after
-    each. Nothing is divided by the vector, so that its zeros are no special case.
-
-    Args:
-        gate: `[..., dim]`, any floating dtype.
-        up: `[..., dim]`.
-        vector: `[dim]`, which may be of a wider dtype; ones for `None`.
-        function: of `FUNCTIONS`.
-
-    Returns:
-        `[..., dim]` in the dtype that gate and up promote to.
+    each. Nothing is divided by the vector, so that its zeros are no special case. The vector,
+    `[dim]`, may be of a wider dtype than the result, `[..., dim]` in what gate and up promote to.
     """
     # Else the formula keeps no more. A compiler chooses itself what to keep.
     if (
