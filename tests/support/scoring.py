@@ -1,7 +1,5 @@
 """Tiny models that share a prompt among choices, and some that cannot."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Small random models and tokenizers, and the slow, plain way to score answer choices."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The sites of the upper blocks, and what a temporary adapter leaves behind."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support import scoring
@@ -76,6 +74,7 @@ def test_the_model_is_as_it_was_after_an_error():
     base.model.train()
     base.model.lm_head.eval()
     modes = [module.training for module in base.model.modules()]
+    wants = [parameter.requires_grad for parameter in base.model.parameters()]
     bits = state_bits(base.model)
 
     def fail():
@@ -86,6 +85,7 @@ def test_the_model_is_as_it_was_after_an_error():
     with pytest.raises(ValueError, match="within"):
         fail()
     assert [module.training for module in base.model.modules()] == modes
+    assert [parameter.requires_grad for parameter in base.model.parameters()] == wants
     assert hook_count(base.model) == 0
     torch.testing.assert_close(state_bits(base.model), bits, rtol=0, atol=0)
     with pytest.raises(IA3Error), temporary_adapter(base, IA3Config(target_modules=["nothing"])):

@@ -13,15 +13,10 @@ from ..targets.resolve import linear_in_upper_blocks
 
 
 def all_linear(base: BaseModel, upper_blocks: int | None = None) -> IA3Config:
-    """The config that rescales the output of every linear layer, or the feed-forward input.
+    """The config that rescales every linear layer's output, or the feed-forward input.
 
     A small model learns more from these sites than from the paper's, and in fewer steps
-    (docs/benchmarks.md).
-
-    With `upper_blocks`, only those of so many last blocks; the config then names each module.
-
-    Raises:
-        IA3Error: the model has fewer blocks, or has no single list of blocks.
+    (docs/benchmarks.md). With `upper_blocks`, the config names those of so many last blocks.
     """
     if upper_blocks is None:
         return IA3Config(task_type=_task_type(base), target_modules="all-linear")
@@ -43,21 +38,10 @@ def _task_type(base: BaseModel) -> TaskType:
 def temporary_adapter(
     base: BaseModel, adapter: Adapter | IA3Config, *, source: str = "adapter"
 ) -> Iterator[IA3Model]:
-    """Put one adapter on the base model; on exit the model is as it was before.
+    """Put one adapter on the base model, or a new one, whose vectors are ones.
 
-    The context holds the model's lock, so that threads take turns. On exit, each module has the
-    mode (training or evaluation) that it had on entry.
-
-    Args:
-        base: the model.
-        adapter: the adapter, or the config of a new one, whose vectors are ones.
-        source: names the adapter in error messages.
-
-    Yields:
-        The model with the adapter active as `"default"`.
-
-    Raises:
-        IA3Error: the adapter or the config does not fit the model.
+    The context holds the model's lock, so that threads take turns. On exit the model is as it was
+    before, the training and evaluation modes of its modules included.
     """
     with base.lock:
         modes = [(module, module.training) for module in base.model.modules()]

@@ -1,7 +1,5 @@
 """promptsource's files, read and rendered as promptsource does, with errors where it has none."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import jinja2

@@ -1,7 +1,5 @@
 """Tasks: samples, sources of examples, own templates, training and evaluation over templates."""
 
-from __future__ import annotations
-
 import ast
 import json
 import statistics

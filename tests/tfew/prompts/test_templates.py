@@ -47,11 +47,7 @@ def test_a_missing_field_is_named(source, message):
 
 @pytest.mark.parametrize(
     ("source", "line"),
-    [
-        ("{{ text", 1),
-        ("{{ text | nosuchfilter }}", 1),
-        ("{{ text }}\nand\n{{ title", 3),
-    ],
+    [("{{ text", 1), ("{{ text | nosuchfilter }}", 1), ("{{ text }}\nand\n{{ title", 3)],
 )
 def test_syntax_errors_say_where(source, line):
     with pytest.raises(IA3Error, match=f"line {line}"):

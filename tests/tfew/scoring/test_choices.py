@@ -12,7 +12,6 @@ from support.scoring import (
     LLAMA,
     NOT_SHARING,
     SHARING,
-    WINDOWED,
     base_of,
     random_examples,
     tokens_seen,
@@ -32,6 +31,7 @@ from ia3 import IA3Config, IA3Model
 from ia3.base.loading import BaseModel
 from ia3.errors import IA3Error
 from ia3.tfew.prompts.encoding import EncodedExample
+from ia3.tfew.scoring.answer_tokens import TokenScores
 from ia3.tfew.scoring.choices import choice_scores, shares_keys, shares_prompt, token_scores
 from ia3.tfew.scoring.expanded import encoder_decoder_scores, expanded_scores
 from ia3.tfew.scoring.shared_prompt import shared_scores
@@ -47,7 +47,7 @@ SHAPES = [
 ]
 
 
-def assert_plain(base, examples, scores, tolerance=1e-4):
+def assert_plain(base, examples, scores):
     assert scores.log_probs.shape[0] == len(examples)
     with torch.no_grad():
         for i, example in enumerate(examples):
@@ -55,11 +55,17 @@ def assert_plain(base, examples, scores, tolerance=1e-4):
             for c, of_choice in enumerate(plain):
                 assert scores.mask[i, c].sum() == len(of_choice)
                 assert scores.mask[i, c, : len(of_choice)].all()
-                torch.testing.assert_close(
-                    scores.log_probs[i, c, : len(of_choice)], of_choice, atol=tolerance, rtol=0
-                )
+                found = scores.log_probs[i, c, : len(of_choice)]
+                torch.testing.assert_close(found, of_choice, atol=1e-4, rtol=0)
             assert not scores.mask[i, len(plain) :].any()
     assert (scores.log_probs[~scores.mask] == 0).all()
+
+
+def gradients(scores, vectors):
+    """Of a sum with another weight for every token, so that none can stand in for another."""
+    log_probs = scores.log_probs
+    weights = torch.linspace(1, 2, log_probs.numel()).reshape(log_probs.shape)
+    return torch.autograd.grad((log_probs * weights).sum(), vectors)
 
 
 @contextmanager
@@ -100,33 +106,18 @@ def test_which_share_the_prompt(name):
     assert shares_prompt(base_of(name)) == (name in SHARING)
 
 
-@pytest.mark.parametrize("name", WINDOWED)
-def test_the_tree_mask_would_be_wrong_beyond_the_window(name):
-    # Or else the test above says nothing about the fall-back.
-    base = base_of(name)
-    examples = random_examples([(40, (3, 2, 4, 4, 4, 4))])
-    with torch.no_grad():
-        shared = shared_scores(base, examples).log_probs
-        expanded = expanded_scores(base, examples)
-        assert_plain(base, examples, expanded)
-    assert (shared - expanded.log_probs).abs().max() > 1e-2
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "t5", "bart"])
 def test_gradients_equal_the_plain_way(name):
     base = base_of(name)
     examples = random_examples([(12, (1, 3, 2)), (7, (2, 1))], shared=4)
     with random_vectors(base) as vectors:
         scores = token_scores(base, examples)
-        # A different weight for every token, so that none can stand in for another.
-        weights = torch.arange(scores.log_probs.numel()).reshape(scores.log_probs.shape) + 1.0
-        ours = torch.autograd.grad((scores.log_probs * weights).sum(), vectors)
-        total = torch.zeros(())
+        log_probs = torch.zeros_like(scores.log_probs)
         for i, example in enumerate(examples):
             for c, tokens in enumerate(plain_token_scores(base, example)):
-                total = total + (tokens * weights[i, c, : len(tokens)]).sum()
-        plain = torch.autograd.grad(total, vectors)
-    torch.testing.assert_close(ours, plain, atol=1e-3, rtol=1e-3)
+                log_probs[i, c, : len(tokens)] = tokens
+        plain = gradients(TokenScores(log_probs, scores.mask), vectors)
+        torch.testing.assert_close(gradients(scores, vectors), plain, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODER)
@@ -198,11 +189,7 @@ def test_choices_that_begin_alike_score_as_in_rows_of_their_own(name, choices, s
         together, apart = shared_scores(base, examples), expanded_scores(base, examples)
         torch.testing.assert_close(together.log_probs, apart.log_probs, atol=1e-4, rtol=0)
         assert torch.equal(together.mask, apart.mask)
-        # A different weight for every token, so that none can stand in for another.
-        count = together.log_probs.numel()
-        weights = torch.linspace(1, 2, count).reshape(together.log_probs.shape)
-        ours = torch.autograd.grad((together.log_probs * weights).sum(), vectors)
-        plain = torch.autograd.grad((apart.log_probs * weights).sum(), vectors)
+        ours, plain = gradients(together, vectors), gradients(apart, vectors)
     torch.testing.assert_close(ours, plain, atol=1e-3, rtol=1e-3)
 
 

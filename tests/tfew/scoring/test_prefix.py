@@ -2,15 +2,8 @@
 
 import pytest
 import torch
-from support.scoring import (
-    NOT_SHARING,
-    SHARING,
-    WINDOWED,
-    base_of,
-    plain_scores,
-    random_examples,
-    tokens_seen,
-)
+from support import scoring
+from support.scoring import base_of, plain_scores, random_examples, tokens_seen
 from support.tfew import tiny_llama, word_tokenizer
 
 from ia3.base.loading import BaseModel
@@ -32,7 +25,7 @@ def assert_scores(base, scores, examples):
 SHAPES = [(12, (1, 3, 2)), (7, (2, 2, 1)), (1, (1, 1, 1)), (90, (2, 5, 1)), (30, (3, 3, 3))]
 
 
-@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("name", scoring.SHARING)
 def test_scores_after_a_prefix_equal_those_of_whole_prompts(name):
     base = base_of(name)
     examples = random_examples(SHAPES * 3, shared=180)
@@ -43,7 +36,7 @@ def test_scores_after_a_prefix_equal_those_of_whole_prompts(name):
     assert_scores(base, scores, examples)
 
 
-@pytest.mark.parametrize("name", [*SHARING, *WINDOWED])
+@pytest.mark.parametrize("name", [*scoring.SHARING, *scoring.WINDOWED])
 def test_prompts_that_share_a_part_of_the_prefix_or_nothing(name):
     base = base_of(name)
     whole = random_examples([(9, (2, 1)), (4, (1, 3))], shared=60)
@@ -59,7 +52,7 @@ def test_prompts_that_share_a_part_of_the_prefix_or_nothing(name):
 
 
 def test_these_keep_no_prefix():
-    for name in [*NOT_SHARING, "t5", "bart", "gpt_neo"]:
+    for name in [*scoring.NOT_SHARING, "t5", "bart", "gpt_neo"]:
         assert not caches_prefix(base_of(name)), name
 
 

@@ -3,8 +3,6 @@
 Their vectors multiply the output of `wi_1`, ours the input of `wo`: the same product.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """This project's forward, losses and gradients against figures from the paper's formulas."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -22,21 +22,14 @@ def by_hand(*log_probs):
     return token_loss(TokenScores(scores[None], mask[None]), torch.tensor([0]))
 
 
-def test_length_norm_compares_means_not_sums():
+def test_terms_by_hand():
     # The sums differ (0.25 against 0.5), the means do not: a coin toss.
     assert by_hand([0.5, 0.5], [0.5]).length_norm.item() == pytest.approx(math.log(2))
-
-
-def test_unlikelihood_of_a_certain_wrong_token_is_finite():
-    loss = by_hand([0.5], [1.0])
-    assert loss.unlikelihood.item() == pytest.approx(-math.log(1e-2), rel=1e-4)
-
-
-def test_unlikelihood_is_zero_where_nothing_is_wrong():
-    loss = by_hand([0.5, 0.5])
-    assert loss.unlikelihood.item() == 0
-    assert loss.length_norm.item() == 0
-    assert loss.total.item() == pytest.approx(math.log(2))
+    # A certain wrong token costs no infinity.
+    assert by_hand([0.5], [1.0]).unlikelihood.item() == pytest.approx(-math.log(1e-2), rel=1e-4)
+    nothing_wrong = by_hand([0.5, 0.5])
+    assert nothing_wrong.unlikelihood.item() == nothing_wrong.length_norm.item() == 0
+    assert nothing_wrong.total.item() == pytest.approx(math.log(2))
 
 
 # -- from logits -----------------------------------------------------------------------------------
@@ -50,9 +43,8 @@ def logit_batches(draw):
     batch, choices, length, vocabulary = (draw(st.integers(1, n)) for n in (3, 4, 3, 5))
     vocabulary += 1
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    logits = 4 * torch.randn(
-        batch, choices, length, vocabulary, generator=generator, dtype=torch.float64
-    )
+    shape = (batch, choices, length, vocabulary)
+    logits = 4 * torch.randn(shape, generator=generator, dtype=torch.float64)
     targets = torch.zeros(batch, choices, length, dtype=torch.int64)
     labels = [draw(st.integers(0, choices - 1)) for _ in range(batch)]
     for i in range(batch):
@@ -160,9 +152,8 @@ def test_half_precision_is_computed_in_float32():
     labels = torch.tensor([0, 2])
     half = tfew_loss(logits, targets, labels, pad_token_id=PAD)
     assert half.total.dtype == torch.float32
-    torch.testing.assert_close(
-        half.total, tfew_loss(logits.float(), targets, labels, pad_token_id=PAD).total
-    )
+    wide = tfew_loss(logits.float(), targets, labels, pad_token_id=PAD)
+    torch.testing.assert_close(half.total, wide.total)
 
 
 def test_a_mask_where_padding_and_the_end_share_an_id():
@@ -179,6 +170,7 @@ def test_a_mask_where_padding_and_the_end_share_an_id():
 LOGITS = torch.zeros(2, 3, 4, 5)
 TARGETS = torch.ones(2, 3, 4, dtype=torch.int64)
 LABELS = torch.tensor([0, 2])
+GIVEN = {"logits": LOGITS, "target_ids": TARGETS, "labels": LABELS, "target_mask": TARGETS}
 HOLE = torch.ones(2, 3, 4).index_fill(1, torch.tensor([2]), 0)
 
 
@@ -196,14 +188,9 @@ HOLE = torch.ones(2, 3, 4).index_fill(1, torch.tensor([2]), 0)
         ({"target_mask": HOLE[..., 0]}, r"target_mask is \[2, 3\].*expected \[2, 3, 4\]"),
         ({"target_mask": None}, "expected one of pad_token_id and target_mask, neither given"),
         ({"pad_token_id": 0}, "expected one of pad_token_id and target_mask, both given"),
-        (
-            {"logits": LOGITS[:0], "target_ids": TARGETS[:0], "labels": LABELS[:0]}
-            | {"target_mask": TARGETS[:0]},
-            "no examples",
-        ),
+        ({name: tensor[:0] for name, tensor in GIVEN.items()}, "no examples"),
     ],
 )
 def test_what_does_not_fit_is_named(changed, message):
-    given = {"logits": LOGITS, "target_ids": TARGETS, "labels": LABELS, "target_mask": TARGETS}
     with pytest.raises(IA3Error, match=message):
-        tfew_loss(**(given | changed))
+        tfew_loss(**(GIVEN | changed))

@@ -1,7 +1,5 @@
 """The T-Few trainer: breaks, parts of a step, narrow numbers, and where the vectors begin."""
 
-from __future__ import annotations
-
 import random
 import signal
 import subprocess

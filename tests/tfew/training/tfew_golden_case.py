@@ -5,8 +5,6 @@ with the floor 1e-2 of the authors' code in the unlikelihood) and gradients by c
 `python tfew_golden_case.py` writes `tfew_golden_case.json`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

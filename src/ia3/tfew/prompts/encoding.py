@@ -133,10 +133,8 @@ class Encoder:
             if not choice:
                 raise IA3Error(f"choice {words[index]!r} has no token")
             if choice in ids[:index]:
-                raise IA3Error(
-                    f"choices {words[ids.index(choice)]!r} and {words[index]!r} are the same "
-                    "tokens: give one other words"
-                )
+                both = f"{words[ids.index(choice)]!r} and {words[index]!r}"
+                raise IA3Error(f"choices {both} are the same tokens: give one other words")
         return tuple(ids)
 
     def _ids_after(self, before: str, text: str) -> tuple[int, ...]:
@@ -161,10 +159,8 @@ class Encoder:
             if not texts:
                 by_setting = room == self._max_prompt_tokens
                 limit = "max_prompt_tokens is" if by_setting else "the model's context has room for"
-                raise IA3Error(
-                    f"template {template.name!r} needs {len(prompt)} tokens without any text; "
-                    f"{limit} {room}"
-                )
+                needs = f"needs {len(prompt)} tokens without any text"
+                raise IA3Error(f"template {template.name!r} {needs}; {limit} {room}")
             longest = max(texts, key=lambda name: len(texts[name]))
             example[longest] = self._without_last_tokens(texts[longest], len(prompt) - room)
 
@@ -196,8 +192,5 @@ def context_length(base: BaseModel) -> int:
 def warn_of_cut_texts(encoder: Encoder, prompts: int, *, stacklevel: int) -> None:
     """One warning for all texts that an encoder has cut, if there are any."""
     if encoder.truncated:
-        warnings.warn(
-            f"{encoder.truncated} of {prompts} prompts are longer than the model's context: their "
-            "texts were cut at the end",
-            stacklevel=stacklevel,
-        )
+        which = f"{encoder.truncated} of {prompts} prompts are longer than the model's context"
+        warnings.warn(f"{which}: their texts were cut at the end", stacklevel=stacklevel)

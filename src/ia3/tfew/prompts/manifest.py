@@ -51,12 +51,6 @@ def read_manifest(path: str | Path) -> list[Task]:
     one slash, and is no file here. Of a promptsource file those templates are taken that pose the
     data set's own task and have answer choices. Labels are compared as text, as CSV has nothing
     else; JSON's true is `true`.
-
-    Raises:
-        FileNotFoundError: the manifest or a file that it names is not there.
-        IA3Error: it is not such a file, or a task's data or templates cannot be used; the message
-            names the manifest, the task and the key.
-        MissingExtraError: the package that reads a task's data is not installed.
     """  # noqa: E501
     path = Path(path)
     tasks = []
@@ -85,9 +79,8 @@ def tasks_in(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]
         if not isinstance(name, str) or not name.strip():
             raise IA3Error(f"{path}: a task's name is {shown(name)}, expected a text")
         if not isinstance(entry, dict):
-            raise IA3Error(
-                f"{path}: task {name!r} is {shown(entry)}, expected a mapping with the key 'data'"
-            )
+            expected = "expected a mapping with the key 'data'"
+            raise IA3Error(f"{path}: task {name!r} is {shown(entry)}, {expected}")
     return tasks
 
 
@@ -139,10 +132,8 @@ def _inline_templates(entry: dict[str, Any], rows: Sequence[Row]) -> list[Prompt
     sources = texts_of(entry, "template") or []
     for source in sources:
         if SEPARATOR in source:
-            raise IA3Error(
-                f"template {source!r} holds {SEPARATOR!r}: expected the prompt alone; the answer "
-                "is made from 'label' and 'choices'"
-            )
+            expected = "the prompt alone; the answer is made from 'label' and 'choices'"
+            raise IA3Error(f"template {source!r} holds {SEPARATOR!r}: expected {expected}")
     column = text_of(entry, "label") or "label"
     words = choices_of(entry)
     if words is None:
@@ -170,30 +161,24 @@ def _check_words(words: Mapping[str, str], column: str, rows: Sequence[Row]) -> 
         raise IA3Error(f"the labels are {list(words)}, expected at least two")
     for one, other in combinations(words, 2):
         if words[one] == words[other]:
-            raise IA3Error(
-                f"the labels {one!r} and {other!r} have the same words {words[one]!r}: give other "
-                "words in 'choices'"
-            )
+            same = f"the labels {one!r} and {other!r} have the same words {words[one]!r}"
+            raise IA3Error(f"{same}: give other words in 'choices'")
     for row in rows:
         label = _label(row, column)
         if label not in words:
-            raise IA3Error(
-                f"{row.where}: the label {label!r} is not among the choices {list(words)}"
-                f"{did_you_mean(label, words)}"
-            )
+            problem = f"is not among the choices {list(words)}{did_you_mean(label, words)}"
+            raise IA3Error(f"{row.where}: the label {label!r} {problem}")
 
 
 def _label(row: Row, column: str) -> str:
     """A row's label as text."""
     if column not in row:
-        raise IA3Error(
-            f"{row.where}: no column {column!r} among {list(row)}{did_you_mean(column, row)}"
-        )
+        among = f"{list(row)}{did_you_mean(column, row)}"
+        raise IA3Error(f"{row.where}: no column {column!r} among {among}")
     value = row[column]
     if not isinstance(value, str | int) or not str(value).strip():
-        raise IA3Error(
-            f"{row.where}: the label {column!r} is {value!r}, expected a text or a whole number"
-        )
+        expected = "expected a text or a whole number"
+        raise IA3Error(f"{row.where}: the label {column!r} is {value!r}, {expected}")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -68,9 +68,8 @@ class Task:
                 labelled = [encode_labelled(encoder, template, row) for template in self.templates]
                 encoded = tuple(_right_choice_first(*each) for each in labelled if each is not None)
                 if not encoded:
-                    raise IA3Error(
-                        f"no template asks anything of training example {number}: {dict(row)!r}"
-                    )
+                    which = f"training example {number}: {dict(row)!r}"
+                    raise IA3Error(f"no template asks anything of {which}")
                 examples.append(TrainingExample(encoded, 0))
         return examples
 
@@ -78,23 +77,14 @@ class Task:
 def encode_labelled(
     encoder: Encoder, template: PromptTemplate, row: Mapping[str, Any]
 ) -> tuple[EncodedExample, int] | None:
-    """An example's token ids and the index of its right choice.
-
-    Returns:
-        `None` where the template asks nothing of this example.
-
-    Raises:
-        IA3Error: the example has no answer, or see `PromptTemplate.render` and `Encoder.encode`;
-            the message names the template and the example.
-    """
+    """An example's token ids and right choice's index, `None` if the template does not ask it."""
     rendered = template.render(row)
     if rendered is None:
         return None
     named = f"template {template.name!r}"
     if rendered.answer is None:
-        raise IA3Error(
-            f"{named} renders no target for {described(row)}: expected a labelled example"
-        )
+        problem = f"{named} renders no target for {described(row)}"
+        raise IA3Error(f"{problem}: expected a labelled example")
     try:
         return encoder.encode(row, template.prompt, rendered.choices), rendered.answer
     except IA3Error as error:
@@ -118,10 +108,8 @@ def load_templates(task: str) -> list[PromptTemplate]:
     """
     known = (*HELD_OUT_TASKS, *RAFT_TASKS)
     if task not in known:
-        raise IA3Error(
-            f"no templates for a task {task!r}: expected one of {', '.join(known)}"
-            f"{did_you_mean(task, known)}"
-        )
+        expected = f"expected one of {', '.join(known)}{did_you_mean(task, known)}"
+        raise IA3Error(f"no templates for a task {task!r}: {expected}")
     # ANLI is one task in three rounds of data, and so has one file of templates.
     name = "anli" if task.startswith("anli-") else task
     return read_promptsource(Path(__file__).parent / "template_files" / f"{name}.yaml")

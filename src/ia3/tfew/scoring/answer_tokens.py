@@ -27,13 +27,10 @@ _change_logits: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a model says of every token of every answer choice.
+    """What a model says of every token of every answer choice, `[batch, choices, length]`.
 
-    Attributes:
-        log_probs: `[batch, choices, length]`, float32 or float64, natural logarithms; 0 where there
-            is no token.
-        mask: `[batch, choices, length]`, bool, true where there is a token. A choice with no token
-            is no choice.
+    `log_probs` are natural logarithms, float32 or float64, 0 where there is no token; `mask` is
+    true where there is one. A choice with no token is no choice.
     """
 
     log_probs: Tensor
@@ -48,14 +45,10 @@ class TokenScores:
 
 @dataclass
 class AnswerTokens:
-    """Which tokens are scored, which positions predict them, and where the scores go.
+    """For each score the index of its predicting position in `projected`, its token, its slot.
 
-    Attributes:
-        projected: position in the flattened batch `[rows * length]` -> its index among the
-            positions that are projected to the vocabulary.
-        prediction: for each score, the index of the position that predicts its token.
-        token: for each score, the token's id.
-        slot: for each score, (example, choice, place in the choice).
+    `projected` has positions of the flattened batch `[rows * length]` as keys; a slot is (example,
+    choice, place in the choice).
     """
 
     projected: dict[int, int] = field(default_factory=dict)
@@ -80,9 +73,6 @@ def answer_scores(
     """Run the model on `inputs` and score all tokens of the examples' choices.
 
     `new_cache` makes the cache of keys and values that the model reads and extends.
-
-    Raises:
-        IA3Error: the model has no output layer, or its logits do not come from there.
     """
     positions = torch.tensor(list(answers.projected), device=base.device)
 

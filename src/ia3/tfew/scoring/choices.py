@@ -42,17 +42,8 @@ def token_scores(
 ) -> TokenScores:
     """Score all choices of a batch, with gradients where they are enabled.
 
-    Args:
-        base: the model, with the adapter to score with active on it.
-        examples: `[batch]`; their choices may differ in number.
-        max_tokens: computed at once, unless one choice after its prompt has more. Where a batch has
-            more, the backward pass computes each part's activations again.
-
-    Returns:
-        Scores of `[batch, choices, length]`.
-
-    Raises:
-        IA3Error: the model has no output layer, or is not causal.
+    At most `max_tokens` are computed at once, unless one choice after its prompt has more. Where a
+    batch has more, the backward pass computes each part's activations again.
     """
     limit = longest_shared(base)
     parts = [
@@ -110,16 +101,10 @@ def choice_scores(
     max_tokens: float = MAX_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Length-normalised log-probabilities of all choices, batch by batch, without gradients.
+    """Length-normalised log-probabilities, without gradients: `[examples, choices]` on the CPU.
 
-    Args:
-        base: the model, with the adapter to score with active on it.
-        examples: all with the same number of choices.
-        max_tokens: computed at once, unless one choice after its prompt has more.
-        progress: called with the number of examples done since the last call.
-
-    Returns:
-        `[examples, choices]`, float32, on the CPU.
+    All examples have the same number of choices. `progress` is called with the number of examples
+    done since the last call.
     """
     if not examples:
         return torch.empty(0, 0)
@@ -143,12 +128,10 @@ def shares_prompt(base: BaseModel) -> bool:
 
 
 def shares_keys(base: BaseModel) -> bool:
-    """Whether an encoder-decoder's choices may share a prompt's keys and values now.
-
-    Under gradient checkpointing its blocks get no cache.
-    """
+    """Whether an encoder-decoder's choices may share a prompt's keys and values now."""
     # First, so that no probe runs in a part that gradient checkpointing computes again.
     shares = proves_equal(base, shared_keys_scores, encoder_decoder_scores)
+    # Under gradient checkpointing the blocks get no cache.
     checkpointing = base.model.training and getattr(base.model, "is_gradient_checkpointing", False)
     return shares and not checkpointing
 
@@ -161,10 +144,9 @@ def _causal_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> Token
     # In half precision the two rows may round apart.
     tolerance = 1e-3 if compute_dtype(base.model).itemsize >= 4 else 0.25
     if (first - second).abs() > tolerance:
-        raise IA3Error(
-            f"{type(base.model).__name__} is not causal: it sees an answer before it scores it; "
-            "expected a decoder-only or encoder-decoder language model"
-        )
+        expected = "expected a decoder-only or encoder-decoder language model"
+        problem = "is not causal: it sees an answer before it scores it"
+        raise IA3Error(f"{type(base.model).__name__} {problem}; {expected}")
     return expanded_scores(base, examples)
 
 
@@ -176,10 +158,7 @@ def longest_shared(base: BaseModel) -> float:
 
 
 def _attention_window(model: Any) -> float:
-    """The longest sequence over which every layer attends to all tokens.
-
-    A mask of four dimensions replaces a sliding window's, silently.
-    """
+    """How far every layer sees: a mask of four dimensions replaces a sliding window's, silently."""
     config = model.config.get_text_config(decoder=True)
     if "local" in getattr(config, "attention_layers", ()):
         # GPT-Neo's window lies over places in the row, whatever the mask and the positions.
@@ -196,10 +175,7 @@ def _attention_window(model: Any) -> float:
 def example_batches(
     base: BaseModel, examples: Sequence[EncodedExample], max_tokens: float
 ) -> Iterator[list[int]]:
-    """Indices of the examples, longest first, in batches of at most `max_tokens` tokens.
-
-    An example of more tokens is a batch of its own.
-    """
+    """Indices of the examples, longest first, in batches of `max_tokens` or of one example."""
     limit = longest_shared(base)
     sizes = [_size(example, limit) for example in examples]
     batch: list[int] = []
@@ -215,10 +191,7 @@ def example_batches(
 def choice_groups(
     batch: Sequence[EncodedExample], limit: float, max_tokens: float
 ) -> Iterator[slice]:
-    """All choices of a batch that fits, or those of one example in groups that do.
-
-    `limit` is the model's `longest_shared`; a group has at most `max_tokens`, or is one choice.
-    """
+    """All choices of a batch that fits, or those of its one example, in groups that do."""
     prompt, choices = batch[0].prompt, batch[0].choices
     if len(batch) > 1 or _tokens([_size(batch[0], limit)]) <= max_tokens:
         yield slice(None)

@@ -112,10 +112,8 @@ def predict_choices(
         part = [examples[i] for i in rows]
         scores = ranking_scores(base, part, max_tokens=max_tokens, progress=progress)
         if not torch.isfinite(scores).all():
-            raise IA3Error(
-                "the model's scores are not finite: its weights or the vectors are broken, or its "
-                "dtype is too narrow"
-            )
+            causes = "its weights or the vectors are broken, or its dtype is too narrow"
+            raise IA3Error(f"the model's scores are not finite: {causes}")
         for i, best in zip(rows, scores.argmax(1).tolist(), strict=True):
             predicted[i] = best
     return predicted

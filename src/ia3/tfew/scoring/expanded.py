@@ -58,11 +58,7 @@ def encoder_decoder_scores(
 def _rows(
     base: BaseModel, examples: Sequence[EncodedExample], before: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor, AnswerTokens, Tensor]:
-    """A row for each choice, behind the tokens `before` each example's choices.
-
-    Returns:
-        Token ids and mask `[rows, length]`, the answers, and each row's example `[rows]`.
-    """
+    """A row a choice, behind `before`: ids and mask `[rows, length]`, answers, rows' examples."""
     rows = [(i, c, choice) for i, e in enumerate(examples) for c, choice in enumerate(e.choices)]
     ids, mask = padded(base, [(*before[i], *choice[:-1]) for i, _, choice in rows])
     answers = AnswerTokens()

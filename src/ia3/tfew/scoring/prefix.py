@@ -28,13 +28,7 @@ WORTH_CACHING = 64
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """The keys and values of what prompts begin with.
-
-    Attributes:
-        ids: the tokens, `[length]`.
-        layers: each layer's keys and values, `[1, heads, length, head_dim]`.
-        model: the model that computed them.
-    """
+    """Tokens that prompts begin with; each layer's keys and values, `[1, heads, length, dim]`."""
 
     ids: tuple[int, ...]
     layers: tuple[tuple[Tensor, Tensor], ...]
@@ -101,8 +95,7 @@ def choice_scores_after(
     results = torch.empty(len(examples), len(examples[0].choices))
     limit = longest_shared(base)
     shared = [prefix.shared_with([e]) if longest_sequence(e) <= limit else 0 for e in examples]
-    far = [i for i, count in enumerate(shared) if not count]
-    if far:
+    if far := [i for i, count in enumerate(shared) if not count]:
         of_far = [examples[i] for i in far]
         results[far] = choice_scores(base, of_far, max_tokens=max_tokens, progress=progress)
     # A row's mask, [room, prefix + room], is as large as [max_tokens, max_tokens].
@@ -152,10 +145,7 @@ def _scores_after(
 def _rows(
     examples: Sequence[EncodedExample], shared: Sequence[int], room: float
 ) -> Iterator[list[int]]:
-    """Indices of the examples of each row, which has `room` behind the prefix, or one example.
-
-    Those that have 0 tokens in common with the prefix (`shared`) are left out.
-    """
+    """Indices of each row's examples, which fit behind the prefix, or are one; without far ones."""
     lengths = [tree_length(example) for example in examples]
     row: list[int] = []
     for i in sorted((i for i, count in enumerate(shared) if count), key=lambda i: -shared[i]):

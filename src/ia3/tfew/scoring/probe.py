@@ -27,11 +27,8 @@ def proves_equal(
 ) -> bool:
     """Whether two scorers give a model the same scores. Each model is tried out once.
 
-    Args:
-        base: the model. While its scores are not finite, the answer is a `False` for now.
-        faster: the scorer to try out. An exception that it raises means that it does not serve.
-        exact: the scorer to compare with; its exceptions are raised.
-        mistaken: makes the mistake that a model may make; by default `exact` with other prompts.
+    While scores are not finite, the answer is a `False` for now. `mistaken` makes the mistake that
+    a model may make; by default, `exact` gets other prompts.
     """
     verdicts = _verdicts.setdefault(base.model, {})
     if faster in verdicts:

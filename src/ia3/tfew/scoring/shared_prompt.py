@@ -43,22 +43,20 @@ def shared_scores(
         row = TreeRow(r * length, prefix)
         for i in members:
             row.append(i, examples[i], len(prefix), answers)
-        row.pad(length, pad_token(base))
+        # At position 0 no other token sees it.
+        padding = length - len(row.ids)
+        row.ids += [pad_token(base)] * padding
+        row.positions += [0] * padding
         rows.append(row)
     inputs = tree_inputs(base, rows, hide_others=hide_others)
     return answer_scores(base, examples, answers, inputs)
 
 
 class TreeRow:
-    """A row of examples whose choices branch off from their prompts, depth first.
+    """Examples whose choices branch off from their prompts, depth first, behind a `prefix`.
 
-    Args:
-        start: the row's first position in the flattened batch.
-        prefix: begins all prompts, and is in the row once.
-
-    Attributes:
-        ids: token ids, `[length]`.
-        positions: the position of each token in a row of its own, `[length]`.
+    `positions` are those of each token in a row of its own; the row begins at `start` in the
+    flattened batch.
     """
 
     def __init__(self, start: int = 0, prefix: Sequence[int] = ()) -> None:
@@ -78,12 +76,6 @@ class TreeRow:
         for c, choice in enumerate(example.choices):
             for t, token in enumerate(choice):
                 answers.add(predicts[choice[:t]], token, (index, c, t))
-
-    def pad(self, length: int, token: int) -> None:
-        """Fill the row up with tokens that no other token sees."""
-        count = length - len(self.ids)
-        self.ids += [token] * count
-        self.positions += [0] * count
 
     def ends(self) -> list[int]:
         """Up to which place each token is seen: until a token of its position or a lower one."""
@@ -110,10 +102,7 @@ def tree_length(example: EncodedExample) -> int:
 
 
 def _beginnings(choices: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """What choices begin with, each beginning once and before its continuations (depth first).
-
-    A whole choice is none of them: its last token predicts nothing that is scored.
-    """
+    """What choices begin with, less their last tokens: each once, before its continuations."""
     return sorted({choice[:t] for choice in choices for t in range(1, len(choice))})
 
 
@@ -147,10 +136,7 @@ def common_prefix(examples: Sequence[EncodedExample]) -> tuple[int, ...]:
 
 
 def _packed(lengths: Sequence[int], shared: int) -> list[list[int]]:
-    """Indices of the examples in each row, first-fit decreasing.
-
-    `lengths` do not count the `shared` tokens, which every row begins with.
-    """
+    """Indices of the examples in each row, first-fit decreasing; `shared` tokens come on top."""
     if shared + sum(lengths) <= ONE_ROW:
         return [list(range(len(lengths)))]
     # Where much is shared, every row computes it again: fewer and longer rows then.

@@ -36,16 +36,10 @@ def is_plain(head: nn.Module) -> bool:
 
 
 def token_log_probs(head: nn.Linear, hidden: Tensor, prediction: Tensor, token: Tensor) -> Tensor:
-    """Natural logarithms of the probabilities of chosen tokens.
+    """Natural logarithms of chosen tokens' probabilities, `[scores]`, with gradients for `hidden`.
 
-    Args:
-        head: a layer that `is_plain`, `[vocabulary, dim]`.
-        hidden: `[positions, dim]`, what the layer projects.
-        prediction: `[scores]`, int64, on the CPU: the position that predicts each token.
-        token: `[scores]`, int64, on the CPU.
-
-    Returns:
-        `[scores]`, float32 (float64 for float64 hidden states), with gradients for `hidden`.
+    `hidden` is `[positions, dim]`; `token` and the position that predicts it (`prediction`) are
+    `[scores]`, int64, on the CPU. float64 stays, other dtypes give float32.
     """
     # In the order of the positions, so that each part of them has a slice of the scores.
     order = prediction.argsort(stable=True)

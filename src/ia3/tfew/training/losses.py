@@ -108,12 +108,7 @@ def token_loss(
 ) -> TFewLoss:
     """`tfew_loss` from token log-probabilities (equations 1 to 3).
 
-    Args:
-        scores: of all choices of a batch.
-        labels: `[batch]`, int64, the index of each right choice.
-        lm, length_norm, unlikelihood: the terms' weights in `total`.
-        counts: of the whole batch, where `scores` are of a part of it: the terms and gradients of
-            the parts then add up to the whole batch's.
+    With the `counts` of a whole batch, terms and gradients of its parts add up to the batch's.
     """
     log_probs, mask = scores.log_probs, scores.mask
     right = F.one_hot(labels, log_probs.shape[1]).bool()[:, :, None] & mask

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from ...errors import IA3Error
 from ..prompts.encoding import Encoder, TrainingExample, warn_of_cut_texts
 from ..prompts.tasks import Task
 from ..temporary_adapter import all_linear, temporary_adapter
-from .trainer import CHECKPOINT_STEPS, DrawnExamples, TFewConfig, TrainingStep, train
+from .trainer import CHECKPOINT_STEPS, TFewConfig, TrainingStep, train
 
 # The size limit of T0's mixture (Sanh et al. 2022, arXiv 2110.08207). T0 also counts a small data
 # set's examples once a template; here templates do not change the rates.
@@ -26,16 +24,6 @@ def mixing_rates(sizes: Mapping[str, int], cap: int = CAP) -> dict[str, float]:
     """How often each task is drawn: in proportion to its number of examples, up to `cap`.
 
     Raffel et al. 2020 (arXiv 1910.10683), section 3.5.2: min(n, cap) / Σ min(n, cap).
-
-    Args:
-        sizes: task name -> its number of examples.
-        cap: the size limit.
-
-    Returns:
-        Task name -> probability, in the same order.
-
-    Raises:
-        IA3Error: there are no tasks, one has no examples, or the cap is below 1.
     """
     if not sizes:
         raise IA3Error("there are no tasks to mix: expected at least one")
@@ -48,42 +36,20 @@ def mixing_rates(sizes: Mapping[str, int], cap: int = CAP) -> dict[str, float]:
     return {name: min(size, cap) / total for name, size in sizes.items()}
 
 
-class Mixture(DrawnExamples):
-    """A training set that draws a task by its rate, then one of its examples uniformly.
-
-    It has `count` items. An item depends on the seed and its number alone.
-    """
-
-    def __init__(
-        self,
-        examples: Mapping[str, Sequence[TrainingExample]],
-        rates: Mapping[str, float],
-        count: int,
-        seed: int,
-    ) -> None:
-        self._examples = dict(examples)
-        self._rates = {name: rates[name] for name in self._examples}
-        self._cumulative = list(accumulate(self._rates.values()))
-        self._count = count
-        self._seed = seed
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> TrainingExample:
-        if not 0 <= index < self._count:
-            raise IndexError(f"item {index} of {self._count}")
-        draws = random.Random(f"{self._seed}, item {index}")
-        (name,) = draws.choices(list(self._examples), cum_weights=self._cumulative)
-        return draws.choice(self._examples[name])
-
-    def digest(self) -> str:
-        digest = hashlib.sha256(repr(self._seed).encode())
-        for name, rate in self._rates.items():
-            digest.update(repr((name, rate, len(self._examples[name]))).encode())
-            for example in self._examples[name]:
-                digest.update(repr(example).encode())
-        return digest.hexdigest()
+def draw(
+    examples: Mapping[str, Sequence[TrainingExample]],
+    rates: Mapping[str, float],
+    count: int,
+    seed: int,
+) -> list[TrainingExample]:
+    """So many times a task by its rate and one of its examples, by the seed and the place alone."""
+    names, weights = list(examples), [rates[name] for name in examples]
+    drawn = []
+    for place in range(count):
+        draws = random.Random(f"{seed}, item {place}")
+        (name,) = draws.choices(names, weights)
+        drawn.append(draws.choice(examples[name]))
+    return drawn
 
 
 def pretrain(
@@ -102,23 +68,11 @@ def pretrain(
     with a batch of 16. Its authors' code trains on the right answers alone there:
     `TFewConfig(length_norm=0, unlikelihood=0)`.
 
-    Args:
-        base: the model.
-        tasks: their `train` examples are taken; their names differ.
-        config: the recipe.
-        cap: as in `mixing_rates`.
-        on_step: called after every optimizer step.
-        checkpoints: as in `train`, every 25 steps, or 200 times where that is less often.
-        progress: called with the number of examples that were encoded, once a task.
+    `checkpoints` is `train`'s, every 25 steps, or 200 times where that is less often. `progress` is
+    called with the number of examples that were encoded, once a task.
 
-    Returns:
-        The vectors at the sites of `FewShotClassifier`, float32 on the CPU.
-
-    Raises:
-        DivergedError: the loss is not finite.
-        IA3Error: there are no tasks, two have one name, one has no or unusable examples, a setting
-            is out of range, or the checkpoint is another run's.
-        OSError: a checkpoint cannot be written; the one before it stays.
+    Returns the vectors at the sites of `FewShotClassifier`, float32 on the CPU, and raises as
+    `train` does, or for tasks that are none, unusable or of one name.
     """
     names = [task.name for task in tasks]
     for name in {name for name in names if names.count(name) > 1}:
@@ -132,23 +86,13 @@ def pretrain(
             progress(len(task.train))
     prompts = sum(len(e.encoded) for of_task in examples.values() for e in of_task)
     warn_of_cut_texts(encoder, prompts, stacklevel=3)
-    mixture = Mixture(examples, rates, config.steps * config.batch_size, config.seed)
-    saving: dict[str, Any] = {}
+    mixture = draw(examples, rates, config.steps * config.batch_size, config.seed)
+    settings: dict[str, Any] = {"train_sampling_strategy": "sequential"}
     if checkpoints is not None:
         # A checkpoint holds a record of every step before it: a long run writes 200 at most.
-        saving["save_steps"] = max(CHECKPOINT_STEPS, config.steps // 200)
+        settings["save_steps"] = max(CHECKPOINT_STEPS, config.steps // 200)
     with temporary_adapter(base, all_linear(base)) as ia3_model:
-        train(
-            base,
-            ia3_model,
-            mixture,
-            config,
-            on_step,
-            checkpoints=checkpoints,
-            # The items are random: shuffling would only list all their numbers.
-            train_sampling_strategy="sequential",
-            **saving,
-        )
+        train(base, ia3_model, mixture, config, on_step, checkpoints=checkpoints, **settings)
         adapter = ia3_model.adapter("default")
     adapter.vectors = {name: vector.cpu().clone() for name, vector in adapter.vectors.items()}
     adapter.copies = {name: value.cpu().clone() for name, value in adapter.copies.items()}

@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import tempfile
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
@@ -25,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import Adafactor, get_linear_schedule_with_warmup
 from transformers.trainer_utils import (
@@ -124,10 +122,8 @@ class DivergedError(IA3Error):
     """The loss or a vector is not finite any more, as of the optimizer step `step`."""
 
     def __init__(self, step: int, what: str) -> None:
-        super().__init__(
-            f"training diverged at step {step}: {what}; lower the learning rate, or look for "
-            "texts that are empty or out of place"
-        )
+        advice = "lower the learning rate, or look for texts that are empty or out of place"
+        super().__init__(f"training diverged at step {step}: {what}; {advice}")
         self.step = step
 
 
@@ -135,24 +131,10 @@ class StopTraining(Exception):  # noqa: N818
     """Raised by an `on_step`: the training ends with this step, as if it were the last one."""
 
 
-class DrawnExamples(Dataset[TrainingExample]):
-    """A training set that draws item i when it is asked for, the same example each time."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def digest(self) -> str:
-        """A digest of all that the items depend on; a checkpoint of another one is refused."""
-
-
-Examples = Sequence[TrainingExample] | DrawnExamples
-
-
 def train(
     base: BaseModel,
     ia3_model: IA3Model,
-    examples: Examples,
+    examples: Sequence[TrainingExample],
     config: TFewConfig,
     on_step: Callable[[TrainingStep], None] | None = None,
     *,
@@ -223,10 +205,8 @@ def training_arguments(
         )
     parts = arguments.get("gradient_accumulation_steps", 1)
     if parts < 1 or config.batch_size % parts:
-        raise IA3Error(
-            f"gradient_accumulation_steps is {parts}, expected a divisor of the batch_size "
-            f"{config.batch_size}"
-        )
+        expected = f"a divisor of the batch_size {config.batch_size}"
+        raise IA3Error(f"gradient_accumulation_steps is {parts}, expected {expected}")
     defaults = {
         "output_dir": str(folder),
         "max_steps": config.steps,
@@ -270,7 +250,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         self,
         base: BaseModel,
         ia3_model: IA3Model,
-        examples: Examples,
+        examples: Sequence[TrainingExample],
         config: TFewConfig,
         arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
@@ -278,22 +258,20 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         if not examples:
             raise IA3Error("there are no examples to train on: expected at least one")
         if arguments.world_size > 1:
-            raise IA3Error(
-                f"{arguments.world_size} processes train: expected one, as gradients are not "
-                "averaged over processes"
-            )
+            problem = "expected one, as gradients are not averaged over processes"
+            raise IA3Error(f"{arguments.world_size} processes train: {problem}")
         # The authors' scales its steps by the size of a vector; the Trainer's default does not.
         settings = {"scale_parameter": True, "relative_step": False}
         adafactor = (Adafactor, {"lr": arguments.learning_rate, **settings})
         super().__init__(
             model=ia3_model,
             args=arguments,
-            train_dataset=examples if isinstance(examples, DrawnExamples) else list(examples),
+            train_dataset=list(examples),
             data_collator=lambda batch: {"examples": batch},
             callbacks=list(callbacks),
             optimizer_cls_and_kwargs=adafactor if arguments.optim == "adafactor" else None,
         )
-        # The Trainer adds it; it would print what `on_step` reports.
+        # It would print what `on_step` reports.
         self.remove_callback(PrinterCallback)
         self.history: list[TrainingStep] = []
         self._base = base
@@ -336,14 +314,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         counts = Counts(len(examples), right, tokens - right)
         self._terms = torch.zeros(4)
         self._parts_left = len(parts)
-        return [
-            {
-                "examples": [example for example, _ in part],
-                "labels": torch.tensor([label for _, label in part]),
-                "counts": counts,
-            }
-            for part in drawn
-        ], items
+        return [{"drawn": part, "counts": counts} for part in drawn], items
 
     def training_step(
         self,
@@ -353,7 +324,8 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """Compute the gradients of one part of a step, itself in parts of `max_tokens` tokens."""
         model.train()
-        examples: list[EncodedExample] = inputs["examples"]
+        drawn: list[tuple[EncodedExample, int]] = inputs["drawn"]
+        examples = [example for example, _ in drawn]
         max_tokens = self._config.max_tokens
         terms = torch.zeros(4, device=self.args.device)
         for part in example_batches(self._base, examples, max_tokens):
@@ -361,7 +333,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             with self.compute_loss_context_manager(), self.accelerator.autocast():
                 of_part = [examples[i] for i in part]
                 scores = token_scores(self._base, of_part, max_tokens=max_tokens)
-                labels = inputs["labels"][part].to(scores.mask.device)
+                labels = torch.tensor([drawn[i][1] for i in part], device=scores.mask.device)
                 loss = token_loss(scores, labels, counts=inputs["counts"], **self._config.weights)
             self.accelerator.backward(loss.total)
             each = torch.stack([loss.total, loss.lm, loss.length_norm, loss.unlikelihood])
@@ -412,10 +384,9 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             written = self._staging / name
             run = {"run": self._run, "history": [asdict(step) for step in self.history]}
             (written / RUN_NAME).write_text(json.dumps(run), "utf-8")
-            for path in written.rglob("*"):
-                if path.is_file():
-                    with open(path, "rb") as file:
-                        os.fsync(file.fileno())
+            for path in filter(Path.is_file, written.rglob("*")):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
             # A checkpoint of the same step holds the same.
             shutil.rmtree(folder / name, ignore_errors=True)
             written.rename(folder / name)
@@ -434,20 +405,16 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         """The steps before a checkpoint of this run."""
         path = checkpoint / RUN_NAME
         if not path.is_file():
-            raise IA3Error(
-                f"{checkpoint} is no checkpoint of a T-Few run: it has no {RUN_NAME}; give another"
-                " folder"
-            )
+            problem = f"no checkpoint of a T-Few run: it has no {RUN_NAME}; give another folder"
+            raise IA3Error(f"{checkpoint} is {problem}")
         read = json.loads(path.read_text("utf-8"))
         for name, value in self._run.items():
             there = read["run"].get(name)
             if there != value:
                 what = f"{name}={there!r}, this one {value!r}"
-                raise IA3Error(
-                    f"{checkpoint} is another run's: it had "
-                    f"{f'other {name}' if name in DIGESTS else what}; give another folder, or "
-                    "remove this one to begin anew"
-                )
+                what = f"other {name}" if name in DIGESTS else what
+                advice = "give another folder, or remove this one to begin anew"
+                raise IA3Error(f"{checkpoint} is another run's: it had {what}; {advice}")
         return [TrainingStep(**step) for step in read["history"]]
 
 
@@ -466,17 +433,16 @@ class _OnStep(TrainerCallback):  # type: ignore[misc]
 def described_run(
     base: Fingerprint,
     first_vectors: Sequence[Mapping[str, Tensor]],
-    examples: Examples,
+    examples: Sequence[TrainingExample],
     config: TFewConfig,
 ) -> dict[str, Any]:
     """What identifies a run, as values of JSON; `first_vectors` are those of each adapter."""
     recipe = asdict(config)
     # A run that lacked memory may go on in smaller parts.
     del recipe["max_tokens"]
-    if isinstance(examples, DrawnExamples):
-        data = examples.digest()
-    else:
-        data = hashlib.sha256(repr([astuple(e) for e in examples]).encode()).hexdigest()
+    # An example of a mixture may stand at many places.
+    different = {id(example): example for example in examples}.values()
+    data = repr([astuple(example) for example in different])
     start = hashlib.sha256()
     for vectors in first_vectors:
         for module, vector in vectors.items():
@@ -484,7 +450,7 @@ def described_run(
             start.update(vector.detach().float().cpu().numpy().tobytes())
     return {
         **recipe,
-        "examples": data,
+        "examples": hashlib.sha256(data.encode()).hexdigest(),
         "base model": hashlib.sha256(base.to_json().encode()).hexdigest(),
         "first vectors": start.hexdigest(),
     }
