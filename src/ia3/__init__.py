@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .targets.config import IA3Config as IA3Config
     from .targets.config import PeftType as PeftType
     from .targets.config import TaskType as TaskType
-    from .targets.explain import explain as explain
+    from .targets.resolve import explain as explain
 
     PeftConfig = IA3Config
     PeftModel = IA3Model
@@ -83,7 +83,7 @@ _HOME = {
     "PeftType": "targets.config",
     "TaskType": "targets.config",
     "embedded_model_folder": "base.embedded",
-    "explain": "targets.explain",
+    "explain": "targets.resolve",
     "fit_many": "classify.fit_many",
     "combine": "adapter.combining",
     "get_peft_model": "model.ia3_model",

@@ -173,17 +173,19 @@ class FewShotClassifier(RankingClassifier):
                 "adapter: give one of them"
             )
         # The untuned model takes no step; its other settings are checked all the same.
-        recipe = TFewConfig(
-            steps=max(self.steps, 1),
-            learning_rate=self.learning_rate,
-            seed=self.seed,
-            max_tokens=self.max_tokens,
-        )
+        own = {name: getattr(self, name) for name in ("learning_rate", "seed", "max_tokens")}
+        recipe = TFewConfig(steps=max(self.steps, 1), **own)
         encoder = Encoder(self.base, data.choices, chat=self.chat)
         encoded = encode_all(encoder, data.examples, data.templates)
         answers = map(data.classes.index, data.labels)
         examples = [TrainingExample(*pair) for pair in zip(encoded, answers, strict=True)]
-        start = None if self.init_from is None else _adapter_to_begin_with(self.init_from)
+        start = self.init_from
+        if start is not None:
+            if not isinstance(start, store.Adapter):
+                start = store.read_adapter(adapter_folder(start, ["adapter_*"]))
+            # It is to be trained, and belongs to the model that it is put on.
+            config = replace(start.config, inference_mode=False, base_model_name_or_path=None)
+            start = replace(start, config=config)
         return PreparedTask(data, recipe, examples, start)
 
     def _train(
@@ -194,14 +196,12 @@ class FewShotClassifier(RankingClassifier):
     ) -> None:
         from ..tfew.training.trainer import train
 
-        base, history = self.base, []
+        base, history, data = self.base, [], (task.examples, task.recipe)
         begin = task.start or all_linear(base, self.upper_blocks)
-        with temporary_adapter(base, begin, source="init_from") as ia3_model:
+        with temporary_adapter(base, begin, source="init_from") as model:
             if self.steps > 0:
-                history = train(
-                    base, ia3_model, task.examples, task.recipe, on_step, checkpoints=checkpoints
-                )
-            adapter = ia3_model.adapter("default")
+                history = train(base, model, *data, on_step, checkpoints=checkpoints)
+            adapter = model.adapter("default")
         self._keep_fit(task.data, adapter, history)
 
     def _keep_fit(
@@ -278,16 +278,10 @@ class FewShotClassifier(RankingClassifier):
         task, settings = _read_task_file(path)
         if model is None and not task.get("model"):
             raise IA3Error(f"{path} names no model: give the one it was fitted on as model=")
-        classifier = cls(
-            model=task["model"] if model is None else model,
-            template=task["templates"],
-            choices=dict(zip(task["labels"], task["choices"], strict=True)),
-            device=device,
-            dtype=dtype,
-            tokenizer=tokenizer,
-            max_tokens=max_tokens,
-            **settings,
-        )
+        choices = dict(zip(task["labels"], task["choices"], strict=True))
+        given = {**settings, "device": device, "dtype": dtype, "tokenizer": tokenizer}
+        model = task["model"] if model is None else model
+        classifier = cls(model, task["templates"], choices, max_tokens=max_tokens, **given)
         classifier.adapter_ = store.read_adapter(folder)
         classifier._keep_task(*(task[name] for name in LISTS))
         classifier.settings_ = settings
@@ -317,11 +311,3 @@ def _read_task_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise IA3Error(f"{path} is not a saved classifier: {what}") from error
-
-
-def _adapter_to_begin_with(init_from: str | Path | store.Adapter) -> store.Adapter:
-    """The adapter as one that is to be trained, and that belongs to the model it is put on."""
-    if not isinstance(init_from, store.Adapter):
-        init_from = store.read_adapter(adapter_folder(init_from, ["adapter_*"]))
-    config = replace(init_from.config, inference_mode=False, base_model_name_or_path=None)
-    return replace(init_from, config=config)

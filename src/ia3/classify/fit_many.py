@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sklearn.base import clone
-
 from ..adapter import store
 from ..adapter.fingerprint import Fingerprint, fingerprint
 from ..adapter.layout import WEIGHTS_NAME
@@ -99,10 +97,9 @@ def fit_many(
     for name, data in tasks.items():
         try:
             _fit(name, data, classifiers[name], model, folder, on_step)
+            fitted[name] = classifiers[name]
         except IA3Error as error:
             failures[name] = error
-        else:
-            fitted[name] = classifiers[name]
     return FittedTasks(fitted, failures)
 
 
@@ -169,7 +166,7 @@ def _classifiers(
         if name not in tasks:
             hint = did_you_mean(str(name), tasks)
             raise IA3Error(f"there is no task for classifier {name!r}{hint}")
-    classifiers = {name: clone(given[name]) for name in tasks}
+    classifiers = {name: given[name].__sklearn_clone__() for name in tasks}
     if max_tokens is not None:
         for classifier in classifiers.values():
             classifier.max_tokens = max_tokens
@@ -177,9 +174,8 @@ def _classifiers(
 
 
 def _one_base(classifiers: Mapping[str, FewShotClassifier]) -> BaseModel:
-    bases = {name: classifier.base for name, classifier in classifiers.items()}
-    first, base = next(iter(bases.items()))
-    for name, other in bases.items():
+    (first, base), *others = ((name, c.base) for name, c in classifiers.items())
+    for name, other in others:
         if other.model is not base.model:
             raise IA3Error(
                 f"task {name!r} is of the model {other.name!r} and task {first!r} of "

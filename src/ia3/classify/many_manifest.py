@@ -59,11 +59,7 @@ def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
     | `init_from` | an adapter to begin with, a folder or hub id | |
 
     A key under `defaults` holds for each task that does not have it. Paths are relative to the
-    manifest.
-
-    Raises:
-        FileNotFoundError: there is no file at `path`.
-        IA3Error: the file is no such manifest; the message names the task and the key.
+    manifest. An error names the task and the key.
     """
     path = Path(path)
     content = read_manifest_file(path, TOP_KEYS)

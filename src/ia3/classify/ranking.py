@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
@@ -35,15 +35,7 @@ TEXT = "text"
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """The data and the prompts of a task, checked.
-
-    Attributes:
-        examples: `[examples]`, each a mapping from field names to values.
-        labels: `[examples]`.
-        classes: the labels that may be predicted, `[classes]`, sorted.
-        choices: the words to rank for each class, `[classes]`.
-        templates: the prompts; each renders the first example.
-    """
+    """The data and the prompts of a task, checked; `classes` are sorted, `choices` their words."""
 
     examples: list[Mapping[str, Any]]
     labels: list[Label]
@@ -139,9 +131,7 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 raise IA3Error(message)
         return float(super().score(texts, labels, sample_weight))
 
-    # -- scikit-learn -----------------------------------------------------------------------------
-
-    def __sklearn_clone__(self) -> RankingClassifier:
+    def __sklearn_clone__(self) -> Self:
         # scikit-learn would copy a loaded model, weights and all.
         return type(self)(**self.get_params(deep=False))
 
@@ -167,9 +157,8 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         # Numbers before strings.
         classes = sorted({*targets, *(self.choices or {})}, key=lambda c: (isinstance(c, str), c))
         if len(classes) < 2:
-            raise IA3Error(
-                f"all labels are {classes[0]!r}: name at least two, in labels or in choices"
-            )
+            found = f"all labels are {classes[0]!r}"
+            raise IA3Error(f"{found}: name at least two, in labels or in choices")
         if isinstance(classes[-1], str) != isinstance(classes[0], str):
             raise IA3Error(f"the labels {classes} mix strings and numbers: expected one kind")
         answers = _answer_choices(classes, self.choices)
@@ -178,13 +167,10 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             template.render(examples[0], answers)
         return LabelledTexts(examples, targets, classes, answers, templates)
 
-    def _keep_task(
-        self, classes: list[Label], choices: list[str], templates: list[str], fields: list[str]
-    ) -> None:
-        self.classes_ = np.array(classes)
-        self.choices_ = choices
-        self.templates_ = templates
-        self.fields_ = fields
+    def _keep_task(self, labels: list[Label], *others: list[str]) -> None:
+        """Keep the labels, and the choices, templates and fields."""
+        self.classes_ = np.array(labels)
+        self.choices_, self.templates_, self.fields_ = others
 
     def _probabilities(
         self, examples: list[Mapping[str, Any]], progress: Callable[[int], None] | None
@@ -234,9 +220,8 @@ def _listed(name: str, given: Any) -> list[Any]:
     try:
         return list(given)
     except TypeError as error:
-        raise IA3Error(
-            f"{name} is {given!r} ({type(given).__name__}), expected a list of {name}"
-        ) from error
+        what = f"{name} is {given!r} ({type(given).__name__})"
+        raise IA3Error(f"{what}, expected a list of {name}") from error
 
 
 def _answer_choices(classes: Sequence[Label], choices: Mapping[Any, str] | None) -> list[str]:

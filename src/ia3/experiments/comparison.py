@@ -139,18 +139,10 @@ def draw_samples(
     shots: int | None = None,
     seeds: int = 5,
 ) -> list[Sample]:
-    """Draw one sample for each seed.
+    """Draw one sample for each seed, from 0, of `shots` examples of each label.
 
-    Args:
-        texts: to learn from, `[examples]`.
-        labels: of these.
-        test: texts to answer and their labels; by default those that a sample leaves over.
-        shots: examples of each label in a sample; by default a sample has all examples, and only
-            their order differs from seed to seed.
-        seeds: how many, from 0.
-
-    Raises:
-        IA3Error: there is nothing to test on, or a label has fewer examples than `shots`.
+    By default a sample has all examples, and only their order differs from seed to seed. `test` has
+    the texts to answer and their labels; by default they are those that a sample leaves over.
     """
     if shots is None and test is None:
         raise IA3Error(
@@ -200,7 +192,7 @@ def compare(
     anew: bool = False,
     bar: Bar = lambda what, total: nullcontext(lambda done: None),
 ) -> list[Run]:
-    """Run methods on samples, one after the other.
+    """Run methods on samples, one after the other; returns the runs by sample, then by method.
 
     The untuned model answers the same texts always the same, so it runs on them only once.
 
@@ -212,14 +204,6 @@ def compare(
             already, of the same data and settings, are not repeated.
         anew: remove this file first.
         bar: shows how far a run is.
-
-    Returns:
-        The runs, by sample and then by method.
-
-    Raises:
-        IA3Error: a method is unknown, a test label is not among the choices, the results file is
-            broken, SetFit is asked for and cannot be imported, or a classifier refuses the data.
-        OSError: the results cannot be written.
     """
     settings = settings or Settings()
     _check(samples, methods, settings)

@@ -83,40 +83,28 @@ def tfew_cost(
 ) -> Cost:
     """T-Few: an answer is one forward pass; training is steps · batch · tokens · 6N, or 3N.
 
-    The vectors are too few to count in either (section 4.2).
-
-    Args:
-        size: of the model.
-        tokens: of a text with all choices.
-        steps: of the optimizer.
-        batch_size: texts a step, in the mean.
-        stored_bytes: of the adapter.
+    `tokens` are those of a text with all choices. The vectors are too few to count (section 4.2).
     """
     training = size.training_flops * tokens * steps * batch_size
     return Cost(size.forward_flops * tokens, training, stored_bytes)
 
 
 def in_context_cost(
-    size: ModelSize,
-    tokens: float,
-    demonstration_tokens: float,
-    *,
-    members: int = 1,
-    cached: bool = False,
+    size: ModelSize, tokens: float, shown: float, *, members: int = 1, cached: bool = False
 ) -> Cost:
     """In-context learning: an answer is a forward pass over demonstrations and text.
 
     Args:
         size: of the model.
         tokens: of a text with all choices.
-        demonstration_tokens: of all prompts' demonstrations together; these are stored.
+        shown: tokens of all prompts' demonstrations together; these are stored.
         members: prompts that are averaged, each with the text in it. The paper counts an ensemble
             of one-shot prompts as one prompt with all demonstrations.
         cached: compute the demonstrations once, not for every answer as the paper counts.
     """
-    demonstrations = size.forward_flops * demonstration_tokens
+    demonstrations = size.forward_flops * shown
     text = size.forward_flops * tokens * members
-    stored = round(TOKEN_BYTES * demonstration_tokens)
+    stored = round(TOKEN_BYTES * shown)
     if cached:
         return Cost(text, demonstrations, stored)
     return Cost(demonstrations + text, 0.0, stored)

@@ -145,9 +145,8 @@ class InContextClassifier(RankingClassifier):
         groups = self._groups(chosen)
         demonstrations = [_joined(of_template, groups) for of_template in written]
         tokens = list(map(self._check_fit, demonstrations, written, longest))
-        self._keep_task(
-            task.classes, task.choices, [t.source for t in task.templates], list(task.examples[0])
-        )
+        sources = [template.source for template in task.templates]
+        self._keep_task(task.classes, task.choices, sources, list(task.examples[0]))
         self.demonstrations_ = demonstrations
         self.demonstration_tokens_ = tokens
         self.examples_used_ = len(chosen)
@@ -210,9 +209,8 @@ class InContextClassifier(RankingClassifier):
             fitting = sum(total <= room for total in sums)
             advice = "give so many, or shorter ones" if fitting else "give shorter ones"
             if self.ensemble != "one-shot" and fitting:
-                advice += (
-                    ", or use leave_out=True, or ensemble='one-shot': each has a prompt of its own"
-                )
+                alone = "ensemble='one-shot': each has a prompt of its own"
+                advice += f", or use leave_out=True, or {alone}"
             raise IA3Error(
                 f"the demonstrations have {max(counts)} tokens and the longest text with its "
                 f"answer {longest}; the context of {self.base.name!r} has {context}: {fitting} "
@@ -273,7 +271,7 @@ class WithDemonstrations(Template):
         self.demonstrations = demonstrations
 
     def render(self, example: Mapping[str, Any], answer_choices: Sequence[str]) -> str:
-        """The demonstrations and the prompt for one example; raises as `Template` does."""
+        """The demonstrations and the prompt for one example."""
         return self.demonstrations + super().render(example, answer_choices)
 
 
@@ -282,11 +280,7 @@ def fitting(
 ) -> list[int]:
     """As many demonstrations as fit, in the order given; one that does not is passed over.
 
-    Args:
-        base: the model.
-        written: the demonstrations, `[templates][demonstrations]`.
-        room: tokens for all of them together, `[templates]`.
-        order: the demonstrations' indices.
+    `written` is `[templates][demonstrations]`, `room` the tokens for all of them, `[templates]`.
     """
     alone = [token_counts(base, of_template) for of_template in written]
     chosen: list[int] = []
@@ -317,10 +311,8 @@ def _joined(written: Sequence[str], groups: Sequence[Sequence[int]]) -> list[str
 def check_ensemble(ensemble: str) -> None:
     """Raise `IA3Error` for an unknown ensemble."""
     if ensemble not in ENSEMBLES:
-        raise IA3Error(
-            f"ensemble is {ensemble!r}, expected one of {', '.join(ENSEMBLES)}"
-            f"{did_you_mean(ensemble, ENSEMBLES)}"
-        )
+        hint = did_you_mean(ensemble, ENSEMBLES)
+        raise IA3Error(f"ensemble is {ensemble!r}, expected one of {', '.join(ENSEMBLES)}{hint}")
 
 
 def by_label(labels: Sequence[Label]) -> dict[Label, list[int]]:

@@ -147,7 +147,7 @@ def cross_validate(
     results: str | Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[RaftScore]:
-    """Score methods on a task's labelled rows, of which a fifth is held out in each fold.
+    """The scores of methods on a task's labelled rows, of which a fifth is held out in each fold.
 
     `"majority"` predicts the most frequent label of the others, and the first in the benchmark's
     order where several are; `"zero-shot"` ranks the choices with the model as it is; `"icl"`
@@ -159,20 +159,11 @@ def cross_validate(
         base: the model.
         task: from `read_raft`.
         settings: by default the paper's, on all linear layers.
-        methods: of `METHODS`.
+        methods: of `METHODS`, in whose order the scores are.
         folds: 1 to 5; with 5 every row is held out once.
         results: a folder for a file of predictions. What is in it is not computed again, and a
             training that was killed goes on.
         progress: called with the rows predicted and steps taken since the last call, of `work`.
-
-    Returns:
-        One score a method, in the order of `METHODS`.
-
-    Raises:
-        DivergedError: the loss is not finite.
-        IA3Error: the results are broken or have other settings, the template exceeds
-            `max_prompt_tokens`, or the model's scores are not finite.
-        OSError: the results cannot be written.
     """
     run = _Run(base, task, settings or RaftSettings(), _results(results), progress)
     wanted = [method for method in METHODS if method in methods]
@@ -204,10 +195,7 @@ def submission(
     results: str | Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Train on all labelled rows, and predict the test rows' labels, `[test rows]`.
-
-    The base model is left as found; the arguments and errors are those of `cross_validate`.
-    """
+    """Train on all labelled rows and predict the test rows; arguments as in `cross_validate`."""
     run = _Run(base, task, settings or RaftSettings(), _results(results), progress)
     _check_settings(run, "tfew")
     size = PREDICTED_AT_ONCE
@@ -262,7 +250,6 @@ class _Run:
         return rows
 
     def encoder(self, max_prompt_tokens: int | None = None) -> Encoder:
-        """An encoder of prompts up to this length, the settings' by default."""
         limit = max_prompt_tokens or self.settings.max_prompt_tokens
         return Encoder(self.base, self.task.choices, chat=False, max_prompt_tokens=limit)
 
@@ -414,13 +401,11 @@ def _add(run: _Run, key: dict[str, Any], predicted: Sequence[int], **more: Any) 
 
 
 def _checkpoints(run: _Run, split: int | str) -> Path | None:
-    """Where a training is kept as it goes."""
     path = run.results.path
     return None if path is None else path.parent / "checkpoints" / f"{run.task.name}-{split}"
 
 
 def _forget_checkpoints(run: _Run, split: int | str) -> None:
-    """Remove the checkpoints of a training whose predictions are kept."""
     folder = _checkpoints(run, split)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)

@@ -63,14 +63,7 @@ def read_raft(folder: str | Path, tasks: Sequence[str] = ()) -> list[RaftTask]:
     Such a folder has a `task.json` (`data_columns`, and `label_columns` with the names of `Label`),
     a `train.csv` and a `test_unlabeled.csv`.
 
-    Args:
-        folder: with the tasks' folders.
-        tasks: the names of those to read; by default all that are there, sorted.
-
-    Raises:
-        FileNotFoundError: the folder or one of the files is not there.
-        IA3Error: there is no such task, or a file is broken: it lacks a column, or has a label that
-            `task.json` has not.
+    By default all tasks that are there are read, sorted.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -134,14 +127,8 @@ def public_labels(task: RaftTask, folder: str | Path) -> list[str | None]:
     """The true labels of Banking77's test rows, found by their text among the public ones.
 
     White space makes no difference in a text, nor case and punctuation in a label's name. The
-    folder has `test.csv` or `train.csv` or both, with the columns `text` and `category`.
-
-    Returns:
-        One label a test row; `None` where the text is not there, or there with several.
-
-    Raises:
-        FileNotFoundError: neither file is there.
-        IA3Error: a file is broken, has a category that the task has not, or no text matches.
+    folder has `test.csv` or `train.csv` or both, with the columns `text` and `category`. A test row
+    whose text is not there, or there with several labels, has `None`.
     """
     paths = [Path(folder) / name for name in ("test.csv", "train.csv")]
     if not any(path.is_file() for path in paths):

@@ -55,11 +55,7 @@ class SetFitResult:
 
 
 def check_setfit(setfit: SetFit) -> None:
-    """Import SetFit in its environment, which takes seconds, before anything takes minutes.
-
-    Raises:
-        IA3Error: the interpreter does not run or cannot import it.
-    """
+    """Import SetFit in its environment, which takes seconds, before anything takes minutes."""
     if setfit.model is not None and _is_path(setfit.model) and not Path(setfit.model).is_dir():
         raise IA3Error(f"the SetFit model {setfit.model} is not a folder")
     done = _run(setfit, "-c", "import datasets, setfit")
@@ -81,11 +77,7 @@ def run_setfit(
     seed: int,
     use_gpu: bool,
 ) -> SetFitResult:
-    """Train on labelled texts and answer others, one at least, in a process of its own.
-
-    Raises:
-        IA3Error: it failed; the message has the last line that it printed.
-    """
+    """Train on labelled texts and answer others, one at least, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         given, result = Path(folder) / "given.json", Path(folder) / "result.json"
         sample = {"texts": texts, "labels": labels, "test_texts": test_texts}

@@ -124,10 +124,9 @@ class IA3Config:
         if self.task_type is not None:
             known, given = list(TaskType), self.task_type
             if given not in known:
-                raise IA3Error(
-                    f"task_type is {given!r}, expected one of {', '.join(known)}"
-                    f"{did_you_mean(str(given), known)}"
-                )
+                hint = did_you_mean(str(given), known)
+                message = f"task_type is {given!r}, expected one of {', '.join(known)}{hint}"
+                raise IA3Error(message)
             self.task_type = TaskType(given)
         saved = self.modules_to_save
         if saved is not None:
@@ -139,10 +138,8 @@ class IA3Config:
             setattr(self, name, _as_set(getattr(self, name), name))
         targets, feedforward = self.target_modules, self.feedforward_modules
         if self.paper_sites and (targets is not None or feedforward is not None):
-            raise IA3Error(
-                "paper_sites=True chooses target_modules and feedforward_modules itself: leave "
-                "them out"
-            )
+            both = "target_modules and feedforward_modules"
+            raise IA3Error(f"paper_sites=True chooses {both} itself: leave them out")
         if isinstance(targets, set) and isinstance(feedforward, set) and not feedforward <= targets:
             raise IA3Error(
                 f"feedforward_modules {sorted(feedforward - targets)} are not among "

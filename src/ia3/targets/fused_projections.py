@@ -20,11 +20,7 @@ Layout = Callable[[Any, int], tuple[int, Frozen]]
 
 
 def fused_queries(attention: nn.Module, name: str, size: int) -> Frozen:
-    """The ranges of a fused projection's output, of this size, that are neither keys nor values.
-
-    Raises:
-        IA3Error: the order of queries, keys and values is not known for the attention's class.
-    """
+    """The ranges of a fused projection's output, of this size, that are neither keys nor values."""
     for kind in type(attention).__mro__:
         if kind.__name__ in _LAYOUTS and kind.__module__.startswith("transformers."):
             groups, ranges = _LAYOUTS[kind.__name__](attention, size)
@@ -34,11 +30,6 @@ def fused_queries(attention: nn.Module, name: str, size: int) -> Frozen:
         f"{name!r} gives queries, keys and values at once, in an order that is not known for "
         f"{type(attention).__name__}: name what to rescale in target_modules"
     )
-
-
-def _first_third(attention: Any, size: int) -> tuple[int, Frozen]:
-    """All queries, then all keys, then all values (or values, then keys)."""
-    return 1, ((0, size // 3),)
 
 
 def _first(queries: Callable[[Any], int]) -> Layout:
@@ -92,7 +83,8 @@ _LAYOUTS: dict[str, Layout] = {
             "SamVisionAttention", "SegGptAttention", "TimesformerSelfAttention",
             "UnlimitedOcrSamVisionAttention", "VisionAttention", "VitDetAttention",
         ),
-        _first_third,
+        # All queries, then all keys, then all values (or values, then keys).
+        lambda attention, size: (1, ((0, size // 3),)),
     ),
     **dict.fromkeys(("BloomAttention", "PersimmonAttention"), _by_groups(lambda a: a.num_heads)),
     **dict.fromkeys(

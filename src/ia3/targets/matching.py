@@ -55,15 +55,8 @@ def names_or_suffixes(
     """The shortest list of entries that names exactly these modules of the model, sorted.
 
     An entry is a module's last part where that suffices, its whole name where nothing shorter does.
-
-    Args:
-        model: the base model.
-        names: names of its modules.
-        apart_from: further names that no entry may be the end of, dot or not: the outputs' names,
-            where the entries are for `feedforward_modules`.
-
-    Raises:
-        IA3Error: a name is no module's, or ends another module's name even in full.
+    No entry ends, dot or not, a name in `apart_from`: the outputs' names, where the entries are for
+    `feedforward_modules`. Raises `IA3Error` if a name is no module's, or ends another's.
     """
     everywhere = Counter(end for name, _ in model.named_modules() for end in _ends(name))
     wanted = Counter(end for name in set(names) for end in _ends(name))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,23 +34,16 @@ def resolve(
             otherwise the paper's sites.
         frozen: for an adapter that is loaded, module name -> the ranges that stay one. The config's
             entries may match nothing then: adapters trained with PEFT hold such, and their vectors
-            say what they rescale.
+            say what they rescale. Without it, `IA3Error` is raised for such an entry.
 
     Returns:
         A copy of the config with its modules named in the forms PEFT reads, and the targets in the
         model's order.
-
-    Raises:
-        IA3Error: a name or pattern matches nothing, or a match cannot be rescaled.
     """
     entries, feedforward, sites = _choice(model, config)
-    resolved = dataclasses.replace(
-        config,
-        target_modules=entries,
-        feedforward_modules=feedforward,
-        paper_sites=False,
-        unknown=dict(config.unknown),
-    )
+    modules_of: dict[str, Any] = {"target_modules": entries, "feedforward_modules": feedforward}
+    unknown = dict(config.unknown)
+    resolved = dataclasses.replace(config, **modules_of, paper_sites=False, unknown=unknown)
     if resolved.base_model_name_or_path is None:
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         resolved.base_model_name_or_path = name or None
@@ -59,13 +54,11 @@ def resolve(
     ranges = {**(frozen or {}), **{site.name: site.frozen for site in sites if site.frozen}}
     targets = []
     for name, side, activation in _chosen(resolved, modules, model):
-        stay = ranges.get(name, ())
+        stay, dim = ranges.get(name, ()), activation.dim
         for start, end in stay:
-            if not 0 <= start < end <= activation.dim:
-                raise IA3Error(
-                    f"module {name!r}: values {start} to {end} are to stay one, but its {side} has "
-                    f"{activation.dim}"
-                )
+            if not 0 <= start < end <= dim:
+                which = f"values {start} to {end} are to stay one"
+                raise IA3Error(f"module {name!r}: {which}, but its {side} has {dim}")
         reason = why.get(name) or _why(config, resolved, name, side)
         targets.append(Target(name, side, activation, stay, reason))
     # PEFT warns where its loading has to mend this.
@@ -74,11 +67,7 @@ def resolve(
 
 
 def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
-    """The names of all linear layers in a model's uppermost `count` blocks, in the model's order.
-
-    Raises:
-        IA3Error: the model has not so many blocks, or no one list of them.
-    """
+    """The names of all linear layers in a model's uppermost `count` blocks."""
     lists, kind = block_lists(model), type(model).__name__
     if len(lists) != 1:
         there = f"has blocks in {', '.join(lists)}" if lists else "has no list of blocks"
@@ -89,8 +78,8 @@ def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
     ((name, blocks),) = lists.items()
     size = len(blocks)
     if not 1 <= count <= size:
-        message = f"upper_blocks is {count}, expected 1 to {size}: {kind} has {size} blocks"
-        raise IA3Error(message)
+        found = f"{kind} has {size} blocks"
+        raise IA3Error(f"upper_blocks is {count}, expected 1 to {size}: {found}")
     return [
         f"{name}.{index}.{part}"
         for index in range(size - count, size)
@@ -102,11 +91,7 @@ def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
 def check_vectors(
     vectors: Mapping[str, Tensor], targets: Sequence[Target], model_name: str
 ) -> None:
-    """Check that an adapter's vectors, by module name, are those that its targets want.
-
-    Raises:
-        IA3Error: a vector is missing, is not expected, or has another shape.
-    """
+    """Raise `IA3Error` unless an adapter's vectors, by module name, are those of its targets."""
     expected = {target.name: target for target in targets}
     missing = sorted(expected.keys() - vectors.keys())
     extra = sorted(vectors.keys() - expected.keys())
@@ -124,6 +109,66 @@ def check_vectors(
                 f"{list(vectors[name].shape)} {vectors[name].dtype}, expected {list(shape)} "
                 f"({math.prod(shape)} values on the {target.side} side)"
             )
+
+
+def explain(model: nn.Module, config: IA3Config | None = None) -> None:
+    """Print which modules of a model would be rescaled, how many values, and why.
+
+    Modules that differ only in the number of their layer share a line, with a `*` for the number.
+    The columns are the module's name; its side that is rescaled (`output`, `input`, or `inner` of
+    experts); how many such modules there are; how many values the vector of one has; and why it was
+    chosen. The last line is the size of the whole adapter in float32.
+
+    Args:
+        model: the base model, which is not changed; it may be on the meta device.
+        config: what to rescale; `IA3Config()`, the defaults for the architecture, if not given.
+
+    Raises:
+        IA3Error: the config does not fit the model: a name matches nothing, a module cannot be
+            rescaled, or there are no defaults for such a model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> import ia3
+        >>> sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32}
+        >>> layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        >>> ia3.explain(LlamaForCausalLM(LlamaConfig(**sizes, **layers)))
+        LlamaForCausalLM (llama)
+        module                           side    times  values  why
+        model.layers.*.self_attn.k_proj  output      2       8  PEFT's default 'k_proj'
+        model.layers.*.self_attn.v_proj  output      2       8  PEFT's default 'v_proj'
+        model.layers.*.mlp.down_proj     input       2      32  PEFT's default 'down_proj'
+        6 modules, 96 values, 384 bytes
+    """
+    _, targets = resolve(model, config or IA3Config())
+    model_type = model_type_of(model)
+    print(type(model).__name__ + (f" ({model_type})" if model_type != "None" else ""))
+    rows = [("module", "side", "times", "values", "why"), *_rows(targets)]
+    name, side, times, values = (max(len(row[column]) for row in rows) for column in range(4))
+    for a, b, c, d, why in rows:
+        print(f"{a:<{name}}  {b:<{side}}  {c:>{times}}  {d:>{values}}  {why}")
+    total = sum(math.prod(target.activation.shape) for target in targets)
+    modules = "1 module" if len(targets) == 1 else f"{len(targets)} modules"
+    frozen = sum(end - start for target in targets for start, end in target.frozen)
+    stay = f", {frozen:,} of them stay one" if frozen else ""
+    print(f"{modules}, {total:,} values, {4 * total:,} bytes{stay}")
+
+
+def _rows(targets: list[Target]) -> list[tuple[str, ...]]:
+    alike: dict[object, list[Target]] = defaultdict(list)
+    for target in targets:
+        shape = target.activation.shape
+        alike[_starred(target), target.side, shape, target.frozen, target.why].append(target)
+    rows: list[tuple[str, ...]] = []
+    for first, *others in alike.values():
+        name, values = _starred(first) if others else first.name, first.activation.shape
+        size = f"{math.prod(values):,}"
+        rows.append((name, first.side, str(1 + len(others)), size, first.why))
+    return rows
+
+
+def _starred(target: Target) -> str:
+    return ".".join("*" if part.isdigit() else part for part in target.name.split("."))
 
 
 # -- what is left to the library -------------------------------------------------------------------
@@ -147,8 +192,11 @@ def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list
     elif entries is None:
         entries, default, sites = _peft_defaults(model)
         feedforward = default if feedforward is None else feedforward
-    elif _is_all_linear(entries):
-        head = _output_layer(model, config.task_type)
+    elif str(entries).lower() == "all-linear":
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        if head is None and config.task_type == TaskType.SEQ_CLS:
+            # Where a sequence classifier keeps its output layer, in PEFT's order.
+            head = getattr(model, "score", None) or getattr(model, "classifier", None)
         modules = model.named_modules()
         linear = [name for name, m in modules if linear_features(m) and m is not head]
         entries = names_or_suffixes(model, linear)
@@ -178,11 +226,8 @@ def _peft_defaults(model: nn.Module) -> tuple[list[str], list[str], list[Target]
         f"{entries} ({found[0].why}) is rescaled instead",
         stacklevel=5,
     )
-    return (
-        [entry for entry in targets if entry not in stale] + entries,
-        [entry for entry in feedforward if entry not in stale] + entries,
-        found,
-    )
+    kept = ([entry for entry in given if entry not in stale] for given in (targets, feedforward))
+    return next(kept) + entries, next(kept) + entries, found
 
 
 def _entries(model: nn.Module, found: Iterable[Target]) -> tuple[list[str], list[str]]:
@@ -209,19 +254,6 @@ def _default_feedforward(model: nn.Module, targets: Entries) -> tuple[Entries, l
     return targets, [
         entry for entry in default if any(matches_feedforward(name, [entry]) for name in names)
     ]
-
-
-def _is_all_linear(modules: object) -> bool:
-    return isinstance(modules, str) and modules.lower() == "all-linear"
-
-
-def _output_layer(model: nn.Module, task_type: str | None) -> nn.Module | None:
-    """The language model's head, or a sequence classifier's output layer."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if head is None and task_type == TaskType.SEQ_CLS:
-        # Where a sequence classifier keeps it, in PEFT's order.
-        head = getattr(model, "score", None) or getattr(model, "classifier", None)
-    return head
 
 
 # -- the modules of the model ----------------------------------------------------------------------
@@ -286,7 +318,7 @@ def _chosen(
 
 def _why(config: IA3Config, resolved: IA3Config, name: str, side: Side) -> str:
     """Which of the resolved config's entries names a target."""
-    if _is_all_linear(config.target_modules):
+    if str(config.target_modules).lower() == "all-linear":
         return "linear layer"
     modules, rule = resolved.target_modules, matches
     if side != "output":

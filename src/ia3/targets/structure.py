@@ -29,21 +29,15 @@ def paper_targets(model: nn.Module) -> list[Target]:
 
     These are the outputs of every key and value projection, in self- and cross-attention, and the
     inputs of every feed-forward layer's down projection, which are its inner activation. Linear
-    attention has keys and values too; a state-space mixer has none and is left out.
-
-    Args:
-        model: any module; may be on the meta device.
-
-    Raises:
-        IA3Error: no attention or no feed-forward layer is found, or one is found whose keys and
-            values, or inner activation, cannot be told from the rest.
+    attention has keys and values too; a state-space mixer has none and is left out. Raises
+    `IA3Error` where none is found, or one that cannot be told from the rest.
     """
     tree = _Tree(model)
     targets = [target for name in tree.attentions for target in _keys_and_values(tree, name)]
     _refuse_unknown_attention(tree)
     if not targets:
         raise _left_to_caller(
-            f"no attention with query, key and value projections was found in "
+            "no attention with query, key and value projections was found in "
             f"{type(model).__name__}, and the paper's sites are theirs (a recurrent or state-space "
             "model has none)"
         )
@@ -51,11 +45,7 @@ def paper_targets(model: nn.Module) -> list[Target]:
 
 
 def feedforward_targets(model: nn.Module) -> list[Target]:
-    """Those of `paper_targets` that are feed-forward inner activations.
-
-    Raises:
-        IA3Error: none is found, or a layer's experts cannot be rescaled.
-    """
+    """Those of `paper_targets` that are feed-forward inner activations; an error if none is."""
     tree = _Tree(model)
     return tree.in_order(_feedforward(tree))
 
@@ -63,8 +53,7 @@ def feedforward_targets(model: nn.Module) -> list[Target]:
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The lists of a model's blocks, by name, in the model's order.
 
-    A block is a layer with an attention, among others in a list that is in no other such list. A
-    decoder-only model has one list, an encoder-decoder two.
+    A block is a layer with an attention, among others in a list that is in no other such list.
     """
     tree = _Tree(model)
     return {
@@ -311,10 +300,11 @@ def _feedforward(tree: _Tree) -> list[Target]:
     targets, with_names = [], set()
     for name, layer in within:
         module = tree.modules[name]
+        kind = type(module).__name__
+        has_weights = any(weight.dim() > 1 for weight in module.parameters(recurse=False))
         if is_experts(module):
             targets.append(tree.target(name, "inner", "experts' inner activation"))
-        elif _holds_experts(module):
-            kind = type(module).__name__
+        elif "expert" in kind.lower() and has_weights and not _is_projection(module):
             raise _left_to_caller(f"{name!r} ({kind}) holds experts that cannot be rescaled")
         elif down := _down_projection(tree, name):
             targets.append(tree.target(down, "input", _INNER))
@@ -327,15 +317,6 @@ def _feedforward(tree: _Tree) -> list[Target]:
     if not targets:
         raise _left_to_caller(f"no feed-forward layer was found in {type(tree.model).__name__}")
     return targets
-
-
-def _holds_experts(module: nn.Module) -> bool:
-    """Whether a module other than a linear layer has the weights of experts itself."""
-    return (
-        "expert" in type(module).__name__.lower()
-        and not _is_projection(module)
-        and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-    )
 
 
 def _down_projection(tree: _Tree, name: str) -> str | None:
