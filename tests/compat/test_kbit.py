@@ -1,21 +1,15 @@
 """`prepare_model_for_kbit_training`, and training over a quantized base model."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import (
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     Trainer,
     TrainingArguments,
 )
@@ -35,13 +29,13 @@ QUANTIZATIONS = {
 BOTH = (ia3, peft)
 
 
-def plain() -> PreTrainedModel:
+def plain():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(SMALL).to(torch.bfloat16)
 
 
-def described(model: torch.nn.Module) -> tuple[Any, ...]:
+def described(model):
     """What preparing may change."""
     modules, embed = model.named_modules(), model.get_input_embeddings()
     return (
@@ -94,7 +88,7 @@ def test_a_quantized_model_is_prepared_as_by_peft(quantized, options):
 # -- training --------------------------------------------------------------------------------------
 
 
-def train(library: Any, base: Any, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+def train(library, base, folder):
     """Two steps with transformers' Trainer: (the losses, the adapter in the last checkpoint)."""
     ids = [torch.arange(start, start + 8) for start in range(8)]
     steps = {"max_steps": 2, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}

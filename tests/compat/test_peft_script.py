@@ -1,12 +1,9 @@
 """Scripts written for PEFT run with their import line changed and nothing else."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -155,7 +152,7 @@ with torch.no_grad():
 """
 
 
-def run(script: str, folder: Path) -> list[str]:
+def run(script, folder):
     folder.mkdir()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, str(folder)],

@@ -1,17 +1,13 @@
 """PEFT's low-level functions: adapters without a wrapper, and their tensors by key."""
 
-from __future__ import annotations
-
 import copy
 import pickle
-from typing import Any
 
 import peft
 import pytest
 import torch
 from support.pairs import logits, randomize
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import ia3
 from ia3 import IA3Config, IA3Error
@@ -23,14 +19,14 @@ EVERY_MODEL = pytest.mark.parametrize("kind", KINDS)
 LIBRARIES = pytest.mark.parametrize(("one", "other"), [(ia3, peft), (peft, ia3)])
 
 
-def put_on(library: Any, model: PreTrainedModel, wrapped: bool, **config: Any) -> Any:
+def put_on(library, model, wrapped, **config):
     chosen = library.IA3Config(**config)
     if wrapped:
         return library.get_peft_model(model, chosen)
     return library.inject_adapter_in_model(chosen, model)
 
 
-def change(library: Any, model: Any, adapter_name: str = "default") -> dict[str, Tensor]:
+def change(library, model, adapter_name="default"):
     """Give an adapter's tensors other values, and return these."""
     tensors = library.get_peft_model_state_dict(model, adapter_name=adapter_name)
     values = {key: torch.ones(tensor.shape) for key, tensor in tensors.items()}
@@ -39,7 +35,7 @@ def change(library: Any, model: Any, adapter_name: str = "default") -> dict[str,
     return values
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 

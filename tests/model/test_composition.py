@@ -1,12 +1,8 @@
 """Adapted models in the hands of everything else: copies, compilers, casts, generation, files."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -171,7 +167,7 @@ def test_autocast_is_pefts(kind):
         assert relative(our_gradients[name], expected) < 1e-2, name
 
 
-CASTS: dict[str, tuple[Callable[[Any], Any], torch.dtype]] = {
+CASTS = {
     "half": (lambda model: model.half(), torch.float16),
     "bfloat16": (lambda model: model.bfloat16(), torch.bfloat16),
     "to": (lambda model: model.to(torch.bfloat16), torch.bfloat16),
@@ -219,7 +215,7 @@ def test_vectors_are_float32_again_after_a_detour_through_float64():
 
 # -- generation ------------------------------------------------------------------------------------
 
-GENERATION: dict[str, dict[str, Any]] = {
+GENERATION = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 20},
     "beams": {"do_sample": False, "num_beams": 3},

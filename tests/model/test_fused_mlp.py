@@ -1,7 +1,5 @@
 """Fused feed-forward layers: they compute the same, and keep less for the backward pass."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import pickle

@@ -1,11 +1,8 @@
 """act(gate) ⊙ up ⊙ vector in one operation, against the definition in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.pairs import relative
-from torch import Tensor
 from torch.nn import functional
 
 from ia3.core.mlp import FUNCTIONS
@@ -24,21 +21,21 @@ REFERENCE = {
 EVERY_FUNCTION = pytest.mark.parametrize("function", REFERENCE)
 
 
-def seeded(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+def seeded(*shape, dtype=torch.float64, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def definition(gate: Tensor, up: Tensor, vector: Tensor | None, function: str) -> Tensor:
+def definition(gate, up, vector, function):
     product = REFERENCE[function](gate) * up
     return product if vector is None else product * vector
 
 
-def plain(gate: Tensor, up: Tensor, vector: Tensor, function: str) -> Tensor:
+def plain(gate, up, vector, function):
     """As a layer's forward and a hook on its down projection's input compute it."""
     return ((FUNCTIONS[function](gate) * up) * vector).to(gate.dtype)
 
 
-def results(operation: object, inputs: list[Tensor], weight: Tensor, function: str) -> list[Tensor]:
+def results(operation, inputs, weight, function):
     """The result, and the gradients of gate, up and vector of Σ weight ⊙ result²."""
     assert callable(operation)
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
@@ -135,7 +132,7 @@ def test_changed_afterwards_raises():
 
 def saved_by(*inputs):
     """What the operation keeps for the backward pass."""
-    saved: list[Tensor] = []
+    saved = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
     ):
@@ -160,7 +157,7 @@ def test_with_the_vector_alone_to_train_no_more_than_the_product_is_saved():
 def test_functional_transforms(function):
     inputs = (seeded(3, 8), seeded(3, 8, seed=1), torch.tensor(AWKWARD).double())
 
-    def loss(gate: Tensor, up: Tensor, vector: Tensor) -> Tensor:
+    def loss(gate, up, vector):
         return gated_product(gate, up, vector, function).square().sum()
 
     found = torch.func.grad(loss, argnums=(0, 1, 2))(*inputs)

@@ -1,11 +1,8 @@
 """`IA3Model`: equal to PEFT's (IA)³ in what it computes, and gone without a trace afterwards."""
 
-from __future__ import annotations
-
 import copy
 import json
 import warnings
-from typing import Any
 
 import peft
 import pytest
@@ -18,10 +15,7 @@ from torch import nn
 from ia3 import IA3Config, IA3Error, IA3Model
 
 KINDS = ["llama", "gpt2", "t5"]
-CONFIGS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "all-linear": {"target_modules": "all-linear"},
-}
+CONFIGS = {"defaults": {}, "all-linear": {"target_modules": "all-linear"}}
 EVERY_MODEL = pytest.mark.parametrize("kind", KINDS)
 EVERY_CHOICE = pytest.mark.parametrize("choice", CONFIGS)
 

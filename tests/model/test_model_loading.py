@@ -1,7 +1,5 @@
 """Adapters that come and go: what is kept between two loads never shows."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file, save

@@ -1,11 +1,7 @@
 """Equal to PEFT in numbers and files, on every architecture PEFT has defaults for and on others."""
 
-from __future__ import annotations
-
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
 
 import peft
 import pytest
@@ -196,7 +192,7 @@ def test_weighted_adapters(kind, dtype):
 # -- plain modules ---------------------------------------------------------------------------------
 
 # A first layer, a second one, and inputs for them.
-PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]] = {
+PLAIN = {
     "linear": (lambda: nn.Linear(6, 8), lambda: nn.Linear(8, 5), (4, 6)),
     "Conv1D": (lambda: Conv1D(8, 6), lambda: Conv1D(5, 8), (2, 3, 6)),
     "conv2d": (
@@ -220,7 +216,7 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[i
         (2, 6, 4, 5, 6),
     ),
 }
-SIDES: dict[str, dict[str, Any]] = {
+SIDES = {
     "outputs": {"target_modules": ["first", "second"], "feedforward_modules": []},
     "inputs": {"target_modules": ["first", "second"], "feedforward_modules": ["first", "second"]},
     "both": {"target_modules": r"first|second", "feedforward_modules": r"second"},

@@ -1,7 +1,5 @@
 """Adapters in folders and on the hub: what is written where, and what is read."""
 
-from __future__ import annotations
-
 import copy
 import os
 import subprocess

@@ -1,10 +1,7 @@
 """PEFT's classes by task, and adapters that bring their base model: `AutoPeftModelFor…`."""
 
-from __future__ import annotations
-
 import inspect
 import json
-from typing import Any
 
 import peft
 import pytest
@@ -16,7 +13,7 @@ import ia3
 from ia3 import IA3Config, IA3Error, IA3Model, PeftModel, PeftType, TaskType, get_peft_model
 
 VOCABULARY = 48
-SMALL: dict[str, Any] = {
+SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -26,7 +23,7 @@ SMALL: dict[str, Any] = {
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 BERT = hf.BertConfig(**SMALL, **NO_DROPOUT, max_position_embeddings=16, num_labels=3)
 # Without a model that two task types share: AutoModelForQuestionAnswering wants two labels.
-MODELS: dict[str, Any] = {
+MODELS = {
     "CAUSAL_LM": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, pad_token_id=0)),
     "SEQ_2_SEQ_LM": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(

@@ -1,11 +1,8 @@
 """transformers' `Trainer` treats a model with adapters as it treats PEFT's."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
-from typing import Any
 
 import numpy as np
 import peft
@@ -29,7 +26,7 @@ from ia3 import IA3Config, IA3Error, IA3Model, PeftModel, get_peft_model
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 VOCABULARY = 48
-BERT: dict[str, Any] = {
+BERT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -38,7 +35,7 @@ BERT: dict[str, Any] = {
     "max_position_embeddings": 16,
     "num_labels": 3,
 }
-QUIET: dict[str, Any] = {
+QUIET = {
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-2,
     "logging_steps": 1,
@@ -98,7 +95,7 @@ def assert_same(found, expected):
 
 # -- as with PEFT ----------------------------------------------------------------------------------
 
-CHOICES: dict[str, dict[str, Any]] = {
+CHOICES = {
     "plain": {},
     "bfloat16": {"bf16": True},
     "checkpointing": {"gradient_checkpointing": True},
@@ -180,7 +177,7 @@ def test_resuming_ends_as_a_whole_run(tmp_path, begun_with, choice):
 
 def test_resuming_with_several_adapters(tmp_path):
     def two_adapters():
-        model: IA3Model = adapted()
+        model = adapted()
         model.add_adapter("other", IA3Config(target_modules=["query"], feedforward_modules=[]))
         with torch.no_grad():
             for vector in model.vectors("other").values():
@@ -283,7 +280,7 @@ def test_loading_where_other_values_stay_one_changes_nothing(tmp_path, tiny_gpt2
 
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
 def test_columns_are_those_of_the_base_model(tmp_path, task_type):
-    seen: list[set[str]] = []
+    seen = []
     model = adapted(ia3, task_type)
     forward = type(model.model).forward
 

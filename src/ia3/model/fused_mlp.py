@@ -30,11 +30,7 @@ from ..targets.structure import feedforward_targets
 
 
 def fuse(model: nn.Module) -> list[str]:
-    """Fuse the gated MLPs of a model, whose sites are then to be marked; all that are fused now.
-
-    Raises:
-        IA3Error: the model has no MLP that computes down(dropout(act(gate(x)) ⊙ up(x))).
-    """
+    """Fuse the gated MLPs of a model, whose sites are then to be marked; all that are fused now."""
     for name, module in model.named_modules():
         if ATTRIBUTE not in name.split(".") and not is_fused(module):
             found = gated_mlp(module)
@@ -81,9 +77,8 @@ def gated_mlp(module: nn.Module) -> Mlp | str:
         return f"it has {len(linear)} linear layers, expected a gate, an up and a down projection"
     if saved_module_of(module) is not None:
         return "an adapter has a copy of it (modules_to_save)"
-    why = (
-        f"it computes something else than down(act(gate(x)) ⊙ up(x)), act one of {list(FUNCTIONS)}"
-    )
+    form = "down(act(gate(x)) ⊙ up(x))"
+    why = f"it computes something else than {form}, act one of {list(FUNCTIONS)}"
     for down, (inner, _) in linear.items():
         if all(out == inner for name, (_, out) in linear.items() if name != down):
             found = read_mlp(module, down)
@@ -138,8 +133,6 @@ class FusedForward:
 # -- the operation ---------------------------------------------------------------------------------
 
 _ATEN = torch.ops.aten
-
-
 # (gradient, gate) -> the gradient times the function's derivative.
 BACKWARD: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": _ATEN.silu_backward,
@@ -155,14 +148,8 @@ def gated_product(gate: Tensor, up: Tensor, vector: Tensor | None, function: str
     Half precision is computed in float32 and rounded once, where separate operations round after
     each. Nothing is divided by the vector, so that its zeros are no special case.
 
-    Args:
-        gate: `[..., dim]`, any floating dtype.
-        up: `[..., dim]`.
-        vector: `[dim]`, which may be of a wider dtype; ones for `None`.
-        function: of `FUNCTIONS`.
-
-    Returns:
-        `[..., dim]` in the dtype that gate and up promote to.
+    Gate and up are `[..., dim]`, as is the result in the dtype that they promote to; the vector is
+    `[dim]`, perhaps of a wider dtype, and ones for `None`.
     """
     # Else the formula keeps no more. A compiler chooses itself what to keep.
     if (

@@ -19,7 +19,7 @@ from ..adapter.combining import CombinationType, MajoritySign, combine
 from ..adapter.store import Adapter
 from ..core.merge import Merge
 from ..core.route import LOCK, Names
-from ..errors import IA3Error
+from ..errors import IA3Error, naming
 from ..files.hub import HubOptions
 from ..targets.config import IA3Config, TaskType
 from . import saving
@@ -103,7 +103,7 @@ class IA3Model(nn.Module):
         kind = MODEL_CLASSES.get(adapter.config.task_type, cls) if cls is IA3Model else cls
         self = kind.__new__(kind)
         self._begin(model)
-        with saving.naming(source):
+        with naming(source):
             self._add_first(adapter_name, adapter.config, adapter)
         return self
 
@@ -177,7 +177,10 @@ class IA3Model(nn.Module):
 
     def _add(self, name: str, config: IA3Config, stored: Adapter | None) -> None:
         # Before the model's lock is held: the bank has one of its own.
-        self.routes.check_not_in_bank(name)
+        if self.routes.bank is not None and name in self.routes.bank:
+            raise IA3Error(
+                f"the model's bank has an adapter {name!r} already: remove it or choose another"
+            )
         self._adapters.add(name, config, stored)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -194,18 +197,6 @@ class IA3Model(nn.Module):
 
         Raises:
             IA3Error: a name is unknown, or two have a copy of one module (`modules_to_save`).
-
-        Example:
-            >>> from transformers import LlamaConfig, LlamaForCausalLM
-            >>> from ia3 import IA3Config, get_peft_model
-            >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
-            >>> model = get_peft_model(base, IA3Config(), "first")
-            >>> model.add_adapter("second", IA3Config(target_modules="all-linear"))
-            >>> model.set_adapter("second")
-            >>> model.active_adapters
-            ['second']
-            >>> any(vector.requires_grad for vector in model.vectors("first").values())
-            False
         """
         self._adapters.switch(adapter_name, inference_mode)
 
@@ -255,11 +246,9 @@ class IA3Model(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Print both numbers and their ratio, in PEFT's words."""
-        trained, total = self.get_nb_trainable_parameters()
-        share = 100 * trained / total
-        print(
-            f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}"
-        )
+        some, total = self.get_nb_trainable_parameters()
+        share = 100 * some / total
+        print(f"trainable params: {some:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     # -- computing --------------------------------------------------------------------------------
 
@@ -425,14 +414,6 @@ class IA3Model(nn.Module):
             dequantise: where a quantized weight cannot take a vector exactly, put an ordinary
                 linear layer in its place.
             progressbar: taken for PEFT's sake; merging is over before one could be read.
-
-        Example:
-            >>> from transformers import LlamaConfig, LlamaForCausalLM
-            >>> from ia3 import IA3Config, get_peft_model
-            >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
-            >>> merged = get_peft_model(base, IA3Config()).merge_and_unload()
-            >>> merged is base, [name for name in merged.state_dict() if "ia3_l" in name]
-            (True, [])
         """
         with LOCK:
             self._adapters.merge_for_good(adapter_names, safe_merge, dequantise)
@@ -476,7 +457,16 @@ class IA3Model(nn.Module):
             IA3Error: an adapter is unknown, there is none, or an option cannot be had.
             OSError: the disk is full or may not be written; what was there before stays.
         """
-        saving.check_options(safe_serialization, save_embedding_layers)
+        if save_embedding_layers is True:
+            raise IA3Error(
+                "save_embedding_layers=True: embeddings are saved where they are trained, by "
+                "naming them in modules_to_save"
+            )
+        if safe_serialization is not True:
+            raise IA3Error(
+                f"safe_serialization is {safe_serialization!r}, expected True: a pickle could run "
+                "code when it is read, so that only safetensors files are written"
+            )
         folders = saving.folders_of(self._adapters, save_directory, selected_adapters, adapter_name)
         if is_main_process:
             saving.save(self._adapters, folders, state_dict)
@@ -518,16 +508,6 @@ class IA3Model(nn.Module):
         Raises:
             FileNotFoundError: there is no adapter.
             IA3Error: its files are broken or do not fit the model, which is then unchanged.
-
-        Example:
-            >>> from transformers import LlamaConfig, LlamaForCausalLM
-            >>> from ia3 import IA3Config, IA3Model, get_peft_model
-            >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
-            >>> model = get_peft_model(base, IA3Config(task_type="CAUSAL_LM"))
-            >>> model.save_pretrained("my-adapter")
-            >>> again = IA3Model.from_pretrained(model.unload(), "my-adapter")
-            >>> type(again).__name__, again.active_adapters, again.training
-            ('PeftModelForCausalLM', ['default'], False)
         """
         adapter = saving.read(model_id, config, is_trainable, **hub)
         self = cls.from_adapter(model, adapter, adapter_name, source=str(model_id))
@@ -550,7 +530,7 @@ class IA3Model(nn.Module):
         optimizer that holds its parameters goes on with them.
         """
         adapter = saving.read(model_id, None, is_trainable, **hub)
-        with saving.naming(str(model_id)):
+        with naming(str(model_id)):
             if adapter_name in self.peft_config:
                 self._adapters.load_into(adapter_name, adapter)
             else:
