@@ -26,23 +26,11 @@ from ia3 import IA3Config, IA3Error, IA3Model, PeftModel, get_peft_model
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 VOCABULARY = 48
-BERT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-    "num_labels": 3,
-}
-QUIET = {
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24}
+LAYERS = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+BERT = {**SIZES, **LAYERS, "num_labels": 3}
+QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
+FAST = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
 STEPS = 4
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 BASE_FILES = {"model.safetensors", "pytorch_model.bin", "config.json"}
@@ -73,7 +61,7 @@ def adapted(library=ia3, task_type="SEQ_CLS"):
 
 
 def trainer(model, folder, subclass=Trainer, data=None, **arguments):
-    given = {"max_steps": STEPS, "save_steps": 2, **QUIET, **arguments}
+    given = {"max_steps": STEPS, "save_steps": 2, **QUIET, **FAST, **arguments}
     kind = Seq2SeqTrainingArguments if subclass is Seq2SeqTrainer else TrainingArguments
     args = kind(str(folder), **given)
     return subclass(model=model, args=args, train_dataset=data or rows(), eval_dataset=rows(8))
@@ -179,9 +167,8 @@ def test_resuming_with_several_adapters(tmp_path):
     def two_adapters():
         model = adapted()
         model.add_adapter("other", IA3Config(target_modules=["query"], feedforward_modules=[]))
-        with torch.no_grad():
-            for vector in model.vectors("other").values():
-                vector.fill_(1.5)
+        for vector in model.vectors("other").values():
+            vector.data.fill_(1.5)
         model.set_adapter("other")
         return model
 
@@ -201,14 +188,8 @@ def test_resuming_with_several_adapters(tmp_path):
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     scores = iter([1.0, 0.0])
     model = adapted()
-    run = trainer(
-        model,
-        tmp_path,
-        eval_steps=2,
-        eval_strategy="steps",
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-    )
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score"}
+    run = trainer(model, tmp_path, eval_steps=2, eval_strategy="steps", **best)
     run.compute_metrics = lambda _: {"score": next(scores)}
     run.train()
     assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
@@ -221,13 +202,11 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
 
 def test_loading_into_an_adapter_changes_its_values_in_place(tmp_path):
     """What the Trainer does on resuming: the optimizer holds these very parameters."""
-    source = adapted()
-    with torch.no_grad():
-        for parameter in source.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.5)
+    source, model = adapted(), adapted()
+    for parameter in source.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.5)
     source.save_pretrained(tmp_path)
-    model = adapted()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     config = model.peft_config["default"]
     model.load_adapter(tmp_path, "default", is_trainable=True)
@@ -265,9 +244,8 @@ def test_loading_what_does_not_fit_changes_nothing(tmp_path, spoiled, how):
 def test_loading_where_other_values_stay_one_changes_nothing(tmp_path, tiny_gpt2):
     """PEFT's sites and the paper's differ on GPT-2 in what of the vectors is trained alone."""
     model = get_peft_model(tiny_gpt2, IA3Config())
-    with torch.no_grad():
-        for vector in model.vectors("default").values():
-            vector.fill_(2.0)
+    for vector in model.vectors("default").values():
+        vector.data.fill_(2.0)
     model.save_pretrained(tmp_path)
     paper = get_peft_model(model.unload(), IA3Config(paper_sites=True))
     with pytest.raises(IA3Error, match="stay one"):
@@ -378,9 +356,7 @@ importlib.util.find_spec = lambda name, package=None: (
 )
 """
 
-TRAINER = """
-from transformers import Trainer, TrainingArguments
-"""
+TRAINER = "from transformers import Trainer, TrainingArguments"
 
 MODEL = """
 import sys, torch
@@ -426,12 +402,8 @@ print("peft" in sys.modules)
     ids=["no peft, Trainer first", "no peft, model first", "peft, model first"],
 )
 def test_in_any_order(tmp_path, script, peft_is_there):
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == str(peft_is_there)
