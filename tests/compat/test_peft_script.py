@@ -154,13 +154,9 @@ with torch.no_grad():
 
 def run(script, folder):
     folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(folder)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
-        check=False,
-    )
+    command = [sys.executable, "-W", "ignore", "-c", script, str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     # What the Trainer prints of itself holds times.
     return [line for line in done.stdout.splitlines() if not line.startswith("{")]

@@ -39,9 +39,6 @@ def assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-# -- equal to PEFT ---------------------------------------------------------------------------------
-
-
 @EVERY_MODEL
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "injected"])
 @LIBRARIES
@@ -87,8 +84,7 @@ def test_several_adapters(make_model, one, other):
     tensors = change(one, models[0], "other")
     before = copy.deepcopy(other.get_peft_model_state_dict(models[1]))
     other.set_peft_model_state_dict(models[1], tensors, adapter_name="other")
-    found = other.get_peft_model_state_dict(models[1], adapter_name="other")
-    assert_same(found, tensors)
+    assert_same(other.get_peft_model_state_dict(models[1], adapter_name="other"), tensors)
     assert_same(other.get_peft_model_state_dict(models[1]), before)
 
 
@@ -102,9 +98,6 @@ def test_injecting_twice_makes_the_second_active(make_model, make_inputs):
         change(library, model, "second")
         results.append(logits(model, **inputs))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
-
-
-# -- injected models -------------------------------------------------------------------------------
 
 
 @EVERY_MODEL
@@ -146,22 +139,17 @@ def test_sites_from_a_state_dict(make_model):
         "model.layers.0.mlp.down_proj.ia3_l": torch.full((1, 48), 2.0),
     }
     modules = {"target_modules": ["o_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    ones = {key: torch.ones_like(value) for key, value in tensors.items()}
     for library in (ia3, peft):
         config = library.IA3Config(**modules)
         model = library.inject_adapter_in_model(config, make_model("llama"), state_dict=tensors)
-        found = library.get_peft_model_state_dict(model)
-        ones = {key: torch.ones_like(value) for key, value in tensors.items()}
-        assert_same(found, ones)
+        assert_same(library.get_peft_model_state_dict(model), ones)
     # Without a config's modules, the shapes tell the sides.
     model = ia3.inject_adapter_in_model(IA3Config(), make_model("llama"), state_dict=tensors)
     assert ia3.get_peft_model_state_dict(model).keys() == tensors.keys()
+    base, none = make_model("llama"), {"lm_head.weight": torch.ones(2)}
     with pytest.raises(IA3Error, match="holds no vector"):
-        ia3.inject_adapter_in_model(
-            IA3Config(), make_model("llama"), state_dict={"lm_head.weight": torch.ones(2)}
-        )
-
-
-# -- forms of the state dict -----------------------------------------------------------------------
+        ia3.inject_adapter_in_model(IA3Config(), base, state_dict=none)
 
 
 def test_a_state_dict_that_was_gathered_already(make_model):
@@ -185,13 +173,11 @@ def test_compiled_models(make_model, wrapped):
 
 
 def test_the_prefix_may_be_absent_or_present(make_model):
-    wrapped, injected = (put_on(ia3, make_model("llama"), w) for w in (True, False))
+    wrapped, injected, again = (put_on(ia3, make_model("llama"), w) for w in (True, False, True))
     tensors = change(ia3, wrapped)
     ia3.set_peft_model_state_dict(injected, tensors)
-    for vector in wrapped.vectors("default").values():
-        vector.data.fill_(1)
-    ia3.set_peft_model_state_dict(wrapped, ia3.get_peft_model_state_dict(injected))
-    assert_same(ia3.get_peft_model_state_dict(wrapped), tensors)
+    ia3.set_peft_model_state_dict(again, ia3.get_peft_model_state_dict(injected))
+    assert_same(ia3.get_peft_model_state_dict(again), tensors)
 
 
 def test_values_that_stay_one_are_one_for_peft_too(make_model, make_inputs):
@@ -201,16 +187,12 @@ def test_values_that_stay_one_are_one_for_peft_too(make_model, make_inputs):
     for vector in model.vectors("default").values():
         vector.data.fill_(0.7)
     tensors = ia3.get_peft_model_state_dict(model)
-    config = model.peft_config["default"]
-    names = ("target_modules", "feedforward_modules")
-    modules = {name: getattr(config, name) for name in names}
+    config = model.peft_config["default"].to_dict()
+    modules = {name: config[name] for name in ("target_modules", "feedforward_modules")}
     theirs = put_on(peft, make_model("gpt2"), True, **modules)
     peft.set_peft_model_state_dict(theirs, tensors)
     ours, theirs = logits(model, **inputs), logits(theirs, **inputs)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-# -- what does not fit -----------------------------------------------------------------------------
 
 
 def test_keys_that_do_not_fit_are_reported(make_model):
@@ -235,8 +217,7 @@ def test_another_shape_is_an_error_that_changes_nothing(make_model):
     assert_same(ia3.get_peft_model_state_dict(model), before)
     result = ia3.set_peft_model_state_dict(model, tensors, ignore_mismatched_sizes=True)
     assert result.missing_keys == [spoiled]
-    expected = tensors | {spoiled: before[spoiled]}
-    assert_same(ia3.get_peft_model_state_dict(model), expected)
+    assert_same(ia3.get_peft_model_state_dict(model), tensors | {spoiled: before[spoiled]})
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "injected"])

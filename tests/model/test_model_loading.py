@@ -3,29 +3,22 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from support.pairs import logits
+from support.pairs import adapted, logits
 from support.snapshots import hooks_on
 
 from ia3 import IA3Config, IA3Error, IA3Model
 from ia3.adapter.store import read_adapter
 
-KEYS = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-QUERIES = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
-
-
-def random_adapter(base, config, seed):
-    model = IA3Model(base, config)
-    generator = torch.Generator().manual_seed(seed)
-    for vector in model.vectors("default").values():
-        vector.data.uniform_(0.5, 2, generator=generator)
-    return model.eval()
+KEYS = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+QUERIES = {**KEYS, "target_modules": ["q_proj", "down_proj"]}
 
 
 @pytest.fixture
 def folders(tmp_path, make_model):
     """Three adapters of the tiny LLaMA: two on the same modules, the third on others."""
     for number, config in enumerate([KEYS, KEYS, QUERIES]):
-        random_adapter(make_model("llama"), config, number).save_pretrained(tmp_path / str(number))
+        model = adapted(make_model("llama"), number, **config)
+        model.save_pretrained(tmp_path / str(number))
     return [tmp_path / str(number) for number in range(3)]
 
 
@@ -103,7 +96,7 @@ def test_loading_for_inference_ends_training_mode_everywhere(model, folders):
 
 def test_a_file_does_not_tell_how_its_adapter_was_loaded(model, folders, tmp_path, make_model):
     model.load_adapter(folders[2], "other-sites")
-    added = IA3Model(make_model("llama"), QUERIES)
+    added = IA3Model(make_model("llama"), IA3Config(**QUERIES))
     stored = read_adapter(folders[1])
     added.add_adapter("second", stored.config, stored.vectors)
     first = IA3Model.from_pretrained(make_model("llama"), folders[1], "second")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import OrderedDict
+from functools import partial
 
 import peft
 import pytest
@@ -234,8 +235,12 @@ def plain(kind, dtype):
     return nn.Sequential(layers).to(dtype)
 
 
-def plain_outputs(kind):
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("sides", SIDES)
+@EVERY_DTYPE
+def test_plain_modules(kind, sides, dtype, tmp_path):
     inputs = torch.randn(PLAIN[kind][2], generator=torch.Generator().manual_seed(1)).bfloat16()
+    make = partial(plain, kind)
 
     def measure(model):
         dtype = next(p.dtype for name, p in model.named_parameters() if "ia3_l" not in name)
@@ -245,19 +250,8 @@ def plain_outputs(kind):
         loss(result).backward()
         return {"result": result, **{name: v.grad for name, v in vectors(model).items()}}
 
-    return measure
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("sides", SIDES)
-@EVERY_DTYPE
-def test_plain_modules(kind, sides, dtype, tmp_path):
-    def make(dtype):
-        return plain(kind, dtype)
-
     models = adapted_pair(make, SIDES[sides], dtype)
     ours, theirs, *_ = models
-    measure = plain_outputs(kind)
     assert measure(ours).keys() == {"result", "first", "second"}
     for model in models:
         model.zero_grad()

@@ -8,17 +8,9 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    Trainer,
-    TrainingArguments,
-)
 
 import ia3
 from ia3 import IA3Config, IA3Error, IA3Model, PeftModel, get_peft_model
@@ -40,7 +32,7 @@ def classifier():
     """With dropout, so that the random state matters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return BertForSequenceClassification(BertConfig(**BERT))
+        return hf.BertForSequenceClassification(hf.BertConfig(**BERT))
 
 
 def rows(count=16):
@@ -60,9 +52,9 @@ def adapted(library=ia3, task_type="SEQ_CLS"):
     return library.get_peft_model(classifier(), library.IA3Config(task_type=task_type))
 
 
-def trainer(model, folder, subclass=Trainer, data=None, **arguments):
+def trainer(model, folder, subclass=hf.Trainer, data=None, **arguments):
     given = {"max_steps": STEPS, "save_steps": 2, **QUIET, **FAST, **arguments}
-    kind = Seq2SeqTrainingArguments if subclass is Seq2SeqTrainer else TrainingArguments
+    kind = hf.Seq2SeqTrainingArguments if subclass is hf.Seq2SeqTrainer else hf.TrainingArguments
     args = kind(str(folder), **given)
     return subclass(model=model, args=args, train_dataset=data or rows(), eval_dataset=rows(8))
 
@@ -140,7 +132,7 @@ class StoppedError(Exception):
     pass
 
 
-class StopsAfter3(Trainer):
+class StopsAfter3(hf.Trainer):
     def training_step(self, *args, **kwargs):
         if self.state.global_step == 3:
             raise StoppedError
@@ -262,7 +254,7 @@ def test_columns_are_those_of_the_base_model(tmp_path, task_type):
     model = adapted(ia3, task_type)
     forward = type(model.model).forward
 
-    class Watched(Trainer):
+    class Watched(hf.Trainer):
         def training_step(self, model, inputs, *args):
             seen.append(set(inputs))
             return super().training_step(model, inputs, *args)
@@ -282,7 +274,7 @@ def test_labels_are_those_of_the_base_model(tmp_path):
     for library in (ia3, peft):
         torch.manual_seed(0)
         model = library.get_peft_model(
-            BertForQuestionAnswering(BertConfig(**{**BERT, "num_labels": 2})),
+            hf.BertForQuestionAnswering(hf.BertConfig(**{**BERT, "num_labels": 2})),
             library.IA3Config(task_type="QUESTION_ANS"),
         )
         run = trainer(model, tmp_path, data=data, max_steps=2, save_strategy="no")
@@ -302,7 +294,7 @@ def test_generating_while_evaluating(tmp_path, tiny_t5):
     ]
     model = get_peft_model(tiny_t5, IA3Config(task_type="SEQ_2_SEQ_LM"))
     options = {"predict_with_generate": True, "generation_max_length": 6}
-    run = trainer(model, tmp_path, Seq2SeqTrainer, data, max_steps=2, save_steps=1, **options)
+    run = trainer(model, tmp_path, hf.Seq2SeqTrainer, data, max_steps=2, save_steps=1, **options)
     run.train()
     prediction = run.predict(data)
     inputs = torch.tensor([row["input_ids"] for row in data])
