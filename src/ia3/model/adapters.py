@@ -76,8 +76,6 @@ class Adapters:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open_routes": 0}  # a copy is not routed
 
-    # -- what there is ----------------------------------------------------------------------------
-
     def contents(self) -> Contents:
         """The model's modules, sites and copies as they are now."""
         return self._inventory.now()
@@ -120,7 +118,6 @@ class Adapters:
     # -- checks: each raises IA3Error -------------------------------------------------------------
 
     def check_known(self, names: Collection[str]) -> None:
-        """The model has adapters of these names."""
         for name in names:
             if name not in self.configs:
                 raise IA3Error(
@@ -129,12 +126,10 @@ class Adapters:
                 )
 
     def check_loaded(self) -> None:
-        """The model has not been unloaded."""
         if self.unloaded:
             raise IA3Error("this model was unloaded: make a new one")
 
     def check_enabled(self, before: str) -> None:
-        """Adapters are not disabled."""
         if not self.enabled:
             raise IA3Error(f"adapters are disabled: enable_adapter_layers() before {before}")
 
@@ -175,8 +170,6 @@ class Adapters:
                     f"this may be the wrong base model for adapter {name!r}: {other}", stacklevel=5
                 )
         return resolved, targets
-
-    # -- adding and removing ----------------------------------------------------------------------
 
     def add(self, name: str, config: IA3Config, stored: Adapter | None = None) -> None:
         """Add an adapter, not active, its vectors from `stored` or new."""
@@ -355,9 +348,8 @@ class Adapters:
         """Have the active adapters multiply, or none, which unmerges those that are merged."""
         with LOCK:
             if not enabled:
-                self.check_unrouted(
-                    f"disabling adapters (rows of the base model are named {BASE!r})"
-                )
+                what = f"disabling adapters (rows of the base model are named {BASE!r})"
+                self.check_unrouted(what)
                 self.merge.undo()
             self.enabled = enabled
             self.activate()
@@ -382,7 +374,6 @@ class Adapters:
         self.activate()
 
     def unmerge(self) -> None:
-        """Put the base's original weights back, bit for bit."""
         with LOCK:
             self.merge.undo()
             self.activate()
@@ -438,14 +429,12 @@ class Adapters:
             self._open_routes -= 1
 
     def use_plain_product(self, plain: bool) -> None:
-        """Rescale at the very module, or where it costs the least memory."""
         with LOCK:
             self._plain = plain
             for _, _, site in self.contents().sites:
                 site.in_place = not plain
 
     def fuse(self) -> int:
-        """Fuse the model's gated feed-forward layers; returns how many are fused now."""
         with LOCK:
             self.check_loaded()
             self._fused = fuse(self.model)
@@ -453,7 +442,6 @@ class Adapters:
             return len(self._fused)
 
     def unfuse(self) -> None:
-        """Undo `fuse`."""
         with LOCK:
             if self._fused:
                 self._fused = []
@@ -462,7 +450,6 @@ class Adapters:
 
 
 def check_name(name: str) -> None:
-    """Raise `IA3Error` where an adapter cannot have this name."""
     if not re.fullmatch(r"[^./\\\s\x00]+", name):
         raise IA3Error(f"adapter name {name!r} must have no dot, slash or white space")
     if name == BASE:

@@ -48,7 +48,6 @@ def fuse(model: nn.Module) -> list[str]:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give the fused MLPs of a model their own forward again."""
     for module in model.modules():
         if fused := patched(module, FusedForward):
             fused.remove()
@@ -57,7 +56,6 @@ def unfuse(model: nn.Module) -> None:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module is a fused MLP."""
     return patched(module, FusedForward) is not None
 
 

@@ -127,8 +127,6 @@ class IA3Model(nn.Module):
         self._adapters.base.freeze()
         self.set_adapter(name, inference_mode=config.inference_mode)
 
-    # -- adapters ---------------------------------------------------------------------------------
-
     @property
     def peft_config(self) -> dict[str, IA3Config]:
         """Adapter name -> its config, with its modules named."""
@@ -197,6 +195,16 @@ class IA3Model(nn.Module):
 
         Raises:
             IA3Error: a name is unknown, or two have a copy of one module (`modules_to_save`).
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from ia3 import IA3Config, get_peft_model
+            >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
+            >>> model = get_peft_model(base, IA3Config(), "first")
+            >>> model.add_adapter("second", IA3Config(target_modules="all-linear"))
+            >>> model.set_adapter("second")
+            >>> model.active_adapters
+            ['second']
         """
         self._adapters.switch(adapter_name, inference_mode)
 
@@ -414,6 +422,14 @@ class IA3Model(nn.Module):
             dequantise: where a quantized weight cannot take a vector exactly, put an ordinary
                 linear layer in its place.
             progressbar: taken for PEFT's sake; merging is over before one could be read.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from ia3 import IA3Config, get_peft_model
+            >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
+            >>> merged = get_peft_model(base, IA3Config()).merge_and_unload()
+            >>> merged is base, [name for name in merged.state_dict() if "ia3_l" in name]
+            (True, [])
         """
         with LOCK:
             self._adapters.merge_for_good(adapter_names, safe_merge, dequantise)
@@ -508,6 +524,16 @@ class IA3Model(nn.Module):
         Raises:
             FileNotFoundError: there is no adapter.
             IA3Error: its files are broken or do not fit the model, which is then unchanged.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from ia3 import IA3Config, IA3Model, get_peft_model
+            >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
+            >>> model = get_peft_model(base, IA3Config(task_type="CAUSAL_LM"))
+            >>> model.save_pretrained("my-adapter")
+            >>> again = IA3Model.from_pretrained(model.unload(), "my-adapter")
+            >>> type(again).__name__, again.active_adapters, again.training
+            ('PeftModelForCausalLM', ['default'], False)
         """
         adapter = saving.read(model_id, config, is_trainable, **hub)
         self = cls.from_adapter(model, adapter, adapter_name, source=str(model_id))
@@ -564,9 +590,6 @@ def value_count(parameter: nn.Parameter) -> int:
     # bitsandbytes packs two 4-bit values into a byte of storage.
     packed = type(parameter).__name__ == "Params4bit"
     return parameter.numel() * (2 * parameter.element_size() if packed else 1)
-
-
-# -- by task ---------------------------------------------------------------------------------------
 
 
 def get_peft_model(

@@ -28,8 +28,6 @@ class Routes:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "bank": None}
 
-    # -- routes -----------------------------------------------------------------------------------
-
     @contextmanager
     def entered(
         self, names: Names, token_index: Tensor | None = None, call: tuple[Any, Any] | None = None
@@ -120,10 +118,7 @@ class Routes:
     def _owns(self, site: Any) -> bool:
         return any(site is each for _, _, each in self._adapters.contents().sites)
 
-    # -- the bank ---------------------------------------------------------------------------------
-
     def attach(self, bank: RowSource) -> None:
-        """Have a bank's adapters known."""
         self._adapters.check_loaded()
         if self.bank is not None:
             raise IA3Error("the model has a bank already: close() that first")
