@@ -54,9 +54,6 @@ def hooks(model):
     return {name: count for name, m in model.named_modules() if (count := hooks_on(m))}
 
 
-# -- copies ----------------------------------------------------------------------------------------
-
-
 def _saved(model):
     file = io.BytesIO()
     torch.save(model, file)
@@ -95,9 +92,6 @@ def test_copies_are_whole_and_independent(kind, copied):
     assert torch.equal(logits(kind, twin), logits(kind, adapted(kind)))
     assert torch.equal(logits(kind, twin.unload()), base_logits)
     assert not hooks(twin.model)
-
-
-# -- compilers and checkpointing -------------------------------------------------------------------
 
 
 @EVERY_MODEL
@@ -139,9 +133,6 @@ def test_gradient_checkpointing_needs_nothing_more(kind, reentrant, first):
     without_adapter = build(kind)
     without_adapter.gradient_checkpointing_enable(options)  # may leave hooks of its own
     assert hooks(base) == hooks(without_adapter)
-
-
-# -- dtypes ----------------------------------------------------------------------------------------
 
 
 @EVERY_MODEL
@@ -207,8 +198,6 @@ def test_vectors_are_float32_again_after_a_detour_through_float64():
     assert torch.equal(logits("llama", model), expected)
 
 
-# -- generation ------------------------------------------------------------------------------------
-
 GENERATION = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 20},
@@ -238,9 +227,6 @@ def test_generation_is_pefts(kind, how):
         without = generated(ours)
     assert not torch.equal(without, expected)
     assert torch.equal(without, generated(build(kind)))
-
-
-# -- the base model's own checkpoints --------------------------------------------------------------
 
 
 @EVERY_MODEL

@@ -99,9 +99,6 @@ def test_saved_config_is_for_inference_and_the_model_trains_on(tiny_llama, tmp_p
     assert all(vector.requires_grad for vector in model.vectors("default").values())
 
 
-# -- without a trace -------------------------------------------------------------------------------
-
-
 @EVERY_MODEL
 @EVERY_CHOICE
 def test_unload_gives_back_the_model(make_model, make_inputs, kind, choice):

@@ -60,9 +60,6 @@ def test_a_refused_adapter_leaves_nothing(model, folders, make_inputs):
     assert torch.equal(logits(model, **make_inputs("llama")), before)
 
 
-# -- vectors of their own --------------------------------------------------------------------------
-
-
 def test_pickled_vectors_that_share_their_memory(folders, tiny_llama):
     tensors = load_file(folders[0] / "adapter_model.safetensors")
     (folders[0] / "adapter_model.safetensors").unlink()
@@ -89,9 +86,6 @@ def test_loading_for_inference_ends_training_mode_everywhere(model, folders):
     assert model.model.model.layers[1].mlp.training
     model.load_adapter(folders[1], "fourth")
     assert not any(module.training for module in model.modules())
-
-
-# -- what is written -------------------------------------------------------------------------------
 
 
 def test_a_file_does_not_tell_how_its_adapter_was_loaded(model, folders, tmp_path, make_model):

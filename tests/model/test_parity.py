@@ -57,9 +57,6 @@ def gradients(kind, *adapters):
     return measure
 
 
-# -- models ----------------------------------------------------------------------------------------
-
-
 @EVERY_ARCHITECTURE
 @EVERY_DTYPE
 def test_untrained_adapter_changes_no_bit(kind, dtype):
@@ -189,8 +186,6 @@ def test_weighted_adapters(kind, dtype):
     assert_equal_to_peft(outputs(kind), models)
     assert_equal_to_peft(outputs(kind), [model.merge_and_unload() for model in models])
 
-
-# -- plain modules ---------------------------------------------------------------------------------
 
 # A first layer, a second one, and inputs for them.
 PLAIN = {

@@ -83,9 +83,6 @@ def test_a_subfolder(tiny_llama, tmp_path):
         PeftModel.from_pretrained(copy.deepcopy(tiny_llama), tmp_path, subfolder="worst")
 
 
-# -- adapter_model.bin -----------------------------------------------------------------------------
-
-
 def test_pefts_old_files_are_read(tiny_llama, tmp_path):
     theirs = peft.get_peft_model(copy.deepcopy(tiny_llama), peft.IA3Config())
     randomize(vectors(theirs), 3)

@@ -297,9 +297,6 @@ def test_what_is_not_there_or_of_another_task(
         kind()
 
 
-# -- new tokens ------------------------------------------------------------------------------------
-
-
 def tokenizer(words):
     return word_tokenizer([f"w{i}" for i in range(3, words)])
 
@@ -321,9 +318,6 @@ def test_a_smaller_tokenizer_changes_nothing(saved_adapter):
     tokenizer(VOCABULARY - 10).save_pretrained(folder)
     again = ia3.AutoPeftModelForCausalLM.from_pretrained(folder)
     assert again.get_input_embeddings().weight.shape[0] == VOCABULARY
-
-
-# -- arguments -------------------------------------------------------------------------------------
 
 
 def test_the_signatures_take_pefts_arguments():

@@ -73,8 +73,6 @@ def assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-# -- as with PEFT ----------------------------------------------------------------------------------
-
 CHOICES = {
     "plain": {},
     "bfloat16": {"bf16": True},
@@ -303,9 +301,6 @@ def test_generating_while_evaluating(tmp_path, tiny_t5):
     assert files(tmp_path / "checkpoint-1") >= ADAPTER_FILES
 
 
-# -- every other model is left alone ---------------------------------------------------------------
-
-
 class Other(nn.Module):
     def __init__(self):
         super().__init__()
@@ -330,8 +325,6 @@ def test_other_models_are_saved_as_ever(tmp_path, make, expected):
     trainer(make(), tmp_path, max_steps=2).train()
     assert files(tmp_path / "checkpoint-2") & (ADAPTER_FILES | BASE_FILES) == expected
 
-
-# -- with and without peft, before and after -------------------------------------------------------
 
 WITHOUT_PEFT = """
 import importlib.util, sys
