@@ -42,10 +42,7 @@ def loss_of(kind, model):
 
 
 def gradients(model):
-    found = {}
-    for name, vector in vectors(model).items():
-        assert vector.grad is not None, name
-        found[name] = vector.grad.clone()
+    found = {name: vector.grad.clone() for name, vector in vectors(model).items()}
     model.zero_grad()
     return found
 

@@ -80,6 +80,13 @@ def test_gradients_that_were_asked_for_everywhere(model):
     assert not any(vector.requires_grad for vector in model.vectors("default").values())
 
 
+def test_an_adapter_that_trains_after_loading_has_gradients(model, folders, make_inputs):
+    model.load_adapter(folders[1], "third", is_trainable=True)
+    model.set_adapter("third")
+    model(**make_inputs("llama")).loss.backward()
+    assert all(vector.grad.abs().sum() > 0 for vector in model.vectors("third").values())
+
+
 def test_loading_for_inference_ends_training_mode_everywhere(model, folders):
     model.model.model.layers[1].mlp.train()
     model.load_adapter(folders[1], "third", is_trainable=True)

@@ -47,12 +47,11 @@ def loss(result):
 def gradients(kind, *adapters):
     def measure(model):
         loss(output(kind, model)).backward()
-        found = {}
-        for adapter in adapters or ("default",):
-            for name, vector in vectors(model, adapter).items():
-                assert vector.grad is not None
-                found[f"{name} {adapter}"] = vector.grad
-        return found
+        return {
+            f"{name} {adapter}": vector.grad
+            for adapter in adapters or ("default",)
+            for name, vector in vectors(model, adapter).items()
+        }
 
     return measure
 

@@ -3,7 +3,9 @@
 import asyncio
 import contextvars
 import copy
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache
@@ -694,6 +696,14 @@ def test_yielding_within_a_route_is_an_error_and_leaves_none_behind(model, input
     contextvars.copy_context().run(next, elsewhere)
     with pytest.raises(ia3.IA3Error, match="do not yield"):
         contextvars.copy_context().run(list, elsewhere)
+
+
+def test_the_values_of_a_route_are_freed(model, inputs):
+    with model.route(NAMES):
+        logits(model, **inputs)
+        gone = weakref.ref(routing.current_route(model.routes))
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_task_has_the_route_it_was_started_in(model, inputs):

@@ -1,5 +1,6 @@
 """transformers' `Trainer` treats a model with adapters as it treats PEFT's."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -65,22 +66,20 @@ def files(folder):
 
 def values(model):
     library = ia3 if isinstance(model, IA3Model) else peft
-    found = library.get_peft_model_state_dict(model)
-    return {name: tensor.detach().clone() for name, tensor in found.items()}
+    return copy.deepcopy(library.get_peft_model_state_dict(model))
 
 
 def assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+CHECKPOINTING = {"gradient_checkpointing": True}
+REENTRANT = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
 CHOICES = {
     "plain": {},
     "bfloat16": {"bf16": True},
-    "checkpointing": {"gradient_checkpointing": True},
-    "reentrant checkpointing": {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": True},
-    },
+    "checkpointing": CHECKPOINTING,
+    "reentrant checkpointing": CHECKPOINTING | REENTRANT,
     "accumulation": {"gradient_accumulation_steps": 2},
     "noise and smoothing": {"neftune_noise_alpha": 1.0, "label_smoothing_factor": 0.1},
     "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
@@ -94,9 +93,8 @@ def test_losses_are_pefts(tmp_path, task_type, choice):
     losses, trained = [], []
     for library in (ia3, peft):
         folder = tmp_path / library.__name__
-        run = trainer(
-            adapted(library, task_type), folder, save_strategy="no", max_steps=2, **CHOICES[choice]
-        )
+        given = {"save_strategy": "no", "max_steps": 2, **CHOICES[choice]}
+        run = trainer(adapted(library, task_type), folder, **given)
         run.train()
         losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
         losses[-1].append(run.evaluate()["eval_loss"])
@@ -271,10 +269,8 @@ def test_labels_are_those_of_the_base_model(tmp_path):
     found = []
     for library in (ia3, peft):
         torch.manual_seed(0)
-        model = library.get_peft_model(
-            hf.BertForQuestionAnswering(hf.BertConfig(**{**BERT, "num_labels": 2})),
-            library.IA3Config(task_type="QUESTION_ANS"),
-        )
+        base = hf.BertForQuestionAnswering(hf.BertConfig(**{**BERT, "num_labels": 2}))
+        model = library.get_peft_model(base, library.IA3Config(task_type="QUESTION_ANS"))
         run = trainer(model, tmp_path, data=data, max_steps=2, save_strategy="no")
         run.train()
         prediction = run.predict(data)
@@ -301,13 +297,9 @@ def test_generating_while_evaluating(tmp_path, tiny_t5):
     assert files(tmp_path / "checkpoint-1") >= ADAPTER_FILES
 
 
-class Other(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.score = nn.Embedding(VOCABULARY, 3)
-
+class Other(nn.Embedding):
     def forward(self, input_ids, labels):
-        scores = self.score(input_ids).mean(1)
+        scores = super().forward(input_ids).mean(1)
         return {"loss": nn.functional.cross_entropy(scores, labels), "logits": scores}
 
 
@@ -317,7 +309,7 @@ class Other(nn.Module):
         (classifier, {"model.safetensors", "config.json"}),
         (lambda: adapted().merge_and_unload(), {"model.safetensors", "config.json"}),
         (lambda: adapted(peft), ADAPTER_FILES),
-        (Other, {"model.safetensors"}),
+        (lambda: Other(VOCABULARY, 3), {"model.safetensors"}),
     ],
     ids=["a base model", "a merged one", "PEFT's", "not transformers'"],
 )
