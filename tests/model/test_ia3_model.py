@@ -199,9 +199,8 @@ def test_misspelt_adapter(tiny_llama, use):
 
 
 def test_no_attribute_of_what_holds_adapters_is_an_adapters_name(tiny_llama):
-    config = IA3Config(
-        target_modules=["v_proj"], feedforward_modules=[], modules_to_save=["lm_head"]
-    )
+    config = IA3Config(target_modules=["v_proj"], feedforward_modules=[])
+    config.modules_to_save = ["lm_head"]
     model = IA3Model(tiny_llama, config)
     holders = [part for part in model.modules() if type(part).__name__ in ("Site", "SavedModule")]
     assert {type(part).__name__ for part in holders} == {"Site", "SavedModule"}
@@ -303,7 +302,6 @@ def test_print_trainable_parameters(tiny_llama, make_model, capsys):
 
 @pytest.mark.filterwarnings("ignore:adapter 'first' was active")
 def test_an_adapter_deleted_before_the_backward_pass_gets_its_gradients(tiny_llama):
-    """As PEFT's do."""
     model = IA3Model(tiny_llama.train(), IA3Config(), "first")
     model.add_adapter("second", IA3Config())
     vectors = model.vectors("first").values()

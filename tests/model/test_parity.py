@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from support.architectures import ARCHITECTURES, build, output
 from support.pairs import adapted_pair, assert_equal_to_peft, relative, vectors
 from torch import nn
+from torch.nn import Conv2d, Conv3d
 from transformers.pytorch_utils import Conv1D
 
 import ia3
@@ -186,31 +187,19 @@ def test_weighted_adapters(kind, dtype):
     assert_equal_to_peft(outputs(kind), [model.merge_and_unload() for model in models])
 
 
-# A first layer, a second one, and inputs for them.
+# A first layer and a second one.
 PLAIN = {
-    "linear": (lambda: nn.Linear(6, 8), lambda: nn.Linear(8, 5), (4, 6)),
-    "Conv1D": (lambda: Conv1D(8, 6), lambda: Conv1D(5, 8), (2, 3, 6)),
-    "conv2d": (
-        lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1),
-        lambda: nn.Conv2d(8, 5, 2, bias=False),
-        (2, 6, 7, 9),
+    "linear": lambda: (nn.Linear(6, 8), nn.Linear(8, 5)),
+    "Conv1D": lambda: (Conv1D(8, 6), Conv1D(5, 8)),
+    "conv2d": lambda: (Conv2d(6, 8, 3, stride=2, padding=1), Conv2d(8, 5, 2, bias=False)),
+    "conv2d in groups": lambda: (
+        Conv2d(6, 8, 3, groups=2),
+        Conv2d(8, 4, (2, 1), dilation=2, groups=4),
     ),
-    "conv2d in groups": (
-        lambda: nn.Conv2d(6, 8, 3, groups=2),
-        lambda: nn.Conv2d(8, 4, (2, 1), dilation=2, groups=4),
-        (2, 6, 7, 9),
-    ),
-    "conv3d": (
-        lambda: nn.Conv3d(6, 8, 3, padding="same"),
-        lambda: nn.Conv3d(8, 5, (1, 2, 3), bias=False),
-        (2, 6, 4, 5, 6),
-    ),
-    "conv3d in groups": (
-        lambda: nn.Conv3d(6, 8, 3, groups=2),
-        lambda: nn.Conv3d(8, 4, (1, 2, 3), groups=4),
-        (2, 6, 4, 5, 6),
-    ),
+    "conv3d": lambda: (Conv3d(6, 8, 3, padding="same"), Conv3d(8, 5, (1, 2, 3), bias=False)),
+    "conv3d in groups": lambda: (Conv3d(6, 8, 3, groups=2), Conv3d(8, 4, (1, 2, 3), groups=4)),
 }
+INPUTS = {"linear": (4, 6), "Conv1D": (2, 3, 6), "conv2d": (2, 6, 7, 9), "conv3d": (2, 6, 4, 5, 6)}
 SIDES = {
     "outputs": {"target_modules": ["first", "second"], "feedforward_modules": []},
     "inputs": {"target_modules": ["first", "second"], "feedforward_modules": ["first", "second"]},
@@ -219,11 +208,11 @@ SIDES = {
 
 
 def plain(kind, dtype):
-    first, second, _ = PLAIN[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = OrderedDict(first=first(), between=nn.Tanh(), second=second())
-        for layer in (layers["first"], layers["second"]):
+        first, second = PLAIN[kind]()
+        layers = OrderedDict(first=first, between=nn.Tanh(), second=second)
+        for layer in (first, second):
             if getattr(layer, "bias", None) is not None:
                 nn.init.normal_(layer.bias)
     return nn.Sequential(layers).to(dtype)
@@ -233,12 +222,12 @@ def plain(kind, dtype):
 @pytest.mark.parametrize("sides", SIDES)
 @EVERY_DTYPE
 def test_plain_modules(kind, sides, dtype, tmp_path):
-    inputs = torch.randn(PLAIN[kind][2], generator=torch.Generator().manual_seed(1)).bfloat16()
+    inputs = torch.randn(INPUTS[kind.split()[0]], generator=torch.Generator().manual_seed(1))
     make = partial(plain, kind)
 
     def measure(model):
         dtype = next(p.dtype for name, p in model.named_parameters() if "ia3_l" not in name)
-        result = model(inputs.to(dtype))
+        result = model(inputs.bfloat16().to(dtype))
         if not result.requires_grad:
             return {"result": result}
         loss(result).backward()

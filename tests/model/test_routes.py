@@ -284,9 +284,8 @@ def test_sampled_sequences_have_their_rows_adapter(model):
     ids = batch("llama")["input_ids"]
     options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 4, "pad_token_id": 0}
     torch.manual_seed(0)
-    found = model.generate(
-        ids, **options, adapter_names=NAMES, return_dict_in_generate=True, output_logits=True
-    )
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    found = model.generate(ids, **options, adapter_names=NAMES)
     rows = [name for name in NAMES for _ in range(4)]
     last = logits(model, input_ids=found.sequences[:, :-1], adapter_names=rows)[:, -1]
     assert relative(found.logits[-1], last) < 1e-5
@@ -516,11 +515,11 @@ def test_what_is_computed_again_has_the_same_route(model, reentrant, where, whic
     if where == "another thread":
         _in_another_thread(loss.backward)
     else:
-        elsewhere = {
+        other = {
             "another route": lambda: model.route([BASE] * 3),
             "disabled": model.disable_adapter,
         }
-        with elsewhere.get(where, nullcontext)():
+        with other.get(where, nullcontext)():
             loss.backward()
     _assert_alike(_gradients(model), expected)
 
@@ -529,11 +528,11 @@ def _checkpointed_loss(model, reentrant):
     inputs = batch("llama")
     embeddings = model.get_input_embeddings()(inputs["input_ids"]).requires_grad_()
     del inputs["input_ids"]
-    return checkpoint(
-        lambda e: _loss(model, given={**inputs, "inputs_embeds": e}),
-        embeddings,
-        use_reentrant=reentrant,
-    )
+
+    def loss(values):
+        return _loss(model, given={**inputs, "inputs_embeds": values})
+
+    return checkpoint(loss, embeddings, use_reentrant=reentrant)
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])

@@ -13,35 +13,21 @@ import ia3
 from ia3 import IA3Config, IA3Error, IA3Model, PeftModel, PeftType, TaskType, get_peft_model
 
 VOCABULARY = 48
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24}
+SMALL = {**SIZES, "num_hidden_layers": 1, "num_attention_heads": 2}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 BERT = hf.BertConfig(**SMALL, **NO_DROPOUT, max_position_embeddings=16, num_labels=3)
-T5 = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1}
-# A task's name, what its classes' names end with, and a model for it: AutoModelForQuestionAnswering
-# wants two labels.
+QUESTIONS = hf.BertConfig(**{**BERT.to_dict(), "num_labels": 2})  # which its auto class wants
+LLAMA = hf.LlamaConfig(**SMALL, pad_token_id=0)
+T5_SIZES = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1}
+T5 = hf.T5Config(**T5_SIZES, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0)
+# A task's name -> what its classes' names end with, and a model for it.
 TASKS = {
-    "CAUSAL_LM": (
-        "ForCausalLM",
-        lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, pad_token_id=0)),
-    ),
-    "SEQ_2_SEQ_LM": (
-        "ForSeq2SeqLM",
-        lambda: hf.T5ForConditionalGeneration(
-            hf.T5Config(**T5, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0)
-        ),
-    ),
+    "CAUSAL_LM": ("ForCausalLM", lambda: hf.LlamaForCausalLM(LLAMA)),
+    "SEQ_2_SEQ_LM": ("ForSeq2SeqLM", lambda: hf.T5ForConditionalGeneration(T5)),
     "SEQ_CLS": ("ForSequenceClassification", lambda: hf.BertForSequenceClassification(BERT)),
     "TOKEN_CLS": ("ForTokenClassification", lambda: hf.BertForTokenClassification(BERT)),
-    "QUESTION_ANS": (
-        "ForQuestionAnswering",
-        lambda: hf.BertForQuestionAnswering(hf.BertConfig(**{**BERT.to_dict(), "num_labels": 2})),
-    ),
+    "QUESTION_ANS": ("ForQuestionAnswering", lambda: hf.BertForQuestionAnswering(QUESTIONS)),
     "FEATURE_EXTRACTION": ("ForFeatureExtraction", lambda: hf.BertModel(BERT)),
 }
 CLASSES = {task: name for task, (name, _) in TASKS.items()}
@@ -110,8 +96,7 @@ def test_the_class_is_the_tasks(task, tmp_path):
     assert type(given) is type(model)
 
 
-def test_the_classes_are_siblings():
-    """As in PEFT, one task's class is not another's."""
+def test_one_tasks_class_is_not_anothers():
     assert type(get_peft_model(MODELS["CAUSAL_LM"](), IA3Config())) is IA3Model
     classes = [getattr(ia3, f"PeftModel{name}") for name in CLASSES.values()]
     assert all(not issubclass(a, b) for a in classes for b in classes if a is not b)
@@ -139,7 +124,6 @@ def test_the_revision_is_written_down(tmp_path):
 
 @EVERY_TASK
 def test_pipelines_take_the_model(task):
-    """transformers looks the class up by its name."""
     name = f"PeftModel{CLASSES[task]}"
     from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
@@ -311,12 +295,9 @@ def test_a_tokenizer_with_more_tokens_makes_room_for_them(library, saved_adapter
     ids = extended("w3 newer", return_tensors="pt").input_ids
     assert ids.tolist() == [[3, VOCABULARY + 1]]
     assert again(input_ids=ids).logits.shape[-1] == VOCABULARY + 2
-
-
-def test_a_smaller_tokenizer_changes_nothing(saved_adapter):
-    folder = saved_adapter()
+    # A smaller one changes nothing.
     tokenizer(VOCABULARY - 10).save_pretrained(folder)
-    again = ia3.AutoPeftModelForCausalLM.from_pretrained(folder)
+    again = library.AutoPeftModelForCausalLM.from_pretrained(str(folder))
     assert again.get_input_embeddings().weight.shape[0] == VOCABULARY
 
 

@@ -189,7 +189,6 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
 
 
 def test_loading_into_an_adapter_changes_its_values_in_place(tmp_path):
-    """What the Trainer does on resuming: the optimizer holds these very parameters."""
     source, model = adapted(), adapted()
     for parameter in source.parameters():
         if parameter.requires_grad:
