@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..core.activations import Side
-from ..core.inventory import Contents
 from ..core.route import BASE, LOCK, Host, Names, Route
 from ..core.sites import Site
 from ..errors import IA3Error
+from .adapters import Adapters
 
 
 class RowSource(Protocol):
@@ -30,19 +30,11 @@ class RowSource(Protocol):
 
 
 def make_route(
-    host: Host,
-    find: Callable[[], Contents],
-    adapters: Collection[str],
-    source: RowSource | None,
-    names: Sequence[str],
-    index: Tensor,
+    host: Host, model: Adapters, source: RowSource | None, names: Sequence[str], index: Tensor
 ) -> Route:
-    """A route of the model's own `adapters`, and of others that `source` has.
-
-    `find` gives the model's contents as they are now; `names` and `index` are `read_names`'.
-    """
-    own = [name for name in names if name in adapters]
-    others = [name for name in names if name != BASE and name not in adapters]
+    """A route of the model's own adapters, and of others that `source` has, from `read_names`."""
+    own = [name for name in names if name in model.configs]
+    others = [name for name in names if name != BASE and name not in own]
     by_row = index.dim() == 1
     gathered: dict[Site, Tensor] = {}
     if source is not None and others:
@@ -51,12 +43,12 @@ def make_route(
         gathered = source.gather(wanted, places)
     # After the bank, which may have placed new sites.
     with LOCK:
-        contents = find()
+        contents = model.contents()
         sites = {site: module for module, _, site in contents.sites}
         if not own:
             return Route(host, sites, gathered.get, index, gathered=by_row)
         for name in own:
-            if name not in adapters:
+            if name not in model.configs:
                 raise IA3Error(f"adapter {name!r} was deleted while it was asked for")
             copied = [module for module, _, copies in contents.copies if name in copies]
             having = [(module, site.side) for site, module in sites.items() if name in site]
@@ -72,10 +64,7 @@ def make_route(
 
 
 def _stacked_vectors(
-    names: Sequence[str],
-    sites: Collection[Site],
-    others: Sequence[str],
-    gathered: Mapping[Site, Tensor],
+    names: Sequence[str], sites: Iterable[Site], others: list[str], gathered: dict[Site, Tensor]
 ) -> Callable[[Site], Tensor | None]:
     """Site -> `[names, dim]` with gradients: vectors there, those of `others` gathered, or ones."""
     had = {site: [name for name in names if name in site] for site in sites}

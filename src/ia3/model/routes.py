@@ -89,7 +89,7 @@ class Routes:
                 f"{type(self.model).__name__} has an encoder and a decoder, whose tokens are not "
                 "the same: give one name a row"
             )
-        return make_route(self, adapters.contents, adapters.configs, bank, different, index)
+        return make_route(self, adapters, bank, different, index)
 
     def _open(self, route: Route) -> None:
         adapters = self._adapters
