@@ -1,24 +1,12 @@
 """`prepare_model_for_kbit_training`, and training over a quantized base model."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import (
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-)
 from transformers.utils.quantization_config import QuantizationMethod
 
 import ia3
@@ -26,7 +14,7 @@ import ia3
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "pad_token_id": 0}
-SMALL = LlamaConfig(**SIZES, num_hidden_layers=2, num_attention_heads=4)
+SMALL = hf.LlamaConfig(**SIZES, num_hidden_layers=2, num_attention_heads=4)
 QUANTIZATIONS = {
     "4-bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "4-bit in bfloat16 storage": {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16},
@@ -35,13 +23,13 @@ QUANTIZATIONS = {
 BOTH = (ia3, peft)
 
 
-def plain() -> PreTrainedModel:
+def plain():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(SMALL).to(torch.bfloat16)
+        return hf.LlamaForCausalLM(SMALL).to(torch.bfloat16)
 
 
-def described(model: torch.nn.Module) -> tuple[Any, ...]:
+def described(model):
     """What preparing may change."""
     modules, embed = model.named_modules(), model.get_input_embeddings()
     return (
@@ -56,12 +44,9 @@ def quantized(tmp_path, request):
     """A function that loads the model quantized."""
     pytest.importorskip("bitsandbytes")
     plain().save_pretrained(tmp_path / "base")
-    config = BitsAndBytesConfig(**QUANTIZATIONS[request.param])
+    config = hf.BitsAndBytesConfig(**QUANTIZATIONS[request.param])
     options = {"quantization_config": config, "device_map": {"": "cpu"}}
-    return lambda: LlamaForCausalLM.from_pretrained(tmp_path / "base", **options)
-
-
-# -- equal to PEFT ---------------------------------------------------------------------------------
+    return lambda: hf.LlamaForCausalLM.from_pretrained(tmp_path / "base", **options)
 
 
 @pytest.mark.parametrize("method", [None, *QuantizationMethod])
@@ -91,17 +76,14 @@ def test_a_quantized_model_is_prepared_as_by_peft(quantized, options):
     assert parameters["model.norm.weight"][0] == torch.float32
 
 
-# -- training --------------------------------------------------------------------------------------
-
-
-def train(library: Any, base: Any, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+def train(library, base, folder):
     """Two steps with transformers' Trainer: (the losses, the adapter in the last checkpoint)."""
     ids = [torch.arange(start, start + 8) for start in range(8)]
     steps = {"max_steps": 2, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
     quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    run = Trainer(
+    run = hf.Trainer(
         model=library.get_peft_model(base, library.IA3Config(task_type="CAUSAL_LM")),
-        args=TrainingArguments(str(folder), **steps, **quiet, per_device_train_batch_size=4),
+        args=hf.TrainingArguments(str(folder), **steps, **quiet, per_device_train_batch_size=4),
         train_dataset=[{"input_ids": row, "labels": row} for row in ids],
     )
     run.train()
@@ -137,8 +119,7 @@ def test_a_model_that_was_not_prepared_trains_too(quantized, tmp_path):
 
 
 def test_vectors_are_counted_as_peft_counts_them(quantized):
-    config = {"task_type": "CAUSAL_LM"}
-    ours, theirs = (lib.get_peft_model(quantized(), lib.IA3Config(**config)) for lib in BOTH)
+    ours, theirs = (lib.get_peft_model(quantized(), lib.IA3Config()) for lib in BOTH)
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     values = sum(vector.numel() for vector in ours.vectors("default").values())
     assert ours.get_nb_trainable_parameters()[0] == values

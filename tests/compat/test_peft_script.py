@@ -1,12 +1,9 @@
 """Scripts written for PEFT run with their import line changed and nothing else."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -24,18 +21,15 @@ from transformers import get_linear_schedule_with_warmup
 folder = sys.argv[1]
 base_name, adapter_name = os.path.join(folder, "base"), os.path.join(folder, "adapter")
 torch.manual_seed(0)
-T5ForConditionalGeneration(
-    T5Config(
-        vocab_size=48, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-        decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, tie_word_embeddings=False,
-    )
-).save_pretrained(base_name)
+config = T5Config(
+    vocab_size=48, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+    decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, tie_word_embeddings=False,
+)
+T5ForConditionalGeneration(config).save_pretrained(base_name)
 
-prompts = torch.randint(3, 48, (16, 7))
-answers = torch.randint(3, 48, (16, 4))
 rows = [
     {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "labels": answer}
-    for prompt, answer in zip(prompts, answers)
+    for prompt, answer in zip(torch.randint(3, 48, (16, 7)), torch.randint(3, 48, (16, 4)))
 ]
 loader = DataLoader(rows, batch_size=4, shuffle=True)
 
@@ -100,12 +94,11 @@ from transformers import RobertaForSequenceClassification, Trainer, TrainingArgu
 
 folder = sys.argv[1]
 set_seed(0)
-RobertaForSequenceClassification(
-    RobertaConfig(
-        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=20, num_labels=3, pad_token_id=1,
-    )
-).save_pretrained(os.path.join(folder, "base"))
+config = RobertaConfig(
+    vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, max_position_embeddings=20, num_labels=3, pad_token_id=1,
+)
+RobertaForSequenceClassification(config).save_pretrained(os.path.join(folder, "base"))
 model = AutoModelForSequenceClassification.from_pretrained(os.path.join(folder, "base"))
 model = get_peft_model(model, IA3Config(task_type="SEQ_CLS", inference_mode=False))
 model.print_trainable_parameters()
@@ -155,15 +148,11 @@ with torch.no_grad():
 """
 
 
-def run(script: str, folder: Path) -> list[str]:
+def run(script, folder):
     folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(folder)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
-        check=False,
-    )
+    command = [sys.executable, "-W", "ignore", "-c", script, str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     # What the Trainer prints of itself holds times.
     return [line for line in done.stdout.splitlines() if not line.startswith("{")]

@@ -1,33 +1,24 @@
 """Adapters that come and go: what is kept between two loads never shows."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from support.pairs import logits
+from support.pairs import adapted, logits
 from support.snapshots import hooks_on
 
 from ia3 import IA3Config, IA3Error, IA3Model
 from ia3.adapter.store import read_adapter
 
-KEYS = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-QUERIES = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
-
-
-def random_adapter(base, config, seed):
-    model = IA3Model(base, config)
-    generator = torch.Generator().manual_seed(seed)
-    for vector in model.vectors("default").values():
-        vector.data.uniform_(0.5, 2, generator=generator)
-    return model.eval()
+KEYS = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+QUERIES = {**KEYS, "target_modules": ["q_proj", "down_proj"]}
 
 
 @pytest.fixture
 def folders(tmp_path, make_model):
     """Three adapters of the tiny LLaMA: two on the same modules, the third on others."""
     for number, config in enumerate([KEYS, KEYS, QUERIES]):
-        random_adapter(make_model("llama"), config, number).save_pretrained(tmp_path / str(number))
+        model = adapted(make_model("llama"), number, **config)
+        model.save_pretrained(tmp_path / str(number))
     return [tmp_path / str(number) for number in range(3)]
 
 
@@ -69,9 +60,6 @@ def test_a_refused_adapter_leaves_nothing(model, folders, make_inputs):
     assert torch.equal(logits(model, **make_inputs("llama")), before)
 
 
-# -- vectors of their own --------------------------------------------------------------------------
-
-
 def test_pickled_vectors_that_share_their_memory(folders, tiny_llama):
     tensors = load_file(folders[0] / "adapter_model.safetensors")
     (folders[0] / "adapter_model.safetensors").unlink()
@@ -92,6 +80,13 @@ def test_gradients_that_were_asked_for_everywhere(model):
     assert not any(vector.requires_grad for vector in model.vectors("default").values())
 
 
+def test_an_adapter_that_trains_after_loading_has_gradients(model, folders, make_inputs):
+    model.load_adapter(folders[1], "third", is_trainable=True)
+    model.set_adapter("third")
+    model(**make_inputs("llama")).loss.backward()
+    assert all(vector.grad.abs().sum() > 0 for vector in model.vectors("third").values())
+
+
 def test_loading_for_inference_ends_training_mode_everywhere(model, folders):
     model.model.model.layers[1].mlp.train()
     model.load_adapter(folders[1], "third", is_trainable=True)
@@ -100,12 +95,9 @@ def test_loading_for_inference_ends_training_mode_everywhere(model, folders):
     assert not any(module.training for module in model.modules())
 
 
-# -- what is written -------------------------------------------------------------------------------
-
-
 def test_a_file_does_not_tell_how_its_adapter_was_loaded(model, folders, tmp_path, make_model):
     model.load_adapter(folders[2], "other-sites")
-    added = IA3Model(make_model("llama"), QUERIES)
+    added = IA3Model(make_model("llama"), IA3Config(**QUERIES))
     stored = read_adapter(folders[1])
     added.add_adapter("second", stored.config, stored.vectors)
     first = IA3Model.from_pretrained(make_model("llama"), folders[1], "second")

@@ -1,11 +1,8 @@
 """Equal to PEFT in numbers and files, on every architecture PEFT has defaults for and on others."""
 
-from __future__ import annotations
-
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import peft
 import pytest
@@ -14,6 +11,7 @@ from safetensors.torch import load_file
 from support.architectures import ARCHITECTURES, build, output
 from support.pairs import adapted_pair, assert_equal_to_peft, relative, vectors
 from torch import nn
+from torch.nn import Conv2d, Conv3d
 from transformers.pytorch_utils import Conv1D
 
 import ia3
@@ -50,17 +48,13 @@ def loss(result):
 def gradients(kind, *adapters):
     def measure(model):
         loss(output(kind, model)).backward()
-        found = {}
-        for adapter in adapters or ("default",):
-            for name, vector in vectors(model, adapter).items():
-                assert vector.grad is not None
-                found[f"{name} {adapter}"] = vector.grad
-        return found
+        return {
+            f"{name} {adapter}": vector.grad
+            for adapter in adapters or ("default",)
+            for name, vector in vectors(model, adapter).items()
+        }
 
     return measure
-
-
-# -- models ----------------------------------------------------------------------------------------
 
 
 @EVERY_ARCHITECTURE
@@ -193,34 +187,20 @@ def test_weighted_adapters(kind, dtype):
     assert_equal_to_peft(outputs(kind), [model.merge_and_unload() for model in models])
 
 
-# -- plain modules ---------------------------------------------------------------------------------
-
-# A first layer, a second one, and inputs for them.
-PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]] = {
-    "linear": (lambda: nn.Linear(6, 8), lambda: nn.Linear(8, 5), (4, 6)),
-    "Conv1D": (lambda: Conv1D(8, 6), lambda: Conv1D(5, 8), (2, 3, 6)),
-    "conv2d": (
-        lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1),
-        lambda: nn.Conv2d(8, 5, 2, bias=False),
-        (2, 6, 7, 9),
+# A first layer and a second one.
+PLAIN = {
+    "linear": lambda: (nn.Linear(6, 8), nn.Linear(8, 5)),
+    "Conv1D": lambda: (Conv1D(8, 6), Conv1D(5, 8)),
+    "conv2d": lambda: (Conv2d(6, 8, 3, stride=2, padding=1), Conv2d(8, 5, 2, bias=False)),
+    "conv2d in groups": lambda: (
+        Conv2d(6, 8, 3, groups=2),
+        Conv2d(8, 4, (2, 1), dilation=2, groups=4),
     ),
-    "conv2d in groups": (
-        lambda: nn.Conv2d(6, 8, 3, groups=2),
-        lambda: nn.Conv2d(8, 4, (2, 1), dilation=2, groups=4),
-        (2, 6, 7, 9),
-    ),
-    "conv3d": (
-        lambda: nn.Conv3d(6, 8, 3, padding="same"),
-        lambda: nn.Conv3d(8, 5, (1, 2, 3), bias=False),
-        (2, 6, 4, 5, 6),
-    ),
-    "conv3d in groups": (
-        lambda: nn.Conv3d(6, 8, 3, groups=2),
-        lambda: nn.Conv3d(8, 4, (1, 2, 3), groups=4),
-        (2, 6, 4, 5, 6),
-    ),
+    "conv3d": lambda: (Conv3d(6, 8, 3, padding="same"), Conv3d(8, 5, (1, 2, 3), bias=False)),
+    "conv3d in groups": lambda: (Conv3d(6, 8, 3, groups=2), Conv3d(8, 4, (1, 2, 3), groups=4)),
 }
-SIDES: dict[str, dict[str, Any]] = {
+INPUTS = {"linear": (4, 6), "Conv1D": (2, 3, 6), "conv2d": (2, 6, 7, 9), "conv3d": (2, 6, 4, 5, 6)}
+SIDES = {
     "outputs": {"target_modules": ["first", "second"], "feedforward_modules": []},
     "inputs": {"target_modules": ["first", "second"], "feedforward_modules": ["first", "second"]},
     "both": {"target_modules": r"first|second", "feedforward_modules": r"second"},
@@ -228,40 +208,33 @@ SIDES: dict[str, dict[str, Any]] = {
 
 
 def plain(kind, dtype):
-    first, second, _ = PLAIN[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = OrderedDict(first=first(), between=nn.Tanh(), second=second())
-        for layer in (layers["first"], layers["second"]):
+        first, second = PLAIN[kind]()
+        layers = OrderedDict(first=first, between=nn.Tanh(), second=second)
+        for layer in (first, second):
             if getattr(layer, "bias", None) is not None:
                 nn.init.normal_(layer.bias)
     return nn.Sequential(layers).to(dtype)
-
-
-def plain_outputs(kind):
-    inputs = torch.randn(PLAIN[kind][2], generator=torch.Generator().manual_seed(1)).bfloat16()
-
-    def measure(model):
-        dtype = next(p.dtype for name, p in model.named_parameters() if "ia3_l" not in name)
-        result = model(inputs.to(dtype))
-        if not result.requires_grad:
-            return {"result": result}
-        loss(result).backward()
-        return {"result": result, **{name: v.grad for name, v in vectors(model).items()}}
-
-    return measure
 
 
 @pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("sides", SIDES)
 @EVERY_DTYPE
 def test_plain_modules(kind, sides, dtype, tmp_path):
-    def make(dtype):
-        return plain(kind, dtype)
+    inputs = torch.randn(INPUTS[kind.split()[0]], generator=torch.Generator().manual_seed(1))
+    make = partial(plain, kind)
+
+    def measure(model):
+        dtype = next(p.dtype for name, p in model.named_parameters() if "ia3_l" not in name)
+        result = model(inputs.bfloat16().to(dtype))
+        if not result.requires_grad:
+            return {"result": result}
+        loss(result).backward()
+        return {"result": result, **{name: v.grad for name, v in vectors(model).items()}}
 
     models = adapted_pair(make, SIDES[sides], dtype)
     ours, theirs, *_ = models
-    measure = plain_outputs(kind)
     assert measure(ours).keys() == {"result", "first", "second"}
     for model in models:
         model.zero_grad()

@@ -1,7 +1,5 @@
 """One thread changes the adapters while others call the model, or change them too."""
 
-from __future__ import annotations
-
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +49,7 @@ def test_a_call_while_an_adapter_is_added():
     """Whether an up projection can carry a vector is tried out, which no call may see."""
     base = tiny_llama()
     model = IA3Model(base, NARROW).eval()
-    seen: list[torch.Tensor] = []
+    seen = []
 
     class Activation(nn.Module):
         called = False

@@ -1,27 +1,17 @@
 """transformers' `Trainer` treats a model with adapters as it treats PEFT's."""
 
-from __future__ import annotations
-
+import copy
 import os
 import subprocess
 import sys
-from typing import Any
 
 import numpy as np
 import peft
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    Trainer,
-    TrainingArguments,
-)
 
 import ia3
 from ia3 import IA3Config, IA3Error, IA3Model, PeftModel, get_peft_model
@@ -29,23 +19,11 @@ from ia3 import IA3Config, IA3Error, IA3Model, PeftModel, get_peft_model
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 VOCABULARY = 48
-BERT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-    "num_labels": 3,
-}
-QUIET: dict[str, Any] = {
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24}
+LAYERS = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+BERT = {**SIZES, **LAYERS, "num_labels": 3}
+QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
+FAST = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
 STEPS = 4
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 BASE_FILES = {"model.safetensors", "pytorch_model.bin", "config.json"}
@@ -55,7 +33,7 @@ def classifier():
     """With dropout, so that the random state matters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return BertForSequenceClassification(BertConfig(**BERT))
+        return hf.BertForSequenceClassification(hf.BertConfig(**BERT))
 
 
 def rows(count=16):
@@ -75,9 +53,9 @@ def adapted(library=ia3, task_type="SEQ_CLS"):
     return library.get_peft_model(classifier(), library.IA3Config(task_type=task_type))
 
 
-def trainer(model, folder, subclass=Trainer, data=None, **arguments):
-    given = {"max_steps": STEPS, "save_steps": 2, **QUIET, **arguments}
-    kind = Seq2SeqTrainingArguments if subclass is Seq2SeqTrainer else TrainingArguments
+def trainer(model, folder, subclass=hf.Trainer, data=None, **arguments):
+    given = {"max_steps": STEPS, "save_steps": 2, **QUIET, **FAST, **arguments}
+    kind = hf.Seq2SeqTrainingArguments if subclass is hf.Seq2SeqTrainer else hf.TrainingArguments
     args = kind(str(folder), **given)
     return subclass(model=model, args=args, train_dataset=data or rows(), eval_dataset=rows(8))
 
@@ -88,24 +66,20 @@ def files(folder):
 
 def values(model):
     library = ia3 if isinstance(model, IA3Model) else peft
-    found = library.get_peft_model_state_dict(model)
-    return {name: tensor.detach().clone() for name, tensor in found.items()}
+    return copy.deepcopy(library.get_peft_model_state_dict(model))
 
 
 def assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-# -- as with PEFT ----------------------------------------------------------------------------------
-
-CHOICES: dict[str, dict[str, Any]] = {
+CHECKPOINTING = {"gradient_checkpointing": True}
+REENTRANT = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
+CHOICES = {
     "plain": {},
     "bfloat16": {"bf16": True},
-    "checkpointing": {"gradient_checkpointing": True},
-    "reentrant checkpointing": {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": True},
-    },
+    "checkpointing": CHECKPOINTING,
+    "reentrant checkpointing": CHECKPOINTING | REENTRANT,
     "accumulation": {"gradient_accumulation_steps": 2},
     "noise and smoothing": {"neftune_noise_alpha": 1.0, "label_smoothing_factor": 0.1},
     "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
@@ -119,9 +93,8 @@ def test_losses_are_pefts(tmp_path, task_type, choice):
     losses, trained = [], []
     for library in (ia3, peft):
         folder = tmp_path / library.__name__
-        run = trainer(
-            adapted(library, task_type), folder, save_strategy="no", max_steps=2, **CHOICES[choice]
-        )
+        given = {"save_strategy": "no", "max_steps": 2, **CHOICES[choice]}
+        run = trainer(adapted(library, task_type), folder, **given)
         run.train()
         losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
         losses[-1].append(run.evaluate()["eval_loss"])
@@ -155,7 +128,7 @@ class StoppedError(Exception):
     pass
 
 
-class StopsAfter3(Trainer):
+class StopsAfter3(hf.Trainer):
     def training_step(self, *args, **kwargs):
         if self.state.global_step == 3:
             raise StoppedError
@@ -180,11 +153,10 @@ def test_resuming_ends_as_a_whole_run(tmp_path, begun_with, choice):
 
 def test_resuming_with_several_adapters(tmp_path):
     def two_adapters():
-        model: IA3Model = adapted()
+        model = adapted()
         model.add_adapter("other", IA3Config(target_modules=["query"], feedforward_modules=[]))
-        with torch.no_grad():
-            for vector in model.vectors("other").values():
-                vector.fill_(1.5)
+        for vector in model.vectors("other").values():
+            vector.data.fill_(1.5)
         model.set_adapter("other")
         return model
 
@@ -204,14 +176,8 @@ def test_resuming_with_several_adapters(tmp_path):
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     scores = iter([1.0, 0.0])
     model = adapted()
-    run = trainer(
-        model,
-        tmp_path,
-        eval_steps=2,
-        eval_strategy="steps",
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-    )
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score"}
+    run = trainer(model, tmp_path, eval_steps=2, eval_strategy="steps", **best)
     run.compute_metrics = lambda _: {"score": next(scores)}
     run.train()
     assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
@@ -223,14 +189,11 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
 
 
 def test_loading_into_an_adapter_changes_its_values_in_place(tmp_path):
-    """What the Trainer does on resuming: the optimizer holds these very parameters."""
-    source = adapted()
-    with torch.no_grad():
-        for parameter in source.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.5)
+    source, model = adapted(), adapted()
+    for parameter in source.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.5)
     source.save_pretrained(tmp_path)
-    model = adapted()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     config = model.peft_config["default"]
     model.load_adapter(tmp_path, "default", is_trainable=True)
@@ -268,9 +231,8 @@ def test_loading_what_does_not_fit_changes_nothing(tmp_path, spoiled, how):
 def test_loading_where_other_values_stay_one_changes_nothing(tmp_path, tiny_gpt2):
     """PEFT's sites and the paper's differ on GPT-2 in what of the vectors is trained alone."""
     model = get_peft_model(tiny_gpt2, IA3Config())
-    with torch.no_grad():
-        for vector in model.vectors("default").values():
-            vector.fill_(2.0)
+    for vector in model.vectors("default").values():
+        vector.data.fill_(2.0)
     model.save_pretrained(tmp_path)
     paper = get_peft_model(model.unload(), IA3Config(paper_sites=True))
     with pytest.raises(IA3Error, match="stay one"):
@@ -283,11 +245,11 @@ def test_loading_where_other_values_stay_one_changes_nothing(tmp_path, tiny_gpt2
 
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
 def test_columns_are_those_of_the_base_model(tmp_path, task_type):
-    seen: list[set[str]] = []
+    seen = []
     model = adapted(ia3, task_type)
     forward = type(model.model).forward
 
-    class Watched(Trainer):
+    class Watched(hf.Trainer):
         def training_step(self, model, inputs, *args):
             seen.append(set(inputs))
             return super().training_step(model, inputs, *args)
@@ -306,10 +268,8 @@ def test_labels_are_those_of_the_base_model(tmp_path):
     found = []
     for library in (ia3, peft):
         torch.manual_seed(0)
-        model = library.get_peft_model(
-            BertForQuestionAnswering(BertConfig(**{**BERT, "num_labels": 2})),
-            library.IA3Config(task_type="QUESTION_ANS"),
-        )
+        base = hf.BertForQuestionAnswering(hf.BertConfig(**{**BERT, "num_labels": 2}))
+        model = library.get_peft_model(base, library.IA3Config(task_type="QUESTION_ANS"))
         run = trainer(model, tmp_path, data=data, max_steps=2, save_strategy="no")
         run.train()
         prediction = run.predict(data)
@@ -327,7 +287,7 @@ def test_generating_while_evaluating(tmp_path, tiny_t5):
     ]
     model = get_peft_model(tiny_t5, IA3Config(task_type="SEQ_2_SEQ_LM"))
     options = {"predict_with_generate": True, "generation_max_length": 6}
-    run = trainer(model, tmp_path, Seq2SeqTrainer, data, max_steps=2, save_steps=1, **options)
+    run = trainer(model, tmp_path, hf.Seq2SeqTrainer, data, max_steps=2, save_steps=1, **options)
     run.train()
     prediction = run.predict(data)
     inputs = torch.tensor([row["input_ids"] for row in data])
@@ -336,16 +296,9 @@ def test_generating_while_evaluating(tmp_path, tiny_t5):
     assert files(tmp_path / "checkpoint-1") >= ADAPTER_FILES
 
 
-# -- every other model is left alone ---------------------------------------------------------------
-
-
-class Other(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.score = nn.Embedding(VOCABULARY, 3)
-
+class Other(nn.Embedding):
     def forward(self, input_ids, labels):
-        scores = self.score(input_ids).mean(1)
+        scores = super().forward(input_ids).mean(1)
         return {"loss": nn.functional.cross_entropy(scores, labels), "logits": scores}
 
 
@@ -355,7 +308,7 @@ class Other(nn.Module):
         (classifier, {"model.safetensors", "config.json"}),
         (lambda: adapted().merge_and_unload(), {"model.safetensors", "config.json"}),
         (lambda: adapted(peft), ADAPTER_FILES),
-        (Other, {"model.safetensors"}),
+        (lambda: Other(VOCABULARY, 3), {"model.safetensors"}),
     ],
     ids=["a base model", "a merged one", "PEFT's", "not transformers'"],
 )
@@ -363,8 +316,6 @@ def test_other_models_are_saved_as_ever(tmp_path, make, expected):
     trainer(make(), tmp_path, max_steps=2).train()
     assert files(tmp_path / "checkpoint-2") & (ADAPTER_FILES | BASE_FILES) == expected
 
-
-# -- with and without peft, before and after -------------------------------------------------------
 
 WITHOUT_PEFT = """
 import importlib.util, sys
@@ -381,9 +332,7 @@ importlib.util.find_spec = lambda name, package=None: (
 )
 """
 
-TRAINER = """
-from transformers import Trainer, TrainingArguments
-"""
+TRAINER = "from transformers import Trainer, TrainingArguments"
 
 MODEL = """
 import sys, torch
@@ -429,12 +378,8 @@ print("peft" in sys.modules)
     ids=["no peft, Trainer first", "no peft, model first", "peft, model first"],
 )
 def test_in_any_order(tmp_path, script, peft_is_there):
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == str(peft_is_there)

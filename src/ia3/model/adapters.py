@@ -31,29 +31,27 @@ from ..core.saved_modules import (
 )
 from ..core.sites import Site, check_free, displace, place, site_of
 from ..errors import IA3Error, did_you_mean
-from ..targets.config import IA3Config
+from ..targets.config import IA3Config, TaskType
 from ..targets.resolve import check_vectors, resolve
 from .frozen_base import FrozenBase
 from .fused_mlp import fuse, is_fused, mark_sites, unfuse
-from .heads import with_head
 
 # The attributes of the modules that hold vectors or copies: setting one ("training") would set the
 # vector, and a vector that is set ("frozen") would be the attribute.
 TAKEN = {*dir(nn.Module()), *Site.__annotations__, *SavedModule.__annotations__}
+# The names of the heads that PEFT trains, by task.
+HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
 
 
 class Adapters:
     """The adapters on a base model: vectors at its activations, and copies of whole modules.
 
-    Changes hold the lock of `core.route`, and what raises (`IA3Error`) changes nothing.
-
-    Attributes:
-        model, merge: the base model, and what is merged into its weights.
-        configs: adapter name -> its config, with its modules named.
-        active: the adapters that multiply.
-        enabled: False: none multiplies, and the model computes as the base model does.
-        unloaded: everything was taken off, for good.
-        base: the base model's own parameters.
+    Changes hold the lock of `core.route`, and what raises (`IA3Error`) changes nothing. `configs`
+    have their modules named; the `active` adapters multiply while `enabled`.
     """
 
     def __init__(self, model: nn.Module, merge: Merge) -> None:
@@ -78,8 +76,6 @@ class Adapters:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open_routes": 0}  # a copy is not routed
 
-    # -- what there is ----------------------------------------------------------------------------
-
     def contents(self) -> Contents:
         """The model's modules, sites and copies as they are now."""
         return self._inventory.now()
@@ -97,11 +93,7 @@ class Adapters:
         return {module for module, _, site in self.contents().sites if site.merged}
 
     def stored(self, name: str, values: Mapping[str, Tensor] | None = None) -> Adapter:
-        """An adapter as it is off its model. Its tensors may share the model's memory.
-
-        Args:
-            values: an `IA3Model`'s state dict, which goes before what is on the model.
-        """
+        """An adapter, in the model's memory; `values`, an `IA3Model`'s state dict, go first."""
         found, end = values or {}, f"{ATTRIBUTE}.{name}"
         having = self.sites_of(name)
         return Adapter(
@@ -126,7 +118,6 @@ class Adapters:
     # -- checks: each raises IA3Error -------------------------------------------------------------
 
     def check_known(self, names: Collection[str]) -> None:
-        """The model has adapters of these names."""
         for name in names:
             if name not in self.configs:
                 raise IA3Error(
@@ -135,12 +126,10 @@ class Adapters:
                 )
 
     def check_loaded(self) -> None:
-        """The model has not been unloaded."""
         if self.unloaded:
             raise IA3Error("this model was unloaded: make a new one")
 
     def check_enabled(self, before: str) -> None:
-        """Adapters are not disabled."""
         if not self.enabled:
             raise IA3Error(f"adapters are disabled: enable_adapter_layers() before {before}")
 
@@ -165,10 +154,9 @@ class Adapters:
     def fit(
         self, name: str, config: IA3Config, stored: Adapter | None
     ) -> tuple[IA3Config, list[Target]]:
-        """What a config, or a stored adapter, rescales on this model; nothing is changed.
+        """What a config, or a stored adapter, rescales; raises where that does not fit the model.
 
-        Warns where a stored adapter was trained on another base model, and raises where it does not
-        fit the model, or not the other adapters on it.
+        Warns where a stored adapter was trained on another base model. Nothing is changed.
         """
         contents = self.contents()
         resolved, targets = resolve(self.model, config, stored.frozen if stored else None)
@@ -182,8 +170,6 @@ class Adapters:
                     f"this may be the wrong base model for adapter {name!r}: {other}", stacklevel=5
                 )
         return resolved, targets
-
-    # -- adding and removing ----------------------------------------------------------------------
 
     def add(self, name: str, config: IA3Config, stored: Adapter | None = None) -> None:
         """Add an adapter, not active, its vectors from `stored` or new."""
@@ -268,7 +254,7 @@ class Adapters:
             # Before its vectors go: calls of other threads ask for those of the active ones.
             if self.active and not remaining and first is not None:
                 warnings.warn(f"adapter {name!r} was active; {first!r} is active now", stacklevel=3)
-                self._switch((first,), (first,), leaving=name)
+                self.switch(first, leaving=name)
             else:
                 self.activate(remaining)
             self._take_off(name)
@@ -306,31 +292,27 @@ class Adapters:
 
     # -- which of them multiply and train ---------------------------------------------------------
 
-    def switch(self, names: str | Sequence[str], inference_mode: bool) -> None:
+    def switch(
+        self, names: str | Sequence[str], inference_mode: bool = False, leaving: str | None = None
+    ) -> None:
         """Make these adapters the active ones, and unless in inference mode those that train."""
         with LOCK:
             active = self.named(names)
-            self._switch(active, () if inference_mode else active)
-
-    def _switch(
-        self, active: tuple[str, ...], trained: Collection[str], leaving: str | None = None
-    ) -> None:
-        self._check_one_copy(active)
-        if self.merge.adapters:
-            warnings.warn("adapters are merged; they are unmerged first", stacklevel=4)
-            self.merge.undo()
-        if any(map(self.copies_of, active)):
-            self.check_unrouted("set_adapter of an adapter with modules_to_save")
-        self._train(trained, {*self.active, *active}, leaving)
-        self.activate(active)
+            self._check_one_copy(active)
+            if self.merge.adapters:
+                warnings.warn("adapters are merged; they are unmerged first", stacklevel=3)
+                self.merge.undo()
+            if any(map(self.copies_of, active)):
+                self.check_unrouted("set_adapter of an adapter with modules_to_save")
+            trained = () if inference_mode else active
+            self._train(trained, {*self.active, *active}, leaving)
+            self.activate(active)
 
     def _train(self, trained: Collection[str], changed: set[str], leaving: str | None) -> None:
         """Have the vectors and copies of these adapters alone require gradients.
 
-        Args:
-            changed: the adapters that may not be so yet. Of another, `model.requires_grad_()` has
-                reached all vectors or none: the first one tells.
-            leaving: an adapter that is left as it is, as a backward pass may be to come for it.
+        Of an adapter not `changed`, `model.requires_grad_()` has reached all vectors or none: the
+        first one tells. For one that is `leaving`, a backward pass may be to come.
         """
         contents = self.contents()
         for name in self.configs.keys() - {leaving}:
@@ -347,8 +329,7 @@ class Adapters:
     def activate(self, names: tuple[str, ...] | None = None) -> None:
         """Have these adapters multiply from the next call on; for `None`, those that did.
 
-        Called after each change of what is merged, fused or routed too, by which it depends where
-        hooks are needed.
+        What is merged, fused or routed decides where hooks are needed: call this after its changes.
         """
         with LOCK:
             self.active = self.active if names is None else names
@@ -367,9 +348,8 @@ class Adapters:
         """Have the active adapters multiply, or none, which unmerges those that are merged."""
         with LOCK:
             if not enabled:
-                self.check_unrouted(
-                    f"disabling adapters (rows of the base model are named {BASE!r})"
-                )
+                what = f"disabling adapters (rows of the base model are named {BASE!r})"
+                self.check_unrouted(what)
                 self.merge.undo()
             self.enabled = enabled
             self.activate()
@@ -394,7 +374,6 @@ class Adapters:
         self.activate()
 
     def unmerge(self) -> None:
-        """Put the base's original weights back, bit for bit."""
         with LOCK:
             self.merge.undo()
             self.activate()
@@ -402,10 +381,7 @@ class Adapters:
     def merge_for_good(
         self, names: str | Sequence[str] | None, safe: bool, dequantise: bool
     ) -> None:
-        """Merge adapters, let the original weights go, and give modules the values of their copies.
-
-        As `IA3Model.merge_and_unload`, but for unloading. The caller holds the lock.
-        """
+        """As `IA3Model.merge_and_unload`, but for unloading; the caller holds the lock."""
         self.check_unrouted("merging")
         merged = self.merge.adapters
         chosen = self.named(names)
@@ -425,7 +401,13 @@ class Adapters:
             for name in set(chosen).intersection(copies.adapters):
                 keep_saved_module(module, name, shared)
         self.merge.keep()
-        _untie(self.model)
+        # The output layer may have weights of its own now.
+        config: Any = getattr(self.model, "config", None)
+        tied = getattr(config, "tie_word_embeddings", False)
+        if isinstance(self.model, PreTrainedModel) and tied:
+            inputs, outputs = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+            if outputs is not None and outputs.weight is not inputs.weight:
+                config.tie_word_embeddings = False
 
     # -- how they multiply ------------------------------------------------------------------------
 
@@ -447,14 +429,12 @@ class Adapters:
             self._open_routes -= 1
 
     def use_plain_product(self, plain: bool) -> None:
-        """Rescale at the very module, or where it costs the least memory."""
         with LOCK:
             self._plain = plain
             for _, _, site in self.contents().sites:
                 site.in_place = not plain
 
     def fuse(self) -> int:
-        """Fuse the model's gated feed-forward layers; returns how many are fused now."""
         with LOCK:
             self.check_loaded()
             self._fused = fuse(self.model)
@@ -462,7 +442,6 @@ class Adapters:
             return len(self._fused)
 
     def unfuse(self) -> None:
-        """Undo `fuse`."""
         with LOCK:
             if self._fused:
                 self._fused = []
@@ -471,7 +450,6 @@ class Adapters:
 
 
 def check_name(name: str) -> None:
-    """Raise `IA3Error` where an adapter cannot have this name."""
     if not re.fullmatch(r"[^./\\\s\x00]+", name):
         raise IA3Error(f"adapter name {name!r} must have no dot, slash or white space")
     if name == BASE:
@@ -481,6 +459,24 @@ def check_name(name: str) -> None:
             f"adapter name {name!r} is also an attribute of the modules that hold the vectors: "
             "choose another"
         )
+
+
+def with_head(model: nn.Module, config: IA3Config) -> list[str]:
+    """A config's `modules_to_save`, and the head that its task trains.
+
+    Where PEFT's names find none (it trains none then), these are all children but the body.
+    """
+    names = list(config.modules_to_save or ())
+    if config.task_type not in HEADS:
+        return names
+    heads = [name for name in HEADS[TaskType(config.task_type)] if hasattr(model, name)]
+    if not heads and isinstance(model, PreTrainedModel):
+        heads = [
+            name
+            for name, child in model.named_children()
+            if name != model.base_model_prefix and next(child.parameters(), None) is not None
+        ]
+    return [*names, *(head for head in heads if head not in names)]
 
 
 def _check_can_be_copied(saved: Sequence[str], contents: Contents) -> None:
@@ -506,12 +502,3 @@ def _check_outside_copies(name: str, contents: Contents) -> None:
                 f"module {name!r} is part of {around!r}, which another adapter on this model "
                 "has in its modules_to_save"
             )
-
-
-def _untie(model: nn.Module) -> None:
-    """Say in a model's config that its output layer has weights of its own, if it has now."""
-    config: Any = getattr(model, "config", None)
-    if isinstance(model, PreTrainedModel) and getattr(config, "tie_word_embeddings", False):
-        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-        if outputs is not None and outputs.weight is not inputs.weight:
-            config.tie_word_embeddings = False

@@ -63,14 +63,10 @@ class AutoPeftModel:
             IA3Error: its config names no base model, or one of another task.
             OSError: the base model is not to be had.
         """
-        for_both: Any = {key: base_options[key] for key in FOR_BOTH if key in base_options}
-        folder = adapter_folder(
-            pretrained_model_name_or_path,
-            ["adapter_*", *TOKENIZER_FILES],
-            revision=revision,
-            subfolder=subfolder,
-            **for_both,
-        )
+        hub: Any = {key: base_options[key] for key in FOR_BOTH if key in base_options}
+        hub |= {"revision": revision, "subfolder": subfolder}
+        files = ["adapter_*", *TOKENIZER_FILES]
+        folder = adapter_folder(pretrained_model_name_or_path, files, **hub)
         config = config or IA3Config.from_pretrained(folder)
         if config.base_model_name_or_path is None:
             raise IA3Error(
@@ -85,7 +81,11 @@ class AutoPeftModel:
         base = _base_class(cls.task_type, config, import_allowlist).from_pretrained(
             config.base_model_name_or_path, revision=config.revision, **base_options
         )
-        _fit_vocabulary(base, folder, base_options.get("trust_remote_code", False))
+        if (folder / "tokenizer_config.json").is_file():
+            trusted = base_options.get("trust_remote_code", False)
+            tokens = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+            if len(tokens) > base.get_input_embeddings().weight.shape[0]:
+                base.resize_token_embeddings(len(tokens))
         kind = MODEL_CLASSES.get(cls.task_type, IA3Model)
         return kind.from_pretrained(base, folder, adapter_name, is_trainable, config)
 
@@ -114,21 +114,13 @@ class AutoPeftModelForFeatureExtraction(AutoPeftModel, task=TaskType.FEATURE_EXT
     """An adapter with its model of hidden states."""
 
 
-AUTO_CLASSES = {
-    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
-    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
-    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
-    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
-    TaskType.FEATURE_EXTRACTION: "AutoModel",
-}
-
-
 def _base_class(task_type: TaskType | None, config: IA3Config, allowed: Sequence[str]) -> Any:
     if task_type is None and config.task_type is not None:
         task_type = TaskType(config.task_type)
     if task_type is not None:
-        return getattr(transformers, AUTO_CLASSES[task_type])
+        features = task_type == TaskType.FEATURE_EXTRACTION
+        task_class = MODEL_CLASSES[task_type].__name__.replace("Peft", "Auto")
+        return getattr(transformers, "AutoModel" if features else task_class)
     mapping = config.auto_mapping or {}
     library, name = mapping.get("parent_library"), mapping.get("base_model_class")
     # An adapter's file must not choose which code is run.
@@ -143,14 +135,3 @@ def _base_class(task_type: TaskType | None, config: IA3Config, allowed: Sequence
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise IA3Error(f"auto_mapping: {library} has no model class {name!r}")
     return found
-
-
-def _fit_vocabulary(base: Any, folder: Path, trust_remote_code: bool) -> None:
-    """Make room for the tokens of a tokenizer that was saved beside the adapter."""
-    if not (folder / "tokenizer_config.json").is_file():
-        return
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=trust_remote_code
-    )
-    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(len(tokenizer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -54,12 +55,12 @@ class FrozenBase:
             self._requires_input_grads = False
 
 
+@dataclass(eq=False)
 class AdapterKeys(Collection[str]):
     """What `save_pretrained` leaves out: what the model ignores, and the adapters by then."""
 
-    def __init__(self, model: nn.Module, ignored: Collection[str]) -> None:
-        self._model = model
-        self._ignored = ignored
+    _model: nn.Module
+    _ignored: Collection[str]
 
     def __iter__(self) -> Iterator[str]:
         yield from self._ignored

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..core.activations import Side
-from ..core.inventory import Contents
 from ..core.route import BASE, LOCK, Host, Names, Route
 from ..core.sites import Site
 from ..errors import IA3Error
+from .adapters import Adapters
 
 
 class RowSource(Protocol):
@@ -22,56 +22,33 @@ class RowSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def names(self) -> list[str]:
-        """The adapters' names."""
-        ...
+    def names(self) -> list[str]: ...
 
     def gather(self, names: Sequence[str], index: Sequence[int]) -> dict[Site, Tensor]:
-        """The values of adapters, or of `BASE`, `[rows, dim]`, where one has a vector.
-
-        Args:
-            index: which of the names each row is to be, `[rows]`.
-        """
+        """Site -> `[rows, dim]`, where one of these has a vector; row i is that of `index[i]`."""
         ...
 
 
 def make_route(
-    host: Host,
-    find: Callable[[], Contents],
-    adapters: Collection[str],
-    source: RowSource | None,
-    names: Sequence[str],
-    index: Tensor,
+    host: Host, model: Adapters, source: RowSource | None, names: Sequence[str], index: Tensor
 ) -> Route:
-    """A route of a model's adapters, and those of its bank.
-
-    Args:
-        host, find: the model, and what gives its contents as they are now.
-        adapters: the names of the model's own; `source` has all others.
-        names: each once: adapters, or `BASE`.
-        index: which of the names, int64: `[rows]`, or `[batch, seq]` for tokens.
-
-    Raises:
-        IA3Error: an adapter cannot be mixed with others, or cannot be loaded.
-    """
-    own = [name for name in names if name in adapters]
-    others = [name for name in names if name != BASE and name not in adapters]
+    """A route of the model's own adapters, and of others that `source` has, from `read_names`."""
+    own = [name for name in names if name in model.configs]
+    others = [name for name in names if name != BASE and name not in own]
     by_row = index.dim() == 1
     gathered: dict[Site, Tensor] = {}
     if source is not None and others:
-        if own:
-            gathered = source.gather(others, range(len(others)))
-        else:
-            places = index.tolist() if by_row else range(len(names))
-            gathered = source.gather(names, places)
+        wanted = others if own else names
+        places = index.tolist() if by_row and not own else range(len(wanted))
+        gathered = source.gather(wanted, places)
     # After the bank, which may have placed new sites.
     with LOCK:
-        contents = find()
+        contents = model.contents()
         sites = {site: module for module, _, site in contents.sites}
         if not own:
             return Route(host, sites, gathered.get, index, gathered=by_row)
         for name in own:
-            if name not in adapters:
+            if name not in model.configs:
                 raise IA3Error(f"adapter {name!r} was deleted while it was asked for")
             copied = [module for module, _, copies in contents.copies if name in copies]
             having = [(module, site.side) for site, module in sites.items() if name in site]
@@ -87,15 +64,9 @@ def make_route(
 
 
 def _stacked_vectors(
-    names: Sequence[str],
-    sites: Collection[Site],
-    others: Sequence[str],
-    gathered: Mapping[Site, Tensor],
+    names: Sequence[str], sites: Iterable[Site], others: list[str], gathered: dict[Site, Tensor]
 ) -> Callable[[Site], Tensor | None]:
-    """Site -> the values of adapters there, `[names, dim]`, through which gradients flow.
-
-    They are vectors at the sites, those of `others` gathered, `[others, dim]`, or ones.
-    """
+    """Site -> `[names, dim]` with gradients: vectors there, those of `others` gathered, or ones."""
     had = {site: [name for name in names if name in site] for site in sites}
 
     def stacked(site: Site) -> Tensor | None:
@@ -132,25 +103,27 @@ def check_mixable(name: str, copied: Collection[str], sites: Iterable[tuple[str,
 
 
 def read_names(names: Names, token_index: Tensor | None = None) -> tuple[list[str], Tensor]:
-    """Which adapters a batch is given, and which of them each row or token has.
+    """A batch's adapters, each once, and which of them its rows or tokens have.
 
-    Args:
-        names: one a row; or one a token, in lists of the same length; or, with `token_index`,
-            what that counts in.
-        token_index: `[batch, seq]`, int64.
-
-    Returns:
-        The names, each once, and `[rows]` or `[batch, seq]`, int64.
-
-    Raises:
-        IA3Error: the names are no such list, or the index leads beyond them.
+    These are `[rows]` or `[batch, seq]`, int64. For tokens, `names` are lists of the same length,
+    or what `token_index` counts in.
     """
     if isinstance(names, str) or not isinstance(names, Sequence) or len(names) == 0:
         raise IA3Error(f"adapter_names is {names!r}, expected a list with one name a row")
     flat: list[Any] = list(names)
     expected = "names, or a list of names a row"
     if token_index is not None:
-        _check_index(token_index, len(flat))
+        if token_index.dim() != 2 or token_index.dtype != torch.int64 or token_index.numel() == 0:
+            raise IA3Error(
+                f"token_index is {list(token_index.shape)} {token_index.dtype}, expected "
+                "[batch, seq] torch.int64"
+            )
+        low, high = (int(bound) for bound in torch.aminmax(token_index))
+        if low < 0 or high >= len(flat):
+            raise IA3Error(
+                f"token_index has values from {low} to {high}, expected 0 to {len(flat) - 1}: it "
+                f"counts in the {len(flat)} names"
+            )
         expected = "plain names beside a token_index"
     elif not isinstance(flat[0], str):
         lists = [
@@ -173,17 +146,3 @@ def read_names(names: Names, token_index: Tensor | None = None) -> tuple[list[st
     if token_index is not None:
         index = index.to(token_index.device)[token_index]
     return list(places), index
-
-
-def _check_index(token_index: Tensor, count: int) -> None:
-    if token_index.dim() != 2 or token_index.dtype != torch.int64 or token_index.numel() == 0:
-        raise IA3Error(
-            f"token_index is {list(token_index.shape)} {token_index.dtype}, expected "
-            "[batch, seq] torch.int64"
-        )
-    low, high = (int(bound) for bound in torch.aminmax(token_index))
-    if low < 0 or high >= count:
-        raise IA3Error(
-            f"token_index has values from {low} to {high}, expected 0 to {count - 1}: it counts in "
-            f"the {count} names"
-        )

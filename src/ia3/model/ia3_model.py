@@ -19,7 +19,7 @@ from ..adapter.combining import CombinationType, MajoritySign, combine
 from ..adapter.store import Adapter
 from ..core.merge import Merge
 from ..core.route import LOCK, Names
-from ..errors import IA3Error
+from ..errors import IA3Error, naming
 from ..files.hub import HubOptions
 from ..targets.config import IA3Config, TaskType
 from . import saving
@@ -103,7 +103,7 @@ class IA3Model(nn.Module):
         kind = MODEL_CLASSES.get(adapter.config.task_type, cls) if cls is IA3Model else cls
         self = kind.__new__(kind)
         self._begin(model)
-        with saving.naming(source):
+        with naming(source):
             self._add_first(adapter_name, adapter.config, adapter)
         return self
 
@@ -126,8 +126,6 @@ class IA3Model(nn.Module):
         self._adapters.add(name, config, stored)
         self._adapters.base.freeze()
         self.set_adapter(name, inference_mode=config.inference_mode)
-
-    # -- adapters ---------------------------------------------------------------------------------
 
     @property
     def peft_config(self) -> dict[str, IA3Config]:
@@ -177,7 +175,10 @@ class IA3Model(nn.Module):
 
     def _add(self, name: str, config: IA3Config, stored: Adapter | None) -> None:
         # Before the model's lock is held: the bank has one of its own.
-        self.routes.check_not_in_bank(name)
+        if self.routes.bank is not None and name in self.routes.bank:
+            raise IA3Error(
+                f"the model's bank has an adapter {name!r} already: remove it or choose another"
+            )
         self._adapters.add(name, config, stored)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -204,8 +205,6 @@ class IA3Model(nn.Module):
             >>> model.set_adapter("second")
             >>> model.active_adapters
             ['second']
-            >>> any(vector.requires_grad for vector in model.vectors("first").values())
-            False
         """
         self._adapters.switch(adapter_name, inference_mode)
 
@@ -255,11 +254,9 @@ class IA3Model(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Print both numbers and their ratio, in PEFT's words."""
-        trained, total = self.get_nb_trainable_parameters()
-        share = 100 * trained / total
-        print(
-            f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}"
-        )
+        some, total = self.get_nb_trainable_parameters()
+        share = 100 * some / total
+        print(f"trainable params: {some:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     # -- computing --------------------------------------------------------------------------------
 
@@ -476,7 +473,16 @@ class IA3Model(nn.Module):
             IA3Error: an adapter is unknown, there is none, or an option cannot be had.
             OSError: the disk is full or may not be written; what was there before stays.
         """
-        saving.check_options(safe_serialization, save_embedding_layers)
+        if save_embedding_layers is True:
+            raise IA3Error(
+                "save_embedding_layers=True: embeddings are saved where they are trained, by "
+                "naming them in modules_to_save"
+            )
+        if safe_serialization is not True:
+            raise IA3Error(
+                f"safe_serialization is {safe_serialization!r}, expected True: a pickle could run "
+                "code when it is read, so that only safetensors files are written"
+            )
         folders = saving.folders_of(self._adapters, save_directory, selected_adapters, adapter_name)
         if is_main_process:
             saving.save(self._adapters, folders, state_dict)
@@ -550,7 +556,7 @@ class IA3Model(nn.Module):
         optimizer that holds its parameters goes on with them.
         """
         adapter = saving.read(model_id, None, is_trainable, **hub)
-        with saving.naming(str(model_id)):
+        with naming(str(model_id)):
             if adapter_name in self.peft_config:
                 self._adapters.load_into(adapter_name, adapter)
             else:
@@ -584,9 +590,6 @@ def value_count(parameter: nn.Parameter) -> int:
     # bitsandbytes packs two 4-bit values into a byte of storage.
     packed = type(parameter).__name__ == "Params4bit"
     return parameter.numel() * (2 * parameter.element_size() if packed else 1)
-
-
-# -- by task ---------------------------------------------------------------------------------------
 
 
 def get_peft_model(

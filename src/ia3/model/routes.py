@@ -13,18 +13,12 @@ from ..adapter.store import Adapter
 from ..core.route import BASE, LOCK, Names, Route, current_route, entered
 from ..core.sites import Site, displace
 from ..errors import IA3Error, did_you_mean
-from .adapters import Adapters
+from .adapters import Adapters, with_head
 from .gather import RowSource, check_mixable, make_route, read_names
-from .heads import with_head
 
 
 class Routes:
-    """The routes of one model, whose host this is, and its bank.
-
-    Attributes:
-        model: the base model.
-        bank: the adapters that can be named beside the model's own; a copy of the model has none.
-    """
+    """The routes of one model, whose host this is, and its bank, which a copy has not."""
 
     def __init__(self, adapters: Adapters) -> None:
         self.model = adapters.model
@@ -34,17 +28,13 @@ class Routes:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "bank": None}
 
-    # -- routes -----------------------------------------------------------------------------------
-
     @contextmanager
     def entered(
         self, names: Names, token_index: Tensor | None = None, call: tuple[Any, Any] | None = None
     ) -> Iterator[None]:
         """Within the context, calls of the model in this thread or task have these adapters.
 
-        Args:
-            names, token_index: as for `read_names`.
-            call: the arguments of the call to come, by place and by name, which are checked first.
+        The arguments of a `call` to come, by place and by name, are checked first.
         """
         route = self._route(names, token_index)
         if call is not None:
@@ -99,7 +89,7 @@ class Routes:
                 f"{type(self.model).__name__} has an encoder and a decoder, whose tokens are not "
                 "the same: give one name a row"
             )
-        return make_route(self, adapters.contents, adapters.configs, bank, different, index)
+        return make_route(self, adapters, bank, different, index)
 
     def _open(self, route: Route) -> None:
         adapters = self._adapters
@@ -128,17 +118,7 @@ class Routes:
     def _owns(self, site: Any) -> bool:
         return any(site is each for _, _, each in self._adapters.contents().sites)
 
-    # -- the bank ---------------------------------------------------------------------------------
-
-    def check_not_in_bank(self, name: str) -> None:
-        """Raise `IA3Error` where the bank has an adapter of this name."""
-        if self.bank is not None and name in self.bank:
-            raise IA3Error(
-                f"the model's bank has an adapter {name!r} already: remove it or choose another"
-            )
-
     def attach(self, bank: RowSource) -> None:
-        """Have a bank's adapters known."""
         self._adapters.check_loaded()
         if self.bank is not None:
             raise IA3Error("the model has a bank already: close() that first")
@@ -155,11 +135,7 @@ class Routes:
                     displace(module)
 
     def sites_for_bank(self, name: str, adapter: Adapter) -> dict[str, Site]:
-        """Module name -> the site for each vector of a bank's adapter, placed now if it is new.
-
-        Raises:
-            IA3Error: it does not fit, or cannot be mixed with others; nothing has changed then.
-        """
+        """Module name -> the site for each vector of a bank's adapter, placed now if it is new."""
         adapters = self._adapters
         _, targets = adapters.fit(name, adapter.config, adapter)
         copied = [*with_head(self.model, adapter.config), *adapter.copies]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -26,12 +25,7 @@ DEFAULT_ADAPTER = "default"
 def save(
     adapters: Adapters, folders: Mapping[str, Path], state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write adapters' two files each, all of them or, where a folder cannot be written, none.
-
-    Args:
-        folders: adapter name -> its folder, made if absent.
-        state_dict: the `IA3Model`'s, whose values go before those on the model.
-    """
+    """Write adapters' two files each, all of them or, where a folder cannot be written, none."""
     written = to_save(adapters, list(folders), state_dict)
     files = {name: store.adapter_files(adapter) for name, adapter in written.items()}
     for folder in folders.values():
@@ -45,8 +39,7 @@ def to_save(
 ) -> dict[str, Adapter]:
     """Adapters as they are saved: for inference, and with their base model's fingerprint.
 
-    Raises:
-        IA3Error: a name is unknown.
+    The values of a `state_dict`, an `IA3Model`'s, go before those on the model.
     """
     adapters.check_known(names)
     base = fingerprint(adapters.model, adapters.merged_modules())
@@ -55,11 +48,9 @@ def to_save(
         config = adapter.config
         config.inference_mode = True
         if config.task_type is None and config.auto_mapping is None:
-            base_class = type(adapters.model)
-            config.auto_mapping = {
-                "base_model_class": base_class.__name__,
-                "parent_library": base_class.__module__,
-            }
+            kind = type(adapters.model)
+            names_class = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+            config.auto_mapping = names_class
         adapter.base = base
     return found
 
@@ -67,11 +58,7 @@ def to_save(
 def folders_of(
     adapters: Adapters, folder: str | Path, selected: Sequence[str] | None, only: str | None
 ) -> dict[str, Path]:
-    """Adapter name -> its folder, as PEFT lays them out; for `only` one, the folder itself.
-
-    Raises:
-        IA3Error: a name is unknown, or there is no adapter.
-    """
+    """Adapter name -> its folder, as PEFT lays them out; for `only` one, the folder itself."""
     if only is not None:
         folders = {only: Path(folder)}
     else:
@@ -83,20 +70,6 @@ def folders_of(
     return folders
 
 
-def check_options(safe_serialization: bool, save_embedding_layers: bool | str) -> None:
-    """Raise `IA3Error` where PEFT's options ask for what is not written here."""
-    if save_embedding_layers is True:
-        raise IA3Error(
-            "save_embedding_layers=True: embeddings are saved where they are trained, by naming "
-            "them in modules_to_save"
-        )
-    if safe_serialization is not True:
-        raise IA3Error(
-            f"safe_serialization is {safe_serialization!r}, expected True: a pickle could run code "
-            "when it is read, so that only safetensors files are written"
-        )
-
-
 def read(
     model_id: str | Path, config: IA3Config | None, is_trainable: bool, **hub: Unpack[HubOptions]
 ) -> Adapter:
@@ -104,15 +77,6 @@ def read(
     adapter = store.read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config)
     adapter.config.inference_mode = not is_trainable
     return adapter
-
-
-@contextmanager
-def naming(source: str) -> Iterator[None]:
-    """Errors within the context begin with the adapter's folder or id."""
-    try:
-        yield
-    except IA3Error as error:
-        raise IA3Error(f"{source}: {error}") from error
 
 
 def push(
@@ -132,13 +96,10 @@ def push(
         save(adapters, folders)
         if not api.file_exists(repo_id, "README.md", revision=commit.get("revision")):
             first = adapters.configs[next(iter(folders))]
-            write_files(root, {"README.md": _model_card(first).encode()})
+            # A folder of this machine means nothing on the hub.
+            base = first.base_model_name_or_path
+            known = [f"base_model: {base}"] if base and not Path(base).exists() else []
+            card = ["---", *known, "library_name: peft", "tags:", "- ia3", "---", ""]
+            write_files(root, {"README.md": "\n".join(card).encode()})
         options = {"commit_message": "Upload (IA)³ adapter", **commit}
         return str(api.upload_folder(repo_id=repo_id, folder_path=root, **options))
-
-
-def _model_card(config: IA3Config) -> str:
-    base = config.base_model_name_or_path
-    # A folder of this machine means nothing on the hub.
-    known = [f"base_model: {base}"] if base and not Path(base).exists() else []
-    return "\n".join(["---", *known, "library_name: peft", "tags:", "- ia3", "---", ""])
