@@ -85,10 +85,7 @@ def compare(frozen: Any, rows: set[str], batch: tuple[int, int], repeats: int) -
 
 def in_milliseconds(timings: Any) -> dict[str, float]:
     """Its time, and what that is to the base model's."""
-    return {
-        "value": 1e3 * timings.median("adapters"),
-        "ratio": timings.ratio("adapters", "frozen"),
-    }
+    return {"value": 1e3 * timings.median("adapters"), "ratio": timings.ratio("adapters", "frozen")}
 
 
 def handle(frozen: Any, rows: set[str], others: list[int], repeats: int) -> dict[str, Any]:
@@ -129,24 +126,11 @@ def handle(frozen: Any, rows: set[str], others: list[int], repeats: int) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
-    parser.add_argument(
-        "--batch",
-        type=int,
-        nargs=2,
-        default=(4, 128),
-        help="rows, and tokens of each, of a training step",
-    )
-    parser.add_argument(
-        "--others",
-        type=int,
-        nargs="+",
-        default=[10, 100],
-        help="adapters that are on the model when one is loaded",
-    )
+    parser.add_argument("--batch", type=int, nargs=2, default=(4, 128), help="rows, tokens of each")
+    parser.add_argument("--others", type=int, nargs="+", default=[10, 100], help="adapters there")
     parser.add_argument("--repeats", type=int, default=9, help="turns")
-    parser.add_argument(
-        "--rows", nargs="+", default=["saved", "step", "decode unmerged"], help="what is measured"
-    )
+    rows = ["saved", "step", "decode unmerged"]
+    parser.add_argument("--rows", nargs="+", default=rows, help="what is measured")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 from measuring import (
+    Handling,
     batch_of,
+    contestants,
     forward_pass,
-    fused,
     llama,
     on_ia3,
     on_peft,
@@ -62,6 +63,13 @@ PROMPTS = (16, 64, 256, 1024)
 MOST_EXPANDED = 5000
 # A cost that grows by more than this power of its cause, at the end of a curve, bends upward.
 UPWARD = 1.1
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1024,
+}
 COLOURS = {
     "frozen": "#6b6b6b",
     "ia3": "#d55e00",
@@ -101,18 +109,12 @@ class Curve:
 
 def small(layers: int = 8) -> Any:
     """The model of the training curves."""
-    return llama(hidden=256, inner=704, layers=layers, heads=4, key_value_heads=2, vocabulary=1024)
+    return llama(**SHAPE, layers=layers)
 
 
-def contestants(frozen: Any) -> dict[str, Any]:
-    """The frozen model, and with an adapter."""
-    models = {
-        "frozen": frozen,
-        "ia3": on_ia3(same_weights(frozen)),
-        "ia3 fused": fused(on_ia3(same_weights(frozen))),
-        "PEFT": on_peft(same_weights(frozen)),
-    }
-    return {name: model.eval() for name, model in models.items() if model is not None}
+def with_adapters(frozen: Any) -> dict[str, Any]:
+    """The frozen model, and the same with adapters."""
+    return {"frozen": frozen, **contestants(frozen)}
 
 
 def training_costs(
@@ -136,9 +138,7 @@ def training_costs(
 
 
 def _training_curves(
-    name: str,
-    cause: str,
-    costs: Iterable[tuple[float, dict[str, tuple[float, float]]]],
+    name: str, cause: str, costs: Iterable[tuple[float, dict[str, tuple[float, float]]]]
 ) -> list[Curve]:
     seconds = Curve(name, cause, "training step, ms")
     memory = Curve(name, cause, "saved for backward, MiB")
@@ -151,7 +151,7 @@ def _training_curves(
 
 def token_curves(repeats: int) -> list[Curve]:
     """Tokens of a batch: more rows, and longer ones."""
-    models = contestants(small())
+    models = with_adapters(small())
     rows = ((ROW * n, training_costs(models, (n, ROW), repeats)) for n in ROWS)
     length = ((n, training_costs(models, (1, n), repeats)) for n in LENGTHS)
     return [
@@ -162,59 +162,36 @@ def token_curves(repeats: int) -> list[Curve]:
 
 def layer_curves(repeats: int) -> list[Curve]:
     """Layers of the model."""
-    costs = ((n, training_costs(contestants(small(n)), (4, ROW), repeats)) for n in LAYERS)
+    costs = ((n, training_costs(with_adapters(small(n)), (4, ROW), repeats)) for n in LAYERS)
     return _training_curves("layers", "layers", costs)
 
 
 def adapter_curves(repeats: int) -> list[Curve]:
     """Adapters loaded, one of them active."""
-    import peft
-
-    import ia3
-
     frozen = small()
-    models: dict[str, Any] = {
-        "ia3": on_ia3(same_weights(frozen)),
-        "PEFT": on_peft(same_weights(frozen)),
-    }
-    configs = {
-        "ia3": ia3.IA3Config(task_type="CAUSAL_LM"),
-        "PEFT": peft.IA3Config(task_type="CAUSAL_LM"),
-    }
     loading = Curve("adapters", "adapters on the model", "load one more, ms")
     switching = Curve("adapters", "adapters on the model", "switch, ms")
     costs = []
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        for name, model in models.items():
-            model.save_pretrained(folder / name)
-            model.add_adapter("second", configs[name])
-
-        def load(name: str) -> None:
-            models[name].load_adapter(folder / name, "loaded")
-
-        def switch(name: str) -> None:
-            model = models[name]
-            model.set_adapter("second" if model.active_adapter == "default" else "default")
-
-        def of_each(action: Callable[[str], None]) -> dict[str, Callable[[], None]]:
-            return {name: lambda name=name: action(name) for name in models}
-
+        each = {
+            "ia3": Handling(on_ia3(same_weights(frozen)), Path(place, "ia3")),
+            "PEFT": Handling(on_peft(same_weights(frozen)), Path(place, "PEFT")),
+        }
         for count in ADAPTERS:
             if count > MOST_PEFT_ADAPTERS:
-                models.pop("PEFT", None)
-            for name, model in models.items():
-                for number in range(len(model.peft_config), count):
-                    model.add_adapter(f"other{number}", configs[name])
-                model.set_adapter("default")
-            costs.append((count, training_costs({"frozen": frozen, **models}, (4, ROW), repeats)))
-            loads = take_turns(
-                of_each(load),
-                repeats,
-                after=of_each(lambda name: models[name].delete_adapter("loaded")),
-            )
-            switches = take_turns(of_each(switch), 4 * repeats)
-            for name in models:
+                each.pop("PEFT", None)
+            for one in each.values():
+                one.fill(count)
+                one.model.set_adapter("default")
+            models = {"frozen": frozen, **{name: one.model for name, one in each.items()}}
+            costs.append((count, training_costs(models, (4, ROW), repeats)))
+            deleting = {name: one.delete for name, one in each.items()}
+            loads = take_turns({n: one.load for n, one in each.items()}, repeats, after=deleting)
+            # Switching takes two.
+            for one in each.values():
+                one.fill(2)
+            switches = take_turns({name: one.switch for name, one in each.items()}, 4 * repeats)
+            for name in each:
                 loading.add(name, count, 1e3 * loads.median(name))
                 switching.add(name, count, 1e3 * switches.median(name))
     return [*_training_curves("adapters", "adapters on the model", costs), loading, switching]

@@ -14,7 +14,6 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,26 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 Example = tuple[str, str]
 
 
-@dataclass(frozen=True)
-class Split:
-    """A few-shot training set and the whole test set of one task."""
-
-    task: str
-    seed: int
-    train_texts: list[str]
-    train_labels: list[str]
-    test_texts: list[str]
-    test_labels: list[str]
-
-
-def few_shot_split(task: str, seed: int, data: Path, shots: int = 16) -> Split:
-    """Draw `shots` training examples of each class with a seed; the test set stays whole."""
+def few_shot_split(task: str, seed: int, data: Path) -> tuple[list[Example], list[Example]]:
+    """Draw 16 training examples of each class with a seed; the test set stays whole."""
     train, test = read_task(task, data)
-    sample = sample_few_shot(train, shots, seed)
-    (texts, labels), (test_texts, test_labels) = (
-        map(list, zip(*part, strict=True)) for part in (sample, test)
-    )
-    return Split(task, seed, texts, labels, test_texts, test_labels)
+    return sample_few_shot(train, 16, seed), test
 
 
 def read_task(task: str, data: Path) -> tuple[list[Example], list[Example]]:
@@ -156,47 +139,36 @@ def run(method: str, task: str, seed: int, data: Path) -> dict[str, Any]:
     """Accuracy on the full test set, and seconds, of one method on one split."""
     from ia3 import FewShotClassifier
 
-    split = few_shot_split(task, seed, data)
+    train, test = few_shot_split(task, seed, data)
+    texts, labels = map(list, zip(*train, strict=True))
+    test_texts, test_labels = map(list, zip(*test, strict=True))
     if method == "setfit":
-        return _setfit(split)
-    # But for these words, the estimator's defaults whatever the task.
-    classifier = FewShotClassifier(template=TEMPLATES[task], choices=CHOICES[task], seed=seed)
-    if method == "untuned":
-        classifier.set_params(steps=0)
-    _ = classifier.base
-    started = time.perf_counter()
-    classifier.fit(split.train_texts, split.train_labels)
-    trained = time.perf_counter()
-    accuracy = classifier.score(split.test_texts, split.test_labels)
+        from ia3.experiments.setfit import SetFit, run_setfit
+
+        found = run_setfit(
+            SetFit(SETFIT_PYTHON), texts, labels, test_texts, seed=seed, use_gpu=False
+        )
+        right = sum(a == b for a, b in zip(found.predicted, test_labels, strict=True))
+        accuracy, train_seconds = right / len(test_labels), found.train_seconds
+        predict_seconds = found.answer_seconds * len(test_texts)
+    else:
+        # But for these words, the estimator's defaults whatever the task.
+        classifier = FewShotClassifier(template=TEMPLATES[task], choices=CHOICES[task], seed=seed)
+        if method == "untuned":
+            classifier.set_params(steps=0)
+        _ = classifier.base
+        started = time.perf_counter()
+        classifier.fit(texts, labels)
+        trained = time.perf_counter()
+        accuracy, train_seconds = classifier.score(test_texts, test_labels), trained - started
+        predict_seconds = time.perf_counter() - trained
     return {
         "method": method,
         "task": task,
         "seed": seed,
         "accuracy": accuracy,
-        "train_seconds": round(trained - started, 2),
-        "predict_seconds": round(time.perf_counter() - trained, 2),
-    }
-
-
-def _setfit(split: Split) -> dict[str, Any]:
-    from ia3.experiments.setfit import SetFit, run_setfit
-
-    result = run_setfit(
-        SetFit(SETFIT_PYTHON),
-        split.train_texts,
-        split.train_labels,
-        split.test_texts,
-        seed=split.seed,
-        use_gpu=False,
-    )
-    right = sum(a == b for a, b in zip(result.predicted, split.test_labels, strict=True))
-    return {
-        "method": "setfit",
-        "task": split.task,
-        "seed": split.seed,
-        "accuracy": right / len(split.test_labels),
-        "train_seconds": round(result.train_seconds, 2),
-        "predict_seconds": round(result.answer_seconds * len(split.test_texts), 2),
+        "train_seconds": round(train_seconds, 2),
+        "predict_seconds": round(predict_seconds, 2),
     }
 
 

@@ -27,25 +27,25 @@ from typing import Any
 import torch
 from measuring import batch_of, fused, llama, on_ia3, on_peft
 from reporting import RESULTS, circumstances, digits, in_words, table, write_json
-from torch import Tensor, nn
+from torch import nn
 
 BIG = {
-    "hidden": 3072,
-    "inner": 8192,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
     "layers": 28,
-    "heads": 24,
-    "key_value_heads": 8,
-    "vocabulary": 128256,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
     "head_dim": 128,
     "tie_word_embeddings": True,
 }
 SMALL = {
-    "hidden": 256,
-    "inner": 704,
+    "hidden_size": 256,
+    "intermediate_size": 704,
     "layers": 4,
-    "heads": 4,
-    "key_value_heads": 2,
-    "vocabulary": 2048,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2048,
     "tie_word_embeddings": True,
 }
 BIG_BATCH, SMALL_BATCH = (4, 768), (2, 64)
@@ -58,20 +58,10 @@ GIGA = 1e9
 
 
 def plain_product(model: nn.Module) -> nn.Module:
-    """This project's adapter where another library's hooks rule out all that saves memory."""
-    for name, module in model.named_modules():
-        if name.endswith(("k_proj", "v_proj", "up_proj", "down_proj")):
-            module.register_forward_hook(lambda module, inputs, output: None)
-    return on_ia3(model)
-
-
-def on_up_projection(model: nn.Module) -> nn.Module:
-    """The feed-forward vector asked for on the up projection's output."""
-    import ia3
-
-    names = ["k_proj", "v_proj", "up_proj"]
-    config = ia3.IA3Config(task_type="CAUSAL_LM", target_modules=names, feedforward_modules=[])
-    return ia3.get_peft_model(model, config)
+    """This project's adapter with the plain product, which keeps the scaled activations too."""
+    adapted = on_ia3(model)
+    adapted.use_plain_product()
+    return adapted
 
 
 def lora(model: nn.Module) -> nn.Module:
@@ -81,11 +71,10 @@ def lora(model: nn.Module) -> nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64))
 
 
-METHODS: dict[str, Callable[[nn.Module], nn.Module | None]] = {
+METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "frozen": lambda model: model,
     "ia3": on_ia3,
     "ia3 plain product": plain_product,
-    "ia3 on up_proj": on_up_projection,
     "ia3 fused": lambda model: fused(on_ia3(model)),
     "PEFT (IA)³": on_peft,
     "PEFT LoRA 32": lora,
@@ -110,15 +99,13 @@ def measured(method: str, steps: int, device: str) -> dict[str, Any]:
     Returns:
         `peak_gb` (allocated; on the CPU the process's own), `reserved_gb`, `tokens_per_second`,
         `decode_ms` and `graph_decode_ms`; what could not be measured is `None`, and `failed` says
-        why. Empty for a method that this version does not have.
+        why.
     """
     on_gpu = device == "cuda"
     with torch.device(device):
         dtype = torch.bfloat16 if on_gpu else torch.float32
         base = llama(**(BIG if on_gpu else SMALL), dtype=dtype)
     model = METHODS[method](base)
-    if model is None:
-        return {}
     result: dict[str, Any] = {"failed": {}}
     result |= _training(method, base, model, BIG_BATCH if on_gpu else SMALL_BATCH, steps, on_gpu)
     model.eval()
@@ -183,27 +170,15 @@ def _decoding(
     position = torch.tensor([[CACHED]], device=device)
     causal = torch.ones(CACHED, length, dtype=torch.bool, device=device).tril()[None, None]
     with torch.no_grad():
-        model(
-            input_ids=prompt,
-            attention_mask=causal,
-            position_ids=prompt,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        kept: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        model(input_ids=prompt, attention_mask=causal, position_ids=prompt, **kept)
         run = way(model)
 
-        def step() -> Tensor:
+        def step() -> None:
             torch.compiler.cudagraph_mark_step_begin()
-            logits: Tensor = run(
-                input_ids=token,
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits
+            run(input_ids=token, attention_mask=mask, position_ids=position, **kept)
             if device == "cuda":
                 torch.cuda.synchronize()
-            return logits
 
         seconds = []
         for turn in range(DECODED):
@@ -222,7 +197,7 @@ def in_markdown(methods: dict[str, dict[str, Any]], where: dict[str, Any]) -> st
     on_gpu = where["card"] is not None
     shape, batch = (BIG, BIG_BATCH) if on_gpu else (SMALL, SMALL_BATCH)
     sentence = (
-        f"A LLaMA of {shape['layers']} layers, {shape['hidden']} wide, random weights, "
+        f"A LLaMA of {shape['layers']} layers, {shape['hidden_size']} wide, random weights, "
         f"{'bfloat16' if on_gpu else 'float32'}, batches of {batch[0]} × {batch[1]} tokens, AdamW, "
         f"no gradient checkpointing. {where['card'] or 'No GPU'}; {in_words(where)}"
     )

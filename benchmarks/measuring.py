@@ -12,12 +12,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Step = Callable[[], object]
+# Tokens in the cache before the one that is decoded.
+CACHED = 64
 
 
 @dataclass(frozen=True)
@@ -144,71 +147,57 @@ def batch_of(model: Any, rows: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 class Decoding:
-    """One token after the other at the same position, batch 1, without gradients.
+    """One token of each row after the other at the same position, without gradients.
 
     Args:
-        model: what is called; its own cache is filled by it.
-        vocabulary: token ids are below it.
-        cached: tokens in the cache before the one that is decoded.
+        model: what is called.
+        prompt: `[rows, tokens]`, in the cache before the token that is decoded.
+        options: of every call.
     """
 
-    def __init__(self, model: nn.Module, vocabulary: int, cached: int = 64) -> None:
+    def __init__(self, model: Any, prompt: Tensor, **options: Any) -> None:
         from transformers import DynamicCache
 
-        self._model = model
-        self._token = torch.tensor([[7 % vocabulary]])
-        self._cache = DynamicCache()
+        self._model, self._tokens = model, prompt[:, :1]
+        self._options = {"past_key_values": DynamicCache(), "use_cache": True, **options}
         with torch.no_grad():
-            prompt = torch.arange(cached)[None] % vocabulary
-            model(input_ids=prompt, past_key_values=self._cache, use_cache=True)
+            model(input_ids=prompt, **self._options)
 
     def back(self) -> None:
-        """Forget the token decoded last."""
-        self._cache.crop(-1)
+        """Forget the tokens decoded last."""
+        self._options["past_key_values"].crop(-1)
 
     def step(self) -> None:
-        """Decode a token."""
+        """Decode a token of each row."""
         with torch.no_grad():
-            self._model(input_ids=self._token, past_key_values=self._cache, use_cache=True)
+            self._model(input_ids=self._tokens, **self._options)
 
 
 def time_decoding(models: Mapping[str, nn.Module], vocabulary: int, repeats: int) -> Timings:
-    """One decoded token of each, unmerged as they are."""
-    decodings = {name: Decoding(model, vocabulary) for name, model in models.items()}
-    return take_turns(
-        {name: decoding.step for name, decoding in decodings.items()},
-        repeats,
-        after={name: decoding.back for name, decoding in decodings.items()},
-        warm_up=3,
-    )
+    """One decoded token of each, batch 1."""
+    prompt = (torch.arange(CACHED) % vocabulary)[None]
+    return take_turns_decoding({name: Decoding(m, prompt) for name, m in models.items()}, repeats)
 
 
-def llama(
-    *,
-    hidden: int,
-    inner: int,
-    layers: int,
-    heads: int,
-    key_value_heads: int,
-    vocabulary: int,
-    context: int = 8192,
-    dtype: torch.dtype = torch.float32,
-    **settings: Any,
-) -> Any:
-    """A LLaMA of random weights, frozen, in evaluation mode, on torch's default device."""
+def take_turns_decoding(decodings: Mapping[str, Decoding], repeats: int) -> Timings:
+    """A token decoded by each in turn."""
+    steps = {name: decoding.step for name, decoding in decodings.items()}
+    back = {name: decoding.back for name, decoding in decodings.items()}
+    return take_turns(steps, repeats, after=back, warm_up=3)
+
+
+def llama(*, layers: int, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """A LLaMA of random weights, frozen, in evaluation mode, on torch's default device.
+
+    Args:
+        layers: how many.
+        dtype: of the weights.
+        settings: more of a `LlamaConfig`.
+    """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        max_position_embeddings=context,
-        **settings,
-    )
+    config = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=8192, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
 
@@ -227,9 +216,53 @@ def on_peft(model: nn.Module) -> Any:
     return peft.get_peft_model(model, peft.IA3Config(task_type="CAUSAL_LM"))
 
 
-def fused(model: Any) -> Any | None:
-    """The same `IA3Model` with its gated MLPs computed as one operation, if it has that."""
-    if not hasattr(model, "fuse_mlp"):
-        return None
+def fused(model: Any) -> Any:
+    """The same `IA3Model` with its gated MLPs computed as one operation."""
     model.fuse_mlp()
     return model
+
+
+def contestants(frozen: nn.Module) -> dict[str, Any]:
+    """Contestant -> a model with an adapter on these weights, in evaluation mode."""
+    models = {
+        "ia3": on_ia3(same_weights(frozen)),
+        "ia3 fused": fused(on_ia3(same_weights(frozen))),
+        "PEFT": on_peft(same_weights(frozen)),
+    }
+    return {name: model.eval() for name, model in models.items()}
+
+
+class Handling:
+    """Adapters saved, loaded, switched and deleted on a model that has one.
+
+    Args:
+        model: of this project or of PEFT.
+        folder: its adapter `"default"` is saved there.
+    """
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        self.model, self._folder = model, folder
+        self.save()
+
+    def save(self) -> None:
+        """Save `"default"`."""
+        self.model.save_pretrained(self._folder)
+
+    def load(self) -> None:
+        """Load it as another."""
+        self.model.load_adapter(self._folder, "loaded")
+
+    def delete(self) -> None:
+        """Delete what was loaded."""
+        self.model.delete_adapter("loaded")
+
+    def switch(self) -> None:
+        """Switch between two adapters."""
+        other = "default" if self.model.active_adapter != "default" else "other1"
+        self.model.set_adapter(other)
+
+    def fill(self, count: int) -> None:
+        """Have so many adapters on the model."""
+        config = type(self.model.peft_config["default"])
+        for number in range(len(self.model.peft_config), count):
+            self.model.add_adapter(f"other{number}", config(task_type="CAUSAL_LM"))

@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Timings, on_ia3, on_peft, same_weights, take_turns
+from measuring import (
+    Decoding,
+    Timings,
+    on_ia3,
+    on_peft,
+    same_weights,
+    take_turns,
+    take_turns_decoding,
+)
 from reporting import RESULTS, circumstances, digits, table, write_json
 from torch import Tensor, nn
 
@@ -54,41 +62,6 @@ def write_adapters(model: nn.Module, root: Path, count: int) -> list[Path]:
 def _tokens(model: Any, rows: int, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, model.config.vocab_size, (rows, length), generator=generator)
-
-
-class MixedDecoding:
-    """One token of each row after the other at the same position, without gradients.
-
-    Args:
-        model: what is called.
-        rows: how many.
-        options: of every call.
-        cached: tokens in the cache before the one that is decoded.
-    """
-
-    def __init__(self, model: Any, rows: int, options: Mapping[str, Any], cached: int = 64) -> None:
-        from transformers import DynamicCache
-
-        self._model, self._options = model, options
-        self._cache = DynamicCache()
-        prompt = _tokens(model, rows, cached)
-        self._tokens = prompt[:, :1]
-        with torch.no_grad():
-            model(input_ids=prompt, past_key_values=self._cache, use_cache=True, **options)
-
-    def step(self) -> None:
-        """Decode a token of each row."""
-        with torch.no_grad():
-            self._model(
-                input_ids=self._tokens,
-                past_key_values=self._cache,
-                use_cache=True,
-                **self._options,
-            )
-
-    def back(self) -> None:
-        """Forget them."""
-        self._cache.crop(-1)
 
 
 def contestants(model: nn.Module, folders: Sequence[Path], rows: int) -> dict[str, Any]:
@@ -131,15 +104,10 @@ def time_batches(
         return logits
 
     steps = {name: lambda each=each: forward(*each) for name, each in found.items()}
-    decoding = {name: MixedDecoding(model, rows, how) for name, (model, how) in found.items()}
+    decoding = {name: Decoding(model, ids, **how) for name, (model, how) in found.items()}
     return {
         f"forward of {rows} rows of {length} tokens": take_turns(steps, repeats),
-        f"a decoded token of each of {rows} rows": take_turns(
-            {name: each.step for name, each in decoding.items()},
-            2 * repeats,
-            after={name: each.back for name, each in decoding.items()},
-            warm_up=3,
-        ),
+        f"a decoded token of each of {rows} rows": take_turns_decoding(decoding, 2 * repeats),
     }
 
 

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
+from ia3.files.atomic import write_file
 from ia3.files.records import append_record, read_records
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 DOCUMENT = HERE.parent / "docs" / "benchmarks.md"
+_TITLES = {"torch": "PyTorch", "transformers": "transformers", "peft": "PEFT"}
 PICTURES = HERE.parent / "docs" / "pictures"
 
 
@@ -91,26 +93,19 @@ def run_missing(
 
 def circumstances() -> dict[str, Any]:
     """When a benchmark ran, on what, with which versions."""
-    versions = {}
-    for name in ("torch", "transformers", "peft"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **versions,
+        **{name: importlib.metadata.version(name) for name in _TITLES},
     }
 
 
 def in_words(where: dict[str, Any]) -> str:
     """`circumstances` as a sentence."""
-    titles = {"torch": "PyTorch", "transformers": "transformers", "peft": "PEFT"}
-    versions = ", ".join(f"{titles[name]} {where[name]}" for name in titles if name in where)
+    versions = ", ".join(f"{title} {where[name]}" for name, title in _TITLES.items())
     return (
         f"{where['date']}, {where['processor']}, {where['cores']} cores, "
         f"{where['threads']} threads, {versions}."
@@ -119,10 +114,7 @@ def in_words(where: dict[str, Any]) -> str:
 
 def write_json(path: Path, content: object) -> None:
     """Write a results file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".new")
-    staged.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    staged.replace(path)
+    write_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def write_between(document: Path, mark: str, text: str) -> None:
@@ -142,9 +134,7 @@ def write_between(document: Path, mark: str, text: str) -> None:
     if len(pattern.findall(before)) != 1:
         raise ValueError(f"{document} has no {first} followed by {last}")
     after = pattern.sub(lambda _: f"{first}\n\n{text.strip()}\n\n{last}", before)
-    staged = document.with_name(document.name + ".new")
-    staged.write_text(after, "utf-8")
-    staged.replace(document)
+    write_file(document, after.encode())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -162,10 +152,7 @@ def digits(value: float) -> str:
 
 
 def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text("utf-8").splitlines() if known.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -27,9 +27,11 @@ from typing import Any
 
 import torch
 from measuring import (
+    Handling,
+    Timings,
     batch_of,
+    contestants,
     forward_pass,
-    fused,
     llama,
     on_ia3,
     on_peft,
@@ -99,6 +101,28 @@ class Row:
         return all(found) if found else None
 
 
+def timed_row(
+    name: str,
+    measured: str,
+    timings: Timings,
+    names: Mapping[str, str],
+    limit: str,
+    against: str,
+    reach: dict[str, float],
+    peer: str = "",
+) -> Row:
+    """A row in milliseconds, with ratios in the same turn.
+
+    Args:
+        names: contestant -> its name in `timings`.
+        limit: the name in `timings` of what the ratios are against.
+    """
+    values = {contestant: 1e3 * timings.median(own) for contestant, own in names.items()}
+    ratios = {contestant: timings.ratio(own, limit) for contestant, own in names.items()}
+    level = 1e3 * timings.median(limit)
+    return Row(name, measured, "ms", values, reach, against, level, ratios, peer)
+
+
 # -- what is measured on ---------------------------------------------------------------------------
 
 
@@ -121,24 +145,7 @@ class Bench:
     @cached_property
     def adapted(self) -> dict[str, Any]:
         """Contestant -> the model with its adapter, in evaluation mode (there is no dropout)."""
-        models = {
-            "ia3": on_ia3(same_weights(self.frozen)),
-            "ia3 fused": fused(on_ia3(same_weights(self.frozen))),
-            "PEFT": on_peft(same_weights(self.frozen)),
-        }
-        return {name: model.eval() for name, model in models.items() if model is not None}
-
-    def copy(self) -> Any:
-        """The frozen model with weights of its own."""
-        return copy.deepcopy(self.frozen)
-
-    def tfew_base(self) -> Any:
-        """The base model of T-Few's steps, with an adapter that trains on it."""
-        import ia3
-
-        model = same_weights(self.frozen)
-        on_ia3(model)
-        return ia3.load_base_model(model, tokenizer=self.base.tokenizer)
+        return contestants(self.frozen)
 
 
 # -- rows ------------------------------------------------------------------------------------------
@@ -175,28 +182,22 @@ def step_row(bench: Bench) -> list[Row]:
         {name: training_step(model, embeddings, labels) for name, model in models.items()},
         bench.repeats,
     )
-    return [
-        Row(
-            "step",
-            f"training step, {BATCH[0]} × {BATCH[1]} tokens",
-            "ms",
-            {name: 1e3 * timings.median(name) for name in bench.adapted},
-            {"ia3": 1.02, "ia3 fused": 1.02},
-            "the same",
-            1e3 * timings.median("frozen"),
-            {name: timings.ratio(name, "frozen") for name in bench.adapted},
-            peer="step",
-        )
-    ]
+    measured = f"training step, {BATCH[0]} × {BATCH[1]} tokens"
+    reach = {"ia3": 1.02, "ia3 fused": 1.02}
+    names = {name: name for name in bench.adapted}
+    return [timed_row("step", measured, timings, names, "frozen", "the same", reach, "step")]
 
 
 def tfew_rows(bench: Bench) -> list[Row]:
     """T-Few's training step, and scoring, against choices expanded in the batch."""
+    import ia3
     from ia3.tfew.scoring.choices import token_scores
     from ia3.tfew.scoring.expanded import expanded_scores
     from ia3.tfew.training.losses import token_loss
 
-    base = bench.tfew_base()
+    model = same_weights(bench.frozen)
+    on_ia3(model)
+    base = ia3.load_base_model(model, tokenizer=bench.base.tokenizer)
     parameters = [p for p in base.model.parameters() if p.requires_grad]
 
     def training(way: Callable[..., Any], examples: Sequence[Any]) -> Callable[[], None]:
@@ -220,7 +221,6 @@ def tfew_rows(bench: Bench) -> list[Row]:
     prompt, answers = len(many[0].prompt), sum(map(len, many[0].choices))
     of_many = f"{len(many[0].choices)} choices (Banking77, {prompt} + {answers} tokens)"
     of_few = f"{FEW_EXAMPLES} examples of {FEW_CHOICES} choices, prompts of {FEW_TOKENS} tokens"
-    expanded = "the same with choices expanded in the batch"
     rows = []
     for what, work, examples, reach, repeats in (
         (f"T-Few training step, {of_many}", training, many, 1 / 9, (bench.repeats + 2) // 3),
@@ -231,18 +231,9 @@ def tfew_rows(bench: Bench) -> list[Row]:
         # The other one takes half a minute, and its first time is like all others.
         steps["ia3"]()
         timings = take_turns(steps, repeats, warm_up=0)
-        rows.append(
-            Row(
-                "tfew",
-                what,
-                "ms",
-                {"ia3": 1e3 * timings.median("ia3")},
-                {"ia3": reach},
-                expanded,
-                1e3 * timings.median("expanded"),
-                {"ia3": timings.ratio("ia3", "expanded")},
-            )
-        )
+        names = {"ia3": "ia3"}
+        against = "the same with choices expanded in the batch"
+        rows.append(timed_row("tfew", what, timings, names, "expanded", against, {"ia3": reach}))
     return rows
 
 
@@ -268,65 +259,52 @@ def decode_rows(bench: Bench) -> list[Row]:
     """One token decoded, unmerged and merged."""
     # Weights of its own: both libraries put other values into them.
     merged = {
-        "ia3": on_ia3(bench.copy()).merge_and_unload(),
-        "PEFT": on_peft(bench.copy()).merge_and_unload(),
+        "ia3": on_ia3(copy.deepcopy(bench.frozen)).merge_and_unload(),
+        "PEFT": on_peft(copy.deepcopy(bench.frozen)).merge_and_unload(),
     }
     models: dict[str, nn.Module] = {"frozen": bench.frozen, **bench.adapted}
     models |= {f"{name} merged": model for name, model in merged.items()}
     threads = torch.get_num_threads()
-    rows = decoded(bench, models, list(bench.adapted), list(merged), "", peer=True)
+    rows = decoded(bench, models, list(merged), "")
     if threads > 1:
         torch.set_num_threads(1)
         try:
-            rows += decoded(bench, models, list(bench.adapted), list(merged), ", one thread")
+            rows += decoded(bench, models, list(merged), ", one thread")
         finally:
             torch.set_num_threads(threads)
     return rows
 
 
 def decoded(
-    bench: Bench,
-    models: Mapping[str, nn.Module],
-    unmerged: Sequence[str],
-    merged: Sequence[str],
-    how: str,
-    *,
-    peer: bool = False,
+    bench: Bench, models: Mapping[str, nn.Module], merged: Sequence[str], how: str
 ) -> list[Row]:
     """One token decoded on as many threads as there are now."""
     timings = time_decoding(models, bench.vocabulary, 8 * bench.repeats)
-    limit = 1e3 * timings.median("frozen")
-    rows = []
-    for what, names, ending, reach in (
-        ("unmerged", unmerged, "", {"ia3": 1.02, "ia3 fused": 1.02}),
-        ("merged", merged, " merged", {"ia3": 1.005}),
-    ):
-        rows.append(
-            Row(
-                "decode",
-                f"one token decoded, 64 in the cache, {what}{how}",
-                "ms",
-                {name: 1e3 * timings.median(name + ending) for name in names},
-                reach,
-                "base model",
-                limit,
-                {name: timings.ratio(name + ending, "frozen") for name in names},
-                peer=f"decode {what}" if peer else "",
-            )
+    return [
+        timed_row(
+            "decode",
+            f"one token decoded, 64 in the cache, {what}{how}",
+            timings,
+            {name: name + ending for name in names},
+            *("frozen", "base model", reach, "" if how else f"decode {what}"),
         )
-    return rows
+        for what, names, ending, reach in (
+            ("unmerged", bench.adapted, "", {"ia3": 1.03, "ia3 fused": 1.03}),
+            ("merged", merged, " merged", {"ia3": 1.005}),
+        )
+    ]
 
 
 def attach_rows(bench: Bench) -> list[Row]:
     """Attach to a LLaMA of 70B's shape without weights, of some numbers of layers."""
     with torch.device("meta"):
         full = llama(
-            hidden=8192,
-            inner=28672,
+            hidden_size=8192,
+            intermediate_size=28672,
             layers=max(META_LAYERS),
-            heads=64,
-            key_value_heads=8,
-            vocabulary=128256,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            vocab_size=128256,
         )
     layers = full.model.layers
     milliseconds: dict[str, dict[int, float]] = {"ia3": {}, "PEFT": {}}
@@ -376,105 +354,36 @@ def attach_rows(bench: Bench) -> list[Row]:
 
 def adapter_rows(bench: Bench) -> list[Row]:
     """Load, switch and save an adapter on a model that has others."""
-    import peft
 
-    import ia3
+    def row(what: str, action: str, times: int, most: float, peer: str) -> Row:
+        """What each does again and again, alone."""
+        milliseconds = {}
+        for name, one in each.items():
+            after = {name: one.delete} if action == "load" else None
+            timings = take_turns({name: getattr(one, action)}, times, after=after, warm_up=3)
+            milliseconds[name] = 1e3 * timings.median(name)
+        return Row("adapters", what, "ms", milliseconds, {"ia3": most}, peer=peer)
 
     rows = []
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        models = {
-            "ia3": on_ia3(same_weights(bench.frozen)),
-            "PEFT": on_peft(same_weights(bench.frozen)),
+        each = {
+            "ia3": Handling(on_ia3(same_weights(bench.frozen)), Path(place, "ia3")),
+            "PEFT": Handling(on_peft(same_weights(bench.frozen)), Path(place, "PEFT")),
         }
-        configs = {
-            "ia3": ia3.IA3Config(task_type="CAUSAL_LM"),
-            "PEFT": peft.IA3Config(task_type="CAUSAL_LM"),
-        }
-
-        def save(name: str) -> None:
-            models[name].save_pretrained(folder / name)
-
-        def load(name: str) -> None:
-            models[name].load_adapter(folder / name, "loaded")
-
-        def delete(name: str) -> None:
-            models[name].delete_adapter("loaded")
-
-        def switch(name: str) -> None:
-            model = models[name]
-            model.set_adapter("other1" if model.active_adapter == "other0" else "other0")
-
-        def of_each(action: Callable[[str], None]) -> dict[str, Callable[[], None]]:
-            return {name: lambda name=name: action(name) for name in models}
-
-        def in_both_ways(
-            action: Callable[[str], None],
-            repeats: int,
-            after: Callable[[str], None] | None = None,
-        ) -> dict[str, dict[str, float]]:
-            steps, ends = of_each(action), of_each(after) if after is not None else {}
-            turns = take_turns(steps, repeats, after=ends, warm_up=3)
-            alone = {
-                name: take_turns({name: step}, repeats, after=ends, warm_up=3).median(name)
-                for name, step in steps.items()
-            }
-            return {"alone": alone, "in turns": {name: turns.median(name) for name in steps}}
-
-        saving = take_turns(of_each(save), 2 * bench.repeats)
-        there = 0
+        saving = take_turns({name: one.save for name, one in each.items()}, 2 * bench.repeats)
         for others in OTHERS:
-            for name, model in models.items():
-                for number in range(there, others):
-                    model.add_adapter(f"other{number}", configs[name])
-            there = others
-            loading = in_both_ways(load, bench.repeats, after=delete)
-            rows += handling_rows(
-                f"load an adapter from disk, {others} others on the model",
-                loading,
-                2.0,
-                f"load {others}",
-            )
-            if others == OTHERS[0]:
-                switching = in_both_ways(switch, 8 * bench.repeats)
-                switch_rows = handling_rows(
-                    f"switch to another adapter, {others} on the model", switching, 0.1, "switch"
-                )
-    return [
-        *rows,
-        *switch_rows,
-        Row(
-            "adapters",
-            "save an adapter",
-            "ms",
-            {"ia3": 1e3 * saving.median("ia3")},
-            {"ia3": 1 / 5},
-            "PEFT",
-            1e3 * saving.median("PEFT"),
-            {"ia3": saving.ratio("ia3", "PEFT")},
-            peer="save",
-        ),
-    ]
-
-
-def handling_rows(
-    what: str, seconds: Mapping[str, Mapping[str, float]], most: float, peer: str
-) -> list[Row]:
-    """What was done again and again by each, and in turns."""
-    return [
-        Row(
-            "adapters",
-            measured,
-            "ms",
-            {name: 1e3 * median for name, median in seconds[way].items()},
-            {"ia3": most},
-            peer=called,
-        )
-        for way, measured, called in (
-            ("alone", what, peer),
-            ("in turns", "the same, in turns with PEFT's, which empties the caches", ""),
-        )
-    ]
+            for one in each.values():
+                one.fill(1 + others)
+            what = f"load an adapter from disk, {others} others on the model"
+            rows.append(row(what, "load", bench.repeats, 3.0, f"load {others}"))
+        what = f"switch to another adapter, {others} on the model"
+        rows.append(row(what, "switch", 8 * bench.repeats, 0.5, "switch"))
+    reach = {"ia3": 1 / 5}
+    names = {"ia3": "ia3"}
+    rows.append(
+        timed_row("adapters", "save an adapter", saving, names, "PEFT", "PEFT", reach, "save")
+    )
+    return rows
 
 
 def start_rows(bench: Bench) -> list[Row]:

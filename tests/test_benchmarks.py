@@ -13,15 +13,22 @@ from torch import nn
 
 from ia3.base.loading import BaseModel
 
-BENCHMARKS = REPOSITORY / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-import curves  # noqa: E402
-import gpu  # noqa: E402
-import measuring  # noqa: E402
-import mixed  # noqa: E402
-import reporting  # noqa: E402
-import speed  # noqa: E402
+import curves
+import gpu
+import measuring
+import mixed
+import reporting
+import speed
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def test_everybody_has_as_many_turns_and_a_clean_up_each():
@@ -55,20 +62,6 @@ def test_saved_bytes_are_storages_counted_once_without_parameters():
     assert measuring.saved_bytes(model, twice) == 4 * 16 * 4 + 4 * 8 * 4
 
 
-def test_an_adapter_on_a_copy_with_the_same_weights_is_not_on_the_model(tiny_llama):
-    copied = measuring.same_weights(tiny_llama)
-    adapted = measuring.on_ia3(copied)
-    for vector in adapted.vectors("default").values():
-        vector.data.fill_(2.0)
-    ids = torch.arange(6)[None]
-    before = tiny_llama(input_ids=ids).logits
-    assert not torch.allclose(adapted(input_ids=ids).logits, before)
-    adapted.unload()
-    torch.testing.assert_close(copied(input_ids=ids).logits, before, rtol=0, atol=0)
-    pairs = zip(tiny_llama.parameters(), copied.parameters(), strict=True)
-    assert all(one is other for one, other in pairs)
-
-
 @pytest.fixture
 def base(tiny_llama) -> BaseModel:
     return BaseModel(tiny_llama, word_tokenizer(), "tiny")
@@ -77,7 +70,7 @@ def base(tiny_llama) -> BaseModel:
 def test_the_table_has_every_contestant_and_is_json(base, monkeypatch):
     for name, value in {"BATCH": (2, 16), "OTHERS": (2, 4), "META_LAYERS": (1, 2)}.items():
         monkeypatch.setattr(speed, name, value)
-    monkeypatch.setattr(measuring.Decoding.__init__, "__defaults__", (16,))
+    monkeypatch.setattr(measuring, "CACHED", 16)
     groups = [name for name in speed.GROUPS if name != "start"]
     rows, left_out = speed.measure(base, groups, 1, None)
     assert list(left_out) == ["tfew"]
@@ -108,15 +101,11 @@ def test_what_was_aimed_at_is_reached_by_ratios_where_there_are_any():
 def test_the_hand_written_rest_of_a_document_stays(tmp_path):
     document = tmp_path / "benchmarks.md"
     document.write_text("above\n<!-- m -->\nold\n<!-- end of m -->\nbelow\n", "utf-8")
-    for text in ("new \\1", "newer"):
-        reporting.write_between(document, "m", text)
-        assert document.read_text("utf-8") == (
-            f"above\n<!-- m -->\n\n{text}\n\n<!-- end of m -->\nbelow\n"
-        )
-    document.write_text("nothing to be found\n", "utf-8")
-    with pytest.raises(ValueError, match="<!-- m -->"):
-        reporting.write_between(document, "m", "text")
-    assert document.read_text("utf-8") == "nothing to be found\n"
+    reporting.write_between(document, "m", "new \\1")
+    written = "above\n<!-- m -->\n\nnew \\1\n\n<!-- end of m -->\nbelow\n"
+    assert document.read_text("utf-8") == written
+    with pytest.raises(ValueError, match="<!-- other -->"):
+        reporting.write_between(document, "other", "text")
     # The real one has the places that are written.
     text = reporting.DOCUMENT.read_text("utf-8")
     for mark in (speed.MARK, curves.MARK):
@@ -156,7 +145,6 @@ def test_curves_are_drawn_and_say_where_they_bend(tmp_path, monkeypatch):
     path = tmp_path / "pictures" / "curves.png"
     curves.draw(drawn, path)
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert path.stat().st_size < 150_000
     bent = curves.Curve("tokens", "tokens", "ms", {"ia3": [(1, 1.0), (2, 2.0), (4, 8.0)]})
     assert bent.last_power("ia3") == pytest.approx(2)
     assert "2.00 (upward)" in curves.in_markdown([bent])
@@ -174,17 +162,13 @@ def test_scoring_with_shared_prompts_has_more_points_than_expanded(base, monkeyp
     assert "at 4 |" in curves.in_markdown([by_prompt])
 
 
-TINY = {"hidden": 32, "inner": 48, "heads": 4, "key_value_heads": 2, "vocabulary": 64}
-
-
 def test_the_gpu_program_runs_without_one_and_says_so(monkeypatch):
     monkeypatch.setattr(gpu, "SMALL", {**TINY, "layers": 2})
     methods = {name: gpu.measured(name, 1, "cpu") for name in gpu.METHODS}
     for name, figures in methods.items():
-        if figures:  # a version without the method
-            assert not figures["failed"], (name, figures)
-            assert figures["tokens_per_second"] > 0
-            assert figures["decode_ms"] > 0
+        assert not figures["failed"], (name, figures)
+        assert figures["tokens_per_second"] > 0
+        assert figures["decode_ms"] > 0
     assert methods["ia3"]["trained"] == methods["PEFT (IA)³"]["trained"] == 2 * (16 + 16 + 48)
     said = json.loads(json.dumps(methods))
     text = gpu.in_markdown(said, {"card": None, **reporting.circumstances()})

@@ -128,9 +128,9 @@ def test_a_difference_by_hand() -> None:
     assert (changes[1].first, changes[1].second) == (2.0, 4.0)
     grid = difference_grid([first, second])
     assert grid.sites == ["mlp.down_proj", "self_attn.k_proj"]
-    assert grid.change.tolist() == [[pytest.approx(1.0), 6.0]]
-    assert grid.norm.tolist() == [[pytest.approx(math.sqrt(13.25)), 1.0]]
-    assert np.isnan(grid.cosine).tolist() == [[False, True]]
+    assert grid.values["change"].tolist() == [[pytest.approx(1.0), 6.0]]
+    assert grid.values["norm"].tolist() == [[pytest.approx(math.sqrt(13.25)), 1.0]]
+    assert np.isnan(grid.values["cosine"]).tolist() == [[False, True]]
 
 
 def test_vectors_that_share_a_cell_are_pooled() -> None:
@@ -138,8 +138,8 @@ def test_vectors_that_share_a_cell_are_pooled() -> None:
     a = {name: np.ones((1, size)) for name, size in zip(names, (1, 3), strict=True)}
     b = {names[0]: np.array([[2.0]]), names[1]: np.array([[1.0, 1.0, 3.0]])}
     grid = difference_grid(difference(a, b)[1])
-    assert grid.change.tolist() == [[pytest.approx((1 + math.log2(3)) / 4)]]
-    assert grid.norm.tolist() == [[pytest.approx(math.sqrt(1 + 4))]]
+    assert grid.values["change"].tolist() == [[pytest.approx((1 + math.log2(3)) / 4)]]
+    assert grid.values["norm"].tolist() == [[pytest.approx(math.sqrt(1 + 4))]]
 
 
 def test_vectors_of_other_shapes_are_not_compared() -> None:
@@ -171,19 +171,21 @@ def test_means_over_adapters_are_over_those_that_have_the_cell() -> None:
     other = {"layers.0.k": np.array([1.0, 1.0]), "layers.2.k": np.array([2.0])}
     grid = mean_grid([layer_site_grid(one), layer_site_grid(other)])
     assert (grid.layers, grid.sites) == (["0", "2", "10"], ["k", "v"])
-    assert np.nan_to_num(grid.mean, nan=9).tolist() == [[0.5, 9], [1, 9], [9, -1]]
-    assert np.nan_to_num(grid.amplified, nan=9).tolist() == [[0.25, 9], [1, 9], [9, 0]]
-    assert np.nan_to_num(grid.inhibited, nan=9).tolist() == [[0, 9], [0, 9], [9, 1]]
+    assert np.nan_to_num(grid.values["mean"], nan=9).tolist() == [[0.5, 9], [1, 9], [9, -1]]
+    assert np.nan_to_num(grid.values["amplified"], nan=9).tolist() == [[0.25, 9], [1, 9], [9, 0]]
+    assert np.nan_to_num(grid.values["inhibited"], nan=9).tolist() == [[0, 9], [0, 9], [9, 1]]
 
 
 def test_a_sites_statistics_are_of_its_values_in_all_layers() -> None:
     vectors = {"h.0.k": np.array([2.0, 1.0]), "h.1.k": np.array([0.5]), "h.1.v": np.array([1.0])}
     k, v = site_statistics(vectors)
-    assert (k.site, k.vectors, k.values) == ("k", 2, 3)
-    assert k.mean == pytest.approx(0)
-    assert k.spread == pytest.approx(np.std([2, 1, 0.5]))
-    assert (k.inhibited, k.amplified) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
-    assert (v.site, v.mean, v.spread, v.inhibited, v.amplified) == ("v", 0, 0, 0, 0)
+    assert (k["site"], k["vectors"], k["values"]) == ("k", 2, 3)
+    assert k["mean"] == pytest.approx(0)
+    assert k["spread"] == pytest.approx(np.std([2, 1, 0.5]))
+    assert (k["inhibited"], k["amplified"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert v == {"site": "v", "vectors": 1, "values": 1} | dict.fromkeys(
+        ("mean", "spread", "inhibited", "amplified"), 0
+    )
 
 
 def test_sites_are_shortened_as_long_as_they_differ() -> None:

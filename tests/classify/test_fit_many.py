@@ -28,21 +28,11 @@ BILLS = (
     ["charged twice", "send the invoice", "parcel lost", "box in the rain", "wrong bill"],
     ["billing", "billing", "delivery", "delivery", "billing"],
 )
-MOODS = (
-    [
-        {"text": "so good", "who": "ann"},
-        {"text": "so bad", "who": "bob"},
-        {"text": "fine", "who": "cy"},
-    ],
-    [2, 0, 1],
-)
+ROWS = (("so good", "ann"), ("so bad", "bob"), ("fine", "cy"))
+MOODS = ([{"text": text, "who": who} for text, who in ROWS], [2, 0, 1])
 ANSWERS = {0: "bad it is", 1: "neither", 2: "good it is"}
-WORDS = sorted(
-    {
-        *" ".join([*BILLS[0], "billing delivery : Category by", *ANSWERS.values()]).split(),
-        *" ".join(f"{e['text']} {e['who']}" for e in MOODS[0]).split(),
-    }
-)
+SPOKEN = [*BILLS[0], *sum(ROWS, ()), *ANSWERS.values(), "billing delivery : Category by"]
+WORDS = sorted(set(" ".join(SPOKEN).split()))
 NEW = ["lost in the rain", "charged wrong"]
 MODEL, TOKENIZER = tiny_llama(), word_tokenizer(WORDS)
 
@@ -59,12 +49,10 @@ def moods(**settings: Any) -> FewShotClassifier:
 def assert_same(found: FewShotClassifier, expected: FewShotClassifier) -> None:
     """Two fitted classifiers are the same, to the last bit."""
     assert same_vectors(found, expected)
-    assert found.history_ == expected.history_
-    assert found.settings_ == expected.settings_
     assert found.adapter_.config == expected.adapter_.config
     assert found.adapter_.base == expected.adapter_.base
     assert found.classes_.tolist() == expected.classes_.tolist()
-    for name in ("choices_", "templates_", "fields_"):
+    for name in ("history_", "settings_", "choices_", "templates_", "fields_"):
         assert getattr(found, name) == getattr(expected, name)
     examples = MOODS[0] if "who" in found.fields_ else NEW
     assert np.array_equal(found.predict_proba(examples), expected.predict_proba(examples))
@@ -81,7 +69,7 @@ def trained_head() -> Adapter:
 # -- as fit ----------------------------------------------------------------------------------------
 
 
-def test_classifiers_are_those_that_fit_gives() -> None:
+def test_classifiers_are_those_that_fit_gives():
     before = state_bits(MODEL), hook_count(MODEL)
     begin = tiny_classifier(seed=5).fit(*BILLS).adapter_
     settings = {
@@ -109,7 +97,7 @@ def test_classifiers_are_those_that_fit_gives() -> None:
     assert hook_count(MODEL) == hooks
 
 
-def test_one_classifier_is_the_settings_of_all() -> None:
+def test_one_classifier_is_the_settings_of_all():
     data = {"a": BILLS, "b": (BILLS[0][::-1], BILLS[1])}
     fitted = fit_many(data, tiny_classifier(), max_tokens=64).classifiers
     for name in data:
@@ -117,27 +105,22 @@ def test_one_classifier_is_the_settings_of_all() -> None:
     assert not same_vectors(*fitted.values())
 
 
-def test_a_task_ends_early() -> None:
-    whole: list[dict[str, torch.Tensor]] = []
+def test_a_task_ends_early():
+    after: list[dict[str, torch.Tensor]] = []
 
     def vectors_now(step: TrainingStep) -> None:
-        parameters = MODEL.named_parameters()
-        whole.append({n: p.detach().clone() for n, p in parameters if ".ia3_l." in n})
+        vectors = [(n, p) for n, p in MODEL.named_parameters() if ".ia3_l." in n]
+        after.append({n.split(".ia3_l.")[0]: p.detach().clone() for n, p in vectors})
 
     tiny_classifier().fit(*BILLS, on_step=vectors_now)
-    fitted = fit_many(
-        {"a": BILLS, "b": BILLS},
-        tiny_classifier(),
-        on_step=lambda name, s: name == "a" and s.step == 2,
-    ).classifiers
-    assert [len(c.history_) for c in fitted.values()] == [2, 4]
-    found = fitted["a"].adapter_.vectors
-    assert len(found) == len(whole[1])
-    for name, vector in whole[1].items():
-        assert torch.equal(found[name.split(".ia3_l.")[0]], vector)
+    data, end = {"a": BILLS, "b": BILLS}, ("a", 2)
+    fitted = fit_many(data, tiny_classifier(), on_step=lambda name, s: (name, s.step) == end)
+    a, b = fitted.classifiers.values()
+    assert (len(a.history_), len(b.history_)) == (2, 4)
+    torch.testing.assert_close(a.adapter_.vectors, after[1], rtol=0, atol=0)
 
 
-def test_one_task_at_a_time_is_in_memory() -> None:
+def test_one_task_at_a_time_is_in_memory():
     def prepared(*_: object) -> None:
         assert sum(type(thing) is PreparedTask for thing in gc.get_objects()) == 1
 
@@ -145,14 +128,14 @@ def test_one_task_at_a_time_is_in_memory() -> None:
     assert fit_many(tasks, tiny_classifier(steps=1), on_step=prepared).failures == {}
 
 
-def test_the_example_runs() -> None:
+def test_the_example_runs():
     run_examples(fit_many)
 
 
 # -- failures --------------------------------------------------------------------------------------
 
 
-def test_tasks_fail_alone(tmp_path: Path) -> None:
+def test_tasks_fail_alone(tmp_path):
     few = IA3Model(tiny_llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     other = few.adapter("default")
     other.vectors = {name: vector[:3] for name, vector in other.vectors.items()}
@@ -191,18 +174,17 @@ def test_tasks_fail_alone(tmp_path: Path) -> None:
     assert found == ["blocked", "good", RECORDS_NAME]
 
 
-def test_data_of_no_use_fails_alone() -> None:
+def test_data_of_no_use_fails_alone():
     texts, labels = BILLS
     bad: dict[str, tuple[Any, str]] = {
         "no_texts": ((None, labels), "texts is None (NoneType), expected a list of texts"),
-        "number_of_texts": ((5, labels), "texts is 5 (int)"),
         "no_labels": ((texts, None), "labels is None (NoneType), expected a list of labels"),
         "one_label_in_an_array": ((texts, np.array(5)), "labels is 5"),
         "letters": ((texts, "abcab"), "labels is one str"),
-        "nothing": (None, "the data is of type NoneType, expected a pair of texts and labels"),
-        "three": ((*BILLS, 1), "the data is of type tuple and length 3"),
-        "two_letters": ("ab", "the data is of type str"),
-        "mapping": ({"texts": texts, "labels": labels}, "the data is of type dict"),
+        "nothing": (None, "the data is a NoneType, expected a pair of texts and labels"),
+        "three": ((*BILLS, 1), "the data is a tuple"),
+        "two_letters": ("ab", "the data is a str"),
+        "mapping": ({"texts": texts, "labels": labels}, "the data is a dict"),
     }
     data = {name: given for name, (given, _) in bad.items()}
     fitted = fit_many({**data, "good": BILLS}, tiny_classifier(steps=1))
@@ -212,16 +194,10 @@ def test_data_of_no_use_fails_alone() -> None:
         assert message in str(fitted.failures[name])
 
 
-def test_warnings_name_the_task() -> None:
+def test_warnings_name_the_task():
     numerals = word_tokenizer([*WORDS, "0", "1", "2"])
     with pytest.warns(UserWarning, match="task 'moods': the labels .* are ranked as these words"):
         fit_many({"moods": MOODS}, tiny_classifier(steps=0, tokenizer=numerals))
-
-
-def test_the_longest_name_is_that_of_a_folder(tmp_path: Path) -> None:
-    name = "n" * 240
-    assert fit_many({name: BILLS}, tiny_classifier(steps=0), out=tmp_path).failures == {}
-    assert (tmp_path / name / WEIGHTS_NAME).is_file()
 
 
 @pytest.mark.parametrize(
@@ -231,8 +207,6 @@ def test_the_longest_name_is_that_of_a_folder(tmp_path: Path) -> None:
         ({"a/b": BILLS}, None, "'a/b'"),
         ({"..": BILLS}, None, "'..'"),
         ({3: BILLS}, None, "3"),
-        ({"n" * 241: BILLS}, None, "has 241 bytes, expected 240 at most"),
-        ({"ü" * 121: BILLS}, None, "has 242 bytes"),
         ({"moods": BILLS}, {"mood": tiny_classifier()}, "'moods'; did you mean 'mood'"),
         (
             {"a": BILLS},
@@ -246,9 +220,7 @@ def test_the_longest_name_is_that_of_a_folder(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_begun_is_refused(
-    tasks: Any, classifier: Any, message: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_begun_is_refused(tasks, classifier, message, tmp_path):
     with pytest.raises(IA3Error, match=message.replace(".", r"\.")):
         fit_many(tasks, classifier, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -294,7 +266,7 @@ def fitted_again(out: Path) -> set[str]:
     return steps
 
 
-def test_finished_tasks_are_not_trained_again_after_a_kill(tmp_path: Path) -> None:
+def test_finished_tasks_are_not_trained_again_after_a_kill(tmp_path):
     arguments = [sys.executable, "-c", CHILD, str(tmp_path)]
     with subprocess.Popen(
         arguments, stdout=subprocess.PIPE, text=True, env=child_environment()
@@ -310,7 +282,7 @@ def test_finished_tasks_are_not_trained_again_after_a_kill(tmp_path: Path) -> No
     assert (tmp_path / "first" / WEIGHTS_NAME).stat().st_mtime_ns == written
 
 
-def test_other_data_or_settings_are_trained_again(tmp_path: Path) -> None:
+def test_other_data_or_settings_are_trained_again(tmp_path):
     def trained(data: Any, **settings: Any) -> set[str]:
         steps: set[str] = set()
         fit_many(
@@ -342,7 +314,7 @@ def test_other_data_or_settings_are_trained_again(tmp_path: Path) -> None:
     assert [record["task"] for record in records].count("a") == 2
 
 
-def test_what_was_written_over_is_trained_again(tmp_path: Path) -> None:
+def test_what_was_written_over_is_trained_again(tmp_path):
     assert fitted_again(tmp_path) == {"first", "second"}
     # As a call leaves it that is killed between saving a classifier and recording it.
     tiny_classifier(learning_rate=1e-2).fit(*BILLS).save(tmp_path / "first")
@@ -356,7 +328,7 @@ def test_what_was_written_over_is_trained_again(tmp_path: Path) -> None:
     assert fitted_again(tmp_path) == {"first", "second"}
 
 
-def test_a_record_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_record_that_is_none_is_refused(tmp_path):
     (tmp_path / RECORDS_NAME).write_text('{"task": "a", "digest": "0", "history": [{}]}\n')
     with pytest.raises(IA3Error, match=r"line 1: not a task that was fitted"):
         fit_many({"a": BILLS}, tiny_classifier(), out=tmp_path)

@@ -12,7 +12,7 @@ from ia3.classify.many_manifest import TaskToFit, read_many_manifest
 
 
 @pytest.fixture
-def written(tmp_path: Path):
+def written(tmp_path):
     def write(content: str) -> Path:
         path = tmp_path / "tasks.yaml"
         path.write_text(content, "utf-8")
@@ -21,7 +21,7 @@ def written(tmp_path: Path):
     return write
 
 
-def test_tasks_have_the_defaults_that_they_do_not_change(written, tmp_path: Path) -> None:
+def test_tasks_have_the_defaults_that_they_do_not_change(written, tmp_path):
     (tmp_path / "begin").mkdir()
     model, tasks = read_many_manifest(
         written(
@@ -35,45 +35,23 @@ def test_tasks_have_the_defaults_that_they_do_not_change(written, tmp_path: Path
         )
     )
     assert model == EMBEDDED_MODEL
+    shared = {"steps": 7, "learning_rate": 0.003}
     # Labels are the text that is written, not YAML's booleans and numbers.
+    choices = {"no": "not it", "01": "yes"}
+    settings = {"template": ["{{ text }} :"], **shared, "init_from": str(tmp_path / "begin")}
     assert tasks["tickets"] == TaskToFit(
-        tmp_path,
-        "a.csv",
-        "train",
-        None,
-        ["text"],
-        "queue",
-        {"no": "not it", "01": "yes"},
-        {
-            "template": ["{{ text }} :"],
-            "steps": 7,
-            "learning_rate": 0.003,
-            "init_from": str(tmp_path / "begin"),
-        },
+        tmp_path, "a.csv", "train", None, ["text"], "queue", choices, settings
     )
+    settings = {**shared, "seed": 5, "chat": True, "init_from": "somebody/adapter"}
     assert tasks["reviews"] == TaskToFit(
-        tmp_path,
-        "b.jsonl",
-        "test",
-        "en",
-        ["title", "review"],
-        "stars",
-        None,
-        {
-            "steps": 7,
-            "learning_rate": 0.003,
-            "seed": 5,
-            "chat": True,
-            "init_from": "somebody/adapter",
-        },
+        tmp_path, "b.jsonl", "test", "en", ["title", "review"], "stars", None, settings
     )
 
 
-def test_a_model_may_lie_beside_the_manifest(written, tmp_path: Path) -> None:
+def test_a_model_may_lie_beside_the_manifest(written, tmp_path):
     (tmp_path / "own").mkdir()
-    assert read_many_manifest(written("model: own\ntasks: {a: {data: a.csv}}"))[0] == str(
-        tmp_path / "own"
-    )
+    model, _ = read_many_manifest(written("model: own\ntasks: {a: {data: a.csv}}"))
+    assert model == str(tmp_path / "own")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +72,6 @@ def test_a_model_may_lie_beside_the_manifest(written, tmp_path: Path) -> None:
         ("tasks: {a: {data: a.csv}, a: {data: b.csv}}", "'a' is there twice"),
     ],
 )
-def test_mistakes_are_named(written, content: str, message: str) -> None:
+def test_mistakes_are_named(written, content, message):
     with pytest.raises(IA3Error, match=f"tasks.yaml.*{message}"):
         read_many_manifest(written(content))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 
 @pytest.mark.slow
-def test_the_demo_learns_and_keeps_its_promises(tmp_path: Path) -> None:
+def test_the_demo_learns_and_keeps_its_promises(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "ia3", "demo", "--json"],
         cwd=tmp_path,

@@ -13,25 +13,13 @@ import pytest
 # How PEFT's own guides train (IA)3: a loop of one's own over an encoder-decoder, the adapter saved,
 # and loaded again in the order of the config, the base model it names, and the adapter.
 SEQ2SEQ = """
-from peft import (
-    IA3Config,
-    PeftConfig,
-    PeftModel,
-    TaskType,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
+from peft import IA3Config, PeftConfig, PeftModel, TaskType
+from peft import get_peft_model, get_peft_model_state_dict
 
-import os
-import sys
-import torch
+import os, sys, torch
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    get_linear_schedule_with_warmup,
-)
+from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+from transformers import get_linear_schedule_with_warmup
 
 folder = sys.argv[1]
 base_name, adapter_name = os.path.join(folder, "base"), os.path.join(folder, "adapter")
@@ -64,8 +52,7 @@ for epoch in range(2):
     model.train()
     total = 0.0
     for batch in loader:
-        outputs = model(**batch)
-        loss = outputs.loss
+        loss = model(**batch).loss
         total += loss.detach().float()
         loss.backward()
         optimizer.step()
@@ -106,18 +93,10 @@ with torch.no_grad():
 TRAINER = """
 from peft import AutoPeftModelForSequenceClassification, IA3Config, get_peft_model
 
-import os
-import sys
+import os, sys, torch
 import numpy as np
-import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForSequenceClassification, RobertaConfig
+from transformers import RobertaForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 folder = sys.argv[1]
 set_seed(0)
@@ -135,11 +114,8 @@ generator = np.random.default_rng(0)
 rows = []
 for index in range(24):
     label = index % 3
-    ids = generator.integers(3, 48, 9)
-    ids[0] = 3 + label
-    rows.append(
-        {"input_ids": ids.tolist(), "attention_mask": [1] * 9, "label": label, "sentence": index}
-    )
+    ids = [3 + label, *generator.integers(3, 48, 8).tolist()]
+    rows.append({"input_ids": ids, "attention_mask": [1] * 9, "label": label, "sentence": index})
 
 
 def compute_metrics(prediction):
@@ -148,26 +124,14 @@ def compute_metrics(prediction):
 
 
 arguments = TrainingArguments(
-    output_dir=os.path.join(folder, "run"),
-    learning_rate=1e-2,
-    per_device_train_batch_size=8,
-    per_device_eval_batch_size=8,
-    num_train_epochs=3,
-    weight_decay=0.01,
-    eval_strategy="epoch",
-    save_strategy="epoch",
-    load_best_model_at_end=True,
-    label_names=["labels"],
-    logging_strategy="epoch",
-    report_to="none",
-    disable_tqdm=True,
-    use_cpu=True,
+    output_dir=os.path.join(folder, "run"), learning_rate=1e-2, num_train_epochs=3,
+    per_device_train_batch_size=8, per_device_eval_batch_size=8, weight_decay=0.01,
+    eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch",
+    load_best_model_at_end=True, label_names=["labels"],
+    report_to="none", disable_tqdm=True, use_cpu=True,
 )
 trainer = Trainer(
-    model=model,
-    args=arguments,
-    train_dataset=rows,
-    eval_dataset=rows[:12],
+    model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:12],
     compute_metrics=compute_metrics,
 )
 trainer.train()
@@ -183,9 +147,8 @@ print(f"best: {trainer.evaluate()['eval_loss']:.4f}")
 predictions = trainer.predict(rows[12:])
 print(np.round(predictions.predictions, 3).tolist(), predictions.label_ids.tolist())
 trainer.save_model(os.path.join(folder, "final"))
-again = AutoPeftModelForSequenceClassification.from_pretrained(
-    os.path.join(folder, "final"), num_labels=3
-)
+final = os.path.join(folder, "final")
+again = AutoPeftModelForSequenceClassification.from_pretrained(final, num_labels=3)
 inputs = torch.tensor([row["input_ids"] for row in rows[12:]])
 with torch.no_grad():
     print([[round(score, 3) for score in scores] for scores in again(inputs).logits.tolist()])
@@ -210,8 +173,8 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 
 
 @pytest.mark.parametrize("script", [SEQ2SEQ, TRAINER], ids=["seq2seq", "Trainer"])
-def test_prints_what_it_prints_with_peft(tmp_path: Path, script: str) -> None:
-    assert script.count("peft import") == 1
+def test_prints_what_it_prints_with_peft(tmp_path, script):
+    assert "from peft import" in script
     theirs = run(script, tmp_path / "peft")
     ours = run(script.replace("from peft import", "from ia3 import"), tmp_path / "ia3")
     assert len(ours) == len(theirs) > 10

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
-from conftest import MakeInputs, MakeModel
-from torch import Tensor, nn
+from support.pairs import logits, randomize
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
 import ia3
@@ -26,26 +25,22 @@ LIBRARIES = pytest.mark.parametrize(("one", "other"), [(ia3, peft), (peft, ia3)]
 
 def put_on(library: Any, model: PreTrainedModel, wrapped: bool, **config: Any) -> Any:
     chosen = library.IA3Config(**config)
-    put = library.get_peft_model if wrapped else _inject(library)
-    return put(model, chosen)
+    if wrapped:
+        return library.get_peft_model(model, chosen)
+    return library.inject_adapter_in_model(chosen, model)
 
 
-def _inject(library: Any) -> Callable[..., Any]:
-    return lambda model, config: library.inject_adapter_in_model(config, model)
+def change(library: Any, model: Any, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Give an adapter's tensors other values, and return these."""
+    tensors = library.get_peft_model_state_dict(model, adapter_name=adapter_name)
+    values = {key: torch.ones(tensor.shape) for key, tensor in tensors.items()}
+    randomize(values)
+    assert not library.set_peft_model_state_dict(model, values, adapter_name).unexpected_keys
+    return values
 
 
-def disturbed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return {
-        key: 1 + 0.3 * torch.randn(tensors[key].shape, generator=generator)
-        for key in sorted(tensors)
-    }
-
-
-def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**inputs).logits
-    return result
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 # -- equal to PEFT ---------------------------------------------------------------------------------
@@ -54,85 +49,62 @@ def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 @EVERY_MODEL
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "injected"])
 @LIBRARIES
-def test_tensors_interchange(
-    make_model: MakeModel, make_inputs: MakeInputs, kind: str, wrapped: bool, one: Any, other: Any
-) -> None:
+def test_tensors_interchange(make_model, make_inputs, kind, wrapped, one, other):
     inputs = make_inputs(kind)
     first = put_on(one, make_model(kind), wrapped)
     second = put_on(other, make_model(kind), wrapped)
-    tensors = one.get_peft_model_state_dict(first)
+    tensors = change(one, first)
     assert tensors.keys() == other.get_peft_model_state_dict(second).keys()
     assert all(key.startswith("base_model.model.") == wrapped for key in tensors)
-    tensors = disturbed(tensors)
-    for library, model in ((one, first), (other, second)):
-        result = library.set_peft_model_state_dict(model, tensors)
-        assert not result.unexpected_keys
-    found = other.get_peft_model_state_dict(second)
-    torch.testing.assert_close(found, tensors, rtol=0, atol=0)
-    changed = logits(first, inputs)
-    assert not torch.allclose(changed, logits(make_model(kind), inputs))
-    torch.testing.assert_close(changed, logits(second, inputs), rtol=1e-5, atol=1e-5)
+    assert not other.set_peft_model_state_dict(second, tensors).unexpected_keys
+    assert_same(other.get_peft_model_state_dict(second), tensors)
+    changed = logits(first, **inputs)
+    assert not torch.allclose(changed, logits(make_model(kind), **inputs))
+    torch.testing.assert_close(changed, logits(second, **inputs), rtol=1e-5, atol=1e-5)
 
 
-def test_heads_interchange() -> None:
-    small = LlamaConfig(
-        vocab_size=48,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=0,
-        num_labels=3,
-    )
+def test_heads_interchange():
+    sizes = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_labels": 3}
+    small = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
     torch.manual_seed(0)
     base = LlamaForSequenceClassification(small).eval()
     models = [put_on(lib, copy.deepcopy(base), True, task_type="SEQ_CLS") for lib in (ia3, peft)]
-    tensors = ia3.get_peft_model_state_dict(models[0])
+    tensors = change(ia3, models[0])
     assert "base_model.model.score.weight" in tensors
     assert tensors.keys() == peft.get_peft_model_state_dict(models[1]).keys()
-    tensors = disturbed(tensors)
-    ia3.set_peft_model_state_dict(models[0], tensors)
     peft.set_peft_model_state_dict(models[1], tensors)
     ids = {"input_ids": torch.arange(3, 9)[None]}
-    ours, theirs = (logits(model.eval(), ids) for model in models)
+    ours, theirs = (logits(model.eval(), **ids) for model in models)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     # The base model's own head is left as it was.
     assert torch.equal(models[0].get_base_model().score.weight, base.score.weight)
 
 
 @LIBRARIES
-def test_several_adapters(make_model: MakeModel, one: Any, other: Any) -> None:
+def test_several_adapters(make_model, one, other):
     chosen = {"target_modules": ["k_proj", "q_proj"], "feedforward_modules": []}
     models = []
     for library in (one, other):
         model = put_on(library, make_model("llama"), True)
         model.add_adapter("other", library.IA3Config(**chosen))
         models.append(model)
-    tensors = one.get_peft_model_state_dict(models[0], adapter_name="other")
-    assert tensors.keys() == other.get_peft_model_state_dict(models[1], adapter_name="other").keys()
-    tensors = disturbed(tensors)
-    before = other.get_peft_model_state_dict(models[1])
+    tensors = change(one, models[0], "other")
+    before = copy.deepcopy(other.get_peft_model_state_dict(models[1]))
     other.set_peft_model_state_dict(models[1], tensors, adapter_name="other")
     found = other.get_peft_model_state_dict(models[1], adapter_name="other")
-    torch.testing.assert_close(found, tensors, rtol=0, atol=0)
-    after = other.get_peft_model_state_dict(models[1])
-    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert_same(found, tensors)
+    assert_same(other.get_peft_model_state_dict(models[1]), before)
 
 
-def test_injecting_twice_makes_the_second_active(
-    make_model: MakeModel, make_inputs: MakeInputs
-) -> None:
+def test_injecting_twice_makes_the_second_active(make_model, make_inputs):
     inputs, results = make_inputs("llama"), []
     for library in (ia3, peft):
         model = put_on(library, make_model("llama"), False)
-        library.set_peft_model_state_dict(
-            model, disturbed(library.get_peft_model_state_dict(model))
-        )
+        change(library, model)
         second = library.IA3Config(target_modules=["k_proj", "o_proj"], feedforward_modules=[])
         assert library.inject_adapter_in_model(second, model, "second") is model
-        tensors = disturbed(library.get_peft_model_state_dict(model, adapter_name="second"))
-        library.set_peft_model_state_dict(model, tensors, adapter_name="second")
-        results.append(logits(model, inputs))
+        change(library, model, "second")
+        results.append(logits(model, **inputs))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 
@@ -141,13 +113,13 @@ def test_injecting_twice_makes_the_second_active(
 
 @EVERY_MODEL
 def test_the_model_stays_the_same_object_and_trains_the_vectors_alone(
-    make_model: MakeModel, make_inputs: MakeInputs, kind: str
-) -> None:
+    make_model, make_inputs, kind
+):
     base, inputs = make_model(kind), make_inputs(kind)
-    expected, keys = logits(base, inputs), set(base.state_dict())
+    expected, keys = logits(base, **inputs), set(base.state_dict())
     model = ia3.inject_adapter_in_model(IA3Config(), base)
     assert model is base
-    assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model, **inputs), expected)
     assert {n for n in model.state_dict() if "ia3_l" not in n} == keys
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained
@@ -159,40 +131,34 @@ def test_the_model_stays_the_same_object_and_trains_the_vectors_alone(
 @pytest.mark.parametrize(
     "twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
-def test_copies_of_an_injected_model_are_independent(
-    twin: Callable[[nn.Module], nn.Module], make_model: MakeModel, make_inputs: MakeInputs
-) -> None:
+def test_copies_of_an_injected_model_are_independent(twin, make_model, make_inputs):
     inputs = make_inputs("llama")
     model = ia3.inject_adapter_in_model(IA3Config(), make_model("llama"))
-    expected = logits(model, inputs)
+    expected = logits(model, **inputs)
     other = twin(model)
-    ia3.set_peft_model_state_dict(other, disturbed(ia3.get_peft_model_state_dict(other)))
+    change(ia3, other)
     ia3.inject_adapter_in_model(IA3Config(), other, "second")
-    assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model, **inputs), expected)
     with pytest.raises(IA3Error, match="'second'"):
         ia3.get_peft_model_state_dict(model, adapter_name="second")
 
 
-def test_sites_from_a_state_dict(make_model: MakeModel) -> None:
+def test_sites_from_a_state_dict(make_model):
     """As PEFT does: its keys say what is rescaled, its values are not loaded."""
     tensors = {
         "model.layers.1.self_attn.o_proj.ia3_l": torch.full((32, 1), 2.0),
         "model.layers.0.mlp.down_proj.ia3_l": torch.full((1, 48), 2.0),
     }
+    modules = {"target_modules": ["o_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
     for library in (ia3, peft):
-        config = library.IA3Config(
-            target_modules=["o_proj", "down_proj"], feedforward_modules=["down_proj"]
-        )
+        config = library.IA3Config(**modules)
         model = library.inject_adapter_in_model(config, make_model("llama"), state_dict=tensors)
         found = library.get_peft_model_state_dict(model)
         ones = {key: torch.ones_like(value) for key, value in tensors.items()}
-        torch.testing.assert_close(found, ones, rtol=0, atol=0)
+        assert_same(found, ones)
     # Without a config's modules, the shapes tell the sides.
     model = ia3.inject_adapter_in_model(IA3Config(), make_model("llama"), state_dict=tensors)
     assert ia3.get_peft_model_state_dict(model).keys() == tensors.keys()
-
-
-def test_a_state_dict_without_vectors_is_an_error(make_model: MakeModel) -> None:
     with pytest.raises(IA3Error, match="holds no vector"):
         ia3.inject_adapter_in_model(
             IA3Config(), make_model("llama"), state_dict={"lm_head.weight": torch.ones(2)}
@@ -202,7 +168,7 @@ def test_a_state_dict_without_vectors_is_an_error(make_model: MakeModel) -> None
 # -- forms of the state dict -----------------------------------------------------------------------
 
 
-def test_a_state_dict_that_was_gathered_already(make_model: MakeModel) -> None:
+def test_a_state_dict_that_was_gathered_already(make_model):
     model = put_on(ia3, make_model("llama"), True)
     gathered = {name: value + 1 for name, value in model.state_dict().items()}
     found = ia3.get_peft_model_state_dict(model, gathered)
@@ -210,88 +176,75 @@ def test_a_state_dict_that_was_gathered_already(make_model: MakeModel) -> None:
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "injected"])
-def test_compiled_models(make_model: MakeModel, wrapped: bool) -> None:
+def test_compiled_models(make_model, wrapped):
     model = put_on(ia3, make_model("llama"), wrapped)
     compiled = torch.compile(model)
-    tensors = disturbed(ia3.get_peft_model_state_dict(model))
-    ia3.set_peft_model_state_dict(compiled, tensors)
+    tensors = change(ia3, compiled)
     for found in (
         ia3.get_peft_model_state_dict(compiled),
         ia3.get_peft_model_state_dict(compiled, compiled.state_dict()),
         ia3.get_peft_model_state_dict(model, model.state_dict()),
     ):
-        torch.testing.assert_close(found, tensors, rtol=0, atol=0)
+        assert_same(found, tensors)
 
 
-def test_the_prefix_may_be_absent_or_present(make_model: MakeModel) -> None:
+def test_the_prefix_may_be_absent_or_present(make_model):
     wrapped, injected = (put_on(ia3, make_model("llama"), w) for w in (True, False))
-    tensors = disturbed(ia3.get_peft_model_state_dict(wrapped))
+    tensors = change(ia3, wrapped)
     ia3.set_peft_model_state_dict(injected, tensors)
+    for vector in wrapped.vectors("default").values():
+        vector.data.fill_(1)
     ia3.set_peft_model_state_dict(wrapped, ia3.get_peft_model_state_dict(injected))
-    found = ia3.get_peft_model_state_dict(wrapped)
-    torch.testing.assert_close(found, tensors, rtol=0, atol=0)
+    assert_same(ia3.get_peft_model_state_dict(wrapped), tensors)
 
 
-def test_values_that_stay_one_are_one_for_peft_too(
-    make_model: MakeModel, make_inputs: MakeInputs
-) -> None:
+def test_values_that_stay_one_are_one_for_peft_too(make_model, make_inputs):
     """The query part of GPT-2's fused projection, even after something has moved it."""
     inputs = make_inputs("gpt2")
     model = ia3.get_peft_model(make_model("gpt2"), IA3Config(paper_sites=True))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.fill_(0.7)
+    for vector in model.vectors("default").values():
+        vector.data.fill_(0.7)
     tensors = ia3.get_peft_model_state_dict(model)
     config = model.peft_config["default"]
-    theirs = put_on(
-        peft,
-        make_model("gpt2"),
-        True,
-        target_modules=config.target_modules,
-        feedforward_modules=config.feedforward_modules,
-    )
+    names = ("target_modules", "feedforward_modules")
+    modules = {name: getattr(config, name) for name in names}
+    theirs = put_on(peft, make_model("gpt2"), True, **modules)
     peft.set_peft_model_state_dict(theirs, tensors)
-    torch.testing.assert_close(logits(model, inputs), logits(theirs, inputs), rtol=1e-5, atol=1e-5)
+    ours, theirs = logits(model, **inputs), logits(theirs, **inputs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 # -- what does not fit -----------------------------------------------------------------------------
 
 
-def test_keys_that_do_not_fit_are_reported(make_model: MakeModel) -> None:
+def test_keys_that_do_not_fit_are_reported(make_model):
     model = put_on(ia3, make_model("llama"), False)
-    tensors = disturbed(ia3.get_peft_model_state_dict(model))
-    gone = sorted(tensors)[0]
-    result = ia3.set_peft_model_state_dict(
-        model, {k: v for k, v in tensors.items() if k != gone} | {"nowhere.ia3_l": torch.ones(3)}
-    )
+    before = change(ia3, model)
+    tensors = {key: value + 1 for key, value in before.items()}
+    gone = min(tensors)
+    del tensors[gone]
+    result = ia3.set_peft_model_state_dict(model, tensors | {"nowhere.ia3_l": torch.ones(3)})
     assert result.missing_keys == [gone]
     assert result.unexpected_keys == ["nowhere.ia3_l"]
-    found = ia3.get_peft_model_state_dict(model)
-    for key, value in found.items():
-        expected = torch.ones_like(value) if key == gone else tensors[key]
-        assert torch.equal(value, expected)
+    assert_same(ia3.get_peft_model_state_dict(model), tensors | {gone: before[gone]})
 
 
-def test_another_shape_is_an_error_that_changes_nothing(make_model: MakeModel) -> None:
+def test_another_shape_is_an_error_that_changes_nothing(make_model):
     model = put_on(ia3, make_model("llama"), True)
-    tensors = disturbed(ia3.get_peft_model_state_dict(model))
-    spoiled = sorted(tensors)[-1]
-    tensors[spoiled] = torch.ones(5, 1)
-    before = {k: v.clone() for k, v in ia3.get_peft_model_state_dict(model).items()}
+    before = change(ia3, model)
+    spoiled = max(before)
+    tensors = {key: value + 1 for key, value in before.items()} | {spoiled: torch.ones(5, 1)}
     with pytest.raises(IA3Error, match=rf"{spoiled} is \[5, 1\], expected \[16, 1\]"):
         ia3.set_peft_model_state_dict(model, tensors)
-    found = ia3.get_peft_model_state_dict(model)
-    torch.testing.assert_close(found, before, rtol=0, atol=0)
+    assert_same(ia3.get_peft_model_state_dict(model), before)
     result = ia3.set_peft_model_state_dict(model, tensors, ignore_mismatched_sizes=True)
     assert result.missing_keys == [spoiled]
-    found = ia3.get_peft_model_state_dict(model)
-    assert torch.equal(found.pop(spoiled), before[spoiled])
-    assert all(torch.equal(value, tensors[key]) for key, value in found.items())
+    expected = tensors | {spoiled: before[spoiled]}
+    assert_same(ia3.get_peft_model_state_dict(model), expected)
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "injected"])
-def test_an_adapter_that_is_not_there(make_model: MakeModel, wrapped: bool) -> None:
+def test_an_adapter_that_is_not_there(make_model, wrapped):
     model = put_on(ia3, make_model("llama"), wrapped)
     with pytest.raises(IA3Error, match="'other'"):
         ia3.get_peft_model_state_dict(model, adapter_name="other")

@@ -5,22 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
-from conftest import MakeInputs, MakeModel
-from support.pairs import randomize, relative, vectors
-from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from support.architectures import build
+from support.pairs import adapted, logits, randomize, relative, vectors
+from torch import nn
+from transformers import PreTrainedModel
 
 from ia3 import IA3Config, IA3Error, IA3Model
-
-Inputs = dict[str, Tensor]
-Offload = Callable[[PreTrainedModel, Path], object]
 
 DEVICES = {
     "model.embed_tokens": "cpu",
@@ -54,7 +50,7 @@ def in_place(model: PreTrainedModel, folder: Path) -> None:
             add_hook_to_module(module, hook)
 
 
-WAYS: dict[str, Offload] = {
+WAYS: dict[str, Callable[[PreTrainedModel, Path], object]] = {
     "in memory": all_in_memory,
     "partly on disk": partly_on_disk,
     "layer by layer": layer_by_layer,
@@ -62,18 +58,6 @@ WAYS: dict[str, Offload] = {
 }
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)
 OFFLOADING_WAYS = pytest.mark.parametrize("way", [way for way in WAYS if way != "in place"])
-
-
-def adapted(base: nn.Module, seed: int = 0, **config: Any) -> IA3Model:
-    model = IA3Model(base, IA3Config(**config))
-    randomize(vectors(model), seed)
-    return model
-
-
-def logits(model: Any, inputs: Inputs) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**inputs).logits
-    return result
 
 
 def hooks(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -86,76 +70,49 @@ def hooks(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture
-def inputs(make_inputs: MakeInputs) -> Inputs:
+def inputs(make_inputs):
     return make_inputs("llama")
 
 
 @pytest.fixture
-def plain(make_model: MakeModel) -> IA3Model:
+def plain(make_model):
     """The same adapter on a model that is not offloaded."""
     return adapted(make_model("llama"))
 
 
+@pytest.mark.parametrize("dispatched_first", [True, False])
 @EVERY_WAY
-def test_attached_to_a_dispatched_model(
-    plain: IA3Model, make_model: MakeModel, inputs: Inputs, way: str, tmp_path: Path
-) -> None:
+def test_adapting_offloaded_weights(plain, make_model, inputs, way, dispatched_first, tmp_path):
     base = make_model("llama")
-    WAYS[way](base, tmp_path)
-    before, base_logits = hooks(base), logits(base, inputs)
+    base_logits, expected = logits(base, **inputs), logits(plain, **inputs)
+    if dispatched_first:
+        WAYS[way](base, tmp_path)
     model = adapted(base)
-    assert {v.device.type for v in model.vectors("default").values()} == {"cpu"}
-    assert torch.equal(logits(model, inputs), logits(plain, inputs))
-    model(**inputs).loss.backward()
-    plain(**inputs).loss.backward()
-    for name, vector in vectors(plain).items():
-        found = vectors(model)[name].grad
-        assert found is not None
-        assert vector.grad is not None
-        assert relative(found, vector.grad) < 1e-6, name
-
-    model.save_pretrained(tmp_path / "adapter")
-    again = IA3Model.from_pretrained(make_model("llama"), tmp_path / "adapter")
-    assert torch.equal(logits(again, inputs), logits(plain, inputs))
-
-    assert model.unload() is base
-    assert hooks(base) == before
-    assert torch.equal(logits(base, inputs), base_logits)
-    loaded = IA3Model.from_pretrained(base, tmp_path / "adapter")
-    assert torch.equal(logits(loaded, inputs), logits(plain, inputs))
-
-
-@EVERY_WAY
-def test_dispatched_with_an_adapter_on_it(
-    plain: IA3Model, make_model: MakeModel, inputs: Inputs, way: str, tmp_path: Path
-) -> None:
-    base = make_model("llama")
-    base_logits = logits(base, inputs)
-    model = adapted(base)
-    model.add_adapter("second", IA3Config(target_modules="all-linear"))
-    randomize(vectors(model, "second"), seed=3)
-    model.set_adapter(["default", "second"])
-    both = logits(model, inputs)
-    WAYS[way](base, tmp_path)
+    if not dispatched_first:
+        WAYS[way](base, tmp_path)
     before = hooks(base)
-    assert torch.equal(logits(model, inputs), both)
-    model.set_adapter("default")
-    assert torch.equal(logits(model, inputs), logits(plain, inputs))
+    assert torch.equal(logits(model, **inputs), expected)
     with model.disable_adapter():
-        assert torch.equal(logits(model, inputs), base_logits)
+        assert torch.equal(logits(model, **inputs), base_logits)
+    if dispatched_first:
+        assert {v.device.type for v in model.vectors("default").values()} == {"cpu"}
+        model(**inputs).loss.backward()
+        plain(**inputs).loss.backward()
+        for name, vector in vectors(plain).items():
+            assert relative(vectors(model)[name].grad, vector.grad) < 1e-6, name
 
     model.save_pretrained(tmp_path / "adapter")
     again = IA3Model.from_pretrained(make_model("llama"), tmp_path / "adapter")
-    assert torch.equal(logits(again, inputs), logits(plain, inputs))
+    assert torch.equal(logits(again, **inputs), expected)
     assert model.unload() is base
     assert hooks(base) == before
-    assert torch.equal(logits(base, inputs), base_logits)
+    assert torch.equal(logits(base, **inputs), base_logits)
+    loaded = IA3Model.from_pretrained(base, tmp_path / "adapter")
+    assert torch.equal(logits(loaded, **inputs), expected)
 
 
 @OFFLOADING_WAYS
-def test_peft_cannot_adapt_an_offloaded_model(
-    make_model: MakeModel, inputs: Inputs, way: str, tmp_path: Path
-) -> None:
+def test_peft_cannot_adapt_an_offloaded_model(make_model, inputs, way, tmp_path):
     """It puts the vectors where the weights seem to be: on the meta device."""
     base = make_model("llama")
     WAYS[way](base, tmp_path)
@@ -164,32 +121,14 @@ def test_peft_cannot_adapt_an_offloaded_model(
         theirs(**inputs)
 
 
-def test_generating_with_offloaded_weights(
-    plain: IA3Model, make_model: MakeModel, inputs: Inputs, tmp_path: Path
-) -> None:
-    base = make_model("llama")
-    partly_on_disk(base, tmp_path)
-    model = adapted(base)
-    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    prompt = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-    assert torch.equal(model.generate(**prompt, **options), plain.generate(**prompt, **options))
-
-
 # -- merging ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dispatched_first", [True, False])
 @EVERY_WAY
-def test_merging_offloaded_weights(
-    plain: IA3Model,
-    make_model: MakeModel,
-    inputs: Inputs,
-    way: str,
-    dispatched_first: bool,
-    tmp_path: Path,
-) -> None:
+def test_merging_offloaded_weights(make_model, inputs, way, dispatched_first, tmp_path):
     base = make_model("llama")
-    base_logits = logits(base, inputs)
+    base_logits = logits(base, **inputs)
     if dispatched_first:
         WAYS[way](base, tmp_path)
     model = adapted(base)
@@ -201,23 +140,23 @@ def test_merging_offloaded_weights(
     before = hooks(base)
     maps = {id(m._hf_hook.weights_map) for m in base.modules() if hasattr(m, "_hf_hook")}
 
-    expected = logits(model, inputs)
+    expected = logits(model, **inputs)
     model.merge_adapter(safe_merge=True)
-    assert relative(logits(model, inputs), expected) < 1e-6
+    assert relative(logits(model, **inputs), expected) < 1e-6
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
     model.unmerge_adapter()
-    assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model, **inputs), expected)
     with model.disable_adapter():
-        assert torch.equal(logits(model, inputs), base_logits)
+        assert torch.equal(logits(model, **inputs), base_logits)
 
     model.set_adapter(["default", "second"])
-    expected = logits(model, inputs)
+    expected = logits(model, **inputs)
     model.merge_adapter(["second"])
-    assert relative(logits(model, inputs), expected) < 1e-6
+    assert relative(logits(model, **inputs), expected) < 1e-6
     model.merge_adapter(["default"])
-    assert relative(logits(model, inputs), expected) < 1e-6
+    assert relative(logits(model, **inputs), expected) < 1e-6
     model.unmerge_adapter()
-    assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model, **inputs), expected)
     # Nothing is left over the weights, and the files were never written.
     assert {id(m._hf_hook.weights_map) for m in base.modules() if hasattr(m, "_hf_hook")} == maps
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == on_disk
@@ -225,95 +164,62 @@ def test_merging_offloaded_weights(
     merged = model.merge_and_unload()
     assert merged is base
     assert hooks(base) == before
-    assert relative(logits(base, inputs), expected) < 1e-6
+    assert relative(logits(base, **inputs), expected) < 1e-6
 
 
 @OFFLOADING_WAYS
-def test_merged_before_and_unmerged_after_dispatching(
-    make_model: MakeModel, inputs: Inputs, way: str, tmp_path: Path
-) -> None:
+def test_merged_before_and_unmerged_after_dispatching(make_model, inputs, way, tmp_path):
     base = make_model("llama")
     model = adapted(base)
-    expected = logits(model, inputs)
+    expected = logits(model, **inputs)
     model.merge_adapter()
-    merged = logits(model, inputs)
+    merged = logits(model, **inputs)
     WAYS[way](base, tmp_path)
-    assert torch.equal(logits(model, inputs), merged)
+    assert torch.equal(logits(model, **inputs), merged)
     model.unmerge_adapter()
-    assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model, **inputs), expected)
 
 
-def test_merged_while_offloaded_and_unmerged_after_coming_back(
-    make_model: MakeModel, inputs: Inputs, tmp_path: Path
-) -> None:
+def test_merged_while_offloaded_and_unmerged_after_coming_back(make_model, inputs, tmp_path):
     base = make_model("llama")
     before = copy.deepcopy(base.state_dict())
     layer_by_layer(base, tmp_path)
     model = adapted(base)
-    expected = logits(model, inputs)
+    expected = logits(model, **inputs)
     model.merge_adapter()
-    merged = logits(model, inputs)
+    merged = logits(model, **inputs)
     remove_hook_from_submodules(base)
     assert {parameter.device.type for parameter in base.parameters()} == {"cpu"}
-    assert torch.equal(logits(model, inputs), merged)
+    assert torch.equal(logits(model, **inputs), merged)
     model.unmerge_adapter()
-    assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model, **inputs), expected)
     assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in before.items())
 
 
-def test_safe_merge_of_offloaded_weights_is_all_or_nothing(
-    make_model: MakeModel, inputs: Inputs, tmp_path: Path
-) -> None:
+def test_safe_merge_of_offloaded_weights_is_all_or_nothing(make_model, inputs, tmp_path):
     base = make_model("llama")
     partly_on_disk(base, tmp_path)
-    base_logits = logits(base, inputs)
+    base_logits = logits(base, **inputs)
     model = adapted(base)
     model.vectors("default")["model.layers.1.mlp.down_proj"].data[0, 3] = torch.nan
     with pytest.raises(IA3Error, match=r"layers\.1\.mlp\.down_proj\.weight.*not finite"):
         model.merge_adapter(safe_merge=True)
     with model.disable_adapter():
-        assert torch.equal(logits(model, inputs), base_logits)
-    assert torch.equal(logits(model.unload(), inputs), base_logits)
+        assert torch.equal(logits(model, **inputs), base_logits)
+    assert torch.equal(logits(model.unload(), **inputs), base_logits)
 
 
-def test_offloaded_experts_and_embeddings(tmp_path: Path, inputs: Inputs) -> None:
-    def make() -> PreTrainedModel:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return MixtralForCausalLM(
-                MixtralConfig(
-                    vocab_size=48,
-                    hidden_size=32,
-                    intermediate_size=24,
-                    num_hidden_layers=1,
-                    num_attention_heads=4,
-                    num_key_value_heads=2,
-                    num_local_experts=4,
-                )
-            ).eval()
-
-    modules: dict[str, Any] = {
-        "target_modules": ["embed_tokens", "k_proj", "experts"],
-        "feedforward_modules": ["experts"],
-    }
-    expected = logits(adapted(make(), **modules), inputs)
-    base = make()
+def test_offloaded_experts_and_embeddings(tmp_path, inputs):
+    targets = ["embed_tokens", "k_proj", "experts"]
+    modules = {"target_modules": targets, "feedforward_modules": ["experts"]}
+    expected = logits(adapted(build("mixtral"), **modules), **inputs)
+    base = build("mixtral")
     all_in_memory(base, tmp_path)
-    base_logits = logits(base, inputs)
+    base_logits = logits(base, **inputs)
     model = adapted(base, **modules)
-    assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model, **inputs), expected)
     model.merge_adapter()
-    assert relative(logits(model, inputs), expected) < 1e-6
+    assert relative(logits(model, **inputs), expected) < 1e-6
     model.unmerge_adapter()
-    assert torch.equal(logits(model, inputs), expected)
-    assert torch.equal(logits(model.unload(), inputs), base_logits)
-
-
-def test_weights_that_are_not_there_at_all(make_model: MakeModel) -> None:
-    """On the meta device without a hook that could bring them."""
-    with torch.device("meta"):
-        base = make_model("llama")
-    model = IA3Model(base, IA3Config())
-    with pytest.raises(IA3Error, match=r"k_proj': its weights are not there \(meta device\)"):
-        model.merge_adapter()
-    assert model.unload() is base
+    assert torch.equal(logits(model, **inputs), expected)
+    assert torch.equal(logits(model.unload(), **inputs), base_logits)

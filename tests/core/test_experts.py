@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import io
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from peft import IA3Config, get_peft_model
+from support.pairs import logits, relative
 from support.snapshots import assert_unchanged, snapshot
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,11 +21,7 @@ from transformers import (
     DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
     PreTrainedModel,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -38,12 +35,13 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import ia3
 from ia3 import IA3Model
-from ia3.core.experts import attach, experts_shape, fold, is_experts
+from ia3.core.experts import attach, experts_shape, is_experts, scaled_weights
 from ia3.core.patch import Patch
 from ia3.errors import IA3Error
 
 HIDDEN, INNER, EXPERTS, CHOSEN, TOKENS = 16, 24, 4, 2, 9
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
+IDS = torch.arange(3, 17).reshape(2, 7)
 
 Routed = tuple[Tensor, Tensor, Tensor]
 
@@ -60,7 +58,7 @@ class Vectors(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed():
     torch.manual_seed(0)
 
 
@@ -75,17 +73,12 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-INNER_OF_MANY = {"num_experts": EXPERTS, "moe_intermediate_size": INNER}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "mixtral": lambda: MixtralForCausalLM(
         MixtralConfig(intermediate_size=INNER, num_local_experts=EXPERTS, **COMMON)
     ),
-    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(shared_expert_intermediate_size=20, **INNER_OF_MANY, **COMMON)
-    ),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(head_dim=8, **INNER_OF_MANY, **COMMON)),
-    "olmoe": lambda: OlmoeForCausalLM(
-        OlmoeConfig(intermediate_size=INNER, num_experts=EXPERTS, **COMMON)
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(head_dim=8, num_experts=EXPERTS, moe_intermediate_size=INNER, **COMMON)
     ),
     "deepseek_v3": lambda: DeepseekV3ForCausalLM(
         DeepseekV3Config(
@@ -94,11 +87,8 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
             n_group=1,
             topk_group=1,
             first_k_dense_replace=0,
-            q_lora_rank=8,
-            kv_lora_rank=8,
-            qk_nope_head_dim=8,
-            qk_rope_head_dim=8,
-            v_head_dim=8,
+            **dict.fromkeys(["q_lora_rank", "kv_lora_rank"], 8),
+            **dict.fromkeys(["qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"], 8),
             **COMMON,
         )
     ),
@@ -136,11 +126,9 @@ def routed(dtype: torch.dtype = torch.float32) -> Routed:
 
 
 def in_float64(inputs: Routed) -> Routed:
-    states, index, weights = inputs
-    return (
-        states.detach().double().requires_grad_(),
-        index,
-        weights.detach().double().requires_grad_(),
+    return tuple(
+        t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+        for t in inputs
     )
 
 
@@ -160,25 +148,19 @@ def dense_reference(block: nn.Module, inputs: Routed, vectors: Tensor) -> Tensor
     return torch.stack(rows)
 
 
-def distance(actual: Tensor | None, expected: Tensor | None) -> float:
-    assert actual is not None
-    assert expected is not None
-    actual, expected = actual.detach().double(), expected.detach().double()
-    return float((actual - expected).norm() / expected.norm())
-
-
-def assert_equals_reference(block: nn.Module, inputs: Routed, limit: float = 1e-6) -> None:
+def assert_equals_reference(block, inputs, reference=dense_reference, limit=1e-6):
     """Outputs and all gradients."""
     exact, vectors = in_float64(inputs), values_of(block).detach().double().requires_grad_()
-    expected = dense_reference(block, exact, vectors)
+    expected = reference(block, exact, vectors)
     direction = torch.randn_like(expected)
     expected.backward(direction)
     actual = block(*inputs)
-    assert distance(actual, expected) < limit
     actual.backward(direction.to(actual.dtype))
-    assert distance(values_of(block).grad, vectors.grad) < limit
-    assert distance(inputs[0].grad, exact[0].grad) < limit
-    assert distance(inputs[2].grad, exact[2].grad) < limit
+    assert relative(actual, expected) < limit
+    assert relative(values_of(block).grad, vectors.grad) < limit
+    for given, wanted in zip(inputs, exact, strict=True):
+        if given.requires_grad:
+            assert relative(given.grad, wanted.grad) < limit
 
 
 # -- equal to the formula --------------------------------------------------------------------------
@@ -186,7 +168,7 @@ def assert_equals_reference(block: nn.Module, inputs: Routed, limit: float = 1e-
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_block_equals_dense_reference(kind: str, implementation: str) -> None:
+def test_block_equals_dense_reference(kind, implementation):
     block = blocks_of(make_model(kind, implementation))[0]
     assert experts_shape(block) == (EXPERTS, INNER)
     rescaled(block)
@@ -195,17 +177,17 @@ def test_block_equals_dense_reference(kind: str, implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-13), (torch.bfloat16, 1e-2)])
-def test_block_in_other_dtypes(dtype: torch.dtype, limit: float, implementation: str) -> None:
+def test_block_in_other_dtypes(dtype, limit, implementation):
     if (dtype, implementation) == (torch.float64, "grouped_mm"):
         pytest.skip("grouped_mm has no float64")
     block = blocks_of(make_model("mixtral", implementation).to(dtype))[0]
     rescaled(block)
     if dtype == torch.float64:
         block.double()
-    assert_equals_reference(block, routed(dtype), limit)
+    assert_equals_reference(block, routed(dtype), limit=limit)
 
 
-def test_implementation_can_change_while_attached() -> None:
+def test_implementation_can_change_while_attached():
     model = make_model("qwen3_moe")
     block = blocks_of(model)[0]
     rescaled(block)
@@ -216,7 +198,7 @@ def test_implementation_can_change_while_attached() -> None:
 
 
 @pytest.fixture
-def foreign_implementation() -> Iterator[str]:
+def foreign_implementation():
     """A kernel of another library, which takes the weights as they are."""
 
     def forward(self: nn.Module, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -233,7 +215,7 @@ def foreign_implementation() -> Iterator[str]:
     del ALL_EXPERTS_FUNCTIONS["foreign"]
 
 
-def test_unknown_implementation_gets_a_multiplied_weight(foreign_implementation: str) -> None:
+def test_unknown_implementation_gets_a_multiplied_weight(foreign_implementation):
     block = blocks_of(make_model("mixtral", foreign_implementation))[0]
     rescaled(block)
     assert_equals_reference(block, routed())
@@ -256,7 +238,7 @@ class UnusualExperts(nn.Module):
         return result * self.down_proj[:1, 0].isfinite().all()
 
 
-def test_unknown_operations_get_a_multiplied_weight() -> None:
+def test_unknown_operations_get_a_multiplied_weight():
     block = UnusualExperts().requires_grad_(False)
     rescaled(block)
     assert_equals_reference(block, routed())
@@ -264,14 +246,12 @@ def test_unknown_operations_get_a_multiplied_weight() -> None:
 
 def _block(kind: type[nn.Module], implementation: str) -> nn.Module:
     """A block alone, from the few settings that its class reads."""
+    inner = ["intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size"]
+    experts = ["num_local_experts", "n_routed_experts", "moe_num_experts"]
     config = SimpleNamespace(
         hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        moe_intermediate_size=INNER,
-        expert_ffn_hidden_size=INNER,
-        num_local_experts=EXPERTS,
-        n_routed_experts=EXPERTS,
-        moe_num_experts=EXPERTS,
+        **dict.fromkeys(inner, INNER),
+        **dict.fromkeys(experts, EXPERTS),
         zero_expert_num=1,
         moe_latent_size=None,
         hidden_act="silu",
@@ -298,45 +278,38 @@ UNCOMMON = {
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", UNCOMMON)
-def test_uncommon_block_equals_a_merged_one(kind: type[nn.Module], implementation: str) -> None:
-    block, inputs = _block(kind, implementation), routed()
+def test_uncommon_block_equals_a_merged_one(kind, implementation):
+    block = _block(kind, implementation)
     assert experts_shape(block) == (EXPERTS, INNER)
-    exact, exact_inputs = copy.deepcopy(block).double(), in_float64(inputs)
+    exact = copy.deepcopy(block).double()
     exact.__dict__["config"] = SimpleNamespace(_experts_implementation="eager")
+
+    def merged(_block: nn.Module, inputs: Routed, vectors: Tensor) -> Tensor:
+        factors = vectors[:, :, None] if UNCOMMON[kind] else vectors[:, None, :]
+        return functional_call(exact, {"down_proj": exact.down_proj * factors}, inputs)
+
     rescaled(block)
-    vectors = values_of(block).detach().double().requires_grad_()
-    factors = vectors[:, :, None] if UNCOMMON[kind] else vectors[:, None, :]
-    merged = {"down_proj": exact.get_parameter("down_proj") * factors}
-    expected = functional_call(exact, merged, exact_inputs)
-    direction = torch.randn_like(expected)
-    expected.backward(direction)
-    actual = block(*inputs)
-    actual.backward(direction.float())
-    assert distance(actual, expected) < 1e-6
-    assert distance(values_of(block).grad, vectors.grad) < 1e-6
-    assert distance(inputs[0].grad, exact_inputs[0].grad) < 1e-6
+    assert_equals_reference(block, routed(), merged)
 
 
-def test_block_with_sorted_inputs_equals_its_formula() -> None:
+def test_block_with_sorted_inputs_equals_its_formula():
     block = _block(Llama4TextExperts, "eager")
     rescaled(block)
+
+    def formula(block: nn.Module, inputs: Routed, vectors: Tensor) -> Tensor:
+        by_expert = []
+        for expert, rows in enumerate(inputs[0].split(3)):
+            gate, up = (rows @ block.gate_up_proj[expert].double()).chunk(2, -1)
+            inner = nn.functional.silu(gate) * up * vectors[expert]
+            by_expert.append(inner @ block.down_proj[expert].double())
+        return torch.cat(by_expert)
+
     states = torch.randn(EXPERTS * 3, HIDDEN, requires_grad=True)
-    vectors = values_of(block).detach().double().requires_grad_()
-    by_expert = []
-    for expert, rows in enumerate(states.detach().double().split(3)):
-        gate, up = (rows @ block.get_parameter("gate_up_proj")[expert].double()).chunk(2, -1)
-        inner = nn.functional.silu(gate) * up * vectors[expert]
-        by_expert.append(inner @ block.get_parameter("down_proj")[expert].double())
-    expected = torch.cat(by_expert)
-    expected.square().sum().backward()
-    actual = block(states)
-    actual.square().sum().backward()
-    assert distance(actual, expected) < 1e-6
-    assert distance(values_of(block).grad, vectors.grad) < 1e-6
+    assert_equals_reference(block, (states,), formula)
 
 
 @pytest.fixture
-def _nan_in_new_memory() -> Iterator[None]:
+def _nan_in_new_memory():
     """What an operation leaves uninitialized is not a number."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -346,7 +319,7 @@ def _nan_in_new_memory() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_nan_in_new_memory")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_slots_of_other_devices_experts_add_nothing(implementation: str) -> None:
+def test_slots_of_other_devices_experts_add_nothing(implementation):
     """Under expert parallelism, an index beyond the experts marks a slot computed elsewhere."""
     block = blocks_of(make_model("mixtral", implementation))[0]
     block._is_expert_parallel = True
@@ -354,24 +327,8 @@ def test_slots_of_other_devices_experts_add_nothing(implementation: str) -> None
     states, index, weights = routed()
     index[:, 1] = EXPERTS
     index[3, 0] = EXPERTS
-    with torch.no_grad():
-        weights[index == EXPERTS] = 0
-    exact, vectors = in_float64((states, index, weights)), values_of(block).detach().double()
-    vectors.requires_grad_()
-    expected = dense_reference(block, exact, vectors)
-    expected.square().sum().backward()
-    actual = block(states, index, weights)
-    actual.square().sum().backward()
-    assert distance(actual, expected) < 1e-6
-    assert distance(values_of(block).grad, vectors.grad) < 1e-6
-    assert distance(states.grad, exact[0].grad) < 1e-6
-
-
-def test_no_token_at_all() -> None:
-    block = blocks_of(make_model("mixtral", "batched_mm"))[0]
-    rescaled(block)
-    states, index, weights = routed()
-    assert block(states[:0], index[:0], weights[:0]).shape == (0, HIDDEN)
+    weights = weights.detach().masked_fill(index == EXPERTS, 0)
+    assert_equals_reference(block, (states, index, weights))
 
 
 # -- in whole models -------------------------------------------------------------------------------
@@ -379,59 +336,50 @@ def test_no_token_at_all() -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_merged_equals_unmerged_and_removed_is_the_base(kind: str, implementation: str) -> None:
+def test_merged_equals_unmerged_and_removed_is_the_base(kind, implementation):
     model = make_model(kind, implementation)
-    ids = torch.randint(3, 40, (2, 7))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    names = list(model.state_dict())
-    attributes = [set(block.__dict__) for block in blocks_of(model)]
-    with torch.no_grad():
-        base = model(ids).logits
-        handles = [rescaled(block) for block in blocks_of(model)]
-        unmerged = model(ids).logits
-        assert distance(unmerged, base) > 1e-3
-        for handle in handles:
-            handle.remove()
-            handle.remove()
-        folded = [fold(block, values_of(block)) for block in blocks_of(model)]
-        for block in blocks_of(model):
-            del block._modules["vectors"]
-        assert torch.equal(model(ids).logits, base)
-        assert [set(block.__dict__) for block in blocks_of(model)] == attributes
-        assert list(model.state_dict()) == names
-        assert all(torch.equal(model.state_dict()[name], before[name]) for name in names)
-        for block, parameters in zip(blocks_of(model), folded, strict=True):
-            assert parameters.keys() == {"down_proj"}
-            block.get_parameter("down_proj").data = parameters["down_proj"]
-        assert distance(model(ids).logits, unmerged) < 1e-6
+    before, base = snapshot(model), logits(model, input_ids=IDS)
+    handles = [rescaled(block) for block in blocks_of(model)]
+    unmerged = logits(model, input_ids=IDS)
+    assert relative(unmerged, base) > 1e-3
+    for handle in handles:
+        handle.remove()
+        handle.remove()
+    scaled = [scaled_weights(block, values_of(block)) for block in blocks_of(model)]
+    for block in blocks_of(model):
+        del block._modules["vectors"]
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model, input_ids=IDS), base)
+    for block, parameters in zip(blocks_of(model), scaled, strict=True):
+        assert parameters.keys() == {"down_proj"}
+        block.get_parameter("down_proj").data = parameters["down_proj"]
+    assert relative(logits(model, input_ids=IDS), unmerged) < 1e-6
 
 
-def test_folding_rounds_once_and_changes_nothing() -> None:
-    for kind, axis in ((DeepseekV4Experts, 1), (GptOssExperts, 2)):
-        block = _block(kind, "eager").bfloat16()
-        down, scale = block.get_parameter("down_proj"), 0.5 + torch.rand(EXPERTS, INNER)
-        before = down.clone()
-        (folded,) = fold(block, scale).values()
-        assert folded.dtype == torch.bfloat16
-        assert torch.equal(down, before)
-        exact = down.double() * scale.double().unsqueeze(axis)
-        # Half a unit in the last of bfloat16's 8 places, and float32's own rounding before it.
-        assert ((folded.double() - exact).abs() <= exact.abs() * (2**-9 + 2**-23) * 2).all()
-        assert torch.equal(fold(block, torch.ones_like(scale))["down_proj"], before)
-        assert not torch.equal(folded, before)
+@pytest.mark.parametrize(("kind", "axis"), [(DeepseekV4Experts, 1), (GptOssExperts, 2)])
+def test_merging_rounds_once_and_changes_nothing(kind, axis):
+    block = _block(kind, "eager").bfloat16()
+    down, vectors = block.get_parameter("down_proj"), 0.5 + torch.rand(EXPERTS, INNER)
+    before = down.clone()
+    scaled = scaled_weights(block, vectors)["down_proj"]
+    assert torch.equal(down, before)
+    exact = down.double() * vectors.double().unsqueeze(axis)
+    # Half a unit in the last of bfloat16's 8 places, and float32's own rounding before it.
+    assert scaled.dtype == torch.bfloat16
+    assert ((scaled.double() - exact).abs() <= exact.abs() * (2**-9 + 2**-23) * 2).all()
+    assert torch.equal(scaled_weights(block, torch.ones_like(vectors))["down_proj"], before)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
-    model = make_model("olmoe", "grouped_mm")
+def test_gradient_checkpointing_changes_no_gradient(reentrant):
+    model = make_model("mixtral", "grouped_mm")
     for block in blocks_of(model):
         rescaled(block)
     model.get_input_embeddings().requires_grad_(True)
-    ids = torch.randint(3, 40, (2, 7))
 
     def gradients() -> list[Tensor]:
         model.zero_grad()
-        model(ids, labels=ids).loss.backward()
+        model(IDS, labels=IDS).loss.backward()
         return [values_of(block).grad.clone() for block in blocks_of(model)]
 
     plain = gradients()
@@ -439,41 +387,36 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     model.train()
     assert model.is_gradient_checkpointing
     for own, expected in zip(gradients(), plain, strict=True):
-        assert distance(own, expected) < 1e-6
+        assert relative(own, expected) < 1e-6
 
 
-def test_autocast_is_near_the_float32_model() -> None:
+def test_autocast_is_near_the_float32_model():
     model = make_model("mixtral", "eager")
-    ids = torch.randint(3, 40, (2, 7))
     handles = [rescaled(block) for block in blocks_of(model)]
-    exact = model(ids).logits
+    exact = model(IDS).logits
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = model(ids, labels=ids)
+        mixed = model(IDS, labels=IDS)
     mixed.loss.backward()
-    assert distance(mixed.logits, exact) < 2e-2
+    assert relative(mixed.logits, exact) < 2e-2
     assert all(values_of(handle.module).grad.isfinite().all() for handle in handles)
 
 
 # -- the module ------------------------------------------------------------------------------------
 
 
-def test_saved_for_backward_is_one_activation_more() -> None:
+def test_saved_for_backward_is_one_activation_more():
     block = blocks_of(make_model("mixtral", "grouped_mm"))[0]
-    states, index, weights = routed()
+    inputs = routed()
+    frozen = {p.untyped_storage().data_ptr() for p in block.parameters()}
 
     def saved() -> int:
-        kept: dict[int, int] = {}
-        frozen = {p.untyped_storage().data_ptr() for p in block.parameters()}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in frozen:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            block(states, index, weights).sum()
-        return sum(kept.values())
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+        ):
+            block(*inputs)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        return sum(size for address, size in storages.items() if address not in frozen)
 
     alone = saved()
     rescaled(block)
@@ -482,32 +425,27 @@ def test_saved_for_backward_is_one_activation_more() -> None:
     assert alone < saved() <= alone + rows * INNER * 4 + vectors.nbytes + rows * 8
 
 
-def test_copies_and_pickles_are_models_of_their_own() -> None:
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_are_models_of_their_own(twin):
     model = make_model("mixtral")
-    ids = torch.randint(3, 40, (2, 7))
-    base = model(ids).logits
-    handles = [rescaled(block) for block in blocks_of(model)]
-    model.handles = handles
-    expected = model(ids).logits
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert torch.equal(copied(ids).logits, expected)
-        with torch.no_grad():
-            for block in blocks_of(copied):
-                values_of(block).fill_(1)
-        assert distance(copied(ids).logits, base) < 1e-6
-        assert torch.equal(model(ids).logits, expected)
-        for handle in copied.handles:
-            handle.remove()
-        assert all("forward" not in block.__dict__ for block in blocks_of(copied))
-        assert torch.equal(copied(ids).logits, base)
-        assert torch.equal(model(ids).logits, expected)
+    base = logits(model, input_ids=IDS)
+    model.handles = [rescaled(block) for block in blocks_of(model)]
+    expected = logits(model, input_ids=IDS)
+    copied = twin(model)
+    assert torch.equal(logits(copied, input_ids=IDS), expected)
+    for block in blocks_of(copied):
+        values_of(block).data.fill_(1)
+    assert relative(logits(copied, input_ids=IDS), base) < 1e-6
+    for handle in copied.handles:
+        handle.remove()
+    assert torch.equal(logits(copied, input_ids=IDS), base)
+    assert torch.equal(logits(model, input_ids=IDS), expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_compiled_model_equals_eager(implementation: str) -> None:
+def test_compiled_model_equals_eager(implementation):
     torch._dynamo.reset()
     block = blocks_of(make_model("mixtral", implementation))[0]
     # The loop over the experts that were hit depends on data: it cannot be one graph.
@@ -520,15 +458,15 @@ def test_compiled_model_equals_eager(implementation: str) -> None:
     expected = values_of(block).grad.clone()
     values_of(block).grad = None
     compiled(*inputs).square().sum().backward()
-    assert distance(values_of(block).grad, expected) < 1e-6
-    assert distance(compiled(*inputs), block(*inputs)) < 1e-6
+    assert relative(values_of(block).grad, expected) < 1e-6
+    assert relative(compiled(*inputs), block(*inputs)) < 1e-6
     handle.remove()
     assert torch.equal(compiled(*inputs), base)
 
 
 @pytest.mark.usefixtures("_nan_in_new_memory")
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
-def test_transforms_of_torch_func(implementation: str) -> None:
+def test_transforms_of_torch_func(implementation):
     block = blocks_of(make_model("mixtral", implementation))[0]
     block._is_expert_parallel = True
     rescaled(block)
@@ -540,11 +478,11 @@ def test_transforms_of_torch_func(implementation: str) -> None:
 
     gradient = torch.func.grad(loss)(values_of(block).detach())
     block(*inputs).square().sum().backward()
-    assert distance(gradient, values_of(block).grad) < 1e-6
+    assert relative(gradient, values_of(block).grad) < 1e-6
 
 
 @pytest.mark.parametrize("offloaded_first", [False, True])
-def test_offloaded_weights(offloaded_first: bool) -> None:
+def test_offloaded_weights(offloaded_first):
     model = make_model("mixtral", "grouped_mm")
     block = blocks_of(model)[0]
     inputs = routed()
@@ -557,7 +495,7 @@ def test_offloaded_weights(offloaded_first: bool) -> None:
     if not offloaded_first:
         cpu_offload(block, execution_device=torch.device("cpu"))
     assert block.get_parameter("down_proj").device.type == "meta"
-    assert distance(block(*inputs), expected) < 1e-6
+    assert relative(block(*inputs), expected) < 1e-6
     handle.remove()
     assert torch.equal(block(*inputs), base)
     remove_hook_from_submodules(block)
@@ -567,55 +505,27 @@ def test_offloaded_weights(offloaded_first: bool) -> None:
 # -- mistakes --------------------------------------------------------------------------------------
 
 
-def test_linear_layers_are_no_experts() -> None:
-    model = make_model("mixtral")
-    found = {type(module).__name__ for module in model.modules() if is_experts(module)}
-    assert found == {"MixtralExperts"}
-    assert not is_experts(nn.Linear(2, 2))
-
-
-def test_a_second_attachment_is_refused() -> None:
+def test_a_second_attachment_is_refused():
     block = blocks_of(make_model("mixtral"))[0]
-    inputs = routed()
     handle = rescaled(block)
-    expected = block(*inputs)
     with pytest.raises(IA3Error, match="attached already"):
         attach(block, Vectors(experts_shape(block)))
-    assert torch.equal(block(*inputs), expected)
     handle.remove()
     attach(block, block.get_submodule("vectors"))
-    assert torch.equal(block(*inputs), expected)
 
 
-def test_vectors_of_another_shape_are_refused() -> None:
-    block = blocks_of(make_model("mixtral"))[0]
-    with pytest.raises(IA3Error, match=r"\[4, 25\].*expected \[4, 24\]"):
-        attach(block, Vectors((EXPERTS, INNER + 1)))
-    with pytest.raises(IA3Error, match=r"\[24\].*expected \[4, 24\]"):
-        fold(block, torch.ones(INNER))
-    assert "forward" not in block.__dict__
-
-
-def test_packed_and_misfit_weights_are_refused() -> None:
+def test_packed_and_misfit_weights_are_refused():
     block = blocks_of(make_model("mixtral"))[0]
     packed = copy.deepcopy(block)
     packed.down_proj = nn.Parameter(packed.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(IA3Error, match="float8_e4m3fn"):
-        attach(packed, Vectors((EXPERTS, INNER)))
+        experts_shape(packed)
     block.down_proj = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER + 2))
     with pytest.raises(IA3Error, match="do not fit each other"):
-        attach(block, Vectors((EXPERTS, INNER)))
+        experts_shape(block)
 
 
-def test_a_forward_that_cannot_be_copied_is_refused() -> None:
-    block = blocks_of(make_model("mixtral"))[0]
-    own = block.forward
-    block.forward = lambda *args: own(*args)
-    with pytest.raises(IA3Error, match="was replaced by"):
-        attach(block, Vectors((EXPERTS, INNER)))
-
-
-def test_a_model_with_such_a_forward_is_left_unchanged() -> None:
+def test_a_model_whose_forward_cannot_be_copied_is_left_unchanged():
     model = make_model("mixtral")
     blocks_of(model)[1].forward = print
     before = snapshot(model)
@@ -636,7 +546,7 @@ class TransposedExperts(nn.Module):
         return (states @ self.up_proj[0]).relu() @ self.down_proj[0]
 
 
-def test_a_layout_taken_wrongly_is_noticed() -> None:
+def test_a_layout_taken_wrongly_is_noticed():
     block, states = TransposedExperts(), torch.randn(3, HIDDEN)
     handle = attach(block, Vectors(experts_shape(block)))
     with pytest.raises(IA3Error, match="is_transposed"):
@@ -646,10 +556,10 @@ def test_a_layout_taken_wrongly_is_noticed() -> None:
     assert experts_shape(block) == (EXPERTS, INNER)
     rescaled(block)
     inner = (states @ block.up_proj[0]).relu() * values_of(block)[0]
-    assert distance(block(states), inner @ block.down_proj[0]) < 1e-6
+    assert relative(block(states), inner @ block.down_proj[0]) < 1e-6
 
 
-def test_peft_refuses_experts() -> None:
+def test_peft_refuses_experts():
     config = IA3Config(target_modules=["experts"], feedforward_modules=["experts"])
     with pytest.raises(ValueError, match="MixtralExperts"):
         get_peft_model(make_model("mixtral"), config)

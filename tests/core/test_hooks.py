@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,10 +15,10 @@ from accelerate.hooks import (  # type: ignore[import-untyped]
     add_hook_to_module,
     remove_hook_from_module,
 )
+from support import pairs
 from support.snapshots import assert_unchanged, hooks_on, snapshot
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
-from torch.nn.utils import parametrize
 
 from ia3 import IA3Config, IA3Model
 
@@ -31,9 +31,8 @@ class Mlp(nn.Module):
         super().__init__()
         self.gate, self.up, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
 
-    def forward(self, values: Tensor) -> Tensor:
-        result: Tensor = self.down(silu(self.gate(values)) * self.up(values))
-        return result
+    def forward(self, values):
+        return self.down(silu(self.gate(values)) * self.up(values))
 
 
 class Network(nn.Module):
@@ -41,9 +40,8 @@ class Network(nn.Module):
         super().__init__()
         self.key, self.mlp = nn.Linear(4, 4), Mlp()
 
-    def forward(self, values: Tensor) -> Tensor:
-        result: Tensor = self.mlp(self.key(values))
-        return result
+    def forward(self, values):
+        return self.mlp(self.key(values))
 
 
 def network() -> Network:
@@ -51,15 +49,11 @@ def network() -> Network:
     return Network().eval()
 
 
-def adapted(base: nn.Module, *targets: str) -> IA3Model:
+def adapted(base, *targets):
     """With vectors on the outputs of these, and on the down projection's input."""
     modules = [*(targets or ("key",)), "down"]
-    config = IA3Config(target_modules=modules, feedforward_modules=["down"])
-    model = IA3Model(base, config).double().eval()
-    generator = torch.Generator().manual_seed(1)
-    for vector in model.vectors("default").values():
-        vector.data = torch.rand(vector.shape, generator=generator, dtype=torch.float64) + 0.5
-    return model
+    model = pairs.adapted(base, target_modules=modules, feedforward_modules=["down"])
+    return model.double().eval()
 
 
 def flat(model: IA3Model) -> dict[str, Tensor]:
@@ -67,14 +61,14 @@ def flat(model: IA3Model) -> dict[str, Tensor]:
     return {name: vector.detach().flatten() for name, vector in model.vectors("default").items()}
 
 
-def by_hand(base: Any, vectors: dict[str, Tensor], values: Tensor = VALUES) -> Tensor:
+def by_hand(base, vectors):
     """What the network with these vectors gives; from its weights as they are."""
 
-    def layer(module: Any, values: Tensor) -> Tensor:
+    def layer(module, values):
         return linear(values, module.weight, module.bias)
 
     with torch.no_grad():
-        key = layer(base.key, values) * vectors.get("key", 1.0)
+        key = layer(base.key, VALUES) * vectors.get("key", 1.0)
         up = layer(base.mlp.up, key) * vectors.get("mlp.up", 1.0)
         inner = silu(layer(base.mlp.gate, key)) * up * vectors.get("mlp.down", 1.0)
         return layer(base.mlp.down, inner)
@@ -92,71 +86,25 @@ def check(model: IA3Model) -> None:
                 torch.testing.assert_close(model(VALUES), by_hand(model.model, {}))
 
 
-def doubled(layer: nn.Module) -> None:
-    class Double(nn.Module):
-        def forward(self, weight: Tensor) -> Tensor:
-            return 2 * weight
-
-    for name in ("weight", "bias"):
-        parametrize.register_parametrization(layer, name, Double())
-
-
-def replaced(layer: nn.Module) -> None:
-    layer.weight = nn.Parameter(layer.weight.detach() + 1, requires_grad=False)
-
-
-def written(layer: Any) -> None:
-    layer.weight.data = layer.weight.detach() - 1
-
-
-def without_bias(layer: Any) -> None:
-    layer.bias = nn.Parameter(torch.zeros_like(layer.bias), requires_grad=False)
-
-
-def normed(layer: nn.Module) -> None:
-    torch.nn.utils.parametrizations.weight_norm(layer)
-    layer.parametrizations.weight.original0.data.mul_(3)  # type: ignore[union-attr, operator]
-
-
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("change", [doubled, replaced, written, without_bias, normed])
-def test_weights_changed_under_an_active_adapter(
-    change: Callable[[nn.Module], None], layer: str
-) -> None:
+def test_weights_changed_under_an_active_adapter(layer):
     model = adapted(network())
     check(model)
     before = model(VALUES)
-    change(model.model.get_submodule(layer))
+    torch.nn.utils.parametrizations.spectral_norm(model.model.get_submodule(layer))
     assert not torch.allclose(model(VALUES), before)
     check(model)
 
 
-def test_weights_given_for_one_call() -> None:
-    model = adapted(network())
-    weights = {"key.weight": torch.ones(4, 4, dtype=torch.float64)}
-    with torch.no_grad():
-        found = torch.func.functional_call(model.model, weights, VALUES)
-    model.model.key.weight.data.fill_(1.0)
-    torch.testing.assert_close(found, by_hand(model.model, flat(model)))
-
-
 @pytest.mark.parametrize("targets", [("key",), ("up",), ("key", "up")], ids=" ".join)
-def test_vectors_changed_under_an_active_adapter(targets: tuple[str, ...]) -> None:
+def test_vectors_changed_under_an_active_adapter(targets: tuple[str, ...]):
     model = adapted(network(), *targets)
     check(model)
-    vectors = model.vectors("default")
-
-    def in_place(vector: nn.Parameter) -> None:
-        with torch.no_grad():
-            vector.mul_(1.5)
-
-    def by_data(vector: nn.Parameter) -> None:
+    for vector in model.vectors("default").values():
+        vector.data.mul_(1.5)
+        check(model)
         vector.data = vector.detach() + 0.25
-
-    for change in (in_place, by_data):
-        for vector in vectors.values():
-            change(vector)
-            check(model)
+        check(model)
     state = {name: tensor + 0.125 for name, tensor in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     check(model)
@@ -166,21 +114,18 @@ def test_vectors_changed_under_an_active_adapter(targets: tuple[str, ...]) -> No
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-def test_a_hook_that_changes_the_output(layer: str, first: bool) -> None:
+def test_a_hook_that_changes_the_output(layer: str, first: bool):
     """One that was there before the adapter adds to what is rescaled, a later one to the result."""
     base = network()
 
-    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def add(module, args, output):
         return output + 1
-
-    def shift(module: Any) -> None:
-        # The same without a hook.
-        module.bias.data.add_(1)
 
     twin, target = network().double(), base.get_submodule(layer)
     if first:
         target.register_forward_hook(add)
-        shift(twin.get_submodule(layer))
+        # The same without a hook.
+        twin.get_submodule(layer).bias.data.add_(1)
     model = adapted(base)
     vectors = flat(model)
     if not first:
@@ -195,58 +140,54 @@ def test_a_hook_that_changes_the_output(layer: str, first: bool) -> None:
 
 
 @pytest.mark.parametrize("targets", [("key",), ("up",), ("key", "up")], ids=" ".join)
-def test_accelerates_hooks_come_and_go_while_adapters_do(targets: tuple[str, ...]) -> None:
+def test_accelerates_hooks_come_and_go_while_adapters_do(targets: tuple[str, ...]):
     base = network()
     model = adapted(base, *targets)
-    for active_before in (True, False):
-        for active_after in (True, False):
-            (model.enable_adapter_layers if active_before else model.disable_adapter_layers)()
-            add_hook_to_module(base.key, ModelHook())
-            add_hook_to_module(base.mlp.up, ModelHook())
-            add_hook_to_module(base.mlp.down, ModelHook())
-            (model.enable_adapter_layers if active_after else model.disable_adapter_layers)()
-            expected = by_hand(base, flat(model) if active_after else {})
-            torch.testing.assert_close(model(VALUES).detach(), expected)
-            remove_hook_from_module(base, recurse=True)
-            torch.testing.assert_close(model(VALUES).detach(), expected)
-            model.enable_adapter_layers()
-            check(model)
+    switches = {True: model.enable_adapter_layers, False: model.disable_adapter_layers}
+    for active_before, active_after in itertools.product(switches, switches):
+        switches[active_before]()
+        for layer in LAYERS:
+            add_hook_to_module(base.get_submodule(layer), ModelHook())
+        switches[active_after]()
+        expected = by_hand(base, flat(model) if active_after else {})
+        torch.testing.assert_close(model(VALUES).detach(), expected)
+        remove_hook_from_module(base, recurse=True)
+        torch.testing.assert_close(model(VALUES).detach(), expected)
+        model.enable_adapter_layers()
+        check(model)
     model.unload()
     torch.testing.assert_close(base(VALUES), by_hand(base, {}))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_copy_of_one_layer_is_its_own(layer: str) -> None:
+def test_a_copy_of_one_layer_is_its_own(layer: str):
     """It computes from its own weights, and a down projection rescales its input itself."""
     model = adapted(network())
     vectors = flat(model)
-    twin: Any = copy.deepcopy(model.model.get_submodule(layer))
-    model.model.get_submodule(layer).weight.data.zero_()  # type: ignore[union-attr, operator]
+    twin = copy.deepcopy(model.model.get_submodule(layer))
+    model.model.get_submodule(layer).weight.data.zero_()
     values = torch.ones(2, twin.in_features, dtype=torch.float64)
-    if layer == "mlp.down":
-        values = values * vectors["mlp.down"]
-    expected = linear(values, twin.weight, twin.bias)
-    if layer == "key":
-        expected = expected * vectors["key"]
     # The up projection's own has no vector: it carried another layer's.
-    torch.testing.assert_close(twin(torch.ones(2, twin.in_features).double()), expected)
+    before, after = (vectors[layer] if layer == one else 1.0 for one in ("mlp.down", "key"))
+    expected = linear(values * before, twin.weight, twin.bias) * after
+    torch.testing.assert_close(twin(values), expected)
 
 
-def test_a_layer_put_in_the_place_of_one_that_carries() -> None:
+def test_a_layer_put_in_the_place_of_one_that_carries():
     """Then the down projection's input is rescaled, whichever of the two was replaced."""
     base = network()
     model = adapted(base)
-    assert base.mlp.down.ia3_l.carrier is not None
+    assert base.mlp.down.ia3_l._carrier is not None
     base.mlp.up = nn.Linear(4, 6).double().requires_grad_(False)
     check(model)
 
 
-def test_nothing_is_left_behind() -> None:
+def test_nothing_is_left_behind():
     base = network()
     before = snapshot(base)
     modules = ["key", "up", "down"]
     model = IA3Model(base, IA3Config(target_modules=modules, feedforward_modules=["down"]))
-    assert base.mlp.down.ia3_l.carrier is not None
+    assert base.mlp.down.ia3_l._carrier is not None
     assert sum(map(hooks_on, base.modules())) == 3
     with model.disable_adapter():
         assert not any(map(hooks_on, base.modules()))
@@ -258,7 +199,7 @@ def test_nothing_is_left_behind() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_code_follows_what_is_active() -> None:
+def test_compiled_code_follows_what_is_active():
     torch.compiler.reset()
     model = adapted(network(), "key", "up")
     compiled = torch.compile(model.model, backend="eager", fullgraph=True)
@@ -271,9 +212,9 @@ def test_compiled_code_follows_what_is_active() -> None:
 
 
 @pytest.mark.parametrize("first", ["vectors", "copy"])
-def test_a_copy_of_a_layer_that_carries(first: str) -> None:
+def test_a_copy_of_a_layer_that_carries(first: str):
     """`modules_to_save` has the up projection, and another adapter a vector on the down's."""
-    base = network()
+    base = network().double()
     before = snapshot(base)
     down = IA3Config(target_modules=["down"], feedforward_modules=["down"])
     saved = IA3Config(target_modules=["key"], feedforward_modules=[], modules_to_save=["up"])
@@ -284,22 +225,19 @@ def test_a_copy_of_a_layer_that_carries(first: str) -> None:
     model.set_adapter(["vectors", "copy"])
     vector = model.vectors("vectors")["mlp.down"]
     vector.data = vector + 0.5
-    assert base.mlp.down.ia3_l.carrier is not None
-    values = VALUES.float()
-    expected = by_hand(base, {"mlp.down": vector.detach().flatten()}, values)
-    torch.testing.assert_close(model(values).detach(), expected)
+    assert base.mlp.down.ia3_l._carrier is not None
+    expected = by_hand(base, {"mlp.down": vector.detach().flatten()})
+    torch.testing.assert_close(model(VALUES).detach(), expected)
     with model.disable_adapter():
-        torch.testing.assert_close(model(values).detach(), by_hand(base, {}, values))
-    torch.testing.assert_close(model(values).detach(), expected)
+        torch.testing.assert_close(model(VALUES).detach(), by_hand(base, {}))
     assert [name for name, _ in base.mlp.up.ia3_l["copy"].named_modules()] == [""]
     assert hooks_on(base.mlp.up.ia3_l["copy"]) == 0
-    vector.data = torch.ones_like(vector)
     model.unload()
     assert_unchanged(base, before)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_forward_wrapped_by_others(layer: str) -> None:
+def test_a_forward_wrapped_by_others(layer: str):
     """Switched off and on under a wrapper, or after it has gone, vectors multiply once."""
     base = network()
     model = adapted(base)
@@ -317,21 +255,7 @@ def test_a_forward_wrapped_by_others(layer: str) -> None:
     assert not any(map(hooks_on, base.modules()))
 
 
-def test_a_later_pre_hook_sees_the_rescaled_input() -> None:
-    model = adapted(network())
-    base: Any = model.model
-    base.mlp.up = nn.Linear(4, 6).double().requires_grad_(False)  # nothing carries
-    seen: list[Tensor] = []
-    base.mlp.down.register_forward_pre_hook(lambda module, args: seen.extend(args))
-    check(model)
-    with torch.no_grad():
-        vectors = flat(model)
-        key = linear(VALUES, base.key.weight, base.key.bias) * vectors["key"]
-        inner = silu(base.mlp.gate(key)) * base.mlp.up(key)
-        torch.testing.assert_close(seen[0], inner * vectors["mlp.down"])
-
-
-def test_a_call_sees_one_state_of_a_model_that_is_switched_meanwhile() -> None:
+def test_a_call_sees_one_state_of_a_model_that_is_switched_meanwhile():
     model = adapted(network())
     model.add_adapter("other", model.peft_config["default"])
     for vector in model.vectors("other").values():
@@ -345,13 +269,12 @@ def test_a_call_sees_one_state_of_a_model_that_is_switched_meanwhile() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         computing = [pool.submit(compute) for _ in range(2)]
-        for _ in range(300):
+        for _ in range(100):
             for names in ("default", "other"):
                 model.set_adapter(names, inference_mode=True)
             with model.disable_adapter():
                 pass
         stop.set()
-        for each in computing:
-            each.result()
+        assert [each.result() for each in computing] == [None, None]
     model.set_adapter("default", inference_mode=True)
     check(model)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
 import torch
+from support.pairs import randomize
 from support.tfew import tiny_llama
 from support.two_adapters import output, wide_and_narrow
 from torch import nn
@@ -25,7 +24,7 @@ def names(model: IA3Model) -> list[str]:
     return list(model.vectors("default"))
 
 
-def test_a_replaced_block_takes_its_sites_with_it() -> None:
+def test_a_replaced_block_takes_its_sites_with_it():
     model = IA3Model(tiny_llama(), CONFIG)
     before = names(model)
     model.set_adapter("default")
@@ -34,7 +33,7 @@ def test_a_replaced_block_takes_its_sites_with_it() -> None:
     assert names(model) == [name for name, _, _ in sites(model.model)]
 
 
-def test_a_replaced_layer_and_its_return() -> None:
+def test_a_replaced_layer_and_its_return():
     model = IA3Model(tiny_llama(), CONFIG)
     before = names(model)
     attention = model.model.model.layers[1].self_attn
@@ -45,7 +44,7 @@ def test_a_replaced_layer_and_its_return() -> None:
     assert sorted(names(model)) == sorted(before)
 
 
-def test_adapters_with_other_sites_come_and_go() -> None:
+def test_adapters_with_other_sites_come_and_go():
     model = IA3Model(tiny_llama(), CONFIG)
     other = IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=[])
     model.add_adapter("other", other)
@@ -54,39 +53,22 @@ def test_adapters_with_other_sites_come_and_go() -> None:
     assert [name for name, _, _ in sites(model.model)] == names(model)
 
 
-def test_copies_switch_their_own_adapters() -> None:
-    model = IA3Model(tiny_llama(), CONFIG)
-    model.add_adapter("second", CONFIG)
-    ids = torch.arange(5)[None]
-    for vector in model.vectors("second").values():
-        vector.data.uniform_(0.2, 2)
-    plain = model(ids).logits
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        copied.set_adapter("second")
-        assert not torch.equal(copied(ids).logits, plain)
-        assert torch.equal(model(ids).logits, plain)
-        for vector in copied.vectors("second").values():
-            vector.data.fill_(1)
-        assert torch.equal(copied(ids).logits, plain)
-        assert any((v != 1).any() for v in model.vectors("second").values())
-
-
-def merged(model: IA3Model) -> None:
+def merged(model):
     model.merge_adapter()
     model.unmerge_adapter()
 
 
-def disabled(model: IA3Model) -> None:
+def disabled(model):
     with model.disable_adapter():
         pass
 
 
-def routed(model: IA3Model) -> None:
+def routed(model):
     with model.route(["narrow", "wide"]):
         pass
 
 
-def replaced(model: IA3Model) -> None:
+def replaced(model):
     """By another adapter of the name, with fewer sites."""
     active = model.active_adapters
     model.set_adapter("wide")
@@ -104,38 +86,33 @@ WIDE = IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["d
     [IA3Model.fuse_mlp, merged, disabled, routed, replaced, IA3Model.unfuse_mlp],
     ids=lambda change: change.__name__,
 )
-def test_only_what_is_active_multiplies(between: Callable[[IA3Model], object]) -> None:
+def test_only_what_is_active_multiplies(between: Callable[[IA3Model], object]):
     """Whichever adapters were active before, and whatever was done since."""
     ids = torch.arange(10).reshape(2, 5)
     model = IA3Model(tiny_llama(), WIDE, "wide")
     for name, config in (("other", WIDE), ("narrow", NARROW)):
         model.add_adapter(name, config)
-    generator = torch.Generator().manual_seed(0)
-    for name in ("wide", "narrow", "other"):
-        for vector in model.vectors(name).values():
-            vector.data = torch.rand(vector.shape, generator=generator) + 0.5
+    for seed, name in enumerate(model.peft_config):
+        randomize(model.vectors(name), seed)
 
-    def expected(*names: str) -> torch.Tensor:
+    def expected(*names):
         base = tiny_llama()
         for name in names:
             alone = IA3Model(base, model.peft_config[name], vectors=model.vectors(name))
             base = alone.merge_and_unload()
-        with torch.no_grad():
-            return base(ids).logits
+        return base(ids).logits.detach()
 
     for order in (["wide", "other", "narrow", "wide"], ["narrow", "wide", "other"]):
         for name in order:
             model.set_adapter(name)
-            for again in range(2):
-                with torch.no_grad():
-                    torch.testing.assert_close(model(ids).logits, expected(name))
-                if not again:
-                    between(model)
+            torch.testing.assert_close(model(ids).logits.detach(), expected(name))
+            between(model)
+            torch.testing.assert_close(model(ids).logits.detach(), expected(name))
         model.set_adapter(["narrow", "wide"])
         torch.testing.assert_close(model(ids).logits.detach(), expected("narrow", "wide"))
 
 
-def test_dicts_of_parameters_that_were_replaced() -> None:
+def test_dicts_of_parameters_that_were_replaced():
     """DeepSpeed gives each module a dict of its own."""
     model = wide_and_narrow()
     for module in model.modules():
@@ -153,17 +130,14 @@ def test_dicts_of_parameters_that_were_replaced() -> None:
     assert not torch.equal(output(model), plain)
 
 
-@pytest.mark.parametrize("saved", [None, ["lm_head"]])
-def test_shallow_copies_for_several_gpus_are_refused(saved: list[str] | None) -> None:
-    config = IA3Config(target_modules=["q_proj"], feedforward_modules=[], modules_to_save=saved)
+def test_shallow_copies_for_several_gpus_are_refused():
+    config = IA3Config(
+        target_modules=["q_proj"], feedforward_modules=[], modules_to_save=["lm_head"]
+    )
     model = IA3Model(tiny_llama(), config)
-    model.add_adapter("second", config)
-    held = (module for module in model.modules() if isinstance(module, (Site, SavedModule)))
+    held = [module for module in model.modules() if isinstance(module, Site | SavedModule)]
+    assert {type(module) for module in held} == {Site, SavedModule}
     for module in held:
         # As torch.nn.parallel.replicate does with every module of the model, for every GPU.
         with pytest.raises(IA3Error, match="torchrun"):
             module._replicate_for_data_parallel()
-    model.set_adapter("second")
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained
-    assert all(".second" in name for name in trained)

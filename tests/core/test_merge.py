@@ -5,27 +5,28 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import peft
 import pytest
 import torch
-from conftest import MakeInputs, MakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.pairs import adapted, logits, randomize, relative, vectors
 from support.snapshots import assert_unchanged, hooks_on, snapshot, weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ia3 import IA3Config, IA3Error, IA3Model
 
 Adapted = Any  # an `IA3Model` or a `peft.PeftModel`: they share their names
 
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate"),
+]
 
 
 # -- any small network -----------------------------------------------------------------------------
@@ -43,12 +44,10 @@ class Net(nn.Module):
         values: Tensor = self.layers[0](ids)
         for layer in list(self.layers)[1:]:
             values = values.tanh()
-            if isinstance(layer, nn.Conv1d):
-                values = layer(values.transpose(1, 2)).transpose(1, 2).contiguous()
-            elif isinstance(layer, nn.Conv2d):
-                values = (
-                    layer(values.transpose(1, 2)[..., None])[..., 0].transpose(1, 2).contiguous()
-                )
+            if isinstance(layer, nn.Conv1d | nn.Conv2d):
+                trailing = [1] * (layer.weight.dim() - 3)
+                channels = layer(values.mT.reshape(*values.mT.shape, *trailing))
+                values = channels.flatten(2).mT.contiguous()
             else:
                 values = layer(values)
         return values
@@ -88,21 +87,17 @@ def nets(draw: st.DrawFn) -> tuple[Net, list[str]]:
 def draw_vectors(model: IA3Model, adapters: list[str], seed: int) -> None:
     """Values of both signs, zeros, and some too small to be divided by."""
     generator = torch.Generator().manual_seed(seed)
-    for adapter in adapters:
-        for vector in model.vectors(adapter).values():
-            values = 1 + torch.randn(vector.shape, generator=generator)
-            values[torch.rand(vector.shape, generator=generator) < 0.1] = 0.0
-            values[torch.rand(vector.shape, generator=generator) < 0.1] = 1e-30
-            with torch.no_grad():
-                vector.copy_(values)
+    for vector in (v for adapter in adapters for v in model.vectors(adapter).values()):
+        values = 1 + torch.randn(vector.shape, generator=generator)
+        values[torch.rand(vector.shape, generator=generator) < 0.1] = 0.0
+        values[torch.rand(vector.shape, generator=generator) < 0.1] = 1e-30
+        vector.copy_(values)
 
 
 @given(nets(), st.integers(1, 3), st.integers(0, 2**31), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
 @torch.no_grad()
-def test_merging_is_the_product_and_unmerging_its_undoing(
-    net: tuple[Net, list[str]], count: int, seed: int, order: Any
-) -> None:
+def test_merging_is_the_product_and_unmerging_its_undoing(net, count, seed, order):
     base, inputs = net
     dtype = base.layers[0].weight.dtype
     ids = torch.tensor([[0, 1, 2, 3, 4, 0], [4, 4, 1, 0, 2, 3]])
@@ -121,16 +116,11 @@ def test_merging_is_the_product_and_unmerging_its_undoing(
     expected = model(ids)
 
     # One by one in any order, or at once.
-    if order.random() < 0.5:
-        model.merge_adapter(safe_merge=True)
-    else:
-        for adapter in order.sample(adapters, count):
-            model.merge_adapter([adapter])
-            torch.testing.assert_close(
-                model(ids), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype]
-            )
-    scale = max(1.0, float(expected.double().norm()))
-    assert float((model(ids).double() - expected.double()).norm()) < TOLERANCES[dtype] * scale
+    bound = TOLERANCES[dtype] * max(1.0, float(expected.double().norm()))
+    steps = [adapters] if order.random() < 0.5 else [[a] for a in order.sample(adapters, count)]
+    for step in steps:
+        model.merge_adapter(step, safe_merge=True)
+        assert float((model(ids).double() - expected.double()).norm()) < bound
     assert not any(map(hooks_on, base.modules()))
     with model.disable_adapter():
         assert torch.equal(model(ids), plain)
@@ -138,17 +128,7 @@ def test_merging_is_the_product_and_unmerging_its_undoing(
     model.unmerge_adapter()
     assert weights(base) == before
     assert torch.equal(model(ids), expected)
-
-    product = {
-        name: torch.stack([model.vectors(adapter)[name].detach() for adapter in adapters]).prod(0)
-        for name in model.vectors(adapters[0])
-    }
-    model.add_adapter("product", config, product)
-    model.set_adapter("product")
-    tolerance = max(1e-6, TOLERANCES[dtype])  # new vectors are float32
-    assert float((model(ids).double() - expected.double()).norm()) < tolerance * scale
     assert model.unload() is base
-    assert weights(base) == before
     assert torch.equal(base(ids), plain)
 
 
@@ -161,7 +141,11 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def both(make: Callable[[], nn.Module], adapters: tuple[str, ...] = ("default",)) -> list[Adapted]:
+def both(
+    make: Callable[[], nn.Module],
+    targets: Sequence[str] = ("layer",),
+    adapters: Sequence[str] = ("default",),
+) -> list[Adapted]:
     """Ours and PEFT's, on one module called `layer`, all adapters active."""
 
     def base() -> nn.Module:
@@ -172,7 +156,7 @@ def both(make: Callable[[], nn.Module], adapters: tuple[str, ...] = ("default",)
                 nn.init.normal_(parameter)
             return nn.ModuleDict({"layer": module})
 
-    modules: dict[str, Any] = {"target_modules": ["layer"], "feedforward_modules": []}
+    modules: dict[str, Any] = {"target_modules": list(targets), "feedforward_modules": []}
     ours = IA3Model(base(), IA3Config(**modules), adapters[0])
     theirs = peft.get_peft_model(base(), peft.IA3Config(**modules), adapters[0])
     for model, config in ((ours, IA3Config), (theirs, peft.IA3Config)):
@@ -185,19 +169,10 @@ def both(make: Callable[[], nn.Module], adapters: tuple[str, ...] = ("default",)
     return [ours, theirs]
 
 
-def merge_and_back(model: Adapted) -> None:
-    model.merge_adapter()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Unmerge result can be inaccurate")
-        model.unmerge_adapter()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("values", ["random", "tiny", "zero"])
-def test_unmerging_restores_the_bits_where_peft_does_not(
-    kind: str, dtype: torch.dtype, values: str
-) -> None:
+def test_unmerging_restores_the_bits_where_peft_does_not(kind, dtype, values):
     restored = []
     for model in both(lambda: LAYERS[kind]().to(dtype)):
         if values != "random":
@@ -205,7 +180,8 @@ def test_unmerging_restores_the_bits_where_peft_does_not(
                 vector = vectors(model)["layer"].flatten()
                 vector[::7] = 1e-9 if values == "tiny" else 0.0
         before = list(weights(model).values())
-        merge_and_back(model)
+        model.merge_adapter()
+        model.unmerge_adapter()
         restored.append(list(weights(model).values()) == before)
     assert restored == [True, False]
 
@@ -218,12 +194,10 @@ def tensors(model: Adapted) -> list[Tensor]:
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("vector_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("safe", [False, True])
-def test_merging_rounds_once_where_peft_rounds_for_each_adapter(
-    kind: str, vector_dtype: torch.dtype, safe: bool
-) -> None:
+def test_merging_rounds_once_where_peft_rounds_for_each_adapter(kind, vector_dtype, safe):
     """Three adapters over a bfloat16 base, against the products in float64."""
     adapters = ("one", "two", "three")
-    models = both(lambda: LAYERS[kind]().bfloat16(), adapters)
+    models = both(lambda: LAYERS[kind]().bfloat16(), adapters=adapters)
     if vector_dtype == torch.bfloat16:
         models[1].to(torch.bfloat16)  # takes PEFT's vectors along
     factor = torch.ones(48, dtype=torch.float64)
@@ -250,43 +224,30 @@ def test_merging_rounds_once_where_peft_rounds_for_each_adapter(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["vector", "weight", "bias"])
-def test_safe_merge_is_all_or_nothing_where_peft_stops_halfway(value: float, where: str) -> None:
+def test_safe_merge_is_all_or_nothing_where_peft_stops_halfway(value, where):
     """The bad value is in the last of three layers."""
-
-    def base() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-
-    modules: dict[str, Any] = {"target_modules": ["0", "1", "2"], "feedforward_modules": []}
     changed = []
-    for model in (
-        IA3Model(base(), IA3Config(**modules), "mine"),
-        peft.get_peft_model(base(), peft.IA3Config(**modules), "mine"),
-    ):
-        randomize(vectors(model, "mine"))
-        ending = {"vector": ".mine"}.get(where, f".{where}")
+    for model in both(lambda: nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]), ["0", "1", "2"]):
+        ending = {"vector": ".default"}.get(where, f".{where}")
         names = {n: p for n, p in model.named_parameters() if ".2." in n and n.endswith(ending)}
         next(iter(names.values())).data.view(-1)[1] = value
         before = snapshot(model)
-        with pytest.raises(ValueError, match="mine") as error:
+        with pytest.raises(ValueError, match="default") as error:
             model.merge_adapter(safe_merge=True)
         changed.append(snapshot(model)["bits"] != before["bits"])
         if isinstance(model, IA3Model):
-            assert isinstance(error.value, IA3Error)
             part = "bias" if where == "bias" else "weight"
-            assert f"merging ['mine'] into 2.{part} gives values that are not" in str(error.value)
-            assert_unchanged(model, before)
-            values = torch.randn(3, 4)
+            assert f"merging ['default'] into layer.2.{part} gives values that are not" in str(
+                error.value
+            )
             with pytest.raises(IA3Error, match="not finite"):
                 model.merge_and_unload(safe_merge=True)
             assert_unchanged(model, before)
-            assert model.active_adapters == ["mine"]
-            model(values)
+            assert model.active_adapters == ["default"]
     assert changed == [False, True]
 
 
-def test_safe_merge_notices_what_half_precision_cannot_hold() -> None:
+def test_safe_merge_notices_what_half_precision_cannot_hold():
     base = nn.Sequential(nn.Linear(2, 2, bias=False)).half()
     nn.init.constant_(base[0].weight, 40000.0)
     model = IA3Model(base, IA3Config(target_modules=["0"], feedforward_modules=[]))
@@ -303,9 +264,7 @@ def test_safe_merge_notices_what_half_precision_cannot_hold() -> None:
 @pytest.mark.parametrize(
     ("targets", "other"), [(["lm_head"], "transformer.wte"), (["wte"], "lm_head")]
 )
-def test_a_tied_weight_is_not_merged_into(
-    tiny_gpt2: PreTrainedModel, make_inputs: MakeInputs, targets: list[str], other: str
-) -> None:
+def test_a_tied_weight_is_not_merged_into(tiny_gpt2, make_inputs, targets, other):
     inputs = make_inputs("gpt2")
     config = IA3Config(target_modules=[*targets, "c_attn"], feedforward_modules=[])
     model = IA3Model(tiny_gpt2, config)
@@ -318,7 +277,7 @@ def test_a_tied_weight_is_not_merged_into(
     assert torch.equal(logits(model, **inputs), expected)
 
 
-def test_untied_weights_are_merged_into(make_model: MakeModel, make_inputs: MakeInputs) -> None:
+def test_untied_weights_are_merged_into(make_model, make_inputs):
     """Where PEFT merges into the tied weight, both layers change."""
     inputs = make_inputs("gpt2")
     modules: dict[str, Any] = {"target_modules": ["lm_head"], "feedforward_modules": []}
@@ -326,27 +285,20 @@ def test_untied_weights_are_merged_into(make_model: MakeModel, make_inputs: Make
         theirs = peft.get_peft_model(make_model("gpt2"), peft.IA3Config(**modules))
     randomize(vectors(theirs))
     expected = logits(theirs, **inputs)
-    assert relative(logits(theirs.merge_and_unload(), inputs), expected) > 0.1
+    assert relative(logits(theirs.merge_and_unload(), **inputs), expected) > 0.1
     base = make_model("gpt2")
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
     ours = adapted(base, **modules)
     assert relative(logits(ours, **inputs), expected) < 1e-6
-    assert relative(logits(ours.merge_and_unload(), inputs), expected) < 1e-6
+    assert relative(logits(ours.merge_and_unload(), **inputs), expected) < 1e-6
 
 
-def test_embeddings_are_merged_into(tiny_llama: PreTrainedModel, make_inputs: MakeInputs) -> None:
+def test_embeddings_are_merged_into(tiny_llama, make_inputs):
     """PEFT does not rescale embeddings at all."""
     inputs = make_inputs("llama")
     model = adapted(tiny_llama, target_modules=["embed_tokens"], feedforward_modules=[])
     expected = logits(model, **inputs)
-    assert relative(logits(model.merge_and_unload(), inputs), expected) < 1e-6
-
-
-class Holder(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.before = nn.Linear(4, 4)
-        self.layer = layer
+    assert relative(logits(model.merge_and_unload(), **inputs), expected) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -363,15 +315,14 @@ class Holder(nn.Module):
     ],
     ids=["float8", "complex", "parametrized", "meta", "max_norm"],
 )
-def test_weights_that_cannot_take_a_vector(make: Callable[[], nn.Module], message: str) -> None:
-    base = Holder(make())
+def test_weights_that_cannot_take_a_vector(make, message):
+    base = nn.ModuleDict({"before": nn.Linear(4, 4), "layer": make()})
     config = IA3Config(target_modules=["before", "layer"], feedforward_modules=[])
     model = IA3Model(base, config)
     randomize({"before": model.vectors("default")["before"]})
     before = snapshot(model)
-    with pytest.raises(IA3Error, match="cannot merge into 'layer'") as error:
+    with pytest.raises(IA3Error, match=f"cannot merge into 'layer'.*{message}"):
         model.merge_adapter()
-    assert message in str(error.value)
     assert_unchanged(model, before)
 
 
@@ -379,7 +330,7 @@ def test_weights_that_cannot_take_a_vector(make: Callable[[], nn.Module], messag
 
 
 @pytest.fixture
-def three(tiny_llama: PreTrainedModel) -> IA3Model:
+def three(tiny_llama):
     """Adapters "a" and "b" on the same modules, "c" on some of them and on another; "a" active."""
     model = IA3Model(tiny_llama, IA3Config(), "a")
     model.add_adapter("b", IA3Config())
@@ -390,7 +341,7 @@ def three(tiny_llama: PreTrainedModel) -> IA3Model:
 
 
 @pytest.fixture
-def inputs(make_inputs: MakeInputs) -> dict[str, Tensor]:
+def inputs(make_inputs):
     return make_inputs("llama")
 
 
@@ -406,27 +357,28 @@ def unmerged(model: IA3Model, adapters: list[str], inputs: dict[str, Tensor]) ->
 
 
 @pytest.mark.parametrize("steps", [["a", "b", "c"], ["c", "a", "b"], ["abc"], ["bc", "a"], ["b"]])
-def test_adapters_are_merged_in_any_order_or_in_part(
-    three: IA3Model, inputs: dict[str, Tensor], steps: list[str]
-) -> None:
+def test_adapters_are_merged_in_any_order_or_in_part(three, inputs, steps):
+    """A merge changes what the base's parameters hold, never which they are."""
     before = weights(three.model)
+    parameters = list(map(id, three.parameters()))
     three.set_adapter(["a", "b", "c"])
     expected = logits(three, **inputs)
     for step in steps:
         three.merge_adapter(list(step))
         assert relative(logits(three, **inputs), expected) < 1e-6
+        assert list(map(id, three.parameters())) == parameters
     three.unmerge_adapter()
     assert weights(three.model) == before
     assert torch.equal(logits(three, **inputs), expected)
 
 
-def test_merging_adapters_that_are_not_active(three: IA3Model, inputs: dict[str, Tensor]) -> None:
+def test_merging_adapters_that_are_not_active(three, inputs):
     """What is merged takes the place of what is active, as in PEFT."""
-    expected = unmerged(three, ["b", "c"], inputs)
+    expected = [unmerged(three, adapters, inputs) for adapters in (["a"], ["b", "c"])]
     three.merge_adapter(["b", "c"])
-    assert relative(logits(three, **inputs), expected) < 1e-6
+    assert relative(logits(three, **inputs), expected[1]) < 1e-6
     three.unmerge_adapter()
-    assert torch.equal(logits(three, **inputs), unmerged(three, ["a"], inputs))
+    assert torch.equal(logits(three, **inputs), expected[0])
 
 
 @pytest.mark.parametrize(
@@ -441,14 +393,7 @@ def test_merging_adapters_that_are_not_active(three: IA3Model, inputs: dict[str,
         ("ab", "a", None, "ab"),
     ],
 )
-def test_unloading(
-    three: IA3Model,
-    inputs: dict[str, Tensor],
-    active: str,
-    merged: str,
-    names: list[str] | None,
-    result: str,
-) -> None:
+def test_unloading(three, inputs, active, merged, names, result):
     expected = unmerged(three, list(result), inputs)
     three.set_adapter(list(active))
     if merged:
@@ -458,9 +403,7 @@ def test_unloading(
     assert not any("ia3" in key for key in base.state_dict())
 
 
-def test_one_name_is_no_list_of_letters(
-    tiny_llama: PreTrainedModel, inputs: dict[str, Tensor]
-) -> None:
+def test_one_name_is_no_list_of_letters(tiny_llama, inputs):
     model = IA3Model(tiny_llama, IA3Config(), "first")
     model.add_adapter("second", IA3Config())
     randomize(vectors(model, "second"))
@@ -468,10 +411,11 @@ def test_one_name_is_no_list_of_letters(
     model.merge_adapter("second")
     assert relative(logits(model, **inputs), expected) < 1e-6
     model.unmerge_adapter()
-    assert relative(logits(model.merge_and_unload(adapter_names="second"), inputs), expected) < 1e-6
+    merged = model.merge_and_unload(adapter_names="second")
+    assert relative(logits(merged, **inputs), expected) < 1e-6
 
 
-def test_choosing_an_adapter_unmerges_first(three: IA3Model, inputs: dict[str, Tensor]) -> None:
+def test_choosing_an_adapter_unmerges_first(three, inputs):
     before = weights(three.model)
     expected = unmerged(three, ["b"], inputs)
     three.merge_adapter()
@@ -481,9 +425,7 @@ def test_choosing_an_adapter_unmerges_first(three: IA3Model, inputs: dict[str, T
     assert torch.equal(logits(three, **inputs), expected)
 
 
-def test_other_adapters_come_and_go_while_one_is_merged(
-    three: IA3Model, inputs: dict[str, Tensor], tmp_path: Any
-) -> None:
+def test_other_adapters_come_and_go_while_one_is_merged(three, inputs, tmp_path):
     before = weights(three.model)
     expected = logits(three, **inputs)
     three.save_pretrained(tmp_path, adapter_name="b")
@@ -503,20 +445,15 @@ def test_other_adapters_come_and_go_while_one_is_merged(
     assert torch.equal(logits(three, **inputs), expected)
 
 
-def test_a_merge_that_fails_leaves_the_earlier_one(
-    three: IA3Model, inputs: dict[str, Tensor]
-) -> None:
+def test_a_merge_that_fails_leaves_the_earlier_one(three, inputs):
     three.set_adapter(["a", "c"])
-    before = weights(three.model)
-    expected = logits(three, **inputs)
+    before, expected = weights(three.model), logits(three, **inputs)
     three.merge_adapter(["a"])
-    merged = snapshot(three)
     three.vectors("c")["model.layers.1.self_attn.q_proj"].data[3] = torch.nan
-    broken = snapshot(three)
+    merged = snapshot(three)
     with pytest.raises(IA3Error, match=r"layers\.1\.self_attn\.q_proj\.weight.*not finite"):
         three.merge_adapter(["c"], safe_merge=True)
-    assert_unchanged(three, broken)
-    assert merged["modules"] == broken["modules"]
+    assert_unchanged(three, merged)
     randomize(vectors(three, "c"), seed=2)
     assert relative(logits(three, **inputs), expected) < 1e-6
     three.merge_adapter(["c"], safe_merge=True)
@@ -525,7 +462,7 @@ def test_a_merge_that_fails_leaves_the_earlier_one(
     assert weights(three.model) == before
 
 
-def test_disabled_adapters_are_not_merged(three: IA3Model, inputs: dict[str, Tensor]) -> None:
+def test_disabled_adapters_are_not_merged(three, inputs):
     """The model is to compute as the base model does until they are enabled."""
     with three.disable_adapter():
         expected = logits(three, **inputs)
@@ -534,44 +471,37 @@ def test_disabled_adapters_are_not_merged(three: IA3Model, inputs: dict[str, Ten
         assert torch.equal(logits(three, **inputs), expected)
     adapted = logits(three, **inputs)
     three.disable_adapter_layers()
-    assert relative(logits(three.merge_and_unload(), inputs), adapted) < 1e-6
+    assert relative(logits(three.merge_and_unload(), **inputs), adapted) < 1e-6
 
 
 @pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
-    ids=["copy", "pickle"],
+    "twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
-def test_copies_of_a_merged_model_unmerge_by_themselves(
-    three: IA3Model, inputs: dict[str, Tensor], copied: Callable[[IA3Model], IA3Model]
-) -> None:
+def test_copies_of_a_merged_model_unmerge_by_themselves(three, inputs, twin):
     before, expected = weights(three.model), logits(three, **inputs)
     three.merge_adapter()
-    merged, after = logits(three, **inputs), weights(three.model)
-    twin = copied(three)
-    assert torch.equal(logits(twin, **inputs), merged)
-    twin.unmerge_adapter()
-    assert weights(twin.model) == before
-    assert torch.equal(logits(twin, **inputs), expected)
-    assert weights(three.model) == after
+    merged = logits(three, **inputs)
+    copied = twin(three)
+    assert torch.equal(logits(copied, **inputs), merged)
+    copied.unmerge_adapter()
+    assert weights(copied.model) == before
+    assert torch.equal(logits(copied, **inputs), expected)
     assert torch.equal(logits(three, **inputs), merged)
-    randomize(vectors(twin, "a"), seed=9)
+    randomize(vectors(copied, "a"), seed=9)
     three.unmerge_adapter()
     assert torch.equal(logits(three, **inputs), expected)
-    twin.merge_and_unload()
+    copied.merge_and_unload()
     assert weights(three.model) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_model_cast_while_merged_unmerges_to_the_cast_base(
-    three: IA3Model, make_model: MakeModel, inputs: dict[str, Tensor], dtype: torch.dtype
-) -> None:
+def test_a_model_cast_while_merged_unmerges_to_the_cast_base(three, make_model, inputs, dtype):
     three.merge_adapter()
     three.to(dtype)
     three.unmerge_adapter()
     assert weights(three.model) == weights(make_model("llama").to(dtype))
     with three.disable_adapter():
-        assert torch.equal(logits(three, **inputs), logits(make_model("llama").to(dtype), inputs))
+        assert torch.equal(logits(three, **inputs), logits(make_model("llama").to(dtype), **inputs))
     # Merged again, it is rounded once from the weights that there are now.
     three.merge_adapter()
     name = "model.layers.0.self_attn.k_proj"
@@ -580,21 +510,9 @@ def test_a_model_cast_while_merged_unmerges_to_the_cast_base(
     assert torch.equal(three.model.get_submodule(name).weight.detach(), product.to(dtype))
 
 
-def test_optimizers_keep_the_parameters_they_have(three: IA3Model) -> None:
-    """A merge changes what the base's parameters hold, never which they are."""
-    before = {name: id(parameter) for name, parameter in three.named_parameters()}
-    three.merge_adapter()
-    assert {name: id(parameter) for name, parameter in three.named_parameters()} == before
-    three.unmerge_adapter()
-    assert {name: id(parameter) for name, parameter in three.named_parameters()} == before
-
-
-def test_a_merge_that_runs_out_of_memory_changes_nothing(
-    three: IA3Model, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    three.set_adapter(["a"])
+def test_a_merge_that_runs_out_of_memory_changes_nothing(three, monkeypatch):
     three.merge_adapter(["a"])
-    expected = logits(three, **inputs)
+    before = snapshot(three)
 
     def fail(*args: object) -> None:
         raise MemoryError
@@ -602,12 +520,10 @@ def test_a_merge_that_runs_out_of_memory_changes_nothing(
     monkeypatch.setattr("ia3.core.weights._product", fail)
     with pytest.raises(MemoryError):
         three.merge_adapter(["b"])
-    assert torch.equal(logits(three, **inputs), expected)
+    assert_unchanged(three, before)
 
 
-def test_unloading_twice_leaves_the_next_adapter_alone(
-    three: IA3Model, inputs: dict[str, Tensor]
-) -> None:
+def test_unloading_twice_leaves_the_next_adapter_alone(three, inputs):
     base = three.unload()
     after = IA3Model(base, IA3Config(init_ia3_weights=False))
     expected = logits(after, **inputs)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -17,33 +15,23 @@ from conftest import VOCABULARY
 from support.architectures import build
 from support.memory import saved_bytes
 from support.pairs import adapted, logits, randomize, relative, vectors
+from support.snapshots import assert_unchanged, snapshot
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import gelu, silu
 from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
     Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from ia3 import IA3Config, IA3Model
-from ia3.core.mlp import Carriers, Mlp, read_mlp, up_projection
+from ia3.core.mlp import Mlp, carrier_of, read_mlp
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
 LLAMA_MLP = "model.layers.0.mlp"
+T5_MLP = "encoder.block.0.layer.1.DenseReluDense"
 
 
 def t5(projection: str) -> PreTrainedModel:
@@ -52,98 +40,94 @@ def t5(projection: str) -> PreTrainedModel:
     return T5ForConditionalGeneration(config)
 
 
+def llama() -> PreTrainedModel:
+    return build("llama")
+
+
+def phi3() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    return Phi3ForCausalLM(
+        Phi3Config(vocab_size=VOCABULARY, num_attention_heads=4, pad_token_id=0, **sizes)
+    )
+
+
+def up_of(model: nn.Module, mlp: str, down: str = "down_proj") -> str | None:
+    found = read_mlp(model.get_submodule(mlp), down, with_gate=False)
+    return found.up if isinstance(found, Mlp) else None
+
+
 # The model, its MLP, and there the down and the up projection.
-GATED: dict[str, tuple[Callable[[], PreTrainedModel], str, str, str]] = {
+GATED: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
     "qwen2": (lambda: build("qwen2"), LLAMA_MLP, "down_proj", "up_proj"),
     "gemma3": (lambda: build("gemma3"), LLAMA_MLP, "down_proj", "up_proj"),
-    "t5": (lambda: t5("gated-gelu"), "encoder.block.0.layer.1.DenseReluDense", "wo", "wi_1"),
+    "t5": (lambda: t5("gated-gelu"), T5_MLP, "wo", "wi_1"),
     # A ReLU lets positive factors through, so that its gate would do for them.
-    "relu": (lambda: t5("gated-relu"), "decoder.block.0.layer.2.DenseReluDense", "wo", "wi_1"),
+    "relu": (lambda: t5("gated-relu"), T5_MLP, "wo", "wi_1"),
 }
 
-NOT_GATED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "t5": (lambda: build("t5"), "encoder.block.0.layer.1.DenseReluDense.wo"),
-    "falcon": (lambda: build("falcon"), "transformer.h.0.mlp.dense_4h_to_h"),
-    "gpt2": (lambda: build("gpt2"), "transformer.h.0.mlp.c_proj"),
+NOT_GATED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "t5": (lambda: build("t5"), T5_MLP, "wo"),
+    "falcon": (lambda: build("falcon"), "transformer.h.0.mlp", "dense_4h_to_h"),
+    "gpt2": (lambda: build("gpt2"), "transformer.h.0.mlp", "c_proj"),
     # fc1 and fc2 stand in the decoder layer itself.
-    "opt": (lambda: build("opt"), "model.decoder.layers.0.fc2"),
+    "opt": (lambda: build("opt"), "model.decoder.layers.0", "fc2"),
     # Half of gate_up_proj's rows would do, but no module has them as its output.
-    "phi3": (
-        lambda: AutoModelForCausalLM.from_config(Phi3Config(**SIZES)),
-        f"{LLAMA_MLP}.down_proj",
-    ),
-    "mixtral": (lambda: build("mixtral"), f"{LLAMA_MLP}.experts"),
-    "attention": (lambda: build("qwen2"), "model.layers.0.self_attn.o_proj"),
-    "gate": (lambda: llama(), f"{LLAMA_MLP}.gate_proj"),
-    "up": (lambda: llama(), f"{LLAMA_MLP}.up_proj"),
-    "activation": (lambda: llama(), f"{LLAMA_MLP}.act_fn"),
+    "phi3": (phi3, LLAMA_MLP, "down_proj"),
+    "mixtral": (lambda: build("mixtral"), LLAMA_MLP, "experts"),
+    "attention": (lambda: build("qwen2"), "model.layers.0.self_attn", "o_proj"),
+    "gate": (llama, LLAMA_MLP, "gate_proj"),
+    "activation": (llama, LLAMA_MLP, "act_fn"),
 }
-
-
-def with_vector(module: nn.Module, side: str, vector: Tensor, mlp: nn.Module, x: Tensor) -> Tensor:
-    if side == "output":
-        handle = module.register_forward_hook(lambda _m, _a, output: output * vector)
-    else:
-        handle = module.register_forward_pre_hook(lambda _m, args: (args[0] * vector,))
-    try:
-        with torch.no_grad():
-            return mlp(x)
-    finally:
-        handle.remove()
 
 
 @pytest.mark.parametrize("kind", GATED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gated(kind: str, dtype: torch.dtype) -> None:
+def test_gated(kind, dtype):
     torch.manual_seed(0)
     make, mlp_name, down, up = GATED[kind]
     model = make().to(dtype).eval()
-    assert up_projection(model, f"{mlp_name}.{down}") == f"{mlp_name}.{up}"
+    assert up_of(model, mlp_name, down) == up
     mlp = model.get_submodule(mlp_name)
-    vector = torch.randn(48, dtype=dtype)
-    x = torch.randn(2, 5, 32, dtype=dtype)
-    wanted = with_vector(mlp.get_submodule(down), "input", vector, mlp, x)
-    carried = with_vector(mlp.get_submodule(up), "output", vector, mlp, x)
-    assert relative(carried, wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
+    vector, x = torch.randn(48, dtype=dtype), torch.randn(2, 5, 32, dtype=dtype)
+    with torch.no_grad():
+        handle = mlp.get_submodule(down).register_forward_pre_hook(lambda _, args: args[0] * vector)
+        wanted = mlp(x)
+        handle.remove()
+        mlp.get_submodule(up).register_forward_hook(lambda _, args, output: output * vector)
+        assert relative(mlp(x), wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("kind", NOT_GATED)
-def test_not_gated(kind: str) -> None:
-    make, name = NOT_GATED[kind]
-    assert up_projection(make(), name) is None
+def test_not_gated(kind):
+    make, mlp, down = NOT_GATED[kind]
+    assert up_of(make(), mlp, down) is None
 
 
-def _compiled(mlp: nn.Module) -> None:
+def _compiled(mlp: Any) -> None:
     mlp.act_fn = torch.compile(mlp.act_fn, backend="eager")
 
 
-def _scripted(mlp: nn.Module) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        mlp.act_fn = torch.jit.script(nn.SiLU())
+def _scripted(mlp: Any) -> None:
+    mlp.act_fn = torch.jit.script(nn.SiLU())
 
 
-def _bound(mlp: nn.Module) -> None:
+def _bound(mlp: Any) -> None:
     mlp.forward = MethodType(type(mlp).forward, mlp)
 
 
-def _bound_with_more(mlp: nn.Module) -> None:
+def _bound_with_more(mlp: Any) -> None:
     mlp.forward = partial(mlp.forward)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("change", [_compiled, _scripted, _bound, _bound_with_more])
 @pytest.mark.parametrize("training", [False, True])
-def test_forwards_that_are_still_the_mlps(
-    tiny_llama: PreTrainedModel, change: Callable[[nn.Module], None], training: bool
-) -> None:
-    mlp = tiny_llama.train(training).get_submodule(LLAMA_MLP)
-    change(mlp)
-    before = [(part, {**part.__dict__}) for part in mlp.modules()]
-    assert up_projection(mlp, "down_proj") == "up_proj"
-    assert [(part, {**part.__dict__}) for part in mlp.modules()] == before
+def test_forwards_that_are_still_the_mlps(tiny_llama, change, training):
+    change(tiny_llama.train(training).get_submodule(LLAMA_MLP))
+    assert up_of(tiny_llama, LLAMA_MLP) == "up_proj"
 
 
-def test_a_layer_that_is_reached_from_elsewhere(tiny_llama: PreTrainedModel) -> None:
+def test_a_layer_that_is_reached_from_elsewhere(tiny_llama):
     mlp = tiny_llama.get_submodule(LLAMA_MLP)
     # Not one of its modules: the vector would go into the sum as well.
     mlp.skip = [mlp.up_proj]
@@ -154,50 +138,26 @@ def test_a_layer_that_is_reached_from_elsewhere(tiny_llama: PreTrainedModel) -> 
         return result
 
     mlp.forward = MethodType(forward, mlp)
-    assert up_projection(mlp, "down_proj") is None
+    assert up_of(tiny_llama, LLAMA_MLP) is None
 
 
-def test_no_such_module(tiny_llama: PreTrainedModel) -> None:
-    with pytest.raises(AttributeError, match="downproj"):
-        up_projection(tiny_llama, f"{LLAMA_MLP}.downproj")
-
-
-def test_meta_device() -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES))
+def test_meta_device():
+    mlp = llama().to("meta").get_submodule(LLAMA_MLP)
     expected = Mlp("down_proj", "up_proj", "gate_proj", "silu", "act_fn")
-    assert read_mlp(model.get_submodule(LLAMA_MLP), "down_proj") == expected
+    assert read_mlp(mlp, "down_proj") == expected
 
 
-def test_offloaded(tiny_llama: PreTrainedModel) -> None:
+def test_offloaded(tiny_llama):
     model = cpu_offload(tiny_llama, torch.device("cpu"))
     assert next(model.parameters()).device.type == "meta"
-    assert up_projection(model, f"{LLAMA_MLP}.down_proj") == f"{LLAMA_MLP}.up_proj"
+    assert up_of(model, LLAMA_MLP) == "up_proj"
     model(torch.tensor([[3, 4]]))  # the forwards accelerate put there are there again
 
 
-def test_weights_of_zero_prove_as_much(tiny_llama: PreTrainedModel) -> None:
+def test_weights_of_zero_prove_as_much(tiny_llama):
     for parameter in tiny_llama.parameters():
         nn.init.zeros_(parameter)
-    assert up_projection(tiny_llama, f"{LLAMA_MLP}.down_proj") == f"{LLAMA_MLP}.up_proj"
-
-
-def test_changes_nothing(tiny_llama: PreTrainedModel) -> None:
-    tiny_llama.train()
-    tiny_llama.get_submodule(LLAMA_MLP).get_submodule("act_fn").eval()
-    before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
-    attributes = {name: dict(vars(module)) for name, module in tiny_llama.named_modules()}
-    hooks = {name: copy.copy(m._forward_hooks) for name, m in tiny_llama.named_modules()}
-    random_state = torch.get_rng_state()
-    for name in ("down_proj", "up_proj"):  # one found, one not
-        up_projection(tiny_llama, f"{LLAMA_MLP}.{name}")
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert torch.is_grad_enabled()
-    for name, value in tiny_llama.state_dict().items():
-        assert torch.equal(value, before[name])
-    for name, module in tiny_llama.named_modules():
-        assert vars(module) == attributes[name]
-        assert module._forward_hooks == hooks[name]
+    assert up_of(tiny_llama, LLAMA_MLP) == "up_proj"
 
 
 # -- MLPs made to mislead --------------------------------------------------------------------------
@@ -283,27 +243,23 @@ FORMS = {
 
 @pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_found_by_trying(kind: str, dtype: torch.dtype) -> None:
+def test_found_by_trying(kind, dtype):
     form, up, function = FORMS[kind]
     mlp = copy.deepcopy(form).to(dtype).train()
-    before = [(part, {**part.__dict__}) for part in mlp.modules()]
-    random_state = torch.get_rng_state()
+    before, random_state = snapshot(mlp), torch.get_rng_state()
+    attributes = [(part, {**part.__dict__}) for part in mlp.modules()]
     found = read_mlp(mlp, "c")
     assert isinstance(found, Mlp) == (up is not None)
     if isinstance(found, Mlp):
         assert (found.down, found.up, found.function) == ("c", up, function)
         assert found.gate == (None if function is None else "ab".replace(str(up), ""))
-    assert [(part, {**part.__dict__}) for part in mlp.modules()] == before
+    assert_unchanged(mlp, before)
+    assert [(part, {**part.__dict__}) for part in mlp.modules()] == attributes
     assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.is_grad_enabled()
 
 
 # -- rescaled there --------------------------------------------------------------------------------
-
-
-def llama() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
-
 
 IDS = torch.arange(1, 13).reshape(2, 6)
 
@@ -312,14 +268,14 @@ def result(model: nn.Module) -> Tensor:
     return logits(model, input_ids=IDS)
 
 
-def plain_result(model: IA3Model) -> Tensor:
+def assert_as_the_plain_product(model: IA3Model) -> None:
+    found = result(model)
     model.use_plain_product()
-    logits = result(model)
+    torch.testing.assert_close(found, result(model))
     model.use_plain_product(False)
-    return logits
 
 
-def test_no_feed_forward_activation_is_kept() -> None:
+def test_no_feed_forward_activation_is_kept():
     base = llama()
     frozen = saved_bytes(base, IDS)
     model = adapted(base)
@@ -333,43 +289,30 @@ def test_no_feed_forward_activation_is_kept() -> None:
     assert least - frozen <= keys_and_values + divisors
 
 
-def test_the_file_is_the_same_whichever_side_was_used(tmp_path: Path) -> None:
-    model = adapted(llama())
-    model.save_pretrained(tmp_path / "least")
-    model.use_plain_product()
-    model.save_pretrained(tmp_path / "plain")
-    names = sorted(path.name for path in (tmp_path / "least").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "plain").iterdir())
-    for name in names:
-        content = (tmp_path / "least" / name).read_bytes()
-        assert content == (tmp_path / "plain" / name).read_bytes()
-
-
 @pytest.mark.parametrize("modules", [{}, {"target_modules": "all-linear"}], ids=str)
-def test_gradients_are_the_plain_products(modules: dict[str, object]) -> None:
+def test_gradients_are_the_plain_products(modules):
     model = adapted(llama().double(), **modules)
     gradients = []
     for plain in (True, False):
         model.use_plain_product(plain)
         model.zero_grad()
         model(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append({n: v.grad.clone() for n, v in model.vectors("default").items()})  # type: ignore[union-attr]
+        gradients.append({n: v.grad.clone() for n, v in model.vectors("default").items()})
     for name, expected in gradients[0].items():
         # Not nearer: LLaMA's norms compute in float32.
         assert relative(gradients[1][name], expected) < 1e-6, name
 
 
-def test_adapters_added_later_are_rescaled_alike() -> None:
+def test_adapters_added_later_are_rescaled_alike():
     model = adapted(llama())
     model.use_plain_product()
     model.add_adapter("outputs", IA3Config(target_modules=["up_proj"], feedforward_modules=[]))
     randomize(vectors(model, "outputs"), seed=9)
-    model.set_adapter(["default", "outputs"])
-    torch.testing.assert_close(result(model), plain_result(model))
-    model.set_adapter("outputs")
-    torch.testing.assert_close(result(model), plain_result(model))
+    for active in (["default", "outputs"], "outputs"):
+        model.set_adapter(active)
+        assert_as_the_plain_product(model)
     model.delete_adapter("default")
-    torch.testing.assert_close(result(model), plain_result(model))
+    assert_as_the_plain_product(model)
 
 
 class Around(nn.Module):
@@ -386,34 +329,33 @@ class Around(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["around", "another"])
-def test_a_layer_replaced_later_does_not_lose_the_vector(how: str) -> None:
+def test_a_layer_replaced_later_does_not_lose_the_vector(how):
     """Its output is not the one that was proven: the vector goes back to the down projection."""
     base, sites = llama(), {"target_modules": ["k_proj", "v_proj", "down_proj"]}
     model = adapted(base, **sites)
     mlp = base.get_submodule(LLAMA_MLP)
     torch.manual_seed(1)
-    up = mlp.get_submodule("up_proj")
-    mlp.up_proj = Around(up) if how == "around" else nn.Linear(32, 48, bias=False)
+    mlp.up_proj = Around(mlp.up_proj) if how == "around" else nn.Linear(32, 48, bias=False)
     replaced = result(model)
     assert not torch.allclose(replaced, result(model.unload()))
-    torch.testing.assert_close(replaced, plain_result(adapted(base, **sites)))
+    again = adapted(base, **sites)
+    again.use_plain_product()
+    torch.testing.assert_close(replaced, result(again))
 
 
-def test_a_down_projection_replaced_later_takes_its_vector_along() -> None:
+def test_a_down_projection_replaced_later_takes_its_vector_along():
     base = llama()
     model = adapted(base)
-    down = base.get_submodule(f"{LLAMA_MLP}.down_proj")
     mlp = base.get_submodule(LLAMA_MLP)
+    weight = mlp.down_proj.weight
     mlp.down_proj = nn.Linear(48, 32, bias=False)
-    mlp.down_proj.weight = down.weight  # type: ignore[union-attr]
-    replaced = result(model)
-    torch.testing.assert_close(replaced, plain_result(model))
+    mlp.down_proj.weight = weight
+    assert_as_the_plain_product(model)
     # What is left of the adapter comes off.
-    unloaded = result(model.unload())
-    torch.testing.assert_close(unloaded, result(llama()))
+    torch.testing.assert_close(result(model.unload()), result(llama()))
 
 
-def test_a_copied_down_projection_keeps_its_vector() -> None:
+def test_a_copied_down_projection_keeps_its_vector():
     base = llama()
     model = adapted(base)
     before = result(model)
@@ -424,35 +366,10 @@ def test_a_copied_down_projection_keeps_its_vector() -> None:
 
 
 @pytest.mark.parametrize("shared", ["up_proj", "down_proj"])
-def test_layers_of_two_mlps_carry_nothing(shared: str) -> None:
+def test_layers_of_two_mlps_carry_nothing(shared):
     base = llama()
+    assert carrier_of(base, f"{LLAMA_MLP}.down_proj") is not None
     first, second = (base.get_submodule(f"model.layers.{i}.mlp") for i in range(2))
     setattr(second, shared, getattr(first, shared))
-    model = adapted(base)
-    torch.testing.assert_close(result(model), plain_result(model))
-
-
-class Halving(nn.Module):
-    """Gated by a setting that no submodule shows."""
-
-    def __init__(self, gated: bool) -> None:
-        super().__init__()
-        self.gated = gated
-        self.gate_proj = nn.Linear(32, 48, bias=False)
-        self.up_proj = nn.Linear(32, 48, bias=False)
-        self.down_proj = nn.Linear(48, 32, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        inner = torch.sigmoid(gate) * (up if self.gated else torch.tanh(up))
-        result: Tensor = self.down_proj(inner)
-        return result
-
-
-def test_blocks_made_alike_are_tried_out_once_and_others_apart() -> None:
-    model = nn.Sequential(*[Halving(gated) for gated in (True, True, False, True, False)])
-    carriers = Carriers(model)
-    found = [carriers.of(f"{i}.down_proj") for i in range(5)]
-    assert [carrier is not None for carrier in found] == [True, True, False, True, False]
-    for i, carrier in enumerate(found):
-        assert carrier is None or carrier.module is model[i].up_proj
+    assert carrier_of(base, f"{LLAMA_MLP}.down_proj") is None
+    assert_as_the_plain_product(adapted(base))

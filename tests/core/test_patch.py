@@ -43,7 +43,7 @@ class Weighs(nn.Module):
 ONE = torch.ones(())
 
 
-def test_patches_stack_the_last_one_outermost() -> None:
+def test_patches_stack_the_last_one_outermost():
     module = Weighs()
     Adds(module, 1)
     Doubles(module, 0)
@@ -53,7 +53,7 @@ def test_patches_stack_the_last_one_outermost() -> None:
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 @pytest.mark.parametrize("accelerated", ["before", "between", "after", "never"])
-def test_patches_come_off_in_any_order(order: tuple[int, ...], accelerated: str) -> None:
+def test_patches_come_off_in_any_order(order: tuple[int, ...], accelerated: str):
     module = Weighs()
     if accelerated == "before":
         add_hook_to_module(module, ModelHook())
@@ -78,7 +78,7 @@ def test_patches_come_off_in_any_order(order: tuple[int, ...], accelerated: str)
         assert "forward" not in module.__dict__
 
 
-def test_a_removed_patch_that_is_held_elsewhere_runs_the_forward_below() -> None:
+def test_a_removed_patch_that_is_held_elsewhere_runs_the_forward_below():
     module = Weighs()
     added = Adds(module, 1)
     held = module.forward
@@ -92,7 +92,7 @@ def test_a_removed_patch_that_is_held_elsewhere_runs_the_forward_below() -> None
     # accelerate's own forward is a local function, which cannot be pickled.
     [("copied", False), ("copied", True), ("pickled", False)],
 )
-def test_a_copy_of_a_module_has_patches_of_its_own(way: str, accelerated: bool) -> None:
+def test_a_copy_of_a_module_has_patches_of_its_own(way: str, accelerated: bool):
     module = Weighs()
     Adds(module, 1)
     Doubles(module, 0)
@@ -109,7 +109,7 @@ def test_a_copy_of_a_module_has_patches_of_its_own(way: str, accelerated: bool) 
     assert (module(ONE), twin(ONE)) == (8, 6)
 
 
-def test_a_patch_is_found_by_the_class_of_its_forward_or_its_methods_object() -> None:
+def test_a_patch_is_found_by_the_class_of_its_forward_or_its_methods_object():
     class Listener:
         def hear(self, input: Tensor) -> Tensor:
             return input
@@ -122,7 +122,7 @@ def test_a_patch_is_found_by_the_class_of_its_forward_or_its_methods_object() ->
     assert patched(module, Doubles) is None
 
 
-def test_the_forwards_signature_stays_what_it_was() -> None:
+def test_the_forwards_signature_stays_what_it_was():
     module = Weighs()
     before = inspect.signature(module.forward)
     Adds(module, 1)
@@ -130,7 +130,7 @@ def test_the_forwards_signature_stays_what_it_was() -> None:
     assert inspect.signature(module.forward) == before
 
 
-def test_the_forward_below_can_be_run_on_a_shallow_copy() -> None:
+def test_the_forward_below_can_be_run_on_a_shallow_copy():
     module, twin = Weighs(), Weighs()
     Adds(module, 1)
     with torch.no_grad():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.pairs import relative
 from torch import Tensor, nn
 
@@ -20,22 +18,21 @@ def seeded(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def gradients(
-    activation: Tensor, vector: Tensor, weight: Tensor, *, in_place: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(activation, vector, weight, *, in_place):
     """(result, gradient of the activation, gradient of the vector) of the loss Σ weight ⊙ y′²."""
     activation = activation.clone().requires_grad_()
     vector = vector.clone().requires_grad_()
     result = rescale(activation.clone(), vector, in_place=in_place)
     (result.square() * weight).sum().backward()
-    assert activation.grad is not None
-    assert vector.grad is not None
     return result.detach(), activation.grad, vector.grad
 
 
-@pytest.mark.parametrize("form", [{}, {"keep_result": True}, {"in_place": True}], ids=str)
+FORMS = [{}, {"keep_result": True}, {"in_place": True}]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 8), (5, 8), (2, 2, 3, 8)])
-def test_gradient_is_the_derivative(form: dict[str, bool], shape: tuple[int, ...]) -> None:
+def test_gradient_is_the_derivative(form, shape):
     activation = seeded(*shape).requires_grad_()
     vector = torch.tensor(AWKWARD, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
@@ -45,7 +42,7 @@ def test_gradient_is_the_derivative(form: dict[str, bool], shape: tuple[int, ...
     )
 
 
-def test_gradient_of_the_vector_alone() -> None:
+def test_gradient_of_the_vector_alone():
     """The first layer of a frozen model: nothing below the activation requires gradients."""
     vector = torch.tensor(AWKWARD, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
@@ -53,22 +50,18 @@ def test_gradient_of_the_vector_alone() -> None:
     )
 
 
-def test_float32_gradients_are_as_good_as_the_plain_products() -> None:
+def test_float32_gradients_are_as_good_as_the_plain_products():
     activation, weight = seeded(64, 256, 32), seeded(64, 256, 32, seed=1)
     vector = seeded(32, seed=2)
     vector[:8] = torch.tensor(AWKWARD)
-    _, want_activation, want_vector = gradients(activation, vector, weight, in_place=False)
     single = [t.float() for t in (activation, vector, weight)]
-    _, plain_activation, plain_vector = gradients(*single, in_place=False)
-    _, ours_activation, ours_vector = gradients(*single, in_place=True)
-    for ours, plain, want in (
-        (ours_activation, plain_activation, want_activation),
-        (ours_vector, plain_vector, want_vector),
-    ):
+    wants = gradients(activation, vector, weight, in_place=False)
+    plains = gradients(*single, in_place=False)
+    for ours, plain, want in zip(gradients(*single, in_place=True), plains, wants, strict=True):
         assert relative(ours, want) < max(2 * relative(plain, want), 2e-7)
 
 
-def test_zero_in_the_vector_still_learns() -> None:
+def test_zero_in_the_vector_still_learns():
     """Dividing y′ by l would give 0/0 here."""
     for value in (0.0, 1e-25):
         vector = torch.full((4,), value, requires_grad=True)
@@ -78,21 +71,19 @@ def test_zero_in_the_vector_still_learns() -> None:
         torch.testing.assert_close(vector.grad, activation.sum(0))
 
 
-def test_bfloat16_is_within_its_rounding() -> None:
+def test_bfloat16_is_within_its_rounding():
     activation = seeded(32, 64, 16, dtype=torch.bfloat16)
     weight = seeded(32, 64, 16, dtype=torch.bfloat16, seed=1)
     vector = 1 + 0.3 * seeded(16, dtype=torch.float32, seed=2)
     want = gradients(activation.double(), vector.double(), weight.double(), in_place=False)
     found = gradients(activation, vector, weight, in_place=True)
-    assert found[0].dtype == torch.bfloat16
-    assert found[1].dtype == torch.bfloat16
-    assert found[2].dtype == torch.float32
+    assert [t.dtype for t in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
     for ours, expected in zip(found, want, strict=True):
         assert relative(ours, expected) < 2**-8  # one rounding to bfloat16's 8 bits
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_in_place_returns_the_same_tensor(trained: bool) -> None:
+def test_in_place_returns_the_same_tensor(trained: bool):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         activation = seeded(3, 4, dtype=dtype)
         expected = activation.clone() * 2
@@ -102,34 +93,32 @@ def test_in_place_returns_the_same_tensor(trained: bool) -> None:
         assert result.dtype == dtype
 
 
-def test_without_in_place_the_activation_is_left_alone() -> None:
-    activation = seeded(3, 4)
-    before = activation.clone()
-    result = rescale(activation, torch.full((4,), 2.0))
-    assert torch.equal(activation, before)
-    assert torch.equal(result, before * 2)
-
-
 @pytest.mark.parametrize(
-    "activation",
+    ("shape", "dtype", "vector_dtype", "in_place"),
     [
-        pytest.param(seeded(3, 4, dtype=torch.float16), id="float16"),
-        pytest.param(seeded(4), id="one axis"),
+        ((3, 4), torch.float32, torch.float32, False),
+        # float16 cannot hold the stand-in for zero.
+        ((3, 4), torch.float16, torch.float32, True),
+        ((3, 4), torch.float32, torch.float16, True),
+        ((4,), torch.float32, torch.float32, True),
     ],
 )
-def test_what_cannot_be_exact_in_place_is_left_alone(activation: Tensor) -> None:
+def test_what_cannot_be_exact_in_place_is_left_alone(shape, dtype, vector_dtype, in_place):
+    activation = seeded(*shape, dtype=dtype)
     before = activation.clone()
-    vector = torch.tensor([0.0, 1.0, -1.0, 2.0], requires_grad=True)
-    result = rescale(activation, vector, in_place=True)
+    vector = torch.tensor([0.0, 1.0, -1.0, 2.0], dtype=vector_dtype, requires_grad=True)
+    result = rescale(activation, vector, in_place=in_place)
     assert torch.equal(activation, before)
-    assert torch.equal(result, (before * vector).to(before.dtype))
-    assert result.dtype == before.dtype
+    assert torch.equal(result, (before * vector).to(dtype))
+    result.sum().backward()
+    expected = activation if activation.dim() == 1 else activation.sum(0)
+    torch.testing.assert_close(vector.grad, expected.to(vector_dtype), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize(
     "activation", [seeded(2, 12).view(2, 3, 4), seeded(3, 8)[:, :4]], ids=["view", "slice"]
 )
-def test_a_view_is_not_written_over_in_training(activation: Tensor) -> None:
+def test_a_view_is_not_written_over_in_training(activation: Tensor):
     before = activation.clone()
     vector = torch.tensor(AWKWARD[:4], dtype=torch.float64)
     result = rescale(activation, vector.clone().requires_grad_(), keep_result=True, in_place=True)
@@ -141,21 +130,13 @@ def test_a_view_is_not_written_over_in_training(activation: Tensor) -> None:
     )
 
 
-def test_float16_vector_has_a_finite_gradient() -> None:
-    """float16 cannot hold the stand-in for zero, whatever the activation's dtype."""
-    vector = torch.zeros(4, dtype=torch.float16, requires_grad=True)
-    rescale(torch.ones(3, 4), vector, in_place=True).sum().backward()
-    assert vector.grad is not None
-    assert torch.equal(vector.grad, torch.full((4,), 3.0, dtype=torch.float16))
-
-
-def test_functional_transforms() -> None:
+def test_functional_transforms():
     activation, vector = seeded(5, 4), seeded(4, seed=1)
     found = torch.func.grad(lambda v: rescale(activation.clone(), v, in_place=True).sum())(vector)
     torch.testing.assert_close(found, activation.sum(0))
 
 
-def test_compiled_graph_leaves_its_input_alone() -> None:
+def test_compiled_graph_leaves_its_input_alone():
     activation = seeded(3, 4, dtype=torch.float32)
     before = activation.clone()
     vector = torch.tensor([0.0, 1.0, -1.0, 2.0], requires_grad=True)
@@ -165,22 +146,20 @@ def test_compiled_graph_leaves_its_input_alone() -> None:
     result = compiled(activation, vector)
     assert torch.equal(activation, before)
     result.sum().backward()
-    assert vector.grad is not None
     torch.testing.assert_close(vector.grad, before.sum(0))
 
 
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("keeper", [torch.exp, torch.relu, torch.tanh])
-def test_overwriting_what_another_operation_saved_raises(keeper: object, trained: bool) -> None:
+def test_overwriting_what_another_operation_saved_raises(keeper, trained):
     """A caller who is wrong about freshness gets an error, never a wrong gradient."""
-    assert callable(keeper)
     kept = keeper(seeded(3, 4).requires_grad_())
     result = rescale(kept, seeded(4, seed=1).requires_grad_(trained), in_place=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.sum().backward()
 
 
-def test_output_changed_afterwards_raises() -> None:
+def test_output_changed_afterwards_raises():
     """The gradient comes from y′, so that a later write to it must not pass unnoticed."""
     result = rescale(seeded(3, 4), seeded(4, seed=1).requires_grad_(), in_place=True)
     with torch.no_grad():
@@ -190,7 +169,7 @@ def test_output_changed_afterwards_raises() -> None:
 
 
 @pytest.mark.parametrize("form", [{"keep_result": True}, {"in_place": True}], ids=str)
-def test_keeping_the_result_saves_no_second_copy(form: dict[str, bool]) -> None:
+def test_keeping_the_result_saves_no_second_copy(form: dict[str, bool]):
     """A linear layer reading y′ keeps it anyway: with the operation itself, one tensor in all."""
     reader = nn.Linear(16, 16, bias=False, dtype=torch.float64)
 
@@ -213,25 +192,10 @@ def test_keeping_the_result_saves_no_second_copy(form: dict[str, bool]) -> None:
     assert saved_bytes(**form) + activation_bytes <= saved_bytes() + 16 * 8
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    shape=st.lists(st.integers(1, 5), min_size=2, max_size=4),
-    seed=st.integers(0, 2**16),
-    values=st.lists(st.floats(-4, 4, width=32) | st.sampled_from(AWKWARD), min_size=5, max_size=5),
-)
-def test_both_forms_agree(shape: list[int], seed: int, values: list[float]) -> None:
-    activation, weight = seeded(*shape, seed=seed), seeded(*shape, seed=seed + 1)
-    vector = torch.tensor(values[: shape[-1]], dtype=torch.float64)
-    plain = gradients(activation, vector, weight, in_place=False)
-    in_place = gradients(activation, vector, weight, in_place=True)
-    for ours, expected in zip(in_place, plain, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-15)
-
-
 # -- a factor of each row --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [{}, {"keep_result": True}, {"in_place": True}], ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(
     ("activation", "factor"),
     [
@@ -244,9 +208,7 @@ def test_both_forms_agree(shape: list[int], seed: int, values: list[float]) -> N
     ],
     ids=str,
 )
-def test_gradient_of_a_factor_for_each_row(
-    form: dict[str, bool], activation: tuple[int, ...], factor: tuple[int, ...]
-) -> None:
+def test_gradient_of_a_factor_for_each_row(form, activation, factor):
     values = seeded(*activation).requires_grad_()
     factors = seeded(*factor, seed=1)
     for row in factors:
@@ -257,13 +219,13 @@ def test_gradient_of_a_factor_for_each_row(
 
 
 @pytest.mark.parametrize("form", [{}, {"in_place": True}], ids=str)
-def test_rows_that_became_several_have_the_factor_of_theirs(form: dict[str, bool]) -> None:
+def test_rows_that_became_several_have_the_factor_of_theirs(form: dict[str, bool]):
     activation, factors = seeded(6, 4, 8), seeded(3, 1, 1, 8, seed=1)
     expected = torch.stack([activation[i] * factors[i // 2, 0] for i in range(6)])
     assert torch.equal(rescale(activation, factors, **form), expected)
 
 
-def test_a_factor_that_is_larger_than_the_activation_widens_it() -> None:
+def test_a_factor_that_is_larger_than_the_activation_widens_it():
     activation = seeded(1, 4, 8).requires_grad_()
     factors = seeded(3, 1, 8, seed=1).requires_grad_()
     assert rescale(activation, factors, keep_result=True).shape == (3, 4, 8)

@@ -6,32 +6,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import cross_val_score
 from support.scoring import ALL, plain_scores, tokens_seen
-from support.tfew import (
-    hook_count,
-    random_model,
-    state_bits,
-    tiny_llama,
-    tiny_t5,
-    word_tokenizer,
-)
+from support.snapshots import assert_unchanged, snapshot
+from support.tfew import random_model, tiny_llama, tiny_t5, word_tokenizer
 
 from ia3.base.loading import EMBEDDED_MODEL, load_base_model
 from ia3.errors import IA3Error
 from ia3.experiments.in_context import InContextClassifier
 from ia3.tfew.prompts.encoding import EncodedExample
 
-TEXTS = [
-    "charged twice this month",
-    "send the invoice again please",
-    "my parcel never came",
-    "the box was left outside in the rain",
-    "what does one year cost",
-    "the tracking page shows nothing",
-]
+TEXTS = ["charged twice this month", "send the invoice again please", "my parcel never came"]
+TEXTS += ["the box was left outside in the rain", "what does one year cost"]
+TEXTS += ["the tracking page shows nothing"]
 LABELS = ["bill", "bill", "van", "van", "bill", "van"]
 NEW = ["the invoice was charged twice", "where is my box", "N/A in the parcel", "rain"]
 CHOICES = {"bill": "money", "van": "the delivery"}
@@ -47,34 +34,27 @@ def make(name="llama", **changed) -> InContextClassifier:
     return InContextClassifier(model, **arguments)
 
 
-def written_out(classifier: InContextClassifier, text: str) -> np.ndarray:
+def written_out(classifier, text):
     """The probabilities of one text from prompts that are put together here, word by word."""
     base = classifier.base
 
     def ids(of_text):
         return tuple(base.tokenizer(of_text)["input_ids"])
 
-    def scores(demonstrations, prompt):
-        space = "" if base.is_encoder_decoder else " "
-        choices = tuple(ids(space + words) for words in CHOICES.values())
-        return plain_scores(base, EncodedExample(ids(demonstrations + prompt), choices)).double()
+    space = "" if base.is_encoder_decoder else " "
+    choices = tuple(ids(space + words) for words in CHOICES.values())
 
-    def prompt(of_text):
-        return f"question : {of_text}\nabout"
+    def probabilities(demonstrations, of_text):
+        prompt = ids(f"{demonstrations}question : {of_text}\nabout")
+        return plain_scores(base, EncodedExample(prompt, choices)).double().softmax(-1)
 
-    probabilities = []
+    members = []
     for demonstrations in classifier.demonstrations_[0]:
-        β = scores(demonstrations, prompt(text))
+        member = probabilities(demonstrations, text)
         if classifier.calibrate:
-            blank = scores(demonstrations, prompt("N/A")).softmax(-1)
-            divided = β.softmax(-1) / blank
-            probabilities.append(divided / divided.sum())
-        else:
-            probabilities.append(β.softmax(-1))
-    return torch.stack(probabilities).mean(0).numpy()
-
-
-# -- the classifier --------------------------------------------------------------------------------
+            member /= probabilities(demonstrations, "N/A")
+        members.append(member / member.sum())
+    return torch.stack(members).mean(0).numpy()
 
 
 @pytest.mark.parametrize(
@@ -88,17 +68,15 @@ def test_probabilities_are_those_of_prompts_written_out(name, ensemble, calibrat
     expected = np.stack([written_out(classifier, text) for text in NEW])
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
     assert np.ptp(probabilities[:, 0]) > 1e-3
-    assert classifier.predict(NEW).tolist() == [
-        ["bill", "van"][i] for i in expected.argmax(1).tolist()
-    ]
+    assert (classifier.predict(NEW) == np.array(["bill", "van"])[expected.argmax(1)]).all()
 
 
 def test_a_real_tokenizer_sees_the_text_in_one_piece():
     # Its tokens reach over the line breaks between demonstrations and texts.
     tokenizer = load_base_model(EMBEDDED_MODEL).tokenizer
-    classifier = InContextClassifier(
-        tiny_llama(vocabulary=49152), TEMPLATE, CHOICES, tokenizer=tokenizer
-    ).fit(TEXTS, LABELS)
+    model = tiny_llama(vocabulary=49152)
+    classifier = InContextClassifier(model, TEMPLATE, CHOICES, tokenizer=tokenizer)
+    classifier.fit(TEXTS, LABELS)
     texts = [*NEW, " indented", "\nbroken"]
     expected = np.stack([written_out(classifier, text) for text in texts])
     np.testing.assert_allclose(classifier.predict_proba(texts), expected, atol=1e-5)
@@ -129,12 +107,6 @@ def test_templates_are_averaged_each_with_its_own_demonstrations():
     assert np.abs(each[0] - each[1]).max() > 1e-3
 
 
-def test_a_text_without_content_is_undecided_when_calibrated():
-    classifier = make(calibrate=True, ensemble="orderings").fit(TEXTS, LABELS)
-    np.testing.assert_allclose(classifier.predict_proba(["N/A"]), [[0.5, 0.5]], atol=1e-6)
-    assert abs(make().fit(TEXTS, LABELS).predict_proba(["N/A"])[0, 0] - 0.5) > 1e-3
-
-
 def test_demonstrations_are_computed_once():
     classifier = make(ensemble="orderings", orderings=2, calibrate=True).fit(TEXTS, LABELS)
     demonstrations = sum(classifier.demonstration_tokens_[0])
@@ -152,9 +124,8 @@ def test_another_model_computes_its_own_demonstrations():
     classifier.predict_proba(NEW)
     other = tiny_llama(seed=1)
     expected = make().set_params(model=other).fit(TEXTS, LABELS).predict_proba(NEW)
-    np.testing.assert_allclose(
-        classifier.set_params(model=other).predict_proba(NEW), expected, atol=1e-6
-    )
+    classifier.set_params(model=other)
+    np.testing.assert_allclose(classifier.predict_proba(NEW), expected, atol=1e-6)
 
 
 def test_many_texts_in_any_order():
@@ -169,9 +140,8 @@ def test_many_texts_in_any_order():
 
 def test_mappings_and_integer_labels():
     rows = [{"text": text, "place": place} for place, text in enumerate(TEXTS)]
-    classifier = make(
-        template="{{ place }} {{ text }}", choices={0: "money", 1: "the delivery"}, calibrate=True
-    )
+    choices = {0: "money", 1: "the delivery"}
+    classifier = make(template="{{ place }} {{ text }}", choices=choices, calibrate=True)
     classifier.fit(rows, [int(label == "van") for label in LABELS])
     # Numbers of the first example stand in the text without content.
     blank = {"text": "N/A", "place": 0}
@@ -183,19 +153,16 @@ def test_mappings_and_integer_labels():
 
 def test_the_model_stays_as_it_was():
     classifier = make(ensemble="orderings", orderings=2)
-    model = classifier.model
-    model.train()
-    before = state_bits(model)
+    model = classifier.model.train()
+    before = snapshot(model)
     classifier.fit(TEXTS, LABELS).predict(NEW)
-    assert model.training
-    assert hook_count(model) == 0
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert_unchanged(model, before)
 
 
 # -- what does not fit -----------------------------------------------------------------------------
 
 
-def limited(context: int, **changed) -> InContextClassifier:
+def limited(context, **changed):
     model = tiny_llama(max_position_embeddings=context)
     return InContextClassifier(model, TEMPLATE, CHOICES, tokenizer=TOKENIZER, **changed)
 
@@ -208,17 +175,13 @@ def test_as_many_demonstrations_fit_as_the_error_says(context):
     assert 0 < fitting < len(TEXTS)
     # Those that take the most room.
     longest = sorted(range(len(TEXTS)), key=lambda i: -len(TEXTS[i].split()))
-    labels = ["bill", "van"] * 3
-
-    def fit(count):
-        return limited(context).fit([TEXTS[i] for i in longest[:count]], labels[:count])
-
+    texts, labels = [TEXTS[i] for i in longest], ["bill", "van"] * 3
     if fitting > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            fit(fitting).predict([TEXTS[longest[0]]])
+            limited(context).fit(texts[:fitting], labels[:fitting]).predict(texts[:1])
     with pytest.raises(IA3Error, match="demonstrations fit"):
-        fit(fitting + 1)
+        limited(context).fit(texts[: fitting + 1], labels[: fitting + 1])
 
 
 def test_one_shot_fits_where_all_together_do_not():
@@ -240,31 +203,12 @@ def test_unusable_settings():
         make(ensemble="one_shot").fit(TEXTS, LABELS)
     with pytest.raises(IA3Error, match="orderings is 0"):
         make(orderings=0).fit(TEXTS, LABELS)
-    with pytest.raises(IA3Error, match="6 texts and 5 labels"):
-        make().fit(TEXTS, LABELS[:5])
-    with pytest.raises(IA3Error, match="no texts"):
-        make().fit([], [])
     with pytest.raises(NotFittedError, match="InContextClassifier"):
         make().predict(NEW)
 
 
-def test_a_broken_model_is_an_error():
-    classifier = make().fit(TEXTS, LABELS)
-    with torch.no_grad():
-        next(classifier.model.parameters()).fill_(torch.nan)
-    with pytest.raises(IA3Error, match="not finite"):
-        classifier.predict(NEW)
-
-
-# -- scikit-learn ----------------------------------------------------------------------------------
-
-
-def test_clone_pickle_and_cross_validation():
+def test_a_pickle_answers_the_same():
     classifier = make(ensemble="one-shot", calibrate=True).fit(TEXTS, LABELS)
     before = classifier.predict_proba(NEW)
     copy = pickle.loads(pickle.dumps(classifier))
     np.testing.assert_allclose(copy.predict_proba(NEW), before, atol=1e-6)
-    again = clone(classifier)
-    assert again.model is classifier.model
-    np.testing.assert_allclose(again.fit(TEXTS, LABELS).predict_proba(NEW), before, atol=1e-6)
-    assert cross_val_score(again, TEXTS, LABELS, cv=3).shape == (3,)

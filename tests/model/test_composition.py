@@ -6,15 +6,14 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.architectures import ARCHITECTURES, VOCABULARY, batch, build, output
-from support.pairs import Adapted, adapted_pair, randomize, relative, vectors
+from support.pairs import adapted_pair, randomize, relative, vectors
 from support.snapshots import hooks_on
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 import ia3
@@ -28,7 +27,7 @@ pytestmark = [
 ]
 
 
-def adapted(kind: str, dtype: torch.dtype = torch.float32, **config: Any) -> ia3.IA3Model:
+def adapted(kind, dtype=torch.float32, **config):
     """A model of that kind with an adapter of random vectors."""
     config = {**ARCHITECTURES[kind].modules, **config}
     model = ia3.get_peft_model(build(kind, dtype), ia3.IA3Config(**config))
@@ -36,20 +35,19 @@ def adapted(kind: str, dtype: torch.dtype = torch.float32, **config: Any) -> ia3
     return model
 
 
-def logits(kind: str, model: Adapted) -> Tensor:
+def logits(kind, model):
     with torch.no_grad():
         return output(kind, model)
 
 
-def loss_of(kind: str, model: Adapted, **options: Any) -> Tensor:
-    result: Tensor = model(**batch(kind), use_cache=False, **options).logits.float()
-    targets = torch.randint(
-        VOCABULARY, result.shape[:-1], generator=torch.Generator().manual_seed(2)
-    )
+def loss_of(kind, model):
+    result = model(**batch(kind), use_cache=False).logits.float()
+    generator = torch.Generator().manual_seed(2)
+    targets = torch.randint(VOCABULARY, result.shape[:-1], generator=generator)
     return nn.functional.cross_entropy(result.flatten(0, -2), targets.flatten())
 
 
-def gradients(model: Adapted) -> dict[str, Tensor]:
+def gradients(model):
     found = {}
     for name, vector in vectors(model).items():
         assert vector.grad is not None, name
@@ -58,35 +56,26 @@ def gradients(model: Adapted) -> dict[str, Tensor]:
     return found
 
 
-def hooks(model: nn.Module) -> dict[str, int]:
-    counts = {name: hooks_on(module) for name, module in model.named_modules()}
-    return {name: count for name, count in counts.items() if count}
-
-
-def plain_keys(model: nn.Module) -> list[str]:
-    return [key for key in model.state_dict() if "ia3_l" not in key.split(".")]
+def hooks(model):
+    return {name: count for name, m in model.named_modules() if (count := hooks_on(m))}
 
 
 # -- copies ----------------------------------------------------------------------------------------
 
 
-def _pickled(model: Any) -> Any:
-    return pickle.loads(pickle.dumps(model))
-
-
-def _saved(model: Any) -> Any:
+def _saved(model):
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
 
 
-COPIES = [copy.deepcopy, _pickled, _saved]
+COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _saved]
 
 
 @EVERY_MODEL
 @pytest.mark.parametrize("copied", COPIES)
-def test_copies_are_whole_and_independent(kind: str, copied: Callable[[Any], Any]) -> None:
+def test_copies_are_whole_and_independent(kind, copied):
     base_logits = logits(kind, build(kind))
     model = adapted(kind)
     model.add_adapter("second", ia3.IA3Config())
@@ -115,29 +104,11 @@ def test_copies_are_whole_and_independent(kind: str, copied: Callable[[Any], Any
     assert not hooks(unloaded)
 
 
-@pytest.mark.parametrize("copied", COPIES)
-def test_a_copy_has_its_own_modules_to_save(copied: Callable[[Any], Any]) -> None:
-    model = adapted("llama", modules_to_save=["lm_head"])
-    head = next(p for n, p in model.named_parameters() if "lm_head.ia3_l.default" in n)
-    with torch.no_grad():
-        head.mul_(2)
-    expected = logits("llama", model)
-    twin = copied(model)
-    assert torch.equal(logits("llama", twin), expected)
-    with torch.no_grad():
-        head.mul_(2)
-    assert torch.equal(logits("llama", model), 2 * expected)
-    assert torch.equal(logits("llama", twin), expected)
-    model.unload()
-    assert torch.equal(logits("llama", twin), expected)
-    assert torch.equal(logits("llama", twin.unload()), logits("llama", build("llama")))
-
-
 # -- compilers and checkpointing -------------------------------------------------------------------
 
 
 @EVERY_MODEL
-def test_compiled_as_one_graph(kind: str) -> None:
+def test_compiled_as_one_graph(kind):
     model = adapted(kind)
     loss = loss_of(kind, model)
     loss.backward()
@@ -151,49 +122,10 @@ def test_compiled_as_one_graph(kind: str) -> None:
         assert relative(gradient, expected[name]) < 1e-5, name
 
 
-def test_a_compiled_model_follows_its_adapters() -> None:
-    """By default Dynamo does not look at hooks again once it has compiled a module's call."""
-    kind = "llama"
-    base = build(kind)
-    torch.compiler.reset()
-    compiled = torch.compile(base, fullgraph=True, backend="eager")
-    seen = []
-
-    def check(step: str) -> None:
-        with torch.no_grad():
-            seen.append(loss_of(kind, compiled).item())
-            assert seen[-1] == pytest.approx(loss_of(kind, base).item(), rel=1e-6), step
-
-    check("before")
-    model = ia3.get_peft_model(base, ia3.IA3Config())
-    randomize(vectors(model))
-    check("attached")
-    model.add_adapter("second", ia3.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    randomize(vectors(model, "second"), seed=1)
-    check("a second one added")
-    model.set_adapter("second")
-    check("the second one active")
-    model.set_adapter(["default", "second"])
-    check("both active")
-    model.disable_adapter_layers()
-    check("disabled")
-    model.enable_adapter_layers()
-    check("enabled")
-    model.merge_adapter()
-    check("merged")
-    model.unmerge_adapter()
-    check("unmerged")
-    model.delete_adapter("default")
-    check("the first one deleted")
-    model.unload()
-    check("unloaded")
-    assert len({round(value, 4) for value in seen}) == 4  # the base, each of the two, and both
-
-
 @EVERY_MODEL
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("first", ["adapter", "checkpointing"])
-def test_gradient_checkpointing_needs_nothing_more(kind: str, reentrant: bool, first: str) -> None:
+def test_gradient_checkpointing_needs_nothing_more(kind, reentrant, first):
     """Enabled on the adapted model, or before it on the base, gradients are the usual ones."""
     model = adapted(kind).train()
     loss_of(kind, model).backward()
@@ -221,7 +153,7 @@ def test_gradient_checkpointing_needs_nothing_more(kind: str, reentrant: bool, f
 
 
 @EVERY_MODEL
-def test_autocast_is_pefts(kind: str) -> None:
+def test_autocast_is_pefts(kind):
     results = []
     for model in adapted_pair(lambda dtype: build(kind, dtype), ARCHITECTURES[kind].modules):
         with torch.autocast("cpu", torch.bfloat16):
@@ -251,7 +183,7 @@ CASTS: dict[str, tuple[Callable[[Any], Any], torch.dtype]] = {
 
 @EVERY_MODEL
 @pytest.mark.parametrize("cast", CASTS)
-def test_vectors_stay_float32_over_a_base_that_is_cast(kind: str, cast: str) -> None:
+def test_vectors_stay_float32_over_a_base_that_is_cast(kind, cast):
     """So that the vectors can still learn; PEFT's are cast too."""
     change, dtype = CASTS[cast]
     model = adapted(kind)
@@ -275,7 +207,7 @@ def test_vectors_stay_float32_over_a_base_that_is_cast(kind: str, cast: str) -> 
     assert {v.dtype for k, v in loaded.items() if "ia3_l" in k.split(".")} == {torch.float32}
 
 
-def test_vectors_are_float32_again_after_a_detour_through_float64() -> None:
+def test_vectors_are_float32_again_after_a_detour_through_float64():
     model = adapted("llama")
     expected = logits("llama", model)
     model.double()
@@ -298,16 +230,15 @@ GENERATION: dict[str, dict[str, Any]] = {
 
 @EVERY_MODEL
 @pytest.mark.parametrize("how", GENERATION)
-def test_generation_is_pefts(kind: str, how: str) -> None:
+def test_generation_is_pefts(kind, how):
     inputs = {name: value for name, value in batch(kind).items() if name != "decoder_input_ids"}
     # Padding to the right is not what a decoder expects.
     inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, **GENERATION[how]}
 
-    def generated(model: Any) -> Tensor:
+    def generated(model):
         torch.manual_seed(0)
-        tokens: Tensor = model.generate(**inputs, **options)
-        return tokens
+        return model.generate(**inputs, **options)
 
     ours, theirs = adapted_pair(lambda dtype: build(kind, dtype), ARCHITECTURES[kind].modules)
     expected = generated(theirs)
@@ -323,28 +254,8 @@ def test_generation_is_pefts(kind: str, how: str) -> None:
 
 
 @EVERY_MODEL
-def test_only_vectors_are_added_to_the_base_models_state(kind: str) -> None:
-    base = build(kind)
-    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    modules = dict(base.named_modules())
-    model = ia3.get_peft_model(base, ia3.IA3Config())
-    model.add_adapter("second", ia3.IA3Config())
-    added = {
-        f"{name}.ia3_l.{adapter}" for adapter in ("default", "second") for name in vectors(model)
-    }
-    state = base.state_dict()
-    assert plain_keys(base) == list(before)
-    assert state.keys() - before.keys() == added
-    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
-    assert all(base.get_submodule(name) is module for name, module in modules.items())
-    assert model.unload() is base
-    assert list(base.state_dict()) == list(before)
-    assert [*base.named_modules()] == [*modules.items()]
-
-
-@EVERY_MODEL
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_base_checkpoint_loads_strictly_under_the_adapter(kind: str, assign: bool) -> None:
+def test_a_base_checkpoint_loads_strictly_under_the_adapter(kind, assign):
     other = build(kind)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -363,7 +274,7 @@ def test_a_base_checkpoint_loads_strictly_under_the_adapter(kind: str, assign: b
     assert relative(found, before) > 1e-3
 
 
-def test_a_base_checkpoint_that_lacks_a_weight_is_still_refused() -> None:
+def test_a_base_checkpoint_that_lacks_a_weight_is_still_refused():
     base = build("llama")
     incomplete = base.state_dict()
     del incomplete["model.layers.0.self_attn.k_proj.weight"]
@@ -372,7 +283,7 @@ def test_a_base_checkpoint_that_lacks_a_weight_is_still_refused() -> None:
         base.load_state_dict(incomplete)
 
 
-def test_state_of_the_adapted_model_loads_into_its_like() -> None:
+def test_state_of_the_adapted_model_loads_into_its_like():
     model = adapted("llama")
     twin = ia3.get_peft_model(build("llama"), ia3.IA3Config())
     twin.load_state_dict(model.state_dict())
@@ -381,7 +292,7 @@ def test_state_of_the_adapted_model_loads_into_its_like() -> None:
 
 @EVERY_MODEL
 @pytest.mark.parametrize("shard", ["1GB", "20KB"])
-def test_the_base_model_saves_a_plain_checkpoint(kind: str, shard: str, tmp_path: Path) -> None:
+def test_the_base_model_saves_a_plain_checkpoint(kind, shard, tmp_path):
     model = adapted(kind)
     base = model.get_base_model()
     assert isinstance(base, PreTrainedModel)
@@ -390,7 +301,7 @@ def test_the_base_model_saves_a_plain_checkpoint(kind: str, shard: str, tmp_path
     read, report = type(base).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    assert plain_keys(read) == list(read.state_dict())
+    assert not any("ia3_l" in key for key in read.state_dict())
     plain = build(kind).state_dict()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in read.state_dict().items())
     assert torch.equal(logits(kind, read.eval()), logits(kind, build(kind)))

@@ -49,20 +49,16 @@ def results(operation: object, inputs: list[Tensor], weight: Tensor, function: s
 
 @EVERY_FUNCTION
 @pytest.mark.parametrize("shape", [(2, 5, 8), (4, 8), (8,)])
-def test_gradient_is_the_derivative(function: str, shape: tuple[int, ...]) -> None:
+def test_gradient_is_the_derivative(function, shape):
     gate, up = seeded(*shape).requires_grad_(), seeded(*shape, seed=1).requires_grad_()
     vector = torch.tensor(AWKWARD, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda g, u, v: gated_product(g, u, v, function).sin(), (gate, up, vector)
-    )
-    assert torch.autograd.gradcheck(
-        lambda g, u: gated_product(g, u, None, function).sin(), (gate, up)
-    )
+    for leaves in ((gate, up, vector), (gate, up, None)):
+        assert torch.autograd.gradcheck(lambda *t: gated_product(*t, function).sin(), leaves)
 
 
 @EVERY_FUNCTION
 @pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (1, 0, 1), (0, 1, 1), (0, 0, 1)])
-def test_only_some_need_a_gradient(function: str, needed: tuple[int, ...]) -> None:
+def test_only_some_need_a_gradient(function, needed):
     inputs = [seeded(3, 8), seeded(3, 8, seed=1), torch.tensor(AWKWARD, dtype=torch.float64)]
     leaves = [t.requires_grad_(bool(n)) for t, n in zip(inputs, needed, strict=True)]
     assert torch.autograd.gradcheck(lambda *t: gated_product(*t, function), leaves)
@@ -73,7 +69,7 @@ COMPILED = torch.compile(gated_product, fullgraph=True, backend="aot_eager")
 
 @EVERY_FUNCTION
 @pytest.mark.parametrize("operation", [gated_product, COMPILED], ids=["eager", "compiled"])
-def test_is_the_definition(operation: object, function: str) -> None:
+def test_is_the_definition(operation, function):
     inputs = [4 * seeded(3, 5, 8), seeded(3, 5, 8, seed=1), torch.tensor(AWKWARD).double()]
     weight = seeded(3, 5, 8, seed=2)
     found = results(operation, inputs, weight, function)
@@ -82,7 +78,7 @@ def test_is_the_definition(operation: object, function: str) -> None:
 
 
 @EVERY_FUNCTION
-def test_float32_is_as_near_as_separate_operations(function: str) -> None:
+def test_float32_is_as_near_as_separate_operations(function):
     vector = seeded(96, seed=2)
     vector[:8] = torch.tensor(AWKWARD)
     inputs = [2 * seeded(2000, 96), seeded(2000, 96, seed=1), vector]
@@ -99,7 +95,7 @@ def test_float32_is_as_near_as_separate_operations(function: str) -> None:
 
 @EVERY_FUNCTION
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_rounded_once(function: str, dtype: torch.dtype) -> None:
+def test_half_precision_is_rounded_once(function, dtype):
     gate, up = seeded(40, 64, dtype=dtype), seeded(40, 64, dtype=dtype, seed=1)
     vector = 1 + 0.3 * seeded(64, dtype=torch.float32, seed=2)
     weight = seeded(40, 64, dtype=dtype, seed=3)
@@ -118,7 +114,7 @@ def test_half_precision_is_rounded_once(function: str, dtype: torch.dtype) -> No
     assert relative(found[2], expected[2]) < 1e-6
 
 
-def test_different_dtypes_promote() -> None:
+def test_different_dtypes_promote():
     gate = seeded(3, 8, dtype=torch.bfloat16).requires_grad_()
     up = seeded(3, 8, dtype=torch.float32, seed=1).requires_grad_()
     result = gated_product(gate, up, None, "silu")
@@ -129,7 +125,7 @@ def test_different_dtypes_promote() -> None:
     torch.testing.assert_close(result, functional.silu(gate.float()) * up)
 
 
-def test_changed_afterwards_raises() -> None:
+def test_changed_afterwards_raises():
     gate = seeded(3, 8).requires_grad_() * 1
     result = gated_product(gate, seeded(3, 8, seed=1), None, "silu")
     gate.mul_(2)
@@ -137,46 +133,31 @@ def test_changed_afterwards_raises() -> None:
         result.sum().backward()
 
 
-@EVERY_FUNCTION
-def test_second_derivative(function: str) -> None:
-    gate, up = seeded(3, 8).requires_grad_(), seeded(3, 8, seed=1).requires_grad_()
-    vector = torch.tensor(AWKWARD, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(
-        lambda g, u, v: gated_product(g * 1, u * 1, v, function).sin(), (gate, up, vector)
-    )
-    # Of one tensor as both, and where nothing else depends on it.
-    loss = gated_product(gate, gate, None, function).sum()
-    (grad,) = torch.autograd.grad(loss, gate, create_graph=True)
-    expected = definition(gate, gate, None, function).sum()
-    (want,) = torch.autograd.grad(expected, gate, create_graph=True)
-    torch.testing.assert_close(grad, want)
-    second, wanted = (torch.autograd.grad(g.square().sum(), gate)[0] for g in (grad, want))
-    torch.testing.assert_close(second, wanted)
-
-
-@EVERY_FUNCTION
-def test_saves_gate_up_and_the_vector(function: str) -> None:
-    leaves = [seeded(3, 8), seeded(3, 8, seed=1), seeded(8, seed=2)]
+def saved_by(*inputs):
+    """What the operation keeps for the backward pass."""
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
     ):
-        gated_product(*[t.requires_grad_() for t in leaves], function)
-    assert {t.untyped_storage().data_ptr() for t in saved} == {t.data_ptr() for t in leaves}
-
-
-def test_with_the_vector_alone_to_train_no_more_than_the_product_is_saved() -> None:
-    gate, up = seeded(3, 8), seeded(3, 8, seed=1)
-    saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
-    ):
-        gated_product(gate, up, torch.ones(8, requires_grad=True).double(), "silu")
-    assert sum(saved) < gate.numel() + up.numel()
+        gated_product(*inputs)
+    return saved
 
 
 @EVERY_FUNCTION
-def test_functional_transforms(function: str) -> None:
+def test_saves_gate_up_and_the_vector(function):
+    leaves = [seeded(*s).requires_grad_() for s in ((3, 8), (3, 8), (8,))]
+    saved = saved_by(*leaves, function)
+    assert {t.untyped_storage().data_ptr() for t in saved} == {t.data_ptr() for t in leaves}
+
+
+def test_with_the_vector_alone_to_train_no_more_than_the_product_is_saved():
+    gate, up = seeded(3, 8), seeded(3, 8, seed=1)
+    saved = saved_by(gate, up, torch.ones(8, requires_grad=True).double(), "silu")
+    assert sum(tensor.numel() for tensor in saved) < gate.numel() + up.numel()
+
+
+@EVERY_FUNCTION
+def test_functional_transforms(function):
     inputs = (seeded(3, 8), seeded(3, 8, seed=1), torch.tensor(AWKWARD).double())
 
     def loss(gate: Tensor, up: Tensor, vector: Tensor) -> Tensor:
@@ -191,7 +172,7 @@ def test_functional_transforms(function: str) -> None:
     torch.testing.assert_close(mapped, definition(*inputs, function))
 
 
-def test_autocast() -> None:
+def test_autocast():
     values = seeded(3, 8, dtype=torch.float32)
     weights = [seeded(12, 8, dtype=torch.float32, seed=s).requires_grad_() for s in (1, 2)]
     vector = (1 + seeded(12, dtype=torch.float32, seed=3)).requires_grad_()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -13,15 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.architectures import ARCHITECTURES, build, output
-from support.pairs import (
-    Adapted,
-    Values,
-    adapted_pair,
-    assert_equal_to_peft,
-    relative,
-    vectors,
-)
-from torch import Tensor, nn
+from support.pairs import adapted_pair, assert_equal_to_peft, relative, vectors
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import ia3
@@ -35,28 +27,28 @@ pytestmark = [  # PEFT's
 ]
 
 
-def pair(kind: str, dtype: torch.dtype, adapters: tuple[str, ...] = ("default",)) -> list[Adapted]:
+def pair(kind, dtype, adapters=("default",)):
     return adapted_pair(
         lambda dtype: build(kind, dtype), ARCHITECTURES[kind].modules, dtype, adapters
     )
 
 
-def outputs(kind: str) -> Callable[[Adapted], Values]:
-    def measure(model: Adapted) -> Values:
+def outputs(kind):
+    def measure(model):
         with torch.no_grad():
             return {"logits": output(kind, model)}
 
     return measure
 
 
-def loss(result: Tensor) -> Tensor:
+def loss(result):
     """The distance to random targets."""
     targets = torch.randn(result.shape, generator=torch.Generator().manual_seed(2))
     return (result.float() - targets).square().mean()
 
 
-def gradients(kind: str, *adapters: str) -> Callable[[Adapted], Values]:
-    def measure(model: Adapted) -> Values:
+def gradients(kind, *adapters):
+    def measure(model):
         loss(output(kind, model)).backward()
         found = {}
         for adapter in adapters or ("default",):
@@ -73,7 +65,7 @@ def gradients(kind: str, *adapters: str) -> Callable[[Adapted], Values]:
 
 @EVERY_ARCHITECTURE
 @EVERY_DTYPE
-def test_untrained_adapter_changes_no_bit(kind: str, dtype: torch.dtype) -> None:
+def test_untrained_adapter_changes_no_bit(kind, dtype):
     base = build(kind, dtype)
     with torch.no_grad():
         expected = output(kind, base)
@@ -90,7 +82,7 @@ def test_untrained_adapter_changes_no_bit(kind: str, dtype: torch.dtype) -> None
 
 @EVERY_ARCHITECTURE
 @EVERY_DTYPE
-def test_logits_gradients_and_merged_logits(kind: str, dtype: torch.dtype) -> None:
+def test_logits_gradients_and_merged_logits(kind, dtype):
     models = pair(kind, dtype)
     assert_equal_to_peft(outputs(kind), models)
     assert_equal_to_peft(gradients(kind), models)
@@ -99,7 +91,7 @@ def test_logits_gradients_and_merged_logits(kind: str, dtype: torch.dtype) -> No
 
 @EVERY_ARCHITECTURE
 @EVERY_DTYPE
-def test_what_takes_least_memory_is_as_exact(kind: str, dtype: torch.dtype) -> None:
+def test_what_takes_least_memory_is_as_exact(kind, dtype):
     """In place, and hoisted onto the up projection: the rounding differs, its size does not."""
     ours, theirs, *_ = pair(kind, dtype)
     ours.use_plain_product(False)
@@ -121,7 +113,7 @@ def test_what_takes_least_memory_is_as_exact(kind: str, dtype: torch.dtype) -> N
 
 @EVERY_ARCHITECTURE
 @EVERY_DTYPE
-def test_five_steps_of_training(kind: str, dtype: torch.dtype) -> None:
+def test_five_steps_of_training(kind, dtype):
     models = pair(kind, dtype)
     for model in models:
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -132,13 +124,13 @@ def test_five_steps_of_training(kind: str, dtype: torch.dtype) -> None:
             loss(output(kind, model)).backward()
             optimizer.step()
         assert not any(torch.equal(*each) for each in zip(trained, before, strict=True))
-    assert_equal_to_peft(vectors, models, 1e-5)  # type: ignore[arg-type]
+    assert_equal_to_peft(vectors, models, 1e-5)
     assert_equal_to_peft(outputs(kind), models, 1e-5)
 
 
 @EVERY_ARCHITECTURE
 @EVERY_DTYPE
-def test_files_load_in_both_directions(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_files_load_in_both_directions(kind, dtype, tmp_path):
     ours, theirs, *_ = pair(kind, dtype)
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(str(tmp_path / "theirs"))
@@ -159,26 +151,9 @@ def test_files_load_in_both_directions(kind: str, dtype: torch.dtype, tmp_path: 
     assert not any(p.requires_grad for p in read_by_us.parameters())
 
 
-def test_files_of_several_adapters_load_in_both_directions(tmp_path: Path) -> None:
-    kind = "llama"
-    ours, theirs = pair(kind, torch.float32, ("default", "second"))
-    ours.save_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    read_by_peft = peft.PeftModel.from_pretrained(build(kind), str(tmp_path / "ours"))
-    read_by_us = ia3.PeftModel.from_pretrained(build(kind), tmp_path / "theirs")
-    read_by_peft.load_adapter(str(tmp_path / "ours" / "second"), "second")
-    read_by_us.load_adapter(tmp_path / "theirs" / "second", "second")
-    for adapter in ("default", "second"):
-        for model in (theirs, read_by_peft, read_by_us):
-            model.set_adapter(adapter)
-        expected = outputs(kind)(theirs)["logits"]
-        assert torch.equal(outputs(kind)(read_by_peft)["logits"], expected)
-        assert relative(outputs(kind)(read_by_us)["logits"], expected) < 1e-6
-
-
 @EVERY_ARCHITECTURE
 @EVERY_DTYPE
-def test_several_active_adapters(kind: str, dtype: torch.dtype) -> None:
+def test_several_active_adapters(kind, dtype):
     models = pair(kind, dtype, ("default", "second"))
     alone = outputs(kind)(models[0])["logits"]
     for model in models:
@@ -204,7 +179,7 @@ def test_several_active_adapters(kind: str, dtype: torch.dtype) -> None:
 
 @EVERY_ARCHITECTURE
 @EVERY_DTYPE
-def test_weighted_adapters(kind: str, dtype: torch.dtype) -> None:
+def test_weighted_adapters(kind, dtype):
     models = pair(kind, dtype, ("default", "second"))
     for model in models:
         model.base_model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum")
@@ -223,11 +198,6 @@ def test_weighted_adapters(kind: str, dtype: torch.dtype) -> None:
 # A first layer, a second one, and inputs for them.
 PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 8), lambda: nn.Linear(8, 5), (4, 6)),
-    "linear without bias": (
-        lambda: nn.Linear(6, 8, bias=False),
-        lambda: nn.Linear(8, 5, bias=False),
-        (2, 3, 6),
-    ),
     "Conv1D": (lambda: Conv1D(8, 6), lambda: Conv1D(5, 8), (2, 3, 6)),
     "conv2d": (
         lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1),
@@ -237,11 +207,6 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[i
     "conv2d in groups": (
         lambda: nn.Conv2d(6, 8, 3, groups=2),
         lambda: nn.Conv2d(8, 4, (2, 1), dilation=2, groups=4),
-        (2, 6, 7, 9),
-    ),
-    "conv2d by depth": (
-        lambda: nn.Conv2d(6, 12, 3, groups=6),
-        lambda: nn.Conv2d(12, 12, 3, groups=12, bias=False),
         (2, 6, 7, 9),
     ),
     "conv3d": (
@@ -262,7 +227,7 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def plain(kind: str, dtype: torch.dtype) -> nn.Module:
+def plain(kind, dtype):
     first, second, _ = PLAIN[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -273,20 +238,16 @@ def plain(kind: str, dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(layers).to(dtype)
 
 
-def plain_outputs(kind: str) -> Callable[[Adapted], Values]:
+def plain_outputs(kind):
     inputs = torch.randn(PLAIN[kind][2], generator=torch.Generator().manual_seed(1)).bfloat16()
 
-    def measure(model: Adapted) -> Values:
+    def measure(model):
         dtype = next(p.dtype for name, p in model.named_parameters() if "ia3_l" not in name)
-        result: Tensor = model(inputs.to(dtype))
+        result = model(inputs.to(dtype))
         if not result.requires_grad:
             return {"result": result}
         loss(result).backward()
-        found = {name: vector.grad for name, vector in vectors(model).items()}
-        return {
-            "result": result,
-            **{name: grad for name, grad in found.items() if grad is not None},
-        }
+        return {"result": result, **{name: v.grad for name, v in vectors(model).items()}}
 
     return measure
 
@@ -294,8 +255,8 @@ def plain_outputs(kind: str) -> Callable[[Adapted], Values]:
 @pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("sides", SIDES)
 @EVERY_DTYPE
-def test_plain_modules(kind: str, sides: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    def make(dtype: torch.dtype) -> nn.Module:
+def test_plain_modules(kind, sides, dtype, tmp_path):
+    def make(dtype):
         return plain(kind, dtype)
 
     models = adapted_pair(make, SIDES[sides], dtype)

@@ -2,55 +2,36 @@
 
 from __future__ import annotations
 
-import base64
 import copy
-import hashlib
-import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from support import pairs
+from support.hub import Hub
+from support.pairs import randomize, vectors
 
 import ia3
-from ia3 import IA3Config, IA3Error, IA3Model, PeftConfig, PeftModel, get_peft_model
+from ia3 import IA3Config, IA3Error, PeftConfig, PeftModel, get_peft_model
 
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
 IDS = torch.arange(3, 11)[None]
 
 
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(input_ids=IDS).logits
-    return result
+def logits(model):
+    return pairs.logits(model, input_ids=IDS)
 
 
-def disturb(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(1 + 0.4 * torch.randn(parameter.shape, generator=generator))
+def adapted(base, seed=0):
+    return pairs.adapted(copy.deepcopy(base), seed, task_type="CAUSAL_LM")
 
 
-def adapted(base: PreTrainedModel, seed: int = 0, name: str = "default") -> IA3Model:
-    model = get_peft_model(copy.deepcopy(base), IA3Config(task_type="CAUSAL_LM"), name)
-    disturb(model, seed)
-    return model
-
-
-def snapshot(folder: Path) -> set[str]:
+def snapshot(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
@@ -58,16 +39,14 @@ def snapshot(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(("writer", "reader"), [(ia3, peft), (peft, ia3), (ia3, ia3)])
-def test_default_at_the_root_others_in_folders(
-    tiny_llama: PreTrainedModel, tmp_path: Path, writer: Any, reader: Any
-) -> None:
+def test_default_at_the_root_others_in_folders(tiny_llama, tmp_path, writer, reader):
     model = writer.get_peft_model(copy.deepcopy(tiny_llama), writer.IA3Config())
     other = writer.IA3Config(target_modules=["q_proj", "down_proj"])
     model.add_adapter("other", other)
     expected = {}
     for seed, name in enumerate(("default", "other")):
         model.set_adapter(name)
-        disturb(model, seed)
+        randomize(vectors(model, name), seed)
         expected[name] = logits(model)
     model.save_pretrained(tmp_path)
     assert snapshot(tmp_path) - {"README.md"} == FILES | {f"other/{file}" for file in FILES}
@@ -79,7 +58,7 @@ def test_default_at_the_root_others_in_folders(
         torch.testing.assert_close(logits(again), expected[saved], rtol=1e-5, atol=1e-5)
 
 
-def test_selected_adapters_only(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_selected_adapters_only(tiny_llama, tmp_path):
     for library in (ia3, peft):
         model = library.get_peft_model(copy.deepcopy(tiny_llama), library.IA3Config(), "first")
         model.add_adapter("second", library.IA3Config())
@@ -91,7 +70,7 @@ def test_selected_adapters_only(tiny_llama: PreTrainedModel, tmp_path: Path) -> 
     assert not (tmp_path / "no").exists()
 
 
-def test_only_the_main_process_writes(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_only_the_main_process_writes(tiny_llama, tmp_path):
     adapted(tiny_llama).save_pretrained(tmp_path / "a", is_main_process=False)
     assert not (tmp_path / "a").exists()
 
@@ -99,7 +78,7 @@ def test_only_the_main_process_writes(tiny_llama: PreTrainedModel, tmp_path: Pat
 # -- subfolders ------------------------------------------------------------------------------------
 
 
-def test_a_subfolder(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_subfolder(tiny_llama, tmp_path):
     model = adapted(tiny_llama)
     model.save_pretrained(tmp_path / "runs" / "best")
     again = PeftModel.from_pretrained(
@@ -114,16 +93,16 @@ def test_a_subfolder(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
 # -- adapter_model.bin -----------------------------------------------------------------------------
 
 
-def test_pefts_old_files_are_read(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_pefts_old_files_are_read(tiny_llama, tmp_path):
     theirs = peft.get_peft_model(copy.deepcopy(tiny_llama), peft.IA3Config())
-    disturb(theirs, 3)
+    randomize(vectors(theirs), 3)
     theirs.save_pretrained(tmp_path, safe_serialization=False)
     assert "adapter_model.bin" in snapshot(tmp_path)
     again = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), tmp_path)
     torch.testing.assert_close(logits(again), logits(theirs), rtol=1e-5, atol=1e-5)
 
 
-def test_safetensors_go_before_a_pickle(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_safetensors_go_before_a_pickle(tiny_llama, tmp_path):
     model = adapted(tiny_llama)
     model.save_pretrained(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"not a pickle")
@@ -131,7 +110,7 @@ def test_safetensors_go_before_a_pickle(tiny_llama: PreTrainedModel, tmp_path: P
     assert torch.equal(logits(again), logits(model))
 
 
-def test_pickles_are_not_written(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+def test_pickles_are_not_written(tiny_llama, tmp_path):
     with pytest.raises(IA3Error, match="safe_serialization is False"):
         adapted(tiny_llama).save_pretrained(tmp_path, safe_serialization=False)
     assert not snapshot(tmp_path)
@@ -140,27 +119,28 @@ def test_pickles_are_not_written(tiny_llama: PreTrainedModel, tmp_path: Path) ->
 # -- what a hub id means, with no network ----------------------------------------------------------
 
 
+def cached(cache, repository, revision, commit, **models):
+    """Put models, by subfolder, into a commit of a repository in huggingface_hub's cache."""
+    folder = cache / f"models--someone--{repository}"
+    for name, model in models.items():
+        model.save_pretrained(folder / "snapshots" / commit / name.removeprefix("root"))
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / revision).write_text(commit)
+
+
 @pytest.fixture
-def cache(tiny_llama: PreTrainedModel, tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+def cache(tiny_llama, tmp_path):
     """huggingface_hub's cache with two revisions of one adapter: (its folder, their logits)."""
-    folder = tmp_path / "cache" / "models--someone--adapter"
     results = {}
     for seed, (revision, commit) in enumerate((("main", "a" * 40), ("v2", "b" * 40))):
-        model = adapted(tiny_llama, seed)
-        model.save_pretrained(folder / "snapshots" / commit)
-        nested = adapted(tiny_llama, seed + 10)
-        nested.save_pretrained(folder / "snapshots" / commit / "nested")
-        (folder / "refs").mkdir(exist_ok=True)
-        (folder / "refs" / revision).write_text(commit)
+        model, nested = adapted(tiny_llama, seed), adapted(tiny_llama, seed + 10)
+        cached(tmp_path, "adapter", revision, commit, root=model, nested=nested)
         results[revision] = logits(model)
-        results[commit] = logits(model)
         results[f"{revision}/nested"] = logits(nested)
-    return tmp_path / "cache", results
+    return tmp_path, results
 
 
-def test_ids_and_revisions(
-    tiny_llama: PreTrainedModel, cache: tuple[Path, dict[str, Tensor]]
-) -> None:
+def test_ids_and_revisions(tiny_llama, cache):
     folder, expected = cache
     for given, revision in ((None, "main"), ("main", "main"), ("v2", "v2"), ("b" * 40, "v2")):
         for library in (ia3, peft):
@@ -168,24 +148,19 @@ def test_ids_and_revisions(
                 copy.deepcopy(tiny_llama), "someone/adapter", revision=given, cache_dir=folder
             )
             torch.testing.assert_close(logits(model), expected[revision], rtol=1e-5, atol=1e-5)
-    model = PeftModel.from_pretrained(
-        copy.deepcopy(tiny_llama),
-        "someone/adapter",
-        revision="v2",
-        subfolder="nested",
-        cache_dir=folder,
-    )
+    options = {"revision": "v2", "subfolder": "nested", "cache_dir": folder}
+    model = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), "someone/adapter", **options)
     assert torch.equal(logits(model), expected["v2/nested"])
     model.load_adapter("someone/adapter", "main", cache_dir=folder, local_files_only=True)
     model.set_adapter("main")
     assert torch.equal(logits(model), expected["main"])
     config = PeftConfig.from_pretrained("someone/adapter", revision="v2", cache_dir=folder)
     assert config.task_type == "CAUSAL_LM"
+    with pytest.raises(FileNotFoundError, match="no adapter at 'someone/adapter'"):
+        PeftModel.from_pretrained(tiny_llama, "someone/adapter", revision="v9", cache_dir=folder)
 
 
-def test_an_adapter_brings_its_base_model_at_its_revision(
-    tiny_llama: PreTrainedModel, tmp_path: Path
-) -> None:
+def test_an_adapter_brings_its_base_model_at_its_revision(tiny_llama, tmp_path):
     """Both by id: the adapter's revision is the caller's, the base model's stands in the config."""
     bases = {}
     for seed, (revision, commit) in enumerate((("main", "c" * 40), ("v1", "d" * 40))):
@@ -193,20 +168,14 @@ def test_an_adapter_brings_its_base_model_at_its_revision(
         with torch.no_grad():
             base.lm_head.weight.mul_(1 + seed)
         bases[revision] = base
-        folder = tmp_path / "models--someone--base"
-        base.save_pretrained(folder / "snapshots" / commit)
-        (folder / "refs").mkdir(exist_ok=True)
-        (folder / "refs" / revision).write_text(commit)
+        cached(tmp_path, "base", revision, commit, root=base)
     model = get_peft_model(
         bases["v1"],
         IA3Config(task_type="CAUSAL_LM", base_model_name_or_path="someone/base"),
         revision="v1",
     )
-    disturb(model, 0)
-    folder = tmp_path / "models--someone--adapter"
-    model.save_pretrained(folder / "snapshots" / ("e" * 40))
-    (folder / "refs").mkdir()
-    (folder / "refs" / "best").write_text("e" * 40)
+    randomize(vectors(model))
+    cached(tmp_path, "adapter", "best", "e" * 40, root=model)
     for library in (ia3, peft):
         again = library.AutoPeftModelForCausalLM.from_pretrained(
             "someone/adapter", revision="best", cache_dir=tmp_path
@@ -222,110 +191,18 @@ def test_an_adapter_brings_its_base_model_at_its_revision(
         ("nothing", "no adapter at 'nothing'"),
     ],
 )
-def test_what_is_nowhere(
-    tiny_llama: PreTrainedModel, tmp_path: Path, name: str, message: str
-) -> None:
+def test_what_is_nowhere(tiny_llama, tmp_path, name, message):
     with pytest.raises(FileNotFoundError, match=message):
         PeftModel.from_pretrained(tiny_llama, name, cache_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match=message):
         PeftConfig.from_pretrained(name, cache_dir=tmp_path)
 
 
-def test_a_revision_that_is_nowhere(
-    tiny_llama: PreTrainedModel, cache: tuple[Path, dict[str, Tensor]]
-) -> None:
-    with pytest.raises(FileNotFoundError, match="no adapter at 'someone/adapter'"):
-        PeftModel.from_pretrained(tiny_llama, "someone/adapter", revision="v9", cache_dir=cache[0])
-
-
 # -- a hub on this machine -------------------------------------------------------------------------
 
 
-class Hub(ThreadingHTTPServer):
-    """As much of the hub as uploading and downloading small files takes."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Requests)
-        self.files: dict[str, bytes] = {}
-        self.downloaded: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    @property
-    def commit(self) -> str:
-        content = b"".join(name.encode() + self.files[name] for name in sorted(self.files))
-        return hashlib.sha1(content).hexdigest()
-
-
-class _Requests(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def _send(self, content: bytes | Any, code: int = 200, **headers: str) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(code)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        path = urlsplit(self.path).path
-        if path.endswith("/repos/create"):
-            self._send({"url": f"{self.server.url}/someone/adapter"})
-        elif "/preupload/" in path:
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
-            self._send({"files": files})
-        elif "/commit/" in path:
-            for line in body.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    value = entry["value"]
-                    self.server.files[value["path"]] = base64.b64decode(value["content"])
-            url = f"{self.server.url}/someone/adapter/commit/{self.server.commit}"
-            self._send({"commitUrl": url, "commitOid": self.server.commit, "hookOutput": ""})
-        else:
-            self._send({"errors": [], "warnings": []})
-
-    def do_GET(self) -> None:
-        path, hub = unquote(urlsplit(self.path).path), self.server
-        if "/revision/" in path or path == "/api/models/someone/adapter":
-            siblings = [{"rfilename": name} for name in hub.files]
-            self._send({"id": "someone/adapter", "sha": hub.commit, "siblings": siblings})
-        elif "/tree/" in path:
-            tree = [
-                {"type": "file", "path": name, "size": len(content), "oid": _blob_id(content)}
-                for name, content in hub.files.items()
-            ]
-            self._send(tree)
-        elif "/resolve/" in path and path.split("/resolve/")[1].split("/", 1)[1] in hub.files:
-            name = path.split("/resolve/")[1].split("/", 1)[1]
-            if self.command == "GET":
-                hub.downloaded.append(name)
-            content = hub.files[name]
-            self._send(content, X_Repo_Commit=hub.commit, ETag=f'"{_blob_id(content)}"')
-        else:
-            self._send(b"", 404, X_Error_Code="EntryNotFound")
-
-    do_HEAD = do_GET  # noqa: N815
-
-
-def _blob_id(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
 @pytest.fixture
-def hub() -> Iterator[Hub]:
+def hub():
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -348,7 +225,7 @@ torch.save(again(input_ids=torch.arange(3, 11)[None]).logits, results)
 """
 
 
-def push(tmp_path: Path, hub: Hub) -> str:
+def push(tmp_path, hub):
     """Run the script above against this hub, and return what it printed."""
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
@@ -371,7 +248,7 @@ def push(tmp_path: Path, hub: Hub) -> str:
     return done.stdout
 
 
-def test_pushed_and_loaded_again(tiny_llama: PreTrainedModel, tmp_path: Path, hub: Hub) -> None:
+def test_pushed_and_loaded_again(tiny_llama, tmp_path, hub):
     model = adapted(tiny_llama)
     tiny_llama.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
@@ -394,9 +271,7 @@ def test_pushed_and_loaded_again(tiny_llama: PreTrainedModel, tmp_path: Path, hu
     assert str(tmp_path) not in card
 
 
-def test_a_card_that_is_there_is_kept(
-    tiny_llama: PreTrainedModel, tmp_path: Path, hub: Hub
-) -> None:
+def test_a_card_that_is_there_is_kept(tiny_llama, tmp_path, hub):
     tiny_llama.save_pretrained(tmp_path / "base")
     adapted(tiny_llama).save_pretrained(tmp_path / "adapter")
     hub.files["README.md"] = b"# What I wrote about this adapter\n"

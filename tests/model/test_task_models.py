@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
+from support.tfew import word_tokenizer
 
 import ia3
 from ia3 import IA3Config, IA3Error, IA3Model, PeftModel, PeftType, TaskType, get_peft_model
@@ -25,13 +23,8 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-BERT = hf.BertConfig(
-    **SMALL,
-    max_position_embeddings=16,
-    num_labels=3,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-)
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+BERT = hf.BertConfig(**SMALL, **NO_DROPOUT, max_position_embeddings=16, num_labels=3)
 # Without a model that two task types share: AutoModelForQuestionAnswering wants two labels.
 MODELS: dict[str, Any] = {
     "CAUSAL_LM": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, pad_token_id=0)),
@@ -65,22 +58,21 @@ CLASSES = {
 EVERY_TASK = pytest.mark.parametrize("task", CLASSES)
 
 
-def inputs(task: str) -> dict[str, Tensor]:
+def inputs(task):
     ids = torch.randint(1, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if task == "SEQ_2_SEQ_LM" else {})
 
 
-def outputs(model: nn.Module, task: str) -> Tensor:
+def outputs(model, task):
     with torch.no_grad():
-        result: Tensor = model(**inputs(task))[0]
-    return result
+        return model(**inputs(task))[0]
 
 
 @pytest.fixture
-def saved_base(tmp_path: Path) -> Any:
+def saved_base(tmp_path):
     """`saved_base(task)` -> a base model, loaded from a folder, which its config names."""
 
-    def make(task: str) -> hf.PreTrainedModel:
+    def make(task):
         folder = tmp_path / "base"
         torch.manual_seed(0)
         MODELS[task]().save_pretrained(folder)
@@ -89,7 +81,19 @@ def saved_base(tmp_path: Path) -> Any:
     return make
 
 
-def disturb(model: nn.Module) -> None:
+@pytest.fixture
+def saved_adapter(saved_base, tmp_path):
+    """`saved_adapter(task)` -> an adapter's folder, beside that of its base model."""
+
+    def make(task="CAUSAL_LM"):
+        model = get_peft_model(saved_base("CAUSAL_LM"), IA3Config(task_type=task))
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    return make
+
+
+def disturb(model):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -102,7 +106,7 @@ def disturb(model: nn.Module) -> None:
 
 
 @EVERY_TASK
-def test_the_class_is_the_tasks(task: str, tmp_path: Path) -> None:
+def test_the_class_is_the_tasks(task, tmp_path):
     name = f"PeftModel{CLASSES[task]}"
     model = get_peft_model(MODELS[task](), IA3Config(task_type=task))
     theirs = peft.get_peft_model(MODELS[task](), peft.IA3Config(task_type=task))
@@ -115,14 +119,14 @@ def test_the_class_is_the_tasks(task: str, tmp_path: Path) -> None:
     assert type(given) is type(model)
 
 
-def test_the_classes_are_siblings() -> None:
+def test_the_classes_are_siblings():
     """As in PEFT, one task's class is not another's."""
     assert type(get_peft_model(MODELS["CAUSAL_LM"](), IA3Config())) is IA3Model
     classes = [getattr(ia3, f"PeftModel{name}") for name in CLASSES.values()]
     assert all(not issubclass(a, b) for a in classes for b in classes if a is not b)
 
 
-def test_names_of_tasks_are_pefts() -> None:
+def test_names_of_tasks_are_pefts():
     assert {task.name: task.value for task in TaskType} == {
         task.name: task.value for task in peft.TaskType
     }
@@ -131,22 +135,22 @@ def test_names_of_tasks_are_pefts() -> None:
         assert IA3Config(task_type=task).task_type == IA3Config(task_type=task.value).task_type
 
 
-def test_either_order_of_model_and_config() -> None:
+def test_either_order_of_model_and_config():
     for model in (
         get_peft_model(MODELS["CAUSAL_LM"](), IA3Config(task_type="CAUSAL_LM"), "mine"),
-        get_peft_model(IA3Config(task_type="CAUSAL_LM"), MODELS["CAUSAL_LM"](), "mine"),  # type: ignore[arg-type]
+        get_peft_model(IA3Config(task_type="CAUSAL_LM"), MODELS["CAUSAL_LM"](), "mine"),
     ):
         assert model.active_adapters == ["mine"]
 
 
-def test_the_revision_is_written_down(tmp_path: Path) -> None:
+def test_the_revision_is_written_down(tmp_path):
     model = get_peft_model(MODELS["CAUSAL_LM"](), IA3Config(), revision="v2")
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v2"
 
 
 @EVERY_TASK
-def test_pipelines_take_the_model(task: str) -> None:
+def test_pipelines_take_the_model(task):
     """transformers looks the class up by its name."""
     name = f"PeftModel{CLASSES[task]}"
     from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
@@ -164,9 +168,7 @@ def test_pipelines_take_the_model(task: str) -> None:
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-def test_dropout_is_off_unless_the_adapter_is_to_be_trained(
-    tmp_path: Path, trainable: bool
-) -> None:
+def test_dropout_is_off_unless_the_adapter_is_to_be_trained(tmp_path, trainable):
     """As in PEFT: a base model that was being trained is not used that way by surprise."""
     get_peft_model(MODELS["CAUSAL_LM"](), IA3Config()).save_pretrained(tmp_path)
     modes = []
@@ -185,12 +187,12 @@ def test_dropout_is_off_unless_the_adapter_is_to_be_trained(
 # -- with the base model ---------------------------------------------------------------------------
 
 
-def auto(library: Any, task: str | None) -> Any:
+def auto(library, task):
     return getattr(library, f"AutoPeftModel{CLASSES[task]}" if task else "AutoPeftModel")
 
 
 @EVERY_TASK
-def test_an_adapter_brings_its_base_model(task: str, saved_base: Any, tmp_path: Path) -> None:
+def test_an_adapter_brings_its_base_model(task, saved_base, tmp_path):
     base = saved_base(task)
     model = get_peft_model(base, IA3Config(task_type=task))
     disturb(model)
@@ -214,9 +216,7 @@ def test_an_adapter_brings_its_base_model(task: str, saved_base: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("writer", [ia3, peft], ids=["ours", "peft's"])
-def test_without_a_task_the_recorded_class_is_made(
-    writer: Any, saved_base: Any, tmp_path: Path
-) -> None:
+def test_without_a_task_the_recorded_class_is_made(writer, saved_base, tmp_path):
     task = "SEQ_2_SEQ_LM"
     model = writer.get_peft_model(saved_base(task), writer.IA3Config())
     disturb(model)
@@ -233,57 +233,50 @@ def test_without_a_task_the_recorded_class_is_made(
         torch.testing.assert_close(outputs(again, task), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_options_reach_the_base_model(saved_base: Any, tmp_path: Path) -> None:
-    model = get_peft_model(saved_base("CAUSAL_LM"), IA3Config(task_type="CAUSAL_LM"))
-    model.save_pretrained(tmp_path / "adapter")
-    again = ia3.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.bfloat16)
+def test_options_reach_the_base_model(saved_adapter):
+    again = ia3.AutoPeftModelForCausalLM.from_pretrained(saved_adapter(), dtype=torch.bfloat16)
     assert again.get_base_model().dtype == torch.bfloat16
     assert {v.dtype for v in again.vectors("default").values()} == {torch.float32}
 
 
-def test_a_config_in_place_of_the_adapters_own(saved_base: Any, tmp_path: Path) -> None:
-    get_peft_model(saved_base("CAUSAL_LM"), IA3Config(task_type="CAUSAL_LM")).save_pretrained(
-        tmp_path / "adapter"
-    )
+def test_a_config_in_place_of_the_adapters_own(saved_adapter, tmp_path):
+    folder = saved_adapter()
     (tmp_path / "base").rename(tmp_path / "moved")
-    config = ia3.PeftConfig.from_pretrained(tmp_path / "adapter")
+    config = ia3.PeftConfig.from_pretrained(folder)
     config.base_model_name_or_path = str(tmp_path / "moved")
-    again = ia3.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", config=config)
+    again = ia3.AutoPeftModelForCausalLM.from_pretrained(folder, config=config)
     assert isinstance(again, ia3.PeftModelForCausalLM)
 
 
-def write_config(folder: Path, **values: Any) -> None:
+UNTRUSTED = ["os", "subprocess", "transformers_evil.models", "ia3.model.ia3_model", None, 3]
+NO_MODELS = ["pipeline", "LlamaConfig", "nothing", None]
+
+
+def write_config(folder, **values):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 @pytest.mark.parametrize(
-    "library", ["os", "subprocess", "transformers_evil.models", "ia3.model.ia3_model", None, 3]
+    ("library", "name", "message"),
+    [
+        *((library, "system", "names no class of transformers") for library in UNTRUSTED),
+        *(("transformers", name, "transformers has no model class") for name in NO_MODELS),
+    ],
 )
-def test_a_config_may_not_choose_what_is_imported(
-    library: Any, saved_base: Any, tmp_path: Path
-) -> None:
-    get_peft_model(saved_base("CAUSAL_LM"), IA3Config()).save_pretrained(tmp_path / "adapter")
-    mapping = {"parent_library": library, "base_model_class": "system"}
-    write_config(tmp_path / "adapter", auto_mapping=mapping)
-    with pytest.raises(IA3Error, match=r"names no class of transformers"):
-        ia3.AutoPeftModel.from_pretrained(tmp_path / "adapter")
-
-
-@pytest.mark.parametrize("name", ["pipeline", "LlamaConfig", "nothing", None])
-def test_a_config_may_choose_models_only(name: Any, saved_base: Any, tmp_path: Path) -> None:
-    get_peft_model(saved_base("CAUSAL_LM"), IA3Config()).save_pretrained(tmp_path / "adapter")
-    mapping = {"parent_library": "transformers", "base_model_class": name}
-    write_config(tmp_path / "adapter", auto_mapping=mapping)
-    with pytest.raises(IA3Error, match=r"transformers has no model class"):
-        ia3.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+def test_a_config_may_choose_models_of_transformers_only(library, name, message, saved_adapter):
+    folder = saved_adapter(None)
+    mapping = {"parent_library": library, "base_model_class": name}
+    write_config(folder, auto_mapping=mapping)
+    with pytest.raises(IA3Error, match=message):
+        ia3.AutoPeftModel.from_pretrained(folder)
 
 
 class OwnModel(hf.LlamaForCausalLM):
     """A user's class, in a module of the user's."""
 
 
-def test_the_user_may_trust_a_library(saved_base: Any, tmp_path: Path) -> None:
+def test_the_user_may_trust_a_library(saved_base, tmp_path):
     saved_base("CAUSAL_LM")
     base = OwnModel.from_pretrained(tmp_path / "base")
     get_peft_model(base, IA3Config()).save_pretrained(tmp_path / "adapter")
@@ -305,13 +298,11 @@ def test_the_user_may_trust_a_library(saved_base: Any, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_not_there_or_of_another_task(
-    changed: Any, name: str, error: type[Exception], message: str, saved_base: Any, tmp_path: Path
-) -> None:
-    folder = tmp_path / "adapter"
-    folder.mkdir()
+    changed, name, error, message, saved_adapter, tmp_path
+):
+    folder = tmp_path
     if changed is not None:
-        config = IA3Config(task_type="CAUSAL_LM")
-        get_peft_model(saved_base("CAUSAL_LM"), config).save_pretrained(folder)
+        folder = saved_adapter()
         write_config(folder, **changed)
     kind = getattr(ia3, f"AutoPeftModelFor{name}")
     with pytest.raises(error, match=message):
@@ -323,40 +314,33 @@ def test_what_is_not_there_or_of_another_task(
 # -- new tokens ------------------------------------------------------------------------------------
 
 
-def tokenizer(words: int) -> hf.PreTrainedTokenizerFast:
-    own = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w1"))
-    own.pre_tokenizer = pre_tokenizers.Whitespace()
-    return hf.PreTrainedTokenizerFast(tokenizer_object=own, pad_token="w0", unk_token="w1")
+def tokenizer(words):
+    return word_tokenizer([f"w{i}" for i in range(3, words)])
 
 
-def test_a_tokenizer_with_more_tokens_makes_room_for_them(saved_base: Any, tmp_path: Path) -> None:
-    base = saved_base("CAUSAL_LM")
-    model = get_peft_model(base, IA3Config(task_type="CAUSAL_LM"))
-    model.save_pretrained(tmp_path / "adapter")
-    extended = tokenizer(VOCABULARY)
+@pytest.mark.parametrize("library", [ia3, peft])
+def test_a_tokenizer_with_more_tokens_makes_room_for_them(library, saved_adapter):
+    folder, extended = saved_adapter(), tokenizer(VOCABULARY)
     extended.add_tokens(["new", "newer"])
-    extended.save_pretrained(tmp_path / "adapter")
-    for library in (ia3, peft):
-        again = library.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"))
-        assert again.get_input_embeddings().weight.shape[0] == VOCABULARY + 2
+    extended.save_pretrained(folder)
+    again = library.AutoPeftModelForCausalLM.from_pretrained(str(folder))
+    assert again.get_input_embeddings().weight.shape[0] == VOCABULARY + 2
     ids = extended("w3 newer", return_tensors="pt").input_ids
     assert ids.tolist() == [[3, VOCABULARY + 1]]
     assert again(input_ids=ids).logits.shape[-1] == VOCABULARY + 2
 
 
-def test_a_smaller_tokenizer_changes_nothing(saved_base: Any, tmp_path: Path) -> None:
-    get_peft_model(saved_base("CAUSAL_LM"), IA3Config(task_type="CAUSAL_LM")).save_pretrained(
-        tmp_path / "adapter"
-    )
-    tokenizer(VOCABULARY - 10).save_pretrained(tmp_path / "adapter")
-    again = ia3.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+def test_a_smaller_tokenizer_changes_nothing(saved_adapter):
+    folder = saved_adapter()
+    tokenizer(VOCABULARY - 10).save_pretrained(folder)
+    again = ia3.AutoPeftModelForCausalLM.from_pretrained(folder)
     assert again.get_input_embeddings().weight.shape[0] == VOCABULARY
 
 
 # -- arguments -------------------------------------------------------------------------------------
 
 
-def test_the_signatures_take_pefts_arguments() -> None:
+def test_the_signatures_take_pefts_arguments():
     """What a script may pass to PEFT's functions, it may pass here."""
     for name in (
         "get_peft_model",

@@ -12,7 +12,7 @@ from ia3.tfew.training.trainer import TrainingStep
 
 
 @pytest.fixture
-def every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def every_time(monkeypatch):
     monkeypatch.setattr(console, "SECONDS_A_LINE", 0.0)
 
 
@@ -20,7 +20,7 @@ def _step(step: int, steps: int) -> TrainingStep:
     return TrainingStep(step, steps, loss=1.5, lm=1.0, length_norm=0.25, unlikelihood=0.25)
 
 
-def test_a_log_gets_lines_of_training(every_time: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_gets_lines_of_training(every_time, capsys):
     with training_bar(20) as on_step:
         on_step(_step(7, 20))
         on_step(_step(20, 20))
@@ -30,23 +30,19 @@ def test_a_log_gets_lines_of_training(every_time: None, capsys: pytest.CaptureFi
     assert second.startswith("training 20/20 loss 1.500 ")
 
 
-def test_a_log_gets_lines_of_many_tasks(
-    every_time: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_gets_lines_of_many_tasks(every_time, capsys):
     with training_bar_of_many({"a": 1, "b": 2}) as on_step:
         on_step("a", _step(1, 1))
     assert "1/3 steps, 1 of 2 tasks done" in capsys.readouterr().err
 
 
-def test_a_log_gets_lines_of_counted_examples(
-    every_time: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_gets_lines_of_counted_examples(every_time, capsys):
     with counting_bar("predicting", 200) as advance:
         advance(32)
     assert capsys.readouterr().err.startswith("predicting  32/200 ")
 
 
-def test_short_work_says_nothing_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_work_says_nothing_in_a_log(capsys):
     with counting_bar("predicting", 200) as advance:
         advance(200)
     assert capsys.readouterr().err == ""

@@ -31,6 +31,7 @@ for arguments in json.loads(sys.argv[1]):
         code = end.code or 0
     for stream in (sys.stdout, sys.stderr):
         print(f"\\0{code}", file=stream, end="\\0", flush=True)
+print(*sys.modules)
 """
 
 
@@ -40,6 +41,7 @@ class Place:
     def __init__(self, folder: Path, model: Path | None = None) -> None:
         self.folder = folder
         self.model = model
+        self.loaded: set[str] = set()
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         self.environment = {
@@ -67,12 +69,16 @@ class Place:
         )
 
     def run_all(self, *commands: tuple[Any, ...], **environment: str) -> list[Done]:
-        """Run several commands in one process, and tell what each of them said."""
+        """Run several commands in one process, and tell what each of them said.
+
+        What of `HEAVY` the process has loaded is left in `loaded`.
+        """
         arguments = [list(map(str, command)) for command in commands]
         python = [sys.executable, "-c", _ONE_AFTER_THE_OTHER]
         done = self.run(json.dumps(arguments), under=python, **environment)
         said, remarks = (stream.split("\0") for stream in (done.stdout, done.stderr))
         assert len(said) == len(remarks) == 2 * len(commands) + 1, done.stderr
+        self.loaded = {*HEAVY} & {*said[-1].split()}
         return [
             Done(command, int(said[2 * i + 1]), said[2 * i], remarks[2 * i])
             for i, command in enumerate(commands)

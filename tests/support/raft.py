@@ -10,15 +10,8 @@ from pathlib import Path
 from typing import Any
 
 ADE = ["ADE-related", "not ADE-related"]
-
-
 COLUMN = {"ade_corpus_v2": "Sentence", "one_stop_english": "Article", "banking_77": "Query"}
-
-
-WORDS = [
-    *("rash", "after", "aspirin", "was", "seen", "no", "drug", "given", "fever"),
-    *("cat", "mat"),
-]
+WORDS = ["rash", "after", "aspirin", "was", "seen", "no", "drug", "given", "fever", "cat", "mat"]
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -34,15 +27,9 @@ def write_task(
     test: Sequence[str],
 ) -> Path:
     """A task in the benchmark's form, from pairs of text and label, and texts."""
-    column = COLUMN[name]
-    path = folder / name
+    column, path = COLUMN[name], folder / name
     path.mkdir(parents=True)
-    described = {
-        "name": name,
-        "description": "",
-        "data_columns": [column, "ID"],
-        "label_columns": {"Label": list(labels)},
-    }
+    described = {"data_columns": [column, "ID"], "label_columns": {"Label": list(labels)}}
     (path / "task.json").write_text(json.dumps(described), "utf-8")
     rows = [(text, label, number) for number, (text, label) in enumerate(train)]
     write_csv(path / "train.csv", (column, "Label", "ID"), rows)

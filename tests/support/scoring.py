@@ -25,24 +25,16 @@ from transformers import (
 
 from ia3.base.loading import BaseModel
 from ia3.tfew.prompts.encoding import EncodedExample
-from support.tfew import VOCABULARY, plain_token_scores, random_base
+from support.tfew import T5, VOCABULARY, plain_token_scores, random_base
 
 WIDTH = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
 
-
+GPT = {"vocab_size": VOCABULARY, "initializer_range": 0.2}
 LLAMA = {**WIDTH, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.2}
-
 
 SHARING = {
     "llama": LlamaConfig(**LLAMA, num_key_value_heads=2, max_position_embeddings=512),
-    "gpt2": GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=512,
-        initializer_range=0.2,
-    ),
+    "gpt2": GPT2Config(**GPT, n_embd=32, n_layer=2, n_head=4, n_positions=512),
     "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2),
     "gpt_neox": GPTNeoXConfig(**LLAMA, max_position_embeddings=512),
     "opt": OPTConfig(
@@ -50,15 +42,11 @@ SHARING = {
     ),
 }
 
-
 NOT_SHARING = {
-    "bloom": BloomConfig(
-        vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2
-    ),
+    "bloom": BloomConfig(**GPT, hidden_size=32, n_layer=2, n_head=4),
     "falcon-alibi": FalconConfig(**WIDTH, num_attention_heads=4, alibi=True, initializer_range=0.2),
     "mamba": MambaConfig(**WIDTH, state_size=8, initializer_range=0.2),
 }
-
 
 # Share short prompts; beyond the window each choice needs a row of its own.
 WINDOWED = {
@@ -72,34 +60,25 @@ WINDOWED = {
     ),
     # Its window lies over places in the sequence, which sharing changes.
     "gpt_neo": GPTNeoConfig(
-        vocab_size=VOCABULARY,
+        **GPT,
         hidden_size=32,
         num_layers=2,
         num_heads=4,
         attention_types=[[["global", "local"], 1]],
         window_size=16,
         max_position_embeddings=512,
-        initializer_range=0.2,
     ),
 }
 
-
 ENCODER_DECODER = {
-    "t5": T5Config(
-        vocab_size=VOCABULARY,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-    ),
+    "t5": T5Config(**T5),
     "bart": BartConfig(
         vocab_size=VOCABULARY,
         d_model=32,
         encoder_ffn_dim=48,
         decoder_ffn_dim=48,
         encoder_layers=2,
+        dropout=0.0,
         decoder_layers=2,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
@@ -113,9 +92,7 @@ ENCODER_DECODER = {
     ),
 }
 
-
 ALL = {**SHARING, **NOT_SHARING, **WINDOWED, **ENCODER_DECODER}
-
 
 bases: dict[str, BaseModel] = {}
 

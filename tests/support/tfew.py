@@ -28,13 +28,9 @@ VOCABULARY = 97
 
 def child_environment() -> dict[str, str]:
     """For another process that imports these modules and computes to the same bits."""
-    paths = [str(TESTS), *sys.path]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        # Sums of more threads are rounded otherwise.
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
+    paths = os.pathsep.join(filter(None, [str(TESTS), *sys.path]))
+    # Sums of more threads are rounded otherwise.
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def word_tokenizer(words: Sequence[str] = (), *, end: bool = False) -> PreTrainedTokenizerFast:
@@ -82,19 +78,13 @@ def tiny_llama(seed: int = 0, vocabulary: int = VOCABULARY, **settings: object) 
     return random_model(config, seed)
 
 
+T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
+T5 |= {"num_heads": 4, "decoder_start_token_id": 0, "dropout_rate": 0.0}
+
+
 def tiny_t5(seed: int = 0, vocabulary: int = VOCABULARY) -> nn.Module:
     """Two layers on either side, 32 wide."""
-    config = T5Config(
-        vocab_size=vocabulary,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-    )
-    return random_model(config, seed)
+    return random_model(T5Config(**{**T5, "vocab_size": vocabulary}), seed)
 
 
 def plain_token_scores(base: BaseModel, example: EncodedExample) -> list[Tensor]:

@@ -31,9 +31,7 @@ PATHS = st.lists(st.lists(PARTS, min_size=1, max_size=4).map(".".join), min_size
 
 @given(paths=PATHS, data=st.data())
 @settings(deadline=None, max_examples=150)
-def test_entries_select_exactly_the_names_and_none_can_be_spared(
-    paths: list[str], data: st.DataObject
-) -> None:
+def test_entries_select_exactly_the_names_and_none_can_be_spared(paths, data):
     model = tree(paths)
     everything = [name for name, _ in model.named_modules() if name]
     wanted = data.draw(st.lists(st.sampled_from(everything), min_size=1, unique=True))
@@ -60,12 +58,12 @@ def test_entries_select_exactly_the_names_and_none_can_be_spared(
     assert not any(matches_feedforward(name, found) for name in apart)
 
 
-def test_entry_of_a_name_that_is_not_there() -> None:
+def test_entry_of_a_name_that_is_not_there():
     with pytest.raises(IA3Error, match=r"'q_proj' of Module .*regular expression"):
         names_or_suffixes(tree(["layers.0.k_proj"]), ["q_proj"])
 
 
-def test_feedforward_entry_is_no_end_of_another_targets_name() -> None:
+def test_feedforward_entry_is_no_end_of_another_targets_name():
     """PEFT's rule for feed-forward modules has no dot: `o` would be the end of `wo` too."""
     model = tree(["layer.o", "layer.wo"])
     assert names_or_suffixes(model, ["layer.o"]) == ["o"]

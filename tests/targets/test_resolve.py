@@ -8,21 +8,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import MakeModel
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as PEFT_FEEDFORWARD,
 )
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as PEFT_TARGETS,
-)
-from support.snapshots import hooks_on
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from support.pairs import vectors
+from support.snapshots import assert_unchanged, snapshot
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import BertConfig, BertForSequenceClassification
 
 from ia3 import IA3Config, IA3Error, IA3Model
 from ia3.targets.architectures import ARCHITECTURES
@@ -30,28 +23,15 @@ from ia3.targets.architectures import ARCHITECTURES
 
 def ours(model: nn.Module, **config: Any) -> dict[str, tuple[int, ...]]:
     """Module name -> shape of its vector."""
-    vectors = IA3Model(model, IA3Config(**config)).vectors("default")
-    return {name: tuple(vector.shape) for name, vector in vectors.items()}
+    found = vectors(IA3Model(model, IA3Config(**config)))
+    return {name: tuple(vector.shape) for name, vector in found.items()}
 
 
 def theirs(model: nn.Module, **config: Any) -> dict[str, tuple[int, ...]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Conv1D and fan_in_fan_out
         peft_model = peft.get_peft_model(model, peft.IA3Config(**config))
-    return {
-        name.removeprefix("base_model.model.").split(".ia3_l.")[0]: tuple(parameter.shape)
-        for name, parameter in peft_model.named_parameters()
-        if ".ia3_l." in name
-    }
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    return {
-        "keys": list(model.state_dict()),
-        "modules": [(name, id(module)) for name, module in model.named_modules()],
-        "hooks": [hooks_on(module) for module in model.modules()],
-        "trained": [parameter.requires_grad for parameter in model.parameters()],
-    }
+    return {name: tuple(vector.shape) for name, vector in vectors(peft_model).items()}
 
 
 CHOICES: list[tuple[str, dict[str, Any]]] = [
@@ -66,8 +46,7 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("t5", {"target_modules": ["SelfAttention.q", "o"], "feedforward_modules": []}),
     # the feed-forward modules not given
     ("llama", {"target_modules": ["k_proj"]}),
-    ("llama", {"target_modules": ["mlp.down_proj", "v_proj"]}),
-    ("llama", {"target_modules": ["model.layers.0.mlp.down_proj"]}),
+    ("llama", {"target_modules": ["model.layers.0.mlp.down_proj", "v_proj"]}),
     ("gpt2", {"target_modules": ["c_proj"]}),
     ("t5", {"target_modules": ["DenseReluDense.wo", "wi_1"]}),
     # a feed-forward entry that is the end of other targets' names
@@ -76,13 +55,7 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": r".*\.(k_proj|v_proj)", "feedforward_modules": []}),
     ("llama", {"target_modules": r".*_proj"}),
     ("llama", {"target_modules": r".*layers\.1\..*_proj", "feedforward_modules": r".*down_proj"}),
-    (
-        "t5",
-        {
-            "target_modules": r".*decoder.*(SelfAttention|EncDecAttention)\.(k|v)$",
-            "feedforward_modules": [],
-        },
-    ),
+    ("t5", {"target_modules": r".*decoder.*EncDecAttention\.(k|v)$", "feedforward_modules": []}),
     # every linear layer
     ("llama", {"target_modules": "all-linear"}),
     ("gpt2", {"target_modules": "all-linear"}),
@@ -96,23 +69,15 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "config"), CHOICES)
-def test_same_modules_and_shapes_as_peft(
-    make_model: MakeModel, kind: str, config: dict[str, Any]
-) -> None:
+def test_same_modules_and_shapes_as_peft(make_model, kind, config):
     expected = theirs(make_model(kind), **config)
     assert expected
     assert ours(make_model(kind), **config) == expected
 
 
-def test_all_linear_leaves_out_a_classifier() -> None:
-    config = BertConfig(
-        vocab_size=32,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        num_labels=3,
-    )
+def test_all_linear_leaves_out_a_classifier():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_labels": 3}
+    config = BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
     choice: dict[str, Any] = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
     found = ours(BertForSequenceClassification(config), **choice)
     # PEFT trains the classifier itself in full; what it rescales is the same.
@@ -120,12 +85,12 @@ def test_all_linear_leaves_out_a_classifier() -> None:
     assert "classifier" not in found
 
 
-def test_defaults_are_pefts() -> None:
+def test_defaults_are_pefts():
     assert {kind: list(targets) for kind, (targets, _) in ARCHITECTURES.items()} == PEFT_TARGETS
     assert {kind: list(ff) for kind, (_, ff) in ARCHITECTURES.items()} == PEFT_FEEDFORWARD
 
 
-def test_defaults_are_written_into_the_adapters_config(tiny_t5: PreTrainedModel) -> None:
+def test_defaults_are_written_into_the_adapters_config(tiny_t5):
     config = IA3Config()
     filled = IA3Model(tiny_t5, config).peft_config["default"]
     assert filled.target_modules == {"k", "v", "wo"}
@@ -134,77 +99,55 @@ def test_defaults_are_written_into_the_adapters_config(tiny_t5: PreTrainedModel)
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "message"),
+    ("config", "message"),
     [
         (
-            "t5",
-            {"target_modules": ["k", "v", "w0"], "feedforward_modules": ["w0"]},
-            "module 'w0' matches nothing in T5ForConditionalGeneration; did you mean 'w",
-        ),
-        (
-            "t5",
-            {"target_modules": ["k", "v", "w_o"]},
-            "module 'w_o' matches nothing in T5ForConditionalGeneration; did you mean 'wo'?",
-        ),
-        (
-            "llama",
             {"target_modules": ["k_proj", "vproj"]},
             "module 'vproj' matches nothing in LlamaForCausalLM; did you mean 'v_proj'?",
         ),
         (
-            "llama",
             {"target_modules": r".*_proj", "feedforward_modules": ["down_prj"]},
             "feedforward_modules: module 'down_prj' matches nothing in LlamaForCausalLM; "
             "did you mean 'down_proj'?",
         ),
         (
-            "llama",
             {"exclude_modules": ["lm_haed"]},
             "exclude_modules: module 'lm_haed' matches nothing in LlamaForCausalLM; "
             "did you mean 'lm_head'?",
         ),
-        ("llama", {"target_modules": r"k_proj"}, "'k_proj' matches no whole name in LlamaForCausa"),
-        ("llama", {"target_modules": r".*(k_proj"}, "not a regular expression: missing ), unterm"),
-        ("llama", {"feedforward_modules": r"*"}, "feedforward_modules '*' is not a regular expr"),
-        ("llama", {"exclude_modules": r"["}, "exclude_modules '[' is not a regular expression"),
-        ("llama", {"exclude_modules": r".*_proj"}, "no module of LlamaForCausalLM is left"),
+        ({"target_modules": r"k_proj"}, "'k_proj' matches no whole name in LlamaForCausalLM"),
+        ({"exclude_modules": r".*_proj"}, "no module of LlamaForCausalLM is left"),
         (
-            "llama",
             {"target_modules": ["mlp"]},
             "'model.layers.0.mlp' is a LlamaMLP, whose output cannot be rescaled: expected Linear",
         ),
         (
-            "llama",
             {"target_modules": ["embed_tokens"], "feedforward_modules": ["embed_tokens"]},
             "is a Embedding, whose input cannot be rescaled",
         ),
         (
-            "llama",
             {"modules_to_save": ["lm_heat"]},
             "module 'lm_heat' matches nothing in LlamaForCausalLM; did you mean 'lm_head'",
         ),
-        ("llama", {"modules_to_save": ["mlp", "gate_proj"]}, "is saved whole"),
+        ({"modules_to_save": ["mlp", "gate_proj"]}, "is saved whole"),
     ],
 )
-def test_errors_say_what_is_wrong_and_leave_the_model_alone(
-    make_model: MakeModel, kind: str, config: dict[str, Any], message: str
-) -> None:
-    model = make_model(kind)
-    before = snapshot(model)
+def test_errors_say_what_is_wrong_and_leave_the_model_alone(tiny_llama, config, message):
+    before = snapshot(tiny_llama)
     with pytest.raises(IA3Error) as error:
-        IA3Model(model, IA3Config(**config))
+        IA3Model(tiny_llama, IA3Config(**config))
     assert message in str(error.value)
-    assert snapshot(model) == before
+    assert_unchanged(tiny_llama, before)
 
 
-def test_unknown_model_type_gets_the_papers_sites(tiny_llama: LlamaForCausalLM) -> None:
+def test_unknown_model_type_gets_the_papers_sites(tiny_llama):
     tiny_llama.config.model_type = "camel"
     config = IA3Model(tiny_llama, IA3Config()).peft_config["default"]
     assert config.target_modules == {"k_proj", "v_proj", "down_proj"}
     assert config.feedforward_modules == {"down_proj"}
 
 
-def test_model_without_a_config() -> None:
+def test_model_without_a_config():
     """Any torch module will do once the targets are named."""
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(IA3Error, match="no default target_modules"):
@@ -222,14 +165,16 @@ def test_model_without_a_config() -> None:
         ({"target_modules": 5}, "target_modules is 5"),
         ({"exclude_modules": ["a", 1]}, "exclude_modules is"),
         ({"peft_type": "LORA"}, "peft_type is 'LORA', expected 'IA3'"),
+        ({"target_modules": r".*(k_proj"}, r"not a regular expression: missing \), unterm"),
+        ({"feedforward_modules": "*"}, r"feedforward_modules '\*' is not a regular expression"),
     ],
 )
-def test_configs_that_make_no_sense(config: dict[str, Any], message: str) -> None:
+def test_configs_that_make_no_sense(config, message):
     with pytest.raises(IA3Error, match=message):
         IA3Config(**config)
 
 
-def test_a_second_adapter_that_does_not_fit_changes_nothing(tiny_llama: PreTrainedModel) -> None:
+def test_a_second_adapter_that_does_not_fit_changes_nothing(tiny_llama):
     model = IA3Model(tiny_llama, IA3Config())
     before = snapshot(tiny_llama)
     with pytest.raises(IA3Error, match=r"rescales its output.*its input"):
@@ -243,11 +188,11 @@ def test_a_second_adapter_that_does_not_fit_changes_nothing(tiny_llama: PreTrain
             model.add_adapter(name, IA3Config())
     with pytest.raises(IA3Error, match="has no vector for"):
         model.add_adapter("b", IA3Config(), {"model.layers.0.self_attn.k_proj": torch.ones(3)})
-    assert snapshot(tiny_llama) == before
+    assert_unchanged(tiny_llama, before)
     assert list(model.peft_config) == ["default"]
 
 
-def test_vectors_on_the_model_are_never_targets(tiny_llama: PreTrainedModel) -> None:
+def test_vectors_on_the_model_are_never_targets(tiny_llama):
     """An expression that also matches the names of the first adapter's own modules."""
     config = IA3Config(target_modules=r".*self_attn\.k_proj.*", feedforward_modules=[])
     model = IA3Model(tiny_llama, config)
@@ -259,9 +204,9 @@ def test_vectors_on_the_model_are_never_targets(tiny_llama: PreTrainedModel) -> 
         model.add_adapter("fourth", IA3Config(target_modules=["k_prj"]))
 
 
-def test_two_sets_of_adapters_on_one_model(tiny_llama: PreTrainedModel) -> None:
+def test_two_sets_of_adapters_on_one_model(tiny_llama):
     IA3Model(tiny_llama, IA3Config())
     before = snapshot(tiny_llama)
     with pytest.raises(IA3Error, match=r"has adapters already.*add_adapter"):
         IA3Model(tiny_llama, IA3Config())
-    assert snapshot(tiny_llama) == before
+    assert_unchanged(tiny_llama, before)

@@ -15,21 +15,22 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from support.pairs import vectors
 from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
-from ia3 import IA3Error
-from ia3.core.activations import activation_of
+from ia3 import IA3Config, IA3Error
 from ia3.core.names import Target
-from ia3.targets.matching import matches, names_or_suffixes
+from ia3.targets.matching import matches
+from ia3.targets.resolve import resolve
 from ia3.targets.structure import feedforward_targets, paper_targets
 
 HIDDEN, INNER, HEADS, HEAD_DIM = 32, 48, 4, 8
 VOCABULARY, TOKENS = 40, 5
 
 Row = tuple[str, str, int, tuple[tuple[int, int], ...]]
-Inputs = Callable[[], dict[str, Tensor]]
+Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,29 +44,13 @@ class Case:
     seen_too: str = ""
 
 
-def ids() -> Tensor:
-    return torch.tensor([[7, 3, 21, 14, 9]])
-
-
-def text() -> dict[str, Tensor]:
-    return {"input_ids": ids()}
-
-
-def text_to_text() -> dict[str, Tensor]:
-    return {"input_ids": ids(), "decoder_input_ids": ids() + 1}
-
-
-def images() -> dict[str, Tensor]:
-    return {"pixel_values": torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8).sin()}
-
-
-def texts_and_images() -> dict[str, Tensor]:
-    return {**text(), **images()}
-
-
-def speech_to_text() -> dict[str, Tensor]:
-    features = torch.linspace(-9, 9, 8 * 12).reshape(1, 8, 12).sin()
-    return {"input_features": features, "decoder_input_ids": ids()}
+IDS = torch.tensor([[7, 3, 21, 14, 9]])
+TEXT = {"input_ids": IDS}
+TEXT_TO_TEXT = {**TEXT, "decoder_input_ids": IDS + 1}
+IMAGES = {"pixel_values": torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8).sin()}
+SPEECH = torch.linspace(-9, 9, 8 * 12).reshape(1, 8, 12).sin()
+SPEECH_TO_TEXT = {"input_features": SPEECH, "decoder_input_ids": IDS}
+WITH_ENCODER = {**TEXT, "encoder_hidden_states": torch.linspace(-1, 1, 192).reshape(1, 6, 32)}
 
 
 def made(model: str, config: str, layers: str = "num_hidden_layers", **fixed: Any) -> Any:
@@ -163,10 +148,10 @@ H = "transformer.h.#"
 def t5(name: str) -> Case:
     layers = "num_layers num_decoder_layers"
     build = made(f"{name}ForConditionalGeneration", f"{name}Config", layers, **T5)
-    return Case(build, T5_SITES, text_to_text)
+    return Case(build, T5_SITES, TEXT_TO_TEXT)
 
 
-def bart(model: str, config: str, inputs: Inputs = text_to_text, **own: Any) -> Case:
+def bart(model: str, config: str, inputs: Inputs = TEXT_TO_TEXT, **own: Any) -> Case:
     build = made(model, config, "encoder_layers decoder_layers", **BART, **own)
     return Case(build, BART_SITES, inputs)
 
@@ -181,7 +166,7 @@ def causal(
     **own: Any,
 ) -> Case:
     build = made(f"{name}{suffix}", f"{name}Config", layers, **{**usual, **own})
-    return Case(build, sites, text, seen_too)
+    return Case(build, sites, TEXT, seen_too)
 
 
 def gpt2_like(name: str, sites: Sequence[Row], **own: Any) -> Case:
@@ -241,10 +226,6 @@ def switch_transformers(layers: int) -> nn.Module:
     return hf.SwitchTransformersForConditionalGeneration(config)
 
 
-def with_encoder() -> dict[str, Tensor]:
-    return {**text(), "encoder_hidden_states": torch.linspace(-1, 1, 192).reshape(1, 6, 32)}
-
-
 WHISPER_POSITIONS = {"max_source_positions": 6, "max_target_positions": 16}
 XLM = {"n_words": VOCABULARY, "emb_dim": HIDDEN, "n_heads": HEADS}
 ALBERT = "albert.encoder.albert_layer_groups.0.albert_layers.0"
@@ -258,7 +239,7 @@ CASES: dict[str, Case] = {
     "marian": bart("MarianMTModel", "MarianConfig", max_position_embeddings=16),
     "pegasus": bart("PegasusForConditionalGeneration", "PegasusConfig", max_position_embeddings=16),
     "whisper": bart(
-        "WhisperForConditionalGeneration", "WhisperConfig", speech_to_text, num_mel_bins=8,
+        "WhisperForConditionalGeneration", "WhisperConfig", SPEECH_TO_TEXT, num_mel_bins=8,
         suppress_tokens=[], begin_suppress_tokens=[], **WHISPER_POSITIONS,
     ),
     # -- fused projections
@@ -268,7 +249,7 @@ CASES: dict[str, Case] = {
             fused(f"{H}.attn.c_attn", 96, THIRD), fused(f"{H}.crossattention.c_attn", 64),
             inner(f"{H}.mlp.c_proj"),
         ], add_cross_attention=True),
-        inputs=with_encoder,
+        inputs=WITH_ENCODER,
     ),
     "gpt_bigcode multi-query": gpt_bigcode([THIRD], 48, multi_query=True),
     "gpt_bigcode multi-head": gpt_bigcode(PER_HEAD, 96, multi_query=False),
@@ -310,13 +291,13 @@ CASES: dict[str, Case] = {
         fused("model.layers.#.linear_attn.in_proj_qkvz", 64, (0, 8), (24, 32), (32, 40), (56, 64)),
         experts("model.layers.#.mlp.experts", 12),
         inner("model.layers.#.mlp.shared_expert.down_proj", 20),
-    ], text, seen_too="in_proj_ba"),  # how much a token is written and how much is forgotten
+    ], TEXT, seen_too="in_proj_ba"),  # how much a token is written and how much is forgotten
     # -- keys and values apart
     "gptj": gpt2_like(
         "GPTJ", [*key_value(f"{H}.attn", HIDDEN), inner(f"{H}.mlp.fc_out")], rotary_dim=4
     ),
     "gpt_neo": Case(
-        gpt_neo, [*key_value(f"{H}.attn.attention", HIDDEN), inner(f"{H}.mlp.c_proj")], text
+        gpt_neo, [*key_value(f"{H}.attn.attention", HIDDEN), inner(f"{H}.mlp.c_proj")], TEXT
     ),
     "opt": causal("OPT", [
         *key_value("model.decoder.layers.#.self_attn", HIDDEN), inner("model.decoder.layers.#.fc2"),
@@ -326,7 +307,7 @@ CASES: dict[str, Case] = {
         for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2")
     },
     "gemma3_text": Case(
-        made("Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED), llama_like(), text
+        made("Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED), llama_like(), TEXT
     ),
     "phi": causal("Phi", llama_like(HIDDEN, "mlp.fc2")),
     "olmo2": causal("Olmo2", llama_like(), num_key_value_heads=2),
@@ -354,7 +335,7 @@ CASES: dict[str, Case] = {
             for layer in ("encoder.block.#.layer.1", "decoder.block.#.layer.2")
             for expert in (0, 1)
         ),
-    ], text_to_text),
+    ], TEXT_TO_TEXT),
     # Keys of 4 values without and 2 with positions, values of 6, of 4 heads.
     "deepseek_v3": causal("DeepseekV3", [
         fused("model.layers.#.self_attn.kv_a_proj_with_mqa", 18, (0, 16)),
@@ -384,7 +365,7 @@ CASES: dict[str, Case] = {
     "vit": Case(
         made("ViTForImageClassification", "ViTConfig", **VISION, **TOWER),
         [*key_value("vit.layers.#.attention", HIDDEN), inner("vit.layers.#.mlp.fc2")],
-        images,
+        IMAGES,
     ),
     "clip": Case(clip, [
         row
@@ -393,13 +374,13 @@ CASES: dict[str, Case] = {
             *key_value(f"{tower}.encoder.layers.#.self_attn", HIDDEN),
             inner(f"{tower}.encoder.layers.#.mlp.fc2"),
         )
-    ], texts_and_images),
+    ], {**TEXT, **IMAGES}),
 }
 # fmt: on
 
 
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> Case:
+def case(request):
     return CASES[request.param]
 
 
@@ -413,39 +394,19 @@ def small(build: Callable[[int], nn.Module], layers: int) -> nn.Module:
     return model
 
 
-def found(model: nn.Module) -> list[Row]:
-    rows = []
-    for target in paper_targets(model):
-        activation = activation_of(model.get_submodule(target.name), target.side)
-        assert activation is not None
-        rows.append((target.name, target.side, activation.dim, target.frozen))
-    return rows
-
-
-def test_sites(case: Case) -> None:
+def test_sites(case):
     expected = {
         (name.replace("#", layer), *row) for name, *row in case.sites for layer in ("0", "1")
     }
-    rows = found(case.build(2))
-    assert set(rows) == expected
-    assert len(rows) == len(expected)
-
-
-def test_order_and_feedforward_part(case: Case) -> None:
     model = case.build(2)
-    order = [name for name, _ in model.named_modules()]
     targets = paper_targets(model)
-    assert [target.name for target in targets] == sorted(
-        (target.name for target in targets), key=order.index
-    )
-    feedforward = [
-        target
-        for target in targets
-        if target.why in ("feed-forward inner activation", "experts' inner activation")
-    ]
-    assert feedforward_targets(model) == feedforward
-    assert {target.side for target in feedforward} <= {"input", "inner"}
-    assert {target.side for target in targets if target not in feedforward} == {"output"}
+    found = [(t.name, t.side, t.activation.dim, t.frozen) for t in targets]
+    assert set(found) == expected
+    assert len(found) == len(expected)
+    order = [name for name, _ in model.named_modules()]
+    assert [name for name, *_ in found] == sorted((row[0] for row in found), key=order.index)
+    assert feedforward_targets(model) == [t for t in targets if t.side != "output"]
+    assert all(("inner activation" in t.why) == (t.side != "output") for t in targets)
 
 
 # -- the oracle ------------------------------------------------------------------------------------
@@ -486,32 +447,26 @@ def seen_by_others(
     for handle in handles:
         handle.remove()
     last = result[0][0, -1]
-    assert last.dim() == 1
     looked_at = (last * torch.linspace(-1, 1, len(last), dtype=last.dtype).cos()).sum()
-    names = list(outputs)
     assert all(len(calls) == 1 for calls in outputs.values())
-    gradients = torch.autograd.grad(
-        looked_at, [outputs[name][0] for name in names], allow_unused=True
-    )
-    influence = {}
-    for name, gradient in zip(names, gradients, strict=True):
-        assert gradient is not None, name
-        influence[name] = gradient.reshape(-1, gradient.shape[-1])[:-1].abs().amax(0)
-    return influence
+    # Of a layer that the last token does not depend on at all, this raises.
+    gradients = torch.autograd.grad(looked_at, [calls[0] for calls in outputs.values()])
+    return {
+        name: gradient.reshape(-1, gradient.shape[-1])[:-1].abs().amax(0)
+        for name, gradient in zip(outputs, gradients, strict=True)
+    }
 
 
-def test_other_tokens_see_keys_and_values_and_nothing_else(case: Case) -> None:
+def test_other_tokens_see_keys_and_values_and_nothing_else(case):
     model = small(case.build, 1)
     outputs = {t.name: t for t in paper_targets(model) if t.side == "output"}
     looked_at = set()
-    for part, inputs in views(model, case.inputs()):
+    for part, inputs in views(model, case.inputs):
         for name, influence in seen_by_others(model, part, inputs).items():
             looked_at.add(name)
-            stays = torch.ones(len(influence), dtype=torch.bool)
-            if name in outputs:
-                stays[:] = False
-                for start, end in outputs[name].frozen:
-                    stays[start:end] = True
+            stays = torch.full([len(influence)], name not in outputs)
+            for start, end in outputs[name].frozen if name in outputs else ():
+                stays[start:end] = True
             assert (influence[~stays] > 0).all(), name
             if not (case.seen_too and case.seen_too in name):
                 assert (influence[stays] == 0).all(), name
@@ -541,9 +496,7 @@ def names(targets: Sequence[Target]) -> set[str]:
         ("BertForQuestionAnswering", "BertConfig", USUAL, {"qa_outputs"}),
     ],
 )
-def test_a_head_changes_nothing(
-    model: str, config: str, own: dict[str, Any], heads: set[str]
-) -> None:
+def test_a_head_changes_nothing(model, config, own, heads):
     headed = made(model, config, **own)(1)
     assert heads <= {name for name, _ in headed.named_modules()}
     prefix = f"{headed.base_model_prefix}."
@@ -587,53 +540,40 @@ def deepseek_v32() -> nn.Module:
         (
             llava,
             ["model.multi_modal_projector.linear_2", "head.attention"],
-            [
-                f"model.{layer}.{name}"
-                for layer, down in (
-                    ("vision_tower.encoder.layers.0", "mlp.fc2"),
-                    ("language_model.layers.0", "mlp.down_proj"),
-                )
-                for name in ("self_attn.k_proj", "self_attn.v_proj", down)
-            ],
+            {
+                "model.vision_tower.encoder.layers.0": "self_attn.k_proj self_attn.v_proj mlp.fc2",
+                "model.language_model.layers.0": "self_attn.k_proj self_attn.v_proj mlp.down_proj",
+            },
         ),
         # Mamba's layers project to twice their inner size and back, as a gated layer does.
         (
             jamba,
             ["model.layers.0.mamba.in_proj", "model.layers.0.mamba.out_proj"],
-            [
-                "model.layers.0.feed_forward.down_proj",
-                "model.layers.1.self_attn.k_proj",
-                "model.layers.1.self_attn.v_proj",
-                "model.layers.1.feed_forward.experts",
-            ],
+            {
+                "model.layers.0": "feed_forward.down_proj",
+                "model.layers.1": "self_attn.k_proj self_attn.v_proj feed_forward.experts",
+            },
         ),
         # A bottleneck adapter.
         (
             xmod,
             ["adapter_modules.en_XX.dense2"],
-            [
-                f"encoder.layer.0.{name}"
-                for name in ("attention.self.key", "attention.self.value", "output.dense")
-            ],
+            {"encoder.layer.0": "attention.self.key attention.self.value output.dense"},
         ),
         # DeepSeek's indexer has keys, by which it picks tokens; they are not attended to.
         (
             deepseek_v32,
             ["indexer.wk"],
-            [
-                f"layers.0.{name}"
-                for name in ("self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj", "mlp.down_proj")
-            ],
+            {"layers.0": "self_attn.kv_a_proj_with_mqa self_attn.kv_b_proj mlp.down_proj"},
         ),
     ],
 )
-def test_what_looks_like_attention_or_a_feedforward_layer_is_left_out(
-    build: Callable[[], nn.Module], left_out: list[str], expected: list[str]
-) -> None:
+def test_what_looks_like_attention_or_a_feedforward_layer_is_left_out(build, left_out, expected):
     model = build()
     for part in left_out:
         assert any(part in name for name, _ in model.named_modules())
-    assert names(paper_targets(model)) == set(expected)
+    found = {f"{layer}.{name}" for layer, line in expected.items() for name in line.split()}
+    assert names(paper_targets(model)) == found
 
 
 # -- models that transformers does not have --------------------------------------------------------
@@ -655,20 +595,16 @@ class Separate(nn.Module):
             self.add_module(name, nn.Linear(HIDDEN, HIDDEN))
 
 
-class CausalSelfAttention(nn.Module):
+class CausalSelfAttention(nn.ModuleDict):
     def __init__(self) -> None:
-        super().__init__()
-        self.c_attn = nn.Linear(HIDDEN, 3 * HIDDEN)
-        self.c_proj = nn.Linear(HIDDEN, HIDDEN)
+        projections = {"c_attn": nn.Linear(HIDDEN, 3 * HIDDEN), "c_proj": nn.Linear(HIDDEN, HIDDEN)}
+        super().__init__(projections)
 
 
-class GatedLayer(nn.Module):
+def gated_layer() -> nn.Module:
     """No usual names: told by its sizes alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = nn.Linear(HIDDEN, INNER), nn.Linear(HIDDEN, INNER)
-        self.back = nn.Linear(INNER, HIDDEN)
+    ups = {"left": nn.Linear(HIDDEN, INNER), "right": nn.Linear(HIDDEN, INNER)}
+    return nn.ModuleDict({**ups, "back": nn.Linear(INNER, HIDDEN)})
 
 
 def plain_layer() -> nn.Module:
@@ -680,6 +616,14 @@ def in_layers(block: Callable[[], nn.Module]) -> nn.Module:
     return nn.ModuleDict({"layers": layers, "projector": plain_layer()})
 
 
+def told(model: nn.Module) -> set[str]:
+    """The sites of a model by `in_layers`, which must be the same in both layers."""
+    found = sorted(names(paper_targets(model)))
+    first = [name.removeprefix("layers.0.") for name in found if name.startswith("layers.0.")]
+    assert found == [f"layers.{layer}.{name}" for layer in (0, 1) for name in first]
+    return set(first)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "query"),
     [
@@ -689,49 +633,37 @@ def in_layers(block: Callable[[], nn.Module]) -> nn.Module:
         ("projKey", "projValue", "projQuery"),
     ],
 )
-def test_own_attention_with_usual_words(key: str, value: str, query: str) -> None:
+def test_own_attention_with_usual_words(key, value, query):
     model = in_layers(lambda: Block(Separate(key, value, query), plain_layer()))
-    assert names(paper_targets(model)) == {
-        f"layers.{layer}.{name}"
-        for layer in (0, 1)
-        for name in (f"mixing.{key}", f"mixing.{value}", "thinking.2")
-    }
+    assert told(model) == {f"mixing.{key}", f"mixing.{value}", "thinking.2"}
 
 
-def test_feedforward_layer_by_its_sizes() -> None:
-    model = in_layers(lambda: Block(Separate(), GatedLayer()))
-    assert {target.name for target in feedforward_targets(model)} == {
-        "layers.0.thinking.back",
-        "layers.1.thinking.back",
-    }
+def test_feedforward_layer_by_its_sizes():
+    model = in_layers(lambda: Block(Separate(), gated_layer()))
+    assert told(model) == {"mixing.to_k", "mixing.to_v", "thinking.back"}
 
 
-def test_one_block_by_itself() -> None:
-    assert names(paper_targets(Block(Separate(), plain_layer()))) == {
-        "mixing.to_k",
-        "mixing.to_v",
-        "thinking.2",
-    }
-
-
-def test_keys_that_serve_as_values() -> None:
-    attention = Separate()
-    attention.to_v = None
-    model = in_layers(lambda: Block(attention, plain_layer()))
-    assert "layers.0.mixing.to_k" in names(paper_targets(model))
-
-
-def test_a_layer_that_several_places_share_is_one_site() -> None:
+def test_one_block_by_itself():
     block = Block(Separate(), plain_layer())
-    model = in_layers(lambda: block)
-    assert names(paper_targets(model)) == {
-        "layers.0.mixing.to_k",
-        "layers.0.mixing.to_v",
-        "layers.0.thinking.2",
-    }
+    assert names(paper_targets(block)) == {"mixing.to_k", "mixing.to_v", "thinking.2"}
 
 
-def test_order_of_a_subclass_is_its_parents() -> None:
+def test_keys_that_serve_as_values():
+    def block() -> nn.Module:
+        attention = Separate()
+        attention.to_v = None
+        return Block(attention, plain_layer())
+
+    assert told(in_layers(block)) == {"mixing.to_k", "thinking.2"}
+
+
+def test_a_layer_that_several_places_share_is_one_site():
+    block = Block(Separate(), plain_layer())
+    expected = {f"layers.0.{name}" for name in ("mixing.to_k", "mixing.to_v", "thinking.2")}
+    assert names(paper_targets(in_layers(lambda: block))) == expected
+
+
+def test_order_of_a_subclass_is_its_parents():
     class Own(GPT2Attention):
         pass
 
@@ -743,16 +675,14 @@ def test_order_of_a_subclass_is_its_parents() -> None:
 # -- errors ----------------------------------------------------------------------------------------
 
 
-class ParallelExperts(nn.Module):
+class ParallelExperts(nn.ParameterDict):
     def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(2, INNER, HIDDEN))
+        super().__init__({"weight": torch.zeros(2, INNER, HIDDEN)})
 
 
 @pytest.mark.parametrize(
     ("attention", "feed_forward", "expected"),
     [
-        # Nothing says in what order it is, whatever other classes of that name do.
         (CausalSelfAttention, plain_layer, "'layers.0.mixing.c_attn'.*order.*CausalSelfAttention"),
         (
             lambda: Separate("query_key", "value", "norm"),
@@ -769,69 +699,38 @@ class ParallelExperts(nn.Module):
         (Separate, ParallelExperts, r"'layers.0.thinking' \(ParallelExperts\) holds experts"),
     ],
 )
-def test_what_cannot_be_told_is_an_error(
-    attention: Callable[[], nn.Module], feed_forward: Callable[[], nn.Module], expected: str
-) -> None:
+def test_what_cannot_be_told_is_an_error(attention, feed_forward, expected):
     model = in_layers(lambda: Block(attention(), feed_forward()))
     with pytest.raises(IA3Error, match=f"{expected}.*target_modules"):
         paper_targets(model)
 
 
-@pytest.mark.parametrize(
-    ("model", "config", "own"),
-    [
-        ("MambaForCausalLM", "MambaConfig", {"state_size": 4, "hidden_size": HIDDEN}),
-        (
-            "RwkvForCausalLM",
-            "RwkvConfig",
-            {"hidden_size": HIDDEN, "attention_hidden_size": HIDDEN, "intermediate_size": INNER},
-        ),
-    ],
-)
-def test_a_model_without_attention_is_an_error(
-    model: str, config: str, own: dict[str, Any]
-) -> None:
-    made_model = made(model, config, vocab_size=VOCABULARY, **own)(2)
-    with pytest.raises(IA3Error, match=f"no attention.*{model}.*target_modules"):
-        paper_targets(made_model)
+@pytest.mark.parametrize("kind", ["Mamba", "Rwkv"])
+def test_a_model_without_attention_is_an_error(kind):
+    sizes = {"hidden_size": HIDDEN, "attention_hidden_size": HIDDEN, "intermediate_size": INNER}
+    model = made(f"{kind}ForCausalLM", f"{kind}Config", vocab_size=VOCABULARY, **sizes)(2)
+    with pytest.raises(IA3Error, match=f"no attention.*{kind}ForCausalLM.*target_modules"):
+        paper_targets(model)
 
 
 # -- names that PEFT reads -------------------------------------------------------------------------
 
 
-def entries(model: nn.Module) -> tuple[list[str], list[str]]:
-    """`target_modules` and `feedforward_modules` of the paper's sites."""
-    targets = paper_targets(model)
-    outputs = [target.name for target in targets if target.side != "input"]
-    inputs = [target.name for target in targets if target.side == "input"]
-    feedforward = names_or_suffixes(model, inputs, apart_from=outputs)
-    return [*names_or_suffixes(model, outputs), *feedforward], feedforward
-
-
-def test_peft_reads_the_entries_as_the_same_sites(case: Case) -> None:
+def test_peft_reads_the_entries_as_the_same_sites(case):
     model = case.build(2)
-    targets = paper_targets(model)
-    chosen, feedforward = entries(model)
+    config, targets = resolve(model, IA3Config(paper_sites=True))
+    chosen, feedforward = config.target_modules, config.feedforward_modules
     if any(target.side == "inner" for target in targets):
         # PEFT has no layer for experts, but matches names alike.
         everything = [name for name, _ in model.named_modules()]
         assert {name for name in everything if matches(name, chosen)} == names(targets)
         return
-    expected = {
-        target.name: tuple(activation.shape)
-        for target in targets
-        if (activation := activation_of(model.get_submodule(target.name), target.side))
-    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Conv1D and fan_in_fan_out
-        adapted = peft.get_peft_model(
-            model, peft.IA3Config(target_modules=chosen, feedforward_modules=feedforward)
-        )
-    assert {
-        name.removeprefix("base_model.model.").split(".ia3_l.")[0]: tuple(parameter.shape)
-        for name, parameter in adapted.named_parameters()
-        if ".ia3_l." in name
-    } == expected
+        theirs = peft.IA3Config(target_modules=chosen, feedforward_modules=feedforward)
+        adapted = vectors(peft.get_peft_model(model, theirs))
+    found = {name: tuple(vector.shape) for name, vector in adapted.items()}
+    assert found == {target.name: target.activation.shape for target in targets}
 
 
 @pytest.mark.parametrize(
@@ -845,6 +744,6 @@ def test_peft_reads_the_entries_as_the_same_sites(case: Case) -> None:
         ("mixtral", ["experts", "k_proj", "v_proj"]),
     ],
 )
-def test_entries_are_short(case_name: str, expected: list[str]) -> None:
-    chosen, _ = entries(CASES[case_name].build(2))
-    assert sorted(chosen) == expected
+def test_entries_are_short(case_name, expected):
+    config, _ = resolve(CASES[case_name].build(2), IA3Config(paper_sites=True))
+    assert sorted(config.target_modules) == expected

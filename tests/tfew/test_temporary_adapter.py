@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from support import scoring
@@ -26,12 +24,12 @@ from ia3.tfew.temporary_adapter import all_linear, temporary_adapter
 LLAMA = LlamaConfig(**{**scoring.LLAMA, "num_hidden_layers": 12})
 
 
-def upper(base: BaseModel, blocks: int) -> IA3Model:
+def upper(base, blocks):
     return IA3Model(base.model, all_linear(base, blocks))
 
 
-@pytest.mark.parametrize("count", [2, 11, 12])
-def test_peft_reads_the_same_model(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize("count", [2, 11])
+def test_peft_reads_the_same_model(tmp_path, count):
     """Block 1's name is the end of block 11's in part: neither takes the other along."""
     peft = pytest.importorskip("peft")
     model = upper(random_base(LLAMA), count)
@@ -52,7 +50,7 @@ def test_peft_reads_the_same_model(tmp_path: Path, count: int) -> None:
         assert not torch.allclose(random_base(LLAMA).model(input_ids=inputs).logits, expected)
 
 
-def test_all_of_the_blocks_are_all_linear_layers() -> None:
+def test_all_of_the_blocks_are_all_linear_layers():
     base = random_base(scoring.SHARING["gpt2"])
     with temporary_adapter(base, all_linear(base)) as every:
         shapes = {name: vector.shape for name, vector in every.vectors("default").items()}
@@ -61,26 +59,26 @@ def test_all_of_the_blocks_are_all_linear_layers() -> None:
 
 
 @pytest.mark.parametrize("count", [0, -1, 13])
-def test_a_number_of_blocks_that_the_model_has_not(count: int) -> None:
+def test_a_number_of_blocks_that_the_model_has_not(count):
     message = f"upper_blocks is {count}, expected 1 to 12: .* 12 blocks"
     with pytest.raises(IA3Error, match=message):
         all_linear(random_base(LLAMA), count)
 
 
-def test_upper_blocks_of_an_encoder_decoder() -> None:
+def test_upper_blocks_of_an_encoder_decoder():
     base = BaseModel(tiny_t5(), word_tokenizer(), "t5")
     with pytest.raises(IA3Error, match=r"blocks in encoder\.block, decoder\.block, expected one"):
         all_linear(base, 1)
 
 
-def test_the_model_is_as_it_was_after_an_error() -> None:
+def test_the_model_is_as_it_was_after_an_error():
     base = BaseModel(tiny_llama(), word_tokenizer(), "llama")
     base.model.train()
     base.model.lm_head.eval()
     modes = [module.training for module in base.model.modules()]
     bits = state_bits(base.model)
 
-    def fail() -> None:
+    def fail():
         with temporary_adapter(base, all_linear(base)) as model:
             model.eval()
             raise ValueError("within")

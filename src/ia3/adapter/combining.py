@@ -94,9 +94,8 @@ def combine(
     for name, shape in shapes.items():
         stack = _stacked(name, vectors, lacking=0.0 if combination_type == "linear" else 1.0)
         if combination_type == "linear":
-            # In float32 and in this order, as PEFT does: the same bits.
-            products = (w * vector for w, vector in zip(weights, stack.float(), strict=True))
-            value = sum(products, torch.zeros(()))
+            # In float32 and one after the other, as PEFT does: to the same bits.
+            value = sum(map(torch.mul, stack.float(), weights), torch.zeros(()))
         elif combination_type == "average":
             value = _weighted(stack, weights) / sum(weights)
         elif combination_type == "geometric_mean":

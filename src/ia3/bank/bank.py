@@ -21,7 +21,6 @@ from ..core.activations import device_of
 from ..core.route import BASE
 from ..core.sites import Site
 from ..errors import IA3Error, did_you_mean
-from ..model.gather import Gathered
 from ..model.ia3_model import IA3Model, check_name
 
 BASE_SLOT = 0
@@ -129,7 +128,7 @@ class AdapterBank:
         self._free = list(range(capacity, 0, -1))
         # Most adapters of a bank have the same config and shapes, and so the same sites.
         self._fitting: dict[str, dict[str, Site]] = {}
-        self.model.attach_bank(self)
+        self.model.routes.attach(self)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -267,15 +266,15 @@ class AdapterBank:
             IA3Error: a route of the model is on.
         """
         with self._lock:
-            if self.model.bank is self:
-                self.model.detach_bank()
+            if self.model.routes.bank is self:
+                self.model.routes.detach()
                 self._entries.clear()
                 self._columns.clear()
                 self.values = self.values.new_ones(self.capacity + 1, 0)
 
     # -- rows -------------------------------------------------------------------------------------
 
-    def gather(self, names: Sequence[str], index: Sequence[int]) -> Gathered:
+    def gather(self, names: Sequence[str], index: Sequence[int]) -> dict[Site, Tensor]:
         """The values of adapters; those that are not resident are loaded.
 
         Args:
@@ -283,7 +282,8 @@ class AdapterBank:
             index: which of them each row is to be, `[rows]`.
 
         Returns:
-            A copy, `[rows, columns]`, in the bank's dtype and on its device.
+            Site -> values, `[rows, dim]`, in the bank's dtype and on its device, where one of the
+            adapters has a vector.
 
         Raises:
             IA3Error: an adapter is unknown or cannot be loaded, or they are more than there is room
@@ -295,12 +295,11 @@ class AdapterBank:
             slots = [BASE_SLOT if name == BASE else self._entries[name].slot for name in names]
             rows = torch.tensor([slots[place] for place in index], device=self.device)
             with torch.inference_mode(False), torch.no_grad():
-                return Gathered(
-                    self.values.index_select(0, rows),
-                    [*self._columns],
-                    [site.activation.dim for site in self._columns],
-                    frozenset().union(*(self._entries[name].sites.values() for name in own)),
-                )
+                values = self.values.index_select(0, rows)
+                sizes = [site.activation.dim for site in self._columns]
+                parts = torch.split(values, sizes, 1)
+            used = {site for name in own for site in self._entries[name].sites.values()}
+            return {s: part for s, part in zip(self._columns, parts, strict=True) if s in used}
 
     def _make_resident(self, names: Sequence[str]) -> None:
         for name in names:
@@ -393,7 +392,7 @@ class AdapterBank:
         shapes = [(module, vector.shape) for module, vector in adapter.vectors.items()]
         parts = (adapter.config.to_json(), adapter.base, shapes, adapter.frozen, [*adapter.copies])
         if repr(parts) not in self._fitting:
-            self._fitting[repr(parts)] = self.model.sites_for_bank(name, adapter)
+            self._fitting[repr(parts)] = self.model.routes.sites_for_bank(name, adapter)
             self._widen(self._fitting[repr(parts)].values())
         return self._fitting[repr(parts)]
 
@@ -424,7 +423,7 @@ class AdapterBank:
         return self._entries[name]
 
     def _check_open(self) -> None:
-        if self.model.bank is not self:
+        if self.model.routes.bank is not self:
             raise IA3Error("this bank was closed, or its model unloaded: make a new one")
 
 

@@ -38,14 +38,7 @@ SETTINGS = ("chat", "steps", "learning_rate", "seed", "upper_blocks")
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """What a training needs, checked.
-
-    Attributes:
-        data: the texts and labels.
-        recipe: the settings.
-        examples: the texts, encoded with every template.
-        start: the adapter that the training begins with; `None` for vectors of ones.
-    """
+    """What a training needs, checked: `start` is the adapter to begin with, `None` for ones."""
 
     data: LabelledTexts
     recipe: TFewConfig
@@ -188,10 +181,8 @@ class FewShotClassifier(RankingClassifier):
         )
         encoder = Encoder(self.base, data.choices, chat=self.chat)
         encoded = encode_all(encoder, data.examples, data.templates)
-        examples = [
-            TrainingExample(e, data.classes.index(label))
-            for e, label in zip(encoded, data.labels, strict=True)
-        ]
+        answers = map(data.classes.index, data.labels)
+        examples = [TrainingExample(*pair) for pair in zip(encoded, answers, strict=True)]
         start = None if self.init_from is None else _adapter_to_begin_with(self.init_from)
         return PreparedTask(data, recipe, examples, start)
 
@@ -216,7 +207,6 @@ class FewShotClassifier(RankingClassifier):
     def _keep_fit(
         self, data: LabelledTexts, adapter: store.Adapter, history: list[TrainingStep]
     ) -> None:
-        """Set all attributes of a fitted classifier."""
         adapter.vectors = {name: v.cpu().clone() for name, v in adapter.vectors.items()}
         sources = [template.source for template in data.templates]
         self._keep_task(data.classes, data.choices, sources, list(data.examples[0]))
@@ -247,10 +237,9 @@ class FewShotClassifier(RankingClassifier):
             OSError: the disk is full or may not be written; what was there before stays.
         """
         self._check_fitted()
-        name = self.base.name
         task = {
             "format": TASK_FORMAT,
-            "model": name,
+            "model": self.base.name,
             "templates": self.templates_,
             "fields": self.fields_,
             "labels": self.classes_.tolist(),
@@ -277,10 +266,7 @@ class FewShotClassifier(RankingClassifier):
         Args:
             folder: written by `save`.
             model: in place of the one the adapter was trained on, e.g. where it lies elsewhere now.
-            device: as in the constructor.
-            dtype: as in the constructor.
-            tokenizer: as in the constructor.
-            max_tokens: as in the constructor.
+            device, dtype, tokenizer, max_tokens: as in the constructor.
 
         Raises:
             FileNotFoundError: the folder or one of its three files is not there.
@@ -289,7 +275,7 @@ class FewShotClassifier(RankingClassifier):
         path = Path(folder) / TASK_NAME
         if not path.is_file():
             raise FileNotFoundError(f"no classifier in {folder}: {TASK_NAME} is not there")
-        task = _read_task_file(path)
+        task, settings = _read_task_file(path)
         if model is None and not task.get("model"):
             raise IA3Error(f"{path} names no model: give the one it was fitted on as model=")
         classifier = cls(
@@ -300,17 +286,17 @@ class FewShotClassifier(RankingClassifier):
             dtype=dtype,
             tokenizer=tokenizer,
             max_tokens=max_tokens,
-            **{name: task[name] for name in SETTINGS},
+            **settings,
         )
         classifier.adapter_ = store.read_adapter(folder)
         classifier._keep_task(*(task[name] for name in LISTS))
-        classifier.settings_ = {name: task[name] for name in SETTINGS}
+        classifier.settings_ = settings
         classifier.history_ = []
         return classifier
 
 
-def _read_task_file(path: Path) -> dict[str, Any]:
-    """What `save` wrote beside the adapter, checked."""
+def _read_task_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `save` wrote beside the adapter, checked, and the settings in it."""
     try:
         task = json.loads(path.read_text("utf-8"))
         if task["format"] != TASK_FORMAT:
@@ -324,29 +310,18 @@ def _read_task_file(path: Path) -> dict[str, Any]:
             raise TypeError("choices, templates and fields are lists of strings")
         if len(task["labels"]) != len(task["choices"]):
             raise ValueError("there are not as many labels as choices")
-        # Files of earlier versions have no upper_blocks.
-        blocks = task.get("upper_blocks")
-        return {
-            **task,
-            "chat": bool(task["chat"]),
-            "steps": int(task["steps"]),
-            "learning_rate": float(task["learning_rate"]),
-            "seed": int(task["seed"]),
-            "upper_blocks": None if blocks is None else int(blocks),
-        }
+        task.setdefault("upper_blocks", None)  # files of earlier versions have none
+        return task, {name: task[name] for name in SETTINGS}
     except IA3Error:
         raise
     except (ValueError, KeyError, TypeError) as error:
-        raise IA3Error(
-            f"{path} is not a saved classifier: {type(error).__name__}: {error}"
-        ) from error
+        what = f"{type(error).__name__}: {error}"
+        raise IA3Error(f"{path} is not a saved classifier: {what}") from error
 
 
 def _adapter_to_begin_with(init_from: str | Path | store.Adapter) -> store.Adapter:
     """The adapter as one that is to be trained, and that belongs to the model it is put on."""
-    if isinstance(init_from, store.Adapter):
-        adapter = init_from
-    else:
-        adapter = store.read_adapter(adapter_folder(init_from, ["adapter_*"]))
-    config = replace(adapter.config, inference_mode=False, base_model_name_or_path=None)
-    return replace(adapter, config=config)
+    if not isinstance(init_from, store.Adapter):
+        init_from = store.read_adapter(adapter_folder(init_from, ["adapter_*"]))
+    config = replace(init_from.config, inference_mode=False, base_model_name_or_path=None)
+    return replace(init_from, config=config)

@@ -17,7 +17,7 @@ from ..adapter import store
 from ..adapter.fingerprint import Fingerprint, fingerprint
 from ..adapter.layout import WEIGHTS_NAME
 from ..base.loading import BaseModel
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, did_you_mean, naming
 from ..files.atomic import check_folder
 from ..files.hub import CONFIG_NAME
 from ..files.records import append_record, read_records
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 RECORDS_NAME = "ia3_many.jsonl"
 # The files of a saved classifier.
 FILES = (WEIGHTS_NAME, CONFIG_NAME, TASK_NAME)
-# A file name has at most 255 bytes; a new folder is first written under a longer name.
-LONGEST_NAME = 240
 
 OnStep = Callable[[str, TrainingStep], bool | None]
 
@@ -68,7 +66,7 @@ def fit_many(
 
     Args:
         tasks: name -> texts and labels, as `FewShotClassifier.fit` takes them. Names are those of
-            adapters, without dots, slashes and white space, with at most 240 bytes in UTF-8.
+            adapters, without dots, slashes and white space.
         classifier: the settings of all tasks, or name -> the settings of each task; these
             classifiers stay unfitted. All have one base model.
         out: a folder in which each classifier is saved under its task's name as soon as it is
@@ -116,15 +114,13 @@ def _fit(
     folder: _Folder | None,
     on_step: OnStep | None,
 ) -> None:
-    """Fit one task's classifier, or read it back where it is finished.
-
-    Raises:
-        IA3Error: the task fails.
-        OSError: the classifier cannot be saved.
-    """
+    """Fit one task's classifier, or read it back where it is finished."""
     try:
         with _warnings_name(name):
-            task = classifier._prepare(classifier._read_task(*_texts_and_labels(data)))
+            if not isinstance(data, Sequence) or isinstance(data, str) or len(data) != 2:
+                kind = type(data).__name__
+                raise IA3Error(f"the data is a {kind}, expected a pair of texts and labels")
+            task = classifier._prepare(classifier._read_task(*data))
         if folder is not None:
             check_folder(folder.path / name)
     except (OSError, TypeError) as error:
@@ -157,41 +153,27 @@ def _classifiers(
     if not tasks:
         raise IA3Error("there are no tasks: expected at least one")
     for name in tasks:
-        _check_task_name(name)
+        if not isinstance(name, str):
+            raise IA3Error(f"a task's name is {name!r}, expected a text")
+        with naming("a task is saved under its name"):
+            check_name(name)
     if max_tokens is not None and max_tokens < 1:
         raise IA3Error(f"max_tokens is {max_tokens}, expected at least 1")
     if not isinstance(given, Mapping):
         given = dict.fromkeys(tasks, FewShotClassifier() if given is None else given)
     for name in tasks:
         if name not in given:
-            raise IA3Error(
-                f"there is no classifier for task {name!r}{did_you_mean(name, map(str, given))}"
-            )
+            hint = did_you_mean(name, map(str, given))
+            raise IA3Error(f"there is no classifier for task {name!r}{hint}")
     for name in given:
         if name not in tasks:
-            raise IA3Error(
-                f"there is no task for classifier {name!r}{did_you_mean(str(name), tasks)}"
-            )
+            hint = did_you_mean(str(name), tasks)
+            raise IA3Error(f"there is no task for classifier {name!r}{hint}")
     classifiers = {name: clone(given[name]) for name in tasks}
     if max_tokens is not None:
         for classifier in classifiers.values():
             classifier.max_tokens = max_tokens
     return classifiers
-
-
-def _check_task_name(name: object) -> None:
-    if not isinstance(name, str):
-        raise IA3Error(f"a task's name is {name!r}, expected a text")
-    try:
-        check_name(name)
-    except IA3Error as error:
-        raise IA3Error(f"a task is saved under its name: {error}") from error
-    size = len(name.encode("utf-8", "surrogatepass"))
-    if size > LONGEST_NAME:
-        raise IA3Error(
-            f"a task is saved under its name: {name[:20]!r}... has {size} bytes, expected "
-            f"{LONGEST_NAME} at most"
-        )
 
 
 def _one_base(classifiers: Mapping[str, FewShotClassifier]) -> BaseModel:
@@ -204,18 +186,6 @@ def _one_base(classifiers: Mapping[str, FewShotClassifier]) -> BaseModel:
                 f"{base.name!r}: expected one model, on one device and in one dtype, for all tasks"
             )
     return base
-
-
-def _texts_and_labels(data: object) -> tuple[Any, Any]:
-    """A task's pair, checked: the caller may have read it from a file."""
-    if not isinstance(data, Sequence) or isinstance(data, str) or len(data) != 2:
-        length = f" and length {len(data)}" if isinstance(data, Sequence) else ""
-        raise IA3Error(
-            f"the data is of type {type(data).__name__}{length}, expected a pair of texts and "
-            "labels"
-        )
-    texts, labels = data
-    return texts, labels
 
 
 @contextmanager
@@ -235,8 +205,7 @@ class _Folder:
     """The folder of saved classifiers, with a record of each.
 
     A record has the digest of what the classifier was fitted with, the hashes of its files, and its
-    history. Files without a matching record may be another classifier's, or were written by a call
-    that was killed before it could record them.
+    history. Files that no record matches are another classifier's, or of a call that was killed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -260,7 +229,6 @@ class _Folder:
         return adapter, [TrainingStep(**step) for step in record["history"]]
 
     def write(self, task: str, digest: str, classifier: FewShotClassifier) -> None:
-        """Save a fitted classifier, then record it."""
         classifier.save(self.path / task)
         record = {
             "task": task,
@@ -271,11 +239,8 @@ class _Folder:
         append_record(self.path / RECORDS_NAME, record)
 
     def _hashes(self, task: str) -> dict[str, str]:
-        """File name -> SHA-256 of its content."""
-        return {
-            name: hashlib.sha256((self.path / task / name).read_bytes()).hexdigest()
-            for name in FILES
-        }
+        files = {name: self.path / task / name for name in FILES}
+        return {name: hashlib.sha256(f.read_bytes()).hexdigest() for name, f in files.items()}
 
 
 def _is_record(record: dict[str, Any]) -> bool:

@@ -29,17 +29,9 @@ KEYS = (
 
 @dataclass(frozen=True)
 class TaskToFit:
-    """One task of a manifest.
+    """One task of a manifest, whose folder is `folder`; `data` is relative to it.
 
-    Attributes:
-        folder: the manifest's folder.
-        data: a file or folder, relative to it, or a name on the hub.
-        split: of a folder or a data set on the hub.
-        subset: of a data set on the hub that has several.
-        text: the columns with the texts.
-        label: the column with the label.
-        choices: label as text -> words; `None` where the labels' own names are ranked.
-        settings: the arguments of `FewShotClassifier` that are given.
+    `settings` are the arguments of `FewShotClassifier` that are given.
     """
 
     folder: Path
@@ -54,23 +46,6 @@ class TaskToFit:
 
 def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
     """The model that a manifest names, and its tasks by name. No data is read yet.
-
-    ::
-
-        model: smollm2-135m-instruct
-        defaults:
-          steps: 50
-          label: queue
-        tasks:
-          tickets:
-            data: tickets.csv
-            template: "{{ text }}\\nCategory:"
-            choices: {acct: account, ship: delivery}
-          reviews:
-            data: reviews.jsonl
-            text: [title, review]
-            label: stars
-            seed: 1
 
     | key | meaning | by default |
     |---|---|---|
@@ -116,12 +91,19 @@ def _task(folder: Path, entry: Mapping[str, Any]) -> TaskToFit:
         raise IA3Error("there is no 'data', expected a file, a folder or a name of the hub")
     if init_from is not None and (folder / init_from).exists():
         init_from = str(folder / init_from)
-    settings: dict[str, Any] = {
+    rate, chat = text_of(entry, "learning_rate"), text_of(entry, "chat")
+    if chat not in (None, "true", "false"):
+        raise IA3Error(f"chat is {shown(chat)}, expected true or false")
+    try:
+        learning_rate = None if rate is None else float(rate)
+    except ValueError as error:
+        raise IA3Error(f"learning_rate is {shown(rate)}, expected a number") from error
+    settings = {
         "template": texts_of(entry, "template"),
         "steps": whole_number(entry, "steps"),
         "seed": whole_number(entry, "seed"),
-        "learning_rate": _number(entry, "learning_rate"),
-        "chat": _boolean(entry, "chat"),
+        "learning_rate": learning_rate,
+        "chat": None if chat is None else chat == "true",
         "init_from": init_from,
     }
     return TaskToFit(
@@ -134,20 +116,3 @@ def _task(folder: Path, entry: Mapping[str, Any]) -> TaskToFit:
         choices_of(entry),
         {name: value for name, value in settings.items() if value is not None},
     )
-
-
-def _number(entry: Mapping[str, Any], key: str) -> float | None:
-    value = text_of(entry, key)
-    if value is None:
-        return None
-    try:
-        return float(value)
-    except ValueError as error:
-        raise IA3Error(f"{key} is {shown(value)}, expected a number") from error
-
-
-def _boolean(entry: Mapping[str, Any], key: str) -> bool | None:
-    value = text_of(entry, key)
-    if value not in (None, "true", "false"):
-        raise IA3Error(f"{key} is {shown(value)}, expected true or false")
-    return None if value is None else value == "true"

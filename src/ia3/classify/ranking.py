@@ -22,7 +22,7 @@ from ..tfew.prompts.templates import Template
 try:
     import numpy as np
     from sklearn.base import BaseEstimator, ClassifierMixin
-    from sklearn.exceptions import NotFittedError
+    from sklearn.utils.validation import check_is_fitted
 except ImportError as error:
     raise MissingExtraError("scikit-learn", "tfew", "classifying texts") from error
 
@@ -117,11 +117,7 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self.classes_at(self.predict_proba(texts, progress=progress))
 
     def classes_at(self, probabilities: NDArray[np.float64]) -> NDArray[Any]:
-        """The most probable label of each text, `[examples]`.
-
-        Args:
-            probabilities: as `predict_proba` returns them, `[examples, classes]`.
-        """
+        """The most probable labels, `[examples]`, by what `predict_proba` returned."""
         most_probable: NDArray[Any] = self.classes_[probabilities.argmax(1)]
         return most_probable
 
@@ -139,9 +135,8 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         for row, label in enumerate(_labels(labels, len(texts))):
             if label not in known:
                 hint = did_you_mean(str(label), map(str, known))
-                raise IA3Error(
-                    f"label {label!r} (row {row}) is not among the choices {known}{hint}"
-                )
+                message = f"label {label!r} (row {row}) is not among the choices {known}{hint}"
+                raise IA3Error(message)
         return float(super().score(texts, labels, sample_weight))
 
     # -- scikit-learn -----------------------------------------------------------------------------
@@ -164,18 +159,18 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     # -- private ----------------------------------------------------------------------------------
 
     def _check_fitted(self) -> None:
-        if not hasattr(self, "classes_"):
-            raise NotFittedError(f"this {type(self).__name__} is not fitted yet: call fit first")
+        check_is_fitted(self, "classes_")
 
     def _read_task(self, texts: Sequence[Text], labels: ArrayLike) -> LabelledTexts:
         examples = _examples(texts)
         targets = _labels(labels, len(examples))
-        classes = sorted({*targets, *(self.choices or {})}, key=_order)
+        # Numbers before strings.
+        classes = sorted({*targets, *(self.choices or {})}, key=lambda c: (isinstance(c, str), c))
         if len(classes) < 2:
             raise IA3Error(
                 f"all labels are {classes[0]!r}: name at least two, in labels or in choices"
             )
-        if len({isinstance(label, str) for label in classes}) > 1:
+        if isinstance(classes[-1], str) != isinstance(classes[0], str):
             raise IA3Error(f"the labels {classes} mix strings and numbers: expected one kind")
         answers = _answer_choices(classes, self.choices)
         templates = _templates(self.template, examples[0])
@@ -244,10 +239,6 @@ def _listed(name: str, given: Any) -> list[Any]:
         ) from error
 
 
-def _order(label: Label) -> tuple[str, Any]:
-    return ("", label) if isinstance(label, int) else ("str", label)
-
-
 def _answer_choices(classes: Sequence[Label], choices: Mapping[Any, str] | None) -> list[str]:
     if choices is None:
         if any(str(label).lstrip("-").isdecimal() or isinstance(label, bool) for label in classes):
@@ -271,21 +262,17 @@ def _answer_choices(classes: Sequence[Label], choices: Mapping[Any, str] | None)
 
 
 def _templates(template: str | Sequence[str] | None, example: Mapping[str, Any]) -> list[Template]:
-    if template is None:
-        return [Template(_default_template(list(example)))]
+    """The prompts; where none is given, the fields and a word that asks for the label."""
+    if template is None and len(example) == 1:
+        template = f"{{{{ fields[{next(iter(example))!r}] }}}}\nCategory:"
+    elif template is None:
+        # The name as a Jinja string, so that braces in it are no template.
+        lines = [f"{{{{ {field!r} }}}}: {{{{ fields[{field!r}] }}}}" for field in example]
+        template = "\n".join([*lines, "Category:"])
     sources = [template] if isinstance(template, str) else list(template)
     if not sources:
         raise IA3Error("template is an empty list: expected at least one template")
     return [Template(source) for source in sources]
-
-
-def _default_template(fields: Sequence[str]) -> str:
-    """The prompt used where none is given: the fields, and a word that asks for the label."""
-    if len(fields) == 1:
-        return f"{{{{ fields[{fields[0]!r}] }}}}\nCategory:"
-    # The name as a Jinja string, so that braces in it are no template.
-    lines = [f"{{{{ {field!r} }}}}: {{{{ fields[{field!r}] }}}}" for field in fields]
-    return "\n".join([*lines, "Category:"])
 
 
 def encode_all(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import datetime
 import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from warnings import catch_warnings
 
 import typer
 from rich.table import Table
@@ -24,7 +23,6 @@ from .options import check_files, check_out, print_json, reason, report, say, wa
 
 if TYPE_CHECKING:
     from ..adapter.layout import Outline
-    from ..report.heatmap import Statistics
     from ..report.maps import SiteMap
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Looked through with all below it.")]
@@ -33,7 +31,7 @@ Png = Annotated[Path | None, typer.Option(help="Draw the maps into this PNG file
 Html = Annotated[Path | None, typer.Option(help="Write a page with the maps into this file.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 
-STATISTICS = ("mean", "spread", "inhibited", "amplified")
+STATISTICS = {"mean": "{:+.3f}", "spread": "{:.3f}", "inhibited": "{:.1%}", "amplified": "{:.1%}"}
 
 
 def list_adapters(folder: Folder, as_json: options.Json = False) -> None:
@@ -43,7 +41,8 @@ def list_adapters(folder: Folder, as_json: options.Json = False) -> None:
     folders = list(find_adapters(folder))
     found: list[Outline] = []
     broken: dict[Path, str] = {}
-    with _quietly(), counting_bar("adapters", len(folders)) as progress:
+    # Thousands of configs may each have unknown keys.
+    with catch_warnings(action="ignore"), counting_bar("adapters", len(folders)) as progress:
         for path in folders:
             progress(1)
             try:
@@ -83,65 +82,65 @@ def inspect(
     """Show what adapters switch off and on: a table, and maps by layer and site."""
     files = check_files([png, html], force)
     from ..adapter.layout import read_vectors
-    from ..report.heatmap import layer_site_grid, mean_grid, site_statistics, statistics
-    from ..report.maps import statistic_maps
+    from ..report import heatmap, maps
 
     if files:
-        from ..report.adapters import inspection_page, inspection_picture
+        from ..report import adapters as drawing
     import numpy as np
 
-    outlines, grids, whole, by_site = [], [], [], []
-    with _counted(adapters) as paths:
-        for path in paths:
-            outline = _outline(path)
-            vectors = read_vectors(outline)
-            if not vectors:
-                raise IA3Error(f"{path}: there are no vectors to look at")
-            values = {name: v.astype(np.float64).reshape(-1) for name, v in vectors.items()}
-            outlines.append(outline)
-            grids.append(layer_site_grid(vectors))
-            whole.append(statistics(np.concatenate(list(values.values()))))
-            by_site.append(
-                [
-                    {"site": name, "values": v.size, **vars(statistics(v))}
-                    for name, v in values.items()
-                ]
-            )
-    named = list(zip(map(str, adapters), grids, strict=True))
-    facts = _facts(outlines, whole)
-    if html is not None:
-        title = str(adapters[0]) if len(adapters) == 1 else f"{len(adapters)} adapters"
-        write_file(html, inspection_page(title, facts, named).encode())
-    if png is not None:
-        write_file(png, inspection_picture(named))
-    if as_json:
-        details = [
-            {**_outlined(outline), "copies": outline.copies, **vars(of_all), "by_site": of_sites}
-            for outline, of_all, of_sites in zip(outlines, whole, by_site, strict=True)
+    found: list[dict[str, Any]] = []
+    grids = []
+    for path in adapters:
+        outline = _outline(path)
+        read = read_vectors(outline)
+        if not read:
+            raise IA3Error(f"{path}: there are no vectors to look at")
+        vectors = {name: vector.astype(np.float64).reshape(-1) for name, vector in read.items()}
+        whole = heatmap.statistics(np.concatenate(list(vectors.values())))
+        by_site = [
+            {"site": name, "values": v.size, **heatmap.statistics(v)} for name, v in vectors.items()
         ]
-        print_json(adapters=details, files=list(map(str, files)))
+        copies = {"copies": outline.copies}
+        found.append({**_outlined(outline), **copies, **whole, "by_site": by_site})
+        grids.append((str(path), heatmap.layer_site_grid(vectors)))
+    facts = _facts(found)
+    if html is not None:
+        title = grids[0][0] if len(grids) == 1 else f"{len(grids)} adapters"
+        page = drawing.maps_page(
+            title, facts, drawing.maps_of_adapters(grids, drawing.MOST_ON_PAGE)
+        )
+        write_file(html, page.encode())
+    if png is not None:
+        write_file(
+            png, drawing.maps_picture(drawing.maps_of_adapters(grids, drawing.MOST_IN_PICTURE))
+        )
+    if as_json:
+        print_json(adapters=found, files=list(map(str, files)))
         return
-    if len(outlines) == 1:
-        _print_facts([*facts, *_config_facts(outlines[0])])
+    if len(found) == 1:
+        _print_facts([*facts, *_config_facts(outline)])
         from ..report.terminal import short_sites
 
-        sites = site_statistics(vectors)
-        names = short_sites([each.site for each in sites])
+        sites = heatmap.site_statistics(vectors)
+        names = short_sites([of["site"] for of in sites])
         rows = [
-            [name, f"{each.vectors:,}", f"{each.values:,}", *_shown(each)]
-            for name, each in zip(names, sites, strict=True)
+            [name, f"{of['vectors']:,}", f"{of['values']:,}", *_shown(of)]
+            for name, of in zip(names, sites, strict=True)
         ]
         _print_rows("over all layers", ("site", "vectors", "values", *STATISTICS), rows)
     else:
-        rows = [
-            [str(outline.folder), f"{outline.values:,}", *_shown(of_all)]
-            for outline, of_all in zip(outlines, whole, strict=True)
-        ]
+        rows = [[of["adapter"], f"{of['values']:,}", *_shown(of)] for of in found]
         _print_rows("", ("adapter", "values", *STATISTICS), rows)
         _print(f"\nMeans over {len(grids)} adapters:")
-    _print_maps(statistic_maps([mean_grid(grids)])[0])
-    _print(_legend())
-    _say_written(files)
+    _print_maps(maps.site_maps([heatmap.mean_grid([grid for _, grid in grids])])[0])
+    _print(
+        "mean: of log2 |value|, in octaves (+1 doubles an activation, -1 halves it). "
+        "spread: standard deviation of the values. "
+        f"inhibited: share with |value| < {heatmap.INHIBITED_BELOW}. "
+        f"amplified: share with |value| > {heatmap.AMPLIFIED_ABOVE}."
+    )
+    for path in files:
+        say(f"written: {path}")
 
 
 def diff(
@@ -158,15 +157,15 @@ def diff(
     from ..adapter.layout import read_vectors
     from ..adapter.similarity import difference, largest_changes
     from ..report.heatmap import difference_grid
-    from ..report.maps import difference_maps
+    from ..report.maps import site_maps
 
     if files:
-        from ..report.adapters import difference_page, difference_picture
+        from ..report.adapters import maps_page, maps_picture
     outlines = [_outline(path) for path in (first, second)]
     before, after = (read_vectors(outline) for outline in outlines)
     whole, sites = difference(before, after)
     changes = largest_changes(before, after, top)
-    maps = difference_maps(difference_grid(sites))
+    (maps,) = site_maps([difference_grid(sites)])
     other_base = outlines[0].base_difference(outlines[1])
     header = ("site", "index", "first", "second", "change, octaves")
     rows = [
@@ -184,9 +183,13 @@ def diff(
     ]
     title = f"{first} and {second}"
     if html is not None:
-        write_file(html, difference_page(title, facts, maps, header, rows).encode())
+        from ..report.page import section, table
+
+        largest = [section("Largest changes", table(header, rows))] if rows else []
+        page = maps_page(title, facts, [("Where they differ", maps)], largest)
+        write_file(html, page.encode())
     if png is not None:
-        write_file(png, difference_picture(title, maps))
+        write_file(png, maps_picture([(title, maps)]))
     if other_base is not None:
         warn(f"they are adapters of different base models: {other_base}")
     if as_json:
@@ -203,7 +206,8 @@ def diff(
     _print_facts(facts)
     _print_maps(maps)
     _print_rows("largest changes", header, rows)
-    _say_written(files)
+    for path in files:
+        say(f"written: {path}")
 
 
 def search(
@@ -218,7 +222,7 @@ def search(
 
     outline = _outline(like)
     folders = list(find_adapters(folder))
-    with _quietly(), counting_bar("adapters", len(folders)) as progress:
+    with catch_warnings(action="ignore"), counting_bar("adapters", len(folders)) as progress:
         found = nearest(outline, folders, top, progress)
     if as_json:
         print_json(
@@ -241,8 +245,7 @@ def combine(
     adapters: Annotated[list[Path], typer.Argument(help="Folders of the adapters.")],
     out: Annotated[Path, typer.Option(help="Folder for the new adapter.")],
     combination_type: Annotated[
-        str,
-        typer.Option(help="linear, average, geometric_mean, task_arithmetic or ties."),
+        str, typer.Option(help="linear, average, geometric_mean, task_arithmetic or ties.")
     ] = "average",
     weights: Annotated[
         str | None,
@@ -263,15 +266,20 @@ def combine(
     """Make one adapter of several: average, geometric mean, task arithmetic, TIES, weighted sum."""
     if weights is None and combination_type == "linear":
         raise typer.BadParameter("linear needs them", param_hint="--weights")
-    numbers = [1.0] * len(adapters) if weights is None else _numbers(weights)
+    try:
+        given = ["1"] * len(adapters) if weights is None else weights.split(",")
+        numbers = [float(part) for part in given]
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{weights!r} is not a list of numbers with commas between", param_hint="--weights"
+        ) from error
     check_out(out, force)
     from ..adapter.combining import check_combination
     from ..adapter.combining import combine as combined_of
     from ..adapter.store import read_adapter
 
     check_combination(combination_type, density, majority_sign_method)
-    with _counted(adapters) as paths:
-        stored = [(str(path), read_adapter(path)) for path in paths]
+    stored = [(str(path), read_adapter(path)) for path in adapters]
     nameless = [(name, adapter) for name, adapter in stored if adapter.base is None]
     bases = {adapter.config.base_model_name_or_path for _, adapter in stored}
     if nameless and len(bases) > 1:
@@ -333,50 +341,22 @@ def _broken(reasons: Mapping[Path, str]) -> list[dict[str, str]]:
     ]
 
 
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"{text!r} is not a list of numbers with commas between", param_hint="--weights"
-        ) from error
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without warnings: thousands of configs may each have unknown keys."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextmanager
-def _counted(paths: Sequence[Path]) -> Iterator[Iterator[Path]]:
-    """The paths, counted by a bar where there are many."""
-    if len(paths) <= 20:
-        yield iter(paths)
-        return
-    with counting_bar("adapters", len(paths)) as progress:
-        yield (path for path in paths if progress(1) is None)
-
-
 # -- printing -------------------------------------------------------------------------------------
 
 
-def _facts(outlines: Sequence[Outline], whole: Sequence[Statistics]) -> list[tuple[str, str]]:
-    bases = sorted({o.config.base_model_name_or_path or "-" for o in outlines})
-    several = "" if len(outlines) == 1 else "s"
+def _facts(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    bases = sorted({of["base_model"] or "-" for of in found})
     facts = [
-        (f"adapter{several}", ", ".join(str(outline.folder) for outline in outlines)),
+        ("adapter" if len(found) == 1 else "adapters", ", ".join(of["adapter"] for of in found)),
         ("base model", ", ".join(bases)),
     ]
-    if not several:
-        (outline,), (of_all,) = outlines, whole
+    if len(found) == 1:
+        (of,) = found
         facts += [
-            ("sites", f"{len(outline.shapes):,}"),
-            ("values", f"{outline.values:,}"),
-            ("size", _size(outline.adapter_bytes)),
-            *zip(STATISTICS, _shown(of_all), strict=True),
+            ("sites", f"{of['sites']:,}"),
+            ("values", f"{of['values']:,}"),
+            ("size", _size(of["adapter_bytes"])),
+            *zip(STATISTICS, _shown(of), strict=True),
         ]
     return facts
 
@@ -416,11 +396,7 @@ def _print_rows(
 ) -> None:
     """Print a table, if there are rows; a line a value where it is too wide for the terminal.
 
-    Args:
-        title: above it, or "".
-        header: the columns' names.
-        rows: of the table.
-        names: how many of the first columns are names, which may be broken into lines.
+    The first columns, so many as `names` says, are names, which may be broken into lines.
     """
     if not rows:
         return
@@ -432,8 +408,7 @@ def _print_rows(
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
-    wide = results.options.update(width=10_000)
-    if results.measure(table, options=wide).minimum > results.width:
+    if results.measure(table, options=results.options.update(width=10_000)).minimum > results.width:
         # A table this narrow would break or cut off numbers, which could then not be read.
         table = Table(title=title or None, show_header=False, show_lines=True)
         table.add_column(overflow="fold")
@@ -443,25 +418,8 @@ def _print_rows(
     results.print(table)
 
 
-def _legend() -> str:
-    from ..report.heatmap import AMPLIFIED_ABOVE, INHIBITED_BELOW
-
-    return (
-        "mean: of log2 |value|, in octaves (+1 doubles an activation, -1 halves it). "
-        "spread: standard deviation of the values. "
-        f"inhibited: share with |value| < {INHIBITED_BELOW}. "
-        f"amplified: share with |value| > {AMPLIFIED_ABOVE}."
-    )
-
-
-def _say_written(files: Sequence[Path]) -> None:
-    for path in files:
-        say(f"written: {path}")
-
-
-def _shown(of: Statistics) -> list[str]:
-    """In the order of `STATISTICS`."""
-    return [f"{of.mean:+.3f}", f"{of.spread:.3f}", f"{of.inhibited:.1%}", f"{of.amplified:.1%}"]
+def _shown(of: Mapping[str, Any]) -> list[str]:
+    return [form.format(of[name]) for name, form in STATISTICS.items()]
 
 
 def _size(count: int) -> str:

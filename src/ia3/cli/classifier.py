@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import IA3Error
+from ..files.rows import read_rows
 from ..files.tables import delimiter_of, fields_of, write_table
 from ..report.console import counting_bar, print_confusion, results, training_bar
 from . import options
-from .labelled import check_columns, labels_among, parse_choices, read_source
+from .labelled import check_columns, labels_among, parse_choices
 from .options import check_files, check_out, given, positive, print_json, report, silence_loading
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ def fit(
     ] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     init_from: Annotated[
-        str | None,
-        typer.Option(help="Adapter to begin with, a folder or hub id, instead of ones."),
+        str | None, typer.Option(help="Adapter to begin with, a folder or hub id, instead of ones.")
     ] = None,
     upper_blocks: Annotated[
         int | None,
@@ -63,7 +63,7 @@ def fit(
     """Train an adapter on labelled examples."""
     check_columns(text, label)
     check_out(out, force, checkpoints)
-    rows = read_source(data, split, subset, text, label)
+    rows = read_rows(data, split=split, subset=subset, text=text, label=label)
     labels = [row[label] for row in rows]
     choices = parse_choices(choice, labels)
     silence_loading()
@@ -128,7 +128,7 @@ def predict(
     if out is not None and delimiter_of(out) is not None and as_json:
         raise typer.BadParameter(f"{out} would not be JSON Lines", param_hint="--json")
     check_files([out], force)
-    rows = read_source(data, split, subset, text)
+    rows = read_rows(data, split=split, subset=subset, text=text)
     for column in ("prediction", "probability"):
         for row in rows:
             if column in row:
@@ -160,7 +160,7 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Score an adapter on labelled texts: accuracy, macro F1 and the confusion matrix."""
-    rows = read_source(data, split, subset, text, label)
+    rows = read_rows(data, split=split, subset=subset, text=text, label=label)
     classifier = _load(adapter, model, max_tokens, device, dtype)
     classes = classifier.classes_.tolist()
     truth = labels_among(rows, label, classes)

@@ -10,10 +10,11 @@ import typer
 
 from ..errors import IA3Error
 from ..files.atomic import check_folder, write_files
+from ..files.rows import read_rows
 from ..files.tables import fields_of
 from ..report.console import counting_bar, results, table_of
 from . import options
-from .labelled import check_columns, labels_among, parse_choices, read_source
+from .labelled import check_columns, labels_among, parse_choices
 from .options import positive, print_json, say, silence_loading
 
 RESULTS = "results.jsonl"
@@ -93,10 +94,12 @@ def compare(
             "--force"
         )
     check_folder(out)
-    rows = read_source(data, split, subset, text, label)
+    rows = read_rows(data, split=split, subset=subset, text=text, label=label)
     labels = [row[label] for row in rows]
     choices = parse_choices(choice, labels)
-    test_rows = None if test is None else read_source(test, test_split, subset, text, label)
+    test_rows = None
+    if test is not None:
+        test_rows = read_rows(test, split=test_split, subset=subset, text=text, label=label)
     silence_loading()
     from ..experiments.comparison import Settings, draw_samples, summaries
     from ..experiments.comparison import compare as run_methods
@@ -107,8 +110,9 @@ def compare(
     samples = draw_samples(
         fields_of(rows, text),
         labels,
-        None if test_rows is None else fields_of(test_rows, text),
-        None if test_rows is None else labels_among(test_rows, label, known),
+        None
+        if test_rows is None
+        else (fields_of(test_rows, text), labels_among(test_rows, label, known)),
         shots=shots,
         seeds=seeds,
     )

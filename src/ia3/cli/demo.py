@@ -11,7 +11,7 @@ import typer
 
 from ..errors import IA3Error
 from ..files.atomic import check_folder, write_file
-from ..files.tables import Row, read_table
+from ..files.tables import read_table
 from ..report.console import counting_bar, print_confusion, screen, training_bar
 from . import options
 from .options import print_json, say, silence_loading
@@ -39,26 +39,6 @@ def demo(
     """Learn to route support tickets from 32 examples, and check what is promised."""
     check_folder(out)
     silence_loading()
-    result = _run(out, model)
-    if as_json:
-        print_json(**result)
-    if not all(result[promise] for promise in PROMISES):
-        raise typer.Exit(1)
-
-
-def prepare() -> None:
-    """Convert the embedded model into the cache (IA3_HOME), once."""
-    from ..base.loading import embedded_model_folder
-
-    say(f"the embedded model is in {embedded_model_folder()}")
-
-
-def _run(out: Path, model: str) -> dict[str, Any]:
-    """Train on 32 tickets, score 200 others before and after, check and report.
-
-    Returns:
-        What `--json` prints.
-    """
     from sklearn.metrics import accuracy_score, confusion_matrix
 
     from ..adapter.layout import WEIGHTS_NAME
@@ -68,8 +48,8 @@ def _run(out: Path, model: str) -> dict[str, Any]:
     started = time.perf_counter()
     folder = _example_folder()
     training, test = (read_table(folder / f"{name}.csv") for name in ("train", "test"))
-    train_texts, train_labels = _columns(training)
-    test_texts, test_labels = _columns(test)
+    train_texts, test_texts = ([row["text"] for row in rows] for rows in (training, test))
+    train_labels, test_labels = ([row["label"] for row in rows] for rows in (training, test))
     screen.print(
         f"Support tickets: {len(training)} to learn from, {len(test)} to be tested on, "
         f"{len(set(train_labels))} queues; model {model}",
@@ -93,7 +73,7 @@ def _run(out: Path, model: str) -> dict[str, Any]:
         screen.print(f"\n[bold]{when} training: {accuracy:.1%} right[/]")
         print_confusion(screen, classes, matrices[when].tolist())
 
-    adapter = out / "adapter"
+    adapter, report = out / "adapter", out / "report.html"
     tuned.save(adapter)
     adapter_bytes = (adapter / WEIGHTS_NAME).stat().st_size
     model_bytes = sum(p.numel() * p.element_size() for p in tuned.base.model.parameters())
@@ -107,7 +87,6 @@ def _run(out: Path, model: str) -> dict[str, Any]:
     for name, promise in PROMISES.items():
         screen.print(f"{'[green]yes[/]' if checks[name] else '[red]NO[/]'}  {promise}")
 
-    report = out / "report.html"
     html = training_report(
         title="Support tickets, routed after 32 examples",
         facts=[
@@ -130,15 +109,25 @@ def _run(out: Path, model: str) -> dict[str, Any]:
         f"\n{seconds:.0f} s in all. The adapter is in {adapter}, the report in {report}",
         markup=False,
     )
-    return {
-        "accuracy_before": accuracies["before"],
-        "accuracy_after": accuracies["after"],
-        "adapter_bytes": adapter_bytes,
-        "seconds": round(seconds, 1),
-        **checks,
-        "adapter": str(adapter),
-        "report": str(report),
-    }
+    if as_json:
+        print_json(
+            accuracy_before=accuracies["before"],
+            accuracy_after=accuracies["after"],
+            adapter_bytes=adapter_bytes,
+            seconds=round(seconds, 1),
+            **checks,
+            adapter=str(adapter),
+            report=str(report),
+        )
+    if not all(checks.values()):
+        raise typer.Exit(1)
+
+
+def prepare() -> None:
+    """Convert the embedded model into the cache (IA3_HOME), once."""
+    from ..base.loading import embedded_model_folder
+
+    say(f"the embedded model is in {embedded_model_folder()}")
 
 
 def _check(
@@ -187,10 +176,6 @@ def _same_bits(one: nn.Module, other: nn.Module) -> bool:
 def _predict(classifier: FewShotClassifier, texts: list[str], what: str) -> Any:
     with counting_bar(what, len(texts)) as progress:
         return classifier.predict(texts, progress=progress)
-
-
-def _columns(rows: list[Row]) -> tuple[list[str], list[str]]:
-    return [row["text"] for row in rows], [row["label"] for row in rows]
 
 
 def _example_folder() -> Path:

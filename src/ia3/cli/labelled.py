@@ -13,15 +13,6 @@ if TYPE_CHECKING:
     from ..files.tables import Row
 
 
-def read_source(
-    data: str, split: str, subset: str | None, text: list[str], label: str | None = None
-) -> list[Row]:
-    """The rows of a file, a folder or a name on the hub, with the columns that are needed."""
-    from ..files.rows import read_rows
-
-    return read_rows(data, split=split, subset=subset, text=text, label=label)
-
-
 def check_columns(text: Sequence[str], label: str) -> None:
     """Refuse a column that is the text and the label at once."""
     if label in text:

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..errors import IA3Error
 from ..files.atomic import check_folder
 from ..report.console import training_bar_of_many, visible
-from .labelled import label_named, read_source
+from .labelled import label_named
 from .options import Device, DType, Json, MaxTokens, print_json, silence_loading
 
 if TYPE_CHECKING:
-    from ..classify.estimator import FewShotClassifier
     from ..classify.many_manifest import TaskToFit
 
 
@@ -53,7 +52,7 @@ def fit_many(
         try:
             texts, labels, choices = _read(task)
         except (IA3Error, FileNotFoundError) as error:
-            failures[name] = str(error)
+            failures[name] = error
             continue
         data[name] = texts, labels
         classifiers[name] = FewShotClassifier(
@@ -65,13 +64,16 @@ def fit_many(
         steps = {name: classifier.steps for name, classifier in classifiers.items()}
         with training_bar_of_many(steps) as on_step:
             fitted = fit(data, classifiers, out=out, on_step=on_step, max_tokens=max_tokens)
-    failures |= {name: str(error) for name, error in fitted.failures.items()}
-    outcomes = {name: {"error": message} for name, message in failures.items()}
-    outcomes |= {name: _outcome(c, out / name) for name, c in fitted.classifiers.items()}
-    results = [
-        {"task": name, "examples": len(data[name][0]) if name in data else None, **outcomes[name]}
-        for name in tasks
-    ]
+    failures |= fitted.failures
+    results: list[dict[str, Any]] = []
+    for name in tasks:
+        results.append({"task": name, "examples": len(data[name][0]) if name in data else None})
+        if name in failures:
+            results[-1]["error"] = str(failures[name])
+            continue
+        history = fitted.classifiers[name].history_
+        loss = history[-1].loss if history else None
+        results[-1] |= {"steps": len(history), "final_loss": loss, "adapter": str(out / name)}
     if as_json:
         print_json(tasks=results, seconds=round(time.perf_counter() - started, 2))
     else:
@@ -82,27 +84,19 @@ def fit_many(
 
 def _read(task: TaskToFit) -> tuple[list[Any], list[Any], dict[Any, str] | None]:
     """A task's texts, labels, and words by label."""
-    from ..files.rows import source_of
+    from ..files.rows import read_rows, source_of
     from ..files.tables import fields_of
 
     source = str(source_of(task.folder, task.data))
-    rows = read_source(source, task.split, task.subset, task.text, task.label)
+    rows = read_rows(source, split=task.split, subset=task.subset, text=task.text, label=task.label)
     labels = [row[task.label] for row in rows]
     choices = task.choices and {label_named(k, labels): w for k, w in task.choices.items()}
     return fields_of(rows, task.text), labels, choices
 
 
-def _outcome(classifier: FewShotClassifier, folder: Path) -> dict[str, Any]:
-    history = classifier.history_
-    loss = history[-1].loss if history else None
-    return {"steps": len(history), "final_loss": loss, "adapter": str(folder)}
-
-
 def _table(results: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("task")
-    for column in ("examples", "steps", "last loss"):
-        table.add_column(column, justify="right")
-    table.add_column("adapter, or what is wrong", overflow="fold")
+    numbers = [Column(name, justify="right") for name in ("examples", "steps", "last loss")]
+    table = Table("task", *numbers, Column("adapter, or what is wrong", overflow="fold"))
     for result in results:
         loss = result.get("final_loss")
         cells = result["examples"], result.get("steps"), None if loss is None else f"{loss:.3f}"

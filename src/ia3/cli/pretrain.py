@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,8 +72,20 @@ def pretrain(
         screen.print(table_of(list(mixture[0]), rows))
     base = load_base_model(model, device=device, dtype=dtype)
     started = time.perf_counter()
-    history: list[TrainingStep] = []
-    with _bars(sum(row["examples"] for row in mixture), steps, history) as (progress, on_step):
+    show: Any = None
+    final_loss = None
+    with ExitStack() as bar:
+
+        def on_step(step: TrainingStep) -> None:
+            nonlocal show, final_loss
+            if show is None:
+                # The terminal shows one bar at a time, and encoding is done.
+                bar.close()
+                show = bar.enter_context(training_bar(steps))
+            final_loss = step.loss
+            show(step)
+
+        progress = bar.enter_context(counting_bar("encoding", sum(r["examples"] for r in mixture)))
         more: dict[str, Any] = {"cap": cap, "checkpoints": checkpoints}
         adapter = train_mixture(base, tasks, config, on_step=on_step, progress=progress, **more)
     seconds = time.perf_counter() - started
@@ -86,28 +97,10 @@ def pretrain(
         tasks=mixture,
         steps=steps,
         # A checkpoint of the last step leaves no step to take, and no loss to tell.
-        final_loss=history[-1].loss if history else None,
+        final_loss=final_loss,
         adapter_bytes=size,
         seconds=round(seconds, 2),
     )
-
-
-@contextmanager
-def _bars(examples: int, steps: int, history: list[TrainingStep]) -> Iterator[tuple[Any, Any]]:
-    """Show a bar of encoding, then one of training; the last step taken is left in `history`."""
-    with ExitStack() as bar:
-        show: Any = None
-
-        def on_step(step: TrainingStep) -> None:
-            nonlocal show
-            if show is None:
-                # The terminal shows one bar at a time, and encoding is done.
-                bar.close()
-                show = bar.enter_context(training_bar(steps))
-            history[:] = [step]
-            show(step)
-
-        yield bar.enter_context(counting_bar("encoding", examples)), on_step
 
 
 def convert(

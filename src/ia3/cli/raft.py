@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -76,23 +76,16 @@ def raft(
         raise IA3Error(f"{out} exists already, and is not a RAFT run's: choose another --out")
     check_folder(out)
     silence_loading()
-    from ..experiments.raft import (
-        RaftSettings,
-        cross_validate,
-        parse_methods,
-        public_score,
-        submission,
-        work,
-    )
+    from ..experiments import raft as experiment
     from ..experiments.raft_data import public_labels, read_raft
     from ..tfew import TFewConfig
 
-    settings = RaftSettings(
+    settings = experiment.RaftSettings(
         TFewConfig(steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
         sites.value,
         max_prompt_tokens,
     )
-    chosen = parse_methods(methods)
+    chosen = experiment.parse_methods(methods)
     submit = submit and "tfew" in chosen
     tasks = read_raft(data, task or ())
     truth: Sequence[str | None] = ()
@@ -109,8 +102,8 @@ def raft(
     base = load_base_model(model, device=device, dtype=dtype)
     scores: list[RaftScore] = []
     for one in tasks:
-        with counting_bar(one.name, work(one, settings, chosen, folds)) as progress:
-            of_task = cross_validate(
+        with counting_bar(one.name, experiment.work(one, settings, chosen, folds)) as progress:
+            of_task = experiment.cross_validate(
                 base, one, settings, methods=chosen, folds=folds, results=out, progress=progress
             )
         scores += of_task
@@ -121,7 +114,7 @@ def raft(
     public: PublicScore | None = None
     for one in tasks if submit else ():
         with counting_bar(f"{one.name}, submission", steps + len(one.test)) as progress:
-            predicted = submission(base, one, settings, results=out, progress=progress)
+            predicted = experiment.submission(base, one, settings, results=out, progress=progress)
         rows = [
             {"ID": row["ID"], "Label": label}
             for row, label in zip(one.test, predicted, strict=True)
@@ -131,11 +124,14 @@ def raft(
         if not as_json:
             say(f"{one.name}: {len(rows)} predictions in {path}")
         if one.name == BANKING and truth:
-            public = public_score(truth, predicted)
+            public = experiment.public_score(truth, predicted)
             write_file(out / "table.md", _markdown(scores, public).encode())
     if as_json:
         print_json(
-            scores=[_as_json(score) for score in scores],
+            scores=[
+                {name: value for name, value in vars(score).items() if value != ()}
+                for score in scores
+            ],
             mean={m: _mean(scores, m, "macro_f1") for m in chosen},
             submission=str(out / "submission") if submit else None,
             banking77=None if public is None else vars(public),
@@ -148,13 +144,6 @@ def raft(
     results.print(table)
     if public is not None:
         results.print(_said(public), markup=False, highlight=False)
-
-
-def _as_json(score: RaftScore) -> dict[str, Any]:
-    said: dict[str, Any] = dict(vars(score))
-    if not score.demonstrations:
-        del said["demonstrations"]
-    return said
 
 
 def _rows(scores: Sequence[RaftScore], what: str) -> list[list[str]]:

@@ -17,11 +17,11 @@ from peft.tuners import ia3 as stock
 
 # Not peft.tuners.ia3.IA3Model: while this tuner is installed, that name stands for it.
 from peft.tuners.ia3.model import IA3Model as StockModel
-from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..core import experts
-from ..core.activations import SUPPORTED, Side, activation_of, device_of
+from ..core.activations import Side, activation_of, device_of
 from ..core.hooks import is_fresh
 from ..core.merge import Merge
 from ..core.names import ATTRIBUTE, Target
@@ -53,9 +53,7 @@ class Layer(nn.Module, stock.IA3Layer):
         inputs: Side = "inner" if activation_of(base, "inner") else "input"
         self.side = inputs if is_feedforward else "output"
         activation = activation_of(base, self.side)
-        if activation is None:
-            side, kind = self.side, type(base).__name__
-            raise IA3Error(f"the {side} of a {kind} cannot be rescaled: expected {SUPPORTED}")
+        assert activation is not None  # the config was checked on the whole model
         self.activation = activation
         self.update_layer(adapter_name, config)
 
@@ -164,8 +162,16 @@ class IA3Model(StockModel):
                 finite; the model is unchanged then.
         """
         adapters = (*self.merged_adapters, *check_adapters_to_merge(self, adapter_names))  # type: ignore[arg-type]
-        with _as_sites(self.model):
-            self._merge.make(adapters, safe_merge)
+        for name, layer in _layers(self.model):
+            if isinstance(layer.base_layer, BaseTunerLayer):
+                between = "another kind of adapter is between the vectors and the weights"
+                raise IA3Error(f"cannot merge into {name!r}: {between}")
+        try:
+            with _as_sites(self.model):
+                self._merge.make(adapters, safe_merge)
+        except IA3Error as error:
+            # PEFT has no such argument.
+            raise IA3Error(str(error).removesuffix("; merge with dequantise=True")) from error
         self.merged_adapters = adapters
 
     def unmerge_adapter(self) -> None:

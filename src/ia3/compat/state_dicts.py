@@ -31,8 +31,8 @@ def inject_adapter_in_model(
     Args:
         peft_config: what to rescale.
         model: the model; a second call with another name adds a second adapter.
-        adapter_name: the adapter's name; the last one to be put on the model is active.
-        low_cpu_mem_usage: taken for PEFT's sake.
+        adapter_name: the last adapter to be put on the model is active.
+        low_cpu_mem_usage: no effect.
         state_dict: `<module>.ia3_l` -> vector: the sites are those it names, as in PEFT; its values
             are not loaded (`set_peft_model_state_dict` does that).
 
@@ -64,8 +64,8 @@ def get_peft_model_state_dict(
             adapters, whose keys do not; compiled or not.
         state_dict: the model's state dict, if it has been gathered already.
         adapter_name: which adapter.
-        unwrap_compiled, save_embedding_layers: taken for PEFT's sake; a compiled model is always
-            unwrapped, and embeddings are saved where `modules_to_save` names them.
+        unwrap_compiled, save_embedding_layers: no effect: a compiled model is always unwrapped,
+            and embeddings are saved where `modules_to_save` names them.
 
     Returns:
         Key -> tensor, in the model's memory: vectors, float32, `[dim, 1]` or `[1, dim]`, and the
@@ -74,23 +74,14 @@ def get_peft_model_state_dict(
     Raises:
         IA3Error: the model has no such adapter.
     """
-    model = _uncompiled(model)
     base, prefix = _base_and_prefix(model)
-    values = model.state_dict() if state_dict is None else state_dict
-    before = "model." if isinstance(model, IA3Model) else ""
-    if state_dict is not None and any(name.startswith("_orig_mod.") for name in state_dict):
-        before = f"_orig_mod.{before}"
-    found = {
-        f"{prefix}{key}": values[f"{before}{name}"]
-        for name, key in _keys(base, adapter_name).items()
-    }
-    for name, _, site in contents(base).sites:
-        if adapter_name in site.frozen:
-            key = f"{prefix}{name}.{ATTRIBUTE}"
-            found[key] = found[key].clone()
-            for start, end in site.frozen[adapter_name]:
-                found[key].view(-1)[start:end] = 1.0
-    return found
+    before = ""
+    if state_dict is not None:
+        compiled = any(name.startswith("_orig_mod.") for name in state_dict)
+        before = "_orig_mod." * compiled + "model." * bool(prefix)
+    values = base.state_dict() if state_dict is None else state_dict
+    keys = _keys(base, adapter_name)
+    return {f"{prefix}{key}": values[f"{before}{name}"] for name, key in keys.items()}
 
 
 def set_peft_model_state_dict(
@@ -103,12 +94,11 @@ def set_peft_model_state_dict(
     """Load an adapter's tensors, as `get_peft_model_state_dict` gives them, into an adapter.
 
     Args:
-        model: an `IA3Model`, or a model with injected adapters, that has the adapter; compiled or
-            not.
+        model: an `IA3Model`, or a model with injected adapters; compiled or not.
         peft_model_state_dict: the tensors; a leading `base_model.model.` may be absent.
         adapter_name: which adapter.
         ignore_mismatched_sizes: leave out tensors of another shape instead of raising.
-        low_cpu_mem_usage: taken for PEFT's sake.
+        low_cpu_mem_usage: no effect.
 
     Returns:
         `missing_keys` and `unexpected_keys`, as `load_state_dict` does.
@@ -116,17 +106,15 @@ def set_peft_model_state_dict(
     Raises:
         IA3Error: the model has no such adapter, or a shape does not fit; nothing is loaded then.
     """
-    base, prefix = _base_and_prefix(_uncompiled(model))
+    base, prefix = _base_and_prefix(model)
     keys = {key: name for name, key in _keys(base, adapter_name).items()}
     given = {key.removeprefix(KEY_PREFIX): value for key, value in peft_model_state_dict.items()}
     slots = base.state_dict(keep_vars=True)
     for key in sorted(given.keys() & keys.keys()):
-        slot = slots[keys[key]]
-        if slot.shape != given[key].shape:
-            if not ignore_mismatched_sizes:
-                raise IA3Error(
-                    f"{prefix}{key} is {list(given[key].shape)}, expected {list(slot.shape)}"
-                )
+        found, expected = given[key].shape, slots[keys[key]].shape
+        if found != expected and not ignore_mismatched_sizes:
+            raise IA3Error(f"{prefix}{key} is {list(found)}, expected {list(expected)}")
+        if found != expected:
             del given[key]
     with torch.no_grad():
         for key in given.keys() & keys.keys():
@@ -137,21 +125,16 @@ def set_peft_model_state_dict(
     )
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
-    # An IA3Model's attributes are its base model's too, which may be the one that is compiled.
-    return model if isinstance(model, IA3Model) else getattr(model, "_orig_mod", model)
-
-
 def _base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
-    return (model.model, KEY_PREFIX) if isinstance(model, IA3Model) else (model, "")
+    """The base model, and what its adapters' keys begin with."""
+    if isinstance(model, IA3Model):
+        return model.model, KEY_PREFIX
+    original = getattr(model, "_orig_mod", model)  # of a compiled model
+    return (original.model, KEY_PREFIX) if isinstance(original, IA3Model) else (original, "")
 
 
 def _keys(base: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Name in the base model's state dict -> key in the adapter's file.
-
-    Raises:
-        IA3Error: there is no such adapter.
-    """
+    """Name in the base model's state dict -> key in the adapter's file."""
     on = contents(base)
     keys = {
         f"{name}.{ATTRIBUTE}.{adapter_name}": f"{name}.{ATTRIBUTE}"

@@ -82,12 +82,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes; `cpu` for one without tensors."""
-    tensor: Tensor | None
-    for tensor in module._parameters.values():
-        if tensor is not None:
-            break
-    else:
-        tensor = next(chain(module.parameters(), module.buffers()), None)
+    tensor: Tensor | None = next(chain(module.parameters(), module.buffers()), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     if device.type == "meta":
         # Under accelerate's offloading the weights wait on the meta device between two calls.

@@ -1,11 +1,10 @@
 """Mixture-of-experts blocks whose experts are 3-D parameters: one vector per expert.
 
-Such a block has no submodule whose input is the inner activation: its forward picks an expert's
+No submodule of such a block has the inner activation as its input: the forward picks an expert's
 `down_proj` and multiplies by it. So the forward runs on a shallow copy of the block whose
 `down_proj` is a `_ScaledWeight`: the weight, and the vectors of its inner axis. A matrix product
 with it scales the other operand, and knows from how the weight was indexed which expert a row
-belongs to. Any other operation gets the weight multiplied by the vectors: exact, only slower. The
-block itself stays as it is but for its forward.
+belongs to. Any other operation gets the weight multiplied by the vectors: exact, only slower.
 """
 
 from __future__ import annotations
@@ -30,18 +29,15 @@ GROUPED_PRODUCTS = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds experts as 3-D parameters.
+    """Whether a module has experts as 3-D parameters: `gate_up_proj` or `up_proj`, and `down_proj`.
 
-    That is, `gate_up_proj` (or `up_proj`) and `down_proj`, the experts on the first axis. There may
-    be more of the former: identity experts have no use for a `down_proj`.
+    There may be more experts in the former: identity experts have no use for a `down_proj`.
     """
-    up, down = _up_weight(module), module._parameters.get("down_proj")
-    return (
-        up is not None
-        and down is not None
-        and up.dim() == down.dim() == 3
-        and up.shape[0] >= down.shape[0]
-    )
+    gate_up, up, down = map(module._parameters.get, ("gate_up_proj", "up_proj", "down_proj"))
+    up = up if gate_up is None else gate_up
+    if up is None or down is None:
+        return False
+    return up.dim() == down.dim() == 3 and up.shape[0] >= down.shape[0]
 
 
 def experts_shape(module: nn.Module) -> tuple[int, int]:
@@ -55,26 +51,17 @@ def experts_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def attach(module: nn.Module, vector: Callable[[], Tensor | None]) -> Patch:
-    """Have each expert's inner activation multiplied by a vector of its own.
-
-    The module's parameters, their names and its state dict stay as they are. Copying or pickling
-    it takes along what is attached.
+    """Have each expert's inner activation multiplied by a vector of its own, until `remove()`.
 
     Args:
-        module: one for which `is_experts` holds.
+        module: one for which `is_experts` holds; its parameters stay as they are.
         vector: called at each forward for the vectors, `[experts, inner]`, or `None` for a
             forward without. To be copied and pickled with the model, it must be a bound method or
             a plain function.
 
-    Returns:
-        The handle, whose `remove()` gives the block its own forward back.
-
     Raises:
-        IA3Error: the block cannot be rescaled, has vectors already, or these do not fit it.
+        IA3Error: the block cannot be rescaled, or has vectors already.
     """
-    vectors = vector()
-    if vectors is not None:
-        _check_shape(module, vectors)
     if patched(module, _RescaledForward) is not None:
         raise IA3Error(
             f"this {type(module).__name__} has vectors attached already: remove() them first, or "
@@ -94,50 +81,41 @@ def check_forward(module: nn.Module) -> None:
         )
 
 
-def fold(module: nn.Module, scale: Tensor) -> dict[str, Tensor]:
+def scaled_weights(module: nn.Module, vectors: Tensor) -> dict[str, Tensor]:
     """What a merge puts in place of the parameters: the inner axis of `down_proj` multiplied.
 
     Args:
         module: one for which `is_experts` holds; it is not changed.
-        scale: `[experts, inner]`.
+        vectors: `[experts, inner]`.
 
     Returns:
         `{"down_proj": ...}` in the parameter's shape and dtype; the product is taken in float32
         (in float64 for a float64 weight) and rounded once.
-
-    Raises:
-        IA3Error: the block cannot be rescaled, or the scale does not fit it.
     """
-    _check_shape(module, scale)
     down = module.get_parameter("down_proj").detach()
     wide = torch.promote_types(down.dtype, torch.float32)
-    factors = scale.detach().to(down.device, wide).unsqueeze(3 - _inner_axis(module))
-    folded = torch.empty_like(down)
+    factors = vectors.detach().to(down.device, wide).unsqueeze(3 - _inner_axis(module))
+    scaled = torch.empty_like(down)
     # One expert at a time: all of them in float32 can be more than there is memory for.
     for expert, factor in enumerate(factors):
-        folded[expert] = down[expert].to(wide) * factor
-    return {"down_proj": folded}
+        scaled[expert] = down[expert].to(wide) * factor
+    return {"down_proj": scaled}
 
 
 # -- the block -------------------------------------------------------------------------------------
 
 
-def _up_weight(module: nn.Module) -> nn.Parameter | None:
-    gate_up = module._parameters.get("gate_up_proj")
-    return gate_up if gate_up is not None else module._parameters.get("up_proj")
-
-
 def _inner_axis(module: nn.Module) -> int:
     """The inner axis of `down_proj`: 2 where weights are `[experts, out, in]`, 1 if transposed."""
-    up, down = _up_weight(module), module.get_parameter("down_proj")
-    assert up is not None
+    parts = 1 if module._parameters.get("gate_up_proj") is None else 2
+    up = module.get_parameter("up_proj" if parts == 1 else "gate_up_proj")
+    down = module.get_parameter("down_proj")
     for weight in (up, down):
         if weight.dtype not in (*DIVIDING_DTYPES, torch.float16):
             raise IA3Error(
                 f"the experts of a {type(module).__name__} are {weight.dtype}, expected weights "
                 "of 16, 32 or 64-bit floats: load the model without quantizing its experts"
             )
-    parts = 1 if module._parameters.get("gate_up_proj") is None else 2
     fits = {
         2: tuple(up.shape[1:]) == (parts * down.shape[2], down.shape[1]),
         1: tuple(up.shape[1:]) == (down.shape[2], parts * down.shape[1]),
@@ -156,21 +134,11 @@ def _inner_axis(module: nn.Module) -> int:
     return axis
 
 
-def _check_shape(module: nn.Module, vectors: Tensor) -> None:
-    shape = experts_shape(module)
-    if tuple(vectors.shape) != shape or not vectors.is_floating_point():
-        raise IA3Error(
-            f"vectors of {list(vectors.shape)} {vectors.dtype} for the experts of a "
-            f"{type(module).__name__}, expected {list(shape)} floats: [experts, inner]"
-        )
-
-
 class _RescaledForward:
     """A block's forward, run on a shallow copy of the block with a scaled `down_proj`."""
 
     def __init__(self, module: nn.Module, vector: Callable[[], Tensor | None]) -> None:
-        self.module = module
-        self.vector = vector
+        self.module, self.vector = module, vector
         self.patch = patch(module, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -180,9 +148,8 @@ class _RescaledForward:
         copy = type(module).__new__(type(module))
         copy.__dict__.update(module.__dict__)
         down = _ScaledWeight(module.get_parameter("down_proj"), vectors, _inner_axis(module) - 3)
-        config = getattr(module, "config", None)
-        implementation = getattr(config, "_experts_implementation", None)
-        readable = implementation in READABLE_IMPLEMENTATIONS
+        kernels = getattr(getattr(module, "config", None), "_experts_implementation", None)
+        readable = kernels in READABLE_IMPLEMENTATIONS
         # The copy's own attribute comes before the parameter of that name.
         copy.__dict__["down_proj"] = down if readable else down.multiplied()
         forward = rebound(self.patch.below, module, copy)
@@ -206,35 +173,15 @@ class _ScaledWeight:
     def __init__(
         self, weight: Tensor, vectors: Tensor, axis: int, rows: Tensor | None = None
     ) -> None:
-        self.weight = weight
-        self.vectors = vectors
-        self.axis = axis
-        self.rows = rows
-        self._by_expert: tuple[Tensor, ...] = ()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.weight.shape
+        self.weight, self.vectors, self.axis, self.rows = weight, vectors, axis, rows
 
     def __getitem__(self, index: Any) -> Any:
         """One expert's weight (by its number), or each row's weight (by a list of numbers)."""
         if self.weight.dim() == 3 and self.rows is None:
             if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
-                # unbind: the gradient of an indexed vector would be as large as all vectors.
-                self._by_expert = self._by_expert or self.vectors.unbind()
-                vector = self._by_expert[int(index)]
-                return _ScaledWeight(self.weight[index], vector, self.axis)
+                return _ScaledWeight(self.weight[index], self.vectors[index], self.axis)
             if isinstance(index, Tensor) and index.dim() == 1 and index.dtype != torch.bool:
-                weight = self.weight[index]
-                return _ScaledWeight(weight, self.vectors, self.axis, rows=index)
+                return _ScaledWeight(self.weight[index], self.vectors, self.axis, rows=index)
         return self.multiplied()[index]
 
     def transpose(self, first: int, second: int) -> Any:
@@ -245,45 +192,32 @@ class _ScaledWeight:
         weight = self.weight.transpose(first, second)
         return _ScaledWeight(weight, self.vectors, -3 - self.axis, self.rows)
 
-    def float(self) -> _ScaledWeight:
-        """In float32."""
-        return _ScaledWeight(self.weight.float(), self.vectors, self.axis, self.rows)
-
     def __matmul__(self, other: Any) -> Any:
         return torch.matmul(self, other)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.multiplied(), name)
+        # Of these attributes the vectors change nothing.
+        as_it_is = name in ("dtype", "device", "shape")
+        return getattr(self.weight if as_it_is else self.multiplied(), name)
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def plain(arg: Any) -> Any:
+            return arg.multiplied() if isinstance(arg, cls) else arg
+
         kwargs = kwargs or {}
         product = _product(func, args, kwargs)
         if product is not None:
             return product
-        return func(
-            *(arg.multiplied() if isinstance(arg, cls) else arg for arg in args),
-            **{k: arg.multiplied() if isinstance(arg, cls) else arg for k, arg in kwargs.items()},
-        )
+        return func(*map(plain, args), **{name: plain(arg) for name, arg in kwargs.items()})
 
     def multiplied(self) -> Tensor:
         """The tensor that this stands for."""
-        factor = _factor(self.vectors, self.rows, self.weight.dim(), self.axis)
-        return (self.weight * factor).to(self.weight.dtype)
+        return _scaled(self.weight, self.vectors, self.rows, self.axis)
 
 
 def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """A matrix product of a tensor and a scaled weight; `None` where `func` is none we know.
-
-    Raises:
-        IA3Error: it contracts the axis that is not the inner one.
-    """
+    """A matrix product of a tensor and a scaled weight; `None` where `func` is none we know."""
     name = func.__name__
     ours = [isinstance(arg, _ScaledWeight) for arg in args[:2]]
     if name not in (*PRODUCTS, *GROUPED_PRODUCTS) or len(args) < 2 or sum(ours) != 1:
@@ -291,15 +225,14 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     at = ours.index(True)
     weight, other = args[at], args[1 - at]
     dims, rows = weight.weight.dim(), weight.rows
-    options = [option for option in (*args[2:], *kwargs.values()) if option is not None]
     if name in GROUPED_PRODUCTS:
         offsets = kwargs.get("offs")
-        if at == 0 or dims != 3 or rows is not None or offsets is None or len(options) != 1:
+        if at == 0 or dims != 3 or rows is not None or offsets is None:
             return None
         # Rows are sorted by expert. Those behind the last group get the number of no expert.
         numbers = torch.arange(other.shape[0], device=offsets.device, dtype=offsets.dtype)
         rows = torch.searchsorted(offsets, numbers, right=True)
-    elif other.dim() < 2 or (dims == 3 and other.dim() != 3) or (options and name != "linear"):
+    elif other.dim() < 2 or (dims == 3 and other.dim() != 3):
         return None
     # The axis of the other operand that is contracted, and the weight's.
     place = -1 if at == 1 else -2
@@ -327,7 +260,7 @@ def _scale(values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int) -> T
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if rows is not None and torch.is_grad_enabled() and not traced:
         return _Scale.apply(values, vectors, rows, axis)  # type: ignore[no-any-return, no-untyped-call]
-    return (values * _factor(vectors, rows, values.dim(), axis)).to(values.dtype)
+    return _scaled(values, vectors, rows, axis)
 
 
 class _Scale(torch.autograd.Function):
@@ -337,7 +270,7 @@ class _Scale(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, vectors: Tensor, rows: Tensor, axis: int) -> Tensor:
         ctx.axis = axis
         ctx.save_for_backward(values if ctx.needs_input_grad[1] else None, vectors, rows)
-        return (values * _factor(vectors, rows, values.dim(), axis)).to(values.dtype)
+        return _scaled(values, vectors, rows, axis)
 
     @staticmethod
     @once_differentiable
@@ -346,34 +279,28 @@ class _Scale(torch.autograd.Function):
         values, vectors, rows = ctx.saved_tensors
         grad_values = grad_vectors = None
         if ctx.needs_input_grad[0]:
-            factor = _factor(vectors, rows, grad.dim(), ctx.axis)
-            grad_values = (grad * factor).to(grad.dtype)
+            grad_values = _scaled(grad, vectors, rows, ctx.axis)
         if ctx.needs_input_grad[1]:
-            wide = torch.promote_types(
-                torch.promote_types(grad.dtype, vectors.dtype), torch.float32
-            )
-            product = grad.to(wide) * values.to(wide)
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            product = grad.to(wide) * values
             if product.dim() == 3:
                 product = product.sum(-3 - ctx.axis)
-            sums = _with_no_expert(torch.zeros_like(vectors, dtype=wide))
+            sums = _with_no_expert(torch.zeros_like(vectors, dtype=product.dtype))
             grad_vectors = sums.index_add_(0, rows, product)[:-1]
         return grad_values, grad_vectors, None, None
 
 
-def _factor(vectors: Tensor, rows: Tensor | None, dims: int, axis: int) -> Tensor:
-    """The vectors shaped to be broadcast over values of so many dims."""
+def _scaled(values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int) -> Tensor:
     if vectors.dim() == 1:
-        return vectors if axis == -1 else vectors.unsqueeze(-1)
-    if rows is not None:
-        vectors = _with_no_expert(vectors).index_select(0, rows)
-        if dims == 2:
-            return vectors
-    return vectors.unsqueeze(-3 - axis)
+        factor = vectors if axis == -1 else vectors.unsqueeze(-1)
+    elif rows is None:
+        factor = vectors.unsqueeze(-3 - axis)
+    else:
+        factor = _with_no_expert(vectors).index_select(0, rows)
+        factor = factor if values.dim() == 2 else factor.unsqueeze(-3 - axis)
+    return (values * factor).to(values.dtype)
 
 
 def _with_no_expert(vectors: Tensor) -> Tensor:
-    """The vectors and one more, zeros, which rows of no expert are multiplied by.
-
-    Such rows are uninitialized, and so is their gradient, which must not reach an expert's vector.
-    """
+    """The vectors, and zeros for rows of no expert, whose values and gradients are undefined."""
     return functional.pad(vectors, (0, 0, 0, 1))

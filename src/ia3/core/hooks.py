@@ -11,11 +11,7 @@ from .rescale import rescale
 
 
 class Multiplier(Protocol):
-    """What a hook asks of a site at each call.
-
-    Attributes:
-        in_place: a fresh output may be written over.
-    """
+    """What a hook asks of a site at each call; `in_place`: a fresh output may be written over."""
 
     in_place: bool
 
@@ -27,9 +23,7 @@ class Multiplier(Protocol):
 
 
 class OutputHook:
-    """Multiplies a module's output, once, by all that is to multiply it.
-
-    Register it with `OutputHook.on(module)`, which gives the module's hook if it has one.
+    """Multiplies a module's output, once, by all that is to multiply it: see `on`.
 
     Attributes:
         own: the site on the module's output.
@@ -76,19 +70,11 @@ class InputHook:
     """Multiplies a module's input by a site on it, unless another layer carries the site.
 
     The first argument is the input, by position or by name.
-
-    Args:
-        module: the module to register the hook on.
-        site: the site on its input.
     """
 
     def __init__(self, module: nn.Module, site: Multiplier) -> None:
         self.site = site
-        self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
-
-    def remove(self) -> None:
-        """Multiply no longer."""
-        self._handle.remove()
+        self.remove = module.register_forward_pre_hook(self, with_kwargs=True).remove
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -29,7 +29,7 @@ class Contents:
 
 
 def contents(model: nn.Module) -> Contents:
-    """A model's contents, found by a walk over its modules."""
+    """A model's contents now."""
     modules = dict(model.named_modules())
     on = [(name, m, m._modules.get(ATTRIBUTE)) for name, m in modules.items()]
     return Contents(
@@ -45,11 +45,7 @@ def sites(model: nn.Module) -> list[tuple[str, nn.Module, Site]]:
 
 
 class Inventory:
-    """A model's contents, kept until a module comes, goes or is replaced.
-
-    Args:
-        model: the base model.
-    """
+    """A model's contents, kept until a module comes, goes or is replaced."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -72,9 +68,3 @@ class Inventory:
     def __getstate__(self) -> dict[str, Any]:
         # A copy finds its own.
         return vars(Inventory(self.model))
-
-
-def activate(found: Contents, adapters: tuple[str, ...], routed: bool) -> None:
-    """`Site.activate` at all sites of a model."""
-    for _, module, site in found.sites:
-        site.activate(module, adapters, routed)

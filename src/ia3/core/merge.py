@@ -6,7 +6,7 @@ does not). All products are computed before the first is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..errors import IA3Error
 from . import quantized, weights
 from .activations import Side
 from .inventory import sites
-from .mlp import up_projection
+from .mlp import read_mlp
 from .names import ATTRIBUTE
 from .sites import displace, site_of
 
@@ -52,8 +52,12 @@ class Merge:
         try:
             self._write(self._originals)
             values = self._products(adapters)
-            if safe:
-                _check_finite(values, adapters)
+            for (name, slot), value in values.items():
+                if safe and not weights.is_finite(value):
+                    raise IA3Error(
+                        f"merging {list(adapters)} into {name}.{slot} gives values that are not "
+                        "finite; nothing was merged"
+                    )
             originals = self._read(values)
         except BaseException:  # memory may run out
             self._write(before)
@@ -87,8 +91,7 @@ class Merge:
                 continue
             try:
                 owner, side = self._owner(name, site.side)
-                vector = site.product(here).detach().flatten()
-                weights.products(self._module(owner), owner, {side: vector})
+                weights.products(self._module(owner), owner, {side: site.product(here).detach()})
             except IA3Error:
                 self._put(name, quantized.dequantised(module, getattr(self.model, "dtype", None)))
                 replaced[name] = module
@@ -108,8 +111,7 @@ class Merge:
         displace(before)
         module.add_module(ATTRIBUTE, site)
         site.activate(module, active)
-        parent, _, last = name.rpartition(".")
-        setattr(self._module(parent), last, module)
+        self.model.set_submodule(name, module)
 
     def _products(self, adapters: tuple[str, ...]) -> dict[Spot, Any]:
         """What merging these adapters puts where."""
@@ -122,6 +124,7 @@ class Merge:
                 vector = vector if side == "inner" else vector.flatten()
                 sides = vectors.setdefault(owner, {})
                 sides[side] = sides[side] * vector if side in sides else vector
+        # Before the weights of offloaded modules are fetched, which replaces their parameters.
         sharing = _sharing(self.model)
         values: dict[Spot, Any] = {}
         for name, sides in vectors.items():
@@ -143,14 +146,15 @@ class Merge:
         module = self._module(name)
         if side != "input" or not quantized.is_quantized(module):
             return name, side
-        before = up_projection(self.model, name)
-        if before is None:
+        parent, _, down = name.rpartition(".")
+        mlp = read_mlp(self._module(parent), down, with_gate=False)
+        if isinstance(mlp, str):
             raise IA3Error(
                 f"cannot merge into {name!r}: a vector on the input of a quantized "
                 f"{type(module).__name__} scales its columns, which share constants, and no layer "
                 "before it can take the vector instead; merge with dequantise=True"
             )
-        return before, "output"
+        return f"{parent}.{mlp.up}".removeprefix("."), "output"
 
     def _module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
@@ -163,15 +167,6 @@ class Merge:
             weights.write(self._module(name), slot, value)
 
 
-def _check_finite(values: Mapping[Spot, Any], adapters: Sequence[str]) -> None:
-    for (name, slot), value in values.items():
-        if not weights.is_finite(value):
-            raise IA3Error(
-                f"merging {list(adapters)} into {name}.{slot} gives values that are not finite; "
-                "nothing was merged"
-            )
-
-
 def _sharing(model: nn.Module) -> dict[Spot, str]:
     """Module and parameter name -> another module that has the very same parameter."""
     owners: dict[int, list[Spot]] = {}
@@ -180,8 +175,9 @@ def _sharing(model: nn.Module) -> dict[Spot, str]:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((name, slot))
     return {
-        (name, slot): other
+        spot: other
         for spots in owners.values()
-        for name, slot in spots
-        for other in [other for other, _ in spots if other != name][:1]
+        for spot in spots
+        for other, _ in spots
+        if other != spot[0]
     }

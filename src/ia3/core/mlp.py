@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .activations import device_of, linear_features
-from .names import ATTRIBUTE
 from .twin import run_twin
 
 # The functions of the gate that are recognised.
@@ -32,9 +30,6 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
 }
-
-# How large the values are that a function of the gate is tried with: one size a token.
-SIZES = (1.0, 5.0, 30.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,31 +81,19 @@ def read_mlp(mlp: nn.Module, down: str, *, with_gate: bool = True) -> Mlp | str:
     if mlp._parameters or mlp._buffers:
         # What is true of their values now need not stay so.
         return "it has parameters or buffers of its own"
-    for name, (hidden, out) in linear.items():
-        if name == down or out != linear[down][0]:
+    for up, (_, out) in linear.items():
+        if up == down or out != linear[down][0]:
             continue
         try:
-            if not _carries(mlp, children[name], children[down], hidden):
+            if not _carries(mlp, children[up], children[down]):
                 continue
         except Exception as error:  # of a forward that this library knows nothing about
             return f"it cannot be tried out: {error}"
         if with_gate:
             with suppress(Exception), torch.random.fork_rng(devices=[]):
-                return _gated(mlp, name, down, hidden)
-        return Mlp(down, name)
+                return _gated(mlp, up, down)
+        return Mlp(down, up)
     return f"no layer's output can take a vector in the place of {down!r}'s input"
-
-
-def up_projection(model: nn.Module, down_name: str) -> str | None:
-    """The name of the layer whose output can be rescaled instead of a down projection's input.
-
-    Raises:
-        AttributeError: the model has no module `down_name`.
-    """
-    model.get_submodule(down_name)
-    parent, _, down = down_name.rpartition(".")
-    mlp = read_mlp(model.get_submodule(parent), down, with_gate=False)
-    return f"{parent}.{mlp.up}".removeprefix(".") if isinstance(mlp, Mlp) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +101,8 @@ class Carrier:
     """The layer whose output is rescaled instead of a down projection's input.
 
     Attributes:
-        name: its name among the MLP's children.
-        module: the layer.
-        down_name: the down projection's name among them.
-        down: the down projection.
+        name, module: the layer; `name` is that among the MLP's children.
+        down_name, down: the down projection.
         siblings: the MLP's children, as the MLP itself holds them.
     """
 
@@ -144,73 +125,39 @@ class Carrier:
         return Carrier(*copy.deepcopy(parts, memo))
 
 
-class Carriers:
-    """The carriers of one model's down projections. MLPs that are made alike are read once."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._found: dict[Hashable, str | None] = {}
-
-    @cached_property
-    def _holders(self) -> Counter[int]:
-        """How many modules hold each module, by its id."""
-        modules = self._model.modules()
-        return Counter(id(c) for module in modules for c in module._modules.values() if c)
-
-    def of(self, down_name: str) -> Carrier | None:
-        """The carrier for a down projection's input; `None` where there is none."""
-        parent_name, _, down = down_name.rpartition(".")
-        parent = self._model.get_submodule(parent_name)
-        kind = (down, _kind(parent))
-        if kind not in self._found or kind[1] is None:
-            self._found[kind] = up_projection(parent, down)
-        name = self._found[kind]
-        if name is None:
-            return None
-        layers = parent.get_submodule(name), parent.get_submodule(down)
-        if any(self._holders[id(layer)] > 1 for layer in layers):
-            # What is right in one MLP may not be in the other.
-            return None
-        return Carrier(name, layers[0], down, layers[1], parent._modules)
-
-
-def _kind(parent: nn.Module) -> Hashable | None:
-    """Equal for MLPs of one class whose parts and settings are the same; `None`: like no other."""
-    parts: list[Hashable] = []
-    for name, module in parent.named_modules():
-        if name.endswith(ATTRIBUTE):
-            continue
-        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
-            return None
-        settings = [
-            # What is no plain value is the same only if it is the same object.
-            (key, value if isinstance(value, int | float | str | None) else id(value))
-            for key, value in module.__dict__.items()
-            if key != "training" and not key.startswith("_")
-        ]
-        parts.append((name, type(module), *settings))
-    return tuple(parts)
+def carrier_of(model: nn.Module, down_name: str) -> Carrier | None:
+    """The carrier of a vector on a down projection's input; `None` where there is none."""
+    parent, _, down = down_name.rpartition(".")
+    mlp = model.get_submodule(parent)
+    found = read_mlp(mlp, down, with_gate=False)
+    if isinstance(found, str):
+        return None
+    layers = mlp.get_submodule(found.up), mlp.get_submodule(down)
+    held = [child for module in model.modules() for child in module._modules.values()]
+    if any(held.count(layer) > 1 for layer in layers):
+        # What is right in one MLP may not be in the other.
+        return None
+    return Carrier(found.up, layers[0], down, layers[1], mlp._modules)
 
 
 # -- what runs prove -------------------------------------------------------------------------------
 
 
-def _carries(mlp: nn.Module, up: nn.Module, down: nn.Module, hidden: int) -> bool:
+def _carries(mlp: nn.Module, up: nn.Module, down: nn.Module) -> bool:
     """Whether a vector on `up`'s output is the same as one on `down`'s input."""
     device = device_of(mlp)
     # The constants of quantized weights may be floating-point numbers of one byte.
     dtypes = (p.dtype for p in mlp.parameters() if p.is_floating_point() and p.itemsize > 1)
     dtype = next(dtypes, torch.float32)
     like = torch.empty(0, dtype=dtype, device="cpu" if device.type == "meta" else device)
-    plain, scaled = _Run(mlp, hidden, like), _Run(mlp, hidden, like, scaled=up)
-    if len(plain.inputs[down]) != 1 or len(scaled.inputs[down]) != 1:
+    plain, scaled = _Run(mlp, up, like), _Run(mlp, up, like, scaled=True)
+    if not {up, down} <= plain.inputs.keys():
         return False
-    if any(result._version for run in (plain, scaled) for result in run.results[up]):
+    if plain.results[up]._version or scaled.results[up]._version:
         # The MLP writes over what the vector's gradient would be computed from.
         return False
-    (wanted,), (found,) = plain.inputs[down], scaled.inputs[down]
     tolerance = 4 * torch.finfo(dtype).eps
-    return _close(found, wanted.double() * scaled.vector, tolerance) and (
+    return _close(scaled.inputs[down], plain.inputs[down].double() * scaled.vector, tolerance) and (
         _close(scaled.output.cpu(), plain.output.cpu().double(), tolerance)
     )
 
@@ -218,14 +165,15 @@ def _carries(mlp: nn.Module, up: nn.Module, down: nn.Module, hidden: int) -> boo
 def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     if actual.shape != expected.shape or actual.numel() == 0:
         return False
-    size = expected.norm()
+    sizes = expected.norm(dim=-1)
     # False for NaN, and for zeros, which prove nothing.
-    return bool(((actual.double() - expected).norm() <= tolerance * size) & (size > 0))
+    distances = (actual.double() - expected).norm(dim=-1)
+    return bool(((distances <= tolerance * sizes) & (sizes > 0)).all())
 
 
-def _gated(mlp: nn.Module, up: str, down: str, hidden: int) -> Mlp:
+def _gated(mlp: nn.Module, up: str, down: str) -> Mlp:
     """What the MLP computes, with `gate` where that can be proven too."""
-    parts = {name: part for name, part in mlp.named_children() if name != ATTRIBUTE}
+    parts = dict(mlp.named_children())
     linear = {name for name in parts if linear_features(parts[name])}
     dropouts = [name for name in parts if isinstance(parts[name], nn.Dropout)]
     activations = [name for name in parts if name not in {*linear, *dropouts}]
@@ -238,14 +186,36 @@ def _gated(mlp: nn.Module, up: str, down: str, hidden: int) -> Mlp:
     for dtype in (torch.float64, torch.float32):
         for training in (False, True):
             like = torch.empty(0, dtype=dtype, device="cpu")
-            run = _Run(mlp, hidden, like, training=training, sizes=SIZES)
-            functions &= run.functions(parts[gate], parts[up], parts[down])
+            run = _Run(mlp, parts[up], like, training=training)
+            functions &= _functions(run, parts[gate], parts[up], parts[down])
             # One of the two dtypes is not the weight's.
-            casts = casts or any(given.dtype != dtype for given in run.inputs[parts[down]])
+            casts = casts or run.inputs[parts[down]].dtype != dtype
     if len(functions) != 1:
         return Mlp(down, up)
     activation, dropout = next(iter(activations), None), next(iter(dropouts), None)
     return Mlp(down, up, gate, functions.pop(), activation, dropout, casts)
+
+
+def _functions(run: _Run, gate: nn.Module, up: nn.Module, down: nn.Module) -> set[str]:
+    """Those of `FUNCTIONS` with which a run computed down(mask ⊙ function(gate) ⊙ up)."""
+    gates, ups, product = run.results[gate], run.results[up], run.inputs[down]
+    dtypes = (run.given.dtype, getattr(getattr(down, "weight", None), "dtype", None))
+    if (
+        len(run.inputs) != 3
+        or not torch.equal(run.inputs[gate], run.given)
+        or not torch.equal(run.inputs[up], run.given)
+        or run.output is not run.results[down]
+        or product.dtype not in dtypes
+        or not gates.shape == ups.shape == product.shape
+    ):
+        return set()
+    # The functions' values are no larger than the gate's.
+    limit = max(8 * torch.finfo(product.dtype).eps, 1e-9) * (gates * ups).abs().double()
+    return {
+        name
+        for name, function in FUNCTIONS.items()
+        if bool(((product.double() - function(gates) * ups * run.mask).abs() <= limit).all())
+    }
 
 
 class _Run:
@@ -253,15 +223,14 @@ class _Run:
 
     Args:
         mlp: its forward takes one tensor.
-        hidden: that tensor's width.
+        up: a layer that takes that tensor.
         like: has the dtype and the device of the values.
-        scaled: a layer whose output is multiplied by `vector`.
-        training: the mode. In training, a dropout multiplies by `mask`.
-        sizes: what each token's values are multiplied by.
+        scaled: multiply the output of `up` by `vector`.
+        training: the mode. Either way, a dropout multiplies by `mask`.
 
     Attributes:
-        given: the MLP's input, `[1, tokens, hidden]`.
-        inputs, results: linear layer -> its inputs (copies on the CPU) and its outputs, by call.
+        given: the MLP's input, `[1, 3, hidden]`.
+        inputs, results: linear layer -> its input (a copy on the CPU) and its output.
         vector, mask: `[inner]`; the vector is float64, on the CPU, of both signs.
         output: the MLP's result.
     """
@@ -269,74 +238,50 @@ class _Run:
     def __init__(
         self,
         mlp: nn.Module,
-        hidden: int,
+        up: nn.Module,
         like: Tensor,
         *,
-        scaled: nn.Module | None = None,
+        scaled: bool = False,
         training: bool = False,
-        sizes: tuple[float, ...] = (1.0, 1.0, 1.0),
     ) -> None:
-        self._like, self._scaled = like, scaled
-        self._sizes = torch.tensor(sizes, dtype=torch.float64, device="cpu")[:, None]
+        self._sizes = {part: size for part in mlp.modules() if (size := linear_features(part))}
+        hidden, inner = self._sizes[up]
+        self._scaled, self._like = up if scaled else None, like
         self._generator = torch.Generator("cpu").manual_seed(1)
-        own = {n: part for n, part in mlp.named_modules() if ATTRIBUTE not in n.split(".")}
-        layers = [part for part in own.values() if linear_features(part)]
-        self.inputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
-        self.results: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
-        inner = 1 if scaled is None else (linear_features(scaled) or (0, 1))[1]
+        self.inputs: dict[nn.Module, Tensor] = {}
+        self.results: dict[nn.Module, Tensor] = {}
         self.vector = torch.linspace(0.5, 1.5, inner, dtype=torch.float64, device="cpu")
         # Both signs, even for a width of one: a ReLU lets positive factors through.
         self.vector[::2] *= -1
         self.mask = torch.ones((), device="cpu")
-        self.given = self._values(1, len(sizes), hidden).to(like)
-        stand_ins = {layer: partial(self._linear, layer) for layer in layers}
-        dropouts = [part for part in own.values() if training and isinstance(part, nn.Dropout)]
-        self.output: Tensor = run_twin(
-            mlp, {**stand_ins, **dict.fromkeys(dropouts, self._dropout)}, training, self.given
-        )
+        self.given = self._values(1, 3, hidden).to(like)
+        stand_ins: dict[nn.Module, Callable[[Tensor], Tensor]] = {
+            layer: partial(self._linear, layer) for layer in self._sizes
+        }
+        dropouts = [part for part in mlp.modules() if isinstance(part, nn.Dropout)]
+        stand_ins |= dict.fromkeys(dropouts, self._dropout)
+        self.output: Tensor = run_twin(mlp, stand_ins, training, self.given)
 
     def _values(self, *shape: int) -> Tensor:
-        drawn = torch.randn(*shape, generator=self._generator, dtype=torch.float64, device="cpu")
-        return drawn * self._sizes
+        # A size a token: some functions differ near zero, others far from it.
+        sizes = torch.tensor([[1.0], [5.0], [30.0]], device="cpu")
+        return torch.randn(*shape, generator=self._generator, device="cpu") * sizes
 
     def _linear(self, layer: nn.Module, activation: Tensor) -> Tensor:
         """In the place of a linear layer's forward."""
-        wide, out = linear_features(layer) or (0, 0)
+        wide, out = self._sizes[layer]
         if activation.shape[-1] != wide:
             raise ValueError(f"a linear layer got {activation.shape[-1]} values, expected {wide}")
-        self.inputs[layer].append(activation.to("cpu", copy=True))
+        if layer in self.inputs:
+            raise ValueError("a linear layer is called twice")
+        self.inputs[layer] = activation.to("cpu", copy=True)
         result = self._values(*activation.shape[:-1], out)
         if layer is self._scaled:
             result = result * self.vector
-        self.results[layer].append(result.to(self._like))
-        return self.results[layer][-1]
+        self.results[layer] = result.to(self._like)
+        return self.results[layer]
 
     def _dropout(self, activation: Tensor) -> Tensor:
         """In the place of a dropout's forward: it drops the same share of a value every time."""
-        mask = torch.linspace(0.2, 2, activation.shape[-1], device="cpu")
-        self.mask = mask.to(self._like)
+        self.mask = torch.linspace(0.2, 2, activation.shape[-1], device="cpu").to(self._like)
         return activation * self.mask
-
-    def functions(self, gate: nn.Module, up: nn.Module, down: nn.Module) -> set[str]:
-        """Those of `FUNCTIONS` with which the MLP computed down(mask ⊙ function(gate) ⊙ up)."""
-        if any(len(inputs) != 1 for inputs in self.inputs.values()):
-            return set()
-        if any(not _same(self.inputs[layer][0], self.given) for layer in (gate, up)):
-            return set()
-        gates, ups, output = (self.results[layer][0] for layer in (gate, up, down))
-        (product,) = self.inputs[down]
-        dtypes = (self._like.dtype, getattr(getattr(down, "weight", None), "dtype", None))
-        if self.output is not output or product.dtype not in dtypes:
-            return set()
-        if not gates.shape == ups.shape == product.shape:
-            return set()
-        # The functions' values are no larger than the gate's.
-        limit = max(8 * torch.finfo(product.dtype).eps, 1e-9) * (gates * ups).abs().double()
-        off = {
-            n: (product.double() - f(gates) * ups * self.mask).abs() for n, f in FUNCTIONS.items()
-        }
-        return {name for name in off if bool((off[name] <= limit).all())}
-
-
-def _same(actual: Tensor, expected: Tensor) -> bool:
-    return actual.dtype == expected.dtype and torch.equal(actual, expected)

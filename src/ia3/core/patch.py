@@ -1,8 +1,7 @@
 """Replace a module's forward, in layers that come off in any order.
 
-`patch(module, forward)` has calls of the module run `forward` instead of the module's own. A
-module may be patched several times: the last patch is outermost, and `Patch.below` is the forward
-that it replaced. Patches are copied and pickled with their module.
+The last patch on a module is outermost, and `Patch.below` is the forward that it replaced. Patches
+are copied and pickled with their module.
 
 accelerate replaces forwards too: it moves the one it finds to `_old_forward` and calls that.
 Patches are put there then, so that accelerate's hooks and patches may each come or go first.
@@ -11,6 +10,7 @@ Patches are put there then, so that accelerate's hooks and patches may each come
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ from ..errors import IA3Error
 SLOTS = ("forward", "_old_forward")
 
 
+@dataclass(eq=False, slots=True)
 class Patch:
     """A forward in the place of a module's own, and the handle that removes it.
 
@@ -32,12 +33,9 @@ class Patch:
         before: what was in the slot; `None` for nothing.
     """
 
-    __slots__ = ("before", "forward", "module")
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        self.module = module
-        self.forward: Callable[..., Any] | None = forward
-        self.before: Callable[..., Any] | None = module.__dict__.get(slot_for(module))
+    module: nn.Module
+    forward: Callable[..., Any] | None
+    before: Callable[..., Any] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.forward
@@ -62,9 +60,15 @@ class Patch:
         for above in patches(self.module):
             if above.before is self:
                 above.before = self.before
+        own = self.module.__dict__
         for slot in SLOTS:
-            if self.module.__dict__.get(slot) is self:
-                give_back(self.module, slot, self.before)
+            if own.get(slot) is self:
+                if self.before is not None:
+                    own[slot] = self.before
+                elif slot == "forward":
+                    del own[slot]
+                else:
+                    own[slot] = MethodType(type(self.module).forward, self.module)
         self.forward = None
 
 
@@ -76,8 +80,8 @@ def patch(module: nn.Module, forward: Callable[..., Any]) -> Patch:
         forward: called with the module's arguments. To be copied and pickled with the module, it
             must be an object of a class with `__call__`, a bound method or a function of a module.
     """
-    handle = Patch(module, forward)
-    module.__dict__[slot_for(module)] = handle
+    own, slot = module.__dict__, slot_for(module)
+    handle = own[slot] = Patch(module, forward, own.get(slot))
     return handle
 
 
@@ -121,30 +125,10 @@ def slot_for(module: nn.Module) -> str:
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
-def own_forward(module: nn.Module) -> MethodType:
-    """The forward of the module's class."""
-    return MethodType(type(module).forward, module)
-
-
-def give_back(module: nn.Module, slot: str, before: Callable[..., Any] | None = None) -> None:
-    """Take what is in a slot away.
-
-    Args:
-        before: what was there; if nothing was, the module has its class's forward again.
-    """
-    if before is not None:
-        module.__dict__[slot] = before
-    elif slot == "forward":
-        del module.__dict__[slot]
-    else:
-        module.__dict__[slot] = own_forward(module)
-
-
 def refuse_replica(module: nn.Module) -> NoReturn:
     """In place of `nn.Module._replicate_for_data_parallel`, which copies a module for each GPU.
 
-    Each of the copies would share the first one's hooks and patches, and so compute with its
-    vectors and weights.
+    The copies would share the first one's hooks and patches, and compute with its vectors.
     """
     raise IA3Error(
         "nn.DataParallel cannot copy a model with adapters: run a process a GPU (torchrun, "

@@ -28,20 +28,11 @@ SCALE = "weight.scale"  # torchao: Tensor[out, groups]
 
 @dataclass(frozen=True)
 class FourBit:
-    """A 4-bit weight: the packed integers together with the constants that belong to them.
+    """A 4-bit weight: packed integers with their constants, as the forward may repack both."""
 
-    Together, as bitsandbytes' forward on a CPU may repack both.
-
-    Attributes:
-        data: packed integers, uint8.
-        storage: the dtype the module holds them as; FSDP wants that of its other weights.
-        state: a `bitsandbytes.functional.QuantState` that no module holds.
-        may_repack: whether the forward may repack them.
-    """
-
-    data: Tensor
-    storage: torch.dtype
-    state: Any
+    data: Tensor  # uint8
+    storage: torch.dtype  # that the module holds them as; FSDP wants that of its other weights
+    state: Any  # a `bitsandbytes.functional.QuantState` that no module holds
     may_repack: bool
 
 
@@ -51,16 +42,17 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def scaled_rows(module: nn.Module, vector: Tensor) -> dict[str, Any]:
-    """What the slots of a quantized layer become when its output is scaled. Changes nothing.
+    """What the slots of a quantized layer become when its output is scaled.
+
+    Products are taken in float32 and rounded once; the constants of a 4-bit weight come out in
+    float32 even where they were quantized themselves.
 
     Args:
-        module: one for which `is_quantized` holds.
+        module: one for which `is_quantized` holds; unchanged.
         vector: `[out]`, any floating dtype, any sign, zeros too.
 
     Returns:
         Slot -> value for `write_slot`, and `"bias"` -> new data where the layer has a bias.
-        Products are taken in float32 and rounded once; the constants of a 4-bit weight come out in
-        float32 even where they were quantized themselves.
 
     Raises:
         IA3Error: a constant spans several rows, or the weight keeps its constants in a form that is
@@ -68,9 +60,8 @@ def scaled_rows(module: nn.Module, vector: Tensor) -> dict[str, Any]:
     """
     weight: Any = module.weight
     vector = vector.detach().to(weight.device, torch.float32)
-    values: dict[str, Any]
     if _is_four_bit(module):
-        values = {STATE: _scaled_four_bit(module, vector)}
+        values: dict[str, Any] = {STATE: _scaled_four_bit(module, vector)}
     elif _is_eight_bit(module):
         values = {ROW_MAXIMA: _row_maxima(module) * vector}
     else:
@@ -88,8 +79,7 @@ def read_slot(module: nn.Module, slot: str) -> Any:
         return _row_maxima(module)
     if slot == SCALE:
         return weight.scale
-    assert slot == STATE, slot
-    may_repack = bool(getattr(module, "support_avx512bf16_for_cpu", False))
+    may_repack: Any = module.support_avx512bf16_for_cpu
     # A copy, as bitsandbytes changes the state in place when it repacks.
     state = copy.copy(_state(module))
     return FourBit(weight.data.view(torch.uint8), weight.dtype, state, may_repack)
@@ -100,16 +90,20 @@ def write_slot(module: nn.Module, slot: str, value: Any) -> None:
     weight: Any = module.weight
     if slot == ROW_MAXIMA:
         # The first forward moves them from the weight to the layer's state.
-        holders: tuple[Any, ...] = (weight, module.state)
-        for holder in holders:
-            if getattr(holder, "SCB", None) is not None:
-                holder.SCB = value.to(weight.device)
+        holder: Any = module.state if getattr(weight, "SCB", None) is None else weight
+        holder.SCB = value.to(weight.device)
     elif slot == SCALE:
         # The model may have been moved or cast since the value was read.
         weight.scale = value.to(weight.scale.device, weight.scale.dtype)
     else:
-        assert slot == STATE, slot
-        _write_four_bit(module, value)
+        # Copies, so that the value can be written once more.
+        state = copy.copy(value.state)
+        state.to(weight.device)
+        weight.data = value.data.to(weight.device).view(value.storage)
+        weight.quant_state = state
+        if getattr(module, "quant_state", None) is not None:
+            module.quant_state = state
+        module.support_avx512bf16_for_cpu = value.may_repack
 
 
 def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -131,7 +125,7 @@ def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Linea
         data, state = _clean(module)
         own = getattr(module, "compute_dtype", None) or state.dtype
         state.dtype = torch.float32
-        values = _library().functional.dequantize_4bit(data, state)
+        values = sys.modules["bitsandbytes"].functional.dequantize_4bit(data, state)
     elif _is_eight_bit(module):
         values = weight.data.float() * (_row_maxima(module)[:, None] / 127)
         own = torch.float16 if bias is None else bias.dtype
@@ -152,13 +146,9 @@ def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Linea
 # -- bitsandbytes, 4-bit: NF4 and FP4, one constant ("absmax") a block -----------------------------
 
 
-def _library() -> Any:
-    """bitsandbytes, where it has been imported."""
-    return sys.modules.get("bitsandbytes")
-
-
 def _is_four_bit(module: nn.Module) -> bool:
-    if _library() is None or not isinstance(module, _library().nn.Linear4bit):
+    library: Any = sys.modules.get("bitsandbytes")
+    if library is None or not isinstance(module, library.nn.Linear4bit):
         return False
     return _state(module) is not None
 
@@ -174,7 +164,7 @@ def _clean(module: nn.Module) -> tuple[Tensor, Any]:
     Undoes, on copies, what bitsandbytes may have done to them: quantized the constants too, or
     repacked the weight for the CPU with constants `[blocks a row, out]` in bfloat16.
     """
-    functional = _library().functional
+    functional = sys.modules["bitsandbytes"].functional
     weight: Any = module.weight
     data, state = weight.data, _state(module)
     dtype, constants = state.dtype, state.absmax
@@ -213,23 +203,12 @@ def _scaled_four_bit(module: nn.Module, vector: Tensor) -> FourBit:
     return FourBit(data.view(torch.uint8), data.dtype, state, may_repack=False)
 
 
-def _write_four_bit(module: Any, value: FourBit) -> None:
-    # A copy, so that the value can be written once more.
-    state = copy.copy(value.state)
-    state.to(module.weight.device)
-    module.weight.data = value.data.to(module.weight.device).view(value.storage)
-    module.weight.quant_state = state
-    if getattr(module, "quant_state", None) is not None:
-        module.quant_state = state
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = value.may_repack
-
-
 # -- bitsandbytes, 8-bit: one constant ("SCB", the row's largest magnitude) a row ------------------
 
 
 def _is_eight_bit(module: nn.Module) -> bool:
-    if _library() is None or not isinstance(module, _library().nn.Linear8bitLt):
+    library: Any = sys.modules.get("bitsandbytes")
+    if library is None or not isinstance(module, library.nn.Linear8bitLt):
         return False
     # With has_fp16_weights the weight is an ordinary one, quantized anew in each forward.
     return module.weight.dtype == torch.int8 and _row_maxima(module) is not None
@@ -256,14 +235,12 @@ def _is_torchao(module: nn.Module) -> bool:
 
 def _scaled_torchao(weight: Any, vector: Tensor) -> Tensor:
     kind = type(weight).__name__
-    constants = getattr(weight, "scale", None)
-    blocks = getattr(weight, "block_size", None)
-    if not isinstance(constants, Tensor) or blocks is None or kind not in TORCHAO_TENSORS:
+    if kind not in TORCHAO_TENSORS:
         raise IA3Error(f"no rule for where torchao's {kind} keeps its constants")
-    if blocks[0] != 1 or tuple(constants.shape[:1]) != tuple(vector.shape):
+    if weight.block_size[0] != 1:
         raise IA3Error(
-            f"its {kind} weight has blocks of {list(blocks)}, so that one constant spans several "
-            "rows"
+            f"its {kind} weight has blocks of {list(weight.block_size)}, so that one constant "
+            "spans several rows"
         )
-    product: Tensor = constants.float() * vector[:, None]
-    return product.to(constants.dtype)
+    product: Tensor = weight.scale.float() * vector[:, None]
+    return product.to(weight.scale.dtype)

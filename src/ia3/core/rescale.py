@@ -1,7 +1,7 @@
 """The operation of (IA)³, activation ⊙ vector, and its gradient (paper section 3.3).
 
 The plain product keeps the activation y for the backward pass. The vector's gradient can be had
-from the scaled result y′ instead, which the next operation tends to save anyway:
+from the scaled result y′ instead, which the next operation saves anyway:
 
     ∂loss/∂l = Σ (g ⊙ y) = Σ (g ⊙ y′) / l
 
@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import IA3Error
 
-# Entries of a vector nearer to zero than this cannot be divided out of y′ again. They are replaced
-# by it in the training forward: y · 1e-20 vanishes beside anything it is added to, and the gradient
-# stays exact. float16 cannot hold it and takes the plain product.
+# Entries of a vector nearer to zero cannot be divided out of y′ again. In the training forward this
+# replaces them: y · 1e-20 vanishes beside anything it is added to, and the gradient stays exact.
+# float16 cannot hold it and takes the plain product.
 SMALLEST_DIVISOR = 1e-20
 DIVIDING_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -70,13 +70,13 @@ def rescale(
 
     Args:
         activation: `[..., dim]`, any floating dtype.
-        vector: `[dim]`, or any shape that broadcasts over the activation, as `[rows, 1, dim]`. One
-            axis more than the activation has, `[rows, 1, ..., dim]`, is for an activation of rows
-            that each became several, one after the other: `[rows * k, ..., dim]`. The product is
-            taken in the wider of the two dtypes and rounded once.
+        vector: `[dim]`, or any shape that broadcasts over the activation, as `[rows, 1, dim]`. With
+            one axis more, `[rows, 1, ..., dim]`, each row is for k rows of the activation that
+            follow each other, `[rows * k, ..., dim]`. The product is taken in the wider of the two
+            dtypes and rounded once.
         keep_result: take the vector's gradient from the result, so that the activation need not be
-            kept. Values nearer to zero than 1e-20 then count as 1e-20. Ignored where that would not
-            be exact or not be traceable (float16, `torch.compile`, `torch.func`).
+            kept. Ignored where that would not be exact or not be traceable (float16,
+            `torch.compile`, `torch.func`).
         in_place: the activation is fresh: write over it, which keeps the result too. A view is not
             written over where gradients are wanted.
 
@@ -95,23 +95,16 @@ def rescale(
         return (activation * vector).to(activation.dtype)
     if torch.is_grad_enabled() and vector.requires_grad:
         in_place = in_place and not activation._is_view()
+        axes = zip(reversed(vector.shape), reversed(activation.shape), strict=False)
         if (
             not (keep_result or in_place)
             or activation.dtype not in DIVIDING_DTYPES
             or vector.dtype not in DIVIDING_DTYPES
             or activation.dim() < 2
-            or not _broadcasts(vector, activation)
+            or any(size not in (1, whole) for size, whole in axes)
         ):
             return (activation * vector).to(activation.dtype)
         return _KeepResult.apply(activation, vector, in_place)  # type: ignore[no-any-return, no-untyped-call]
     if in_place and not (activation.requires_grad and activation._is_view()):
         return activation.mul_(vector)
     return (activation * vector).to(activation.dtype)
-
-
-def _broadcasts(vector: Tensor, activation: Tensor) -> bool:
-    """Whether the product has the activation's shape."""
-    if vector.dim() == 1:
-        return True
-    ends = zip(reversed(vector.shape), reversed(activation.shape), strict=False)
-    return all(size in (1, whole) for size, whole in ends)

@@ -11,19 +11,19 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from ..errors import IA3Error
 from .activations import Activation
 
 # The name of the base model among adapters' names.
 BASE = "__base__"
-
 GENERATES = "what generates with several beams or sequences goes through IA3Model.generate"
 
 Names = Sequence[str] | Sequence[Sequence[str]]
@@ -39,10 +39,9 @@ class Place(Hashable, Protocol):
 
 
 class Host(Protocol):
-    """The model that a route is of.
+    """The model that a route is of; `_open` and `_close` are called as it is entered and left.
 
-    `_open` is called each time the route is entered, before anything runs, and raises `IA3Error`
-    where the model cannot be routed as it is now. `_close` is called each time it is left.
+    `_open` raises `IA3Error` where the model cannot be routed as it is now.
     """
 
     model: nn.Module
@@ -52,10 +51,11 @@ class Host(Protocol):
     def _owns(self, site: Any) -> bool: ...
 
 
+@dataclass(eq=False)
 class Route:
     """What the sites of a model multiply by, for each row or token of a batch.
 
-    Args:
+    Attributes:
         host: the model.
         sites: all of its sites, and the names of their modules. Nothing is done at one that comes
             later.
@@ -67,36 +67,19 @@ class Route:
         repeats: how many rows of an activation one row of the batch may have become.
     """
 
-    def __init__(
-        self,
-        host: Host,
-        sites: Mapping[Any, str],
-        values: Callable[[Any], Tensor | None],
-        index: Tensor,
-        *,
-        gathered: bool = False,
-        repeats: Collection[int] = (1,),
-    ) -> None:
-        self.host = host
-        self.sites = sites
-        self.values = values
-        self.index = index
-        self.gathered = gathered
-        self.repeats = repeats
-        # The lengths of the rows of its calls, with their past tokens.
-        self._lengths: set[int] = set()
-        self._factors: dict[Hashable, Tensor] = {}
+    host: Host
+    sites: Mapping[Any, str]
+    values: Callable[[Any], Tensor | None]
+    index: Tensor
+    gathered: bool = False
+    repeats: Collection[int] = (1,)
+    # The lengths of the rows of its calls, with their past tokens.
+    _lengths: set[int] = field(default_factory=set, init=False)
+    _factors: dict[Hashable, Tensor] = field(default_factory=dict, init=False)
 
     def repeated(self, repeats: Collection[int]) -> Route:
         """The same for a call that repeats each row."""
-        return Route(
-            self.host,
-            self.sites,
-            self.values,
-            self.index,
-            gathered=self.gathered,
-            repeats=repeats,
-        )
+        return replace(self, repeats=repeats)
 
     @property
     def by_token(self) -> bool:
@@ -115,8 +98,7 @@ class Route:
         tensors = [value for value in values if isinstance(value, Tensor) and value.dim() > 0]
         if not tensors:
             return
-        expected = list(self.index.shape)
-        shape = list(tensors[0].shape)
+        expected, shape = list(self.index.shape), list(tensors[0].shape)
         rows, *tokens = expected
         if shape[0] not in {rows * k for k in self.repeats} or (tokens and shape[1:2] != tokens):
             kind = "tokens" if tokens else "rows"
@@ -128,10 +110,7 @@ class Route:
         self._lengths.update(t.shape[1] for t in tensors if t.dim() > 1 and t.shape[0] == shape[0])
 
     def factor(self, site: Place, activation: Tensor) -> Tensor | None:
-        """What to multiply an activation by; `None` for nothing.
-
-        Returns:
-            Shaped for `rescale`: it broadcasts over the activation, or over its rows apart.
+        """What to multiply an activation by, shaped for `rescale`; `None` for nothing.
 
         Raises:
             IA3Error: the activation has other rows or tokens than were named.
@@ -141,51 +120,40 @@ class Route:
                 "a routed model is being traced: the graph would keep this call's adapters; "
                 "leave the route first"
             )
+        key = (site, activation.size(0), activation.dim(), activation.device)
+        if key in self._factors:
+            return self._factors[key]
+        values = self.values(site)
+        if values is None:
+            return None
+        values = values.to(activation.device)
         if not self.gathered:
-            values = self.values(site)
-            if values is None:
-                return None
-            values = values.to(activation.device)
-            index = self.index.to(values.device)
-            return self._shaped(site, values.index_select(0, index.flatten()), activation)
-        key = (site, activation.shape[0], activation.dim(), activation.device)
-        factor = self._factors.get(key)
-        if factor is None:
-            values = self.values(site)
-            if values is None:
-                return None
-            factor = self._shaped(site, values.to(activation.device), activation)
+            values = values.index_select(0, self.index.to(values.device).flatten())
+        factor = self._shaped(site, values, activation)
+        if self.gathered:
             self._factors[key] = factor
         return factor
 
     def _shaped(self, site: Place, values: Tensor, activation: Tensor) -> Tensor:
         axes = site.activation.factor_shape
         between = activation.dim() - 1 - len(axes)
-        if activation.is_nested or between < 0:
-            raise self._misfit(site, activation)
-        count = activation.shape[0]
-        if self.by_token:
-            tokens = self.index.shape
-            if len(axes) == 1 and activation.shape[:-1] in (tokens, (tokens.numel(),)):
-                return values.reshape(activation.shape)
-            raise self._misfit(site, activation)
-        rows = self.index.shape[0]
-        if count == rows:
-            return values.reshape(rows, *[1] * between, *axes)
-        repeats = set(self.repeats)
-        if between == 0 and len(axes) == 1:
-            # Without an axis for them the tokens of a row follow each other.
-            repeats |= {k * length for k in self.repeats for length in self._lengths}
-        if count % rows == 0 and count // rows in repeats:
-            return values.reshape(rows, 1, *[1] * between, *axes)
-        raise self._misfit(site, activation)
-
-    def _misfit(self, site: Place, activation: Tensor) -> IA3Error:
+        rows, *tokens = index = list(self.index.shape)
         shape = "nested" if activation.is_nested else list(activation.shape)
-        named = (
-            f"tokens {list(self.index.shape)}" if self.by_token else f"{self.index.shape[0]} rows"
-        )
-        return IA3Error(
+        fits = not activation.is_nested and between >= 0
+        if fits and tokens:
+            if len(axes) == 1 and shape[:-1] in (index, [self.index.numel()]):
+                return values.reshape(activation.shape)
+        elif fits and shape[0] == rows:
+            return values.reshape(rows, *[1] * between, *axes)
+        elif fits:
+            repeats = set(self.repeats)
+            if between == 0 and len(axes) == 1:
+                # Without an axis for them the tokens of a row follow each other.
+                repeats |= {k * length for k in self.repeats for length in self._lengths}
+            if shape[0] in {rows * k for k in repeats}:
+                return values.reshape(rows, 1, *[1] * between, *axes)
+        named = f"tokens {index}" if tokens else f"{rows} rows"
+        raise IA3Error(
             f"adapters were named for {named}, but the activation at "
             f"{self.sites.get(site, 'a module')!r} is {shape}: expected as many, in the order of "
             "the batch; a module that sees something else than the batch cannot be routed, and "
@@ -203,20 +171,20 @@ def entered(route: Route) -> Iterator[None]:
     Raises:
         IA3Error: the model cannot be routed as it is now.
     """
-    _bind_checkpoints()
+    # What is checkpointed is recomputed under the routes of its first run, from now on.
+    if not _bind() and torch.is_grad_enabled():
+        raise IA3Error(
+            f"PyTorch {torch.__version__} has no checkpointing that could be told which adapters "
+            "its rows were computed with: route without gradients, or use a version that was "
+            "tested (2.11 to 2.13)"
+        )
     with _under({**_routes(), **dict.fromkeys(route.sites, route)}):
         yield
 
 
 @dataclass(eq=False)
 class _Frame:
-    """The routes, of one model or several, that a thread or task has entered.
-
-    Attributes:
-        routes: site -> its route.
-        before: what was on when this was entered.
-        is_open: it has not been left.
-    """
+    """What a thread or task has entered: the route of each site, of one model or several."""
 
     routes: Mapping[Place, Route]
     before: _Frame | None
@@ -227,8 +195,8 @@ _CURRENT: ContextVar[_Frame | None] = ContextVar("ia3_routes", default=None)
 
 
 def _routes() -> Mapping[Place, Route]:
-    frame = _CURRENT.get()
     # A task that was started within a route keeps it when the route has been left elsewhere.
+    frame = _CURRENT.get()
     return {} if frame is None else frame.routes
 
 
@@ -263,15 +231,13 @@ def current_route(host: Host) -> Route | None:
     return next((route for route in _routes().values() if route.host is host), None)
 
 
-# A compiler breaks its graph at these two: it knows no thread's route.
+# A compiler breaks its graph at what follows: it knows no thread's route.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def is_routed(site: Place) -> bool:
     """Whether a site is routed in this thread or task."""
     routes = _routes()
-    if not routes or site in routes:
-        return bool(routes)
     # It may have been put on a routed model since.
-    return any(route.host._owns(site) for route in set(routes.values()))
+    return site in routes or any(route.host._owns(site) for route in set(routes.values()))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -287,9 +253,9 @@ def watch(model: nn.Module, wanted: bool) -> None:
     own = [number for number, hook in hooks.items() if hook is _check_call]
     if wanted and not own:
         model.register_forward_pre_hook(_check_call, with_kwargs=True)
-    for number in own if not wanted else ():
-        del hooks[number]
-        model._forward_pre_hooks_with_kwargs.pop(number, None)
+    if not wanted:
+        for number in own:
+            del hooks[number], model._forward_pre_hooks_with_kwargs[number]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -302,30 +268,13 @@ def _check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 # -- checkpointing ---------------------------------------------------------------------------------
 
 
-def _bind_checkpoints() -> None:
-    """Have checkpointed functions recomputed under the routes of their first run, from now on.
-
-    Raises:
-        IA3Error: this version of PyTorch has no place for that, and gradients are enabled.
-    """
-    if not _bind() and torch.is_grad_enabled():
-        raise IA3Error(
-            f"PyTorch {torch.__version__} has no checkpointing that could be told which adapters "
-            "its rows were computed with: route without gradients, or use a version that was "
-            "tested (2.11 to 2.13)"
-        )
-
-
 @cache
 def _bind() -> bool:
     """Have both kinds of torch's checkpoint bind the function that they recompute; false if not.
 
-    The public way, `context_fn`, is an argument of each call of `checkpoint` that is not reentrant:
-    transformers, FSDP and the user's own layers would have to give it, and reentrant checkpoints
-    have none.
+    The public way, `context_fn`, would have to be given by each caller of `checkpoint`:
+    transformers, FSDP and the user's own layers. Reentrant checkpoints have none.
     """
-    from torch.utils import checkpoint
-
     reentrant = getattr(checkpoint, "CheckpointFunction", None)
     frame = getattr(checkpoint, "_CheckpointFrame", None)
     if reentrant is None or frame is None:
@@ -336,14 +285,10 @@ def _bind() -> bool:
     return True
 
 
-def _with_bound(
-    original: Callable[..., Any], self: Any, function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+def _with_bound(original: Any, self: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
     return original(self, partial(_run_under, _routes(), function), *args, **kwargs)
 
 
-def _run_under(
-    routes: Mapping[Place, Route], function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+def _run_under(routes: Mapping[Place, Route], function: Any, *args: Any, **kwargs: Any) -> Any:
     with _under(routes):
         return function(*args, **kwargs)

@@ -1,7 +1,7 @@
 """Whole modules that train and are saved with an adapter: `modules_to_save`.
 
-A module named there keeps its weights and its place. Each adapter gets a copy of it, held in a
-`SavedModule` registered on the module as `ia3_l`, and calls go to the active adapter's copy.
+Each adapter gets a copy of a module named there, held in a `SavedModule` registered on the module
+as `ia3_l`, and calls of the module go to the active adapter's copy.
 """
 
 from __future__ import annotations
@@ -20,17 +20,7 @@ from .names import ATTRIBUTE, base_modules
 from .patch import SLOTS, patch, patched, refuse_replica
 from .weights import write
 
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-# Containers are never called, so that a copy of one would train nothing.
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class SavedModule(nn.Module):
@@ -40,11 +30,10 @@ class SavedModule(nn.Module):
         active: the adapter whose copy is called; `None` for the module itself.
     """
 
-    active: str | None
+    active: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.active = None
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
     _replicate_for_data_parallel = refuse_replica
@@ -65,16 +54,14 @@ class SavedModule(nn.Module):
     def add(self, adapter: str, module: nn.Module) -> None:
         """Store a copy of the base module's own weights under an adapter's name."""
         memo: dict[int, Any] = {id(self): None}
-        hooked = [part for part in module.modules() if hasattr(part, "_hf_hook")]
-        for part in hooked:
-            # accelerate's hook may hold all weights of the base model.
-            memo[id(part._hf_hook)] = None
         with ExitStack() as loaded:
-            if hooked:
-                from accelerate.utils import align_module_device  # type: ignore[import-untyped]
+            for part in module.modules():
+                if hasattr(part, "_hf_hook"):
+                    from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 
-                for part in hooked:
                     loaded.enter_context(align_module_device(part, device_of(part)))
+                    # accelerate's hook may hold all weights of the base model.
+                    memo[id(part._hf_hook)] = None
             twin = copy.deepcopy(module, memo)
         _unpatch(twin)
         twin._modules.pop(ATTRIBUTE, None)
@@ -122,15 +109,16 @@ def find_modules_to_save(
             )
         found.update(dict.fromkeys(matching))
     for name in found:
+        module = model.get_submodule(name)
         inside = next((other for other in found if other.startswith(f"{name}.")), None)
         if inside is not None:
             raise IA3Error(f"modules_to_save: {inside!r} is part of {name!r}, which is saved whole")
-        if isinstance(model.get_submodule(name), CONTAINERS):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
             raise IA3Error(
-                f"modules_to_save: {name!r} is a {type(model.get_submodule(name)).__name__}, which "
-                "is never called: name the modules in it"
+                f"modules_to_save: {name!r} is a {type(module).__name__}, which is never called: "
+                "name the modules in it"
             )
-        if next(model.get_submodule(name).parameters(), None) is None:
+        if next(module.parameters(), None) is None:
             raise IA3Error(f"modules_to_save: module {name!r} has no parameters to train")
     return list(found)
 
@@ -154,17 +142,15 @@ def detach_saved_module(module: nn.Module) -> None:
 
 def shared_parameters(model: nn.Module) -> set[int]:
     """The ids of the parameters that several modules have."""
-    counts = Counter(
-        id(parameter) for module in model.modules() for parameter in module._parameters.values()
-    )
+    counts = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     return {identity for identity, count in counts.items() if count > 1}
 
 
 def keep_saved_module(module: nn.Module, adapter: str, shared: Collection[int] = ()) -> None:
-    """Give the module itself the values of an adapter's copy, for good.
+    """Give the module itself the values of an adapter's copy, but not the modules that share them.
 
     Args:
-        shared: the ids of parameters that other modules have too, and which must not change there.
+        shared: the ids of parameters that several modules have.
     """
     copies = saved_module_of(module)
     assert copies is not None
@@ -172,9 +158,10 @@ def keep_saved_module(module: nn.Module, adapter: str, shared: Collection[int] =
     for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
         path, _, last = name.rpartition(".")
         owner, value = module.get_submodule(path), tensor.detach().clone()
-        if owner._buffers.get(last) is not None:
+        parameter = owner._parameters.get(last)
+        if parameter is None:
             owner._buffers[last] = value
-        elif id(owner.get_parameter(last)) in shared and not owner.get_parameter(last).is_meta:
+        elif id(parameter) in shared and not parameter.is_meta:
             owner._parameters[last] = nn.Parameter(value, requires_grad=False)
         else:
             write(owner, last, value)
@@ -183,11 +170,7 @@ def keep_saved_module(module: nn.Module, adapter: str, shared: Collection[int] =
 def check_saved_modules(
     values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module
 ) -> None:
-    """Check an adapter's copies of whole modules against the model.
-
-    Args:
-        values: parameter name in the base model -> the copy's value.
-        saved: the names of the modules.
+    """Check values of copies, by their names in the base model, against the modules saved.
 
     Raises:
         IA3Error: a tensor is missing, is not expected, or has another shape.
@@ -216,17 +199,9 @@ def check_saved_modules(
 
 
 def load_saved_module(twin: nn.Module, name: str, values: Mapping[str, Tensor]) -> None:
-    """Give a copy its values, which `check_saved_modules` has seen.
-
-    Args:
-        twin: the copy.
-        name: the name of the module that it is a copy of.
-        values: parameter name in the base model -> value.
-    """
-    prefix = f"{name}."
-    twin.load_state_dict(
-        {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-    )
+    """Give the copy of the module `name` its values, as `check_saved_modules` has seen them."""
+    own = {key: value for key, value in values.items() if key.startswith(f"{name}.")}
+    twin.load_state_dict({key.removeprefix(f"{name}."): value for key, value in own.items()})
 
 
 def allow_plain_checkpoint(module: nn.Module, incompatible_keys: Any) -> None:
@@ -244,8 +219,7 @@ class _ToActiveCopy:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         copies = saved_module_of(self.module)
-        active = None if copies is None else copies.active
-        if copies is None or active is None:
+        if copies is None or (active := copies.active) is None:
             return self.patch.below(*args, **kwargs)
         return copies[active](*args, **kwargs)
 

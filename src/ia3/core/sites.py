@@ -1,7 +1,7 @@
 """The vectors at one activation of one module.
 
-A `Site` is a small module registered on the base module as `ia3_l`; it never replaces or wraps it.
-Its vectors are its parameters, one per adapter, so that they move, save and train with the model.
+A `Site` is a small module registered on the base module as `ia3_l`. Its vectors are its parameters,
+one per adapter, so that they move, save and train with the model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import IA3Error
 from . import experts
 from .activations import Activation, Side
 from .hooks import InputHook, OutputHook
-from .mlp import Carrier, Carriers
+from .mlp import Carrier, carrier_of
 from .names import ATTRIBUTE, Frozen, Target
 from .patch import refuse_replica
 from .route import factor_of, is_routed
@@ -32,45 +32,34 @@ class Site(nn.Module):
     Attributes:
         side, activation: what is rescaled.
         frozen: adapter -> the ranges of its vector that count as one; written by `add`.
-        carrier: of a down projection's input, the layer whose output is rescaled instead; written
-            by `place`.
         active: the adapters whose vectors multiply now; written by `activate`.
-        routed: a route may be on, which comes before the active adapters; written by `activate`.
         in_place: rescale where it costs the least memory; else by the plain product, at the module
             itself. Written by `IA3Model.use_plain_product`, and when the site is placed.
         merged: the adapters that are part of the weights; written by `Merge`.
-        banked: a bank has values for it, so that it stays without vectors of its own; written
-            where banks are attached.
-        in_block: the fused MLP around the module multiplies by the vectors, so that no hook does;
-            written by the fused MLPs.
+        banked: a bank has values for it, so that it stays without vectors of its own.
+        in_block: the fused MLP around the module multiplies by the vectors, so that no hook does.
     """
 
     side: Side
     activation: Activation
     frozen: dict[str, Frozen]
-    carrier: Carrier | None
-    active: tuple[str, ...]
-    routed: bool
-    in_place: bool
-    merged: tuple[str, ...]
-    banked: bool
-    in_block: bool
-    _removers: tuple[Callable[[], None], ...]
+    active: tuple[str, ...] = ()
+    in_place: bool = True
+    merged: tuple[str, ...] = ()
+    banked: bool = False
+    in_block: bool = False
+    # Underscores, as no adapter can have the name of an attribute.
+    # A route may be on, which comes before the active adapters.
+    _routed: bool = False
+    # Of a down projection's input, the layer whose output is rescaled instead.
+    _carrier: Carrier | None
+    # Of its hooks, while it has any.
+    _removers: tuple[Callable[[], None], ...] = ()
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, carrier: Carrier | None = None) -> None:
         super().__init__()
-        self.side = target.side
-        self.activation = target.activation
-        self.frozen = {}
-        self.carrier = None
-        self.active = ()
-        self.routed = False
-        self.in_place = True
-        self.merged = ()
-        self.banked = False
-        self.in_block = False
-        # Of its hooks, while it has any.
-        self._removers = ()
+        self.side, self.activation, self.frozen = target.side, target.activation, {}
+        self._carrier = carrier
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
     _replicate_for_data_parallel = refuse_replica
@@ -89,8 +78,7 @@ class Site(nn.Module):
         return vector
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Site:
-        # Casting the base to half precision leaves the vectors float32: training moves them by less
-        # than half precision resolves around one.
+        # Training moves vectors by less than half precision resolves around one.
         def at_least_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             narrow = moved.is_floating_point() and moved.itemsize < 4
@@ -100,21 +88,16 @@ class Site(nn.Module):
         return self
 
     def add(self, adapter: str, vector: Tensor, frozen: Frozen = ()) -> None:
-        """Store a vector of `Activation.shape` under an adapter's name, not to be trained yet.
-
-        Args:
-            frozen: half-open ranges of it that count as one whatever the vector holds.
-        """
+        """Store a vector of `Activation.shape`, not to be trained yet, with its frozen ranges."""
+        # Not register_parameter: it refuses names that are also methods of this class ("product").
+        self._parameters[adapter] = nn.Parameter(vector, requires_grad=False)
         if frozen:
             mask = torch.zeros(self.activation.dim, dtype=torch.bool)
             for start, end in frozen:
                 mask[start:end] = True
-            name = _mask_name(adapter)
-            self._non_persistent_buffers_set.add(name)
-            self._buffers[name] = mask.reshape(self.activation.shape).to(vector.device)
-        # Not register_parameter: it refuses names that are also methods of this class ("product").
-        self._parameters[adapter] = nn.Parameter(vector, requires_grad=False)
-        if frozen:
+            mask = mask.reshape(self.activation.shape).to(vector.device)
+            self.register_buffer(_mask_name(adapter), mask, persistent=False)
+            # Last: saving a state dict reads both.
             self.frozen[adapter] = frozen
 
     def target(self, name: str) -> Target:
@@ -132,14 +115,12 @@ class Site(nn.Module):
     def remove(self, adapter: str) -> None:
         """Remove an adapter's vector, or what `add` had stored of it before it failed."""
         # First: saving a state dict reads the vector of each adapter that is in it.
-        self.frozen.pop(adapter, None)
+        if self.frozen.pop(adapter, ()):
+            delattr(self, _mask_name(adapter))
         self._parameters.pop(adapter, None)
-        name = _mask_name(adapter)
-        self._buffers.pop(name, None)
-        self._non_persistent_buffers_set.discard(name)
 
     def vector(self, adapter: str) -> Tensor:
-        """An adapter's vector, `Activation.shape`, with its frozen values one."""
+        """An adapter's vector, `Activation.shape`, its frozen values one."""
         vector: Tensor = self._parameters[adapter]  # type: ignore[assignment]
         if vector.is_meta and hasattr(self, "_hf_hook"):
             # accelerate brings a module's tensors for its forward, and a site has none.
@@ -152,18 +133,11 @@ class Site(nn.Module):
             vector = vector.masked_fill(mask, 1.0)
         return vector
 
-    def is_frozen(self, adapter: str) -> Tensor:
-        """Which values of an adapter's vector count as one, `Activation.shape`, bool."""
-        mask = self._buffers.get(_mask_name(adapter))
-        return torch.zeros_like(self[adapter], dtype=torch.bool) if mask is None else mask
-
     def activate(self, module: nn.Module, adapters: tuple[str, ...], routed: bool = False) -> None:
-        """Have the activation rescaled by the product of these adapters' vectors.
-
-        Adapters without a vector here are left out; with none left, no hook stays registered.
+        """Have the activation rescaled by the product of those adapters' vectors that are here.
 
         Args:
-            module: the module that the site is on.
+            module: the module that the site is on; it has hooks only while they are needed.
             adapters: in the order in which they multiply.
             routed: a route may be on: register hooks even without vectors, and ask for it.
         """
@@ -173,7 +147,7 @@ class Site(nn.Module):
             among = set(self.merged) <= set(here)
             here = tuple(name for name in here if name not in self.merged) if among else ()
         # Not setattr: nn.Module's looks for parameters first.
-        self.__dict__.update(active=here, routed=routed)
+        self.__dict__.update(active=here, _routed=routed)
         # Experts are not routed.
         wanted = bool(here) or (routed and self.side != "inner")
         if not wanted or self.in_block:
@@ -184,7 +158,7 @@ class Site(nn.Module):
             self._removers = self._register(module)
 
     def _register(self, module: nn.Module) -> tuple[Callable[[], None], ...]:
-        """Put hooks on the module; the functions that remove them again."""
+        """Put hooks on the module; returns what removes them again."""
         if self.side == "inner":
             return (experts.attach(module, self._inner_factor).remove,)
         if self.side == "output":
@@ -192,43 +166,40 @@ class Site(nn.Module):
             output.own = self
             return (partial(output.remove, self),)
         remove_input = InputHook(module, self).remove
-        if self.carrier is None:
+        if self._carrier is None:
             return (remove_input,)
-        output = OutputHook.on(self.carrier.module)
+        output = OutputHook.on(self._carrier.module)
         output.carried = self
         return remove_input, partial(output.remove, self)
 
     def is_carried(self) -> bool:
         """Whether the carrier's output is rescaled, and not the module's input."""
-        return self.in_place and self.carrier is not None and self.carrier.in_place()
+        return self.in_place and self._carrier is not None and self._carrier.in_place()
 
     def product(self, adapters: tuple[str, ...]) -> Tensor:
         """The product of the adapters' vectors, `Activation.factor_shape`."""
         product = self.vector(adapters[0])
         for name in adapters[1:]:
             product = product * self.vector(name)
-        return product.reshape(self.activation.factor_shape)
+        shape = self.activation.factor_shape
+        # A decoded token asks a hundred times, and flattening costs half of a reshape.
+        return product.flatten() if len(shape) == 1 else product.reshape(shape)
 
-    def active_product(self) -> Tensor | None:
-        """`product` of the active adapters; `None` where none is active."""
-        active = self.active
-        return self.product(active) if active else None
-
-    def is_routed(self) -> bool:
-        """Whether a route says what to do here now, and not the active adapters."""
-        return self.routed and bool(is_routed(self))
+    @property
+    def routed(self) -> bool:
+        """Whether hooks are there, and ask for a route."""
+        return self._routed
 
     def factor(self, activation: Tensor) -> Tensor | None:
         """What an activation here is multiplied by now; `None` for nothing."""
-        if self.routed and is_routed(self):
-            routed: Tensor | None = factor_of(self, activation)
-            return routed
-        # As active_product, in a call less: a decoded token asks a hundred times.
+        if self._routed and is_routed(self):
+            return factor_of(self, activation)  # type: ignore[no-any-return]
         active = self.active
         return self.product(active) if active else None
 
     def _inner_factor(self) -> Tensor | None:
-        return None if self.is_routed() else self.active_product()
+        active = self.active
+        return self.product(active) if active and not (self._routed and is_routed(self)) else None
 
 
 def site_of(module: nn.Module) -> Site | None:
@@ -254,16 +225,14 @@ def check_free(module: nn.Module, target: Target) -> None:
         experts.check_forward(module)
 
 
-def place(module: nn.Module, target: Target, carriers: Carriers) -> Site:
+def place(model: nn.Module, module: nn.Module, target: Target) -> Site:
     """The module's site, registered on it now if it has none."""
     site = site_of(module)
     if site is None:
         # By default compiled code does not look whether hooks were added or removed since, and
         # would go on with the adapters that were active when it was compiled.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
-        site = Site(target)
-        if site.side == "input":
-            site.carrier = carriers.of(target.name)
+        site = Site(target, carrier_of(model, target.name) if target.side == "input" else None)
         module.add_module(ATTRIBUTE, site)
     return site
 

@@ -16,16 +16,16 @@ from torch.overrides import TorchFunctionMode
 from .hooks import InputHook, OutputHook
 from .patch import SLOTS, rebound
 
-Forwards = Mapping[nn.Module, Callable[[Tensor], Tensor]]
+# A part of a module -> the forward that runs in the place of the part's.
+StandIns = Mapping[nn.Module, Callable[[Tensor], Tensor]]
 
 
-def run_twin(module: nn.Module, stand_ins: Forwards, training: bool, given: Tensor) -> Any:
+def run_twin(module: nn.Module, stand_ins: StandIns, training: bool, given: Tensor) -> Any:
     """The result of a module's own forward, without patches and without the hooks of adapters.
 
     Hooks of parts run; hooks of the module itself do not, as they may expect the very module.
 
     Args:
-        stand_ins: part of the module -> the forward that runs in the place of the part's.
         training: the mode of all parts.
         given: the forward's argument.
 
@@ -46,21 +46,17 @@ class _Untouched(TorchFunctionMode):
         super().__init__()
         self._parameters = {id(p) for module in modules for p in module.parameters()}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [*args, *(kwargs or {}).values()]
+        result = func(*args, **(kwargs or {}))
         # Asking for a weight's dtype or shape is no use of its values.
-        if isinstance(result, Tensor) and any(
-            id(value) in self._parameters for value in (*args, *kwargs.values())
-        ):
+        if isinstance(result, Tensor) and any(id(value) in self._parameters for value in given):
             raise ValueError("it computes with the weight of a layer without calling the layer")
         return result
 
 
 def _twin(
-    module: nn.Module, stand_ins: Forwards, training: bool, made: dict[nn.Module, nn.Module]
+    module: nn.Module, stand_ins: StandIns, training: bool, made: dict[nn.Module, nn.Module]
 ) -> nn.Module:
     """A module's copy; `made` holds those of the modules that have one already."""
     within = any(part in stand_ins for part in module.modules())
@@ -73,12 +69,9 @@ def _twin(
     own.update(module.__dict__, training=training)
     # What was compiled has the module's own weights in it.
     own.pop("_compiled_call_impl", None)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-        own[hooks] = OrderedDict(
-            (key, hook)
-            for key, hook in own[hooks].items()
-            if not isinstance(hook, InputHook | OutputHook)
-        )
+    for slot in ("_forward_hooks", "_forward_pre_hooks"):
+        hooks = [(k, h) for k, h in own[slot].items() if not isinstance(h, InputHook | OutputHook)]
+        own[slot] = OrderedDict(hooks)
     own["_modules"] = {
         name: None if child is None else _twin(child, stand_ins, training, made)
         for name, child in module._modules.items()

@@ -7,7 +7,7 @@ The product is taken in float32 or wider and rounded once. Where values are read
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,15 +20,12 @@ from .activations import Side
 
 
 def products(module: nn.Module, name: str, vectors: Mapping[Side, Tensor]) -> dict[str, Any]:
-    """What a module's slots become when vectors are merged into it; nothing is changed yet.
+    """What a module's slots become when vectors are merged into it: values for `write`.
 
     Args:
-        module: the module; a quantized one takes a vector on its output alone.
+        module: stays as it is; a quantized one takes a vector on its output alone.
         name: its name in its model.
         vectors: `[dim]` a side, or `[experts, dim]` within experts.
-
-    Returns:
-        Slot -> value for `write`.
 
     Raises:
         IA3Error: the weights cannot take the vectors exactly.
@@ -82,13 +79,11 @@ def write(module: nn.Module, slot: str, value: Any) -> None:
 
 def _is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate has taken the module's weights away until its next call."""
-    offloads = getattr(getattr(module, "_hf_hook", None), "offload", False)
-    return bool(offloads) and _is_empty(module)
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False)) and _is_empty(module)
 
 
 def _is_empty(module: nn.Module) -> bool:
-    parameters = (p for p in module._parameters.values() if p is not None)
-    return any(parameter.device.type == "meta" for parameter in parameters)
+    return any(p.is_meta for p in module._parameters.values() if p is not None)
 
 
 def _write_offloaded(hook: Any, slot: str, value: Tensor) -> None:
@@ -108,7 +103,7 @@ def _products(module: nn.Module, name: str, vectors: Mapping[Side, Tensor]) -> d
     if _is_empty(module):
         raise IA3Error(f"cannot merge into {name!r}: its weights are not there (meta device)")
     if "inner" in vectors:
-        return experts.fold(module, vectors["inner"])
+        return experts.scaled_weights(module, vectors["inner"])
     weight = module._parameters.get("weight")
     # Numbers of one byte would have to be rounded to so few bits that little is left of the vector.
     if weight is None or not weight.is_floating_point() or weight.itemsize < 2:
@@ -117,35 +112,30 @@ def _products(module: nn.Module, name: str, vectors: Mapping[Side, Tensor]) -> d
             f"cannot merge into {name!r}, a {type(module).__name__} with {kind} weights: expected "
             "floating-point weights of 16 bits or more"
         )
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None:
-            raise IA3Error(f"cannot merge into {name!r}: max_norm would undo the vector")
-        return {"weight": _product(weight, [vectors["output"]])}
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise IA3Error(f"cannot merge into {name!r}: max_norm would undo the vector")
     factors = [_across_weight(module, weight, side, vector) for side, vector in vectors.items()]
-    values = {"weight": _product(weight, factors)}
+    values = {"weight": _product(weight, *factors)}
     bias = module._parameters.get("bias")
     if "output" in vectors and bias is not None:
-        values["bias"] = _product(bias, [vectors["output"]])
+        values["bias"] = _product(bias, vectors["output"])
     return values
 
 
 def _across_weight(module: nn.Module, weight: Tensor, side: Side, vector: Tensor) -> Tensor:
     """The vector, shaped to multiply the weight."""
-    if isinstance(module, Conv1D):
+    if isinstance(module, Conv1D | nn.Embedding):
         return vector if side == "output" else vector[:, None]
     trailing = [1] * (weight.dim() - 2)
     if side == "output":
         return vector.reshape(-1, 1, *trailing)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1:
-        # Each group of output channels sees its own slice of the input channels.
-        groups = vector.reshape(module.groups, 1, -1)
-        per_group = module.out_channels // module.groups
-        rows = groups.expand(-1, per_group, -1).reshape(module.out_channels, -1)
-        return rows.reshape(*rows.shape, *trailing)
-    return vector.reshape(1, -1, *trailing)
+    # Each group of a convolution's output channels sees its own slice of the input channels.
+    groups: Any = getattr(module, "groups", 1)
+    rows = vector.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
+    return rows.reshape(weight.shape[0], -1, *trailing)
 
 
-def _product(tensor: Tensor, factors: Sequence[Tensor]) -> Tensor:
+def _product(tensor: Tensor, *factors: Tensor) -> Tensor:
     """The product in float32 or wider, rounded once to the tensor's dtype."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
     product = tensor.detach().to(wide)

@@ -10,9 +10,10 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import nn
 
 from ..adapter.fingerprint import fingerprint
 from ..adapter.store import adapter_files
-from ..base.loading import EMBEDDED_MODEL, BaseModel, device_named, load_base_model
+from ..base.loading import EMBEDDED_MODEL, BaseModel
 from ..classify.estimator import FewShotClassifier
 from ..classify.ranking import TEXT, RankingClassifier
 from ..errors import IA3Error, check_methods, did_you_mean
@@ -30,8 +31,9 @@ from ..tfew.prompts.templates import Template
 from ..tfew.scoring.choices import longest_sequence, longest_shared
 from ..tfew.scoring.evaluation import Spread, spread
 from ..tfew.scoring.prefix import caches_prefix
+from ..tfew.training.trainer import TFewConfig
 from .costs import Cost, answer_tokens, in_context_cost, model_size, tfew_cost, zero_shot_cost
-from .in_context import ENSEMBLES, Ensemble, InContextClassifier
+from .in_context import Ensemble, InContextClassifier, by_label, check_ensemble
 from .results import Results, digest
 from .setfit import SetFit, check_setfit, run_setfit
 
@@ -40,22 +42,14 @@ if TYPE_CHECKING:
 
 METHODS = ("zero-shot", "icl", "tfew", "setfit")
 
-# As `ia3.report.console.counting_bar`: from what is done and how much of it there is to a context
+# As `ia3.report.console.counting_bar`: from what is done, and how much of it there is, to a context
 # with a function that is called with how much more is done.
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a method is given: labelled texts to learn from, and others to answer.
-
-    Attributes:
-        seed: of the draw, and of the training.
-        texts: strings, or mappings from field names to values, `[examples]`.
-        labels: `[examples]`.
-        test_texts: `[answers]`.
-        test_labels: `[answers]`.
-    """
+    """Labelled texts to learn from, and others to answer; the seed is of draw and training."""
 
     seed: int
     texts: Sequence[Text]
@@ -66,16 +60,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the methods are run, each with the same prompts.
+    """How the methods are run: arguments of `FewShotClassifier` and `InContextClassifier`.
 
-    Attributes:
-        model: as in `FewShotClassifier`; as are `template`, `choices`, `device`, `dtype` and
-            `tokenizer`.
-        steps: of T-Few; by default `FewShotClassifier`'s.
-        learning_rate: likewise.
-        ensemble: of in-context learning, as in `InContextClassifier`.
-        calibrate: likewise.
-        setfit: where SetFit is, if it is compared. It reads the texts without any template.
+    SetFit, if it is compared, reads the texts without any template.
     """
 
     model: str | Path | nn.Module = EMBEDDED_MODEL
@@ -105,49 +92,28 @@ class Settings:
 class Run:
     """What one method made of one sample.
 
-    Attributes:
-        method: one of `METHODS`.
-        seed: of the sample.
-        accuracy: share of the test texts answered rightly, from 0 to 1.
-        train_seconds: before the first answer: training, or reading the demonstrations. Loading and
-            importing are not counted.
-        answer_seconds: a test text, all of them answered at once.
-        flops_before: floating-point operations before the first answer, by `costs`.
-        flops_an_answer: by `costs`, a test text.
-        flops_uncached: in-context learning's an answer if it read the demonstrations each time, as
-            the paper counts; of other methods `None`.
-        stored_bytes: what is stored for the task beside the base model: the adapter's files, the
-            demonstrations' tokens, SetFit's encoder and head.
-        examples: labelled texts given.
-        examples_used: of them, those that were learned from: in-context learning's must fit the
-            context.
-        answers: test texts.
+    Floating-point operations are counted by `costs`; seconds are without loading and importing.
     """
 
     method: str
     seed: int
-    accuracy: float
-    train_seconds: float
-    answer_seconds: float
+    accuracy: float  # from 0 to 1
+    train_seconds: float  # before the first answer: training, or reading the demonstrations
+    answer_seconds: float  # a test text, all of them answered at once
     flops_before: float
     flops_an_answer: float
+    # In-context learning's, if it read the demonstrations for every answer, as the paper counts.
     flops_uncached: float | None
+    # Beside the base model: the adapter's files, the demonstrations' tokens, SetFit's encoder.
     stored_bytes: int
     examples: int
-    examples_used: int
+    examples_used: int  # in-context learning's must fit the context
     answers: int
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A method over all its runs: as `Run`, with medians.
-
-    Attributes:
-        runs: how many.
-        accuracy: median and quartiles, from 0 to 1.
-        examples: labelled texts given, the fewest and the most of a run.
-        examples_used: learned from, the fewest and the most of a run.
-    """
+    """A method's runs: medians, and the fewest and the most examples."""
 
     method: str
     runs: int
@@ -162,19 +128,13 @@ class Summary:
     examples_used: tuple[int, int]
 
 
-@contextmanager
-def _no_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda done: None
-
-
 # -- samples ---------------------------------------------------------------------------------------
 
 
 def draw_samples(
     texts: Sequence[Text],
     labels: Sequence[Label],
-    test_texts: Sequence[Text] | None = None,
-    test_labels: Sequence[Label] | None = None,
+    test: tuple[Sequence[Text], Sequence[Label]] | None = None,
     *,
     shots: int | None = None,
     seeds: int = 5,
@@ -184,59 +144,41 @@ def draw_samples(
     Args:
         texts: to learn from, `[examples]`.
         labels: of these.
-        test_texts: to answer; by default those of `texts` that a sample leaves over.
-        test_labels: of these.
+        test: texts to answer and their labels; by default those that a sample leaves over.
         shots: examples of each label in a sample; by default a sample has all examples, and only
             their order differs from seed to seed.
         seeds: how many, from 0.
 
     Raises:
-        IA3Error: there is nothing to test on, a label has fewer examples than `shots`, or the
-            numbers of texts and labels differ.
+        IA3Error: there is nothing to test on, or a label has fewer examples than `shots`.
     """
-    if seeds < 1:
-        raise IA3Error(f"seeds is {seeds}, expected at least 1")
-    if (test_texts is None) != (test_labels is None):
-        raise IA3Error("give test_texts and test_labels, or neither")
-    for of_texts, of_labels in ((texts, labels), (test_texts or (), test_labels or ())):
-        if len(of_texts) != len(of_labels):
-            raise IA3Error(
-                f"there are {len(of_texts)} texts and {len(of_labels)} labels: expected one each"
-            )
-    if test_texts is not None and not test_texts:
-        raise IA3Error("there are no test texts: expected at least one")
-    if shots is None and test_texts is None:
+    if shots is None and test is None:
         raise IA3Error(
             "there is nothing to test on: give test data, or shots, so that the examples that are "
             "not drawn are the test set"
         )
+
+    def rows(indices: Sequence[int]) -> tuple[list[Text], list[Label]]:
+        return [texts[i] for i in indices], [labels[i] for i in indices]
+
     samples = []
     for seed in range(seeds):
-        drawn = list(range(len(texts))) if shots is None else _drawn(labels, shots, seed)
-        if test_texts is None or test_labels is None:
-            rest = sorted({*range(len(texts))} - {*drawn})
-            if not rest:
-                raise IA3Error(
-                    f"shots is {shots}, which takes all {len(texts)} examples and leaves none to "
-                    "test on: give fewer, or test data"
-                )
-            asked = ([texts[i] for i in rest], [labels[i] for i in rest])
-        else:
-            asked = (list(test_texts), list(test_labels))
-        samples.append(Sample(seed, [texts[i] for i in drawn], [labels[i] for i in drawn], *asked))
+        drawn = range(len(texts)) if shots is None else _drawn(labels, shots, seed)
+        rest = [i for i in range(len(texts)) if i not in {*drawn}]
+        if test is None and not rest:
+            raise IA3Error(
+                f"shots is {shots}, which takes all {len(texts)} examples and leaves none to test "
+                "on: give fewer, or test data"
+            )
+        samples.append(Sample(seed, *rows(drawn), *(test or rows(rest))))
     return samples
 
 
-def _drawn(labels: Sequence[Label], shots: int, seed: int) -> list[int]:
+def _drawn(labels: Sequence[Label], shots: int, seed: int) -> Sequence[int]:
     """The indices of `shots` examples of each label, in the order of the data."""
-    if shots < 1:
-        raise IA3Error(f"shots is {shots}, expected at least 1")
-    by_label: dict[Label, list[int]] = {}
-    for i, label in enumerate(labels):
-        by_label.setdefault(label, []).append(i)
     draw = random.Random(seed)
     drawn: list[int] = []
-    for label, indices in by_label.items():
+    for label, indices in by_label(labels).items():
         if len(indices) < shots:
             raise IA3Error(
                 f"shots is {shots}, and the label {label!r} has {len(indices)} examples: give "
@@ -256,12 +198,11 @@ def compare(
     *,
     results: str | Path | None = None,
     anew: bool = False,
-    bar: Bar = _no_bar,
+    bar: Bar = lambda what, total: nullcontext(lambda done: None),
 ) -> list[Run]:
     """Run methods on samples, one after the other.
 
-    The untuned model answers always the same: where all samples have the same test texts, it runs
-    on the first one only.
+    The untuned model answers the same texts always the same, so it runs on them only once.
 
     Args:
         samples: at least one, each with a seed of its own.
@@ -269,8 +210,8 @@ def compare(
         settings: by default the classifiers' own.
         results: a JSON Lines file to which every run is added when it is done. Runs that are in it
             already, of the same data and settings, are not repeated.
-        anew: forget the runs that are in it.
-        bar: shows how far a run is, e.g. `ia3.report.console.counting_bar`.
+        anew: remove this file first.
+        bar: shows how far a run is.
 
     Returns:
         The runs, by sample and then by method.
@@ -282,43 +223,52 @@ def compare(
     """
     settings = settings or Settings()
     _check(samples, methods, settings)
-    names = {field.name for field in fields(Run)}
-    stored = Results(
-        None if anew else results,
-        lambda record: {*names, "conditions"} <= record.keys(),
-        "a run of a comparison",
-    )
-    base = None
-    if any(method != "setfit" for method in methods):
-        base = load_base_model(
-            settings.model,
-            tokenizer=settings.tokenizer,
-            device=settings.device,
-            dtype=settings.dtype,
-        )
-    planned = []
-    for i, sample in enumerate(samples):
-        for method in methods:
-            if method != "zero-shot" or i == 0 or not _same_test(sample, samples[0]):
-                conditions = _conditions(method, sample, settings, base)
-                key = {"method": method, "seed": sample.seed, "conditions": conditions}
-                planned.append((sample, method, key, stored.find(**key)))
-    if settings.setfit is not None and any(
-        method == "setfit" and record is None for _, method, _, record in planned
-    ):
-        check_setfit(settings.setfit)
+    base = FewShotClassifier(**settings.common()).base
     if results is not None and anew:
         Path(results).unlink(missing_ok=True)
-        stored.path = Path(results)
-    runs = []
-    for sample, method, key, record in planned:
+    names = {field.name for field in fields(Run)}
+    stored = Results(
+        results, lambda record: {*names, "conditions"} <= record.keys(), "a run of a comparison"
+    )
+    runs, untuned = [], []
+    for sample, method in product(samples, methods):
+        conditions = _conditions(method, sample, settings, base)
+        if method == "zero-shot":
+            if conditions in untuned:
+                continue
+            untuned.append(conditions)
+        record = stored.find(method=method, seed=sample.seed, conditions=conditions)
         if record is None:
             run = _run(method, sample, settings, base, bar)
-            stored.add({**asdict(run), "conditions": key["conditions"]})
+            stored.add({**asdict(run), "conditions": conditions})
         else:
             run = Run(**{name: record[name] for name in names})
         runs.append(run)
     return runs
+
+
+def _check(samples: Sequence[Sample], methods: Sequence[str], settings: Settings) -> None:
+    """Raise an error now for what would fail only after minutes."""
+    check_methods(methods, METHODS)
+    check_ensemble(settings.ensemble)
+    if len({*methods}) < len(methods):
+        raise IA3Error(f"a method is given more than once: {', '.join(methods)}")
+    for sample in samples:
+        known = {*sample.labels, *(settings.choices or ())}
+        unknown = [label for label in sample.test_labels if label not in known]
+        if unknown:
+            names = sorted(map(str, known))
+            raise IA3Error(
+                f"test label {unknown[0]!r} is not among the choices {names}"
+                f"{did_you_mean(str(unknown[0]), names)}"
+            )
+    if "setfit" in methods:
+        if settings.setfit is None:
+            raise IA3Error(
+                "setfit runs in an environment of its own: give settings.setfit (--setfit-python), "
+                "its interpreter; benchmarks/setfit-requirements.txt lists what to install there"
+            )
+        check_setfit(settings.setfit)
 
 
 def summaries(runs: Sequence[Run]) -> list[Summary]:
@@ -328,64 +278,19 @@ def summaries(runs: Sequence[Run]) -> list[Summary]:
 
 
 def _summary(runs: Sequence[Run]) -> Summary:
-    """Of one method's runs, at least one."""
-
-    def median(name: str) -> float:
-        return float(statistics.median(getattr(run, name) for run in runs))
-
-    def ends(name: str) -> tuple[int, int]:
-        values = [getattr(run, name) for run in runs]
-        return min(values), max(values)
-
+    values = {field.name: [getattr(run, field.name) for run in runs] for field in fields(Run)}
+    uncached = values["flops_uncached"]
+    averaged = ("train_seconds", "answer_seconds", "flops_before", "flops_an_answer")
+    medians: dict[str, Any] = {name: statistics.median(values[name]) for name in averaged}
     return Summary(
         method=runs[0].method,
         runs=len(runs),
-        accuracy=spread([run.accuracy for run in runs]),
-        train_seconds=median("train_seconds"),
-        answer_seconds=median("answer_seconds"),
-        flops_before=median("flops_before"),
-        flops_an_answer=median("flops_an_answer"),
-        flops_uncached=None if runs[0].flops_uncached is None else median("flops_uncached"),
-        stored_bytes=round(median("stored_bytes")),
-        examples=ends("examples"),
-        examples_used=ends("examples_used"),
-    )
-
-
-def _check(samples: Sequence[Sample], methods: Sequence[str], settings: Settings) -> None:
-    """Raise an error now for what would fail only after minutes."""
-    check_methods(methods, METHODS)
-    if len({*methods}) < len(methods):
-        raise IA3Error(f"a method is given more than once: {', '.join(methods)}")
-    if "setfit" in methods and settings.setfit is None:
-        raise IA3Error(
-            "setfit runs in an environment of its own: give settings.setfit (--setfit-python), its "
-            "interpreter; benchmarks/setfit-requirements.txt lists what to install there"
-        )
-    if settings.ensemble not in ENSEMBLES:
-        raise IA3Error(
-            f"ensemble is {settings.ensemble!r}, expected one of {', '.join(ENSEMBLES)}"
-            f"{did_you_mean(settings.ensemble, ENSEMBLES)}"
-        )
-    if len({sample.seed for sample in samples}) < max(len(samples), 1):
-        raise IA3Error("expected at least one sample, and a seed of its own for each")
-    for sample in samples:
-        known = {*sample.labels, *(settings.choices or ())}
-        for row, label in enumerate(sample.test_labels):
-            if label not in known:
-                names = sorted(map(str, known))
-                raise IA3Error(
-                    f"test label {label!r} (row {row}) is not among the choices {names}"
-                    f"{did_you_mean(str(label), names)}"
-                )
-
-
-def _same_test(one: Sample, other: Sample) -> bool:
-    """Whether the untuned model has the same texts to answer, with the same labels to choose."""
-    return (
-        one.test_texts == other.test_texts
-        and one.test_labels == other.test_labels
-        and {*one.labels} == {*other.labels}
+        accuracy=spread(values["accuracy"]),
+        stored_bytes=round(statistics.median(values["stored_bytes"])),
+        examples=(min(values["examples"]), max(values["examples"])),
+        examples_used=(min(values["examples_used"]), max(values["examples_used"])),
+        flops_uncached=None if None in uncached else statistics.median(uncached),
+        **medians,
     )
 
 
@@ -419,24 +324,24 @@ def _as_run(
     )
 
 
-def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None, bar: Bar) -> Run:
-    if base is None or method == "setfit":
+def _run(method: str, sample: Sample, settings: Settings, base: BaseModel, bar: Bar) -> Run:
+    if method == "setfit":
         return _setfit_run(sample, settings, base, bar)
     # The first use probes the model and imports modules, which must not count as training.
     untuned = FewShotClassifier(**settings.common(), steps=0).fit(sample.texts, sample.labels)
     untuned.predict(sample.test_texts[:1])
     asked, prompts = _encoded(base, untuned, sample.test_texts), len(untuned.templates_)
-    name = f"{method}, seed {sample.seed}"
+    cost = zero_shot_cost(model_size(base.model), prompts * answer_tokens(asked))
     classifier: FewShotClassifier | InContextClassifier
     if method == "zero-shot":
-        cost = zero_shot_cost(model_size(base.model), prompts * answer_tokens(asked))
         classifier, fitted = untuned, _Fitted(0.0, cost, 0)
     elif method == "tfew":
-        classifier, fitted = _tfew(sample, settings, base, asked, bar)
+        classifier, fitted = _tfew(sample, settings, base, cost, bar)
     else:
         classifier, fitted = _in_context(sample, settings, base, asked)
         prompts = sum(map(len, classifier.demonstrations_))
-    with bar(f"{name}: answering", prompts * len(sample.test_texts)) as advance:
+    answering = f"{method}, seed {sample.seed}: answering"
+    with bar(answering, prompts * len(sample.test_texts)) as advance:
         started = time.perf_counter()
         predicted = classifier.predict(sample.test_texts, progress=advance).tolist()
         seconds = time.perf_counter() - started
@@ -444,31 +349,23 @@ def _run(method: str, sample: Sample, settings: Settings, base: BaseModel | None
 
 
 def _tfew(
-    sample: Sample,
-    settings: Settings,
-    base: BaseModel,
-    asked: Sequence[EncodedExample],
-    bar: Bar,
+    sample: Sample, settings: Settings, base: BaseModel, answering: Cost, bar: Bar
 ) -> tuple[FewShotClassifier, _Fitted]:
-    """Train a classifier."""
-    from ..tfew.training.trainer import TFewConfig
-
     trained = FewShotClassifier(**settings.common(), **settings.training(), seed=sample.seed)
     with bar(f"tfew, seed {sample.seed}: training", trained.steps) as advance:
         started = time.perf_counter()
         trained.fit(sample.texts, sample.labels, on_step=lambda step: advance(1))
         seconds = time.perf_counter() - started
-    size, examples, prompts = model_size(base.model), len(sample.texts), len(trained.templates_)
+    examples = len(sample.texts)
     # The last batch of an epoch may be smaller.
     batches = math.ceil(examples / TFewConfig().batch_size)
     training = tfew_cost(
-        size,
+        model_size(base.model),
         answer_tokens(_encoded(base, trained, sample.texts)),
         steps=trained.steps,
         batch_size=examples / batches,
         stored_bytes=sum(map(len, adapter_files(trained.adapter_).values())),
     )
-    answering = zero_shot_cost(size, prompts * answer_tokens(asked))
     cost = replace(training, flops_an_answer=answering.flops_an_answer)
     return trained, _Fitted(seconds, cost, examples)
 
@@ -476,14 +373,8 @@ def _tfew(
 def _in_context(
     sample: Sample, settings: Settings, base: BaseModel, asked: Sequence[EncodedExample]
 ) -> tuple[InContextClassifier, _Fitted]:
-    """Have demonstrations in the prompt, computed once if the model can cache them."""
-    classifier = InContextClassifier(
-        **settings.common(),
-        ensemble=settings.ensemble,
-        calibrate=settings.calibrate,
-        leave_out=True,
-        seed=sample.seed,
-    )
+    given = {**settings.common(), "ensemble": settings.ensemble, "calibrate": settings.calibrate}
+    classifier = InContextClassifier(**given, leave_out=True, seed=sample.seed)
     started = time.perf_counter()
     classifier.fit(sample.texts, sample.labels)
     # The first answer computes the demonstrations.
@@ -491,23 +382,21 @@ def _in_context(
     seconds = time.perf_counter() - started
     counts = classifier.demonstration_tokens_
     longest = max(map(max, counts)) + max(map(longest_sequence, asked))
-    cached = caches_prefix(base) and longest <= longest_shared(base)
-    each_time, cost = (
-        in_context_cost(
-            *(model_size(base.model), answer_tokens(asked), sum(map(sum, counts))),
-            members=sum(map(len, counts)),
-            cached=is_cached,
-        )
-        for is_cached in (False, cached)
+    cost = in_context_cost(
+        model_size(base.model),
+        answer_tokens(asked),
+        sum(map(sum, counts)),
+        members=sum(map(len, counts)),
+        cached=caches_prefix(base) and longest <= longest_shared(base),
     )
+    uncached = cost.flops_before + cost.flops_an_answer
     if settings.calibrate:
         # Calibration scores a text without content as well.
         cost = replace(cost, flops_before=cost.flops_before + cost.flops_an_answer)
-    used = classifier.examples_used_
-    return classifier, _Fitted(seconds, cost, used, each_time.flops_an_answer)
+    return classifier, _Fitted(seconds, cost, classifier.examples_used_, uncached)
 
 
-def _setfit_run(sample: Sample, settings: Settings, base: BaseModel | None, bar: Bar) -> Run:
+def _setfit_run(sample: Sample, settings: Settings, base: BaseModel, bar: Bar) -> Run:
     assert settings.setfit is not None
     with bar(f"setfit, seed {sample.seed}", 1) as advance:
         result = run_setfit(
@@ -516,7 +405,7 @@ def _setfit_run(sample: Sample, settings: Settings, base: BaseModel | None, bar:
             [str(label) for label in sample.labels],
             [_plain(text) for text in sample.test_texts],
             seed=sample.seed,
-            use_gpu=_device_type(settings, base) != "cpu",
+            use_gpu=base.device.type != "cpu",
         )
         advance(1)
     fitted = _Fitted(result.train_seconds, result.cost, len(sample.texts))
@@ -526,7 +415,6 @@ def _setfit_run(sample: Sample, settings: Settings, base: BaseModel | None, bar:
 def _encoded(
     base: BaseModel, classifier: RankingClassifier, texts: Sequence[Text]
 ) -> list[EncodedExample]:
-    """Every text in every template."""
     encoder = Encoder(base, classifier.choices_, chat=False)
     templates = [Template(source) for source in classifier.templates_]
     fields = [{TEXT: t} if isinstance(t, str) else t for t in texts]
@@ -535,27 +423,23 @@ def _encoded(
 
 def _plain(text: Text) -> str:
     """A text without a template: one field's value, or all fields with their names."""
-    if isinstance(text, str):
-        return text
-    if len(text) == 1:
-        return str(*text.values())
-    return "\n".join(f"{name}: {value}" for name, value in text.items())
+    fields = {TEXT: text} if isinstance(text, str) else text
+    if len(fields) == 1:
+        return str(*fields.values())
+    return "\n".join(f"{name}: {value}" for name, value in fields.items())
 
 
 # -- what a run's results depend on ----------------------------------------------------------------
 
 
-def _conditions(
-    method: str, sample: Sample, settings: Settings, base: BaseModel | None
-) -> dict[str, Any]:
-    """All that a run's results depend on, as JSON has it; the untuned model sees no example."""
-    labels = sorted(map(str, {*sample.labels}))
+def _conditions(method: str, sample: Sample, settings: Settings, base: BaseModel) -> dict[str, Any]:
+    labels = sorted(map(str, {*sample.labels}))  # all that the untuned model sees of the examples
     conditions: dict[str, Any] = {
         "examples": digest(labels if method == "zero-shot" else [sample.texts, sample.labels]),
         "test": digest([sample.test_texts, sample.test_labels]),
-        "device": _device_type(settings, base),
+        "device": base.device.type,
     }
-    if method == "setfit" or base is None:
+    if method == "setfit":
         assert settings.setfit is not None
         return {**conditions, "model": settings.setfit.model, "python": str(settings.setfit.python)}
     template = settings.template or None
@@ -573,7 +457,3 @@ def _conditions(
         classifier = FewShotClassifier(**settings.training())
         conditions |= {"steps": classifier.steps, "learning_rate": classifier.learning_rate}
     return conditions
-
-
-def _device_type(settings: Settings, base: BaseModel | None) -> str:
-    return (device_named(settings.device) if base is None else base.device).type

@@ -18,21 +18,16 @@ from ..core.experts import is_experts
 from ..model.ia3_model import value_count
 from ..tfew.prompts.encoding import EncodedExample
 
-# A stored token is an integer of 4 bytes (table 1).
+# A stored token is an integer of 4 bytes (table 1: 41 · 98 · 4 = 16 kB).
 TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the accounting knows of a model.
+    """What the accounting knows of a model."""
 
-    Attributes:
-        parameters: that a token may meet, N.
-        is_encoder_decoder: whether it meets one half of them.
-    """
-
-    parameters: float
-    is_encoder_decoder: bool
+    parameters: float  # that a token may meet, N
+    is_encoder_decoder: bool  # a token meets one half of them
 
     @property
     def forward_flops(self) -> float:
@@ -47,21 +42,11 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Cost:
-    """A row of the paper's table 1.
+    """A row of the paper's table 1: floating-point operations, and bytes beside the model."""
 
-    Attributes:
-        flops_an_answer: floating-point operations to rank the choices for one text.
-        flops_before: those before the first answer: training, or demonstrations computed once.
-        stored_bytes: what is kept for the task beside the model.
-    """
-
-    flops_an_answer: float
-    flops_before: float
+    flops_an_answer: float  # to rank the choices for one text
+    flops_before: float  # before the first answer: training, or demonstrations computed once
     stored_bytes: int
-
-    def flops(self, answers: int) -> float:
-        """Floating-point operations of the whole task, for so many answers."""
-        return self.flops_before + answers * self.flops_an_answer
 
 
 def model_size(model: nn.Module) -> ModelSize:
@@ -89,22 +74,12 @@ def answer_tokens(examples: Sequence[EncodedExample]) -> float:
 
 
 def zero_shot_cost(size: ModelSize, tokens: float) -> Cost:
-    """An untuned model: one forward pass a text, nothing before and nothing stored.
-
-    Args:
-        size: of the model.
-        tokens: of a text with all choices.
-    """
+    """An untuned model: one forward pass over a text with all choices."""
     return Cost(size.forward_flops * tokens, 0.0, 0)
 
 
 def tfew_cost(
-    size: ModelSize,
-    tokens: float,
-    *,
-    steps: int = 1000,
-    batch_size: float = 8,
-    stored_bytes: int,
+    size: ModelSize, tokens: float, *, steps: int = 1000, batch_size: float = 8, stored_bytes: int
 ) -> Cost:
     """T-Few: an answer is one forward pass; training is steps · batch · tokens · 6N, or 3N.
 
@@ -113,9 +88,9 @@ def tfew_cost(
     Args:
         size: of the model.
         tokens: of a text with all choices.
-        steps: of the optimizer; 1,000 in the paper (section 3.5).
-        batch_size: texts a step, in the mean; 8 in the paper.
-        stored_bytes: of the adapter: of its files, or 4 a value as in the paper.
+        steps: of the optimizer.
+        batch_size: texts a step, in the mean.
+        stored_bytes: of the adapter.
     """
     training = size.training_flops * tokens * steps * batch_size
     return Cost(size.forward_flops * tokens, training, stored_bytes)
@@ -131,16 +106,13 @@ def in_context_cost(
 ) -> Cost:
     """In-context learning: an answer is a forward pass over demonstrations and text.
 
-    What is stored are the demonstrations' tokens, 4 bytes each (table 1: 41 · 98 · 4 = 16 kB).
-
     Args:
         size: of the model.
         tokens: of a text with all choices.
-        demonstration_tokens: of all prompts' demonstrations together.
+        demonstration_tokens: of all prompts' demonstrations together; these are stored.
         members: prompts that are averaged, each with the text in it. The paper counts an ensemble
             of one-shot prompts as one prompt with all demonstrations.
-        cached: whether the demonstrations are computed once, before the first answer, instead of
-            for every answer, which is the paper's count.
+        cached: compute the demonstrations once, not for every answer as the paper counts.
     """
     demonstrations = size.forward_flops * demonstration_tokens
     text = size.forward_flops * tokens * members

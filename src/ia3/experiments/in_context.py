@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..base.loading import EMBEDDED_MODEL, BaseModel
-from ..classify.ranking import LabelledTexts, RankingClassifier
-from ..errors import IA3Error
+from ..classify.ranking import RankingClassifier
+from ..errors import IA3Error, did_you_mean
 from ..tfew.prompts.encoding import EncodedExample, Encoder, context_length, warn_of_cut_texts
 from ..tfew.prompts.labels import Label, Text
 from ..tfew.prompts.templates import Template
@@ -123,17 +123,17 @@ class InContextClassifier(RankingClassifier):
                 the longest of the texts exceed the model's context; the message says how many fit.
                 With `leave_out` only where none does.
         """
-        if self.ensemble not in ENSEMBLES:
-            raise IA3Error(f"ensemble is {self.ensemble!r}, expected one of {list(ENSEMBLES)}")
+        check_ensemble(self.ensemble)
         if self.orderings < 1:
             raise IA3Error(f"orderings is {self.orderings}, expected at least 1")
         task = self._read_task(texts, labels)
         encoder = Encoder(self.base, task.choices, chat=self.chat)
-        written = [_written(task, template) for template in task.templates]
+        words = dict(zip(task.classes, task.choices, strict=True))
+        answers = [f" {words[label]}{BREAK}" for label in task.labels]
+        shots = list(zip(task.examples, answers, strict=True))
+        written = [[t.render(e, task.choices) + a for e, a in shots] for t in task.templates]
         longest = [
-            longest_input(
-                self.base, [encoder.encode(example, template) for example in task.examples]
-            )
+            longest_input(self.base, [encoder.encode(e, template) for e in task.examples])
             for template in task.templates
         ]
         chosen: Sequence[int] = range(len(task.examples))
@@ -143,11 +143,8 @@ class InContextClassifier(RankingClassifier):
             # If none fits, the check below raises an error about all of them.
             chosen = self._fitting(task.labels, written, longest) or chosen
         groups = self._groups(chosen)
-        demonstrations, tokens = [], []
-        for of_template, longest_text in zip(written, longest, strict=True):
-            members = _joined(of_template, groups)
-            tokens.append(self._check_fit(members, of_template, longest_text))
-            demonstrations.append(members)
+        demonstrations = [_joined(of_template, groups) for of_template in written]
+        tokens = list(map(self._check_fit, demonstrations, written, longest))
         self._keep_task(
             task.classes, task.choices, [t.source for t in task.templates], list(task.examples[0])
         )
@@ -168,7 +165,7 @@ class InContextClassifier(RankingClassifier):
         return {**state, "_prefixes": {}} if "_prefixes" in state else state
 
     def _groups(self, chosen: Sequence[int]) -> list[list[int]]:
-        """Which demonstrations precede a prompt, in which order: one list a member."""
+        """The demonstrations of each member of the ensemble."""
         if self.ensemble == "one-shot":
             return [[i] for i in chosen]
         draw = random.Random(self.seed)
@@ -182,13 +179,18 @@ class InContextClassifier(RankingClassifier):
         context = context_length(self.base)
 
         def fit(chosen: Sequence[int]) -> bool:
-            groups = self._groups(chosen)
+            members = self._groups(chosen)
             return all(
-                max(token_counts(self.base, _joined(of_template, groups))) <= context - text
+                max(token_counts(self.base, _joined(of_template, members))) <= context - text
                 for of_template, text in zip(written, longest, strict=True)
             )
 
-        order = _labels_in_turn(labels, self.seed)
+        # One example of each label, drawn, then another of each.
+        draw = random.Random(self.seed)
+        groups = by_label(labels).values()
+        for indices in groups:
+            draw.shuffle(indices)
+        order = [i for turn in zip_longest(*groups) for i in turn if i is not None]
         if self.ensemble == "one-shot":
             return sorted(i for i in order if fit([i]))
         chosen = fitting(self.base, written, [context - text for text in longest], order)
@@ -209,8 +211,7 @@ class InContextClassifier(RankingClassifier):
             advice = "give so many, or shorter ones" if fitting else "give shorter ones"
             if self.ensemble != "one-shot" and fitting:
                 advice += (
-                    ", or use leave_out=True, or ensemble='one-shot', where each has a prompt of "
-                    "its own"
+                    ", or use leave_out=True, or ensemble='one-shot': each has a prompt of its own"
                 )
             raise IA3Error(
                 f"the demonstrations have {max(counts)} tokens and the longest text with its "
@@ -232,24 +233,23 @@ class InContextClassifier(RankingClassifier):
         total = torch.zeros(len(examples), len(self.choices_), dtype=torch.float64)
         with base.lock:
             for member in members:
-                scores = self._scores(base, encoder, member, examples, progress)
+                scores = self._scores(encoder, member, examples, progress)
                 if self.settings_["calibrate"]:
                     # Before the softmax, so that no probability is divided by a tiny one.
-                    scores -= self._scores(base, encoder, member, [self._content_free], None)
+                    scores -= self._scores(encoder, member, [self._content_free])
                 total += scores.softmax(-1)
         warn_of_cut_texts(encoder, len(examples) * len(members), stacklevel=4)
         return total / len(members)
 
     def _scores(
         self,
-        base: BaseModel,
         encoder: Encoder,
         member: WithDemonstrations,
         examples: Sequence[Mapping[str, Any]],
-        progress: Callable[[int], None] | None,
+        progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         """`[examples, choices]`, float64: the mean log-probabilities of one member."""
-        parts = []
+        base, parts = self.base, []
         for start in range(0, len(examples), ENCODED_AT_ONCE):
             encoded = [encoder.encode(e, member) for e in examples[start : start + ENCODED_AT_ONCE]]
             near = min(map(longest_sequence, encoded)) <= longest_shared(base)
@@ -266,39 +266,27 @@ class InContextClassifier(RankingClassifier):
 
 
 class WithDemonstrations(Template):
-    """A template whose prompts begin with the same text.
-
-    Args:
-        source: of the prompts themselves.
-        demonstrations: precedes each of them.
-    """
+    """A template whose prompts begin with the same text."""
 
     def __init__(self, source: str, demonstrations: str) -> None:
         super().__init__(source)
         self.demonstrations = demonstrations
 
     def render(self, example: Mapping[str, Any], answer_choices: Sequence[str]) -> str:
-        """The prompt for one example, after the demonstrations.
-
-        Raises:
-            IA3Error: as in `Template`.
-        """
+        """The demonstrations and the prompt for one example; raises as `Template` does."""
         return self.demonstrations + super().render(example, answer_choices)
 
 
 def fitting(
-    base: BaseModel,
-    written: Sequence[Sequence[str]],
-    room: Sequence[int],
-    order: Sequence[int],
+    base: BaseModel, written: Sequence[Sequence[str]], room: Sequence[int], order: Sequence[int]
 ) -> list[int]:
     """As many demonstrations as fit, in the order given; one that does not is passed over.
 
     Args:
         base: the model.
-        written: the text of each demonstration, `[templates][demonstrations]`.
+        written: the demonstrations, `[templates][demonstrations]`.
         room: tokens for all of them together, `[templates]`.
-        order: the demonstrations' indices, in the order that they are tried and joined in.
+        order: the demonstrations' indices.
     """
     alone = [token_counts(base, of_template) for of_template in written]
     chosen: list[int] = []
@@ -322,29 +310,25 @@ def longest_input(base: BaseModel, examples: Sequence[EncodedExample]) -> int:
     return max(len(e.prompt) if base.is_encoder_decoder else longest_sequence(e) for e in examples)
 
 
-def _written(task: LabelledTexts, template: Template) -> list[str]:
-    """Every example as a demonstration: its prompt and its answer."""
-    words = dict(zip(task.classes, task.choices, strict=True))
-    return [
-        f"{template.render(example, task.choices)} {words[label]}{BREAK}"
-        for example, label in zip(task.examples, task.labels, strict=True)
-    ]
-
-
 def _joined(written: Sequence[str], groups: Sequence[Sequence[int]]) -> list[str]:
-    """The demonstrations of each member, as one text."""
     return ["".join(written[i] for i in group) for group in groups]
 
 
-def _labels_in_turn(labels: Sequence[Label], seed: int) -> list[int]:
-    """The examples' indices: one of each label, drawn, then another of each."""
-    draw = random.Random(seed)
-    by_label: dict[Label, list[int]] = {}
+def check_ensemble(ensemble: str) -> None:
+    """Raise `IA3Error` for an unknown ensemble."""
+    if ensemble not in ENSEMBLES:
+        raise IA3Error(
+            f"ensemble is {ensemble!r}, expected one of {', '.join(ENSEMBLES)}"
+            f"{did_you_mean(ensemble, ENSEMBLES)}"
+        )
+
+
+def by_label(labels: Sequence[Label]) -> dict[Label, list[int]]:
+    """The indices of each label's examples, in the order of the data."""
+    indices: dict[Label, list[int]] = {}
     for i, label in enumerate(labels):
-        by_label.setdefault(label, []).append(i)
-    for indices in by_label.values():
-        draw.shuffle(indices)
-    return [i for turn in zip_longest(*by_label.values()) for i in turn if i is not None]
+        indices.setdefault(label, []).append(i)
+    return indices
 
 
 def token_counts(base: BaseModel, texts: Sequence[str]) -> list[int]:

@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import product
@@ -48,6 +48,7 @@ RESULTS_NAME = "results.jsonl"
 # A killed run predicts at most this many test examples a second time.
 PREDICTED_AT_ONCE = 100
 TEST = "test"
+RECORD = {"task", "method", "split", "part", "ids", "predictions", "settings"}
 
 
 # -- scores ----------------------------------------------------------------------------------------
@@ -55,16 +56,10 @@ TEST = "test"
 
 @dataclass(frozen=True)
 class RaftScore:
-    """A method's score on a task: of the labelled rows, those that were held out.
+    """A method's score on a task, over the held-out rows of all folds together.
 
-    Attributes:
-        task: its name.
-        method: one of `METHODS`.
-        macro_f1: as the benchmark computes it: the mean of the F1 scores of all labels that occur,
-            in truth or prediction, over the predictions of all folds together.
-        accuracy: over the same predictions.
-        examples: how many these are.
-        demonstrations: of in-context learning, how many were in the prompts of each fold.
+    Macro F1 is, as in the benchmark, the mean of the F1 scores of all labels that occur, in truth
+    or prediction.
     """
 
     task: str
@@ -72,7 +67,7 @@ class RaftScore:
     macro_f1: float
     accuracy: float
     examples: int
-    demonstrations: tuple[int, ...] = ()
+    demonstrations: tuple[int, ...] = ()  # in-context learning's in the prompts, [folds]
 
 
 @dataclass(frozen=True)
@@ -86,23 +81,15 @@ class PublicScore:
 
 
 def public_score(truth: Sequence[str | None], predicted: Sequence[str]) -> PublicScore:
-    """The score of a submission where the truth is known.
-
-    Args:
-        truth: from `public_labels`, at least one of them known.
-        predicted: from `submission`, as many.
-    """
+    """The score of a `submission` where `public_labels` knows the truth, which is once at least."""
     known = [(t, p) for t, p in zip(truth, predicted, strict=True) if t is not None]
     macro_f1, accuracy = _scores(*map(list, zip(*known, strict=True)))
     return PublicScore(macro_f1, accuracy, len(known), len(truth))
 
 
 def _scores(truth: Sequence[str], predicted: Sequence[str]) -> tuple[float, float]:
-    """Macro F1 and accuracy."""
-    return (
-        float(f1_score(truth, predicted, average="macro")),
-        float(accuracy_score(truth, predicted)),
-    )
+    macro_f1 = float(f1_score(truth, predicted, average="macro"))
+    return macro_f1, float(accuracy_score(truth, predicted))
 
 
 # -- cross-validation and submission ---------------------------------------------------------------
@@ -116,20 +103,11 @@ class RaftSettings:
         config: the recipe; its seed is also of the draws of held-out rows and demonstrations.
         sites: `"all-linear"`, those of `FewShotClassifier`, or `"paper"`, those of section 3.3.
         max_prompt_tokens: longer prompts are cut (see `Encoder`); each demonstration too.
-
-    Raises:
-        IA3Error: `sites` is neither, or `max_prompt_tokens` is below 1.
     """
 
     config: TFewConfig = field(default_factory=TFewConfig)
     sites: Sites = "all-linear"
     max_prompt_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.sites not in get_args(Sites):
-            raise IA3Error(f"sites is {self.sites!r}, expected one of {list(get_args(Sites))}")
-        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
-            raise IA3Error(f"max_prompt_tokens is {self.max_prompt_tokens}, expected at least 1")
 
     def of(self, method: Method, base: BaseModel, task: RaftTask) -> dict[str, Any]:
         """What a method's predictions depend on, by name, for results that are kept."""
@@ -153,12 +131,7 @@ def held_out(examples: int, folds: int, seed: int) -> list[list[int]]:
     """Which rows are held out, `[folds]`: of each fold a fifth, in no two folds the same.
 
     Drawn whatever the labels, as the authors of T-Few do.
-
-    Raises:
-        IA3Error: `folds` is not 1 to 5.
     """
-    if not 1 <= folds <= PARTS:
-        raise IA3Error(f"folds is {folds}, expected 1 to {PARTS}")
     order = few_shot(range(examples), examples, seed)
     bounds = [examples * i // PARTS for i in range(PARTS + 1)]
     return [order[bounds[i] : bounds[i + 1]] for i in range(folds)]
@@ -172,7 +145,7 @@ def cross_validate(
     methods: Sequence[Method] = METHODS,
     folds: int = PARTS,
     results: str | Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[RaftScore]:
     """Score methods on a task's labelled rows, of which a fifth is held out in each fold.
 
@@ -185,24 +158,22 @@ def cross_validate(
     Args:
         base: the model.
         task: from `read_raft`.
-        settings: by default those of the paper, on all linear layers.
+        settings: by default the paper's, on all linear layers.
         methods: of `METHODS`.
         folds: 1 to 5; with 5 every row is held out once.
-        results: a folder whose `results.jsonl` gets the predictions of each fold as they come. What
-            is in it is not computed again, and a training that was killed goes on.
-        progress: called with the number of rows predicted and steps taken since the last call;
-            `work` says how many there will be.
+        results: a folder for a file of predictions. What is in it is not computed again, and a
+            training that was killed goes on.
+        progress: called with the rows predicted and steps taken since the last call, of `work`.
 
     Returns:
         One score a method, in the order of `METHODS`.
 
     Raises:
         DivergedError: the loss is not finite.
-        IA3Error: a setting is out of range, the results are broken or have other settings, the
-            template exceeds `max_prompt_tokens`, or the model's scores are not finite.
+        IA3Error: the results are broken or have other settings, the template exceeds
+            `max_prompt_tokens`, or the model's scores are not finite.
         OSError: the results cannot be written.
     """
-    check_methods(methods, METHODS)
     run = _Run(base, task, settings or RaftSettings(), _results(results), progress)
     wanted = [method for method in METHODS if method in methods]
     for method in wanted:
@@ -212,21 +183,14 @@ def cross_validate(
     scores = []
     for method in wanted:
         records = [_fold(run, method, number, held) for number, held in enumerate(folds_held)]
-        predicted = [label for record in records for label in record["predictions"]]
-        demonstrations = [len(r["demonstrations"]) for r in records if "demonstrations" in r]
-        macro_f1, accuracy = _scores(truth, predicted)
-        scores.append(
-            RaftScore(task.name, method, macro_f1, accuracy, len(truth), tuple(demonstrations))
-        )
+        scored = _scores(truth, [label for record in records for label in record["predictions"]])
+        shown = tuple(len(r["demonstrations"]) for r in records if "demonstrations" in r)
+        scores.append(RaftScore(task.name, method, *scored, len(truth), shown))
     return scores
 
 
 def parse_methods(names: str) -> list[Method]:
-    """The methods in a text such as "majority,tfew", in the order of `METHODS`.
-
-    Raises:
-        IA3Error: one is unknown, or there is none.
-    """
+    """The methods in a text such as "majority,tfew", in order; raises as `check_methods` does."""
     given = [name.strip() for name in names.split(",") if name.strip()]
     check_methods(given, METHODS)
     return [method for method in METHODS if method in given]
@@ -238,41 +202,37 @@ def submission(
     settings: RaftSettings | None = None,
     *,
     results: str | Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Train on all labelled rows, and predict the test rows; the base model is left as found.
+    """Train on all labelled rows, and predict the test rows' labels, `[test rows]`.
 
-    The arguments and errors are those of `cross_validate`.
-
-    Returns:
-        The names of the labels, `[test rows]`.
+    The base model is left as found; the arguments and errors are those of `cross_validate`.
     """
     run = _Run(base, task, settings or RaftSettings(), _results(results), progress)
     _check_settings(run, "tfew")
     size = PREDICTED_AT_ONCE
     parts = [task.test[start : start + size] for start in range(0, len(task.test), size)]
-    records = [_found(run, "tfew", TEST, n, part) for n, part in enumerate(parts)]
+    keys = [_key(run, "tfew", TEST, n, part) for n, part in enumerate(parts)]
+    records = [run.results.find(**key) for key in keys]
     missing = [n for n, record in enumerate(records) if record is None]
-    run.count(sum(len(part) for n, part in enumerate(parts) if n not in missing))
+    to_predict = sum(len(parts[n]) for n in missing)
+    run.progress(len(task.test) - to_predict)
     if missing:
-        encoder = run.encoder()
+        encoder, prompt = run.encoder(), task.template.prompt
         with _tuned(run, TEST, range(len(task.train))):
             for n in missing:
-                examples = [
-                    encoder.encode(task.example(row), task.template.prompt) for row in parts[n]
-                ]
-                records[n] = _add(run, "tfew", TEST, n, parts[n], _predict(run, examples))
-        run.warn_of_cut_texts(encoder, sum(len(parts[n]) for n in missing))
+                examples = [encoder.encode(task.example(row), prompt) for row in parts[n]]
+                records[n] = _add(run, keys[n], _predict(run, examples))
+        run.warn_of_cut_texts(encoder, to_predict)
     else:
-        run.count(run.settings.config.steps)
+        run.progress(run.settings.config.steps)
     _forget_checkpoints(run, TEST)
     return [label for record in records if record for label in record["predictions"]]
 
 
 def work(task: RaftTask, settings: RaftSettings, methods: Sequence[Method], folds: int) -> int:
     """How many rows and steps `cross_validate` counts."""
-    parts = held_out(len(task.train), folds, settings.config.seed)
-    rows = sum(map(len, parts))
+    rows = sum(map(len, held_out(len(task.train), folds, settings.config.seed)))
     return rows * len({*methods}) + ("tfew" in methods) * folds * settings.config.steps
 
 
@@ -281,30 +241,17 @@ def work(task: RaftTask, settings: RaftSettings, methods: Sequence[Method], fold
 
 @dataclass(frozen=True)
 class _Run:
-    """What the steps below are given; rows are encoded when they are first needed, and once."""
+    """What the steps below are given; rows are encoded once, when they are first needed."""
 
     base: BaseModel
     task: RaftTask
     settings: RaftSettings
     results: Results
-    progress: Callable[[int], None] | None
+    progress: Callable[[int], None]
 
     @cached_property
-    def answers(self) -> list[int]:
-        """The labelled rows' labels, as indices."""
-        return [self.task.answer(row) for row in self.task.train]
-
-    @cached_property
-    def encoded(self) -> list[EncodedExample]:
-        """The labelled rows."""
-        return [example for example, _ in self._encoded_and_cut]
-
-    def was_cut(self, i: int) -> bool:
-        """Whether a labelled row's text was cut at the end."""
-        return self._encoded_and_cut[i][1]
-
-    @cached_property
-    def _encoded_and_cut(self) -> list[tuple[EncodedExample, bool]]:
+    def encoded(self) -> list[tuple[EncodedExample, bool]]:
+        """The labelled rows, and whether their texts were cut at the end."""
         encoder = self.encoder()
         rows = []
         for row in self.task.train:
@@ -320,7 +267,6 @@ class _Run:
         return Encoder(self.base, self.task.choices, chat=False, max_prompt_tokens=limit)
 
     def warn_of_cut_texts(self, encoder: Encoder, prompts: int) -> None:
-        """Say how many of the prompts were too long."""
         if encoder.truncated:
             limit = self.settings.max_prompt_tokens
             than = "the model's context" if limit is None else f"{limit} tokens"
@@ -330,24 +276,19 @@ class _Run:
                 stacklevel=3,
             )
 
-    def count(self, done: int) -> None:
-        """Tell the progress."""
-        if self.progress is not None and done:
-            self.progress(done)
-
 
 def _fold(run: _Run, method: Method, number: int, held: Sequence[int]) -> dict[str, Any]:
     """The record of one fold, found or computed."""
     task = run.task
-    rows = [task.train[i] for i in held]
-    record = _found(run, method, number, 0, rows)
+    key = _key(run, method, number, 0, [task.train[i] for i in held])
+    record = run.results.find(**key)
     if record is None:
         others = [i for i in range(len(task.train)) if i not in held]
         predicted, shown = _predicted(run, method, number, held, others)
         more = {"demonstrations": [task.train[i][ID] for i in shown]} if method == "icl" else {}
-        record = _add(run, method, number, 0, rows, predicted, **more)
+        record = _add(run, key, predicted, **more)
     else:
-        run.count(len(held) + (method == "tfew") * run.settings.config.steps)
+        run.progress(len(held) + (method == "tfew") * run.settings.config.steps)
     if method == "tfew":
         _forget_checkpoints(run, number)
     return record
@@ -358,14 +299,14 @@ def _predicted(
 ) -> tuple[list[int], list[int]]:
     """The held-out rows' predictions, and the rows that stood before the prompts."""
     if method == "majority":
-        counts = Counter(run.answers[i] for i in others)
-        run.count(len(held))
-        return [max(range(len(run.task.labels)), key=counts.__getitem__)] * len(held), []
+        counts = Counter(run.task.train[i][LABEL] for i in others)
+        run.progress(len(held))
+        return [run.task.labels.index(max(run.task.labels, key=counts.__getitem__))] * len(held), []
     if method == "icl":
         with run.base.lock:
             return _in_context(run, fold, held, others)
     with _tuned(run, fold, others) if method == "tfew" else run.base.lock:
-        return _predict(run, [run.encoded[i] for i in held]), []
+        return _predict(run, [run.encoded[i][0] for i in held]), []
 
 
 def _predict(run: _Run, examples: Sequence[EncodedExample]) -> list[int]:
@@ -380,16 +321,17 @@ def _tuned(run: _Run, split: int | str, rows: Sequence[int]) -> Iterator[None]:
 
     def on_step(step: TrainingStep) -> None:
         nonlocal taken
-        run.count(step.step - taken)
+        run.progress(step.step - taken)
         taken = step.step
 
     config = run.settings.config
-    examples = [TrainingExample((run.encoded[i],), run.answers[i]) for i in rows]
+    task, encoded = run.task, run.encoded
+    examples = [TrainingExample((encoded[i][0],), task.answer(task.train[i])) for i in rows]
     sites = paper_sites if run.settings.sites == "paper" else all_linear
     checkpoints = _checkpoints(run, split)
     with temporary_adapter(run.base, sites(run.base)) as model:
         train(run.base, model, examples, config, on_step, checkpoints=checkpoints)
-        run.count(config.steps - taken)
+        run.progress(config.steps - taken)
         yield
 
 
@@ -398,13 +340,11 @@ def _in_context(
 ) -> tuple[list[int], list[int]]:
     """The predictions, and the rows that stood before the prompts."""
     base, task = run.base, run.task
-    asked = [run.encoded[i] for i in held]
+    asked = [run.encoded[i][0] for i in held]
     room = context_length(base) - longest_input(base, asked)
     draw = random.Random(f"{run.settings.config.seed}/{task.name}/{fold}")
     written = [_demonstration(run, i) for i in range(len(task.train))]
     shown = fitting(base, [written], [room], draw.sample(others, len(others)))
-    if not shown:
-        return _predict(run, asked), []
     text = "".join(written[i] for i in shown)
     limit = run.settings.max_prompt_tokens
     encoder = run.encoder(limit and limit + token_counts(base, [text])[0])
@@ -415,14 +355,15 @@ def _in_context(
 
 def _demonstration(run: _Run, i: int) -> str:
     """A labelled row's prompt, cut where its prompt alone was cut, and its answer."""
-    row, choices = run.task.train[i], run.task.choices
-    if run.was_cut(i):
+    task, (encoded, was_cut) = run.task, run.encoded[i]
+    row = task.train[i]
+    if was_cut:
         prompt = run.base.tokenizer.decode(
-            run.encoded[i].prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            encoded.prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
     else:
-        prompt = run.task.template.prompt.render(run.task.example(row), choices)
-    return f"{prompt} {choices[run.answers[i]]}{BREAK}"
+        prompt = task.template.prompt.render(task.example(row), task.choices)
+    return f"{prompt} {task.choices[task.answer(row)]}{BREAK}"
 
 
 # -- results on disk -------------------------------------------------------------------------------
@@ -431,8 +372,8 @@ def _demonstration(run: _Run, i: int) -> str:
 def _results(folder: str | Path | None) -> Results:
     if folder is not None:
         check_folder(folder)
-    path = None if folder is None else Path(folder) / RESULTS_NAME
-    return Results(path, _is_record, "a result of RAFT")
+        folder = Path(folder) / RESULTS_NAME
+    return Results(folder, lambda record: record.keys() >= RECORD, "a result of RAFT")
 
 
 def _check_settings(run: _Run, method: Method) -> None:
@@ -452,42 +393,20 @@ def _check_settings(run: _Run, method: Method) -> None:
         )
 
 
-def _found(
+def _key(
     run: _Run, method: Method, split: int | str, part: int, rows: Sequence[Row]
-) -> dict[str, Any] | None:
-    """The record that is kept of these rows, if there is one."""
-    task = run.task
-    record = run.results.find(task=task.name, method=method, split=split, part=part)
-    if record is None:
-        return None
-    predictions = record["predictions"]
-    fits = record["ids"] == [row[ID] for row in rows] and len(predictions) == len(rows)
-    if not fits or not {*predictions} <= {*task.labels}:
-        raise IA3Error(
-            f"{run.results.path}: the {method} predictions of {task.name}, split {split}, are not "
-            "of its rows and labels; remove the line to compute it again"
-        )
-    return record
-
-
-def _add(
-    run: _Run,
-    method: Method,
-    split: int | str,
-    part: int,
-    rows: Sequence[Row],
-    predicted: Sequence[int],
-    **more: Any,
 ) -> dict[str, Any]:
+    """What the predictions of these rows are found by."""
+    ids = [row[ID] for row in rows]
+    return {"task": run.task.name, "method": method, "split": split, "part": part, "ids": ids}
+
+
+def _add(run: _Run, key: dict[str, Any], predicted: Sequence[int], **more: Any) -> dict[str, Any]:
     """Keep predictions; returns their record."""
     record = {
-        "task": run.task.name,
-        "method": method,
-        "split": split,
-        "part": part,
-        "ids": [row[ID] for row in rows],
+        **key,
         "predictions": [run.task.labels[i] for i in predicted],
-        "settings": run.settings.of(method, run.base, run.task),
+        "settings": run.settings.of(key["method"], run.base, run.task),
         **more,
     }
     run.results.add(record)
@@ -505,18 +424,5 @@ def _forget_checkpoints(run: _Run, split: int | str) -> None:
     folder = _checkpoints(run, split)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
-        if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+        with suppress(OSError):  # not there, or another training's are in it
             folder.parent.rmdir()
-
-
-def _is_record(record: dict[str, Any]) -> bool:
-    lists = ["ids", "predictions", *(["demonstrations"] if record.get("method") == "icl" else [])]
-    return (
-        isinstance(record.get("task"), str)
-        and record.get("method") in METHODS
-        and isinstance(record.get("split"), int | str)
-        and isinstance(record.get("part"), int)
-        and isinstance(record.get("settings"), dict)
-        and all(isinstance(record.get(name), list) for name in lists)
-        and all(isinstance(item, str) for name in lists for item in record[name])
-    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,20 +28,11 @@ ID = "ID"
 
 @dataclass(frozen=True)
 class RaftTask:
-    """One task of the benchmark.
-
-    Attributes:
-        name: the benchmark's.
-        labels: their names, in the order of the template's choices.
-        fields: the columns that the prompt is made of, in the order of the file.
-        train: the labelled rows, with `ID`, the fields and `Label`.
-        test: the rows without a label.
-        template: of the prompts.
-    """
+    """One task of the benchmark; its rows have an `ID`, the fields and, to train on, a `Label`."""
 
     name: str
-    labels: tuple[str, ...]
-    fields: tuple[str, ...]
+    labels: tuple[str, ...]  # in the order of the template's choices
+    fields: tuple[str, ...]  # the columns that the prompt is made of
     train: tuple[Row, ...]
     test: tuple[Row, ...]
     template: PromptTemplate
@@ -74,28 +65,21 @@ def read_raft(folder: str | Path, tasks: Sequence[str] = ()) -> list[RaftTask]:
 
     Args:
         folder: with the tasks' folders.
-        tasks: the names of those to read; by default all that are there.
-
-    Returns:
-        Sorted by name.
+        tasks: the names of those to read; by default all that are there, sorted.
 
     Raises:
         FileNotFoundError: the folder or one of the files is not there.
-        IA3Error: there is no such task, or a file is broken: it lacks a column, has a label that
-            `task.json` has not, or an ID twice.
+        IA3Error: there is no such task, or a file is broken: it lacks a column, or has a label that
+            `task.json` has not.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} with the tasks of RAFT does not exist")
-    there = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    there = [name for name in sorted(RAFT_TASKS) if (folder / name).is_dir()]
     if not there:
-        raise IA3Error(f"{folder} has no folder in it: expected one for each task of RAFT")
-    for name in tasks or there:
-        if name not in RAFT_TASKS and (folder / name / TASK_NAME).is_file():
-            raise IA3Error(
-                f"{folder / name} is no task of RAFT: expected {', '.join(RAFT_TASKS)}"
-                f"{did_you_mean(name, RAFT_TASKS)}"
-            )
+        raise IA3Error(
+            f"{folder} has no task of RAFT in it: expected folders named {', '.join(RAFT_TASKS)}"
+        )
     for name in tasks:
         if name not in there:
             raise IA3Error(
@@ -111,7 +95,7 @@ def _read_task(folder: Path) -> RaftTask:
     choices = template.choices_of({})
     if len(labels) != len(choices):
         raise IA3Error(
-            f"{folder / 'task.json'} has {len(labels)} labels, expected the benchmark's "
+            f"{folder / TASK_NAME} has {len(labels)} labels, expected the benchmark's "
             f"{len(choices)}"
         )
     fields = tuple(name for name in columns if name != ID and template.prompt.reads(name))
@@ -123,53 +107,34 @@ def _read_task(folder: Path) -> RaftTask:
                 f"{row.where}: the label {row[LABEL]!r} is not in task.json"
                 f"{did_you_mean(row[LABEL], labels)}"
             )
-        # Rendered from the columns that task.json names, as the prompts will be.
-        named = {name: row[name] for name in (*fields, LABEL)}
-        rendered = template.render(Row(named, row.where))
+        # From the columns that task.json names, as the prompts will be.
+        rendered = template.render(Row({n: row[n] for n in (*fields, LABEL)}, row.where))
         if rendered is None or rendered.answer != labels.index(row[LABEL]):
             raise IA3Error(
-                f"{folder / 'task.json'} has the label {row[LABEL]!r} as number "
+                f"{folder / TASK_NAME} has the label {row[LABEL]!r} as number "
                 f"{labels.index(row[LABEL]) + 1}: expected the benchmark's labels in its order"
             )
-    for rows in (train, test):
-        counts = Counter(row[ID] for row in rows)
-        for row in reversed(rows):
-            if counts[row[ID]] > 1:
-                raise IA3Error(f"{row.where}: the ID {row[ID]!r} is there more than once")
-    if len(train) < PARTS:
-        raise IA3Error(
-            f"{folder / 'train.csv'} has {len(train)} rows, expected at least {PARTS}: the "
-            "benchmark has 50"
-        )
     return RaftTask(folder.name, tuple(labels), fields, tuple(train), tuple(test), template)
 
 
 def _read_names(path: Path) -> tuple[list[str], list[str]]:
-    """The columns and the labels that a `task.json` names."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: it names a RAFT task's labels")
     try:
         content = json.loads(path.read_text("utf-8"))
-        columns, labels = content["data_columns"], content["label_columns"][LABEL]
-        for names in (columns, labels):
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise TypeError(f"{names!r} is not a list of names")
+        return content["data_columns"], content["label_columns"][LABEL]
     except (ValueError, KeyError, TypeError) as error:
         raise IA3Error(
             f"{path} does not describe a RAFT task ({type(error).__name__}: {error}): expected "
             f"data_columns, and label_columns with the names of {LABEL!r}"
         ) from error
-    return columns, labels
 
 
 def public_labels(task: RaftTask, folder: str | Path) -> list[str | None]:
     """The true labels of Banking77's test rows, found by their text among the public ones.
 
-    White space makes no difference in a text, nor case and punctuation in a label's name.
-
-    Args:
-        task: `banking_77`.
-        folder: with `test.csv` or `train.csv` or both, in the columns `text` and `category`.
+    White space makes no difference in a text, nor case and punctuation in a label's name. The
+    folder has `test.csv` or `train.csv` or both, with the columns `text` and `category`.
 
     Returns:
         One label a test row; `None` where the text is not there, or there with several.

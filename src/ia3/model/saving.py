@@ -6,14 +6,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from ..adapter import store
 from ..adapter.fingerprint import fingerprint
 from ..adapter.store import Adapter
-from ..core.names import ATTRIBUTE
 from ..errors import IA3Error
 from ..files.atomic import check_folder, write_files
 from ..files.hub import HubOptions, adapter_folder
@@ -25,20 +24,15 @@ DEFAULT_ADAPTER = "default"
 
 
 def save(
-    adapters: Adapters, folders: Mapping[str, Path], state_dict: Mapping[str, Tensor] | None
+    adapters: Adapters, folders: Mapping[str, Path], state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write adapters' two files each, all of them or, where a folder cannot be written, none.
 
     Args:
         folders: adapter name -> its folder, made if absent.
         state_dict: the `IA3Model`'s, whose values go before those on the model.
-
-    Raises:
-        OSError: the disk is full or may not be written; what was there before stays.
     """
-    written = to_save(adapters, list(folders))
-    for name, adapter in written.items():
-        _fill(adapter, adapters, name, state_dict or {})
+    written = to_save(adapters, list(folders), state_dict)
     files = {name: store.adapter_files(adapter) for name, adapter in written.items()}
     for folder in folders.values():
         check_folder(folder)
@@ -46,16 +40,17 @@ def save(
         write_files(folder, files[name])
 
 
-def to_save(adapters: Adapters, names: Sequence[str]) -> dict[str, Adapter]:
+def to_save(
+    adapters: Adapters, names: Sequence[str], state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Adapter]:
     """Adapters as they are saved: for inference, and with their base model's fingerprint.
 
     Raises:
         IA3Error: a name is unknown.
     """
     adapters.check_known(names)
-    merged = adapters.merged_modules()
-    base = fingerprint(adapters.model, merged)
-    found = {name: adapters.stored(name) for name in names}
+    base = fingerprint(adapters.model, adapters.merged_modules())
+    found = {name: adapters.stored(name, state_dict) for name in names}
     for adapter in found.values():
         config = adapter.config
         config.inference_mode = True
@@ -70,17 +65,9 @@ def to_save(adapters: Adapters, names: Sequence[str]) -> dict[str, Adapter]:
 
 
 def folders_of(
-    adapters: Adapters,
-    folder: str | Path,
-    selected: Sequence[str] | None = None,
-    only: str | None = None,
+    adapters: Adapters, folder: str | Path, selected: Sequence[str] | None, only: str | None
 ) -> dict[str, Path]:
-    """Adapter name -> its folder, as PEFT lays them out.
-
-    Args:
-        folder: where `"default"` goes; others go into a folder of their name inside it.
-        selected: all adapters if not given.
-        only: this adapter alone, into the folder itself.
+    """Adapter name -> its folder, as PEFT lays them out; for `only` one, the folder itself.
 
     Raises:
         IA3Error: a name is unknown, or there is no adapter.
@@ -113,16 +100,7 @@ def check_options(safe_serialization: bool, save_embedding_layers: bool | str) -
 def read(
     model_id: str | Path, config: IA3Config | None, is_trainable: bool, **hub: Unpack[HubOptions]
 ) -> Adapter:
-    """An adapter from its folder or from the hub.
-
-    Args:
-        config: instead of its own.
-        is_trainable: its vectors are to require gradients.
-
-    Raises:
-        FileNotFoundError: there is no adapter.
-        IA3Error: its files are broken.
-    """
+    """An adapter from its folder or from the hub; raises as `store.read_adapter`."""
     adapter = store.read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config)
     adapter.config.inference_mode = not is_trainable
     return adapter
@@ -139,49 +117,24 @@ def naming(source: str) -> Iterator[None]:
 
 def push(
     adapters: Adapters,
-    folders: Mapping[str, Path],
     repo_id: str,
-    *,
     private: bool | None,
     token: str | bool | None,
-    revision: str | None,
-    commit_message: str,
-    create_pr: bool,
+    commit: Mapping[str, Any],
 ) -> str:
-    """Upload adapters, and a model card where the repository has none; returns the address.
-
-    Args:
-        folders: adapter name -> its folder in the repository, relative.
-    """
+    """Upload all adapters, and a model card where the repository has none; returns the address."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as root:
-        save(adapters, {name: root / folder for name, folder in folders.items()}, None)
-        if not api.file_exists(repo.repo_id, "README.md", revision=revision):
+        folders = folders_of(adapters, root, None, None)
+        save(adapters, folders)
+        if not api.file_exists(repo_id, "README.md", revision=commit.get("revision")):
             first = adapters.configs[next(iter(folders))]
             write_files(root, {"README.md": _model_card(first).encode()})
-        commit = api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=root,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
-    return str(commit)
-
-
-def _fill(
-    adapter: Adapter, adapters: Adapters, name: str, state_dict: Mapping[str, Tensor]
-) -> None:
-    """Give an adapter the values that an `IA3Model`'s state dict has for it."""
-    end = f"{ATTRIBUTE}.{name}"
-    for module, vector in adapter.vectors.items():
-        adapter.vectors[module] = state_dict.get(f"model.{module}.{end}", vector)
-    for module, twin in adapters.copies_of(name).items():
-        for key, value in twin.state_dict().items():
-            adapter.copies[f"{module}.{key}"] = state_dict.get(f"model.{module}.{end}.{key}", value)
+        options = {"commit_message": "Upload (IA)³ adapter", **commit}
+        return str(api.upload_folder(repo_id=repo_id, folder_path=root, **options))
 
 
 def _model_card(config: IA3Config) -> str:

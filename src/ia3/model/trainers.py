@@ -1,11 +1,9 @@
 """This library's models in transformers' `Trainer`.
 
-The Trainer knows a model with adapters by PEFT's class. Of such a model it saves the adapters alone
-in its checkpoints and loads them again, and it looks for columns and labels at the base model. It
-asks `isinstance(model, PeftModel)`, which no attribute of a model can answer, and where peft is not
-installed there is no `PeftModel` to inherit from. So that name in the Trainer's modules is pointed
-at a class that stands for PEFT's models and for this library's. None of the Trainer's functions is
-replaced.
+Of a model with adapters the Trainer saves the adapters alone in its checkpoints, and loads them
+again; it looks for columns and labels at the base model. It asks `isinstance(model, PeftModel)`,
+which no attribute can answer, and without peft there is no `PeftModel` to inherit from. So that
+name in its modules is pointed at a class that stands for PEFT's models and for this library's.
 """
 
 from __future__ import annotations
@@ -25,8 +23,8 @@ class AnyPeftModel(ABC):  # noqa: B024 -- it stands for the classes registered w
 def tell_trainer(model_class: type) -> None:
     """Have the Trainer treat a class as PEFT's `PeftModel`, if the Trainer has been imported.
 
-    An `IA3Model` calls this when it is made. If the Trainer is imported later, the model calls it
-    again when the Trainer asks for the first of the base model's attributes.
+    An `IA3Model` calls this when it is made and, as the Trainer may be imported later, when it is
+    asked for an attribute of the base model.
     """
     for name, last in ASKING.items():
         module = sys.modules.get(name)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .heatmap import LayerSiteGrid, mean_grid
-from .maps import SiteMap, statistic_maps
-from .page import facts_list, page, section, site_figure, table
+from .heatmap import Grid, mean_grid
+from .maps import SiteMap, site_maps
+from .page import facts_list, page, section, site_figure
 from .plotting import saved, settings
 
 # isort: split
@@ -27,84 +27,56 @@ MOST_IN_PICTURE = 5
 _HEX = {"inhibited": "#2563c9", "amplified": "#d9620f", "total": "#1b1f27"}
 
 
-def inspection_page(
-    title: str,
-    facts: Sequence[tuple[str, str]],
-    grids: Sequence[tuple[str, LayerSiteGrid]],
-) -> str:
-    """A page with the maps of adapters: their means first where there are several, then each.
+def maps_of_adapters(
+    grids: Sequence[tuple[str, Grid]], most: int
+) -> list[tuple[str, list[SiteMap]]]:
+    """(name, maps) of adapters on common scales: their means first where there are several.
 
     Args:
-        title: of the page.
-        facts: shown on top.
         grids: of each adapter, with its name; at least one.
+        most: with more adapters than this there are the means alone.
     """
-    shown = _with_mean(grids, MOST_ON_PAGE)
+    shown = list(grids)
+    if len(grids) > 1:
+        mean = mean_grid([grid for _, grid in grids])
+        shown = [
+            (f"Mean over {len(grids)} adapters", mean),
+            *(grids if len(grids) <= most else ()),
+        ]
+    maps = site_maps([grid for _, grid in shown])
+    return [(name, of_one) for (name, _), of_one in zip(shown, maps, strict=True)]
+
+
+def maps_page(
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    maps: Sequence[tuple[str, Sequence[SiteMap]]],
+    more: Sequence[str] = (),
+) -> str:
+    """A page with maps under headings, and sections of HTML below them."""
     sections = [
         section(
-            escape(name),
-            "".join(site_figure(one, f"adapter-{number}-{one.of.name}") for one in maps),
+            escape(name), "".join(site_figure(one, f"adapter-{number}-{one.of.name}") for one in of)
         )
-        for number, ((name, _), maps) in enumerate(
-            zip(shown, statistic_maps([grid for _, grid in shown]), strict=True)
-        )
+        for number, (name, of) in enumerate(maps)
     ]
-    return page(title, [facts_list(facts), *sections])
+    return page(title, [facts_list(facts), *sections, *more])
 
 
-def inspection_picture(grids: Sequence[tuple[str, LayerSiteGrid]]) -> bytes:
-    """A PNG with a row for each statistic and a column for each adapter; arguments as above."""
-    shown = _with_mean(grids, MOST_IN_PICTURE)
-    columns = statistic_maps([grid for _, grid in shown])
-    return _picture([name for name, _ in shown], columns)
-
-
-def difference_page(
-    title: str,
-    facts: Sequence[tuple[str, str]],
-    maps: Sequence[SiteMap],
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-) -> str:
-    """A page with the maps of a difference, and its largest changes in a table.
-
-    Args:
-        header: of the table.
-        rows: of the table, as they are shown.
-    """
-    figures = "".join(site_figure(one, f"map-{one.of.name}") for one in maps)
-    sections = [section("Where they differ", figures)]
-    if rows:
-        sections.append(section("Largest changes", table(header, rows)))
-    return page(title, [facts_list(facts), *sections])
-
-
-def difference_picture(name: str, maps: Sequence[SiteMap]) -> bytes:
-    """A PNG with the maps of a difference, one below the other."""
-    return _picture([name], [maps])
-
-
-def _with_mean(
-    grids: Sequence[tuple[str, LayerSiteGrid]], most: int
-) -> list[tuple[str, LayerSiteGrid]]:
-    if len(grids) == 1:
-        return list(grids)
-    mean = (f"Mean over {len(grids)} adapters", mean_grid([grid for _, grid in grids]))
-    return [mean, *(grids if len(grids) <= most else ())]
-
-
-def _picture(names: Sequence[str], columns: Sequence[Sequence[SiteMap]]) -> bytes:
-    rows = len(columns[0])
-    widest = max(len(maps[0].layers) for maps in columns)
-    tallest = max(len(maps[0].sites) for maps in columns)
+def maps_picture(columns: Sequence[tuple[str, Sequence[SiteMap]]]) -> bytes:
+    """A PNG with a column of maps under each name."""
+    rows = len(columns[0][1])
+    widest = max(len(maps[0].layers) for _, maps in columns)
+    tallest = max(len(maps[0].sites) for _, maps in columns)
     size = (
         len(columns) * (2.6 + float(np.clip(0.12 * widest, 1.5, 9))) + 0.6,
         rows * (0.9 + 0.2 * tallest),
     )
-    with settings({"font.size": 8}):
+    # Names of folders and modules are no formulas.
+    with settings({"font.size": 8, "text.parse_math": False}):
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, len(columns), squeeze=False)
-        for column, (name, maps) in enumerate(zip(names, columns, strict=True)):
+        for column, (name, maps) in enumerate(columns):
             for row, one in enumerate(maps):
                 axes = grid[row, column]
                 drawn = _draw(axes, one)
@@ -123,7 +95,7 @@ def _draw(axes: Axes, one: SiteMap) -> Any:
     palette.set_bad("#e2e2e2")
     least = -one.most if one.of.signed else 0.0
     drawn = axes.imshow(one.values.T, cmap=palette, vmin=least, vmax=one.most, aspect="auto")
-    step = max(1, -(-len(one.layers) // 12))
+    step = -(-len(one.layers) // 12)
     places = range(0, len(one.layers), step)
     axes.set_xticks(list(places), [one.layers[place] for place in places])
     axes.set_yticks(range(len(one.sites)), one.sites)

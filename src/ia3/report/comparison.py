@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import IA3Error
 from .plotting import saved, settings
 
 # isort: split
@@ -75,12 +74,8 @@ def notes(summaries: Sequence[Summary]) -> list[str]:
 
 
 def markdown(summaries: Sequence[Summary]) -> str:
-    """The table in Markdown, with its notes.
-
-    Raises:
-        IA3Error: there is nothing to show.
-    """
-    table = markdown_table(HEADER, list(map(cells, _some(summaries))))
+    """The table in Markdown, with its notes."""
+    table = markdown_table(HEADER, list(map(cells, summaries)))
     return "".join([table, *(f"\n{note}\n" for note in notes(summaries))])
 
 
@@ -97,21 +92,17 @@ def picture(summaries: Sequence[Summary], kind: Literal["png", "svg"]) -> bytes:
     in-context learning if it computed its demonstrations for every answer.
 
     Args:
-        summaries: one a method.
+        summaries: one a method, at least one.
         kind: of the file. The same summaries give the same bytes.
-
-    Raises:
-        IA3Error: there is nothing to show.
     """
-    shown = _some(summaries)
     with settings({"font.size": 9}):
         figure = Figure(figsize=(8.8, 3.9), layout="constrained")
         grid = figure.add_gridspec(2, 2, width_ratios=(1.9, 1))
-        _accuracy(figure.add_subplot(grid[:, 0]), shown)
-        train = [summary.train_seconds for summary in shown]
-        answer = [1000 * summary.answer_seconds for summary in shown]
-        _bars(figure.add_subplot(grid[0, 1]), shown, train, "seconds to train")
-        _bars(figure.add_subplot(grid[1, 1]), shown, answer, "milliseconds an answer")
+        _accuracy(figure.add_subplot(grid[:, 0]), summaries)
+        train = [summary.train_seconds for summary in summaries]
+        answer = [1000 * summary.answer_seconds for summary in summaries]
+        _bars(figure.add_subplot(grid[0, 1]), summaries, train, "seconds to train")
+        _bars(figure.add_subplot(grid[1, 1]), summaries, answer, "milliseconds an answer")
         return saved(figure, kind, dpi=160)
 
 
@@ -207,12 +198,6 @@ def _uncached(summary: Summary) -> float | None:
     """The FLOPs an answer of demonstrations that are not cached, where that makes a difference."""
     uncached = summary.flops_uncached
     return None if uncached is None or uncached <= summary.flops_an_answer else uncached
-
-
-def _some(summaries: Sequence[Summary]) -> Sequence[Summary]:
-    if not summaries:
-        raise IA3Error("there are no runs to show: expected at least one")
-    return summaries
 
 
 def _seconds(value: float) -> str:

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from ..tfew.training.trainer import TrainingStep
     from .maps import SiteMap
 
-# With more classes than this a matrix shows neither names nor counts: they would be unreadable.
-MOST_NAMED_CLASSES = 20
-
 # matplotlib knows no CSS variables: each is drawn in a colour of its own, which is then replaced.
 _COLOURS = (
     *("ink", "muted", "grid", "on-strong"),
@@ -44,6 +41,8 @@ _GRID = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
 _MUTED = ("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
 _STYLE = {
     "font.size": 9,
+    # A class may be called "$5 or $10".
+    "text.parse_math": False,
     "text.color": _STAND_INS["ink"],
     "lines.solid_capstyle": "round",
     **dict.fromkeys(_GRID, _STAND_INS["grid"]),
@@ -56,26 +55,21 @@ def training_curve(history: Sequence[TrainingStep], *, name: str) -> str:
     """The loss and its three terms over the steps: every step faint, the running mean bold.
 
     Args:
-        history: at least one step.
+        history: at least two steps.
         name: of the figure, a prefix to the ids in it.
     """
-    steps = np.array([record.step for record in history])
+    steps = [record.step for record in history]
     with settings(_STYLE):
         figure, axes = _canvas(750, 290, left=46, right=12, top=10, bottom=36)
-        # A single step has no line, so it gets a marker.
-        marker = "o" if len(steps) == 1 else ""
         for term in ("unlikelihood", "length-norm", "lm", "total"):
             field, width = ("loss", 2.4) if term == "total" else (term.replace("-", "_"), 1.6)
             values = np.array([getattr(record, field) for record in history], dtype=np.float64)
             colour = _STAND_INS[term]
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-            axes.plot(steps, _running_mean(values), color=colour, linewidth=width, marker=marker)
+            axes.plot(steps, _running_mean(values), color=colour, linewidth=width)
         axes.set_ylim(bottom=0)
-        # With half a step of room at either end, a single step stands at a whole number too.
         axes.set_xlim(steps[0] - 0.5, steps[-1] + 0.5)
-        axes.xaxis.set_major_locator(
-            MaxNLocator(integer=True, nbins=10, steps=[1, 2, 5, 10], min_n_ticks=1)
-        )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.grid(axis="y")
         axes.set_axisbelow(True)
@@ -93,69 +87,45 @@ def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def confusion_matrix(
-    counts: NDArray[np.float64],
-    classes: Sequence[str],
-    *,
-    most: float,
-    name: str,
-    description: str,
+    counts: NDArray[np.float64], classes: Sequence[str], most: float, name: str, description: str
 ) -> str:
     """True labels on the rows, predicted ones on the columns, the stronger the more.
 
     Args:
         counts: `[classes, classes]`.
-        classes: the names; numbers from 1 stand for them beyond `MOST_NAMED_CLASSES`.
+        classes: their names.
         most: the count of full strength, so that several matrices can share a scale.
         name: of the figure, a prefix to the ids in it.
         description: for readers who do not see it.
     """
     n = len(classes)
-    named = n <= MOST_NAMED_CLASSES
-    labels = [_shortened(_drawable(c)) for c in classes]
-    widest = max(_text_width(label) for label in labels) if named else 12.0
+    classes = [_drawable(each) for each in classes]
+    labels = [_shortened(each) for each in classes]
+    widest = max(_text_width(label) for label in labels)
     side = 300.0
+    below = 0.7 * widest + 38
     with settings(_STYLE):
         figure, axes = _canvas(
-            side + widest + 38,
-            side + (0.7 * widest + 46 if named else 52),
-            left=widest + 30,
-            right=8,
-            top=8,
-            bottom=0.7 * widest + 38 if named else 44,
+            side + widest + 38, side + below + 8, left=widest + 30, right=8, top=8, bottom=below
         )
         tooltips = {}
         for row, column in np.argwhere(counts > 0):
-            count = counts[row, column]
-            opacity = float(0.1 + 0.9 * np.sqrt(count / most))
+            text = f"{counts[row, column]:g}"
+            opacity = float(0.1 + 0.9 * np.sqrt(counts[row, column] / most))
             cell = f"cell-{row}-{column}"
-            true, predicted = _drawable(classes[row]), _drawable(classes[column])
-            tooltips[cell] = f"true {true}, predicted {predicted}: {count:g}"
+            tooltips[cell] = f"true {classes[row]}, predicted {classes[column]}: {text}"
             _fill(axes, column, row, "right" if row == column else "wrong", opacity, cell)
-            if named:
-                text = f"{count:g}"
-                colour = "on-strong" if opacity > 0.6 else "ink"
-                size = min(9.0, side / n * 0.9 / (0.62 * max(len(text), 2)))
-                _write(axes, column, row, text, colour, size, va="center_baseline")
+            colour = "on-strong" if opacity > 0.6 else "ink"
+            size = min(9.0, side / n * 0.9 / (0.62 * max(len(text), 2)))
+            _write(axes, column, row, text, colour, size, va="center_baseline")
         axes.set_xlim(-0.5, n - 0.5)
         axes.set_ylim(n - 0.5, -0.5)
         axes.set_xlabel("predicted label")
         axes.set_ylabel("true label")
-        if named:
-            size = min(9.0, side / n * 0.62)
-            axes.set_xticks(range(n), labels, rotation=45, ha="right", rotation_mode="anchor")
-            axes.set_yticks(range(n), labels)
-            axes.tick_params(length=0, labelsize=size)
-            lines = np.arange(0.5, n - 1)
-        else:
-            step = _tick_step(n, most_ticks=10)
-            ticks = np.arange(step, n + 1, step)
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_ticks(ticks - 1, [str(tick) for tick in ticks])
-                axis.set_ticks(np.arange(n), minor=True)
-            axes.tick_params(length=4)
-            axes.tick_params(which="minor", length=1.5, width=0.4)
-            lines = ticks[ticks < n] - 0.5
-        for line in lines:
+        axes.set_xticks(range(n), labels, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(n), labels)
+        axes.tick_params(length=0, labelsize=min(9.0, side / n * 0.62))
+        for line in np.arange(0.5, n - 1):
             axes.axvline(line, color=_STAND_INS["grid"], linewidth=0.5, zorder=0)
             axes.axhline(line, color=_STAND_INS["grid"], linewidth=0.5, zorder=0)
         return _inline_svg(figure, name, description, tooltips)
@@ -181,14 +151,8 @@ def layer_site_map(shown: SiteMap, *, name: str) -> str:
     left = max(_text_width(label) for label in labels) + 12
     below = 36 + (12 if any(stacks) else 0)
     with settings(_STYLE):
-        figure, axes = _canvas(
-            left + columns * cell_width + 8,
-            len(sites) * 22 + below + 4,
-            left=left,
-            right=8,
-            top=4,
-            bottom=below,
-        )
+        size = left + columns * cell_width + 8, len(sites) * 22 + below + 4
+        figure, axes = _canvas(*size, left=left, right=8, top=4, bottom=below)
         tooltips = {}
         for (row, column), value in np.ndenumerate(shown.values):
             cell = f"cell-{row}-{column}"
@@ -206,7 +170,8 @@ def layer_site_map(shown: SiteMap, *, name: str) -> str:
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         numbers = [layer.rpartition(".")[2] for layer in layers]
-        step = _tick_step(len(layers), most_ticks=32)
+        # The smallest round step that leaves at most 32 ticks.
+        step = next((step for step in (1, 2, 5, 10) if len(layers) <= 32 * step), 20)
         ticked = [
             i for i, number in enumerate(numbers) if not number.isdigit() or int(number) % step == 0
         ]
@@ -221,8 +186,7 @@ def layer_site_map(shown: SiteMap, *, name: str) -> str:
                 textcoords="offset points",
                 ha="center",
             )
-        title = f"{shown.of.title} by layer and site"
-        return _inline_svg(figure, name, title, tooltips)
+        return _inline_svg(figure, name, f"{shown.of.title} by layer and site", tooltips)
 
 
 # -- drawing --------------------------------------------------------------------------------------
@@ -244,9 +208,7 @@ def _canvas(
 def _fill(axes: Axes, x: float, y: float, colour: str, opacity: float, cell: str) -> None:
     axes.add_patch(
         Rectangle(
-            (x - 0.47, y - 0.47),
-            0.94,
-            0.94,
+            *((x - 0.47, y - 0.47), 0.94, 0.94),
             facecolor=(_STAND_INS[colour], opacity),
             # The outline shows that a cell is there where its value is 0.
             edgecolor=(_STAND_INS["grid"], 1.0),
@@ -335,9 +297,3 @@ def _shortened(text: str) -> str:
 def _text_width(text: str) -> float:
     """An estimate of a label's width in points, as the reader's font is unknown."""
     return sum(9.5 if unicodedata.east_asian_width(c) in "WF" else 5.4 for c in text)
-
-
-def _tick_step(count: int, *, most_ticks: int) -> int:
-    """The smallest round step that leaves no more ticks than that."""
-    steps = (1, 2, 5, 10, 20, 50, 100, 200, 500)
-    return next((step for step in steps if count / step <= most_ticks), 1000)

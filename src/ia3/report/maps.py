@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .heatmap import AMPLIFIED_ABOVE, INHIBITED_BELOW, DifferenceGrid, LayerSiteGrid
+from .heatmap import AMPLIFIED_ABOVE, INHIBITED_BELOW, Grid
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# No scale ends below these values, so that tiny differences stay pale: 0.02 octaves are 1.4%.
-LEAST_OCTAVES = 0.02
-LEAST_SHARE = 0.05
-LEAST_SIZE = 0.01
+# The scale of a measure reaches at least this far, so that tiny values stay pale (0.02 octaves are
+# 1.4%).
+LEAST = {"octaves": 0.02, "of channels": 0.05, "spread": 0.01, "norm": 0.01, "cosine": 1.0}
 
 
 @dataclass(frozen=True)
@@ -24,12 +23,12 @@ class Quantity:
     """What a map shows, and how.
 
     Attributes:
-        name: of the quantity, as in JSON.
+        name: of the figure in a `Grid`, as in JSON.
         title: in words.
         positive: colour of the values above 0; those below are `"inhibited"`.
         short: a format of the value where there is little room.
         unit: a format of the value with its unit.
-        measure: what the scale counts.
+        measure: what the scale counts; quantities of the same measure share a scale.
         caption: what the map says.
     """
 
@@ -53,8 +52,8 @@ class SiteMap:
 
     Attributes:
         of: the quantity.
-        layers: as in `LayerSiteGrid`.
-        sites: as in `LayerSiteGrid`.
+        layers: as in `Grid`.
+        sites: as in `Grid`.
         values: `[layers, sites]`, NaN where there is nothing.
         most: the value of full strength, on either side.
     """
@@ -67,7 +66,7 @@ class SiteMap:
 
 
 _OCTAVES = ("{:+.3f}", "{:+.3f} octaves", "octaves")
-_STATISTICS = (
+_QUANTITIES = (
     Quantity(
         *("mean", "Mean amplification", "amplified", *_OCTAVES),
         "Each cell is one learned vector, found by its layer (input on the left, output on the "
@@ -93,8 +92,6 @@ _STATISTICS = (
         f"How much of each vector turns its channels up (above {AMPLIFIED_ABOVE}): cells that are "
         "pale in both maps of shares are vectors that training has hardly moved from 1.",
     ),
-)
-_DIFFERENCES = (
     Quantity(
         *("change", "Mean change", "amplified", *_OCTAVES),
         "By how much the second adapter turns a vector's channels up (orange) or down (blue) "
@@ -113,37 +110,19 @@ _DIFFERENCES = (
 )
 
 
-def statistic_maps(grids: Sequence[LayerSiteGrid]) -> list[list[SiteMap]]:
-    """Mean, spread and the shares inhibited and amplified of each grid, on common scales."""
-    share = _most([a for grid in grids for a in (grid.inhibited, grid.amplified)], LEAST_SHARE)
-    scales = {
-        "mean": _most([np.abs(grid.mean) for grid in grids], LEAST_OCTAVES),
-        "spread": _most([grid.spread for grid in grids], LEAST_SIZE),
-        "inhibited": share,
-        "amplified": share,
-    }
-    return [_maps(_STATISTICS, grid, scales) for grid in grids]
-
-
-def difference_maps(grid: DifferenceGrid) -> list[SiteMap]:
-    """The change, its norm, and the cosine of the log-scales."""
-    scales = {
-        "change": _most([np.abs(grid.change)], LEAST_OCTAVES),
-        "norm": _most([grid.norm], LEAST_SIZE),
-        "cosine": 1.0,
-    }
-    return _maps(_DIFFERENCES, grid, scales)
-
-
-def _maps(
-    quantities: Sequence[Quantity], grid: LayerSiteGrid | DifferenceGrid, scales: dict[str, float]
-) -> list[SiteMap]:
+def site_maps(grids: Sequence[Grid]) -> list[list[SiteMap]]:
+    """The maps of each grid, on common scales."""
+    most = dict(LEAST)
+    for of in _QUANTITIES:
+        for grid in grids:
+            values = np.abs(grid.values.get(of.name, np.nan))
+            if np.isfinite(values).any():
+                most[of.measure] = max(most[of.measure], float(np.nanmax(values)))
     return [
-        SiteMap(of, grid.layers, grid.sites, getattr(grid, of.name), scales[of.name])
-        for of in quantities
+        [
+            SiteMap(of, grid.layers, grid.sites, grid.values[of.name], most[of.measure])
+            for of in _QUANTITIES
+            if of.name in grid.values
+        ]
+        for grid in grids
     ]
-
-
-def _most(values: Sequence[NDArray[np.float64]], least: float) -> float:
-    known = [float(np.nanmax(each)) for each in values if np.isfinite(each).any()]
-    return max([least, *known])

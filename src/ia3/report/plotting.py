@@ -22,8 +22,6 @@ _LOCK = threading.Lock()
 _STYLE: dict[Any, object] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ia3",
-    # A class may be called "$5 or $10".
-    "text.parse_math": False,
     "axes.edgecolor": "#999999",
     "axes.labelcolor": "#333333",
     "xtick.color": "#666666",

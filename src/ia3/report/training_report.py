@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import IA3Error
-from .heatmap import LayerSiteGrid, layer_site_grid
-from .maps import statistic_maps
-from .page import facts_list, figure, page, scale, scrolled, section, site_figure, table
+from .heatmap import layer_site_grid
+from .maps import site_maps
+from .page import facts_list, figure, page, scale, scrolled, section, site_figure
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from torch import Tensor
 
     from ..tfew.training.trainer import TrainingStep
-
-_MISTAKES_LISTED = 10
 
 
 def training_report(
@@ -37,8 +33,8 @@ def training_report(
     Args:
         title: of the page.
         facts: names and values shown on top, e.g. `("accuracy after", "87.5%")`.
-        history: one record a step; may be empty.
-        classes: the labels' names, `[classes]`.
+        history: one record a step, at least two.
+        classes: the labels' names, `[classes]`; more than some 20 names are too small to read.
         confusion_before: how often each label (row) was taken for each (column) by the untuned
             model, `[classes, classes]`.
         confusion_after: the same after training.
@@ -48,42 +44,23 @@ def training_report(
         HTML.
 
     Raises:
-        IA3Error: there are no classes, or a matrix does not fit them.
         MissingExtraError: matplotlib is not installed.
     """
-    if len(classes) == 0:
-        raise IA3Error("there are no classes: expected at least one")
-    before = _confusion("confusion_before", confusion_before, len(classes))
-    after = _confusion("confusion_after", confusion_after, len(classes))
+    before, after = (np.asarray(m, dtype=np.float64) for m in (confusion_before, confusion_after))
+    maps = [each for each in site_maps([layer_site_grid(vectors)])[0] if each.of.name != "spread"]
+    learned = "".join(site_figure(each, f"map-{number}") for number, each in enumerate(maps))
     return page(
         title,
         [
             facts_list(facts),
-            _training(history),
-            _confusions(classes, before, after),
-            _vectors(layer_site_grid(vectors)),
+            section("Training", _training(history)),
+            section("Right and wrong answers", _confusions(classes, before, after)),
+            section("What the adapter learned", learned),
         ],
     )
 
 
-def _confusion(name: str, counts: ArrayLike, classes: int) -> NDArray[np.float64]:
-    matrix = np.asarray(counts, dtype=np.float64)
-    if matrix.shape != (classes, classes):
-        raise IA3Error(
-            f"{name} has the shape {list(matrix.shape)}, expected {[classes, classes]}: "
-            "a row and a column for each class"
-        )
-    if not (np.isfinite(matrix) & (matrix >= 0)).all():
-        raise IA3Error(f"{name} has an entry that is negative or not finite, expected counts")
-    return matrix
-
-
-# -- sections -------------------------------------------------------------------------------------
-
-
 def _training(history: Sequence[TrainingStep]) -> str:
-    if not history:
-        return section("Training", "<p>There were no training steps: the model is as it was.</p>")
     from . import figures
 
     terms = (
@@ -97,15 +74,11 @@ def _training(history: Sequence[TrainingStep]) -> str:
         f"<span><b>{term}</b> {meaning}</span></li>"
         for colour, term, meaning in terms
     )
-    return section(
-        "Training",
-        f'<ul class="key">{key}</ul>'
-        + figure(
-            figures.training_curve(history, name="curve"),
-            "Faint lines are single steps, bold ones their running mean: lines that fall and then "
-            "level off have learned what they can, lines that still fall at the end would gain "
-            "from more steps, and lines that climb or jump ask for a lower learning rate.",
-        ),
+    return f'<ul class="key">{key}</ul>' + figure(
+        figures.training_curve(history, name="curve"),
+        "Faint lines are single steps, bold ones their running mean: lines that fall and then "
+        "level off have learned what they can, lines that still fall at the end would gain from "
+        "more steps, and lines that climb or jump ask for a lower learning rate.",
     )
 
 
@@ -117,62 +90,23 @@ def _confusions(
     most = max(1.0, before.max(), after.max())
     panels = ""
     for when, matrix in (("before", before), ("after", after)):
-        said = f"Confusion matrix {when} training: {_right(matrix)}"
+        right, of_all = np.trace(matrix), matrix.sum()
+        said = f"{right / of_all:.1%} right, {right:g} of {of_all:g}"
         drawn = figures.confusion_matrix(
-            matrix, classes, most=most, name=f"confusion-{when}", description=said
+            *(matrix, classes, most, f"confusion-{when}"),
+            f"Confusion matrix {when} training: {said}",
         )
-        heading = f"{when.capitalize()} training <small>{_right(matrix)}</small>"
+        heading = f"{when.capitalize()} training <small>{said}</small>"
         panels += f"<div><h3>{heading}</h3>{scrolled(drawn)}</div>"
     # Opacity grows with the root of the count, so a quarter of the largest count is halfway.
     marks = ("0", f"{most / 4:.0f}" if most >= 4 else "", f"{most:g}")
-    right, wrong = scale(("", "right"), "right", *marks), scale(("", "wrong"), "mistaken", *marks)
+    scales = scale(("", "right"), "right", *marks) + scale(("", "wrong"), "mistaken", *marks)
     caption = (
         "A row is a true label and a column the model's answer: what is right lies on the "
         "diagonal, so training should gather the colour there, and a strong cell beside it names "
         "two labels that the model still confuses (both matrices share one scale)."
     )
-    body = (
-        f'<figure><div class="pair">{panels}</div><p class="scales">{right}{wrong}</p>'
+    return (
+        f'<figure><div class="pair">{panels}</div><p class="scales">{scales}</p>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
-    if len(classes) > figures.MOST_NAMED_CLASSES:
-        body += _mistakes(classes, before, after) + _numbers(classes)
-    return section("Right and wrong answers", body)
-
-
-def _right(matrix: NDArray[np.float64]) -> str:
-    if matrix.sum() == 0:
-        return "no examples"
-    right = np.trace(matrix)
-    return f"{right / matrix.sum():.1%} right, {right:g} of {matrix.sum():g}"
-
-
-def _mistakes(
-    classes: Sequence[str], before: NDArray[np.float64], after: NDArray[np.float64]
-) -> str:
-    """The pairs confused most often after training: the matrix is too fine to read them off."""
-    wrong = after * (1 - np.eye(len(classes)))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:_MISTAKES_LISTED]
-    rows = [
-        (classes[i], classes[j], f"{before[i, j]:g}", f"{after[i, j]:g}")
-        for i, j in (divmod(int(at), len(classes)) for at in order)
-        if wrong[i, j] > 0
-    ]
-    if not rows:
-        return ""
-    shown = table(("true label", "taken for", "before", "after"), rows)
-    return f"<h3>Most frequent mistakes after training</h3>{shown}"
-
-
-def _numbers(classes: Sequence[str]) -> str:
-    items = "".join(f"<li>{escape(name)}</li>" for name in classes)
-    return f"<details><summary>The labels by number</summary><ol>{items}</ol></details>"
-
-
-def _vectors(grid: LayerSiteGrid) -> str:
-    heading = "What the adapter learned"
-    if not grid.layers:
-        return section(heading, "<p>There are no vectors.</p>")
-    maps = [each for each in statistic_maps([grid])[0] if each.of.name != "spread"]
-    figures = (site_figure(each, f"map-{number}") for number, each in enumerate(maps))
-    return section(heading, "".join(figures))

@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from dataclasses import dataclass, field, fields
-from enum import Enum, StrEnum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -36,30 +36,12 @@ class PeftType(StrEnum):
     IA3 = "IA3"
 
 
-# What a file may get wrong; other fields have checks of their own.
-FIELD_TYPES: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("base_model_name_or_path", "revision"), (str | None, "a string")),
-    **dict.fromkeys(
-        ("inference_mode", "fan_in_fan_out", "init_ia3_weights", "paper_sites"),
-        (bool, "True or False"),
-    ),
-    "auto_mapping": (dict | None, "a mapping"),
-}
-
-
-def _as_set(modules: Modules, field_name: str) -> str | set[str] | None:
-    if isinstance(modules, list | tuple | set) and all(isinstance(m, str) for m in modules):
-        return set(modules)
-    if modules is not None and not isinstance(modules, str):
-        raise IA3Error(
-            f"{field_name} is {modules!r}, expected a list of names or a regular expression"
-        )
-    try:
-        re.compile(modules or "")
-    except re.error as error:
-        message = f"{field_name} {modules!r} is not a regular expression: {error}"
-        raise IA3Error(message) from error
-    return modules
+# Fields, the type that a file may get wrong, and what is expected; others have their own checks.
+_TYPES: list[tuple[str, Any, str]] = [
+    ("base_model_name_or_path revision", str | None, "a string"),
+    ("inference_mode fan_in_fan_out init_ia3_weights paper_sites", bool, "True or False"),
+    ("auto_mapping", dict | None, "a mapping"),
+]
 
 
 @dataclass
@@ -132,41 +114,43 @@ class IA3Config:
     unknown: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for name, (kinds, expected) in FIELD_TYPES.items():
-            if not isinstance(getattr(self, name), kinds):
-                raise IA3Error(f"{name} is {getattr(self, name)!r}, expected {expected}")
+        for names, kinds, expected in _TYPES:
+            for name in names.split():
+                if not isinstance(getattr(self, name), kinds):
+                    raise IA3Error(f"{name} is {getattr(self, name)!r}, expected {expected}")
         if self.peft_type != "IA3":
             raise IA3Error(f"peft_type is {self.peft_type!r}, expected 'IA3'")
         self.peft_type = PeftType.IA3
         if self.task_type is not None:
-            self.task_type = _task_type(self.task_type)
-        if self.modules_to_save is not None:
-            names = self.modules_to_save
-            listed = isinstance(names, list | tuple | set)
-            if not listed or not all(isinstance(name, str) and name for name in names):
-                raise IA3Error(f"modules_to_save is {names!r}, expected a list of names")
-            self.modules_to_save = sorted(names) if isinstance(names, set) else list(names)
-        self.target_modules = _as_set(self.target_modules, "target_modules")
-        self.exclude_modules = _as_set(self.exclude_modules, "exclude_modules")
-        self.feedforward_modules = _as_set(self.feedforward_modules, "feedforward_modules")
+            known, given = list(TaskType), self.task_type
+            if given not in known:
+                raise IA3Error(
+                    f"task_type is {given!r}, expected one of {', '.join(known)}"
+                    f"{did_you_mean(str(given), known)}"
+                )
+            self.task_type = TaskType(given)
+        saved = self.modules_to_save
+        if saved is not None:
+            listed = isinstance(saved, list | tuple | set)
+            if not listed or not all(isinstance(name, str) and name for name in saved):
+                raise IA3Error(f"modules_to_save is {saved!r}, expected a list of names")
+            self.modules_to_save = sorted(saved) if isinstance(saved, set) else list(saved)
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            setattr(self, name, _as_set(getattr(self, name), name))
         targets, feedforward = self.target_modules, self.feedforward_modules
         if self.paper_sites and (targets is not None or feedforward is not None):
             raise IA3Error(
                 "paper_sites=True chooses target_modules and feedforward_modules itself: leave "
                 "them out"
             )
-        if isinstance(targets, set) and isinstance(feedforward, set):
-            outside = sorted(feedforward - targets)
-            if outside:
-                raise IA3Error(
-                    f"feedforward_modules {outside} are not among target_modules "
-                    f"{sorted(targets)}: add them there too"
-                )
+        if isinstance(targets, set) and isinstance(feedforward, set) and not feedforward <= targets:
+            raise IA3Error(
+                f"feedforward_modules {sorted(feedforward - targets)} are not among "
+                f"target_modules {sorted(targets)}: add them there too"
+            )
 
-    @property
-    def is_prompt_learning(self) -> bool:
-        """False: the Trainer asks every config of PEFT's."""
-        return False
+    # The Trainer asks every config of PEFT's.
+    is_prompt_learning = False
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they stand in `adapter_config.json`, sets as sorted lists.
@@ -174,9 +158,9 @@ class IA3Config:
         `paper_sites` is among them only while it has not been resolved into modules.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
+        values |= self.unknown
         if not self.paper_sites:
             del values["paper_sites"]
-        values.update(self.unknown)
         return {
             key: sorted(value) if isinstance(value, set) else value
             for key, value in sorted(values.items())
@@ -198,19 +182,15 @@ class IA3Config:
             raise IA3Error(f"{source}: peft_type is {peft_type!r}, expected 'IA3'")
         known = {f.name for f in fields(cls)} - {"unknown"}
         unknown = {key: value for key, value in values.items() if key not in known}
-        surprising = sorted(unknown.keys() - {"peft_version"})
-        if surprising:
-            warnings.warn(
-                f"{source}: unknown keys {surprising} are kept and not used", stacklevel=2
-            )
+        if surprising := sorted(unknown.keys() - {"peft_version"}):
+            message = f"{source}: unknown keys {surprising} are kept and not used"
+            warnings.warn(message, stacklevel=2)
         values = {key: value for key, value in values.items() if key in known}
+        both = ("target_modules", "feedforward_modules")
         try:
-            targets = _as_set(values.get("target_modules"), "target_modules")
-            feedforward = _as_set(values.get("feedforward_modules"), "feedforward_modules")
+            targets, feedforward = (_as_set(values.get(name), name) for name in both)
             if isinstance(targets, set) and isinstance(feedforward, set):
-                values["target_modules"], values["feedforward_modules"] = feedforward_among(
-                    targets, feedforward
-                )
+                values |= zip(both, feedforward_among(targets, feedforward), strict=True)
             return cls(**values, unknown=unknown)
         except IA3Error as error:
             raise IA3Error(f"{source}: {error}") from error
@@ -254,12 +234,16 @@ class IA3Config:
         return cls.from_json(folder / CONFIG_NAME)
 
 
-def _task_type(value: str) -> TaskType:
-    known = [task.value for task in TaskType]
-    name = value.value if isinstance(value, Enum) else value
-    if name not in known:
+def _as_set(modules: Modules, field_name: str) -> str | set[str] | None:
+    if isinstance(modules, list | tuple | set) and all(isinstance(m, str) for m in modules):
+        return set(modules)
+    if modules is not None and not isinstance(modules, str):
         raise IA3Error(
-            f"task_type is {value!r}, expected one of {', '.join(known)}"
-            f"{did_you_mean(str(name), known)}"
+            f"{field_name} is {modules!r}, expected a list of names or a regular expression"
         )
-    return TaskType(name)
+    try:
+        re.compile(modules or "")
+    except re.error as error:
+        message = f"{field_name} {modules!r} is not a regular expression: {error}"
+        raise IA3Error(message) from error
+    return modules

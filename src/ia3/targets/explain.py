@@ -11,8 +11,6 @@ from ..core.names import Target, model_type_of
 from .config import IA3Config
 from .resolve import resolve
 
-HEAD = ("module", "side", "times", "values", "why")
-
 
 def explain(model: nn.Module, config: IA3Config | None = None) -> None:
     """Print which modules of a model would be rescaled, how many values, and why.
@@ -46,44 +44,35 @@ def explain(model: nn.Module, config: IA3Config | None = None) -> None:
     _, targets = resolve(model, config or IA3Config())
     model_type = model_type_of(model)
     print(type(model).__name__ + (f" ({model_type})" if model_type != "None" else ""))
-    rows = [HEAD, *_rows(targets)]
+    rows = [("module", "side", "times", "values", "why"), *_rows(targets)]
     name, side, times, values = (max(len(row[column]) for row in rows) for column in range(4))
     for row in rows:
         print(
             f"{row[0]:<{name}}  {row[1]:<{side}}  {row[2]:>{times}}  {row[3]:>{values}}  {row[4]}"
         )
-    print(_sum(targets))
+    total = sum(math.prod(target.activation.shape) for target in targets)
+    modules = "1 module" if len(targets) == 1 else f"{len(targets)} modules"
+    frozen = sum(end - start for target in targets for start, end in target.frozen)
+    stay = f", {frozen:,} of them stay one" if frozen else ""
+    print(f"{modules}, {total:,} values, {4 * total:,} bytes{stay}")
 
 
 def _rows(targets: list[Target]) -> list[tuple[str, ...]]:
     alike: dict[object, list[Target]] = defaultdict(list)
     for target in targets:
-        name = _without_numbers(target.name)
         shape = target.activation.shape
-        alike[name, target.side, shape, target.frozen, target.why].append(target)
+        alike[_starred(target), target.side, shape, target.frozen, target.why].append(target)
     return [
         (
-            first.name if not others else _without_numbers(first.name),
+            _starred(first) if others else first.name,
             first.side,
             str(1 + len(others)),
-            f"{_values(first):,}",
+            f"{math.prod(first.activation.shape):,}",
             first.why,
         )
         for first, *others in alike.values()
     ]
 
 
-def _without_numbers(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _values(target: Target) -> int:
-    return math.prod(target.activation.shape)
-
-
-def _sum(targets: list[Target]) -> str:
-    total = sum(map(_values, targets))
-    modules = "1 module" if len(targets) == 1 else f"{len(targets)} modules"
-    frozen = sum(end - start for target in targets for start, end in target.frozen)
-    stay = f", {frozen:,} of them stay one" if frozen else ""
-    return f"{modules}, {total:,} values, {4 * total:,} bytes{stay}"
+def _starred(target: Target) -> str:
+    return ".".join("*" if part.isdigit() else part for part in target.name.split("."))

@@ -20,12 +20,7 @@ Layout = Callable[[Any, int], tuple[int, Frozen]]
 
 
 def fused_queries(attention: nn.Module, name: str, size: int) -> Frozen:
-    """The ranges of a fused projection's output that are neither keys nor values.
-
-    Args:
-        attention: the module that has the projection.
-        name: the projection's name, for the message.
-        size: of its output.
+    """The ranges of a fused projection's output, of this size, that are neither keys nor values.
 
     Raises:
         IA3Error: the order of queries, keys and values is not known for the attention's class.
@@ -47,7 +42,7 @@ def _first_third(attention: Any, size: int) -> tuple[int, Frozen]:
 
 
 def _first(queries: Callable[[Any], int]) -> Layout:
-    """All queries, as many as given, then fewer keys and values."""
+    """All queries, then fewer keys and values."""
     return lambda attention, size: (1, ((0, queries(attention)),))
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ..errors import IA3Error
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def matches(name: str, modules: Iterable[str] | str) -> bool:
@@ -50,17 +52,15 @@ def feedforward_among(
 def names_or_suffixes(
     model: nn.Module, names: Sequence[str], apart_from: Collection[str] = ()
 ) -> list[str]:
-    """The shortest list of entries that names exactly these modules of the model.
+    """The shortest list of entries that names exactly these modules of the model, sorted.
+
+    An entry is a module's last part where that suffices, its whole name where nothing shorter does.
 
     Args:
         model: the base model.
         names: names of its modules.
         apart_from: further names that no entry may be the end of, dot or not: the outputs' names,
             where the entries are for `feedforward_modules`.
-
-    Returns:
-        The entries, sorted; an entry is a module's last part where that suffices, its whole name
-        where nothing shorter does.
 
     Raises:
         IA3Error: a name is no module's, or ends another module's name even in full.
@@ -73,8 +73,7 @@ def names_or_suffixes(
 
     entries = set()
     for name in names:
-        # The shortest of a name's entries covers all that its longer ones cover, so that taking the
-        # shortest for each name gives the fewest.
+        # The shortest covers all that longer ones cover: taking it for each name gives the fewest.
         entry = next(filter(names_no_other, _ends(name)), None)
         if entry is None:
             raise IA3Error(

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,9 +19,6 @@ from .architectures import ARCHITECTURES
 from .config import Entries, IA3Config, TaskType
 from .matching import feedforward_among, matches, matches_feedforward, names_or_suffixes
 from .structure import block_lists, feedforward_targets, paper_targets
-
-# Where a sequence classifier keeps its output layer, in PEFT's order.
-CLASSIFIERS = ("score", "classifier")
 
 
 def resolve(
@@ -44,17 +42,16 @@ def resolve(
         IA3Error: a name or pattern matches nothing, or a match cannot be rescaled.
     """
     entries, feedforward, sites = _choice(model, config)
-    base_name = config.base_model_name_or_path
-    if base_name is None:
-        base_name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     resolved = dataclasses.replace(
         config,
-        base_model_name_or_path=base_name,
         target_modules=entries,
         feedforward_modules=feedforward,
         paper_sites=False,
         unknown=dict(config.unknown),
     )
+    if resolved.base_model_name_or_path is None:
+        name = getattr(getattr(model, "config", None), "_name_or_path", None)
+        resolved.base_model_name_or_path = name or None
     modules = dict(model.named_modules())
     if frozen is None:
         _check_entries(resolved, own_modules(modules), model)
@@ -62,40 +59,41 @@ def resolve(
     ranges = {**(frozen or {}), **{site.name: site.frozen for site in sites if site.frozen}}
     targets = []
     for name, side, activation in _chosen(resolved, modules, model):
+        stay = ranges.get(name, ())
+        for start, end in stay:
+            if not 0 <= start < end <= activation.dim:
+                raise IA3Error(
+                    f"module {name!r}: values {start} to {end} are to stay one, but its {side} has "
+                    f"{activation.dim}"
+                )
         reason = why.get(name) or _why(config, resolved, name, side)
-        targets.append(Target(name, side, activation, ranges.get(name, ()), reason))
-        _check_ranges(targets[-1])
+        targets.append(Target(name, side, activation, stay, reason))
     # PEFT warns where its loading has to mend this.
     resolved.fan_in_fan_out = any(isinstance(modules[t.name], Conv1D) for t in targets)
     return resolved, targets
 
 
 def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
-    """The names of all linear layers in a model's uppermost blocks, in the model's order.
-
-    Args:
-        model: a decoder-only or encoder-only model; may be on the meta device.
-        count: how many blocks.
+    """The names of all linear layers in a model's uppermost `count` blocks, in the model's order.
 
     Raises:
         IA3Error: the model has not so many blocks, or no one list of them.
     """
-    lists = block_lists(model)
+    lists, kind = block_lists(model), type(model).__name__
     if len(lists) != 1:
         there = f"has blocks in {', '.join(lists)}" if lists else "has no list of blocks"
         raise IA3Error(
-            f"upper_blocks: {type(model).__name__} {there}, expected one list, as decoder-only "
-            "models have it: rescale all blocks"
+            f"upper_blocks: {kind} {there}, expected one list, as decoder-only models have it: "
+            "rescale all blocks"
         )
     ((name, blocks),) = lists.items()
-    if not 1 <= count <= len(blocks):
-        raise IA3Error(
-            f"upper_blocks is {count}, expected 1 to {len(blocks)}: {type(model).__name__} has "
-            f"{len(blocks)} blocks"
-        )
+    size = len(blocks)
+    if not 1 <= count <= size:
+        message = f"upper_blocks is {count}, expected 1 to {size}: {kind} has {size} blocks"
+        raise IA3Error(message)
     return [
         f"{name}.{index}.{part}"
-        for index in range(len(blocks) - count, len(blocks))
+        for index in range(size - count, size)
         for part, module in blocks[index].named_modules()
         if linear_features(module)
     ]
@@ -104,10 +102,7 @@ def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
 def check_vectors(
     vectors: Mapping[str, Tensor], targets: Sequence[Target], model_name: str
 ) -> None:
-    """Check that an adapter's vectors are those that its targets want.
-
-    Args:
-        vectors: module name -> vector.
+    """Check that an adapter's vectors, by module name, are those that its targets want.
 
     Raises:
         IA3Error: a vector is missing, is not expected, or has another shape.
@@ -139,30 +134,27 @@ def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list
     entries, feedforward = config.target_modules, config.feedforward_modules
     sites: list[Target] = []
     if entries is None and (config.paper_sites or model_type_of(model) not in ARCHITECTURES):
-        sites = _paper_targets(model, config)
+        try:
+            sites = paper_targets(model)
+        except IA3Error as error:
+            if config.paper_sites:
+                raise
+            raise IA3Error(
+                f"no default target_modules for model type {model_type_of(model)!r} "
+                f"({type(model).__name__}): name them in IA3Config(target_modules=[...]); {error}"
+            ) from error
         entries, feedforward = _entries(model, sites)
     elif entries is None:
         entries, default, sites = _peft_defaults(model)
         feedforward = default if feedforward is None else feedforward
     elif _is_all_linear(entries):
-        linear = [name for name, module in model.named_modules() if linear_features(module)]
         head = _output_layer(model, config.task_type)
-        entries = names_or_suffixes(model, [name for name in linear if name not in head])
+        modules = model.named_modules()
+        linear = [name for name, m in modules if linear_features(m) and m is not head]
+        entries = names_or_suffixes(model, linear)
     if feedforward is None:
         entries, feedforward = _default_feedforward(model, entries)
     return entries, feedforward, sites
-
-
-def _paper_targets(model: nn.Module, config: IA3Config) -> list[Target]:
-    try:
-        return paper_targets(model)
-    except IA3Error as error:
-        if config.paper_sites:
-            raise
-        raise IA3Error(
-            f"no default target_modules for model type {model_type_of(model)!r} "
-            f"({type(model).__name__}): name them in IA3Config(target_modules=[...]); {error}"
-        ) from error
 
 
 def _peft_defaults(model: nn.Module) -> tuple[list[str], list[str], list[Target]]:
@@ -209,11 +201,9 @@ def _default_feedforward(model: nn.Module, targets: Entries) -> tuple[Entries, l
         experts = [name for name in names if activation_of(model.get_submodule(name), "inner")]
         default = [*ARCHITECTURES[model_type_of(model)][1], *experts]
     else:
-        try:
-            found = {site.name for site in feedforward_targets(model)}
-        except IA3Error:
-            found = set()
-        default = [name for name in names if name in found]
+        default = []
+        with suppress(IA3Error):
+            default = [site.name for site in feedforward_targets(model) if site.name in names]
     if not isinstance(targets, str):
         return feedforward_among(targets, default)
     return targets, [
@@ -225,14 +215,13 @@ def _is_all_linear(modules: object) -> bool:
     return isinstance(modules, str) and modules.lower() == "all-linear"
 
 
-def _output_layer(model: nn.Module, task_type: str | None) -> set[str]:
-    """Names of the output layer: the language model's head, or a sequence classifier's."""
+def _output_layer(model: nn.Module, task_type: str | None) -> nn.Module | None:
+    """The language model's head, or a sequence classifier's output layer."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if head is None and task_type == TaskType.SEQ_CLS:
-        head = next((getattr(model, name) for name in CLASSIFIERS if hasattr(model, name)), None)
-    if head is None:
-        return set()
-    return {name for name, module in model.named_modules() if module is head}
+        # Where a sequence classifier keeps it, in PEFT's order.
+        head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    return head
 
 
 # -- the modules of the model ----------------------------------------------------------------------
@@ -283,28 +272,16 @@ def _chosen(
             side = "inner" if activation_of(module, "inner") else "input"
         activation = activation_of(module, side)
         if activation is None:
+            hint = ""
+            if activation_of(module, "inner"):
+                hint = "; experts have an inner activation: name them in feedforward_modules too"
+            elif isinstance(module, nn.Linear):
+                hint = "; nn.MultiheadAttention reads its weight without calling it"
             raise IA3Error(
                 f"module {name!r} is a {type(module).__name__}, whose {side} cannot be rescaled: "
-                f"expected {SUPPORTED}{_hint(module)}"
+                f"expected {SUPPORTED}{hint}"
             )
         yield name, side, activation
-
-
-def _hint(module: nn.Module) -> str:
-    if activation_of(module, "inner"):
-        return "; experts have an inner activation only: name them in feedforward_modules too"
-    if isinstance(module, nn.Linear):
-        return "; nn.MultiheadAttention reads its weight without calling it"
-    return ""
-
-
-def _check_ranges(target: Target) -> None:
-    for start, end in target.frozen:
-        if not 0 <= start < end <= target.activation.dim:
-            raise IA3Error(
-                f"module {target.name!r}: values {start} to {end} are to stay one, but its "
-                f"{target.side} has {target.activation.dim}"
-            )
 
 
 def _why(config: IA3Config, resolved: IA3Config, name: str, side: Side) -> str:

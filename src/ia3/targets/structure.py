@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import nn
 
-from ..core.activations import Activation, Side, activation_of
+from ..core.activations import Side, activation_of
 from ..core.experts import is_experts
 from ..core.names import Frozen, Target
 from ..errors import IA3Error
@@ -65,15 +65,13 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
     A block is a layer with an attention, among others in a list that is in no other such list. A
     decoder-only model has one list, an encoder-decoder two.
-
-    Args:
-        model: any module; may be on the meta device.
     """
     tree = _Tree(model)
     return {
-        name: stack
-        for name in sorted(tree.stacks, key=lambda name: tree.order[name])
-        if isinstance(stack := tree.modules[name], nn.ModuleList)
+        name: module
+        for name, module in tree.modules.items()
+        if isinstance(module, nn.ModuleList)
+        and name in tree.stacks
         and not any(above in tree.stacks for above in _above(name))
     }
 
@@ -135,8 +133,7 @@ class _Tree:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        self.order = {name: index for index, name in enumerate(self.modules)}
-        # Name of an attention -> its children's names and roles.
+        # Name of an attention -> its children's full names and roles.
         self.attentions = {
             name: roles
             for name, module in self.modules.items()
@@ -180,22 +177,20 @@ class _Tree:
         stands beside whole lists, as projectors and heads do.
         """
         holder = next((above for above in _above(name) if above in self.holders), None)
-        if holder is None:
-            return None
-        below = f"{holder}." if holder else ""
-        nested = any(stack != holder and stack.startswith(below) for stack in self.stacks)
-        return None if nested else holder
-
-    def activation(self, name: str, side: Side) -> Activation:
-        activation = activation_of(self.modules[name], side)
-        assert activation is not None
-        return activation
+        beside_lists = any(holder in _above(stack) for stack in self.stacks)
+        return None if beside_lists else holder
 
     def target(self, name: str, side: Side, why: str, frozen: Frozen = ()) -> Target:
-        return Target(name, side, self.activation(name, side), frozen, why)
+        activation = activation_of(self.modules[name], side)
+        assert activation is not None
+        return Target(name, side, activation, frozen, why)
+
+    def dim(self, name: str, side: Side) -> int:
+        return self.target(name, side, "").activation.dim
 
     def in_order(self, targets: list[Target]) -> list[Target]:
-        return sorted(targets, key=lambda target: self.order[target.name])
+        by_name = {target.name: target for target in targets}
+        return [by_name[name] for name in self.modules if name in by_name]
 
 
 def _left_to_caller(problem: str) -> IA3Error:
@@ -207,8 +202,9 @@ def _attention_roles(name: str, module: nn.Module) -> dict[str, Role]:
     if "indexer" in f"{name}.{type(module).__name__}".lower():
         # It chooses which tokens are attended to; its keys are not those that are attended to.
         return {}
+    prefix = f"{name}." if name else ""
     roles = {
-        child: role
+        prefix + child: role
         for child, part in module.named_children()
         if (role := _role(child, module)) and any(map(_is_projection, part.modules()))
     }
@@ -237,8 +233,7 @@ def _is_projection(module: nn.Module) -> bool:
 def _keys_and_values(tree: _Tree, attention: str) -> list[Target]:
     roles = tree.attentions[attention]
     targets = []
-    for child, role in roles.items():
-        name = f"{attention}.{child}" if attention else child
+    for name, role in roles.items():
         # An attention may be one of another's parts; and of a module that two share, there is only
         # the first name.
         if role == "query" or name in tree.attentions or name not in tree.modules:
@@ -252,7 +247,7 @@ def _keys_and_values(tree: _Tree, attention: str) -> list[Target]:
             )
         frozen: Frozen = ()
         why = {"key": "keys", "value": "values"}.get(role, "keys and values")
-        size = tree.activation(projection, "output").dim
+        size = tree.dim(projection, "output")
         if role == "latent":
             latent = _latent_size(tree, attention)
             if size == latent:
@@ -269,10 +264,10 @@ def _keys_and_values(tree: _Tree, attention: str) -> list[Target]:
 
 def _latent_size(tree: _Tree, attention: str) -> int:
     """How wide the latent is that keys and values are projected from."""
-    for child, role in tree.attentions[attention].items():
-        projection = tree.projection(f"{attention}.{child}" if attention else child)
+    for name, role in tree.attentions[attention].items():
+        projection = tree.projection(name)
         if role == "keys and values" and projection is not None:
-            return tree.activation(projection, "input").dim
+            return tree.dim(projection, "input")
     raise _left_to_caller(
         f"attention {attention!r} ({type(tree.modules[attention]).__name__}) has a latent for keys "
         "and values and no projection from it"
@@ -316,19 +311,18 @@ def _feedforward(tree: _Tree) -> list[Target]:
     targets, with_names = [], set()
     for name, layer in within:
         module = tree.modules[name]
-        down = _down_projection(tree, name)
         if is_experts(module):
             targets.append(tree.target(name, "inner", "experts' inner activation"))
         elif _holds_experts(module):
             kind = type(module).__name__
             raise _left_to_caller(f"{name!r} ({kind}) holds experts that cannot be rescaled")
-        elif down is not None:
+        elif down := _down_projection(tree, name):
             targets.append(tree.target(down, "input", _INNER))
         else:
             continue
         with_names.add(layer)
     for name, layer in within:
-        if layer not in with_names and (down := _plain_down_projection(tree, name)) is not None:
+        if layer not in with_names and (down := _plain_down_projection(tree, name)):
             targets.append(tree.target(down, "input", _INNER))
     if not targets:
         raise _left_to_caller(f"no feed-forward layer was found in {type(tree.model).__name__}")
@@ -347,19 +341,14 @@ def _holds_experts(module: nn.Module) -> bool:
 def _down_projection(tree: _Tree, name: str) -> str | None:
     """The child with the name of a down projection and the sizes of one, if there is such."""
     in_attention = name in tree.attentions or _is_called_attention(tree.modules[name])
-    children = [
-        child
-        for child in tree.children(name)
-        if child not in tree.holders
-        and child not in tree.attentions
-        and child.rpartition(".")[2] not in tree.attentions.get(name, {})
-    ]
+    apart = {*tree.holders, *tree.attentions, *tree.attentions.get(name, {})}
+    children = [child for child in tree.children(name) if child not in apart]
     for child in children:
         last = child.rpartition(".")[2]
         named_down = last in _DOWN_NAMES or (
             not in_attention and (last in _LAST_NAMES or "output" in last.split("_"))
         )
-        if named_down and (down := tree.projection(child)) is not None:
+        if named_down and (down := tree.projection(child)):
             ups = [up for other in children if other != child for up in tree.projections(other)]
             if any(_undoes(tree, down, up) for up in ups):
                 return down
@@ -377,12 +366,12 @@ def _plain_down_projection(tree: _Tree, name: str) -> str | None:
     *ups, down = children
     if isinstance(tree.modules[down], nn.Conv2d | nn.Conv3d):
         return None  # of images, not of tokens
-    widens = tree.activation(down, "input").dim > tree.activation(down, "output").dim
+    widens = tree.dim(down, "input") > tree.dim(down, "output")
     return down if widens and all(_undoes(tree, down, up) for up in ups) else None
 
 
 def _undoes(tree: _Tree, down: str, up: str) -> bool:
     """Whether one layer's sizes lead back to where another's come from, gated or not."""
-    inner, outer = tree.activation(down, "input").dim, tree.activation(down, "output").dim
-    start, end = tree.activation(up, "input").dim, tree.activation(up, "output").dim
-    return start == outer and end in (inner, 2 * inner)
+    inner = tree.dim(down, "input")
+    matches = tree.dim(up, "input") == tree.dim(down, "output")
+    return matches and tree.dim(up, "output") in (inner, 2 * inner)

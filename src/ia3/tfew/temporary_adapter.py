@@ -18,24 +18,20 @@ def all_linear(base: BaseModel, upper_blocks: int | None = None) -> IA3Config:
     A small model learns more from these sites than from the paper's, and in fewer steps
     (docs/benchmarks.md).
 
-    Args:
-        base: the model.
-        upper_blocks: rescale only the last `upper_blocks` blocks. The config then names each of
-            their modules.
+    With `upper_blocks`, only those of so many last blocks; the config then names each module.
 
     Raises:
         IA3Error: the model has fewer blocks, or has no single list of blocks.
     """
     if upper_blocks is None:
         return IA3Config(task_type=_task_type(base), target_modules="all-linear")
-    # Another thread may be adding or removing an adapter.
     with base.lock:
         modules = linear_in_upper_blocks(base.model, upper_blocks)
     return IA3Config(task_type=_task_type(base), target_modules=modules)
 
 
 def paper_sites(base: BaseModel) -> IA3Config:
-    """The config that rescales the paper's sites (section 3.3) of this model."""
+    """The config that rescales the paper's sites (section 3.3)."""
     return IA3Config(task_type=_task_type(base), paper_sites=True)
 
 
@@ -55,10 +51,10 @@ def temporary_adapter(
     Args:
         base: the model.
         adapter: the adapter, or the config of a new one, whose vectors are ones.
-        source: the name of the adapter in error messages.
+        source: names the adapter in error messages.
 
     Yields:
-        The model with the adapter active under the name `"default"`.
+        The model with the adapter active as `"default"`.
 
     Raises:
         IA3Error: the adapter or the config does not fit the model.

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
-from support.paths import SHARED
 
 from ia3.errors import IA3Error
 from ia3.tfew.prompts.manifest import read_manifest
 from ia3.tfew.prompts.promptsource import Rendered
-from ia3.tfew.prompts.tasks import Task, few_shot, load_templates
-
-DATA = SHARED / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
+from ia3.tfew.prompts.tasks import load_templates
 
 COPA = {"premise": "It rained.", "choice1": "A", "choice2": "B", "question": "cause", "label": 1}
 TICKETS = "body,queue\nmy card,acct\nmy parcel,ship_out\nmy pin,acct\n"
@@ -25,40 +19,36 @@ templates:
     name: asks
     jinja: "{{ body }}? ||| {{ answer_choices[0] if queue == 'acct' else answer_choices[1] }}"
     answer_choices: account ||| delivery
-    metadata: !TemplateMetadata
-      original_task: true
+    metadata: !TemplateMetadata {original_task: true}
   b: !Template
     name: other task
     jinja: "{{ queue }}? ||| {{ answer_choices[0] }}"
     answer_choices: yes ||| no
-    metadata: !TemplateMetadata
-      original_task: false
+    metadata: !TemplateMetadata {original_task: false}
   c: !Template
     name: free text
     jinja: "{{ queue }}? ||| {{ body }}"
-    metadata: !TemplateMetadata
-      original_task: true
+    metadata: !TemplateMetadata {original_task: true}
 """
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """A folder of data and templates for manifests."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "copa.jsonl").write_text(json.dumps(COPA) + "\n", "utf-8")
     (tmp_path / "tickets.csv").write_text(TICKETS, "utf-8")
-    (tmp_path / "test.csv").write_text("body,queue\nmy box,ship_out\n", "utf-8")
     (tmp_path / "promptsource" / "tickets").mkdir(parents=True)
     (tmp_path / "promptsource" / "tickets" / "templates.yaml").write_text(PROMPTSOURCE, "utf-8")
     return tmp_path
 
 
-def read(folder: Path, text: str) -> list[Task]:
+def read(folder, text):
     (folder / "tasks.yaml").write_text(text, "utf-8")
     return read_manifest(folder / "tasks.yaml")
 
 
-def inline(folder: Path, rest: str = "", template: str = "'{{ body }}'") -> Task:
+def inline(folder, rest="", template="'{{ body }}'"):
     """A task with its template in the manifest."""
     (task,) = read(
         folder,
@@ -68,7 +58,7 @@ def inline(folder: Path, rest: str = "", template: str = "'{{ body }}'") -> Task
     return task
 
 
-def rendered(task: Task, row: int = 0) -> Rendered:
+def rendered(task, row=0):
     result = task.templates[0].render(task.train[row])
     assert result is not None
     return result
@@ -77,13 +67,11 @@ def rendered(task: Task, row: int = 0) -> Rendered:
 # -- what is read ----------------------------------------------------------------------------------
 
 
-def test_tasks_in_their_order_with_own_templates(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tasks_in_their_order_with_own_templates(folder, monkeypatch):
     text = (
-        "tasks:\n  tickets:\n    data: tickets.csv\n    templates: promptsource/tickets\n"
-        "  copa:\n    data: data/copa.jsonl\n"
-        "  why:\n    data: data/copa.jsonl\n    templates: copa\n    test: data/copa.jsonl\n"
+        "tasks:\n  tickets: {data: tickets.csv, templates: promptsource/tickets}\n"
+        "  copa: {data: data/copa.jsonl}\n"
+        "  why: {data: data/copa.jsonl, templates: copa}\n"
     )
     # Files are relative to the manifest, wherever the process is.
     monkeypatch.chdir("/")
@@ -92,35 +80,25 @@ def test_tasks_in_their_order_with_own_templates(
     assert [t.name for t in copa.templates] == [t.name for t in load_templates("copa")]
     assert [t.name for t in why.templates] == [t.name for t in copa.templates]
     assert list(copa.train) == [COPA]
-    assert (list(why.test), list(copa.test)) == ([COPA], [])
     # Neither a task made from the data set, nor one without answer choices.
     assert [t.name for t in tickets.templates] == ["asks"]
     assert rendered(tickets, 1) == Rendered("my parcel?", ("account", "delivery"), 1)
 
 
-def test_a_promptsource_file_itself(folder: Path) -> None:
-    (task,) = read(
-        folder,
-        "tasks: {x: {data: tickets.csv, templates: promptsource/tickets/templates.yaml}}",
-    )
-    assert [t.name for t in task.templates] == ["asks"]
-
-
-def test_inline_templates(folder: Path) -> None:
-    task = inline(folder, "test: test.csv", '["{{ body }}\\nCategory:", "of {{ body }} {# #}"]')
+def test_inline_templates(folder):
+    task = inline(folder, "", '["{{ body }}\\nCategory:", "of {{ body }} {# #}"]')
     first, second = task.templates
     # The labels made readable, where no choices are given.
     assert rendered(task) == Rendered("my card\nCategory:", ("acct", "ship out"), 0)
     assert second.render(task.train[1]) == Rendered("of my parcel", ("acct", "ship out"), 1)
-    assert first.render(task.test[0]) == Rendered("my box\nCategory:", ("acct", "ship out"), 1)
-    assert first.fixed_choices == ("acct", "ship out")
+    assert first.choices_of({}) == ("acct", "ship out")
     # A text without a label can be asked about.
     assert first.render({"body": "a"}, labelled=False) == Rendered(
         "a\nCategory:", ("acct", "ship out"), None
     )
 
 
-def test_choices_and_their_order(folder: Path) -> None:
+def test_choices_and_their_order(folder):
     task = inline(
         folder,
         'choices: {ship_out: the post, acct: "a {{ bank\'s }} \\"teller\\"", none: é 🙂}',
@@ -137,72 +115,43 @@ def test_choices_and_their_order(folder: Path) -> None:
         # YAML's own reading would make false, true and numbers of these.
         ("a.csv", "text,label\nx,no\ny,yes\n", "{no: bad, yes: good}", [0, 1]),
         ("a.csv", "text,label\nx,01\ny,1\n", "{01: bad, 1: good}", [0, 1]),
-        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y", "label": 0}', "{0: bad, 1: good}", 0),
         (
             "a.jsonl",
             '{"text": "x", "label": false}\n{"text": "y", "label": true}',
             "{true: good, false: bad}",
             [1, 0],
         ),
-        (
-            "a.csv",
-            "text,label\nx,it's a\ny,{{ b }}\n",
-            "{\"it's a\": good, '{{ b }}': bad}",
-            [0, 1],
-        ),
+        ("a.csv", "text,label\nx,it's a\ny,{{ b }}\n", "{it's a: good, '{{ b }}': bad}", [0, 1]),
     ],
 )
-def test_labels_are_compared_as_text(
-    folder: Path, name: str, rows: str, choices: str, answers: Any
-) -> None:
+def test_labels_are_compared_as_text(folder, name, rows, choices, answers):
     (folder / name).write_text(rows, "utf-8")
     (task,) = read(
         folder, f"tasks: {{x: {{data: {name}, template: '{{{{ text }}}}', choices: {choices}}}}}"
     )
-    expected = [1, 0] if answers == 0 else answers
-    assert [rendered(task, row).answer for row in (0, 1)] == expected
+    assert [rendered(task, row).answer for row in (0, 1)] == answers
 
 
-def test_a_column_that_jinja_cannot_name(folder: Path) -> None:
+def test_a_column_that_jinja_cannot_name(folder):
     (folder / "a.csv").write_text("text,The 'Label'\nx,p\ny,q\n", "utf-8")
     (task,) = read(
         folder,
-        "tasks:\n  x:\n    data: a.csv\n    template: '{{ text }}'\n    label: The 'Label'\n",
+        "tasks: {x: {data: a.csv, template: '{{ text }}', label: The 'Label'}}",
     )
     assert [rendered(task, row).answer for row in (0, 1)] == [0, 1]
 
 
-def test_a_sample_keeps_the_choices_of_the_whole_data(folder: Path) -> None:
-    rare = next(i for i in range(20) if i not in few_shot(range(20), 3, 42))
-    rows = [{"body": f"t{i}", "queue": "ship" if i == rare else "acct"} for i in range(20)]
-    (folder / "tickets.csv").write_text(
-        "".join(f"{r['body']},{r['queue']}\n" for r in [{"body": "body", "queue": "queue"}, *rows])
-    )
-    task = inline(folder, "k: 3\n    seed: 42")
-    assert list(task.train) == few_shot(rows, 3, 42)
-    assert {row["queue"] for row in task.train} == {"acct"}
-    assert task.templates[0].fixed_choices == ("acct", "ship")
-    assert list(inline(folder, "k: 3").train) == few_shot(rows, 3, 0)
-
-
 @pytest.mark.datasets
-def test_splits_of_a_folder_of_datasets(folder: Path) -> None:
+def test_splits_of_a_folder_of_datasets(folder):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 
-    def split(text: str) -> Any:
+    def split(text):
         return datasets.Dataset.from_list([{"body": text, "queue": q} for q in ("acct", "ship")])
 
-    names = ("train", "extra", "test", "validation")
-    datasets.DatasetDict({n: split(n) for n in names}).save_to_disk(folder / "many")
-    tasks = read(
-        folder,
-        "tasks:\n"
-        "  a: {data: many, test: many, template: '{{ body }}', label: queue}\n"
-        "  b: {data: many, split: extra, test: many, test_split: validation,"
-        " template: '{{ body }}', label: queue}\n",
-    )
-    found = [(task.train[0]["body"], task.test[0]["body"]) for task in tasks]
-    assert found == [("train", "test"), ("extra", "validation")]
+    datasets.DatasetDict({n: split(n) for n in ("train", "extra")}).save_to_disk(folder / "many")
+    entry = "data: many, template: '{{ body }}', label: queue"
+    tasks = read(folder, f"tasks:\n  a: {{{entry}}}\n  b: {{{entry}, split: extra}}\n")
+    assert [task.train[0]["body"] for task in tasks] == ["train", "extra"]
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -214,30 +163,15 @@ INLINE = "data: tickets.csv, label: queue, template: '{{ body }}'"
     ("text", "message"),
     [
         ("", "is empty, expected 'tasks:'"),
-        ("- a", "is a list, expected 'tasks:'"),
         ("tasks:", "tasks is empty, expected 'tasks:'"),
-        ("tasks: [a]", "tasks is a list, expected 'tasks:'"),
         ("task: {}", "unknown key 'task'.*did you mean 'tasks'"),
         ("tasks: {a: b}", "task 'a' is 'b', expected a mapping with the key 'data'"),
         ("tasks: {'': {}}", "a task's name is empty"),
-        ("tasks: {a: {}, b: {}, a: {}}", "not YAML: the key 'a' is there twice"),
-        ("tasks: {a: {data: x.csv, data: y.csv}}", "the key 'data' is there twice"),
         ("tasks: {a: {", "is not YAML"),
-        ("tasks:\n  a:\n    template: {{ text }}", "begins with '{' needs quotes"),
-        ("tasks: " + "[" * 5000, "nested too deep"),
-        ("tasks: {a: !!python/object/apply:os.getcwd []}", "task 'a' is a list"),
         ("tasks: {a: {data: a.csv}}", "task 'a': there are no templates of this name: expected"),
         ("tasks: {copa: {}}", "task 'copa': there is no 'data'"),
-        ('tasks: {copa: {data: "\\uD800"}}', "not Unicode text"),
-        (
-            "tasks: {a: {data: tickets.csv, label: queue, "
-            "template: '{% set answer_choices = [1] %}{{ text }}'}}",
-            "task 'a': template .* sets 'answer_choices'",
-        ),
         ("tasks: {copa: {dta: a.csv}}", "task 'copa': unknown key 'dta'.*did you mean 'data'"),
         ("tasks: {copa: {data: [a.csv]}}", "task 'copa': data is a list, expected a text"),
-        ("tasks: {copa: {data: }}", "task 'copa': data is empty, expected a text"),
-        ("tasks: {copaa: {data: tickets.csv}}", "task 'copaa': .*did you mean 'copa'"),
         (
             "tasks: {a: {data: tickets.csv, templates: rt}}",
             "task 'a': templates: no templates for a task 'rt'.*did you mean 'rte'",
@@ -247,18 +181,7 @@ INLINE = "data: tickets.csv, label: queue, template: '{{ body }}'"
             "task 'a': there are 'template' and 'templates'",
         ),
         ("tasks: {copa: {data: a.csv, label: x}}", "'label' without 'template'"),
-        ("tasks: {copa: {data: a.csv, choices: {}}}", "'choices' without 'template'"),
-        ("tasks: {copa: {data: a.csv, seed: 1}}", "'seed' without 'k'"),
-        (f"tasks: {{a: {{{INLINE}, k: many}}}}", "task 'a': k is 'many', expected a whole number"),
-        (f"tasks: {{a: {{{INLINE}, k: -1}}}}", "k is '-1', expected a whole number"),
-        (f"tasks: {{a: {{{INLINE}, k: 4}}}}", "task 'a': k: a sample of 4 rows of 3"),
-        (f"tasks: {{a: {{{INLINE}, k: 1, seed: 4294967296}}}}", r"expected 0 to 2\*\*32 - 1"),
         ("tasks: {a: {data: tickets.csv, template: []}}", "template is a list, expected a text or"),
-        ("tasks: {a: {data: tickets.csv, template: ''}}", "template is empty, expected a text or"),
-        (
-            "tasks: {a: {data: tickets.csv, label: queue, template: ['x', 'x']}}",
-            "template 'x' is there twice",
-        ),
         (
             "tasks: {a: {data: tickets.csv, label: queue, template: '{{ body }} ||| x'}}",
             "expected the prompt alone",
@@ -273,7 +196,6 @@ INLINE = "data: tickets.csv, label: queue, template: '{{ body }}'"
         ),
         (f"tasks: {{a: {{{INLINE}, choices: [acct]}}}}", "choices is a list, expected a mapping"),
         (f"tasks: {{a: {{{INLINE}, choices: {{acct: [x]}}}}}}", "the words of 'acct' are a list"),
-        (f"tasks: {{a: {{{INLINE}, choices: {{acct: }}}}}}", "the words of 'acct' are empty"),
         (
             f"tasks: {{a: {{{INLINE}, choices: {{acct: one, shipout: two}}}}}}",
             "line 3: the label 'ship_out' is not among the choices.*did you mean 'shipout'",
@@ -283,14 +205,13 @@ INLINE = "data: tickets.csv, label: queue, template: '{{ body }}'"
             "'acct' and 'ship_out' have the same words 'one'",
         ),
         (f"tasks: {{a: {{{INLINE}, choices: {{acct: one}}}}}}", r"\['acct'\], expected at least"),
-        (f"tasks: {{a: {{{INLINE}, choices: {{}}}}}}", r"the labels are \[\], expected at least"),
         (
             f"tasks: {{a: {{{INLINE}, choices: {{acct: 'a ||| b', ship_out: c}}}}}}",
             "hold '|||'".replace("|", r"\|"),
         ),
     ],
 )
-def test_unusable_manifests(folder: Path, text: str, message: str) -> None:
+def test_unusable_manifests(folder, text, message):
     with pytest.raises(IA3Error, match=message) as caught:
         read(folder, text)
     assert str(folder / "tasks.yaml") in str(caught.value)
@@ -300,39 +221,25 @@ def test_unusable_manifests(folder: Path, text: str, message: str) -> None:
     ("text", "missing"),
     [
         ("tasks: {copa: {data: data/cpa.jsonl}}", "cpa.jsonl"),
-        ("tasks: {copa: {data: data/copa.jsonl, test: no.csv}}", "no.csv"),
-        ("tasks: {copa: {data: ./nowhere}}", "nowhere"),
         ("tasks: {copa: {data: data/copa.jsonl, templates: promptsource/rte}}", "promptsource/rte"),
-        ("tasks: {copa: {data: data/copa.jsonl, templates: rte.yaml}}", "rte.yaml"),
         ("tasks: {copa: {data: data/copa.jsonl, templates: data}}", "data/templates.yaml"),
     ],
 )
-def test_missing_files(folder: Path, text: str, missing: str) -> None:
+def test_missing_files(folder, text, missing):
     with pytest.raises(FileNotFoundError, match=missing) as caught:
         read(folder, text)
     assert f"{folder / 'tasks.yaml'}: task 'copa': " in str(caught.value)
 
 
-def test_no_manifest(tmp_path: Path) -> None:
+def test_no_manifest(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none.yaml does not exist"):
         read_manifest(tmp_path / "none.yaml")
-    with pytest.raises(FileNotFoundError, match="is not a file"):
-        read_manifest(tmp_path)
-    (tmp_path / "data.yaml").write_bytes(b"#" * (1 << 20) + b"#")
-    with pytest.raises(IA3Error, match="larger than"):
-        read_manifest(tmp_path / "data.yaml")
-    (tmp_path / "latin.yaml").write_bytes("tasks: {é: x}".encode("latin-1"))
-    with pytest.raises(IA3Error, match=r"latin.yaml is not YAML"):
-        read_manifest(tmp_path / "latin.yaml")
 
 
-def test_a_structure_of_many_references_is_refused_in_few_words(folder: Path) -> None:
+def test_a_structure_of_many_references_is_refused_in_few_words(folder):
     """Each line refers to the one above ten times: written out, it has 10**12 entries."""
     lines = ["l0: &l0 [x]"]
     lines += [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 13)]
-    with pytest.raises(IA3Error, match="unknown key 'l0'") as caught:
-        read(folder, "\n".join(lines))
-    assert len(str(caught.value)) < 1000
     bomb = "\n".join(f"      {line}" for line in lines)
     text = f"tasks:\n  a:\n    template: x\n    data: tickets.csv\n    choices:\n{bomb}\n"
     with pytest.raises(IA3Error, match="the words of 'l0' are a list") as caught:
@@ -340,7 +247,7 @@ def test_a_structure_of_many_references_is_refused_in_few_words(folder: Path) ->
     assert len(str(caught.value)) < 1000
 
 
-def test_a_file_of_templates_that_fit_nothing(folder: Path) -> None:
+def test_a_file_of_templates_that_fit_nothing(folder):
     path = folder / "promptsource" / "tickets" / "templates.yaml"
     path.write_text(PROMPTSOURCE.replace("original_task: true", "original_task: false"))
     with pytest.raises(IA3Error, match="task 'a': templates: none of the 3 in promptsource"):

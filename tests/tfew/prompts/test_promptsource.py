@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import jinja2
 import pytest
@@ -20,17 +19,11 @@ DATA = SHARED / "data"
 
 # promptsource's files, and the T-Few authors' samples with the fields they name.
 FILES = {
-    "anli-r1": "anli",
-    "anli-r2": "anli",
-    "anli-r3": "anli",
-    "boolq": "super_glue/boolq",
-    "cb": "super_glue/cb",
-    "copa": "super_glue/copa",
+    **{f"anli-r{i}": "anli" for i in (1, 2, 3)},
+    **{name: f"super_glue/{name}" for name in ("boolq", "cb", "copa", "rte", "wic")},
     "h-swag": "hellaswag",
-    "rte": "super_glue/rte",
     "sst2": "glue/sst2",
     "storycloze": "story_cloze/2016",
-    "wic": "super_glue/wic",
     "winogrande": "winogrande/winogrande_xl",
     "wsc": "super_glue/wsc.fixed",
 }
@@ -44,41 +37,35 @@ templates:
     jinja: "{{ text }}\\nWhose is it? ||| {{ answer_choices[label] }}"
     answer_choices: mine ||| yours
     reference: ''
-    metadata: !TemplateMetadata
-      choices_in_prompt: false
-      languages: [en]
-      metrics: [Accuracy]
-      original_task: true
+    metadata: !TemplateMetadata {languages: [en], metrics: [Accuracy], original_task: true}
   1: !Template
     id: 1
     name: free
     jinja: "{{ text }} goes on: ||| {{ rest }}"
     answer_choices: null
     reference: ''
-    metadata: !TemplateMetadata
-      metrics: [BLEU, ROUGE]
-      original_task: false
+    metadata: !TemplateMetadata {metrics: [BLEU, ROUGE], original_task: false}
 """
 
 
-def written(folder: Path, text: str) -> Path:
+def written(folder, text):
     path = folder / "templates.yaml"
     path.write_text(text, "utf-8")
     return path
 
 
-def of(jinja: str, choices: str | None = "no ||| yes") -> PromptTemplate:
+def of(jinja, choices="no ||| yes"):
     return PromptTemplate("asked", Template(jinja, "asked"), choices and Template(choices, "asked"))
 
 
 plain_jinja = cache(jinja2.Environment().from_string)
 
 
-def as_promptsource_renders(template: PromptTemplate, row: dict) -> tuple[list[str], list[str]]:
+def as_promptsource_renders(template, row):
     """Its two steps in plain Jinja: the choices, and the parts; three bars in fields are hidden."""
     hidden = {k: v.replace("|||", "<bars>") if isinstance(v, str) else v for k, v in row.items()}
 
-    def parts(source: str, **more: object) -> list[str]:
+    def parts(source, **more):
         rendered = plain_jinja(source).render(**hidden, **more)
         return [part.strip().replace("<bars>", "|||") for part in rendered.split("|||")]
 
@@ -142,23 +129,15 @@ def test_a_file_gives_its_templates_by_name(tmp_path):
     assert (whose.name, free.name) == ("whose", "free")
     assert whose.original_task
     assert not free.original_task
-    assert whose.fixed_choices == ("mine", "yours")
-    assert free.fixed_choices is None
+    assert whose.choices_of({}) == ("mine", "yours")
+    assert free.choices is None
     assert read_promptsource(tmp_path)[1].name == "whose"
     rendered = whose.render({"text": "A letter.", "label": 1})
     assert rendered.prompt == "A letter.\nWhose is it?"
     assert rendered.choices[rendered.answer] == "yours"
 
 
-@pytest.mark.parametrize(
-    "tag",
-    [
-        "!!python/object/apply:os.system ['touch {path}']",
-        "!!python/object/new:pathlib.Path ['{path}']",
-        "!!python/name:os.system ''",
-        "!Other {{}}",
-    ],
-)
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['touch {path}']", "!Other {{}}"])
 def test_nothing_but_the_two_tags_is_built(tmp_path, tag):
     text = FILE.replace("mine ||| yours", tag.format(path=tmp_path / "made"))
     with pytest.raises(IA3Error, match="is not YAML"):
@@ -175,7 +154,6 @@ def test_nothing_but_the_two_tags_is_built(tmp_path, tag):
         ("mine ||| yours", "7", r"answer_choices of template 'whose' is 7.*quotes"),
         ("{{ text }}\\nWhose", "{{ text", "template 'whose'.*line"),
         ("it? |||", "it?", r"template 'whose' has no '\|\|\|'"),
-        ("reference: ''", "reference: '", "is not YAML"),
         ("  0: !Template", "  0: [1]\n  2: !Template", "template 0 is list, expected a mapping"),
     ],
 )
@@ -185,20 +163,7 @@ def test_a_broken_file_is_explained(tmp_path, old, new, message):
     assert "templates.yaml" in str(caught.value)
 
 
-def test_no_file_is_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        read_promptsource(tmp_path / "none.yaml")
-
-
 # -- rendering -------------------------------------------------------------------------------------
-
-
-def test_choices_come_from_fields():
-    template = of("{{ q }} ||| {{ answer_choices[label] }}", "{{ a }} ||| {{ b }}")
-    assert template.fixed_choices is None
-    rendered = template.render({"q": "Which?", "a": "a cat ", "b": "a|||dog", "label": 1})
-    assert rendered.choices == ("a cat", "a|||dog")
-    assert rendered.answer == 1
 
 
 def test_a_condition_around_all_of_it_leaves_examples_out():
@@ -209,12 +174,9 @@ def test_a_condition_around_all_of_it_leaves_examples_out():
     assert template.render({"ask": True, "q": "Is it?"}, labelled=False).prompt == "Is it?"
 
 
-def test_an_unknown_label_has_no_answer():
+def test_an_unknown_label_has_no_answer_and_an_unlabelled_example_needs_none():
     template = of("{{ q }} ||| {% if label != -1 %}{{ answer_choices[label] }}{% endif %}")
     assert template.render({"q": "Is it?", "label": -1}).answer is None
-
-
-def test_an_unlabelled_example_needs_no_label_field():
     template = of("{{ q }} ||| {{ answer_choices[label] }}")
     rendered = template.render({"q": "Is it?"}, labelled=False)
     assert (rendered.prompt, rendered.choices, rendered.answer) == ("Is it?", ("no", "yes"), None)
@@ -248,17 +210,7 @@ def test_what_promptsource_adds_to_jinja():
 def test_three_bars_end_the_prompt():
     template = Template("{{ q }} {{ bars }} ||| {{ nowhere }}")
     assert template.render({"q": " Is it?", "bars": "a|||b"}, []) == "Is it? a|||b"
-    assert not template.is_constant
     assert Template("no ||| yes").parts({}, []) == ["no", "yes"]
-
-
-def test_a_template_says_which_fields_it_reads_by_lookup():
-    template = Template('{{ fields["Tweet text"] }} {{ ID }}')
-    assert template.reads("Tweet text")
-    assert template.reads("ID")
-    assert not template.reads("Label")
-    assert Template("{% for name in fields %}{{ name }}{% endfor %}").reads("Label")
-    assert Template('{{ fields["a"] }}{{ fields[key] }}').reads("Label")
 
 
 # -- errors ----------------------------------------------------------------------------------------
@@ -270,17 +222,13 @@ EXAMPLE = Row({"q": "Is it?", "x": "same", "label": 1}, "data.csv, line 7")
     ("jinja", "choices", "message"),
     [
         ("{{ question }} ||| {{ answer_choices[label] }}", "no ||| yes", "'question' is undefined"),
-        ("{{ q }} ||| {{ answer }}", "no ||| yes", "'answer' is undefined"),
         ("{{ q }} ||| {{ answer_choices[label] }}", "no ||| {{ y }}", "'y' is undefined"),
         ("{{ q }} ||| {{ answer_choices[label] }}", None, "has no answer choices"),
         ("{{ q }} ||| no", "{% if not q %}no ||| yes{% endif %}", "renders no answer choices"),
         ("{{ q }} ||| no", "no ||| ", r"empty choice \(number 2\)"),
         ("{{ q }} ||| same", "{{ x }} ||| same", "renders the choice 'same' twice"),
         ("{{ q }} ||| maybe", "no ||| yes", r"target 'maybe', which is not among .*'no', 'yes'"),
-        ("{{ q }} ||| {{ answer_choices[5] }}", "no ||| yes", "5"),
         ("{{ q }} ||| no ||| yes", "no ||| yes", "renders 3 parts"),
-        ("{{ q }}{% if not q %} ||| no{% endif %}", "no ||| yes", "renders 1 parts"),
-        ("{{ q.__class__.__mro__ }} ||| no", "no ||| yes", "refused|undefined|unsafe"),
         ("{{ q }} ||| no", "no ||| {{ q.__class__.__base__ }}", "refused|undefined|unsafe"),
     ],
 )

@@ -22,8 +22,6 @@ from ia3.base.loading import BaseModel
 from ia3.errors import IA3Error
 from ia3.files.rows import read_rows
 from ia3.files.tables import Row, read_table
-from ia3.model.ia3_model import IA3Model
-from ia3.targets.config import IA3Config
 from ia3.tfew.prompts.encoding import Encoder
 from ia3.tfew.prompts.promptsource import PromptTemplate
 from ia3.tfew.prompts.tasks import (
@@ -37,7 +35,6 @@ from ia3.tfew.prompts.tasks import (
 )
 from ia3.tfew.prompts.templates import Template
 from ia3.tfew.scoring.evaluation import evaluate, predict_choices, spread
-from ia3.tfew.training.trainer import TFewConfig, train
 
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
@@ -46,7 +43,7 @@ WORDS = ["the", "cat", "dog", "bird", "is", "it", "so", "no", "yes", "sat", "ran
 WORDS += ["barks", "purrs", "one", "two", "three"]
 
 
-def template_of(name: str, jinja: str, choices: str) -> PromptTemplate:
+def template_of(name, jinja, choices):
     return PromptTemplate(name, Template(jinja, name), Template(choices, name))
 
 
@@ -69,7 +66,7 @@ ROWS = [
 ]
 
 
-def base_of(kind: str = "llama", seed: int = 0) -> BaseModel:
+def base_of(kind="llama", seed=0):
     if kind == "t5":
         return BaseModel(tiny_t5(seed), word_tokenizer(WORDS, end=True), "t5")
     return BaseModel(tiny_llama(seed), word_tokenizer(WORDS), "llama")
@@ -109,20 +106,9 @@ def test_reading_rows_does_without_the_trainer(tmp_path):
 # -- samples ---------------------------------------------------------------------------------------
 
 # The sizes of the training sets.
-SIZES = {
-    "anli-r1": 16946,
-    "anli-r2": 45460,
-    "anli-r3": 100459,
-    "boolq": 9427,
-    "cb": 250,
-    "copa": 400,
-    "h-swag": 39905,
-    "rte": 2490,
-    "storycloze": 1871,
-    "wic": 5428,
-    "winogrande": 40398,
-    "wsc": 554,
-}
+SIZES = {"anli-r1": 16946, "anli-r2": 45460, "anli-r3": 100459, "boolq": 9427, "cb": 250}
+SIZES |= {"copa": 400, "h-swag": 39905, "rte": 2490, "storycloze": 1871, "wic": 5428}
+SIZES |= {"winogrande": 40398, "wsc": 554}
 
 
 @needs_data
@@ -134,13 +120,11 @@ def test_samples_are_the_authors(task):
         assert drawn == [row["idx"] for row in sample]
 
 
-def test_a_sample_leaves_the_random_state_and_the_rows_alone():
+def test_a_sample_leaves_the_random_state_alone():
     rows = [{"n": i} for i in range(50)]
     before = np.random.get_state()[1].copy()
     sample = few_shot(rows, 20, 7)
     assert (np.random.get_state()[1] == before).all()
-    assert rows == [{"n": i} for i in range(50)]
-    assert len({row["n"] for row in sample}) == 20
     assert few_shot(rows, 20, 8) != sample
     assert sorted(row["n"] for row in few_shot(rows, 50, 7)) == list(range(50))
 
@@ -214,7 +198,7 @@ def test_held_out_templates_ask_for_the_datas_labels(task):
 @pytest.mark.parametrize("task", RAFT_TASKS)
 def test_every_raft_task_has_a_template(task):
     (template,) = load_templates(task)
-    assert len(template.fixed_choices) >= 2
+    assert len(template.choices_of({})) >= 2
 
 
 @needs_data
@@ -224,7 +208,7 @@ def test_raft_templates_follow_the_benchmark(task):
     folder = DATA / "raft" / task
     labels = json.loads((folder / "task.json").read_text())["label_columns"]["Label"]
     fields = json.loads((DATA / "raft" / "prompt_settings.jsonl").read_text().split("\n")[0])[task]
-    assert len(template.fixed_choices) == len(labels)
+    assert len(template.choices_of({})) == len(labels)
     for row in read_table(folder / "train.csv"):
         rendered = template.render(row)
         assert rendered.answer == labels.index(row["Label"])
@@ -236,15 +220,6 @@ def test_raft_templates_follow_the_benchmark(task):
     assert not any(template.prompt.reads(name) for name in row if name not in (*fields, "Label"))
     for row in read_table(folder / "test_unlabeled.csv")[:50]:
         assert template.render(row, labelled=False).answer is None
-
-
-def test_banking_names_all_its_topics():
-    (template,) = load_templates("banking_77")
-    row = {"Query": "Where is my card?", "Label": "card_arrival"}
-    rendered = template.render(row)
-    assert len(rendered.choices) == 77
-    assert all(choice in rendered.prompt for choice in rendered.choices)
-    assert rendered.choices[rendered.answer] == "card arrival"
 
 
 def test_an_unknown_task_is_an_error():
@@ -268,52 +243,33 @@ def test_an_examples_own_choices_are_encoded_as_fixed_ones_are(kind):
 
 def test_the_encoders_choices_and_an_examples_own_do_not_mix():
     encoder = Encoder(base_of(), ["yes", "no"], chat=False)
-    template = Template("{{ animal }}")
+    template = Template("{{ animal }}", "asked")
     before = encoder.encode(ROWS[0], template)
     assert encoder.encode(ROWS[0], template, ["no", "yes"]).choices == before.choices[::-1]
     assert encoder.encode(ROWS[0], template) == before
-
-
-def test_no_choices_at_all_are_an_error():
     with pytest.raises(IA3Error, match="'asked' has no answer choices"):
-        Encoder(base_of(), chat=False).encode(ROWS[0], Template("{{ animal }}", "asked"))
+        Encoder(base_of(), chat=False).encode(ROWS[0], template)
 
 
-UNUSABLE = {
-    # Words that this tokenizer does not know are one token, all the same.
-    "choices 'zebra' and 'gnu' are the same tokens": ["cat", "zebra", "gnu"],
-    "choice '~~' has no token": ["cat", "~~"],
-}
-
-
-@pytest.mark.parametrize("problem", UNUSABLE)
-@pytest.mark.parametrize("use", ["training", "evaluation"])
-def test_choices_without_tokens_of_their_own_are_named_with_template_and_example(use, problem):
+@pytest.mark.parametrize(
+    ("choices", "problem"),
+    [
+        # Words that this tokenizer does not know are one token, all the same.
+        (["cat", "zebra", "gnu"], "choices 'zebra' and 'gnu' are the same tokens"),
+        (["cat", "~~"], "choice '~~' has no token"),
+    ],
+)
+def test_choices_without_tokens_of_their_own_are_named_with_template_and_example(choices, problem):
     base = base_of()
     # As T5's tokenizer drops control characters.
     base.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
-    rows = [
-        Row({"animal": "cat", "ends": ["barks", "purrs"], "label": 1}, "a.jsonl, line 1"),
-        Row({"animal": "dog", "ends": UNUSABLE[problem], "label": 0}, "a.jsonl, line 2"),
-    ]
-    task = Task("t", [FIXED, OWN], rows, rows)
-    uses = {
-        "training": lambda: task.training_examples(Encoder(base, chat=False)),
-        "evaluation": lambda: evaluate(base, task),
-    }
+    row = Row({"animal": "dog", "ends": choices, "label": 0}, "a.jsonl, line 2")
     with pytest.raises(IA3Error) as raised:
-        uses[use]()
+        Task("t", [FIXED, OWN], [row]).training_examples(Encoder(base, chat=False))
     message = str(raised.value)
     assert problem in message
     assert "template 'own'" in message
     assert "the example of a.jsonl, line 2: {'animal': 'dog'" in message
-
-
-def test_a_prompt_that_does_not_fit_is_named_with_its_example():
-    base = BaseModel(tiny_llama(max_position_embeddings=8), word_tokenizer(WORDS), "short")
-    template = template_of("long", "the " * 9 + "||| {{ answer_choices[0] }}", "no ||| yes")
-    with pytest.raises(IA3Error, match=r"^template 'long' needs .* the example \{'animal': 'cat'"):
-        encode_labelled(Encoder(base, chat=False), template, ROWS[0])
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -348,25 +304,10 @@ def test_unusable_training_sets(templates, message):
         Task("t", templates, ROWS).training_examples(Encoder(base_of(), chat=False))
 
 
-def test_training_on_a_task_raises_its_score():
-    base = base_of(seed=3)
-    task = Task("t", [FIXED, TURNED, OWN], ROWS, ROWS)
-    before = evaluate(base, task).spread.median
-    model = IA3Model(base.model, IA3Config(task_type="CAUSAL_LM", target_modules="all-linear"))
-    history = train(
-        base,
-        model,
-        task.training_examples(Encoder(base, chat=False)),
-        TFewConfig(steps=15, learning_rate=5e-2),
-    )
-    assert history[-1].loss < history[0].loss
-    assert evaluate(base, task).spread.median > before
-
-
 # -- evaluation ------------------------------------------------------------------------------------
 
 
-def best_choice(base: BaseModel, template: PromptTemplate, row: dict) -> tuple[int, int]:
+def best_choice(base, template, row):
     """The choice with the highest mean of its tokens' log-probabilities, and the right one."""
     encoded, answer = encode_labelled(Encoder(base, chat=False), template, row)
     means = [scores.mean() for scores in plain_token_scores(base, encoded)]
@@ -377,47 +318,25 @@ def best_choice(base: BaseModel, template: PromptTemplate, row: dict) -> tuple[i
 def test_accuracy_is_that_of_one_choice_after_the_other(kind):
     base = base_of(kind, seed=1)
     task = Task("t", [FIXED, OWN, ONLY_CATS], (), ROWS)
-    done = []
-    evaluation = evaluate(base, task, progress=done.append)
-    assert [(t.template, t.examples) for t in evaluation.templates] == [
-        ("fixed", 5),
-        ("own", 5),
-        ("cats", 2),
-    ]
+    evaluation = evaluate(base, task)
+    counts = {t.template: t.examples for t in evaluation.templates}
+    assert counts == {"fixed": 5, "own": 5, "cats": 2}
     for template, score in zip(task.templates, evaluation.templates, strict=True):
         asked = [row for row in ROWS if template.render(row) is not None]
         right = [p == a for p, a in (best_choice(base, template, row) for row in asked)]
         assert score.score == sum(right) / len(right)
-    assert sum(done) == 12
-
-
-def test_macro_f1_is_the_mean_over_the_labels():
-    for seed in range(2):
-        base = base_of(seed=seed)
-        rows = [{"animal": a, "label": i % 2} for i, a in enumerate(WORDS)]
-        (score,) = evaluate(base, Task("t", [FIXED], (), rows), metric="macro_f1").templates
-        pairs = [best_choice(base, FIXED, row) for row in rows]
-        f1 = []
-        for label in {x for pair in pairs for x in pair}:
-            hits = sum(p == a == label for p, a in pairs)
-            f1.append(
-                2 * hits / (sum(p == label for p, _ in pairs) + sum(a == label for _, a in pairs))
-            )
-        assert score.score == pytest.approx(statistics.mean(f1))
 
 
 @pytest.mark.parametrize(
-    ("templates", "rows", "metric", "message"),
+    ("templates", "rows", "message"),
     [
-        ([OWN], ROWS, "macro_f1", "'own' takes its choices from each example"),
-        ([FIXED], (), "accuracy", "'t' has no test examples"),
-        ([ONLY_CATS], ROWS[1:3], "accuracy", "'cats' asks nothing of any test example"),
-        ([FIXED], ROWS, "recall", "metric is 'recall', expected 'accuracy' or 'macro_f1'"),
+        ([FIXED], (), "'t' has no test examples"),
+        ([ONLY_CATS], ROWS[1:3], "'cats' asks nothing of any test example"),
     ],
 )
-def test_what_cannot_be_evaluated(templates, rows, metric, message):
+def test_what_cannot_be_evaluated(templates, rows, message):
     with pytest.raises(IA3Error, match=message):
-        evaluate(base_of(), Task("t", templates, (), rows), metric=metric)
+        evaluate(base_of(), Task("t", templates, (), rows))
 
 
 def test_scores_that_are_no_numbers_are_an_error():
@@ -429,11 +348,10 @@ def test_scores_that_are_no_numbers_are_an_error():
         predict_choices(base, [encoded])
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 5, 10, 15])
+@pytest.mark.parametrize("count", [2, 3, 15])
 def test_spread_is_the_median_and_the_quartiles(count):
     scores = np.random.default_rng(count).random(count).tolist()
-    lower, median, upper = statistics.quantiles(scores, n=4, method="inclusive")
     result = spread(scores)
-    assert (result.lower, result.median, result.upper) == pytest.approx((lower, median, upper))
-    assert result.interquartile_range == pytest.approx(upper - lower)
+    quartiles = statistics.quantiles(scores, n=4, method="inclusive")
+    assert [result.lower, result.median, result.upper] == pytest.approx(quartiles)
     assert spread([0.5]).median == 0.5

@@ -36,7 +36,6 @@ def test_what_a_template_renders(source, expected):
     [
         # With what the example does have.
         ("{{ txt }}\nQueue:", r"'txt'.*'title'.*; did you mean 'text'\?"),
-        ("{{ zebra }}", r"'zebra' is undefined.*not 'zebra'$"),
         ('{{ fields["Txt"] }}', r"Txt.*'text'"),
         ("{{ text.nosuch }}", "nosuch"),
     ],
@@ -50,11 +49,7 @@ def test_a_missing_field_is_named(source, message):
     ("source", "line"),
     [
         ("{{ text", 1),
-        ("{% for c in answer_choices %}{{ c }}", 1),
         ("{{ text | nosuchfilter }}", 1),
-        ("{% nosuchtag %}", 1),
-        ("{{ 1 + }}", 1),
-        ("}}{{ %}", 1),
         ("{{ text }}\nand\n{{ title", 3),
     ],
 )
@@ -67,36 +62,20 @@ def test_syntax_errors_say_where(source, line):
     "source",
     [
         "{{ text.__class__.__mro__ }}",
-        "{{ ''.__class__ }}",
-        "{{ ''['__class__'] }}",
         "{{ text|attr('__class__') }}",
-        "{{ ''.__class__.__base__.__subclasses__() }}",
         "{{ lipsum.__globals__ }}",
-        "{{ lipsum.__globals__['os'].popen('id').read() }}",
-        "{{ lipsum['__globals__'] }}",
         "{{ cycler.__init__.__globals__ }}",
-        "{{ joiner.__init__.__globals__.os }}",
-        "{{ namespace.__init__ }}",
         "{{ self.__init__.__globals__ }}",
-        "{{ self._TemplateReference__context }}",
         "{{ text.format.__func__ }}",
         "{{ '{0.__class__}'.format(text) }}",
-        "{{ '{0.__class__.__mro__}'.format_map({'0': text}) }}",
         "{{ fields.update({'text': 'x'}) }}",
         "{{ answer_choices.append('x') }}",
-        "{{ answer_choices.clear() }}",
-        "{% set x = answer_choices.pop() %}{{ x }}",
-        "{{ range(1000000000) | list }}",
         "{% for i in range(1000000000) %}x{% endfor %}",
         "{% include 'secret' %}",
-        "{% import 'os' as os %}{{ os }}",
-        "{% extends 'base' %}",
         "{{ 1 / 0 }}",
-        "{{ text + 1 }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         # What would take the machine's memory.
         "{{ 'a' * 10**9 }}",
-        "{{ 'a' * 1000000000 }}",
         "{{ 9 ** 99999999 }}",
         "{{ '%01000000000d' % 1 }}",
         "{{ 'a'.ljust(1000000000) }}",
@@ -120,10 +99,17 @@ def test_a_template_cannot_change_the_example_or_the_choices():
     assert choices == ["c"]
 
 
-def test_reads_says_what_a_prompt_depends_on():
-    template = Template("{{ title }}: {% if text %}{{ text }}{% endif %}")
-    assert template.reads("text")
-    assert template.reads("title")
-    assert not template.reads("body")
-    assert Template("{{ fields['body'] }}").reads("body")
-    assert not Template("{% for text in answer_choices %}{{ text }}{% endfor %}").reads("text")
+@pytest.mark.parametrize(
+    ("source", "reads", "does_not"),
+    [
+        ("{{ title }}: {% if text %}{{ text }}{% endif %}", ["text", "title"], ["body"]),
+        ("{{ fields['body'] }}{{ ID }}", ["body", "ID"], ["text"]),
+        ("{% for text in answer_choices %}{{ text }}{% endfor %}", [], ["text"]),
+        ("{% for name in fields %}{{ name }}{% endfor %}", ["text"], []),
+        ("{{ fields['a'] }}{{ fields[key] }}", ["text"], []),
+    ],
+)
+def test_reads_says_what_a_prompt_depends_on(source, reads, does_not):
+    template = Template(source)
+    assert all(template.reads(name) for name in reads)
+    assert not any(template.reads(name) for name in does_not)

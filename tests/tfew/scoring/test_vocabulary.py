@@ -6,14 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from ia3.tfew.scoring.vocabulary import POSITIONS, is_plain, token_log_probs
 
 
-def made(
-    positions: int, scores: int, dtype: torch.dtype, *, bias: bool = False, seed: int = 0
-) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
+def made(positions, scores, dtype, *, bias=False, seed=0):
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(8, 50, bias=bias).to(dtype).requires_grad_(False)
     head.weight.copy_(torch.randn(50, 8, generator=generator))
@@ -25,7 +23,7 @@ def made(
     return head, hidden, prediction, token
 
 
-def by_log_softmax(head: nn.Linear, hidden: Tensor, prediction: Tensor, token: Tensor) -> Tensor:
+def by_log_softmax(head, hidden, prediction, token):
     return head(hidden).log_softmax(-1)[prediction, token]
 
 
@@ -36,7 +34,7 @@ def by_log_softmax(head: nn.Linear, hidden: Tensor, prediction: Tensor, token: T
     bias=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_values_and_gradients(positions: int, scores: int, bias: bool, seed: int) -> None:
+def test_values_and_gradients(positions, scores, bias, seed):
     """Also with several tokens of one position, and positions of none."""
     head, hidden, prediction, token = made(positions, scores, torch.float64, bias=bias, seed=seed)
     weights = torch.randn(scores, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -49,15 +47,8 @@ def test_values_and_gradients(positions: int, scores: int, bias: bool, seed: int
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
 
 
-def test_gradcheck() -> None:
-    head, hidden, prediction, token = made(POSITIONS + 2, 9, torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda h: token_log_probs(head, h, prediction, token), hidden.requires_grad_()
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_narrow_types_are_as_exact_as_log_softmax(dtype: torch.dtype) -> None:
+def test_narrow_types_are_as_exact_as_log_softmax(dtype):
     head, hidden, prediction, token = made(300, 500, dtype)
     given = hidden.clone().requires_grad_()
     values = token_log_probs(head, given, prediction, token)
@@ -74,14 +65,7 @@ def test_narrow_types_are_as_exact_as_log_softmax(dtype: torch.dtype) -> None:
     assert (given.grad.double() - wide.grad).norm() <= 4 * eps * wide.grad.norm()
 
 
-def test_without_gradients_nothing_is_kept() -> None:
-    head, hidden, prediction, token = made(5, 7, torch.float32)
-    values = token_log_probs(head, hidden, prediction, token)
-    assert not values.requires_grad
-    torch.testing.assert_close(values, by_log_softmax(head, hidden, prediction, token))
-
-
-def test_what_is_more_than_a_linear_layer_is_not_plain() -> None:
+def test_what_is_more_than_a_linear_layer_is_not_plain():
     head = nn.Linear(4, 6)
     assert not is_plain(head)  # it trains
     head.requires_grad_(False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from ia3.base.loading import BaseModel
 from ia3.tfew import TFewConfig, TrainingExample, tfew_loss, train
 from ia3.tfew.prompts.encoding import EncodedExample
 from ia3.tfew.scoring.choices import token_scores
-from ia3.tfew.training.losses import TFewLoss, token_loss
+from ia3.tfew.training.losses import token_loss
 
 GOLDEN = SHARED / "golden"
 SUFFIX = ".multi_lora_b"
@@ -43,11 +42,11 @@ class Case:
     ia3_model: IA3Model
 
     @property
-    def labels(self) -> Tensor:
+    def labels(self):
         return torch.tensor(self.figures["labels"])
 
     @property
-    def weights(self) -> dict[str, float]:
+    def weights(self):
         terms = self.figures["config"]
         return {
             "lm": 1.0,
@@ -56,7 +55,7 @@ class Case:
         }
 
     @property
-    def constant(self) -> float:
+    def constant(self):
         """What their unlikelihood has less than ours, and the total with it.
 
         Their sum runs over padding and the right answers too, where p is 0: −log(1.01) each.
@@ -67,7 +66,7 @@ class Case:
         counted = int(of_wrong.sum())
         return (targets.numel() - counted) / counted * math.log(1.01)
 
-    def theirs(self, prefix: str) -> dict[str, Tensor]:
+    def theirs(self, prefix):
         """Our module name -> their tensor, flat."""
         return {
             name.removeprefix(f"{prefix}.").removesuffix(SUFFIX).replace("wi_1", "wo"): tensor
@@ -75,11 +74,11 @@ class Case:
             if name.startswith(f"{prefix}.")
         }
 
-    def loss(self) -> TFewLoss:
+    def loss(self):
         """From the prompts and choices, as the trainer computes it."""
         return token_loss(token_scores(self.base, self.examples), self.labels, **self.weights)
 
-    def loss_of_logits(self) -> TFewLoss:
+    def loss_of_logits(self):
         """From the model's own logits of everything, padding included."""
         prompts = torch.tensor(self.figures["input_ids"])
         targets = torch.tensor(self.figures["answer_choices_ids"])
@@ -96,7 +95,7 @@ class Case:
 
 
 @pytest.fixture(params=["lm+ln+ul", "lm only scored", "lm+ln"])
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
+def case(request, tmp_path):
     path = GOLDEN / "tfew_losses.json"
     if not path.is_file():
         pytest.skip(f"the authors' figures are not there: {path}")
@@ -121,8 +120,8 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
 
 
 @pytest.mark.parametrize("way", ["loss", "loss_of_logits"])
-def test_every_term_equals_the_authors(case: Case, way: str) -> None:
-    loss: TFewLoss = getattr(case, way)()
+def test_every_term_equals_the_authors(case, way):
+    loss = getattr(case, way)()
     figures, weights = case.figures["losses"], case.weights
     assert loss.lm.item() == pytest.approx(figures["lm_loss"], abs=1e-5)
     total = figures["loss"]
@@ -138,9 +137,7 @@ def test_every_term_equals_the_authors(case: Case, way: str) -> None:
 # Their own gradients are up to 2.5e-5 from those in float64. The trainer sums in their order; the
 # model's logits of every prompt once a choice are summed in another.
 @pytest.mark.parametrize(("way", "tolerance"), [("loss", 1e-5), ("loss_of_logits", 3e-5)])
-def test_the_gradient_of_every_vector_equals_the_authors(
-    case: Case, way: str, tolerance: float
-) -> None:
+def test_the_gradient_of_every_vector_equals_the_authors(case, way, tolerance):
     vectors = case.ia3_model.vectors("default")
     gradients = torch.autograd.grad(getattr(case, way)().total, list(vectors.values()))
     theirs = case.theirs("grad")
@@ -150,7 +147,7 @@ def test_the_gradient_of_every_vector_equals_the_authors(
         assert error < tolerance, name
 
 
-def test_ranking_equals_the_authors(case: Case) -> None:
+def test_ranking_equals_the_authors(case):
     scores = token_scores(case.base, case.examples)
     # Without length normalisation they rank by the plain sum. Their scores are negated.
     normalised = case.figures["config"]["length_norm"]
@@ -165,7 +162,7 @@ def test_ranking_equals_the_authors(case: Case) -> None:
     torch.testing.assert_close(others, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_twenty_steps_of_the_trainer_equal_the_authors(case: Case) -> None:
+def test_twenty_steps_of_the_trainer_equal_the_authors(case):
     steps = train(
         case.base,
         case.ia3_model,

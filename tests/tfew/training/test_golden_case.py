@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -29,23 +28,23 @@ from ia3.tfew import tfew_loss
 from ia3.tfew.prompts.encoding import EncodedExample
 from ia3.tfew.scoring.choices import shares_prompt, token_scores
 from ia3.tfew.scoring.expanded import expanded_scores
-from ia3.tfew.training.losses import TFewLoss, token_loss
+from ia3.tfew.training.losses import token_loss
 
 GOLDEN = json.loads(PATH.read_text("utf-8"))
 LABELS = torch.tensor([label for _, _, label in EXAMPLES])
 SHAPE = (len(EXAMPLES), 3, 3)
 
 
-def flat(values: Any) -> list[float]:
+def flat(values):
     return [x for value in values for x in flat(value)] if isinstance(values, list) else [values]
 
 
-def assert_losses(loss: TFewLoss, expected: dict[str, float]) -> None:
+def assert_losses(loss, expected):
     for term, value in expected.items():
         assert getattr(loss, term).item() == pytest.approx(value, rel=1e-10), term
 
 
-def test_the_file_is_what_the_formulas_give() -> None:
+def test_the_file_is_what_the_formulas_give():
     found = figures()
     for part in ("logits", "model"):
         assert found[part]["losses"] == pytest.approx(GOLDEN[part]["losses"], rel=1e-12)
@@ -54,7 +53,7 @@ def test_the_file_is_what_the_formulas_give() -> None:
     )
 
 
-def test_losses_and_gradient_of_logits() -> None:
+def test_losses_and_gradient_of_logits():
     logits = torch.full((*SHAPE, VOCABULARY), torch.nan, dtype=torch.float64)
     targets = torch.full(SHAPE, -1)
     expected = torch.zeros_like(logits)
@@ -70,7 +69,7 @@ def test_losses_and_gradient_of_logits() -> None:
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
 
 
-def golden_model() -> tuple[BaseModel, IA3Model]:
+def golden_model():
     config = OPTConfig(
         vocab_size=VOCABULARY,
         hidden_size=DIM,
@@ -97,7 +96,7 @@ def golden_model() -> tuple[BaseModel, IA3Model]:
 
 
 @pytest.mark.parametrize("scorer", [token_scores, expanded_scores])
-def test_a_block_with_ia3(scorer: Any) -> None:
+def test_a_block_with_ia3(scorer):
     base, ia3_model = golden_model()
     assert shares_prompt(base)
     examples = [EncodedExample(tuple(p), tuple(map(tuple, c))) for p, c, _ in EXAMPLES]

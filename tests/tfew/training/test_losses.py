@@ -6,70 +6,37 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ia3.errors import IA3Error
 from ia3.tfew import tfew_loss
-from ia3.tfew.scoring.token_scores import TokenScores
-from ia3.tfew.training.losses import Counts, TFewLoss, token_loss
+from ia3.tfew.scoring.answer_tokens import TokenScores
+from ia3.tfew.training.losses import Counts, token_loss
 
 TERMS = ("lm", "length_norm", "unlikelihood", "total")
 
 
-def scores_of(probabilities: list[list[list[float]]]) -> TokenScores:
-    """Token probabilities, `[batch][choices][tokens]`, ragged."""
-    batch, choices = len(probabilities), max(map(len, probabilities))
-    length = max(len(tokens) for example in probabilities for tokens in example)
-    log_probs = torch.zeros(batch, choices, length)
-    mask = torch.zeros(batch, choices, length, dtype=torch.bool)
-    for i, example in enumerate(probabilities):
-        for c, tokens in enumerate(example):
-            for t, p in enumerate(tokens):
-                log_probs[i, c, t] = math.log(p)
-                mask[i, c, t] = True
-    return TokenScores(log_probs, mask)
-
-
-def loss_of(probabilities: list[list[list[float]]], labels: list[int]) -> TFewLoss:
-    return token_loss(scores_of(probabilities), torch.tensor(labels))
-
-
-# -- by hand ---------------------------------------------------------------------------------------
-
-
-def test_lm_is_the_mean_over_the_right_tokens_of_the_whole_batch():
-    # Three right tokens in all, so that the longer answer weighs more.
-    loss = loss_of([[[0.5, 0.25], [0.9]], [[0.1], [0.125]]], [0, 1])
-    assert loss.lm.item() == pytest.approx((1 + 2 + 3) * math.log(2) / 3)
+def by_hand(*log_probs):
+    """The loss of one example, whose first choice is right, from token probabilities."""
+    scores = torch.nn.utils.rnn.pad_sequence([torch.tensor(p).log() for p in log_probs], True)
+    mask = torch.tensor([[t < len(p) for t in range(scores.shape[1])] for p in log_probs])
+    return token_loss(TokenScores(scores[None], mask[None]), torch.tensor([0]))
 
 
 def test_length_norm_compares_means_not_sums():
     # The sums differ (0.25 against 0.5), the means do not: a coin toss.
-    loss = loss_of([[[0.5, 0.5], [0.5]]], [0])
-    assert loss.length_norm.item() == pytest.approx(math.log(2))
+    assert by_hand([0.5, 0.5], [0.5]).length_norm.item() == pytest.approx(math.log(2))
 
 
 def test_unlikelihood_of_a_certain_wrong_token_is_finite():
-    loss = loss_of([[[0.5], [1.0]]], [0])
+    loss = by_hand([0.5], [1.0])
     assert loss.unlikelihood.item() == pytest.approx(-math.log(1e-2), rel=1e-4)
 
 
 def test_unlikelihood_is_zero_where_nothing_is_wrong():
-    loss = loss_of([[[0.5, 0.5]]], [0])
+    loss = by_hand([0.5, 0.5])
     assert loss.unlikelihood.item() == 0
     assert loss.length_norm.item() == 0
     assert loss.total.item() == pytest.approx(math.log(2))
-
-
-def test_a_choice_with_no_token_is_no_choice():
-    with_hole = loss_of([[[0.5], [0.2], []], [[0.3], [0.4], [0.6]]], [1, 2])
-    first, second = loss_of([[[0.5], [0.2]]], [1]), loss_of([[[0.3], [0.4], [0.6]]], [2])
-    length_norm = (first.length_norm + second.length_norm) / 2
-    torch.testing.assert_close(with_hole.length_norm, length_norm)
-    # One wrong token in the first example, two in the second.
-    unlikelihood = (first.unlikelihood + 2 * second.unlikelihood) / 3
-    torch.testing.assert_close(with_hole.unlikelihood, unlikelihood)
-    assert scores_of([[[0.5], [0.2], []]]).mean_log_probs()[0, 2].item() == -math.inf
 
 
 # -- from logits -----------------------------------------------------------------------------------
@@ -78,7 +45,7 @@ PAD = 0
 
 
 @st.composite
-def logit_batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+def logit_batches(draw):
     """Logits float64, targets padded with 0, labels; some rows have fewer choices."""
     batch, choices, length, vocabulary = (draw(st.integers(1, n)) for n in (3, 4, 3, 5))
     vocabulary += 1
@@ -96,7 +63,7 @@ def logit_batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     return logits, targets, torch.tensor(labels)
 
 
-def by_definition(logits: Tensor, targets: Tensor, labels: Tensor) -> dict[str, float]:
+def by_definition(logits, targets, labels):
     """The paper's formulas, one number after the other."""
     right, wrong, length_norms = [], [], []
     for i, label in enumerate(labels.tolist()):
@@ -186,22 +153,6 @@ def test_the_terms_of_parts_add_up(batch, data):
         torch.testing.assert_close(summed, getattr(whole, term))
 
 
-@given(logit_batches(), st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None)
-def test_the_order_of_choices_and_of_rows_does_not_matter(batch, random):
-    logits, targets, labels = batch
-    columns, rows = list(range(targets.shape[1])), list(range(len(labels)))
-    random.shuffle(columns)
-    random.shuffle(rows)
-    moved = torch.tensor([columns.index(label) for label in labels.tolist()])
-    before = tfew_loss(logits, targets, labels, pad_token_id=PAD)
-    after = tfew_loss(
-        logits[rows][:, columns], targets[rows][:, columns], moved[rows], pad_token_id=PAD
-    )
-    for term in TERMS:
-        torch.testing.assert_close(getattr(after, term), getattr(before, term))
-
-
 def test_half_precision_is_computed_in_float32():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 2, 50, generator=generator).bfloat16()
@@ -235,16 +186,12 @@ HOLE = torch.ones(2, 3, 4).index_fill(1, torch.tensor([2]), 0)
     ("changed", "message"),
     [
         ({"logits": LOGITS[0]}, r"logits are \[3, 4, 5\] torch.float32, expected floating"),
-        ({"logits": LOGITS.long()}, r"torch.int64, expected floating"),
         ({"target_ids": TARGETS[:, :2]}, r"target_ids are \[2, 2, 4\].*expected.*\[2, 3, 4\]"),
         ({"target_ids": TARGETS.float()}, r"target_ids are .*torch.float32, expected integers"),
         ({"target_ids": TARGETS + 4}, r"target_ids has 5 .*expected 0 to 4: mask"),
-        ({"target_ids": TARGETS - 2}, r"target_ids has -1 .*expected 0 to 4: mask"),
         ({"labels": LABELS[:, None]}, r"labels are \[2, 1\].*expected integers \[2\]"),
-        ({"labels": LABELS[:1]}, r"labels are \[1\].*expected integers \[2\]"),
         ({"labels": LABELS.float()}, r"labels are .*torch.float32, expected integers"),
         ({"labels": LABELS + 1}, r"labels\[1\] is 3, expected 0 to 2"),
-        ({"labels": LABELS - 1}, r"labels\[0\] is -1, expected 0 to 2"),
         ({"target_mask": HOLE}, r"labels\[1\] is 2, a choice with no token.*\[0, 1\]"),
         ({"target_mask": HOLE[..., 0]}, r"target_mask is \[2, 3\].*expected \[2, 3, 4\]"),
         ({"target_mask": None}, "expected one of pad_token_id and target_mask, neither given"),

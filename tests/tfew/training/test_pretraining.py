@@ -8,69 +8,51 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections import Counter
-from pathlib import Path
-from typing import Any
+from contextlib import nullcontext
 
 import pytest
 import torch
-from support.paths import SHARED
 from support.tfew import (
     VOCABULARY,
     child_environment,
     hook_count,
     random_model,
     state_bits,
+    tiny_llama,
     word_tokenizer,
 )
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config
 
 from ia3 import FewShotClassifier, IA3Config, IA3Model
 from ia3.adapter.layout import WEIGHTS_NAME
-from ia3.adapter.store import Adapter, adapter_files, read_adapter
+from ia3.adapter.store import adapter_files, read_adapter
 from ia3.base.loading import BaseModel, load_base_model
+from ia3.cli import main
 from ia3.errors import IA3Error
-from ia3.tfew import TFewConfig, TrainingExample, TrainingStep, train
+from ia3.tfew import TFewConfig, TrainingExample, train
 from ia3.tfew.prompts.encoding import EncodedExample, Encoder
 from ia3.tfew.prompts.manifest import read_manifest
 from ia3.tfew.prompts.promptsource import PromptTemplate
 from ia3.tfew.prompts.tasks import Task
 from ia3.tfew.prompts.templates import Template
 from ia3.tfew.scoring.choices import token_scores
+from ia3.tfew.temporary_adapter import temporary_adapter
 from ia3.tfew.training.losses import token_loss
-from ia3.tfew.training.pretraining import CAP, Mixture, mixing_rates, pretrain
+from ia3.tfew.training.pretraining import Mixture, mixing_rates, pretrain
 from ia3.tfew.training.trainer import DrawnExamples
-
-DATA = SHARED / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
 
 ANIMALS = ["cat", "dog", "bird", "cow", "hen", "fox", "owl", "bee"]
 WORDS = [*ANIMALS, "the", "is", "it", "so", "a", "no", "yes", "big", "small", "flies", "walks"]
 # Dropout makes the steps depend on the random state, which a checkpoint has to bring back.
+SMALL = {"vocab_size": VOCABULARY, "initializer_range": 0.2}
 GPT2 = GPT2Config(
-    vocab_size=VOCABULARY,
-    n_embd=16,
-    n_layer=1,
-    n_head=2,
-    n_positions=64,
-    initializer_range=0.2,
-    bos_token_id=1,
-    eos_token_id=1,
-)
-LLAMA = LlamaConfig(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    initializer_range=0.2,
+    **SMALL, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1
 )
 RECIPE = TFewConfig(steps=60, batch_size=4, learning_rate=3e-2, seed=3)
 
 
-def template_of(jinja: str, choices: str) -> PromptTemplate:
+def template_of(jinja, choices):
     return PromptTemplate(jinja, Template(jinja), Template(choices))
 
 
@@ -90,11 +72,12 @@ MOVES = Task(
 TASKS = [SIZE, MOVES]
 
 
-def base_of(config: Any = LLAMA) -> BaseModel:
-    return BaseModel(random_model(config), word_tokenizer(WORDS), "tiny")
+def base_of(config=None):
+    model = tiny_llama(max_position_embeddings=64) if config is None else random_model(config)
+    return BaseModel(model, word_tokenizer(WORDS), "tiny")
 
 
-def example(number: int) -> TrainingExample:
+def example(number):
     """One that can be told from the others."""
     return TrainingExample((EncodedExample((number,), ((1,), (2,))),), 0)
 
@@ -108,29 +91,18 @@ def example(number: int) -> TrainingExample:
         ({"a": 1, "b": 3}, 500_000, {"a": 1 / 4, "b": 3 / 4}),
         # 10, 100, 100 of 210.
         ({"a": 10, "b": 1000, "c": 100}, 100, {"a": 1 / 21, "b": 10 / 21, "c": 10 / 21}),
-        ({"a": 7, "b": 9000}, 1, {"a": 0.5, "b": 0.5}),
         ({"a": 7}, 500_000, {"a": 1.0}),
-        # T0's cap, by default.
-        ({"a": 500_000, "b": 5_000_000, "c": 250_000}, CAP, {"a": 0.4, "b": 0.4, "c": 0.2}),
     ],
 )
-def test_rates_by_hand(sizes: dict[str, int], cap: int, rates: dict[str, float]) -> None:
+def test_rates_by_hand(sizes, cap, rates):
     found = mixing_rates(sizes, cap)
     assert list(found) == list(sizes)
     assert found == pytest.approx(rates)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "cap", "message"),
-    [
-        ({}, 1, "no tasks to mix"),
-        ({"a": 1}, 0, "cap is 0, expected at least 1"),
-        ({"a": 1, "b": 0}, 1, "task 'b' has 0 training examples"),
-    ],
-)
-def test_impossible_rates(sizes: dict[str, int], cap: int, message: str) -> None:
-    with pytest.raises(IA3Error, match=message):
-        mixing_rates(sizes, cap)
+def test_an_impossible_cap():
+    with pytest.raises(IA3Error, match="cap is 0, expected at least 1"):
+        mixing_rates({"a": 1}, 0)
 
 
 # -- draws -----------------------------------------------------------------------------------------
@@ -143,11 +115,11 @@ SETS = {
 RATES = mixing_rates({name: len(examples) for name, examples in SETS.items()}, cap=29)
 
 
-def drawn(mixture: Mixture) -> list[int]:
+def drawn(mixture):
     return [mixture[i].encoded[0].prompt[0] for i in range(len(mixture))]
 
 
-def test_draws_follow_the_rates_and_are_uniform_within_a_task() -> None:
+def test_draws_follow_the_rates_and_are_uniform_within_a_task():
     # 10, 29 and 1 of 40.
     count = 20_000
     numbers = drawn(Mixture(SETS, RATES, count, seed=5))
@@ -161,7 +133,7 @@ def test_draws_follow_the_rates_and_are_uniform_within_a_task() -> None:
     assert all(abs(times - expected) < 5 * expected**0.5 for times in of_b.values())
 
 
-def test_an_item_depends_on_the_seed_and_its_number_alone() -> None:
+def test_an_item_depends_on_the_seed_and_its_number_alone():
     mixture = Mixture(SETS, RATES, 1000, seed=5)
     state = random.getstate()
     numbers = drawn(mixture)
@@ -177,49 +149,34 @@ def test_an_item_depends_on_the_seed_and_its_number_alone() -> None:
 class Watched(DrawnExamples):
     """One example, at any place, and which places were asked for."""
 
-    def __init__(self, count: int) -> None:
-        self.asked: list[int] = []
-        self._count = count
+    def __init__(self):
+        self.asked = []
 
-    def __len__(self) -> int:
-        return self._count
+    def __len__(self):
+        return 4 * 10**7
 
-    def __getitem__(self, index: int) -> TrainingExample:
+    def __getitem__(self, index):
         self.asked.append(index)
-        return TrainingExample((EncodedExample((3, 4), ((5,), (6,))),), 0)
+        return example(3)
 
-    def digest(self) -> str:
+    def digest(self):
         return "watched"
 
 
-def test_no_item_is_drawn_before_its_step_nor_twice_after_a_break(tmp_path: Path) -> None:
+def test_no_item_is_drawn_before_its_step_nor_twice_after_a_break(tmp_path):
     """As long as the longest training: nothing goes through all of it."""
-
-    class StoppedError(Exception):
-        pass
-
-    recipe = TFewConfig(steps=10**7, batch_size=4)
+    settings = {"checkpoints": tmp_path, "save_steps": 2, "train_sampling_strategy": "sequential"}
     asked = []
     for last in (5, 8):
-        base = base_of()
+        base, watched = base_of(), Watched()
         model = IA3Model(base.model, IA3Config(target_modules="all-linear"))
-        watched = Watched(recipe.steps * recipe.batch_size)
 
-        def stop(step: TrainingStep, last: int = last) -> None:
+        def stop(step, last=last):
             if step.step == last:
-                raise StoppedError
+                raise KeyboardInterrupt
 
-        with pytest.raises(StoppedError):
-            train(
-                base,
-                model,
-                watched,
-                recipe,
-                stop,
-                checkpoints=tmp_path,
-                save_steps=2,
-                train_sampling_strategy="sequential",
-            )
+        with pytest.raises(KeyboardInterrupt):
+            train(base, model, watched, TFewConfig(steps=10**7, batch_size=4), stop, **settings)
         asked.append(watched.asked)
     # The loader is a batch ahead of the step.
     assert asked == [list(range(6 * 4)), list(range(4 * 4, 9 * 4))]
@@ -229,90 +186,50 @@ def test_no_item_is_drawn_before_its_step_nor_twice_after_a_break(tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def trained() -> tuple[BaseModel, Adapter, list[TrainingStep]]:
+def trained():
     """Vectors for both tasks, and the model they are for."""
     base, steps = base_of(), []
     adapter = pretrain(base, TASKS, RECIPE, on_step=steps.append)
     return base, adapter, steps
 
 
-def loss_of(base: BaseModel, task: Task, adapter: Adapter | None, template: int = 0) -> float:
+def loss_of(base, task, adapter, template=0):
     """The recipe's loss on a task's training set, under one template."""
     examples = task.training_examples(Encoder(base, chat=False))
     encoded = [e.encoded[template] for e in examples]
-    model = None if adapter is None else IA3Model.from_adapter(base.model, adapter)
-    try:
-        with torch.no_grad():
-            scores = token_scores(base, encoded)
-            return token_loss(scores, torch.tensor([e.label for e in examples])).total.item()
-    finally:
-        if model is not None:
-            model.unload()
+    with nullcontext() if adapter is None else temporary_adapter(base, adapter), torch.no_grad():
+        scores = token_scores(base, encoded)
+        return token_loss(scores, torch.tensor([e.label for e in examples])).total.item()
 
 
-def test_the_loss_falls_on_every_task(trained: Any) -> None:
+def test_the_loss_falls_on_every_task(trained):
     base, adapter, steps = trained
     assert [step.step for step in steps] == list(range(1, 61))
+    kinds = {(v.dtype, v.device.type, v.requires_grad) for v in adapter.vectors.values()}
+    assert kinds == {(torch.float32, "cpu", False)}
     for task in TASKS:
         for template in range(len(task.templates)):
             before = loss_of(base, task, None, template)
             assert loss_of(base, task, adapter, template) < 0.8 * before
 
 
-def test_the_vectors_are_float32_at_the_classifiers_sites(trained: Any) -> None:
-    base, adapter, _ = trained
-    fitted = FewShotClassifier(base.model, "{{ text }} is", tokenizer=base.tokenizer, steps=0)
-    fitted.fit(["the cat", "the dog"], ["big", "small"])
-    assert adapter.vectors.keys() == fitted.adapter_.vectors.keys()
-    for vector in adapter.vectors.values():
-        assert (vector.dtype, vector.device.type) == (torch.float32, "cpu")
-        assert not vector.requires_grad
-        assert (vector != 1).any()
-
-
-def test_the_base_model_is_as_it_was() -> None:
+def test_the_base_model_is_as_it_was_after_a_divergence():
     base = base_of(GPT2)
-    base.model.train()
-    base.model.lm_head.eval()
-    base.model.transformer.wte.weight.requires_grad_(False)
-    modes = [module.training for module in base.model.modules()]
     wants = [parameter.requires_grad for parameter in base.model.parameters()]
-    modules = list(base.model.modules())
     bits = state_bits(base.model)
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    pretrain(base, TASKS, TFewConfig(steps=2, batch_size=2))
     with pytest.raises(IA3Error, match="diverged"):
         pretrain(base, TASKS, TFewConfig(steps=50, batch_size=2, learning_rate=1e30))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert list(base.model.modules()) == modules
-    assert [module.training for module in base.model.modules()] == modes
     assert [parameter.requires_grad for parameter in base.model.parameters()] == wants
     assert all(parameter.grad is None for parameter in base.model.parameters())
     assert hook_count(base.model) == 0
     torch.testing.assert_close(state_bits(base.model), bits, rtol=0, atol=0)
 
 
-def test_a_task_of_rate_near_zero_is_hardly_learnt() -> None:
-    """The rates decide what is trained on: a draw of MOVES has a chance of 1 in 1001."""
-    many = Task("many", SIZE.templates, [*SIZE.train] * 500)
-    base, steps = base_of(), []
-    recipe = TFewConfig(steps=40, batch_size=4, learning_rate=3e-2)
-    adapter = pretrain(base, [many, MOVES], recipe, on_step=steps.append)
-    same = pretrain(base, [many], recipe)
-    # Not the same vectors, as the draws differ; but no nearer to MOVES than without it.
-    assert loss_of(base, SIZE, adapter) < 0.8 * loss_of(base, SIZE, None)
-    assert loss_of(base, MOVES, adapter) > 0.8 * loss_of(base, MOVES, same)
-    # With a cap of one, both are drawn as often.
-    capped = pretrain(base, [many, MOVES], recipe, cap=1)
-    assert loss_of(base, MOVES, capped) < 0.8 * loss_of(base, MOVES, adapter)
-
-
 TEXTS = [f"the {animal}" for animal in ANIMALS]
 LABELS = ["small", "big"] * 4
 
 
-def test_a_classifier_begins_where_pre_training_ended(trained: Any, tmp_path: Path) -> None:
+def test_a_classifier_begins_where_pre_training_ended(trained, tmp_path):
     base, adapter, _ = trained
     for name, content in adapter_files(adapter).items():
         (tmp_path / name).write_bytes(content)
@@ -323,6 +240,7 @@ def test_a_classifier_begins_where_pre_training_ended(trained: Any, tmp_path: Pa
         )
         classifier.fit(TEXTS, LABELS)
         losses.append(classifier.history_[0].loss)
+        assert classifier.adapter_.vectors.keys() == adapter.vectors.keys()
     # The first batch is the whole of this training set, which is the task's under one template.
     assert losses[0] == losses[1]
     assert losses[0] == pytest.approx(loss_of(base, SIZE, adapter), rel=1e-5)
@@ -330,17 +248,14 @@ def test_a_classifier_begins_where_pre_training_ended(trained: Any, tmp_path: Pa
     assert losses[0] < 0.8 * losses[2]
 
 
-def test_progress_and_one_warning_for_all_cut_texts() -> None:
+def test_progress_and_one_warning_for_all_cut_texts():
     long = Task("long", SIZE.templates, [{"animal": "cat " * 80, "label": 1}] * 3)
-    done: list[int] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    done = []
+    # Three examples under two templates, of 22 prompts in all.
+    with pytest.warns(UserWarning, match="6 of 22 prompts are longer") as caught:
         pretrain(base_of(), [SIZE, long], TFewConfig(steps=1, batch_size=2), progress=done.append)
     assert done == [8, 3]
-    said = [str(w.message) for w in caught if "context" in str(w.message)]
-    # Three examples under two templates, of 22 prompts in all.
-    assert len(said) == 1
-    assert said[0].startswith("6 of 22 prompts are longer")
+    assert sum("context" in str(each.message) for each in caught) == 1
 
 
 @pytest.mark.parametrize(
@@ -349,13 +264,10 @@ def test_progress_and_one_warning_for_all_cut_texts() -> None:
         ([], "no tasks to mix"),
         ([SIZE, MOVES, SIZE], "two tasks have the name 'size'"),
         ([SIZE, Task("none", SIZE.templates, [])], "task 'none' has 0 training examples"),
-        (
-            [Task("odd", SIZE.templates, [{"animal": "cat"}])],
-            "task 'odd': template .*not 'label'",
-        ),
+        ([Task("odd", SIZE.templates, [{"animal": "cat"}])], "task 'odd': template .*not 'label'"),
     ],
 )
-def test_unusable_tasks(tasks: list[Task], message: str) -> None:
+def test_unusable_tasks(tasks, message):
     base = base_of()
     with pytest.raises(IA3Error, match=message):
         pretrain(base, tasks, RECIPE)
@@ -369,14 +281,12 @@ def test_unusable_tasks(tasks: list[Task], message: str) -> None:
     "change",
     [
         {"cap": 5},
-        {"tasks": [SIZE]},
-        {"tasks": [SIZE, Task("walks", MOVES.templates, MOVES.train)]},
         {"tasks": [SIZE, Task("moves", MOVES.templates, [*MOVES.train[1:], MOVES.train[0]])]},
     ],
 )
-def test_another_mixtures_checkpoint_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_another_mixtures_checkpoint_is_refused(tmp_path, change):
     recipe = TFewConfig(steps=2, batch_size=2)
-    settings: dict[str, Any] = {"checkpoints": tmp_path, "config": recipe, "tasks": TASKS}
+    settings = {"checkpoints": tmp_path, "config": recipe, "tasks": TASKS}
     pretrain(base_of(), **settings)
     with pytest.raises(IA3Error, match="checkpoint-2 is another run's: it had other examples"):
         pretrain(base_of(), **{**settings, **change})
@@ -401,10 +311,11 @@ LISTENING = (
     "import signal, sys; from ia3.cli import main; "
     "signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv[0] = 'ia3'; main()"
 )
+MODEL = ["--model", "model"]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def place(tmp_path):
     """A folder with a manifest, its data and a model."""
     random_model(GPT2).save_pretrained(tmp_path / "model")
     word_tokenizer(WORDS).save_pretrained(tmp_path / "model")
@@ -416,30 +327,31 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(place: Path, *arguments: Any) -> subprocess.Popen[str]:
-    """`ia3 pretrain` of the tiny model in the folder."""
-    given = ["pretrain", "tasks.yaml", *map(str, arguments), "--model", "model"]
-    return subprocess.Popen(
-        [sys.executable, "-c", LISTENING, *given],
+@pytest.fixture
+def run(place, monkeypatch, capsys):
+    """Runs `ia3 pretrain` in the folder: the exit code, and what it writes."""
+
+    def run(*arguments):
+        monkeypatch.chdir(place)
+        monkeypatch.setattr("sys.argv", ["ia3", "pretrain", "tasks.yaml", *arguments, *MODEL])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_ctrl_c_and_the_same_command_again(place, run):
+    arguments = ["--steps", "600", "--cap", "6", "--seed", "2", "--learning-rate", "0.03"]
+    arguments += ["--out", "start", "--checkpoints", "run", "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTENING, "pretrain", "tasks.yaml", *arguments, *MODEL],
         cwd=place,
         env=child_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def run(place: Path, *arguments: Any) -> tuple[int, str, str]:
-    """The exit code, and what the command writes."""
-    process = start(place, *arguments)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def test_ctrl_c_and_the_same_command_again(place: Path) -> None:
-    settings = ["--steps", 600, "--cap", 6, "--seed", 2, "--learning-rate", 0.03]
-    arguments = [*settings, "--out", "start", "--checkpoints", "run", "--json"]
-    process = start(place, *arguments)
     while not list((place / "run").glob("checkpoint-*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -447,8 +359,8 @@ def test_ctrl_c_and_the_same_command_again(place: Path) -> None:
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (130, "", "")
     assert not (place / "start").exists()
-    code, out, err = run(place, *arguments)
-    assert (code, err) == (0, "")
+    code, out, _ = run(*arguments)
+    assert code == 0
     said = json.loads(out)
     # 6 and 4 of 10.
     assert said["tasks"] == [
@@ -457,7 +369,6 @@ def test_ctrl_c_and_the_same_command_again(place: Path) -> None:
     ]
     assert (said["adapter"], said["steps"]) == ("start", 600)
     assert said["final_loss"] > 0
-    assert said["seconds"] > 0
     assert said["adapter_bytes"] == (place / "start" / WEIGHTS_NAME).stat().st_size
     # Without a break, and in this process.
     adapter = read_adapter(place / "start")
@@ -470,22 +381,22 @@ def test_ctrl_c_and_the_same_command_again(place: Path) -> None:
         assert loss_of(base, task, adapter) < loss_of(base, task, None)
 
 
-def test_the_command_for_a_person(place: Path) -> None:
+def test_the_command_for_a_person(run):
     """The mixture before, a line after; and what is there is not replaced."""
-    arguments = ["--out", "start", "--steps", 1, "--max-tokens", 20]
-    code, out, err = run(place, *arguments)
+    arguments = ["--out", "start", "--steps", "1", "--max-tokens", "20"]
+    code, out, err = run(*arguments)
     assert (code, out) == (0, "")
     for said in ("size", "66.7%", "33.3%", "Trained on 2 tasks"):
         assert said in err
-    code, out, err = run(place, *arguments)
+    code, out, err = run(*arguments)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "--force" in err
 
 
-def test_data_that_do_not_fit_leave_nothing_behind(place: Path) -> None:
+def test_data_that_do_not_fit_leave_nothing_behind(place, run):
     (place / "tasks.yaml").write_text("tasks: {copa: {data: size.csv}}", "utf-8")
     before = set(place.iterdir())
-    code, out, err = run(place, "--out", "start", "--checkpoints", "run", "--json")
+    code, out, err = run("--out", "start", "--checkpoints", "run", "--json")
     assert (code, out, err.count("\n")) == (1, "", 1), err
     assert err.startswith("error: task 'copa': template")
     assert "not 'choice1', 'choice2'" in err

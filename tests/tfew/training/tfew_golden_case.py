@@ -21,10 +21,7 @@ PATH = Path(__file__).with_suffix(".json")
 VOCABULARY, DIM, HEADS, INNER, LENGTH = 11, 8, 2, 12, 16
 
 # Each prompt with its choices, whose numbers and lengths differ, and the index of the right one.
-EXAMPLES = [
-    ([3, 9, 4, 7], [[5, 6], [8], [5, 2, 10]], 1),
-    ([3, 9, 1], [[6, 6, 7], [2, 4]], 0),
-]
+EXAMPLES = [([3, 9, 4, 7], [[5, 6], [8], [5, 2, 10]], 1), ([3, 9, 1], [[6, 6, 7], [2, 4]], 0)]
 
 
 def wave(*shape: int, seed: float, scale: float = 0.6) -> Array:

@@ -6,16 +6,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...base.loading import BaseModel
 from ...errors import IA3Error
 from .templates import Template
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# A choice is tokenised after the end of a prompt, whose last characters decide how.
+# A choice is tokenised after so many last characters of the prompt, which decide how.
 _TAIL_CHARACTERS = 12
 
 
@@ -40,15 +37,12 @@ class Encoder:
 
     Args:
         base: the model and its tokenizer.
-        answer_choices: the words to rank, in the order of the labels; none where each example
-            brings its own.
+        answer_choices: the words to rank, unless an example brings its own.
         chat: put the prompt into the tokenizer's chat template, as the user's message.
-        max_prompt_tokens: a prompt of more is shortened as one is that exceeds the model's context;
-            by default only that one is.
+        max_prompt_tokens: a longer prompt is cut as one is that exceeds the model's context.
 
     Raises:
-        IA3Error: `max_prompt_tokens` is below 1, or `chat` is asked of a tokenizer that has no chat
-            template.
+        IA3Error: `max_prompt_tokens` is below 1, or the tokenizer has no chat template.
     """
 
     def __init__(
@@ -83,12 +77,7 @@ class Encoder:
 
         A prompt longer than the model's context, or than `max_prompt_tokens`, is shortened by
         cutting the end of its longest field; `truncated` counts the examples that were cut. The
-        choices are never cut.
-
-        Args:
-            example: field name -> value.
-            template: of the prompt.
-            answer_choices: this example's own; by default the encoder's.
+        choices, by default the encoder's, are never cut.
 
         Raises:
             IA3Error: the template does not render, does not fit even with empty fields, there is no
@@ -105,13 +94,11 @@ class Encoder:
         room = self._max_length
         if not self._encoder_decoder:
             room -= max(len(choice) for choice in choices)
-        limit = f"the model's context has room for {room}"
-        if self._max_prompt_tokens is not None and self._max_prompt_tokens < room:
-            room = self._max_prompt_tokens
-            limit = f"max_prompt_tokens is {room}"
+        if self._max_prompt_tokens is not None:
+            room = min(room, self._max_prompt_tokens)
         if len(prompt) > room:
             self.truncated += 1
-            prompt = self._truncated_prompt(dict(example), template, words, prompt, room, limit)
+            prompt = self._truncated_prompt(dict(example), template, words, room)
         return EncodedExample(prompt, choices)
 
     def _prompt_text(
@@ -120,20 +107,19 @@ class Encoder:
         text = template.render(example, words)
         if not text.strip():
             raise IA3Error(f"template {template.name!r} renders nothing for {dict(example)!r}")
-        if not self._chat:
-            return text
-        rendered: str = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-        return rendered
+        if self._chat:
+            messages = [{"role": "user", "content": text}]
+            text = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        return text
 
     def _prompt_ids(self, text: str) -> tuple[int, ...]:
         # A chat template writes its special tokens itself.
-        ids = self._tokenizer(text, add_special_tokens=not self._chat, truncation=False)[
-            "input_ids"
-        ]
-        if not self._encoder_decoder and ids and ids[-1] == self._tokenizer.eos_token_id:
-            ids = ids if self._chat else ids[:-1]
+        ids = self._tokenizer(text, add_special_tokens=not self._chat)["input_ids"]
+        writes_end = not (self._encoder_decoder or self._chat)
+        if writes_end and ids and ids[-1] == self._tokenizer.eos_token_id:
+            ids = ids[:-1]
         return tuple(ids)
 
     def _choice_ids_after(self, tail: str, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
@@ -142,7 +128,7 @@ class Encoder:
             ids = [tuple(self._tokenizer(word)["input_ids"]) for word in words]
         else:
             separator = "" if tail[-1].isspace() else " "
-            ids = [_ids_after(self._tokenizer, tail, separator + word) for word in words]
+            ids = [self._ids_after(tail, separator + word) for word in words]
         for index, choice in enumerate(ids):
             if not choice:
                 raise IA3Error(f"choice {words[index]!r} has no token")
@@ -153,51 +139,46 @@ class Encoder:
                 )
         return tuple(ids)
 
+    def _ids_after(self, before: str, text: str) -> tuple[int, ...]:
+        first = self._tokenizer(before, add_special_tokens=False)["input_ids"]
+        both = self._tokenizer(before + text, add_special_tokens=False)["input_ids"]
+        if both[: len(first)] == first:
+            return tuple(both[len(first) :])
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def _truncated_prompt(
-        self,
-        example: dict[str, Any],
-        template: Template,
-        words: tuple[str, ...],
-        prompt: tuple[int, ...],
-        room: int,
-        limit: str,
+        self, example: dict[str, Any], template: Template, words: tuple[str, ...], room: int
     ) -> tuple[int, ...]:
-        while len(prompt) > room:
-            texts = {name: v for name, v in example.items() if isinstance(v, str) and v}
-            longest = max(
-                (name for name in texts if template.reads(name)),
-                key=lambda name: len(texts[name]),
-                default=None,
-            )
-            if longest is None:
+        while True:
+            prompt = self._prompt_ids(self._prompt_text(example, template, words))
+            if len(prompt) <= room:
+                return prompt
+            texts = {
+                name: value
+                for name, value in example.items()
+                if isinstance(value, str) and value and template.reads(name)
+            }
+            if not texts:
+                by_setting = room == self._max_prompt_tokens
+                limit = "max_prompt_tokens is" if by_setting else "the model's context has room for"
                 raise IA3Error(
                     f"template {template.name!r} needs {len(prompt)} tokens without any text; "
-                    f"{limit}"
+                    f"{limit} {room}"
                 )
+            longest = max(texts, key=lambda name: len(texts[name]))
             example[longest] = self._without_last_tokens(texts[longest], len(prompt) - room)
-            prompt = self._prompt_ids(self._prompt_text(example, template, words))
-        return prompt
 
     def _without_last_tokens(self, text: str, count: int) -> str:
         """The text's beginning, shorter by so many tokens, and by one character at least."""
         if not self._tokenizer.is_fast:
-            ids = self._tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
             shorter: str = self._tokenizer.decode(ids[: max(0, len(ids) - count)])
             return shorter if len(shorter) < len(text) else text[: len(text) // 2]
-        offsets = self._tokenizer(
-            text, add_special_tokens=False, truncation=False, return_offsets_mapping=True
-        )["offset_mapping"]
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
         # The place where the first token to cut begins: a character of several tokens goes whole.
         end = offsets[-count][0] if count < len(offsets) else 0
         return text[: min(end, len(text) - 1)]
-
-
-def _ids_after(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> tuple[int, ...]:
-    first = tokenizer(before, add_special_tokens=False)["input_ids"]
-    both = tokenizer(before + text, add_special_tokens=False)["input_ids"]
-    if both[: len(first)] == first:
-        return tuple(both[len(first) :])
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def context_length(base: BaseModel) -> int:

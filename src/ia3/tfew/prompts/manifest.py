@@ -14,13 +14,10 @@ from ...files.tables import Row
 from ...files.yaml import read_yaml
 from .labels import readable
 from .promptsource import PromptTemplate, read_promptsource
-from .tasks import HELD_OUT_TASKS, RAFT_TASKS, Task, few_shot, load_templates
-from .templates import ALL_FIELDS, ANSWER_CHOICES, SEPARATOR, Template
+from .tasks import HELD_OUT_TASKS, RAFT_TASKS, Task, load_templates
+from .templates import SEPARATOR, Template
 
-_DATA_KEYS = ("data", "split", "subset", "test", "test_split", "k", "seed")
-KEYS = (*_DATA_KEYS, "templates", "template", "label", "choices")
-# A key -> the key that it belongs to.
-_NEEDS = {"seed": "k", "label": "template", "choices": "template", "test_split": "test"}
+KEYS = ("data", "split", "subset", "templates", "template", "label", "choices")
 EXPECTED = "expected 'tasks:' and under it a mapping from names to tasks"
 
 
@@ -35,23 +32,16 @@ def read_manifest(path: str | Path) -> list[Task]:
           rte:
             data: rte.jsonl
             templates: promptsource/rte
-            k: 32
-            seed: 42
           tickets:
             data: tickets.csv
             template: "{{ text }}\\nCategory:"
             label: queue
             choices: {acct: account, ship: delivery}
-            test: test.csv
 
     | key | meaning | by default |
     |---|---|---|
     | `data` | what is trained on, as `read_rows` takes it | |
     | `split`, `subset` | of a folder or a data set of the hub | `train`, none |
-    | `test` | what is evaluated on, of the same subset | nothing |
-    | `test_split` | its split | `test` |
-    | `k` | so many examples of `data`, drawn by `few_shot` | all |
-    | `seed` | of that draw | 0 |
     | `templates` | the name of own templates (`load_templates`); a promptsource file or folder | the task's name |
     | `template` | instead of `templates`: the prompt, or a list of prompts | |
     | `label` | with `template`: the column of the right answer | `label` |
@@ -77,12 +67,7 @@ def read_manifest(path: str | Path) -> list[Task]:
 
 
 def read_manifest_file(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """A manifest's keys and values, every scalar as the text that is written.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        IA3Error: it is not YAML, not a mapping, or has a key that is not among these.
-    """
+    """A manifest's keys and values, every scalar as the text that is written."""
     content = read_yaml(path, "a YAML file of tasks", as_text=True)
     if not isinstance(content, dict):
         raise IA3Error(f"{path} is {shown(content)}, {EXPECTED}")
@@ -92,11 +77,7 @@ def read_manifest_file(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def tasks_in(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Task name -> its keys and values.
-
-    Raises:
-        IA3Error: there are none, or one is not a mapping.
-    """
+    """Task name -> its keys and values, at least one."""
     tasks = content.get("tasks")
     if not isinstance(tasks, dict) or not tasks:
         raise IA3Error(f"{path}: tasks is {shown(tasks)}, {EXPECTED}")
@@ -115,33 +96,23 @@ def tasks_in(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]
 
 def _task(folder: Path, name: str, entry: dict[str, Any]) -> Task:
     check_keys(entry, KEYS)
-    for key, needed in _NEEDS.items():
-        if key in entry and needed not in entry:
-            raise IA3Error(f"there is {key!r} without {needed!r}, which it belongs to")
+    for key in ("label", "choices"):
+        if key in entry and "template" not in entry:
+            raise IA3Error(f"there is {key!r} without 'template', which it belongs to")
     if "template" in entry and "templates" in entry:
         raise IA3Error("there are 'template' and 'templates', expected one of them")
-    data, test = text_of(entry, "data"), text_of(entry, "test")
+    data = text_of(entry, "data")
     if data is None:
         raise IA3Error("there is no 'data', expected a file, a folder or a name of the hub")
     split, subset = text_of(entry, "split") or "train", text_of(entry, "subset")
-    k, seed = whole_number(entry, "k"), whole_number(entry, "seed")
     written = None if "template" in entry else _written_templates(folder, name, entry)
     with naming("data"):
-        train_rows = read_rows(source_of(folder, data), split=split, subset=subset)
-    test_rows: list[Row] = []
-    if test is not None:
-        test_split = text_of(entry, "test_split") or "test"
-        with naming("test"):
-            test_rows = read_rows(source_of(folder, test), split=test_split, subset=subset)
-    templates = written or _inline_templates(entry, train_rows, test_rows)
-    if k is not None:
-        with naming("k"):
-            train_rows = few_shot(train_rows, k, seed or 0)
-    return Task(name, templates, train_rows, test_rows)
+        rows = read_rows(source_of(folder, data), split=split, subset=subset)
+    return Task(name, written or _inline_templates(entry, rows), rows)
 
 
 def _written_templates(folder: Path, name: str, entry: dict[str, Any]) -> list[PromptTemplate]:
-    """Those of a promptsource file, or this project's own."""
+    """The templates of a promptsource file, or this project's own."""
     own = (*HELD_OUT_TASKS, *RAFT_TASKS)
     named = text_of(entry, "templates")
     if named is None and name not in own:
@@ -154,10 +125,8 @@ def _written_templates(folder: Path, name: str, entry: dict[str, Any]) -> list[P
         file = folder / named
         if named in own or not (file.exists() or "/" in named or file.suffix):
             found = load_templates(named)
-        elif file.exists():
-            found = read_promptsource(file)
         else:
-            raise FileNotFoundError(f"{file} does not exist")
+            found = read_promptsource(file)
         templates = [t for t in found if t.original_task and t.choices is not None]
         if not templates:
             raise IA3Error(
@@ -166,9 +135,7 @@ def _written_templates(folder: Path, name: str, entry: dict[str, Any]) -> list[P
     return templates
 
 
-def _inline_templates(
-    entry: dict[str, Any], train: Sequence[Row], test: Sequence[Row]
-) -> list[PromptTemplate]:
+def _inline_templates(entry: dict[str, Any], rows: Sequence[Row]) -> list[PromptTemplate]:
     sources = texts_of(entry, "template") or []
     for source in sources:
         if SEPARATOR in source:
@@ -176,19 +143,10 @@ def _inline_templates(
                 f"template {source!r} holds {SEPARATOR!r}: expected the prompt alone; the answer "
                 "is made from 'label' and 'choices'"
             )
-        if sources.count(source) > 1:
-            raise IA3Error(f"template {source!r} is there twice")
-        for name in (ANSWER_CHOICES, ALL_FIELDS):
-            if Template(source).assigns(name):
-                raise IA3Error(
-                    f"template {source!r} sets {name!r}, which the answer is made from: expected "
-                    "another name"
-                )
     column = text_of(entry, "label") or "label"
-    rows = (*train, *test)
     words = choices_of(entry)
     if words is None:
-        words = {label: readable(label) for label in sorted({_label(row, column) for row in train})}
+        words = {label: readable(label) for label in sorted({_label(row, column) for row in rows})}
     _check_words(words, column, rows)
     # Python writes a text as Jinja reads it, so that braces in a label are no template.
     choices = f" {SEPARATOR} ".join(f"{{{{ {text!r} }}}}" for text in words.values())
@@ -243,13 +201,7 @@ def _label(row: Row, column: str) -> str:
 
 
 def check_keys(entry: Mapping[str, Any], keys: Sequence[str], expected: str = "") -> None:
-    """Raise `IA3Error` for a key that is not among these.
-
-    Args:
-        entry: a mapping of the manifest.
-        keys: that it may have.
-        expected: what the message says was expected; by default the keys.
-    """
+    """Raise `IA3Error` for a key that is not among these; `expected` is part of the message."""
     expected = expected or f"expected some of {', '.join(keys)}"
     for key in entry:
         if key not in keys:

@@ -12,10 +12,6 @@ from ...errors import IA3Error, naming
 from ...files.yaml import read_yaml
 from .templates import SEPARATOR, Template
 
-FILE_NAME = "templates.yaml"
-_TAGS = ("!Template", "!TemplateMetadata")
-_SHOWN = 300
-
 
 @dataclass(frozen=True)
 class Rendered:
@@ -42,13 +38,6 @@ class PromptTemplate:
     prompt: Template
     choices: Template | None
     original_task: bool = True
-
-    @property
-    def fixed_choices(self) -> tuple[str, ...] | None:
-        """The choices, where they are the same for every example."""
-        if self.choices is None or not self.choices.is_constant:
-            return None
-        return self.choices_of({})
 
     def choices_of(self, example: Mapping[str, Any]) -> tuple[str, ...]:
         """The answer choices of one example.
@@ -83,8 +72,7 @@ class PromptTemplate:
             is `None` where the target is empty, as in promptsource's files for an unknown label.
 
         Raises:
-            IA3Error: a field is missing, the choices are unusable (see `choices_of`), the target is
-                not one of them, or the template reaches for Python internals.
+            IA3Error: a field is missing, the choices are unusable, or the target is none of them.
         """
         choices = self.choices_of(example)
         try:
@@ -97,19 +85,13 @@ class PromptTemplate:
         if not parts[0]:
             return None
         if len(parts) != 2:
-            raise self._error(
-                f"renders {len(parts)} parts, expected a prompt, '{SEPARATOR}' and a target",
-                example,
-            )
+            problem = f"renders {len(parts)} parts, expected a prompt, '{SEPARATOR}' and a target"
+            raise self._error(problem, example)
         prompt, target = parts
-        if not target:
-            return Rendered(prompt, choices, None)
-        if target not in choices:
-            raise self._error(
-                f"renders the target {target!r}, which is not among the choices {list(choices)}",
-                example,
-            )
-        return Rendered(prompt, choices, choices.index(target))
+        if target and target not in choices:
+            problem = f"renders the target {target!r}, which is not among the choices"
+            raise self._error(f"{problem} {list(choices)}", example)
+        return Rendered(prompt, choices, choices.index(target) if target else None)
 
     def _error(self, problem: str, example: Mapping[str, Any]) -> IA3Error:
         return IA3Error(f"template {self.name!r} {problem}, for {described(example)}")
@@ -118,8 +100,7 @@ class PromptTemplate:
 def read_promptsource(path: str | Path) -> list[PromptTemplate]:
     """The templates of one of promptsource's files, or of one in its format.
 
-    Nothing but plain data and the two tags of the format is built from the YAML. Unlike
-    promptsource, rendering never shortens a field: the encoder cuts a prompt to the model's length.
+    Nothing but plain data and the two tags of the format is built from the YAML.
 
     Args:
         path: the file, or a folder with a `templates.yaml`.
@@ -132,8 +113,8 @@ def read_promptsource(path: str | Path) -> list[PromptTemplate]:
         IA3Error: it is not YAML of this format, or a template is not Jinja.
     """
     path = Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
-    content = read_yaml(path, "a file of templates", tags=_TAGS)
+    path = path / "templates.yaml" if path.is_dir() else path
+    content = read_yaml(path, "a file of templates", tags=("!Template", "!TemplateMetadata"))
     entries = content.get("templates") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not entries:
         raise IA3Error(f"{path} has no templates, expected a mapping under 'templates'")
@@ -176,5 +157,5 @@ def described(example: Mapping[str, Any]) -> str:
     """An example for a message: its place, if it says so, and its fields, cut short."""
     where = getattr(example, "where", None)
     text = repr(dict(example))
-    text = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    text = text if len(text) <= 300 else f"{text[:297]}..."
     return f"the example {text}" if where is None else f"the example of {where}: {text}"

@@ -29,16 +29,12 @@ RAFT_TASKS = (
     *("tai_safety_research", "terms_of_service", "tweet_eval_hate", "twitter_complaints"),
 )
 
-_TEMPLATE_FILES = Path(__file__).parent / "template_files"
-# One task in three rounds of data, and so one file of templates.
-_SAME_TEMPLATES = {"anli-r1": "anli", "anli-r2": "anli", "anli-r3": "anli"}
-
 
 @dataclass(frozen=True)
 class Task:
     """A data set and the ways to ask for its labels.
 
-    An example's label is what a template's target renders: the templates know which field it is.
+    An example's label is what a template's target renders.
 
     Attributes:
         name: for results and messages.
@@ -60,23 +56,22 @@ class Task:
     def training_examples(self, encoder: Encoder) -> list[TrainingExample]:
         """The training set, each example with all templates that ask something of it.
 
-        Templates may list their choices in different orders, and the losses do not depend on it:
-        the right choice is put first everywhere, so that the examples' `label` is 0.
+        The right choice is put first everywhere, so that the examples' `label` is 0.
 
         Raises:
             IA3Error: an example has no answer, no template asks anything of it, or see
                 `PromptTemplate.render` and `Encoder.encode`.
         """
         examples = []
-        for number, row in enumerate(self.train):
-            with naming(f"task {self.name!r}"):
+        with naming(f"task {self.name!r}"):
+            for number, row in enumerate(self.train):
                 labelled = [encode_labelled(encoder, template, row) for template in self.templates]
                 encoded = tuple(_right_choice_first(*each) for each in labelled if each is not None)
                 if not encoded:
                     raise IA3Error(
                         f"no template asks anything of training example {number}: {dict(row)!r}"
                     )
-            examples.append(TrainingExample(encoded, 0))
+                examples.append(TrainingExample(encoded, 0))
         return examples
 
 
@@ -109,15 +104,14 @@ def encode_labelled(
 
 def _right_choice_first(encoded: EncodedExample, answer: int) -> EncodedExample:
     choices = encoded.choices
-    others = (*choices[:answer], *choices[answer + 1 :])
-    return EncodedExample(encoded.prompt, (choices[answer], *others))
+    reordered = (choices[answer], *choices[:answer], *choices[answer + 1 :])
+    return EncodedExample(encoded.prompt, reordered)
 
 
 def load_templates(task: str) -> list[PromptTemplate]:
     """This project's own templates of one of `HELD_OUT_TASKS` or `RAFT_TASKS`.
 
-    The fields are named as the task's data has them; RAFT's choices are in the order of the
-    benchmark's label names.
+    The fields are named as the task's data has them.
 
     Raises:
         IA3Error: there is no such task.
@@ -128,14 +122,13 @@ def load_templates(task: str) -> list[PromptTemplate]:
             f"no templates for a task {task!r}: expected one of {', '.join(known)}"
             f"{did_you_mean(task, known)}"
         )
-    return read_promptsource(_TEMPLATE_FILES / f"{_SAME_TEMPLATES.get(task, task)}.yaml")
+    # ANLI is one task in three rounds of data, and so has one file of templates.
+    name = "anli" if task.startswith("anli-") else task
+    return read_promptsource(Path(__file__).parent / "template_files" / f"{name}.yaml")
 
 
 def few_shot(rows: Sequence[_Row], k: int, seed: int) -> list[_Row]:
-    """A sample of `k` rows: of the same rows, the very one that the T-Few authors drew.
-
-    They shuffle the whole training set and take the first `k`, whatever the labels; their seeds
-    are `SEEDS`.
+    """A sample of `k` rows, whatever their labels: with `SEEDS`, the T-Few authors' own.
 
     Raises:
         IA3Error: there are fewer rows, or the seed is not one.

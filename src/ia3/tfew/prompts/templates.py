@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 from ...errors import IA3Error, MissingExtraError, did_you_mean
@@ -36,9 +35,7 @@ _RENDERED_SEPARATOR = f"\0{SEPARATOR}\0"
 # Templates come with adapters from anywhere, and `'a' * 10**10` would take the machine's memory.
 # The environment bounds the plain ways to make something that large, or leaves them out.
 _LARGEST = 100_000
-_PADDING_METHODS = frozenset(
-    ("center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill")
-)
+_PADDING_METHODS = ("center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill")
 _PADDING_FILTERS = ("center", "format", "indent", "wordwrap")
 
 
@@ -73,15 +70,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-# The draw depends on so many characters of a field, whose end may be cut to fit the model.
-_DRAWN_BY = 8
-
-
 @pass_context
 def _choice(context: Context, items: Sequence[Any]) -> Any:
     """One of the items, for one example always the same, so that prompt and target agree."""
+    # By a field's beginning: its end may be cut to fit the model.
     fields = {
-        name: value[:_DRAWN_BY] if isinstance(value, str) else value
+        name: value[:8] if isinstance(value, str) else value
         for name, value in context[ALL_FIELDS].items()
     }
     return random.Random(repr(sorted(fields.items()))).choice(items)
@@ -99,9 +93,8 @@ class Template:
     """A prompt template: Jinja over the names of an example's fields.
 
     `{{ answer_choices }}` is the list of the words to rank, and `{{ fields["Tweet text"] }}`
-    reaches a field whose name Jinja cannot write. The prompt ends where the answer begins: white
-    space at its end is dropped. As in promptsource, what follows `|||` is not the prompt but the
-    target, and white space is then dropped at both ends.
+    reaches a field whose name Jinja cannot write. White space at the prompt's end is dropped. As in
+    promptsource, what follows `|||` is the target; white space is then dropped at both ends.
 
     Args:
         source: e.g. `"{{ text }}\\nIs this review positive or negative?"`.
@@ -115,7 +108,8 @@ class Template:
         self.source = source
         self.name = name or source
         try:
-            self._compiled = _compile(source.replace(SEPARATOR, _RENDERED_SEPARATOR))
+            rendering = source.replace(SEPARATOR, _RENDERED_SEPARATOR)
+            self._compiled = _environment.from_string(rendering)
             parsed = _environment.parse(source)
         except TemplateSyntaxError as error:
             raise IA3Error(
@@ -124,23 +118,17 @@ class Template:
         except RecursionError as error:
             raise IA3Error(f"template {self.name[:80]!r}... is nested too deep") from error
         variables = meta.find_undeclared_variables(parsed) - _environment.globals.keys()
-        lookups = _lookups(parsed)
-        self._variables = frozenset({*variables, *lookups})
+        lookups = [
+            item.arg.value
+            for item in parsed.find_all(nodes.Getitem)
+            if getattr(item.node, "name", None) == ALL_FIELDS
+            and isinstance(item.arg, nodes.Const)
+            and isinstance(item.arg.value, str)
+        ]
+        self._variables = {*variables, *lookups}
         # Any other use of `fields` may read all of them.
         uses = [name for name in parsed.find_all(nodes.Name) if name.name == ALL_FIELDS]
         self._reads_all = len(uses) > len(lookups)
-        self._assigned = frozenset(
-            name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"
-        )
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether it renders the same for every example."""
-        return not self._variables
-
-    def assigns(self, name: str) -> bool:
-        """Whether the template assigns this name somewhere."""
-        return name in self._assigned
 
     def reads(self, field: str) -> bool:
         """Whether what is rendered depends on an example's field."""
@@ -162,18 +150,13 @@ class Template:
         return prompt.strip() if SEPARATOR in self.source else prompt.rstrip()
 
     def parts(self, example: Mapping[str, Any], answer_choices: Sequence[str]) -> list[str]:
-        """The prompt and the target, split at the template's `|||`, without white space around.
-
-        Raises:
-            IA3Error: as in `render`.
-        """
+        """The prompt and the target, split at the template's `|||`; raises as `render` does."""
         with self._explained(example):
             rendered: str = self._compiled.render(_context(example, answer_choices))
         return [part.strip() for part in rendered.split(_RENDERED_SEPARATOR)]
 
     @contextmanager
     def _explained(self, example: Mapping[str, Any]) -> Iterator[None]:
-        """Within the context, every exception becomes an error that names the template."""
         try:
             yield
         except UndefinedError as error:
@@ -192,20 +175,3 @@ class Template:
 
 def _context(example: Mapping[str, Any], answer_choices: Sequence[str]) -> dict[str, Any]:
     return {**example, ALL_FIELDS: dict(example), ANSWER_CHOICES: list(answer_choices)}
-
-
-def _lookups(parsed: nodes.Template) -> list[str]:
-    """The names in `fields["a name"]`, as often as they are there."""
-    return [
-        item.arg.value
-        for item in parsed.find_all(nodes.Getitem)
-        if isinstance(item.node, nodes.Name)
-        and item.node.name == ALL_FIELDS
-        and isinstance(item.arg, nodes.Const)
-        and isinstance(item.arg.value, str)
-    ]
-
-
-@lru_cache(maxsize=1024)
-def _compile(source: str) -> Any:
-    return _environment.from_string(source)

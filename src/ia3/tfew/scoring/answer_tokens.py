@@ -19,11 +19,31 @@ from torch.nn.utils.rnn import pad_sequence
 from ...base.loading import BaseModel
 from ...errors import IA3Error
 from ..prompts.encoding import EncodedExample
-from .token_scores import TokenScores
 from .vocabulary import is_plain, token_log_probs
 
 # Models that change their logits after the projection, such as by a soft cap.
 _change_logits: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model says of every token of every answer choice.
+
+    Attributes:
+        log_probs: `[batch, choices, length]`, float32 or float64, natural logarithms; 0 where there
+            is no token.
+        mask: `[batch, choices, length]`, bool, true where there is a token. A choice with no token
+            is no choice.
+    """
+
+    log_probs: Tensor
+    mask: Tensor
+
+    def mean_log_probs(self) -> Tensor:
+        """`[batch, choices]`: β of equation 2; minus infinity where there is no choice."""
+        counts = self.mask.sum(-1)
+        means = self.log_probs.sum(-1) / counts.clamp(min=1)
+        return means.masked_fill(counts == 0, -torch.inf)
 
 
 @dataclass
@@ -57,17 +77,9 @@ def answer_scores(
     inputs: Mapping[str, Any],
     new_cache: Callable[[], Any] | None = None,
 ) -> TokenScores:
-    """Run the model and score the answer tokens.
+    """Run the model on `inputs` and score all tokens of the examples' choices.
 
-    Args:
-        base: the model.
-        examples: `[batch]`, whose tokens `answers` lists.
-        answers: all tokens of all choices.
-        inputs: the model's arguments.
-        new_cache: makes the cache of keys and values that the model reads and extends.
-
-    Returns:
-        Scores of `[batch, choices, length]`.
+    `new_cache` makes the cache of keys and values that the model reads and extends.
 
     Raises:
         IA3Error: the model has no output layer, or its logits do not come from there.
@@ -94,11 +106,7 @@ def answer_scores(
 def _from_hidden_states(
     model: nn.Module, positions: Tensor, answers: AnswerTokens, run: Callable[[], Any]
 ) -> Tensor | None:
-    """`[scores]`, without the logits of all positions at once.
-
-    Returns:
-        `None` where the logits are more than a linear projection.
-    """
+    """`[scores]`; `None` where the logits are more than a linear projection."""
     head = output_layer(model)
     if model in _change_logits or not is_plain(head):
         return None
@@ -173,11 +181,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def output_layer(model: Any) -> nn.Module:
-    """The layer that projects hidden states to the vocabulary.
-
-    Raises:
-        IA3Error: the model names none.
-    """
+    """The layer that projects hidden states to the vocabulary."""
     head: nn.Module | None = model.get_output_embeddings()
     if head is None:
         raise IA3Error(f"{type(model).__name__} has no output embeddings to score tokens with")
@@ -186,11 +190,8 @@ def output_layer(model: Any) -> nn.Module:
 
 def shape_of(examples: Sequence[EncodedExample]) -> tuple[int, int, int]:
     """`[batch, choices, length]` of the scores."""
-    return (
-        len(examples),
-        max(len(e.choices) for e in examples),
-        max(len(c) for e in examples for c in e.choices),
-    )
+    choices = max(len(e.choices) for e in examples)
+    return len(examples), choices, max(len(c) for e in examples for c in e.choices)
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
@@ -209,6 +210,5 @@ def padded(base: BaseModel, sequences: Iterable[Sequence[int]]) -> tuple[Tensor,
 def pad_token(base: BaseModel) -> int:
     """An id to pad with. The model may lack the tokenizer's; masked, any other will do."""
     pad = base.tokenizer.pad_token_id
-    model: Any = base.model
-    known = model.get_input_embeddings().weight.shape[0]
+    known = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     return int(pad) if pad is not None and pad < known else 0

@@ -10,8 +10,8 @@ Which layout a model gets:
 | encoder-decoder, and it proves to take cached keys | `shared_keys_scores` |
 | encoder-decoder, others | `encoder_decoder_scores` |
 
-A number of tokens bounds what is computed at once. A batch of more is computed in parts, and so are
-the choices of one example that alone has more. Scores and gradients stay the same.
+A batch of more tokens than are to be computed at once is computed in parts, and so are the choices
+of one example that alone has more. Scores and gradients stay the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +28,10 @@ from torch.utils.checkpoint import checkpoint
 from ...base.loading import BaseModel
 from ...errors import IA3Error
 from ..prompts.encoding import EncodedExample
-from .answer_tokens import compute_dtype, evaluating, shape_of
+from .answer_tokens import TokenScores, compute_dtype, evaluating, shape_of
 from .expanded import encoder_decoder_scores, expanded_scores, shared_keys_scores
 from .probe import Scorer, proves_equal
 from .shared_prompt import shared_scores, tree_length
-from .token_scores import TokenScores
 
 # How many tokens are computed at once by default.
 MAX_TOKENS = 4096
@@ -46,9 +45,8 @@ def token_scores(
     Args:
         base: the model, with the adapter to score with active on it.
         examples: `[batch]`; their choices may differ in number.
-        max_tokens: computed at once, unless one choice after its prompt has more. Padding at the
-            ends of packed rows is not counted. Where a batch has more, the backward pass computes
-            each part's activations again.
+        max_tokens: computed at once, unless one choice after its prompt has more. Where a batch has
+            more, the backward pass computes each part's activations again.
 
     Returns:
         Scores of `[batch, choices, length]`.
@@ -62,7 +60,6 @@ def token_scores(
         for batch in example_batches(base, examples, max_tokens)
         for choices in choice_groups([examples[i] for i in batch], limit, max_tokens)
     ]
-    # The backward pass, too, holds the activations of one part at a time.
     recompute = len(parts) > 1 and torch.is_grad_enabled()
     passes: list[tuple[list[int], slice, TokenScores]] = []
     for batch, choices in parts:
@@ -140,11 +137,7 @@ def choice_scores(
 
 
 def shares_prompt(base: BaseModel) -> bool:
-    """Whether a decoder-only model scores the same with the prompt shared as with it repeated.
-
-    Raises:
-        IA3Error: the model is not causal.
-    """
+    """Whether a decoder-only model scores the same with the prompt shared; raises if not causal."""
     ignoring_the_mask = partial(shared_scores, hide_others=False)
     return proves_equal(base, shared_scores, _causal_scores, ignoring_the_mask)
 
@@ -161,11 +154,7 @@ def shares_keys(base: BaseModel) -> bool:
 
 
 def _causal_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
-    """`expanded_scores`, of a model whose scores do not depend on what follows a token.
-
-    Raises:
-        IA3Error: they do: the model sees the answer.
-    """
+    """`expanded_scores`; raises where a score depends on what follows the token."""
     a, b, c = examples[0].prompt[:3]
     alike = EncodedExample((c, b), ((a, b, b), (a, c, c)))
     first, second = expanded_scores(base, [alike]).log_probs[0, :, 0]
@@ -212,15 +201,13 @@ def example_batches(
     An example of more tokens is a batch of its own.
     """
     limit = longest_shared(base)
+    sizes = [_size(example, limit) for example in examples]
     batch: list[int] = []
-    size = _Size()
     for i in sorted(range(len(examples)), key=lambda i: -longest_sequence(examples[i])):
-        grown = size.with_example(examples[i], limit)
-        if batch and grown.tokens > max_tokens:
+        if batch and _tokens([sizes[j] for j in (*batch, i)]) > max_tokens:
             yield batch
-            batch, grown = [], _Size().with_example(examples[i], limit)
+            batch = []
         batch.append(i)
-        size = grown
     if batch:
         yield batch
 
@@ -230,45 +217,31 @@ def choice_groups(
 ) -> Iterator[slice]:
     """All choices of a batch that fits, or those of one example in groups that do.
 
-    Args:
-        batch: examples that are computed at once.
-        limit: `longest_shared` of the model.
-        max_tokens: a group has no more, unless it is one choice.
+    `limit` is the model's `longest_shared`; a group has at most `max_tokens`, or is one choice.
     """
     prompt, choices = batch[0].prompt, batch[0].choices
-    if len(batch) > 1 or _Size().with_example(batch[0], limit).tokens <= max_tokens:
+    if len(batch) > 1 or _tokens([_size(batch[0], limit)]) <= max_tokens:
         yield slice(None)
         return
     start = 0
     for stop in range(2, len(choices) + 1):
         group = EncodedExample(prompt, choices[start:stop])
-        if stop - start > 1 and _Size().with_example(group, limit).tokens > max_tokens:
+        if stop - start > 1 and _tokens([_size(group, limit)]) > max_tokens:
             yield slice(start, stop - 1)
             start = stop - 1
     yield slice(start, len(choices))
 
 
-class _Size(NamedTuple):
-    """What a batch takes: tokens of tree rows, and rows of one choice with their length.
+def _size(example: EncodedExample, limit: float) -> tuple[int, int, int]:
+    """Tokens in a tree row, rows of one choice, and the longest of these."""
+    longest = longest_sequence(example)
+    return (tree_length(example), 0, 0) if longest <= limit else (0, len(example.choices), longest)
 
-    Padding of tree rows is not counted. An encoder's prompt counts once for each choice.
-    """
 
-    tree: int = 0
-    rows: int = 0
-    width: int = 0
-
-    def with_example(self, example: EncodedExample, limit: float) -> _Size:
-        """The size with one more example, which shares its prompt up to a length of `limit`."""
-        longest = longest_sequence(example)
-        if longest <= limit:
-            return self._replace(tree=self.tree + tree_length(example))
-        rows = self.rows + len(example.choices)
-        return self._replace(rows=rows, width=max(self.width, longest))
-
-    @property
-    def tokens(self) -> int:
-        return self.tree + self.rows * self.width
+def _tokens(sizes: Sequence[tuple[int, int, int]]) -> int:
+    """What a batch takes, without padding of tree rows. An encoder has a prompt once a choice."""
+    tree, rows, longest = zip(*sizes, strict=True)
+    return int(sum(tree) + sum(rows) * max(longest))
 
 
 def longest_sequence(example: EncodedExample) -> int:

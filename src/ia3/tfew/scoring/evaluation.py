@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
 from ...base.loading import BaseModel
-from ...errors import IA3Error, MissingExtraError
+from ...errors import IA3Error
 from ..prompts.encoding import EncodedExample, Encoder
 from ..prompts.tasks import Task, encode_labelled
 from .choices import MAX_TOKENS
 from .prefix import ranking_scores
-
-try:
-    from sklearn.metrics import accuracy_score, f1_score
-except ImportError as error:
-    raise MissingExtraError("scikit-learn", "tfew", "evaluating a task") from error
-
-Metric = Literal["accuracy", "macro_f1"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +23,6 @@ class Spread:
     median: float
     lower: float
     upper: float
-
-    @property
-    def interquartile_range(self) -> float:
-        """From the lower to the upper quartile."""
-        return self.upper - self.lower
 
 
 def spread(scores: Sequence[float]) -> Spread:
@@ -52,7 +39,7 @@ def spread(scores: Sequence[float]) -> Spread:
 
 @dataclass(frozen=True)
 class TemplateScore:
-    """The score under one template, over the examples that it asks something of."""
+    """The accuracy under one template, over the examples that it asks something of."""
 
     template: str
     score: float
@@ -64,7 +51,6 @@ class Evaluation:
     """A task's scores, one a template."""
 
     task: str
-    metric: Metric
     templates: tuple[TemplateScore, ...]
 
     @property
@@ -74,55 +60,33 @@ class Evaluation:
 
 
 def evaluate(
-    base: BaseModel,
-    task: Task,
-    *,
-    metric: Metric = "accuracy",
-    chat: bool = False,
-    max_tokens: int = MAX_TOKENS,
-    progress: Callable[[int], None] | None = None,
+    base: BaseModel, task: Task, *, chat: bool = False, max_tokens: int = MAX_TOKENS
 ) -> Evaluation:
     """Rank the choices of every test example, under every template (paper section 3.5).
 
     Args:
         base: the model, with the adapter to evaluate active on it.
         task: its `test` examples are labelled.
-        metric: `"accuracy"`; or `"macro_f1"`, the mean over the labels of their F1 scores, which
-            needs templates whose choices are the same for every example.
         chat: put each prompt into the tokenizer's chat template.
         max_tokens: computed in one forward pass, unless one example alone is longer.
-        progress: called with the number of examples done since the last call, once a template.
 
     Raises:
         IA3Error: there are no test examples, one has no answer, a template asks nothing of any of
-            them, the metric does not apply, or the model's scores are not finite.
+            them, or the model's scores are not finite.
     """
-    if metric not in ("accuracy", "macro_f1"):
-        raise IA3Error(f"metric is {metric!r}, expected 'accuracy' or 'macro_f1'")
     if not task.test:
         raise IA3Error(f"task {task.name!r} has no test examples to evaluate")
     encoder = Encoder(base, chat=chat)
     scores = []
     for template in task.templates:
-        if metric == "macro_f1" and template.fixed_choices is None:
-            raise IA3Error(
-                f"template {template.name!r} takes its choices from each example, and macro F1 "
-                "needs the same labels for all: use metric='accuracy'"
-            )
         rendered = [encode_labelled(encoder, template, row) for row in task.test]
         asked = [example for example in rendered if example is not None]
         if not asked:
             raise IA3Error(f"template {template.name!r} asks nothing of any test example")
-        predicted = predict_choices(
-            base, [encoded for encoded, _ in asked], max_tokens=max_tokens, progress=progress
-        )
-        answers = [answer for _, answer in asked]
-        if metric == "accuracy":
-            score = accuracy_score(answers, predicted)
-        else:
-            score = f1_score(answers, predicted, average="macro")
-        scores.append(TemplateScore(template.name, float(score), len(asked)))
-    return Evaluation(task.name, metric, tuple(scores))
+        predicted = predict_choices(base, [encoded for encoded, _ in asked], max_tokens=max_tokens)
+        right = sum(p == answer for p, (_, answer) in zip(predicted, asked, strict=True))
+        scores.append(TemplateScore(template.name, right / len(asked), len(asked)))
+    return Evaluation(task.name, tuple(scores))
 
 
 def predict_choices(
@@ -135,10 +99,9 @@ def predict_choices(
     """The index of each example's most likely choice, by length-normalised log-probability.
 
     Args:
-        base: as in `evaluate`.
+        base, max_tokens: as in `evaluate`.
         examples: each with any number of choices.
-        max_tokens: as in `evaluate`.
-        progress: as in `evaluate`.
+        progress: called with the number of examples done since the last call.
 
     Raises:
         IA3Error: the model's scores are not finite.
@@ -146,9 +109,8 @@ def predict_choices(
     predicted = [0] * len(examples)
     for count in sorted({len(example.choices) for example in examples}):
         rows = [i for i, example in enumerate(examples) if len(example.choices) == count]
-        scores = ranking_scores(
-            base, [examples[i] for i in rows], max_tokens=max_tokens, progress=progress
-        )
+        part = [examples[i] for i in rows]
+        scores = ranking_scores(base, part, max_tokens=max_tokens, progress=progress)
         if not torch.isfinite(scores).all():
             raise IA3Error(
                 "the model's scores are not finite: its weights or the vectors are broken, or its "

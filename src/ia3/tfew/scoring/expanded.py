@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
 
 from ...base.loading import BaseModel
 from ..prompts.encoding import EncodedExample
-from .answer_tokens import AnswerTokens, answer_scores, compute_dtype, padded
-from .token_scores import TokenScores
+from .answer_tokens import AnswerTokens, TokenScores, answer_scores, compute_dtype, padded
 
 
 def expanded_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
@@ -24,29 +24,23 @@ def expanded_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> Toke
     return answer_scores(base, examples, answers, inputs)
 
 
-def encoder_decoder_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
-    """Encode every prompt once, and decode every choice in a row of its own."""
-    return _decoded(base, examples, keys_once=False)
-
-
 def shared_keys_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
     """`encoder_decoder_scores`, with the keys and values of each prompt computed once."""
-    return _decoded(base, examples, keys_once=True)
+    return encoder_decoder_scores(base, examples, keys_once=True)
 
 
-def _decoded(
-    base: BaseModel, examples: Sequence[EncodedExample], *, keys_once: bool
+def encoder_decoder_scores(
+    base: BaseModel, examples: Sequence[EncodedExample], *, keys_once: bool = False
 ) -> TokenScores:
-    from transformers import DynamicCache, EncoderDecoderCache
-
+    """Encode every prompt once, and decode every choice in a row of its own."""
     model: Any = base.model
     prompts, seen = padded(base, [e.prompt for e in examples])
     encoded = model.get_encoder()(input_ids=prompts, attention_mask=seen)[0]
     start = int(model.config.decoder_start_token_id)
     ids, mask, answers, example_of = _rows(base, examples, [(start,)] * len(examples))
 
-    def new_cache() -> Any:
-        return EncoderDecoderCache(DynamicCache(), _repeating_cache(example_of))
+    def new_cache() -> EncoderDecoderCache:
+        return EncoderDecoderCache(DynamicCache(), _Repeating(example_of))
 
     if keys_once:
         # Of four dimensions: the model would make a mask with one row for each prompt.
@@ -64,12 +58,7 @@ def _decoded(
 def _rows(
     base: BaseModel, examples: Sequence[EncodedExample], before: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor, AnswerTokens, Tensor]:
-    """A row for each choice, behind what stands before it.
-
-    Args:
-        base: the model.
-        examples: `[batch]`.
-        before: the tokens before the choices of each example, `[batch]`.
+    """A row for each choice, behind the tokens `before` each example's choices.
 
     Returns:
         Token ids and mask `[rows, length]`, the answers, and each row's example `[rows]`.
@@ -84,15 +73,15 @@ def _rows(
     return ids, mask, answers, torch.tensor([i for i, _, _ in rows], device=base.device)
 
 
-def _repeating_cache(example_of: Tensor) -> Any:
+class _Repeating(DynamicCache):  # type: ignore[misc]
     """A cache that stores nothing: it repeats each example's keys and values for its choices."""
-    from transformers import DynamicCache
 
-    class Repeating(DynamicCache):  # type: ignore[misc]
-        def update(
-            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-        ) -> tuple[Tensor, Tensor]:
-            rows = example_of.to(key_states.device)
-            return key_states[rows], value_states[rows]
+    def __init__(self, example_of: Tensor) -> None:
+        super().__init__()
+        self._example_of = example_of
 
-    return Repeating()
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        rows = self._example_of.to(key_states.device)
+        return key_states[rows], value_states[rows]

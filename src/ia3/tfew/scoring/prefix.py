@@ -10,15 +10,15 @@ from itertools import takewhile
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ...base.loading import BaseModel
 from ..prompts.encoding import EncodedExample
-from .answer_tokens import AnswerTokens, answer_scores, evaluating, output_layer, project_only
+from .answer_tokens import AnswerTokens, TokenScores, answer_scores, evaluating, project_only
 from .choices import MAX_TOKENS, choice_groups, choice_scores, longest_sequence, longest_shared
 from .expanded import expanded_scores
 from .probe import proves_equal
 from .shared_prompt import TreeRow, common_prefix, tree_inputs, tree_length
-from .token_scores import TokenScores
 
 # How many tokens follow a cached prefix at once. More would spend attention on what the mask hides.
 ROW = 512
@@ -42,9 +42,8 @@ class Prefix:
 
     def belongs_to(self, base: BaseModel) -> bool:
         """Whether this model computed the keys and values, on the device that it is on now."""
-        parameter = output_layer(base.model).get_parameter("weight")
-        keys = self.layers[-1][0]
-        return self.model is base.model and keys.device == parameter.device
+        head = base.model.get_output_embeddings()  # type: ignore[operator]
+        return self.model is base.model and self.layers[-1][0].device == head.weight.device
 
     def shared_with(self, examples: Sequence[EncodedExample]) -> int:
         """How many tokens of the prefix all prompts begin with, less the last, which predicts."""
@@ -54,17 +53,12 @@ class Prefix:
 
 def cached_prefix(base: BaseModel, ids: Sequence[int]) -> Prefix:
     """Compute the keys and values of the tokens that prompts begin with, without gradients."""
-    from transformers import DynamicCache
-
     # Not the cache that the model would make: a sliding window's forgets what lies behind it.
     cache = DynamicCache()
     last = torch.tensor([len(ids) - 1], device=base.device)
     with evaluating(base.model), project_only(base.model, last):
-        base.model(
-            input_ids=torch.tensor([list(ids)], device=base.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        tokens = torch.tensor([list(ids)], device=base.device)
+        base.model(input_ids=tokens, past_key_values=cache, use_cache=True)
     layers = tuple((layer.keys, layer.values) for layer in cache.layers)
     return Prefix(tuple(ids), layers, base.model)
 
@@ -76,11 +70,7 @@ def ranking_scores(
     max_tokens: float = MAX_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """`choice_scores`, with what all prompts begin with computed once where that saves time.
-
-    The prefix is cached for this call alone: its keys and values are those of the adapter that is
-    active now. Arguments and result are those of `choice_scores`.
-    """
+    """`choice_scores`, with what all prompts begin with computed once where that saves time."""
     limit = longest_shared(base)
     near = [e for e in examples if longest_sequence(e) <= limit]
     prefix = common_prefix(near) if near else ()
@@ -103,16 +93,8 @@ def choice_scores_after(
 ) -> Tensor:
     """`choice_scores`, with what the prompts share with the prefix not computed again.
 
-    Args:
-        base: a model that `caches_prefix`, as it was when the prefix was computed.
-        prefix: most prompts begin with it, or with a part of it.
-        examples: all with the same number of choices.
-        max_tokens: computed at once, unless one choice after its prompt has more; fewer behind a
-            long prefix, whose part of the mask takes memory too.
-        progress: called with the number of examples done since the last call.
-
-    Returns:
-        `[examples, choices]`, float32, on the CPU.
+    The model is one that `caches_prefix`, as it was when the prefix was computed. Behind a long
+    prefix, fewer than `max_tokens` are computed at once: its part of the mask takes memory too.
     """
     if not examples:
         return torch.empty(0, 0)
@@ -121,9 +103,8 @@ def choice_scores_after(
     shared = [prefix.shared_with([e]) if longest_sequence(e) <= limit else 0 for e in examples]
     far = [i for i, count in enumerate(shared) if not count]
     if far:
-        results[far] = choice_scores(
-            base, [examples[i] for i in far], max_tokens=max_tokens, progress=progress
-        )
+        of_far = [examples[i] for i in far]
+        results[far] = choice_scores(base, of_far, max_tokens=max_tokens, progress=progress)
     # A row's mask, [room, prefix + room], is as large as [max_tokens, max_tokens].
     room = (math.hypot(len(prefix.ids), 2 * max_tokens) - len(prefix.ids)) / 2
     with evaluating(base.model):
@@ -151,8 +132,6 @@ def _scores_after(
     base: BaseModel, prefix: Prefix, examples: Sequence[EncodedExample]
 ) -> TokenScores:
     """Score all examples in one row behind the prefix; each sees the prefix and itself."""
-    from transformers import DynamicCache
-
     shared = prefix.shared_with(examples)
     answers = AnswerTokens()
     row = TreeRow()
@@ -173,12 +152,9 @@ def _scores_after(
 def _rows(
     examples: Sequence[EncodedExample], shared: Sequence[int], room: float
 ) -> Iterator[list[int]]:
-    """Indices of the examples of each row.
+    """Indices of the examples of each row, which has `room` behind the prefix, or one example.
 
-    Args:
-        examples: to fill the rows with.
-        shared: how many tokens each has in common with the prefix; those with 0 are left out.
-        room: how many tokens a row has behind the prefix, unless it is one example.
+    Those that have 0 tokens in common with the prefix (`shared`) are left out.
     """
     lengths = [tree_length(example) for example in examples]
     row: list[int] = []

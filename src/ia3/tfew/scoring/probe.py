@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from ...base.loading import BaseModel
 from ..prompts.encoding import EncodedExample
-from .answer_tokens import compute_dtype, evaluating, output_layer
-from .token_scores import TokenScores
+from .answer_tokens import TokenScores, compute_dtype, evaluating, output_layer
 
 Scorer = Callable[[BaseModel, Sequence[EncodedExample]], TokenScores]
 
-# How far scores may be off, as a share of what a mistake changes in them: a model that makes it is
-# at 1. Rounding in bfloat16 puts a model of 30 blocks at 0.06, in float32 at 0.00001.
+# How far scores may be off, as a share of what a mistake changes in them. Rounding in bfloat16 puts
+# a model of 30 blocks at 0.06, in float32 at 0.00001.
 TOLERANCE = 0.2
 WIDE_TOLERANCE = 0.005
 
@@ -29,12 +28,10 @@ def proves_equal(
     """Whether two scorers give a model the same scores. Each model is tried out once.
 
     Args:
-        base: the model. While its scores are not finite, the answer is `False`, and it is tried out
-            again the next time.
+        base: the model. While its scores are not finite, the answer is a `False` for now.
         faster: the scorer to try out. An exception that it raises means that it does not serve.
         exact: the scorer to compare with; its exceptions are raised.
-        mistaken: gives the scores of the mistake that a model may make; by default those of
-            `exact` with other prompts.
+        mistaken: makes the mistake that a model may make; by default `exact` with other prompts.
     """
     verdicts = _verdicts.setdefault(base.model, {})
     if faster in verdicts:
@@ -44,16 +41,13 @@ def proves_equal(
         expected = exact(base, examples).log_probs
         try:
             error = (faster(base, examples).log_probs - expected).abs().max()
-            if mistaken is None:
-                other_prompts = [EncodedExample(e.prompt[::-1], e.choices) for e in examples]
-                wrong = exact(base, other_prompts).log_probs
-            else:
-                wrong = mistaken(base, examples).log_probs
+            others = [EncodedExample(e.prompt[::-1], e.choices) for e in examples]
+            wrong = mistaken(base, examples) if mistaken else exact(base, others)
         except Exception:
             # Architectures refuse a mask or a cache with many kinds of exception.
             verdicts[faster] = False
             return False
-    scale = (wrong - expected).abs().max()
+    scale = (wrong.log_probs - expected).abs().max()
     if not torch.isfinite(scale + error) or scale == 0:
         return False
     wide = compute_dtype(base.model).itemsize >= 4

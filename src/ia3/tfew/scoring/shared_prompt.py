@@ -5,10 +5,7 @@ other, then the next example. Each token has the position (`position_ids`, `[row
 would have in a sequence of its prompt and its choice alone, and a tree mask
 `[rows, 1, length, length]` lets it see nothing but these, so that its hidden state is the same as
 there. What several choices begin with stands in a row once, as does what all prompts begin with; a
-choice's last token predicts nothing and is left out, so that choices of one token cost nothing
-beyond the prompt. A batch of up to 384 tokens is one row without padding, and a larger one is
-packed into rows of about 192 tokens. Only positions that predict an answer token are projected to
-the vocabulary, and their log-probabilities are the result, `[batch, choices, tokens]`.
+choice's last token predicts nothing and is left out.
 """
 
 from __future__ import annotations
@@ -21,8 +18,7 @@ from torch import Tensor
 
 from ...base.loading import BaseModel
 from ..prompts.encoding import EncodedExample
-from .answer_tokens import AnswerTokens, answer_scores, compute_dtype, pad_token
-from .token_scores import TokenScores
+from .answer_tokens import AnswerTokens, TokenScores, answer_scores, compute_dtype, pad_token
 
 # A batch of up to `ONE_ROW` tokens is one row. Longer rows would spend attention on what the mask
 # hides; rows shorter than `PACKED_LENGTH` leave more padding at their ends.
@@ -35,10 +31,7 @@ def shared_scores(
 ) -> TokenScores:
     """Score every prompt once with all its choices; what all prompts begin with, once a row.
 
-    Args:
-        base: a decoder-only model that takes a tree mask.
-        examples: `[batch]`, each with any number of choices.
-        hide_others: `False` gives the scores of a model that ignores the tree mask.
+    `hide_others=False` gives the scores of a model that ignores the tree mask.
     """
     prefix = common_prefix(examples)
     lengths = [tree_length(e) - len(prefix) for e in examples]
@@ -57,10 +50,7 @@ def shared_scores(
 
 
 class TreeRow:
-    """A row of examples whose choices branch off from their prompts.
-
-    A token stands in the row once for all choices that have the same tokens up to it. The tokens
-    that follow it stand behind it, one branch after the other (depth first).
+    """A row of examples whose choices branch off from their prompts, depth first.
 
     Args:
         start: the row's first position in the flattened batch.
@@ -131,29 +121,19 @@ def tree_inputs(
     base: BaseModel, rows: Sequence[TreeRow], *, hide_others: bool = True
 ) -> dict[str, Tensor]:
     """The model's arguments for rows of one length; `hide_others` as in `shared_scores`."""
-
-    def stacked(part: list[list[int]]) -> Tensor:
-        return torch.tensor(part, device=base.device)
-
-    ends = stacked([row.ends() if hide_others else [len(row.ids)] * len(row.ids) for row in rows])
-    return {
-        "input_ids": stacked([row.ids for row in rows]),
-        "attention_mask": _tree_mask(ends, compute_dtype(base.model)),
-        "position_ids": stacked([row.positions for row in rows]),
-    }
-
-
-def _tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """The additive mask `[rows, 1, length, length]`: 0 where a token sees, else the minimum.
-
-    Args:
-        ends: `[rows, length]`, up to which place each token is seen, from itself on.
-        dtype: of the mask.
-    """
+    of_rows = [row.ends() if hide_others else [len(row.ids)] * len(row.ids) for row in rows]
+    ends = torch.tensor(of_rows, device=base.device)
     places = torch.arange(ends.shape[1], device=ends.device)
     sees = (places[:, None] >= places) & (places[:, None] < ends[:, None, :])
+    # Additive: 0 where a token sees, else the minimum.
+    dtype = compute_dtype(base.model)
     mask = torch.zeros(sees.shape, dtype=dtype, device=ends.device)
-    return mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+    mask = mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+    return {
+        "input_ids": torch.tensor([row.ids for row in rows], device=base.device),
+        "attention_mask": mask,
+        "position_ids": torch.tensor([row.positions for row in rows], device=base.device),
+    }
 
 
 def common_prefix(examples: Sequence[EncodedExample]) -> tuple[int, ...]:
@@ -169,9 +149,7 @@ def common_prefix(examples: Sequence[EncodedExample]) -> tuple[int, ...]:
 def _packed(lengths: Sequence[int], shared: int) -> list[list[int]]:
     """Indices of the examples in each row, first-fit decreasing.
 
-    Args:
-        lengths: of each example, without what all share.
-        shared: how many tokens every row begins with.
+    `lengths` do not count the `shared` tokens, which every row begins with.
     """
     if shared + sum(lengths) <= ONE_ROW:
         return [list(range(len(lengths)))]

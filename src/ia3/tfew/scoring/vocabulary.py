@@ -84,8 +84,6 @@ class _TokenLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         expected, weight, prediction, token = ctx.saved_tensors
-        if expected is None:
-            return None, None, None, None, None
         (grad,) = grads
         of_position = grad.new_zeros(len(expected)).index_add_(0, prediction, grad)
         grad_hidden = -of_position[:, None] * expected

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ...errors import IA3Error
-from ..scoring.token_scores import TokenScores
+from ..scoring.answer_tokens import TokenScores
 
 # Added to 1 − p, as in the authors' code: a certain wrong token costs −log(1e-2), not infinity.
 UNLIKELIHOOD_FLOOR = 1e-2
@@ -49,13 +49,13 @@ def tfew_loss(
 
     Args:
         logits: `[batch, choices, length, vocabulary]`, floating; those at a place predict the token
-            of `target_ids` at the same place. Half precision is computed in float32.
+            of `target_ids` at the same place.
         target_ids: `[batch, choices, length]`, integers; any value where there is no token.
         labels: `[batch]`, integers, the index of each right choice.
         pad_token_id: the id in `target_ids` that is no token. Give the mask instead where the end
             of a text has the same id.
         target_mask: `[batch, choices, length]`, true (or not 0) where there is a token. A choice
-            with no token is no choice, so that rows may have fewer choices than others.
+            with no token is no choice.
         lm: weight of the right choices' mean token cross-entropy.
         length_norm: weight of the cross-entropy over the choices' mean log-probabilities.
         unlikelihood: weight of the mean of −log(1 − p + 1e-2) over the wrong choices' tokens.
@@ -68,7 +68,18 @@ def tfew_loss(
             points at a choice with no token, or not exactly one of `pad_token_id` and `target_mask`
             is given.
     """
-    mask = _target_mask(logits, target_ids, pad_token_id, target_mask)
+    if logits.dim() != 4 or not logits.is_floating_point():
+        raise IA3Error(
+            f"logits are {_described(logits)}, expected floating [batch, choices, length, "
+            "vocabulary]"
+        )
+    for name, tensor, dims in (("target_ids", target_ids, 3), ("labels", labels, 1)):
+        if tensor.shape != logits.shape[:dims] or not _is_integer(tensor):
+            raise IA3Error(
+                f"{name} are {_described(tensor)}, expected integers {list(logits.shape[:dims])}, "
+                f"as the logits {list(logits.shape)} have them"
+            )
+    mask = _target_mask(target_ids, pad_token_id, target_mask).to(logits.device)
     _check_labels(labels, mask)
     tokens = target_ids[mask].to(logits.device, torch.int64)
     outside = tokens[(tokens < 0) | (tokens >= logits.shape[-1])]
@@ -79,17 +90,11 @@ def tfew_loss(
         )
     # Only places with a token: whatever the logits are elsewhere, they get no gradient.
     rows = logits[mask]
-    if rows.dtype != torch.float64:
-        rows = rows.float()
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     scored = rows.gather(1, tokens[:, None])[:, 0] - rows.logsumexp(-1)
     log_probs = scored.new_zeros(mask.shape).masked_scatter(mask, scored)
-    return token_loss(
-        TokenScores(log_probs, mask),
-        labels.to(mask.device, torch.int64),
-        lm=lm,
-        length_norm=length_norm,
-        unlikelihood=unlikelihood,
-    )
+    scores, labels = TokenScores(log_probs, mask), labels.to(mask.device, torch.int64)
+    return token_loss(scores, labels, lm=lm, length_norm=length_norm, unlikelihood=unlikelihood)
 
 
 def token_loss(
@@ -101,7 +106,7 @@ def token_loss(
     unlikelihood: float = 1.0,
     counts: Counts | None = None,
 ) -> TFewLoss:
-    """The loss from token log-probabilities.
+    """`tfew_loss` from token log-probabilities (equations 1 to 3).
 
     Args:
         scores: of all choices of a batch.
@@ -109,11 +114,6 @@ def token_loss(
         lm, length_norm, unlikelihood: the terms' weights in `total`.
         counts: of the whole batch, where `scores` are of a part of it: the terms and gradients of
             the parts then add up to the whole batch's.
-
-    Returns:
-        `lm`: mean cross-entropy of the right choices' tokens. `length_norm`: cross-entropy of the
-        softmax over β (equation 2). `unlikelihood`: mean of −log(1 − p + 1e-2) over the wrong
-        choices' tokens (equation 1, with the constant of the authors' code); 0 where none is wrong.
     """
     log_probs, mask = scores.log_probs, scores.mask
     right = F.one_hot(labels, log_probs.shape[1]).bool()[:, :, None] & mask
@@ -135,35 +135,23 @@ def token_loss(
 
 
 def _target_mask(
-    logits: Tensor, target_ids: Tensor, pad_token_id: int | None, target_mask: Tensor | None
+    target_ids: Tensor, pad_token_id: int | None, target_mask: Tensor | None
 ) -> Tensor:
-    if logits.dim() != 4 or not logits.is_floating_point():
-        raise IA3Error(
-            f"logits are {_described(logits)}, expected floating [batch, choices, length, "
-            "vocabulary]"
-        )
-    if target_ids.shape != logits.shape[:3] or not _is_integer(target_ids):
-        raise IA3Error(
-            f"target_ids are {_described(target_ids)}, expected integers "
-            f"{list(logits.shape[:3])}, as the logits {list(logits.shape)} have them"
-        )
     if (pad_token_id is None) == (target_mask is None):
         both = "neither" if pad_token_id is None else "both"
         raise IA3Error(f"expected one of pad_token_id and target_mask, {both} given")
     if target_mask is None:
-        return torch.ne(target_ids, pad_token_id).to(logits.device)  # type: ignore[arg-type]
+        return torch.ne(target_ids, pad_token_id)  # type: ignore[arg-type]
     if target_mask.shape != target_ids.shape:
         raise IA3Error(
             f"target_mask is {_described(target_mask)}, expected {list(target_ids.shape)}, as "
             "target_ids"
         )
-    return target_mask.to(logits.device).bool()
+    return target_mask.bool()
 
 
 def _check_labels(labels: Tensor, mask: Tensor) -> None:
     batch, choices, _ = mask.shape
-    if labels.shape != (batch,) or not _is_integer(labels):
-        raise IA3Error(f"labels are {_described(labels)}, expected integers [{batch}]")
     if not batch:
         raise IA3Error("the batch has no examples: there is nothing to average over")
     having = mask.any(-1).tolist()

@@ -12,18 +12,14 @@ from typing import Any
 from ...adapter.store import Adapter
 from ...base.loading import BaseModel
 from ...errors import IA3Error
-from ...targets.config import IA3Config
 from ..prompts.encoding import Encoder, TrainingExample, warn_of_cut_texts
 from ..prompts.tasks import Task
 from ..temporary_adapter import all_linear, temporary_adapter
 from .trainer import CHECKPOINT_STEPS, DrawnExamples, TFewConfig, TrainingStep, train
 
-# The size limit of T0's mixture (Sanh et al. 2022, arXiv 2110.08207), on which the paper's vectors
-# were trained. T0 also counts a small data set's examples once a template; here templates do not
-# change the rates.
+# The size limit of T0's mixture (Sanh et al. 2022, arXiv 2110.08207). T0 also counts a small data
+# set's examples once a template; here templates do not change the rates.
 CAP = 500_000
-# A checkpoint holds a record of every step before it: a long run writes this many at most.
-_CHECKPOINTS = 200
 
 
 def mixing_rates(sizes: Mapping[str, int], cap: int = CAP) -> dict[str, float]:
@@ -36,7 +32,7 @@ def mixing_rates(sizes: Mapping[str, int], cap: int = CAP) -> dict[str, float]:
         cap: the size limit.
 
     Returns:
-        Task name -> probability, in the same order; they sum to one.
+        Task name -> probability, in the same order.
 
     Raises:
         IA3Error: there are no tasks, one has no examples, or the cap is below 1.
@@ -55,11 +51,7 @@ def mixing_rates(sizes: Mapping[str, int], cap: int = CAP) -> dict[str, float]:
 class Mixture(DrawnExamples):
     """A training set that draws a task by its rate, then one of its examples uniformly.
 
-    Args:
-        examples: task name -> its training set.
-        rates: task name -> probability.
-        count: how many items there are.
-        seed: of the draws. An item depends on the seed and its number alone.
+    It has `count` items. An item depends on the seed and its number alone.
     """
 
     def __init__(
@@ -86,7 +78,6 @@ class Mixture(DrawnExamples):
         return draws.choice(self._examples[name])
 
     def digest(self) -> str:
-        """A digest of the tasks, their rates, their examples and the seed."""
         digest = hashlib.sha256(repr(self._seed).encode())
         for name, rate in self._rates.items():
             digest.update(repr((name, rate, len(self._examples[name]))).encode())
@@ -101,7 +92,6 @@ def pretrain(
     config: TFewConfig,
     *,
     cap: int = CAP,
-    sites: IA3Config | None = None,
     on_step: Callable[[TrainingStep], None] | None = None,
     checkpoints: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
@@ -109,23 +99,20 @@ def pretrain(
     """Train new vectors on a mixture of tasks (paper section 3.4); the base model is left as found.
 
     Every example of every step is of a task drawn by `mixing_rates`. The paper takes 100,000 steps
-    with a batch of 16 and the optimizer of the recipe, on T0's mixture. Its authors' code trains
-    on the right answers alone there: `TFewConfig(length_norm=0, unlikelihood=0)`.
+    with a batch of 16. Its authors' code trains on the right answers alone there:
+    `TFewConfig(length_norm=0, unlikelihood=0)`.
 
     Args:
         base: the model.
         tasks: their `train` examples are taken; their names differ.
         config: the recipe.
         cap: as in `mixing_rates`.
-        sites: which activations are rescaled; by default those of `FewShotClassifier`, whose
-            `init_from` takes the result with any.
         on_step: called after every optimizer step.
         checkpoints: as in `train`, every 25 steps, or 200 times where that is less often.
-        progress: called before the first step with the number of examples that were encoded since
-            the last call, once a task.
+        progress: called with the number of examples that were encoded, once a task.
 
     Returns:
-        The vectors, float32 on the CPU, with the base model's name in their config.
+        The vectors at the sites of `FewShotClassifier`, float32 on the CPU.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -134,9 +121,8 @@ def pretrain(
         OSError: a checkpoint cannot be written; the one before it stays.
     """
     names = [task.name for task in tasks]
-    for name in names:
-        if names.count(name) > 1:
-            raise IA3Error(f"two tasks have the name {name!r}: expected different names")
+    for name in {name for name in names if names.count(name) > 1}:
+        raise IA3Error(f"two tasks have the name {name!r}: expected different names")
     rates = mixing_rates({task.name: len(task.train) for task in tasks}, cap)
     encoder = Encoder(base, chat=False)
     examples: dict[str, list[TrainingExample]] = {}
@@ -147,12 +133,11 @@ def pretrain(
     prompts = sum(len(e.encoded) for of_task in examples.values() for e in of_task)
     warn_of_cut_texts(encoder, prompts, stacklevel=3)
     mixture = Mixture(examples, rates, config.steps * config.batch_size, config.seed)
-    if sites is None:
-        sites = all_linear(base)
     saving: dict[str, Any] = {}
     if checkpoints is not None:
-        saving["save_steps"] = max(CHECKPOINT_STEPS, config.steps // _CHECKPOINTS)
-    with temporary_adapter(base, sites) as ia3_model:
+        # A checkpoint holds a record of every step before it: a long run writes 200 at most.
+        saving["save_steps"] = max(CHECKPOINT_STEPS, config.steps // 200)
+    with temporary_adapter(base, all_linear(base)) as ia3_model:
         train(
             base,
             ia3_model,

@@ -1,9 +1,8 @@
 """The T-Few recipe (paper section 3.5), on transformers' `Trainer`.
 
-`train` trains the vectors of the adapters that are active on a model. Each step takes
-`TFewConfig.batch_size` examples, draws one prompt template for each, scores all their answer
-choices, and computes the three loss terms (`losses`). Training is reproducible, and goes on from a
-checkpoint to the same bits.
+Each step takes `TFewConfig.batch_size` examples, draws one prompt template for each, scores all
+their answer choices, and computes the three loss terms (`losses`). Training is reproducible, and
+goes on from a checkpoint to the same bits.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -38,9 +36,7 @@ from transformers.trainer_utils import (
 )
 
 from ...adapter.fingerprint import Fingerprint, fingerprint
-from ...adapter.layout import WEIGHTS_NAME
 from ...base.loading import BaseModel
-from ...compat.state_dicts import set_peft_model_state_dict
 from ...errors import IA3Error, MissingExtraError
 from ...files.atomic import check_folder, new_folder_beside
 from ...model.ia3_model import DEFAULT_ADAPTER, IA3Model
@@ -54,8 +50,6 @@ if importlib.util.find_spec("accelerate") is None:
 # In a checkpoint, beside the Trainer's own files: what identifies the run, and its steps so far.
 RUN_NAME = "ia3_run.json"
 CHECKPOINT_STEPS = 25
-# The authors' Adafactor scales its steps by the size of a vector; the Trainer's default does not.
-ADAFACTOR = {"scale_parameter": True, "relative_step": False}
 # Compared by digests, which error messages do not show.
 DIGESTS = ("examples", "base model", "first vectors")
 _TERMS = ("lm", "length_norm", "unlikelihood")
@@ -73,9 +67,7 @@ class TFewConfig:
             from 0. It then falls linearly to 0.
         max_grad_norm: gradients are clipped to this norm.
         seed: of the order of the examples and of the templates drawn, 0 to 2**32 - 1.
-        lm: weight of the language-modelling term, at least 0.
-        length_norm: weight of the length-normalised term, at least 0.
-        unlikelihood: weight of the unlikelihood term, at least 0. One of the three is above 0.
+        lm, length_norm, unlikelihood: the loss terms' weights, at least 0, one of them above 0.
         max_tokens: computed at once; a step of more is computed in parts, with the same gradients
             but for rounding. Lower it where memory runs out.
 
@@ -144,14 +136,10 @@ class StopTraining(Exception):  # noqa: N818
 
 
 class DrawnExamples(Dataset[TrainingExample]):
-    """A training set that draws item i when it is asked for, the same example each time.
-
-    It may be as long as the training, and takes no memory for its items.
-    """
+    """A training set that draws item i when it is asked for, the same example each time."""
 
     @abstractmethod
-    def __len__(self) -> int:
-        """How many items there are."""
+    def __len__(self) -> int: ...
 
     @abstractmethod
     def digest(self) -> str:
@@ -179,13 +167,12 @@ def train(
         ia3_model: has the vectors to train.
         examples: the training set; every step draws one template for each of its examples.
         config: the recipe.
-        on_step: called after every optimizer step of this call; training ends with the
-            step after which it raises `StopTraining`.
+        on_step: called after every optimizer step; where it raises `StopTraining`, training ends.
         checkpoints: a folder for checkpoints, every 25 steps (`save_steps`) and at the end, of
             which the last one stays. If it has a checkpoint of the same run, training goes on from
             there, and ends with the vectors of a run without a break: on a CPU, to the last bit.
         callbacks: the Trainer's.
-        arguments: further `TrainingArguments`, as `training_arguments` takes them.
+        arguments: as `training_arguments` takes them.
 
     Returns:
         One record a step, those before the checkpoint included.
@@ -196,10 +183,8 @@ def train(
         IA3Error: the checkpoint is another run's, or an argument does not fit.
         OSError: a checkpoint cannot be written; the one before it stays.
     """
-    last = None
     if checkpoints is not None:
         check_folder(checkpoints)
-        last = get_last_checkpoint(str(checkpoints)) if Path(checkpoints).is_dir() else None
         saving = {"save_strategy": "steps", "save_steps": CHECKPOINT_STEPS, "save_total_limit": 1}
         arguments = {**saving, **arguments}
     with tempfile.TemporaryDirectory() as nowhere, _random_state_restored():
@@ -207,7 +192,7 @@ def train(
         trainer = TFewTrainer(base, ia3_model, examples, config, settings, callbacks)
         if on_step is not None:
             trainer.add_callback(_OnStep(trainer.history, on_step))
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=checkpoints is not None)
     for name in ia3_model.active_adapters:
         for module, vector in ia3_model.vectors(name).items():
             if not torch.isfinite(vector).all():
@@ -270,21 +255,12 @@ def training_arguments(
 class TFewTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer with T-Few's loss, optimizer and schedule.
 
-    The terms of a step are means over all its tokens and examples, however many parts it is
-    computed in: gradient accumulation and `TFewConfig.max_tokens` change gradients by rounding
-    alone. A checkpoint holds the adapters, without the base model's weights, and the state of the
-    optimizer, the schedule and the random numbers; it appears whole or not at all.
+    Gradient accumulation and `TFewConfig.max_tokens` change a step's gradients by rounding alone. A
+    checkpoint holds the adapters, without the base model's weights, and the state of the optimizer,
+    the schedule and the random numbers; it appears whole or not at all.
 
-    Args:
-        base: the model under `ia3_model`, with its tokenizer.
-        ia3_model: its active adapters are trained.
-        examples: the training set.
-        config: the recipe.
-        arguments: made by `training_arguments`.
-        callbacks: the Trainer's.
-
-    Attributes:
-        history: one `TrainingStep` a step.
+    Its arguments are those of `train`, with `arguments` made by `training_arguments`; `history` has
+    one `TrainingStep` a step.
 
     Raises:
         IA3Error: there are no examples, or several processes train.
@@ -306,16 +282,16 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
                 f"{arguments.world_size} processes train: expected one, as gradients are not "
                 "averaged over processes"
             )
-        adafactor = {"lr": arguments.learning_rate, **ADAFACTOR}
+        # The authors' scales its steps by the size of a vector; the Trainer's default does not.
+        settings = {"scale_parameter": True, "relative_step": False}
+        adafactor = (Adafactor, {"lr": arguments.learning_rate, **settings})
         super().__init__(
             model=ia3_model,
             args=arguments,
             train_dataset=examples if isinstance(examples, DrawnExamples) else list(examples),
             data_collator=lambda batch: {"examples": batch},
             callbacks=list(callbacks),
-            optimizer_cls_and_kwargs=(
-                (Adafactor, adafactor) if arguments.optim == "adafactor" else None
-            ),
+            optimizer_cls_and_kwargs=adafactor if arguments.optim == "adafactor" else None,
         )
         # The Trainer adds it; it would print what `on_step` reports.
         self.remove_callback(PrinterCallback)
@@ -324,7 +300,6 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         self._config = config
         first = [ia3_model.vectors(name) for name in ia3_model.active_adapters]
         self._run = described_run(fingerprint(ia3_model.model), first, examples, config)
-        self._logged = 0
         # Of the current step: loss and terms of the parts so far, and how many parts are left.
         self._terms = torch.zeros(4)
         self._parts_left = 0
@@ -336,18 +311,15 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """The authors' linear schedule, unless the arguments name another."""
-        scheduler: torch.optim.lr_scheduler.LRScheduler
-        if self.args.lr_scheduler_type != "linear":
-            scheduler = super().create_scheduler(num_training_steps, optimizer)
-            return scheduler
-        # The Trainer would round the warm-up to whole steps; the authors' may end within one.
-        self.lr_scheduler = scheduler = get_linear_schedule_with_warmup(
-            self.optimizer if optimizer is None else optimizer,
-            self._config.warmup_ratio * num_training_steps,
-            num_training_steps,
-        )
-        self._created_lr_scheduler = True
-        return scheduler
+        if self.args.lr_scheduler_type == "linear":
+            # The Trainer would round the warm-up to whole steps; the authors' may end within one.
+            self.lr_scheduler = get_linear_schedule_with_warmup(
+                self.optimizer if optimizer is None else optimizer,
+                self._config.warmup_ratio * num_training_steps,
+                num_training_steps,
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[no-any-return]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -358,7 +330,10 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         # of the step, so that a checkpoint's random state would not lead to the same draws.
         draws = random.Random(f"{self._config.seed}/{self.state.global_step}")
         drawn = [[(draws.choice(e.encoded), e.label) for e in part["examples"]] for part in parts]
-        counts = _counts([example for part in drawn for example in part])
+        examples = [example for part in drawn for example in part]
+        right = sum(len(e.choices[label]) for e, label in examples)
+        tokens = sum(len(choice) for e, _ in examples for choice in e.choices)
+        counts = Counts(len(examples), right, tokens - right)
         self._terms = torch.zeros(4)
         self._parts_left = len(parts)
         return [
@@ -394,35 +369,24 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         self._terms = self._terms.to(terms) + terms
         self._parts_left -= 1
         if self._parts_left == 0:
-            self._record(self._terms.tolist())
+            number = self.state.global_step + 1
+            step = TrainingStep(number, self.args.max_steps, *self._terms.tolist())
+            if not math.isfinite(step.loss):
+                raise DivergedError(number, f"the loss is {step.loss}")
+            self.history.append(step)
         return terms[0]
-
-    def _record(self, terms: list[float]) -> None:
-        step = TrainingStep(self.state.global_step + 1, self.args.max_steps, *terms)
-        if not math.isfinite(step.loss):
-            raise DivergedError(step.step, f"the loss is {step.loss}")
-        self.history.append(step)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the terms too: their means over the steps since the last log."""
-        since = self.history[self._logged :]
-        if "loss" in logs and since:
-            self._logged = len(self.history)
-            for name in _TERMS:
-                logs[name] = sum(getattr(step, name) for step in since) / len(since)
-        super().log(logs, start_time)
 
     # -- checkpoints ------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, or go on from a checkpoint of this run: a folder, or `True` for the last one.
+        """Train, or go on from a checkpoint of this run: a folder, or `True` for any last one.
 
         Raises:
             DivergedError: the loss is not finite. The vectors are then those before that step.
             IA3Error: the checkpoint is another run's.
         """
         folder = Path(self.args.output_dir)
-        # A run that was killed while it wrote a checkpoint left these.
+        # Left by a run that was killed while it wrote a checkpoint.
         for left in folder.glob(f".{PREFIX_CHECKPOINT_DIR}.*"):
             shutil.rmtree(left, ignore_errors=True)
         last = resume_from_checkpoint
@@ -432,10 +396,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             # The Trainer would go on to the end of the epoch.
             self._load_from_checkpoint(last)
             return TrainOutput(self.args.max_steps, self.history[-1].loss, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self.model.save_pretrained(output_dir or self.args.output_dir)
+        return super().train(resume_from_checkpoint=last, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
@@ -464,56 +425,42 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         rotate_checkpoints(str(folder), save_total_limit=self.args.save_total_limit)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoint = Path(resume_from_checkpoint)
-        self.history[:] = self._steps_in(checkpoint)
-        self._logged = len(self.history)
-        for name in self.model.peft_config:
-            folder = checkpoint if name == DEFAULT_ADAPTER else checkpoint / name
-            tensors = load_file(folder / WEIGHTS_NAME)
-            missing, unexpected = set_peft_model_state_dict(self.model, tensors, name)
-            for key in (*missing, *unexpected):
-                raise IA3Error(f"{folder}: {key!r} is only in one of the file and adapter {name!r}")
+        self.history[:] = self._steps_in(Path(resume_from_checkpoint))
+        for name in self.model.active_adapters:
+            folder = Path(resume_from_checkpoint) / ("" if name == DEFAULT_ADAPTER else name)
+            self.model.load_adapter(folder, name, is_trainable=True)
 
     def _steps_in(self, checkpoint: Path) -> list[TrainingStep]:
         """The steps before a checkpoint of this run."""
         path = checkpoint / RUN_NAME
         if not path.is_file():
             raise IA3Error(
-                f"{checkpoint} is no checkpoint of a T-Few run: it has no {RUN_NAME}; give another "
-                "folder"
+                f"{checkpoint} is no checkpoint of a T-Few run: it has no {RUN_NAME}; give another"
+                " folder"
             )
         read = json.loads(path.read_text("utf-8"))
         for name, value in self._run.items():
             there = read["run"].get(name)
             if there != value:
-                what = f"had other {name}" if name in DIGESTS else f"had {name}={there!r}"
-                here = "" if name in DIGESTS else f", this one {value!r}"
+                what = f"{name}={there!r}, this one {value!r}"
                 raise IA3Error(
-                    f"{checkpoint} is another run's: it {what}{here}; give another folder, or "
+                    f"{checkpoint} is another run's: it had "
+                    f"{f'other {name}' if name in DIGESTS else what}; give another folder, or "
                     "remove this one to begin anew"
                 )
         return [TrainingStep(**step) for step in read["history"]]
 
 
+@dataclass
 class _OnStep(TrainerCallback):  # type: ignore[misc]
-    def __init__(
-        self, history: list[TrainingStep], on_step: Callable[[TrainingStep], None]
-    ) -> None:
-        self._history = history
-        self._on_step = on_step
+    history: list[TrainingStep]
+    on_step: Callable[[TrainingStep], None]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         try:
-            self._on_step(self._history[-1])
+            self.on_step(self.history[-1])
         except StopTraining:
             control.should_training_stop = True
-
-
-def _counts(examples: Sequence[tuple[EncodedExample, int]]) -> Counts:
-    """What the terms of a step are divided by, from its examples with their labels."""
-    right = sum(len(e.choices[label]) for e, label in examples)
-    tokens = sum(len(choice) for e, _ in examples for choice in e.choices)
-    return Counts(len(examples), right, tokens - right)
 
 
 def described_run(
@@ -522,14 +469,7 @@ def described_run(
     examples: Examples,
     config: TFewConfig,
 ) -> dict[str, Any]:
-    """What identifies a run, as values of JSON.
-
-    Args:
-        base: of the base model.
-        first_vectors: for each adapter that is trained, module name -> vector.
-        examples: the training set.
-        config: the recipe.
-    """
+    """What identifies a run, as values of JSON; `first_vectors` are those of each adapter."""
     recipe = asdict(config)
     # A run that lacked memory may go on in smaller parts.
     del recipe["max_tokens"]
