@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapter.layout import WEIGHTS_NAME, read_outline, weights_file
+from ..adapter.layout import WEIGHTS_NAME, weights_file
 from ..adapter.store import Adapter, read_adapter
 from ..core.activations import device_of
 from ..core.route import BASE
@@ -85,14 +85,13 @@ class AdapterBank:
     torch.Size([2, 5, 64])
 
     Args:
-        model: the model, which must have no other bank. A base model gets an `IA3Model` without
-            adapters of its own, `bank.model`.
+        model: has no other bank. A base model gets an `IA3Model` without adapters of its own.
         capacity: how many adapters are resident at most.
         device: where the values are; the model's device if not given.
         dtype: of the values; bfloat16 takes half the memory and rounds them.
 
     Attributes:
-        model: the `IA3Model`.
+        model: the `IA3Model`, given or made.
         values: `[capacity + 1, columns]`: a row for each resident adapter, and the first one for
             the base model. It has columns for the sites of all adapters so far, ones where an
             adapter has none. Rows that were never used take no memory on a CPU.
@@ -161,15 +160,11 @@ class AdapterBank:
             entry = _Entry(_checked_source(source))
             if pinned:
                 self._check_room(name)
+            row = self._read(name, entry)
             if self._free or pinned:
-                self._place(name, entry, self._read(name, entry))
+                self._place(name, entry, row)
                 if not pinned:
                     self._recent[name] = None
-            elif isinstance(entry.source, Adapter):
-                entry.sites = self._sites_of(name, entry.source)
-            else:
-                entry.stamp = _stamp(entry.source)
-                entry.sites = self._sites_of(name, _outlined(entry.source))
             entry.pinned = pinned
             self._entries[name] = entry
 
@@ -192,8 +187,7 @@ class AdapterBank:
     def pin(self, name: str) -> None:
         """Have an adapter stay resident; it is loaded if it is not.
 
-        Raises:
-            IA3Error: it is unknown or cannot be loaded, or all slots are pinned.
+        An `IA3Error` says that it is unknown or cannot be loaded, or that all slots are pinned.
         """
         with self._lock:
             entry = self._entry(name)
@@ -214,16 +208,10 @@ class AdapterBank:
     def refresh(self, names: Sequence[str] | None = None) -> Refreshed:
         """Load adapters anew whose files were replaced (by a rename, as `save_pretrained` does).
 
-        A call sees either the old values of an adapter or the new ones. An adapter whose file is
-        broken cannot be used until it has been replaced and refreshed; the others can. A pinned one
-        stays so: its slot waits for it meanwhile. One whose file is gone can be used for as long as
-        it is resident.
-
-        Args:
-            names: all adapters if not given.
-
-        Raises:
-            IA3Error: a name is unknown.
+        All are looked at, or those `names`; an unknown one is an `IA3Error`. A call sees the old
+        values of an adapter or the new ones. An adapter whose file is broken cannot be used until
+        it has been replaced and refreshed; a pinned one keeps its slot meanwhile. One whose file is
+        gone can be used for as long as it is resident.
         """
         found = Refreshed([], {})
         with self._lock:
@@ -239,11 +227,7 @@ class AdapterBank:
         return found
 
     def close(self) -> None:
-        """Detach the bank from its model, which is then as it would be without.
-
-        Raises:
-            IA3Error: a route of the model is on.
-        """
+        """Detach the bank from its model; an `IA3Error` where a route of the model is on."""
         with self._lock:
             if self.model.routes.bank is self:
                 self.model.routes.detach()
@@ -254,15 +238,9 @@ class AdapterBank:
     def gather(self, names: Sequence[str], index: Sequence[int]) -> dict[Site, Tensor]:
         """Site -> values, `[rows, dim]`, in the bank's dtype and on its device.
 
-        Sites are those where one of the adapters has a vector; adapters that are not resident are
-        loaded.
-
-        Args:
-            names: of this bank's adapters, or `BASE`.
-            index: which of them each row is to be, `[rows]`.
-
-        Raises:
-            IA3Error: an adapter is unknown or cannot be loaded, or there is no room for all.
+        `index`, `[rows]`, says which of the adapters, or `BASE`, each row has. Sites are those
+        where one of them has a vector. What is not resident is loaded. An `IA3Error` says that an
+        adapter is unknown or cannot be loaded, or that there is no room for all.
         """
         with self._lock:
             own = list(dict.fromkeys(name for name in names if name != BASE))
@@ -418,11 +396,3 @@ def _stamp(folder: Path) -> tuple[int, int, int]:
     """What tells one version of a folder's values from another."""
     seen = weights_file(folder).stat()
     return seen.st_ino, seen.st_size, seen.st_mtime_ns
-
-
-def _outlined(folder: Path) -> Adapter:
-    """An adapter from its files' headers: its tensors are on the meta device."""
-    outline = read_outline(folder)
-    vectors = {name: torch.empty(s, device="meta") for name, s in outline.shapes.items()}
-    copies = dict.fromkeys(outline.copies, torch.empty(0, device="meta"))
-    return Adapter(outline.config, vectors, copies, outline.frozen, outline.base)

@@ -42,7 +42,6 @@ class BaseModel:
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """T5, BART and their kind, as opposed to decoder-only models."""
         return bool(getattr(self.model.config, "is_encoder_decoder", False))
 
 
@@ -64,8 +63,8 @@ def load_base_model(
 ) -> BaseModel:
     """The base model with its tokenizer, in evaluation mode on its device.
 
-    It is loaded once and shared: weights that one caller merges an adapter into are changed for all callers that
-    name the same model. For a copy of your own, use transformers' `from_pretrained`.
+    It is loaded once and shared: weights that one caller merges an adapter into are changed for all
+    callers that name the same model. For a copy of your own, use transformers' `from_pretrained`.
 
     >>> from ia3 import load_base_model
     >>> base = load_base_model("smollm2-135m-instruct")
@@ -87,7 +86,11 @@ def load_base_model(
     if isinstance(model, nn.Module):
         return _wrap_loaded(model, tokenizer)
     torch_device = device_named(device)
-    torch_dtype = _dtype(dtype, torch_device)
+    torch_dtype = getattr(torch, dtype, None)
+    if dtype == "auto":
+        torch_dtype = torch.float32 if torch_device.type == "cpu" else "auto"
+    elif not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+        raise IA3Error(f"dtype {dtype!r} is unknown: expected 'auto', 'float32', 'bfloat16', ...")
     folder = str(embedded_model_folder()) if str(model) == EMBEDDED_MODEL else str(model)
     key = (folder, str(torch_device), str(torch_dtype), id(tokenizer) if tokenizer else None)
     with _loading:
@@ -113,7 +116,7 @@ def read_model_config(folder: str, name: str) -> Any:
             f"so in model ({first_line(error)})"
         ) from error
     except StrictDataclassError as error:
-        # What caused it says which field has which value, and what is expected.
+        # Its cause says which field has which value, and what is expected.
         raise IA3Error(
             f"{folder}/config.json is broken: {first_line(error.__cause__ or error)}; correct it "
             "there, or get the model again"
@@ -178,15 +181,6 @@ def device_named(name: str) -> torch.device:
     if device.type == "meta":
         raise IA3Error(f"device {name!r} computes nothing: {expected}")
     return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype | str:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise IA3Error(f"dtype {name!r} is unknown: expected 'auto', 'float32', 'bfloat16', ...")
-    return dtype
 
 
 def first_line(error: BaseException) -> str:

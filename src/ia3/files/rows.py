@@ -90,10 +90,7 @@ def _folder_rows(folder: Path, split: str) -> list[dict[str, Any]]:
     try:
         loaded = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        message = (
-            f"{folder} is not a folder that the datasets library's save_to_disk wrote: {error}"
-        )
-        raise IA3Error(message) from error
+        raise IA3Error(f"{folder} is not a folder of the datasets library: {error}") from error
     if isinstance(loaded, DatasetDict):
         if split not in loaded:
             raise IA3Error(f"{folder} has no split {split!r}, only {', '.join(loaded)}")

@@ -28,7 +28,7 @@ def read_yaml(path: Path, what: str, *, as_text: bool = False, tags: Sequence[st
     if path.stat().st_size > LARGEST:
         raise IA3Error(f"{path} is larger than {LARGEST} bytes, expected {what}")
 
-    class Loader(_TextLoader if as_text else _TypedLoader):  # type: ignore[misc]
+    class Loader(_Strict, yaml.BaseLoader if as_text else yaml.SafeLoader):  # type: ignore[misc]
         """With tags of its own."""
 
     for tag in tags:
@@ -57,11 +57,3 @@ class _Strict:
                 )
             seen.add(key)
         return mapping
-
-
-class _TextLoader(_Strict, yaml.BaseLoader):  # type: ignore[misc]
-    """Every scalar is a text."""
-
-
-class _TypedLoader(_Strict, yaml.SafeLoader):  # type: ignore[misc]
-    """Scalars of YAML's own types."""
