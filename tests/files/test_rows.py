@@ -58,7 +58,7 @@ def test_rows_from_folders_of_datasets(tmp_path):
     with pytest.raises(IA3Error, match=r"no split 'dev', only train, test"):
         read_rows(tmp_path / "several", split="dev")
     (tmp_path / "other").mkdir()
-    with pytest.raises(IA3Error, match="not a folder that the datasets library"):
+    with pytest.raises(IA3Error, match="not a folder of the datasets library"):
         read_rows(tmp_path / "other")
 
 

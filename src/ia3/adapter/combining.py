@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -92,11 +92,12 @@ def combine(
     combined: dict[str, Tensor] = {}
     frozen: dict[str, Frozen] = {}
     for name, shape in shapes.items():
-        stack = _stacked(name, vectors, lacking=0.0 if combination_type == "linear" else 1.0)
+        first = next(each[name] for each in vectors if name in each).double()
+        lacking = first.new_zeros(shape) if combination_type == "linear" else first.new_ones(shape)
+        stack = torch.stack([each.get(name, lacking).to(first) for each in vectors])
         if combination_type == "linear":
-            # In float32 and in this order, as PEFT does: the same bits.
-            products = (w * vector for w, vector in zip(weights, stack.float(), strict=True))
-            value = sum(products, torch.zeros(()))
+            # In float32 and one after the other, as PEFT does: to the same bits.
+            value = sum(map(torch.mul, stack.float(), weights), torch.zeros(()))
         elif combination_type == "average":
             value = _weighted(stack, weights) / sum(weights)
         elif combination_type == "geometric_mean":
@@ -115,14 +116,6 @@ def combine(
 
 
 # -- values ---------------------------------------------------------------------------------------
-
-
-def _stacked(name: str, vectors: Sequence[Mapping[str, Tensor]], lacking: float) -> Tensor:
-    """`[adapters, *shape]`, float64; adapters that lack the vector have this value."""
-    first = next(each[name] for each in vectors if name in each).double()
-    return torch.stack(
-        [each.get(name, torch.full_like(first, lacking)).to(first) for each in vectors]
-    )
 
 
 def _weighted(stack: Tensor, weights: Sequence[float]) -> Tensor:

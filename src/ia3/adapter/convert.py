@@ -19,25 +19,13 @@ SUFFIX = ".multi_lora_b"
 
 
 def convert_tfew_authors(path: str | Path, model: nn.Module) -> tuple[IA3Config, dict[str, Tensor]]:
-    """An adapter of the T-Few authors' code as PEFT has it.
+    """(config, module name -> vector) of the T-Few authors' `.pt` file, as PEFT has it.
 
     Their feed-forward vector is on the output of `wi_1`, half of the gated layer's product; the
     other half is not scaled, so that it is just as well on the product, the input of `wo`. Nothing
-    but tensors is unpickled: a file cannot run code.
-
-    Args:
-        path: their `.pt` file.
-        model: the T5 v1.1 model (gated feed-forward layers) it is for, such as T0; may be on the
-            meta device.
-
-    Returns:
-        The config, and module name -> vector: `[dim, 1]` on the outputs of `k` and `v`, `[1, dim]`
-        on the input of `wo`; float32, on the CPU.
-
-    Raises:
-        FileNotFoundError: the file is not there.
-        IA3Error: it is no such file, or its vectors do not fit the model: one is missing, not
-            expected, or of another size.
+    but tensors is unpickled: a file cannot run code. The model, a T5 v1.1 with gated layers, may be
+    on the meta device. The vectors are float32, on the CPU: `[dim, 1]` on the outputs of `k` and
+    `v`, `[1, dim]` on the input of `wo`. An `IA3Error` where they do not fit the model.
     """
     vectors = _read(Path(path))
     kind = type(model).__name__
@@ -87,14 +75,7 @@ def convert_tfew_authors(path: str | Path, model: nn.Module) -> tuple[IA3Config,
 
 
 def structure_of(name: str | Path) -> nn.Module:
-    """A model without its weights, on the meta device: its config is all that is read.
-
-    Args:
-        name: a folder or a hub id of an encoder-decoder.
-
-    Raises:
-        IA3Error: there is no such model, or it is no encoder-decoder.
-    """
+    """An encoder-decoder on the meta device, from its config alone; an `IA3Error` if it is none."""
     from transformers import AutoModelForSeq2SeqLM
 
     config = read_model_config(str(name), str(name))

@@ -25,12 +25,7 @@ VALUES = 8
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What was seen of a base model.
-
-    Attributes:
-        model_type: the architecture, as its config names it.
-        samples: parameter name -> (its shape, some of its values, evenly spaced).
-    """
+    """A base model's type and, by parameter name, (shape, some values evenly spaced)."""
 
     model_type: str
     samples: dict[str, tuple[list[int], list[float]]]
@@ -72,18 +67,13 @@ class Fingerprint:
                 continue
             if not _is_the_base_models(path, merged) or not _can_be_sampled(parameter):
                 continue
-            if (
-                list(parameter.shape) == shape
-                and _distance(_sample(parameter), expected) > TOLERANCE
-            ):
+            same_shape = list(parameter.shape) == shape
+            if same_shape and _distance(_sample(parameter), expected) > TOLERANCE:
                 return f"the values of its {name!r} are not those of the adapter's base model"
         return None
 
     def difference_from(self, other: Fingerprint) -> str | None:
-        """In words, how another base model differs from this one; `None` where nothing says so.
-
-        Parameters that were looked at in one of the two alone are passed over.
-        """
+        """How another base model differs, in words, by what both have; `None` where it does not."""
         if other.model_type != self.model_type:
             return f"one's model type is {self.model_type!r}, the other's {other.model_type!r}"
         for name, (shape, values) in self.samples.items():
@@ -94,11 +84,7 @@ class Fingerprint:
 
 
 def fingerprint(model: nn.Module, merged: Collection[str] = ()) -> Fingerprint:
-    """Look at a base model: its type, and a few values of a few parameters.
-
-    Passed over are adapters on the model, and the modules `merged`, which have one merged into
-    them.
-    """
+    """A base model's fingerprint, without adapters on it and the modules `merged` into."""
     # Parameters of linear layers may be quantized, or new with every model that is loaded, as heads
     # are: only where there are no others.
     chosen = _telling(model, merged, linear=False) or _telling(model, merged, linear=True)
@@ -122,15 +108,15 @@ def _telling(
         if parameter is not None
     ]
     step = max(1, math.ceil(len(found) / PARAMETERS))
-    # Evenly spaced ones first; the others only stand in for those that tell nothing.
+    # Evenly spaced ones first; the others only stand in for those that tell nothing: norms start
+    # as ones.
     spaced = (found[i] for start in range(step) for i in range(start, len(found), step))
-    telling = ((name, parameter) for name, parameter in spaced if _tells(parameter))
+    telling = (
+        (name, parameter)
+        for name, parameter in spaced
+        if _can_be_sampled(parameter) and (parameter.dim() > 1 or len(set(_sample(parameter))) > 1)
+    )
     return list(islice(telling, PARAMETERS))
-
-
-def _tells(parameter: Tensor | None) -> TypeGuard[Tensor]:
-    # Norms start as ones, so that they tell nothing before training.
-    return _can_be_sampled(parameter) and (parameter.dim() > 1 or len(set(_sample(parameter))) > 1)
 
 
 def _is_the_base_models(module: str, merged: Collection[str]) -> bool:

@@ -49,13 +49,9 @@ BASE_KEY = "ia3_base_model"
 class Outline:
     """What an adapter's files say without its values.
 
-    Attributes:
-        shapes: module name -> its vector's shape.
-        copies: parameter names in the base model, of the adapter's copies (`modules_to_save`).
-        frozen: module name -> the ranges of its vector that stay one.
-        base: the model it was trained on; `None` where the file does not say.
-        adapter_bytes: size of the file with the values.
-        modified: when that file was written, in seconds since 1970.
+    `shapes` and `frozen` are by module name; `copies` are parameter names in the base model
+    (`modules_to_save`); `base` is `None` where the file does not say; `modified` is in seconds
+    since 1970.
     """
 
     folder: Path
@@ -73,10 +69,7 @@ class Outline:
         return sum(map(prod, self.shapes.values()))
 
     def base_difference(self, other: Outline) -> str | None:
-        """In words, why two adapters are of different base models; `None` where nothing says so.
-
-        Where one of them has no fingerprint, the base models' names are compared.
-        """
+        """How two base models differ, in words; by their names where a fingerprint is lacking."""
         if self.base is not None and other.base is not None:
             return self.base.difference_from(other.base)
         names = [each.config.base_model_name_or_path for each in (self, other)]
@@ -86,12 +79,8 @@ class Outline:
 
 
 def find_adapters(root: str | Path) -> Iterator[Path]:
-    """The folders with an `adapter_config.json`, from `root` down, by name; hidden ones left out.
-
-    Raises:
-        OSError: `root` is not a folder that can be read.
-    """
-    os.listdir(root)
+    """The folders with an `adapter_config.json`, from `root` down, by name, without hidden ones."""
+    os.listdir(root)  # raises where `root` cannot be read
     for folder, inside, files in os.walk(root):
         inside[:] = sorted(name for name in inside if not name.startswith("."))
         if CONFIG_NAME in files:
@@ -99,12 +88,7 @@ def find_adapters(root: str | Path) -> Iterator[Path]:
 
 
 def read_outline(folder: str | Path) -> Outline:
-    """An adapter's outline: its config, and what its other file's header says.
-
-    Raises:
-        FileNotFoundError: the folder or a file is not there.
-        IA3Error: a file is truncated or not what it should be.
-    """
+    """An adapter's outline: its config, and what its other file's header says."""
     folder = Path(folder)
     config = read_config(folder)
     path = weights_file(folder)
@@ -122,12 +106,7 @@ def read_outline(folder: str | Path) -> Outline:
 
 
 def read_vectors(outline: Outline) -> dict[str, NDArray[np.float32]]:
-    """Module name -> its vector, of the shape in the outline; frozen values are one.
-
-    Raises:
-        FileNotFoundError: the file is not there any more.
-        IA3Error: it is truncated, or a vector does not hold floating-point values.
-    """
+    """Module name -> its vector, of the shape in the outline; frozen values are one."""
     path = weights_file(outline.folder)
     pickled = path.name == PICKLED_NAME
     tensors = _read_pickled(path) if pickled else read_floats(path, KEY_SUFFIX)
@@ -148,12 +127,7 @@ def _read_pickled(path: Path) -> dict[str, NDArray[np.float32]]:
 
 
 def read_config(folder: str | Path) -> IA3Config:
-    """The folder's `adapter_config.json`.
-
-    Raises:
-        FileNotFoundError: the folder or the file is not there.
-        IA3Error: the file is not the config of an (IA)³ adapter.
-    """
+    """The folder's `adapter_config.json`; a `FileNotFoundError` where there is none."""
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"no adapter in {folder}: {CONFIG_NAME} is not there")
@@ -171,11 +145,7 @@ def weights_file(folder: Path) -> Path:
 def name_tensors(
     keys: Iterable[str], config: IA3Config, path: Path
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """What a file's tensors are: (key -> a vector's module, key -> a copy's parameter).
-
-    Raises:
-        IA3Error: one is neither.
-    """
+    """What a file's tensors are: (key -> a vector's module, key -> a copy's parameter)."""
     vectors, copies = {}, {}
     for key in keys:
         name = key.removeprefix(KEY_PREFIX)
@@ -202,11 +172,7 @@ def is_embedding(name: str) -> bool:
 def read_metadata(
     metadata: Mapping[str, str], vectors: Iterable[str], path: Path
 ) -> tuple[dict[str, Frozen], Fingerprint | None]:
-    """What a header says beyond PEFT's: (the ranges that stay one, the base model).
-
-    Raises:
-        IA3Error: it is malformed, or names a module that is not among `vectors`.
-    """
+    """What a header says beyond PEFT's: (the ranges that stay one, the base model)."""
     where = f"{path}: the header's {FROZEN_KEY!r}"
     try:
         read: Any = json.loads(metadata.get(FROZEN_KEY, "{}"))

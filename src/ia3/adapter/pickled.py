@@ -14,12 +14,7 @@ from ..errors import IA3Error
 
 
 def unpickle_tensors(path: Path, expected: str) -> Any:
-    """What a pickled file holds; `expected` says in a message what it should.
-
-    Raises:
-        FileNotFoundError: the file is not there.
-        IA3Error: it is damaged, or holds more than tensors and plain containers.
-    """
+    """What a file of tensors and plain containers holds; `expected` is for the `IA3Error`."""
     content = path.read_bytes()
     try:
         # From memory, where a truncated file is not an OSError.

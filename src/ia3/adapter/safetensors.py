@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-
 # torch's dtypes and the format's names of them, in the order in which the package writes them: the
 # widest first.
 DTYPES = {
@@ -78,11 +77,7 @@ def read_floats(path: Path, ending: str) -> dict[str, NDArray[np.float32]]:
 
 
 def write(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file: 8 bytes with the header's length, the header, the tensors.
-
-    Raises:
-        IA3Error: the format has no name for a tensor's dtype.
-    """
+    """A safetensors file: 8 bytes with the header's length, the header, the tensors."""
     import torch
 
     dtypes = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()}

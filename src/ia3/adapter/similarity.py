@@ -32,11 +32,8 @@ def log_scales(values: NDArray[Any]) -> NDArray[Any]:
 class SiteDifference:
     """How the vectors of two adapters differ at one site.
 
-    Attributes:
-        values: how many the vector has.
-        cosine: of the two log-scales, from -1 to 1; `None` where one of them is all zeros.
-        norm: ‖second − first‖ of the values themselves.
-        change: mean of log2 |second| − log2 |first|, in octaves.
+    `cosine` is of their log-scales, from -1 to 1, `None` where one of them is all zeros; `norm` is
+    ‖second − first‖; `change` is the mean of log2 |second| − log2 |first|, in octaves.
     """
 
     site: str
@@ -60,12 +57,7 @@ class ValueChange:
 def difference(first: Vectors, second: Vectors) -> tuple[SiteDifference, list[SiteDifference]]:
     """How two adapters differ: (over all values, by site in the first one's order).
 
-    Args:
-        first: module name -> vector; a site that one of them lacks counts as ones.
-        second: likewise.
-
-    Raises:
-        IA3Error: the vectors of a site have different shapes, or there are none.
+    A site that one of them lacks counts as ones.
     """
     pairs = _pairs(first, second)
     sites = [_difference(site, *both) for site, both in pairs.items()]
@@ -80,9 +72,8 @@ def largest_changes(first: Vectors, second: Vectors, count: int) -> list[ValueCh
         change = log_scales(b) - log_scales(a)
         for i in np.argsort(-np.abs(change), kind="stable")[:count]:
             if change[i]:
-                changes.append(
-                    ValueChange(site, int(i), float(a[i]), float(b[i]), float(change[i]))
-                )
+                first_value, second_value, by = float(a[i]), float(b[i]), float(change[i])
+                changes.append(ValueChange(site, int(i), first_value, second_value, by))
     return heapq.nlargest(count, changes, key=lambda each: abs(each.change))
 
 
@@ -116,7 +107,7 @@ def _pairs(first: Vectors, second: Vectors) -> dict[str, tuple[NDArray[Any], NDA
 
 
 class Neighbour(NamedTuple):
-    """An adapter that was found: its folder, and the cosine of its log-scales, from -1 to 1."""
+    """An adapter's folder, and the cosine of its log-scales, from -1 to 1."""
 
     adapter: Path
     cosine: float
@@ -124,13 +115,9 @@ class Neighbour(NamedTuple):
 
 @dataclass
 class Search:
-    """What a search found.
+    """What a search found: the most similar first, how many were compared.
 
-    Attributes:
-        nearest: the most similar first.
-        compared: how many adapters were.
-        other_base: how many were passed over, being of another base model.
-        broken: folder -> why it could not be read.
+    `other_base` counts those passed over; `broken` says by folder why it could not be read.
     """
 
     nearest: list[Neighbour] = field(default_factory=list)
@@ -145,18 +132,11 @@ def search(
     top: int,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Search:
-    """The adapters nearest to one, by the cosine of their log-scales.
+    """The `top` adapters nearest to one, by the cosine of their log-scales.
 
     A site that an adapter lacks counts as ones, the zeros of log-scales. An adapter that is the
-    identity has the cosine 0 with all others.
-
-    Args:
-        like: the adapter to compare with; it is left out where it is among the folders.
-        folders: of adapters, of which the `top` nearest are found.
-        progress: called with 1 for each folder.
-
-    Raises:
-        IA3Error: the adapter to compare with is broken, or the identity.
+    identity has the cosine 0 with all others. `like` is left out where it is among the folders;
+    `progress` is called with 1 for each.
     """
     own = read_vectors(like)
     ones = {site: np.ones_like(vector) for site, vector in own.items()}
@@ -190,6 +170,5 @@ def search(
 
 
 def _flat_scales(vectors: Vectors) -> NDArray[np.float32]:
-    """The log-scales of all sites one after the other."""
     flat = [vector.reshape(-1) for vector in vectors.values()]
     return log_scales(np.concatenate(flat)) if flat else np.zeros(0, np.float32)

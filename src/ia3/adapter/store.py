@@ -24,8 +24,7 @@ class Adapter:
     Attributes:
         config: with its modules named.
         vectors: module name -> vector, `[dim, 1]` on an output, `[1, dim]` on an input, float32.
-        copies: parameter name in the base model -> its value in this adapter's copy
-            (`modules_to_save`).
+        copies: parameter name in the base model -> its value (`modules_to_save`).
         frozen: module name -> the ranges of its vector that stay one.
         base: the model it was trained on; `None` where the file does not say.
     """
@@ -57,13 +56,7 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
 def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter:
     """An adapter from its folder; its tensors are on the CPU, in the dtypes of the file.
 
-    Args:
-        folder: of its files.
-        config: instead of the folder's own.
-
-    Raises:
-        FileNotFoundError: the folder or a file is not there.
-        IA3Error: a file is truncated or not what it should be.
+    A `config` is used instead of the folder's own.
     """
     folder = Path(folder)
     config = layout.read_config(folder) if config is None else replace(config)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapter.layout import WEIGHTS_NAME, read_outline, weights_file
+from ..adapter.layout import WEIGHTS_NAME, weights_file
 from ..adapter.store import Adapter, read_adapter
 from ..core.activations import device_of
 from ..core.route import BASE
@@ -28,12 +28,10 @@ BASE_SLOT = 0
 
 @dataclass(frozen=True)
 class Registered:
-    """An adapter of a bank.
+    """An adapter of a bank; `source` is its folder, or `None` for one that was given in memory.
 
-    Attributes:
-        source: its folder; `None` for one that was given in memory.
-        resident: its values are on the device, and can be used.
-        pinned: they stay there, or come back there as soon as they can be used again.
+    A resident one has its values on the device and can be used; a pinned one stays there, or comes
+    back as soon as it can be used again.
     """
 
     name: str
@@ -52,18 +50,18 @@ class Refreshed:
 
 @dataclass
 class _Entry:
-    """An adapter of the bank."""
+    """An adapter of the bank: its folder, or itself with values of its own.
 
-    # Its folder, or the adapter itself, with values of its own.
+    `sites` are those it rescales, by module name. `stamp` tells versions of its file apart. `slot`
+    is its row, if it is resident; a pinned one keeps it also where `error` says why it cannot be
+    used.
+    """
+
     source: Path | Adapter
-    # Those it rescales, by module name.
     sites: Mapping[str, Site] = field(default_factory=dict)
-    # Tells the version of its file that is known from others; `None` in memory.
     stamp: tuple[int, int, int] | None = None
-    # Its row, if it is resident. A pinned one keeps it, also where it cannot be used.
     slot: int | None = None
     pinned: bool = False
-    # Why it cannot be used.
     error: str | None = None
 
 
@@ -87,21 +85,19 @@ class AdapterBank:
     torch.Size([2, 5, 64])
 
     Args:
-        model: the model, which must have no other bank. A base model gets an `IA3Model` without
-            adapters of its own, `bank.model`.
+        model: has no other bank. A base model gets an `IA3Model` without adapters of its own.
         capacity: how many adapters are resident at most.
         device: where the values are; the model's device if not given.
         dtype: of the values; bfloat16 takes half the memory and rounds them.
 
     Attributes:
-        model: the `IA3Model`.
+        model: the `IA3Model`, given or made.
         values: `[capacity + 1, columns]`: a row for each resident adapter, and the first one for
             the base model. It has columns for the sites of all adapters so far, ones where an
             adapter has none. Rows that were never used take no memory on a CPU.
 
     Raises:
-        IA3Error: the capacity is no whole number from one, `dtype` is no floating one, or the model
-            has a bank.
+        IA3Error: the capacity or `dtype` is none, or the model has a bank.
     """
 
     def __init__(
@@ -141,8 +137,6 @@ class AdapterBank:
         with self._lock:
             return [*self._entries]
 
-    # -- adapters ---------------------------------------------------------------------------------
-
     def add(self, name: str, source: str | Path | Adapter, pinned: bool = False) -> None:
         """Register an adapter. It is checked at once, and loaded while there is room.
 
@@ -154,42 +148,23 @@ class AdapterBank:
 
         Raises:
             FileNotFoundError: there is no adapter in the folder.
-            IA3Error: the name is taken or malformed; the source is neither a folder nor an
-                `Adapter`; the files are broken or do not fit the model; the adapter has copies of
-                modules (`modules_to_save`) or rescales experts; or it is to be pinned and all slots
-                are. The bank is then unchanged.
+            IA3Error: the name is taken or malformed; the source is of another kind, broken, or does
+                not fit the model; it has copies of modules (`modules_to_save`) or rescales experts;
+                or it is to be pinned and all slots are. The bank is then unchanged.
         """
         with self._lock:
             self._check_open()
             check_name(name)
             if name in self._entries or name in self.model.peft_config:
                 raise IA3Error(f"adapter {name!r} exists already: remove it or choose another")
-            if isinstance(source, Adapter):
-                values = {n: vector.detach().cpu().clone() for n, vector in source.vectors.items()}
-                entry = _Entry(replace(source, vectors=values))
-            elif isinstance(source, str | os.PathLike):
-                folder = Path(source).absolute()
-                if folder.is_file():
-                    raise IA3Error(
-                        f"{folder} is not a folder: expected the one that {WEIGHTS_NAME} is in"
-                    )
-                entry = _Entry(folder)
-            else:
-                raise IA3Error(
-                    f"source is {source!r} ({type(source).__name__}), expected an adapter's folder "
-                    "or an Adapter"
-                )
+            entry = _Entry(_checked_source(source))
             if pinned:
                 self._check_room(name)
+            row = self._read(name, entry)
             if self._free or pinned:
-                self._place(name, entry, self._read(name, entry))
+                self._place(name, entry, row)
                 if not pinned:
                     self._recent[name] = None
-            elif isinstance(entry.source, Adapter):
-                entry.sites = self._sites_of(name, entry.source)
-            else:
-                entry.stamp = _stamp(entry.source)
-                entry.sites = self._sites_of(name, _outlined(entry.source))
             entry.pinned = pinned
             self._entries[name] = entry
 
@@ -201,19 +176,18 @@ class AdapterBank:
 
     def list(self) -> list[Registered]:
         """All adapters, in the order in which they were added."""
+        listed = []
         with self._lock:
-            listed = []
             for name, entry in self._entries.items():
                 source = entry.source if isinstance(entry.source, Path) else None
                 resident = entry.slot is not None and entry.error is None
                 listed.append(Registered(name, source, resident, entry.pinned))
-            return listed
+        return listed
 
     def pin(self, name: str) -> None:
         """Have an adapter stay resident; it is loaded if it is not.
 
-        Raises:
-            IA3Error: it is unknown or cannot be loaded, or all slots are pinned.
+        An `IA3Error` says that it is unknown or cannot be loaded, or that all slots are pinned.
         """
         with self._lock:
             entry = self._entry(name)
@@ -234,21 +208,14 @@ class AdapterBank:
     def refresh(self, names: Sequence[str] | None = None) -> Refreshed:
         """Load adapters anew whose files were replaced (by a rename, as `save_pretrained` does).
 
-        A call sees either the old values of an adapter or the new ones. An adapter whose file is
-        broken cannot be used until it has been replaced and refreshed; the others can. A pinned one
-        stays so: its slot waits for it meanwhile. One whose file is gone can be used for as long as
-        it is resident.
-
-        Args:
-            names: all adapters if not given.
-
-        Raises:
-            IA3Error: a name is unknown.
+        All are looked at, or those `names`; an unknown one is an `IA3Error`. A call sees the old
+        values of an adapter or the new ones. An adapter whose file is broken cannot be used until
+        it has been replaced and refreshed; a pinned one keeps its slot meanwhile. One whose file is
+        gone can be used for as long as it is resident.
         """
         found = Refreshed([], {})
         with self._lock:
-            chosen = self._entries if names is None else names
-            entries = [(name, self._entry(name)) for name in chosen]
+            entries = [(n, self._entry(n)) for n in (self._entries if names is None else names)]
         for name, entry in entries:
             # One at a time: calls go on meanwhile.
             with self._lock:
@@ -260,11 +227,7 @@ class AdapterBank:
         return found
 
     def close(self) -> None:
-        """Detach the bank from its model, which is then as it would be without.
-
-        Raises:
-            IA3Error: a route of the model is on.
-        """
+        """Detach the bank from its model; an `IA3Error` where a route of the model is on."""
         with self._lock:
             if self.model.routes.bank is self:
                 self.model.routes.detach()
@@ -272,22 +235,12 @@ class AdapterBank:
                 self._columns.clear()
                 self.values = self.values.new_ones(self.capacity + 1, 0)
 
-    # -- rows -------------------------------------------------------------------------------------
-
     def gather(self, names: Sequence[str], index: Sequence[int]) -> dict[Site, Tensor]:
-        """The values of adapters; those that are not resident are loaded.
+        """Site -> values, `[rows, dim]`, in the bank's dtype and on its device.
 
-        Args:
-            names: of this bank's adapters, or `BASE`.
-            index: which of them each row is to be, `[rows]`.
-
-        Returns:
-            Site -> values, `[rows, dim]`, in the bank's dtype and on its device, where one of the
-            adapters has a vector.
-
-        Raises:
-            IA3Error: an adapter is unknown or cannot be loaded, or they are more than there is room
-                for.
+        `index`, `[rows]`, says which of the adapters, or `BASE`, each row has. Sites are those
+        where one of them has a vector. What is not resident is loaded. An `IA3Error` says that an
+        adapter is unknown or cannot be loaded, or that there is no room for all.
         """
         with self._lock:
             own = list(dict.fromkeys(name for name in names if name != BASE))
@@ -367,8 +320,6 @@ class AdapterBank:
             self._place(name, entry, row)
         return True
 
-    # -- from adapters to rows --------------------------------------------------------------------
-
     def _read(self, name: str, entry: _Entry) -> Tensor:
         """An adapter as a row, `[columns]`, on the CPU, checked against the model."""
         adapter, stamp = entry.source, None
@@ -427,15 +378,21 @@ class AdapterBank:
             raise IA3Error("this bank was closed, or its model unloaded: make a new one")
 
 
+def _checked_source(source: str | Path | Adapter) -> Path | Adapter:
+    """A folder's absolute path, or an adapter with values of its own on the CPU."""
+    if isinstance(source, Adapter):
+        vectors = {name: vector.detach().cpu().clone() for name, vector in source.vectors.items()}
+        return replace(source, vectors=vectors)
+    if not isinstance(source, str | os.PathLike):
+        kind = type(source).__name__
+        raise IA3Error(f"source is {source!r} ({kind}), expected an adapter's folder or an Adapter")
+    folder = Path(source).absolute()
+    if folder.is_file():
+        raise IA3Error(f"{folder} is not a folder: expected the one that {WEIGHTS_NAME} is in")
+    return folder
+
+
 def _stamp(folder: Path) -> tuple[int, int, int]:
     """What tells one version of a folder's values from another."""
     seen = weights_file(folder).stat()
     return seen.st_ino, seen.st_size, seen.st_mtime_ns
-
-
-def _outlined(folder: Path) -> Adapter:
-    """An adapter from its files' headers: its tensors are on the meta device."""
-    outline = read_outline(folder)
-    vectors = {name: torch.empty(s, device="meta") for name, s in outline.shapes.items()}
-    copies = dict.fromkeys(outline.copies, torch.empty(0, device="meta"))
-    return Adapter(outline.config, vectors, copies, outline.frozen, outline.base)

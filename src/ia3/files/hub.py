@@ -23,16 +23,10 @@ class HubOptions(TypedDict, total=False):
 def adapter_folder(
     model_id: str | Path, patterns: Sequence[str], **hub: Unpack[HubOptions]
 ) -> Path:
-    """The folder that holds an adapter's files.
+    """The folder that holds an adapter's files; `patterns` says which to fetch from the hub.
 
-    Args:
-        model_id: a folder, or an id on the hub.
-        patterns: which files to fetch from the hub.
-        **hub: `subfolder` is where in the folder or repository the adapter lies; the others are
-            huggingface_hub's.
-
-    Raises:
-        FileNotFoundError: neither such a folder, nor to be had from the hub.
+    `subfolder` is where in the folder or repository the adapter lies; the other options are
+    huggingface_hub's. A `FileNotFoundError` where there is no such folder and none on the hub.
     """
     folder, subfolder = Path(model_id), hub.pop("subfolder", None)
     if not folder.is_dir():
@@ -63,9 +57,8 @@ def _snapshot(model_id: str, patterns: list[str], hub: HubOptions) -> Path:
     try:
         return Path(snapshot_download(model_id, allow_patterns=patterns, **options))
     except HFValidationError as error:
-        raise FileNotFoundError(
-            f"no adapter at {model_id!r}: no such folder, and not a hub id"
-        ) from error
+        message = f"no adapter at {model_id!r}: no such folder, and not a hub id"
+        raise FileNotFoundError(message) from error
     except (LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(
             f"no adapter at {model_id!r}: no such folder, and not to be had from the hub: {error}"

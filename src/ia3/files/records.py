@@ -14,17 +14,10 @@ from ..errors import IA3Error
 def read_records(
     path: str | Path, is_record: Callable[[dict[str, Any]], bool], what: str
 ) -> list[dict[str, Any]]:
-    """The records of a file; none if it is not there.
+    """The records of a file; none if it is not there. A last line that was cut off is passed over.
 
-    A last line that was cut off while it was written is passed over.
-
-    Args:
-        path: the file.
-        is_record: whether an object is a record of this kind.
-        what: it records, for the message.
-
-    Raises:
-        IA3Error: a line is no such record.
+    `is_record` says whether an object is a record of this kind, `what` which, for the `IA3Error`
+    where a line is none.
     """
     path = Path(path)
     if not path.exists():
@@ -48,8 +41,7 @@ def read_records(
 def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
     """Add a record to a file that `read_records` reads; it is on the disk when this returns.
 
-    Raises:
-        OSError: the disk is full or may not be written; the records before stay whole.
+    An `OSError` leaves the records before it whole.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

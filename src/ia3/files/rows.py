@@ -59,9 +59,6 @@ def source_of(folder: Path, named: str) -> str | Path:
     """The source that a file in this folder names: a path relative to it, or a hub name.
 
     A hub name has no suffix of a data file and at most one slash.
-
-    Raises:
-        FileNotFoundError: there is no such file, and it cannot be a hub name.
     """
     path = folder / named
     if path.exists():
@@ -93,9 +90,7 @@ def _folder_rows(folder: Path, split: str) -> list[dict[str, Any]]:
     try:
         loaded = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise IA3Error(
-            f"{folder} is not a folder that the datasets library's save_to_disk wrote: {error}"
-        ) from error
+        raise IA3Error(f"{folder} is not a folder of the datasets library: {error}") from error
     if isinstance(loaded, DatasetDict):
         if split not in loaded:
             raise IA3Error(f"{folder} has no split {split!r}, only {', '.join(loaded)}")

@@ -28,11 +28,7 @@ class Row(dict[str, Any]):
 
 
 def delimiter_of(path: Path) -> str | None:
-    """What separates values in this file, by its suffix; `None` for JSON Lines.
-
-    Raises:
-        IA3Error: the suffix is none of `.csv`, `.tsv`, `.jsonl` and `.ndjson`.
-    """
+    """What separates values in this file, by its suffix; `None` for JSON Lines."""
     suffix = path.suffix.lower()
     if suffix not in DELIMITERS:
         ends = f"ends in {path.suffix!r}" if suffix else "has no suffix"
@@ -41,15 +37,7 @@ def delimiter_of(path: Path) -> str | None:
 
 
 def read_table(path: str | Path) -> list[Row]:
-    """The rows of a UTF-8 file, by its suffix: `.csv`, `.tsv`, `.jsonl` or `.ndjson`.
-
-    Returns:
-        One mapping a row, from column name to value; strings from CSV and TSV.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        IA3Error: the file is empty, not UTF-8 or not of its format.
-    """
+    """The rows of a UTF-8 file, by its suffix; values are strings from CSV and TSV."""
     path = Path(path)
     if not path.is_file():
         kind = "is not a file" if path.exists() else "does not exist"
@@ -89,25 +77,21 @@ def fields_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path | None, *, as_json: bool) -> None:
-    """Write rows with all columns that occur.
+    """Write rows, at least one, with all columns that occur.
 
-    Args:
-        rows: at least one.
-        path: its suffix decides the format; a file appears whole or not at all. Standard output
-            where `None`.
-        as_json: JSON Lines instead of CSV on standard output.
-
-    Raises:
-        IA3Error: the suffix is unknown.
-        OSError: the disk is full or may not be written; what was there before stays.
+    The suffix of `path` decides the format, and the file appears whole or not at all. Without a
+    path they go to standard output, as JSON Lines or as CSV.
     """
     on_stdout = None if as_json else ","
     delimiter = on_stdout if path is None else delimiter_of(path)
-    content = (_jsonl(rows) if delimiter is None else _csv(rows, delimiter)).encode()
-    if path is None:
-        write_stdout(content)
+    if delimiter is None:
+        text = "".join(f"{_json(_finite(dict(row)))}\n" for row in rows)
     else:
-        write_file(path, content)
+        text = _csv(rows, delimiter)
+    if path is None:
+        write_stdout(text.encode())
+    else:
+        write_file(path, text.encode())
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -210,7 +194,7 @@ def _check_label(row: Row, column: str, kind: type) -> None:
     named = f"{row.where}: the label {column!r} is"
     if not isinstance(value, str | int):
         raise IA3Error(f"{named} {_shown(value)}, expected a string or an integer")
-    if isinstance(value, str) and not value.strip():
+    if not str(value).strip():
         raise IA3Error(f"{named} empty")
     if type(value) is not kind:
         raise IA3Error(
@@ -226,10 +210,6 @@ def _shown(value: Any) -> str:
 
 
 # -- writing ---------------------------------------------------------------------------------------
-
-
-def _jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(f"{_json(_finite(dict(row)))}\n" for row in rows)
 
 
 def _csv(rows: Sequence[Mapping[str, Any]], delimiter: str) -> str:

@@ -16,19 +16,11 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 def read_yaml(path: Path, what: str, *, as_text: bool = False, tags: Sequence[str] = ()) -> Any:
-    """What a YAML file holds.
+    """What a YAML file holds; `what` it is expected to be is for messages.
 
-    Args:
-        path: the file, UTF-8.
-        what: it is expected to be, for messages: `"a YAML file of tasks"`.
-        as_text: every scalar is the text that is written: the label `no` is not false, and `01` is
-            not 1.
-        tags: tags of mappings that are read as plain ones. Any other tag is an error unless
-            `as_text`, which passes over tags.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        IA3Error: it is larger than 1 MiB, not YAML, or has a key twice.
+    With `as_text`, every scalar is the text that is written (the label `no` is not false, and `01`
+    is not 1), and tags are passed over. Otherwise a tag is an error, but for `tags` of mappings,
+    which are read as plain ones.
     """
     if not path.is_file():
         kind = "is not a file" if path.exists() else "does not exist"
@@ -36,7 +28,7 @@ def read_yaml(path: Path, what: str, *, as_text: bool = False, tags: Sequence[st
     if path.stat().st_size > LARGEST:
         raise IA3Error(f"{path} is larger than {LARGEST} bytes, expected {what}")
 
-    class Loader(_TextLoader if as_text else _TypedLoader):  # type: ignore[misc]
+    class Loader(_Strict, yaml.BaseLoader if as_text else yaml.SafeLoader):  # type: ignore[misc]
         """With tags of its own."""
 
     for tag in tags:
@@ -65,11 +57,3 @@ class _Strict:
                 )
             seen.add(key)
         return mapping
-
-
-class _TextLoader(_Strict, yaml.BaseLoader):  # type: ignore[misc]
-    """Every scalar is a text."""
-
-
-class _TypedLoader(_Strict, yaml.SafeLoader):  # type: ignore[misc]
-    """Scalars of YAML's own types."""
