@@ -1,12 +1,9 @@
 """The programs in the documents, run as they stand there, on small models and data."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 from support.paths import REPOSITORY
 from support.tfew import tiny_llama, word_tokenizer
@@ -26,27 +23,32 @@ ROWS = [
 ]
 
 
-def blocks(language: str, page: str = PAGE) -> list[str]:
+def blocks(language, page=PAGE):
     return re.findall(rf"```{language}\n(.*?)```", page, re.S)
 
 
-def run(program: str, folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True
-    )
+def run(program, folder):
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_the_recipe_trains_evaluates_and_saves(tmp_path: Path) -> None:
+def save_model(text, folder):
+    """Save a random model that knows the text's words as `my-model-folder`."""
+    tokenizer = word_tokenizer(re.findall(r"\w+|[^\w\s]+", text))
+    model = tiny_llama(vocabulary=len(tokenizer))
+    for saved in (model, tokenizer):
+        saved.save_pretrained(folder / "my-model-folder")
+    return model
+
+
+def test_the_recipe_trains_evaluates_and_saves(tmp_path):
     texts = [
         *(part for t in load_templates("rte") for part in (t.prompt.source, t.choices.source)),
         *(text for row in ROWS for text in (row["premise"], row["hypothesis"])),
     ]
-    words = re.findall(r"\w+|[^\w\s]+", " ".join(texts))
-    tokenizer = word_tokenizer(words)
-    tiny_llama(vocabulary=len(tokenizer)).save_pretrained(tmp_path / "my-model-folder")
-    tokenizer.save_pretrained(tmp_path / "my-model-folder")
+    save_model(" ".join(texts), tmp_path)
     for name in ("train", "test"):
         lines = "".join(json.dumps(row) + "\n" for row in ROWS)
         (tmp_path / f"{name}.jsonl").write_text(lines)
@@ -56,17 +58,16 @@ def test_the_recipe_trains_evaluates_and_saves(tmp_path: Path) -> None:
     assert (tmp_path / "rte-adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_the_loss_has_gradients(tmp_path: Path) -> None:
+def test_the_loss_has_gradients(tmp_path):
     program = blocks("python")[1] + "\nprint(bool((logits.grad != 0).any()), float(loss.total))"
     gradients, total = run(program, tmp_path).split()
     assert gradients == "True"
     assert float(total) > 0
 
 
-def test_the_manifest_names_three_tasks(tmp_path: Path) -> None:
-    manifest = blocks("yaml")[0]
+def test_the_manifest_names_three_tasks(tmp_path):
     # What this page cannot bring along: a Parquet file and promptsource's templates.
-    manifest = manifest.replace("boolq.parquet", "boolq.jsonl")
+    manifest = blocks("yaml")[0].replace("boolq.parquet", "boolq.jsonl")
     manifest = manifest.replace("promptsource/boolq ", "wic ")
     (tmp_path / "mixture.yaml").write_text(manifest)
     (tmp_path / "rte.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -80,17 +81,15 @@ def test_the_manifest_names_three_tasks(tmp_path: Path) -> None:
     assert (rendered.prompt, rendered.choices[rendered.answer]) == ("twice\nCategory:", "bill")
 
 
-def test_many_tasks_are_fitted(tmp_path: Path) -> None:
+def test_many_tasks_are_fitted(tmp_path):
     program = blocks("python")[2]
-    tokenizer = word_tokenizer(re.findall(r"\w+|[^\w\s]+", program))
-    tiny_llama(vocabulary=len(tokenizer)).save_pretrained(tmp_path / "my-model-folder")
-    tokenizer.save_pretrained(tmp_path / "my-model-folder")
+    save_model(program, tmp_path)
     assert run(program, tmp_path).rstrip().endswith("'] {}")
     for name in ("queue", "mood"):
         assert (tmp_path / "classifiers" / name / "adapter_model.safetensors").is_file()
 
 
-def test_the_manifest_of_many_tasks_names_two(tmp_path: Path) -> None:
+def test_the_manifest_of_many_tasks_names_two(tmp_path):
     (tmp_path / "tasks.yaml").write_text(blocks("yaml")[1])
     _, tasks = read_many_manifest(tmp_path / "tasks.yaml")
     assert [task.label for task in tasks.values()] == ["Label", "Label"]
@@ -98,12 +97,9 @@ def test_the_manifest_of_many_tasks_names_two(tmp_path: Path) -> None:
     assert tasks["organisations"].text == ["Paper title", "Organization name"]
 
 
-def test_a_bank_generates_for_two_customers_and_the_base_model(tmp_path: Path) -> None:
+def test_a_bank_generates_for_two_customers_and_the_base_model(tmp_path):
     (program,) = blocks("python", MIXED)
-    tokenizer = word_tokenizer(re.findall(r"\w+", program))
-    model = tiny_llama(vocabulary=len(tokenizer))
-    model.save_pretrained(tmp_path / "my-model-folder")
-    tokenizer.save_pretrained(tmp_path / "my-model-folder")
+    model = save_model(program, tmp_path)
     for name in ("customer-a", "customer-b"):
         adapted = IA3Model(model, IA3Config(init_ia3_weights=False))
         adapted.save_pretrained(tmp_path / "adapters" / name)

@@ -58,41 +58,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Loaded when first used: torch and transformers take seconds to import.
-_HOME = {
-    "AdapterBank": "bank.bank",
-    "AutoPeftModel": "model.auto",
-    "AutoPeftModelForCausalLM": "model.auto",
-    "AutoPeftModelForFeatureExtraction": "model.auto",
-    "AutoPeftModelForQuestionAnswering": "model.auto",
-    "AutoPeftModelForSeq2SeqLM": "model.auto",
-    "AutoPeftModelForSequenceClassification": "model.auto",
-    "AutoPeftModelForTokenClassification": "model.auto",
-    "FewShotClassifier": "classify.estimator",
-    "FittedTasks": "classify.fit_many",
-    "IA3Config": "targets.config",
-    "IA3Error": "errors",
-    "IA3Model": "model.ia3_model",
-    "InContextClassifier": "experiments.in_context",
-    "MissingExtraError": "errors",
-    "PeftModelForCausalLM": "model.ia3_model",
-    "PeftModelForFeatureExtraction": "model.ia3_model",
-    "PeftModelForQuestionAnswering": "model.ia3_model",
-    "PeftModelForSeq2SeqLM": "model.ia3_model",
-    "PeftModelForSequenceClassification": "model.ia3_model",
-    "PeftModelForTokenClassification": "model.ia3_model",
-    "PeftType": "targets.config",
-    "TaskType": "targets.config",
-    "embedded_model_folder": "base.embedded",
-    "explain": "targets.resolve",
-    "fit_many": "classify.fit_many",
-    "combine": "adapter.combining",
-    "get_peft_model": "model.ia3_model",
-    "get_peft_model_state_dict": "compat.state_dicts",
-    "inject_adapter_in_model": "compat.state_dicts",
-    "load_base_model": "base.loading",
-    "prepare_model_for_kbit_training": "compat.kbit",
-    "set_peft_model_state_dict": "compat.state_dicts",
+_TASKS = (
+    *("CausalLM", "FeatureExtraction", "QuestionAnswering", "Seq2SeqLM"),
+    *("SequenceClassification", "TokenClassification"),
+)
+_STATE_DICTS = ("get_peft_model_state_dict", "set_peft_model_state_dict")
+_NAMES = {
+    "adapter.combining": ["combine"],
+    "bank.bank": ["AdapterBank"],
+    "base.embedded": ["embedded_model_folder"],
+    "base.loading": ["load_base_model"],
+    "classify.estimator": ["FewShotClassifier"],
+    "classify.fit_many": ["FittedTasks", "fit_many"],
+    "compat.kbit": ["prepare_model_for_kbit_training"],
+    "compat.state_dicts": ["inject_adapter_in_model", *_STATE_DICTS],
+    "errors": ["IA3Error", "MissingExtraError"],
+    "experiments.in_context": ["InContextClassifier"],
+    "model.auto": ["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS)],
+    "model.ia3_model": ["IA3Model", "get_peft_model", *(f"PeftModelFor{task}" for task in _TASKS)],
+    "targets.config": ["IA3Config", "PeftType", "TaskType"],
+    "targets.resolve": ["explain"],
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 # PEFT's names for the same things: there is one kind of adapter here.
 _PEFT_NAMES = {"PeftConfig": "IA3Config", "PeftModel": "IA3Model"}
 __all__ = sorted({*_HOME, *_PEFT_NAMES})

@@ -1,7 +1,5 @@
 """`ia3 list`, `inspect`, `diff`, `search` and `combine`, as processes."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -49,11 +47,8 @@ def place(tmp_path, folder):
     return Place(tmp_path)
 
 
-def mean_octaves(vector: torch.Tensor) -> float:
+def mean_octaves(vector):
     return float(vector.double().abs().clamp(min=2**-6).log2().mean())
-
-
-# -- list ------------------------------------------------------------------------------------------
 
 
 def test_list_json(place, folder):
@@ -78,9 +73,8 @@ def test_list_json(place, folder):
 @pytest.mark.parametrize("width", ["100", "24"])
 def test_list_in_a_terminal(place, width):
     (place.folder / "empty").mkdir()
-    done, absent, empty = place.run_all(
-        *(("list", name) for name in ("adapters", "nowhere", "empty")), COLUMNS=width
-    )
+    commands = [("list", name) for name in ("adapters", "nowhere", "empty")]
+    done, absent, empty = place.run_all(*commands, COLUMNS=width)
     assert (done.returncode, done.stderr) == (0, "")
     plain = done.stdout.translate({ord(c): None for c in "│ \n"})
     for expected in ("team/c", "tiny/gpt2", "values", "lora", "peft_typeis'LORA'", "KiB"):
@@ -99,19 +93,14 @@ def test_neither_list_nor_inspect_nor_diff_load_torch(place):
     assert not {"torch", "transformers"} & place.loaded
 
 
-# -- inspect ---------------------------------------------------------------------------------------
-
-
 def test_inspect_json(place):
     (found,) = said(place.run("inspect", "adapters/a", "--json"))["adapters"]
     stored = read_adapter(place.folder / "adapters" / "a")
     assert found["adapter"] == "adapters/a"
     assert [each["site"] for each in found["by_site"]] == sorted(stored.vectors)
     flat = torch.cat([v.flatten() for v in stored.vectors.values()]).double().numpy()
-    for each, values in [
-        (found, flat),
-        *((one, stored.vectors[one["site"]].double().numpy().ravel()) for one in found["by_site"]),
-    ]:
+    of_sites = [(e, stored.vectors[e["site"]].double().numpy().ravel()) for e in found["by_site"]]
+    for each, values in [(found, flat), *of_sites]:
         size = np.abs(values)
         assert each["values"] == values.size
         assert each["mean"] == pytest.approx(np.log2(np.maximum(size, 2**-6)).mean())
@@ -187,9 +176,6 @@ def test_inspect_refuses_what_cannot_be_read(place):
     assert place.names() == {"adapters"}
 
 
-# -- diff ------------------------------------------------------------------------------------------
-
-
 def test_diff_json(place):
     whole, itself, others = place.run_all(
         ("diff", "adapters/a", "adapters/b", "--top", 3, "--json"),
@@ -229,9 +215,6 @@ def test_diff_in_a_terminal_and_in_files(place):
     assert (place.folder / "maps.png").read_bytes().startswith(PNG)
 
 
-# -- search ----------------------------------------------------------------------------------------
-
-
 def test_search(place):
     mix = ("adapters/a", "adapters/b", "--weights", "9,1", "--combination-type", "geometric_mean")
     like = ("search", "adapters", "--like")
@@ -253,9 +236,6 @@ def test_search(place):
     assert expected in " ".join(shown.stdout.split())
 
 
-# -- combine ---------------------------------------------------------------------------------------
-
-
 COMBINATIONS = [
     ("--combination-type", "average"),
     ("--combination-type", "geometric_mean", "--weights", "1,3"),
@@ -267,13 +247,8 @@ COMBINATIONS = [
 
 def test_what_is_combined_is_what_a_model_combines_and_peft_reads(place, make_model):
     both = ("combine", "adapters/a", "adapters/b")
-    *runs, listed = place.run_all(
-        *(
-            (*both, *options, "--out", f"new/{number}", "--json")
-            for number, options in enumerate(COMBINATIONS)
-        ),
-        ("list", "new", "--json"),
-    )
+    combine = [(*both, *o, "--out", f"new/{n}", "--json") for n, o in enumerate(COMBINATIONS)]
+    *runs, listed = place.run_all(*combine, ("list", "new", "--json"))
     model = ia3.PeftModel.from_pretrained(make_model("llama"), place.folder / "adapters" / "a", "a")
     model.load_adapter(place.folder / "adapters" / "b", "b")
     for number, (options, done) in enumerate(zip(COMBINATIONS, runs, strict=True)):
@@ -284,14 +259,10 @@ def test_what_is_combined_is_what_a_model_combines_and_peft_reads(place, make_mo
         assert made["adapter_bytes"] == weights.stat().st_size
         assert made["adapters"] == ["adapters/a", "adapters/b"]
         given = dict(zip(options[::2], options[1::2], strict=True))
-        model.add_weighted_adapter(
-            ["a", "b"],
-            made["weights"],
-            name,
-            made["combination_type"],
-            density=float(given["--density"]) if "--density" in given else None,
-            majority_sign_method=given.get("--majority-sign-method", "total"),  # type: ignore[arg-type]
-        )
+        density = float(given["--density"]) if "--density" in given else None
+        more = {"density": density, "majority_sign_method": "frequency" if density else "total"}
+        kind = made["combination_type"]
+        model.add_weighted_adapter(["a", "b"], made["weights"], name, kind, **more)
         stored = load_file(weights)
         for site, vector in vectors(model, name).items():
             assert torch.equal(stored[f"base_model.model.{site}.ia3_l"], vector)
@@ -349,9 +320,6 @@ def test_combine_warns_where_only_names_could_tell(place, folder):
     assert done.returncode == 0
     assert "warning: nothing but their names tells" in done.stderr
     assert "'elsewhere/llama', 'tiny/llama'" in done.stderr
-
-
-# -- names ----------------------------------------------------------------------------------------
 
 
 def test_what_a_terminal_would_obey_is_escaped(place, folder):

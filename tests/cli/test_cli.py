@@ -1,7 +1,5 @@
 """The `ia3` command, as processes: what they print, write and leave behind."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import datetime
@@ -85,10 +83,11 @@ def test_help_loads_nothing_heavy_and_says_how_long_training_is(place):
     runs = place.run_all(*((*command.split(), "--help") for command in COMMANDS))
     assert {(run.returncode, run.stderr) for run in runs} == {(0, "")}
     assert not place.loaded
-    steps = inspect.signature(FewShotClassifier).parameters["steps"].default
+    parameters = inspect.signature(FewShotClassifier).parameters
     shown = " ".join("".join(run.stdout for run in runs).replace("│", " ").split())
     # Of `fit` and `compare`.
-    assert shown.count(f"{steps} if absent") == 2
+    assert shown.count(f"[default: {parameters['steps'].default}]") == 2
+    assert f"[default: {parameters['learning_rate'].default}]" in shown
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,7 @@ def test_predict_into_a_file_and_evaluate(fitted):
     refused, done, evaluated = place.run_all(
         (*predict, "old.csv"),
         (*predict, "out.tsv", "--force"),
-        ("evaluate", "my-adapter", "--data", "train.csv", "--json"),
+        ("evaluate", "my-adapter", "--data", "train.csv", "--max-tokens", 1, "--json"),
     )
     assert_refused(refused, "old.csv exists already")
     assert (place.folder / "old.csv").read_text() == "old"
@@ -232,10 +231,8 @@ def test_fit_begins_with_another_adapter_rescales_upper_blocks_or_replaces(fitte
         (*fit, "x", "--upper-blocks", 3),
     )
     assert [run.returncode for run in done] == [0, 0, 0], done
-    first, same, ones, upper = (
-        load_file(folder / "adapter_model.safetensors")
-        for folder in (before, *(place.folder / name for name in ("same", "ones", "upper")))
-    )
+    folders = (before, *(place.folder / name for name in ("same", "ones", "upper")))
+    first, same, ones, upper = (load_file(f / "adapter_model.safetensors") for f in folders)
     assert first.keys() == same.keys() == ones.keys()
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert all((vector == 1).all() for vector in ones.values())
@@ -283,16 +280,6 @@ def test_fit_many(model_place):
     assert pace.stat().st_mtime_ns == written
 
 
-def test_few_tokens_at_once_change_nothing_but_rounding(fitted):
-    place, _ = fitted
-    predict = ("predict", "my-adapter", "--data", "train.csv", "--json")
-    runs = place.run_all(predict, (*predict, "--max-tokens", 1))
-    answers = [[json.loads(line) for line in done.stdout.splitlines()] for done in runs]
-    for at_once, in_parts in zip(*answers, strict=True):
-        assert at_once["prediction"] == in_parts["prediction"]
-        assert at_once["probability"] == pytest.approx(in_parts["probability"], abs=1e-4)
-
-
 @pytest.mark.datasets
 def test_data_in_parquet_and_in_folders_of_datasets(fitted, model_place):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
@@ -309,11 +296,8 @@ def test_data_in_parquet_and_in_folders_of_datasets(fitted, model_place):
     for source in ("train.parquet", "several"):
         done = place.fit("--data", source, "--out", f"of-{source}", "--steps", 3)
         assert done.returncode == 0, done.stderr
-        written = [
-            (folder / "adapter_model.safetensors").read_bytes()
-            for folder in (place.folder / f"of-{source}", from_csv)
-        ]
-        assert written[0] == written[1]
+        folders = (place.folder / f"of-{source}", from_csv)
+        assert len({(f / "adapter_model.safetensors").read_bytes() for f in folders}) == 1
     for options, count in (((), 2), (("--split", "train"), 4)):
         done = place.run("evaluate", "of-several", "--data", "several", "--json", *options)
         assert json.loads(done.stdout)["examples"] == count, done.stderr
@@ -353,12 +337,7 @@ def test_refused_before_any_model(place):
         (*fit, "x"): "data file none.csv does not exist",
         (*predict, "x.txt"): "x.txt ends in '.txt'",
         (*predict, "file/x.csv"): "file: Not a directory",
-        (
-            "predict",
-            "x",
-            "--data",
-            "a.csv",
-        ): "a.csv, line 2: there is a column 'prediction' already",
+        ("predict", "x", "--data", "a.csv"): "line 2: there is a column 'prediction' already",
         ("predict", "x", "--data", "b.csv"): "line 2: there is a column 'probability' already",
         (*unfit, "c.jsonl", "--choice", "one=good"): "no label 'one' among ['1', '2']",
         (*unfit, "d.csv"): "did you mean 'labels'?",
@@ -391,9 +370,8 @@ def test_usage_errors(place):
         *((*fit, *arguments) for arguments in USAGE_ERRORS),
         ("predict", "x", "--data", "a.csv", "--out", "b.csv", "--json"),
     )
-    for done, message in zip(
-        [*fits, predict], [*USAGE_ERRORS.values(), "b.csv would not be JSON Lines"], strict=True
-    ):
+    messages = [*USAGE_ERRORS.values(), "b.csv would not be JSON Lines"]
+    for done, message in zip([*fits, predict], messages, strict=True):
         assert (done.returncode, done.stdout) == (2, "")
         assert message in done.stderr
         assert "Traceback" not in done.stderr
@@ -413,10 +391,8 @@ def test_refused_with_one_line(fitted):
         (*fit, "--template", "{{ text.__class__.__mro__ }}"): "is refused: access to attribute",
         (*fit, "--label", "same"): "all labels are 'x'",
         ("predict", model, "--data", "a.csv"): "ia3_task.json is not there",
-        ("evaluate", "my-adapter", "--data", "b.jsonl"): (
-            "b.jsonl, line 3: the label 'slwo' is not among the choices ['fast', 'slow']; did you "
-            "mean 'slow'?"
-        ),
+        ("evaluate", "my-adapter", "--data", "b.jsonl"): "b.jsonl, line 3: the label 'slwo' is not "
+        "among the choices ['fast', 'slow']; did you mean 'slow'?",
     }
     for done, message in zip(place.run_all(*cases), cases.values(), strict=True):
         assert_refused(done, message)
@@ -493,6 +469,5 @@ def test_interrupted(model_place):
     finally:
         process.kill()
         os.close(terminal)
-    assert b"Traceback" not in shown
-    assert b"Exception" not in shown
+    assert not re.search(rb"Traceback|Exception", shown)
     assert model_place.names() == {"train.csv"}

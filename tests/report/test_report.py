@@ -81,11 +81,7 @@ def test_the_identity_is_zero_everywhere():
 @pytest.mark.parametrize(
     ("names", "layers", "sites"),
     [
-        (
-            [f"transformer.h.{i}.mlp.c_proj" for i in (10, 9, 0, 11, 2)],
-            ["0", "2", "9", "10", "11"],
-            ["mlp.c_proj"],
-        ),
+        ([f"h.{i}.mlp.wo" for i in (10, 9, 0, 11, 2)], ["0", "2", "9", "10", "11"], ["mlp.wo"]),
         (["lm_head", "layers.0.wo"], ["0", "other"], ["lm_head", "wo"]),
     ],
 )
@@ -95,30 +91,23 @@ def test_layers_are_sorted_by_number_and_what_is_outside_comes_last(names, layer
 
 
 def test_t5_has_its_encoder_first_and_no_cross_attention_there():
-    grid = layer_site_grid(
-        {
-            "decoder.block.0.layer.0.SelfAttention.k": torch.ones(2),
-            "decoder.block.0.layer.1.EncDecAttention.k": torch.ones(2),
-            "encoder.block.10.layer.0.SelfAttention.k": torch.ones(2),
-            "encoder.block.2.layer.1.DenseReluDense.wo": torch.ones(2),
-        }
+    names = (
+        "decoder.block.0.layer.0.SelfAttention.k",
+        "decoder.block.0.layer.1.EncDecAttention.k",
+        "encoder.block.10.layer.0.SelfAttention.k",
+        "encoder.block.2.layer.1.DenseReluDense.wo",
     )
+    grid = layer_site_grid({name: torch.ones(2) for name in names})
     assert grid.layers == ["encoder.2", "encoder.10", "decoder.0"]
-    assert grid.sites == [
-        "layer.DenseReluDense.wo",
-        "layer.EncDecAttention.k",
-        "layer.SelfAttention.k",
-    ]
+    sites = ("DenseReluDense.wo", "EncDecAttention.k", "SelfAttention.k")
+    assert grid.sites == [f"layer.{site}" for site in sites]
     assert_array_equal(np.isnan(grid.values["mean"]), [[0, 1, 1], [1, 1, 0], [1, 0, 0]])
 
 
 def test_the_experts_of_a_layer_share_a_cell():
-    grid = layer_site_grid(
-        {
-            "model.layers.0.mlp.experts.0.down_proj": torch.tensor([2.0, 2.0, 2.0]),
-            "model.layers.0.mlp.experts.1.down_proj": torch.tensor([0.5]),
-        }
-    )
+    values = ([2.0, 2.0, 2.0], [0.5])
+    names = [f"model.layers.0.mlp.experts.{i}.down_proj" for i in range(2)]
+    grid = layer_site_grid({n: torch.tensor(v) for n, v in zip(names, values, strict=True)})
     assert grid.sites == ["mlp.experts.down_proj"]
     assert_allclose(grid.values["mean"], [[0.5]])
     assert_allclose(grid.values["inhibited"], [[0.25]])
@@ -149,9 +138,8 @@ def test_the_page_is_whole_and_shows_what_it_was_given():
 
 def test_the_maps_show_the_grids_numbers():
     page = Page(report(vectors={"h.0.wo": torch.tensor([2.0, 0.5, 1.0, 4.0])}))
-    assert "layer 0, wo: +0.500 octaves" in page.texts["title"]
-    assert "layer 0, wo: 25% inhibited" in page.texts["title"]
-    assert "layer 0, wo: 50% amplified" in page.texts["title"]
+    for shown in ("+0.500 octaves", "25% inhibited", "50% amplified"):
+        assert f"layer 0, wo: {shown}" in page.texts["title"]
 
 
 def test_nothing_is_fetched():
@@ -241,17 +229,7 @@ def test_a_layer_that_lacks_a_site_is_marked():
 
 
 def test_without_matplotlib_the_extra_is_named():
-    code = """
-import sys
-sys.modules["matplotlib"] = None
-from ia3.errors import MissingExtraError
-from ia3.report.training_report import training_report
-try:
-    training_report(title="", facts=[], history=[], classes=["a"], confusion_before=[[1]],
-                    confusion_after=[[1]], vectors={})
-except MissingExtraError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "drawing pictures needs the package 'matplotlib'" in done.stdout
-    assert "pip install 'ia3[report]'" in done.stdout
+    code = 'import sys; sys.modules["matplotlib"] = None; import ia3.report.figures'
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "MissingExtraError: drawing pictures needs the package 'matplotlib'" in done.stderr
+    assert "pip install 'ia3[report]'" in done.stderr

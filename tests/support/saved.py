@@ -13,16 +13,9 @@ WORDS = ("it", "is", "a", "good", "bad", "day", "so", "what", "great", "awful", 
 
 def formula_llama() -> nn.Module:
     """Two layers, 16 wide, 64 tokens."""
-    return _by_formula(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    )
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return _by_formula(LlamaConfig(**sizes, **heads, num_hidden_layers=2))
 
 
 def formula_gpt2() -> nn.Module:

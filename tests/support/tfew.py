@@ -62,18 +62,10 @@ def random_base(config: PreTrainedConfig, seed: int = 0) -> BaseModel:
 
 def tiny_llama(seed: int = 0, vocabulary: int = VOCABULARY, **settings: object) -> nn.Module:
     """Two layers, 32 wide; the settings are `LlamaConfig`'s."""
-    settings = {"max_position_embeddings": 512, **settings}
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        **settings,
-    )
-    return random_model(config, seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    settings = {**sizes, "initializer_range": 0.2, **settings}
+    return random_model(LlamaConfig(vocab_size=vocabulary, **settings), seed)
 
 
 T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}

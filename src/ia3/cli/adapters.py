@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ..errors import IA3Error
 from ..files.atomic import write_file
-from ..report.console import counting_bar, results, visible
+from ..report.console import counting_bar, print_rows, results, visible
 from . import options
 from .options import check_files, check_out, print_json, reason, report, say, warn, write_adapter
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from ..report.maps import SiteMap
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Looked through with all below it.")]
+AdapterFolders = Annotated[list[Path], typer.Argument(help="Folders of adapters.")]
 AdapterFolder = Annotated[Path, typer.Argument(help="An adapter's folder.")]
 Png = Annotated[Path | None, typer.Option(help="Draw the maps into this PNG file.")]
 Html = Annotated[Path | None, typer.Option(help="Write a page with the maps into this file.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 
 STATISTICS = {"mean": "{:+.3f}", "spread": "{:.3f}", "inhibited": "{:.1%}", "amplified": "{:.1%}"}
 
@@ -53,30 +53,22 @@ def list_adapters(folder: Folder, as_json: options.Json = False) -> None:
         print_json(adapters=[_outlined(each) for each in found], broken=_broken(broken))
         return
     header = ("adapter", "base model", "sites", "values", "size", "modified")
-    rows = [
-        [
-            os.path.relpath(each.folder, folder),
-            each.config.base_model_name_or_path or "-",
-            f"{len(each.shapes):,}",
-            f"{each.values:,}",
-            _size(each.adapter_bytes),
-            _moment(each.modified).strftime("%Y-%m-%d %H:%M"),
-        ]
-        for each in found
-    ]
-    _print_rows("", header, rows, names=2)
+    rows = []
+    for each in found:
+        names = [os.path.relpath(each.folder, folder), each.config.base_model_name_or_path or "-"]
+        counts = [f"{len(each.shapes):,}", f"{each.values:,}", _size(each.adapter_bytes)]
+        rows.append([*names, *counts, _moment(each.modified).strftime("%Y-%m-%d %H:%M")])
+    print_rows("", header, rows, names=2)
     reasons = [[os.path.relpath(path, folder), why] for path, why in broken.items()]
-    _print_rows("broken", ("adapter", "reason"), reasons, names=2)
+    print_rows("broken", ("adapter", "reason"), reasons, names=2)
     _print(f"{len(found):,} adapters, {len(broken):,} broken")
 
 
 def inspect(
-    adapters: Annotated[
-        list[Path], typer.Argument(help="Folders of adapters; of several, the means are shown.")
-    ],
+    adapters: AdapterFolders,
     png: Png = None,
     html: Html = None,
-    force: Force = False,
+    force: options.ReplaceFiles = False,
     as_json: options.Json = False,
 ) -> None:
     """Show what adapters switch off and on: a table, and maps by layer and site."""
@@ -100,20 +92,17 @@ def inspect(
         by_site = [
             {"site": name, "values": v.size, **heatmap.statistics(v)} for name, v in vectors.items()
         ]
-        copies = {"copies": outline.copies}
-        found.append({**_outlined(outline), **copies, **whole, "by_site": by_site})
+        more = {"copies": outline.copies, **whole, "by_site": by_site}
+        found.append(_outlined(outline) | more)
         grids.append((str(path), heatmap.layer_site_grid(vectors)))
     facts = _facts(found)
     if html is not None:
         title = grids[0][0] if len(grids) == 1 else f"{len(grids)} adapters"
-        page = drawing.maps_page(
-            title, facts, drawing.maps_of_adapters(grids, drawing.MOST_ON_PAGE)
-        )
-        write_file(html, page.encode())
+        shown = drawing.maps_of_adapters(grids, drawing.MOST_ON_PAGE)
+        write_file(html, drawing.maps_page(title, facts, shown).encode())
     if png is not None:
-        write_file(
-            png, drawing.maps_picture(drawing.maps_of_adapters(grids, drawing.MOST_IN_PICTURE))
-        )
+        shown = drawing.maps_of_adapters(grids, drawing.MOST_IN_PICTURE)
+        write_file(png, drawing.maps_picture(shown))
     if as_json:
         print_json(adapters=found, files=list(map(str, files)))
         return
@@ -127,10 +116,10 @@ def inspect(
             [name, f"{of['vectors']:,}", f"{of['values']:,}", *_shown(of)]
             for name, of in zip(names, sites, strict=True)
         ]
-        _print_rows("over all layers", ("site", "vectors", "values", *STATISTICS), rows)
+        print_rows("over all layers", ("site", "vectors", "values", *STATISTICS), rows)
     else:
         rows = [[of["adapter"], f"{of['values']:,}", *_shown(of)] for of in found]
-        _print_rows("", ("adapter", "values", *STATISTICS), rows)
+        print_rows("", ("adapter", "values", *STATISTICS), rows)
         _print(f"\nMeans over {len(grids)} adapters:")
     _print_maps(maps.site_maps([heatmap.mean_grid([grid for _, grid in grids])])[0])
     _print(
@@ -149,7 +138,7 @@ def diff(
     top: Annotated[int, typer.Option(help="How many of the largest changes to show.", min=0)] = 10,
     png: Png = None,
     html: Html = None,
-    force: Force = False,
+    force: options.ReplaceFiles = False,
     as_json: options.Json = False,
 ) -> None:
     """Show how a second adapter differs from a first."""
@@ -174,9 +163,7 @@ def diff(
     ]
     identity = "- (one of them is the identity)"
     facts = [
-        ("first", str(first)),
-        ("second", str(second)),
-        ("values", f"{whole.values:,}"),
+        *(("first", str(first)), ("second", str(second)), ("values", f"{whole.values:,}")),
         ("cosine of the log-scales", identity if whole.cosine is None else f"{whole.cosine:+.4f}"),
         ("norm of the difference", f"{whole.norm:.4g}"),
         ("mean change", f"{whole.change:+.4f} octaves"),
@@ -193,19 +180,14 @@ def diff(
     if other_base is not None:
         warn(f"they are adapters of different base models: {other_base}")
     if as_json:
-        print_json(
-            first=str(first),
-            second=str(second),
-            **{key: value for key, value in asdict(whole).items() if key != "site"},
-            by_site=[asdict(site) for site in sites],
-            largest_changes=[asdict(each) for each in changes],
-            other_base=other_base,
-            files=list(map(str, files)),
-        )
+        figures = {name: value for name, value in asdict(whole).items() if name != "site"}
+        figures |= {"by_site": list(map(asdict, sites)), "other_base": other_base}
+        figures |= {"largest_changes": list(map(asdict, changes)), "files": list(map(str, files))}
+        print_json(first=str(first), second=str(second), **figures)
         return
     _print_facts(facts)
     _print_maps(maps)
-    _print_rows("largest changes", header, rows)
+    print_rows("largest changes", header, rows)
     for path in files:
         say(f"written: {path}")
 
@@ -218,23 +200,19 @@ def search(
 ) -> None:
     """Find the adapters most like one, by the cosine of their log-scales."""
     from ..adapter.layout import find_adapters
-    from ..adapter.similarity import search as nearest
+    from ..adapter.similarity import search as search_among
 
     outline = _outline(like)
     folders = list(find_adapters(folder))
     with catch_warnings(action="ignore"), counting_bar("adapters", len(folders)) as progress:
-        found = nearest(outline, folders, top, progress)
+        found = search_among(outline, folders, top, progress)
     if as_json:
-        print_json(
-            like=str(like),
-            nearest=[{"adapter": str(n.adapter), "cosine": n.cosine} for n in found.nearest],
-            compared=found.compared,
-            other_base=found.other_base,
-            broken=_broken(found.broken),
-        )
+        nearest = [{"adapter": str(n.adapter), "cosine": n.cosine} for n in found.nearest]
+        counts = {"compared": found.compared, "other_base": found.other_base}
+        print_json(like=str(like), nearest=nearest, **counts, broken=_broken(found.broken))
         return
     rows = [[os.path.relpath(n.adapter, folder), f"{n.cosine:+.4f}"] for n in found.nearest]
-    _print_rows("", ("adapter", "cosine"), rows)
+    print_rows("", ("adapter", "cosine"), rows)
     _print(
         f"{found.compared:,} compared; passed over: {found.other_base:,} of another base model, "
         f"{len(found.broken):,} broken"
@@ -242,20 +220,16 @@ def search(
 
 
 def combine(
-    adapters: Annotated[list[Path], typer.Argument(help="Folders of the adapters.")],
+    adapters: AdapterFolders,
     out: Annotated[Path, typer.Option(help="Folder for the new adapter.")],
     combination_type: Annotated[
         str, typer.Option(help="linear, average, geometric_mean, task_arithmetic or ties.")
     ] = "average",
     weights: Annotated[
-        str | None,
-        typer.Option(help="A number for each adapter, with commas between; 1 each if absent."),
+        str | None, typer.Option(help="Numbers with commas between; 1 each if absent.")
     ] = None,
     density: Annotated[
-        float | None,
-        typer.Option(
-            help="For ties: the share of an adapter's values that is kept, 0.2 if absent."
-        ),
+        float | None, typer.Option(help="For ties: the share of values kept, 0.2 if absent.")
     ] = None,
     majority_sign_method: Annotated[
         str, typer.Option(help="For ties: total (of the values) or frequency.")
@@ -270,42 +244,34 @@ def combine(
         given = ["1"] * len(adapters) if weights is None else weights.split(",")
         numbers = [float(part) for part in given]
     except ValueError as error:
-        raise typer.BadParameter(
-            f"{weights!r} is not a list of numbers with commas between", param_hint="--weights"
-        ) from error
+        problem = f"{weights!r} is not a list of numbers with commas between"
+        raise typer.BadParameter(problem, param_hint="--weights") from error
     check_out(out, force)
-    from ..adapter.combining import check_combination
     from ..adapter.combining import combine as combined_of
     from ..adapter.store import read_adapter
 
-    check_combination(combination_type, density, majority_sign_method)
     stored = [(str(path), read_adapter(path)) for path in adapters]
-    nameless = [(name, adapter) for name, adapter in stored if adapter.base is None]
+    nameless = [name for name, adapter in stored if adapter.base is None]
     bases = {adapter.config.base_model_name_or_path for _, adapter in stored}
     if nameless and len(bases) > 1:
-        warn(
-            f"nothing but their names tells whether they are of one base model: "
-            f"{', '.join(sorted(map(repr, bases)))} ({nameless[0][0]} has no fingerprint)"
-        )
-    adapter = combined_of(
-        stored,
-        numbers,
-        combination_type,  # type: ignore[arg-type]  # checked above
-        density,
-        majority_sign_method,  # type: ignore[arg-type]
-    )
+        names = ", ".join(sorted(map(repr, bases)))
+        why = f"{names} ({nameless[0]} has no fingerprint)"
+        warn(f"nothing but their names tells whether they are of one base model: {why}")
+    method: Any = combination_type, density, majority_sign_method
+    adapter = combined_of(stored, numbers, *method)
     adapter.config = replace(adapter.config, inference_mode=True)
     size = write_adapter(out, adapter)
     values = sum(vector.numel() for vector in adapter.vectors.values())
+    sites = len(adapter.vectors)
     report(
         as_json,
-        f"{combination_type} of {len(adapters)} adapters: {len(adapter.vectors)} vectors of "
-        f"{values:,} values; {_size(size)} in {out}",
+        f"{combination_type} of {len(adapters)} adapters: {sites} vectors of {values:,} values; "
+        f"{_size(size)} in {out}",
         adapter=str(out),
         combination_type=combination_type,
         adapters=list(map(str, adapters)),
         weights=numbers,
-        sites=len(adapter.vectors),
+        sites=sites,
         values=values,
         adapter_bytes=size,
     )
@@ -336,9 +302,7 @@ def _outlined(outline: Outline) -> dict[str, Any]:
 
 
 def _broken(reasons: Mapping[Path, str]) -> list[dict[str, str]]:
-    return [
-        {"adapter": str(path), "reason": " ".join(why.split())} for path, why in reasons.items()
-    ]
+    return [{"adapter": str(p), "reason": " ".join(why.split())} for p, why in reasons.items()]
 
 
 # -- printing -------------------------------------------------------------------------------------
@@ -346,19 +310,14 @@ def _broken(reasons: Mapping[Path, str]) -> list[dict[str, str]]:
 
 def _facts(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     bases = sorted({of["base_model"] or "-" for of in found})
-    facts = [
-        ("adapter" if len(found) == 1 else "adapters", ", ".join(of["adapter"] for of in found)),
-        ("base model", ", ".join(bases)),
-    ]
-    if len(found) == 1:
-        (of,) = found
-        facts += [
-            ("sites", f"{of['sites']:,}"),
-            ("values", f"{of['values']:,}"),
-            ("size", _size(of["adapter_bytes"])),
-            *zip(STATISTICS, _shown(of), strict=True),
-        ]
-    return facts
+    first, *others = found
+    names = ", ".join(of["adapter"] for of in found)
+    facts = [("adapters" if others else "adapter", names), ("base model", ", ".join(bases))]
+    if others:
+        return facts
+    facts += [(name, f"{first[name]:,}") for name in ("sites", "values")]
+    facts.append(("size", _size(first["adapter_bytes"])))
+    return [*facts, *zip(STATISTICS, _shown(first), strict=True)]
 
 
 def _config_facts(outline: Outline) -> Iterator[tuple[str, str]]:
@@ -389,33 +348,6 @@ def _print_maps(maps: Sequence[SiteMap]) -> None:
 
     for tables in heat_tables(maps, results.width):
         results.print(tables)
-
-
-def _print_rows(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1
-) -> None:
-    """Print a table, if there are rows; a line a value where it is too wide for the terminal.
-
-    The first columns, so many as `names` says, are names, which may be broken into lines.
-    """
-    if not rows:
-        return
-    rows = [[visible(value) for value in row] for row in rows]
-    table = Table(title=title or None)
-    for name in header[:names]:
-        table.add_column(name, overflow="fold", min_width=12)
-    for name in header[names:]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    if results.measure(table, options=results.options.update(width=10_000)).minimum > results.width:
-        # A table this narrow would break or cut off numbers, which could then not be read.
-        table = Table(title=title or None, show_header=False, show_lines=True)
-        table.add_column(overflow="fold")
-        for row in rows:
-            lines = (f"{name}: {value}" for name, value in zip(header, row, strict=True))
-            table.add_row(Text("\n".join(lines)))
-    results.print(table)
 
 
 def _shown(of: Mapping[str, Any]) -> list[str]:

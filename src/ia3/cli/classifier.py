@@ -14,7 +14,7 @@ from ..files.tables import delimiter_of, fields_of, write_table
 from ..report.console import counting_bar, print_confusion, results, training_bar
 from . import options
 from .labelled import check_columns, labels_among, parse_choices
-from .options import check_files, check_out, given, positive, print_json, report, silence_loading
+from .options import check_files, check_out, given, print_json, report, silence_loading
 
 if TYPE_CHECKING:
     from ..classify.estimator import FewShotClassifier
@@ -30,28 +30,17 @@ def fit(
     split: options.Split = "train",
     subset: options.Subset = None,
     model: options.BaseModelName = options.DEFAULT_MODEL,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Jinja prompt template; may be given several times. It names the text columns; "
-            "one alone is {{ text }}, whatever its name. In bash, $'...' takes \\n as a new line."
-        ),
-    ] = None,
+    template: options.Template = None,
     choice: options.Choices = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps; 100 if absent.", min=0)] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate; 0.01 if absent.", callback=positive)
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Of the order of the examples.", min=0, max=2**32 - 1)
-    ] = 0,
+    steps: Annotated[int, typer.Option(help="Training steps.", min=0)] = 100,
+    learning_rate: options.LearningRate = 0.01,
+    seed: options.Seed = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     init_from: Annotated[
         str | None, typer.Option(help="Adapter to begin with, a folder or hub id, instead of ones.")
     ] = None,
     upper_blocks: Annotated[
-        int | None,
-        typer.Option(help="Rescale only so many uppermost blocks: faster to train.", min=1),
+        int | None, typer.Option(help="Rescale so many uppermost blocks: faster to train.", min=1)
     ] = None,
     checkpoints: options.Checkpoints = None,
     max_tokens: options.MaxTokens = None,
@@ -70,17 +59,10 @@ def fit(
     from ..adapter.layout import WEIGHTS_NAME
     from ..classify.estimator import FewShotClassifier
 
+    settings = given(steps=steps, learning_rate=learning_rate, seed=seed, max_tokens=max_tokens)
+    settings |= given(chat=chat, init_from=init_from, upper_blocks=upper_blocks, choices=choices)
     classifier = FewShotClassifier(
-        model=model,
-        template=template or None,
-        choices=choices,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        chat=chat,
-        init_from=init_from,
-        upper_blocks=upper_blocks,
-        **given(steps=steps, learning_rate=learning_rate, max_tokens=max_tokens),
+        model=model, template=template or None, device=device, dtype=dtype, **settings
     )
     started = time.perf_counter()
     with training_bar(classifier.steps) as on_step:
@@ -110,16 +92,13 @@ def predict(
     subset: options.Subset = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="File to write; its suffix says whether CSV, TSV or JSON Lines. Standard output "
-            "if absent."
-        ),
+        typer.Option(help="CSV, TSV or JSON Lines file; CSV on standard output if absent."),
     ] = None,
     model: options.Model = None,
     max_tokens: options.MaxTokens = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    force: options.ReplaceFiles = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON Lines instead of CSV on standard output.")
     ] = False,
@@ -132,10 +111,8 @@ def predict(
     for column in ("prediction", "probability"):
         for row in rows:
             if column in row:
-                raise IA3Error(
-                    f"{row.where}: there is a column {column!r} already, which predict adds: "
-                    "rename it"
-                )
+                taken = f"there is a column {column!r} already, which predict adds: rename it"
+                raise IA3Error(f"{row.where}: {taken}")
     classifier = _load(adapter, model, max_tokens, device, dtype)
     probabilities = _probabilities(classifier, fields_of(rows, text))
     labels = classifier.classes_at(probabilities).tolist()
@@ -171,18 +148,11 @@ def evaluate(
     macro_f1 = float(f1_score(truth, predicted, average="macro", labels=sorted(set(truth))))
     matrix = confusion_matrix(truth, predicted, labels=classes).tolist()
     if as_json:
-        print_json(
-            accuracy=accuracy,
-            macro_f1=macro_f1,
-            examples=len(rows),
-            classes=classes,
-            confusion=matrix,
-        )
-    else:
-        print_confusion(results, classes, matrix)
-        results.print(
-            f"accuracy [bold]{accuracy:.1%}[/], macro F1 {macro_f1:.1%}, {len(rows)} rows"
-        )
+        scores = {"accuracy": accuracy, "macro_f1": macro_f1, "examples": len(rows)}
+        print_json(**scores, classes=classes, confusion=matrix)
+        return
+    print_confusion(results, classes, matrix)
+    results.print(f"accuracy [bold]{accuracy:.1%}[/], macro F1 {macro_f1:.1%}, {len(rows)} rows")
 
 
 def _load(

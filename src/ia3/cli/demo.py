@@ -30,9 +30,7 @@ PROMISES = {
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the adapter and the report.")] = Path(
-        "ia3-demo"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ia3-demo"),
     model: options.BaseModelName = options.DEFAULT_MODEL,
     as_json: options.Json = False,
 ) -> None:
@@ -66,10 +64,9 @@ def demo(
     classes = tuned.classes_.tolist()
     answers = {"before": before, "after": after}
     accuracies = {k: float(accuracy_score(test_labels, each)) for k, each in answers.items()}
-    matrices = {
-        k: confusion_matrix(test_labels, each, labels=classes) for k, each in answers.items()
-    }
+    matrices = {}
     for when, accuracy in accuracies.items():
+        matrices[when] = confusion_matrix(test_labels, answers[when], labels=classes)
         screen.print(f"\n[bold]{when} training: {accuracy:.1%} right[/]")
         print_confusion(screen, classes, matrices[when].tolist())
 
@@ -105,20 +102,12 @@ def demo(
         vectors=tuned.adapter_.vectors,
     )
     write_file(report, html.encode())
-    screen.print(
-        f"\n{seconds:.0f} s in all. The adapter is in {adapter}, the report in {report}",
-        markup=False,
-    )
+    said = f"\n{seconds:.0f} s in all. The adapter is in {adapter}, the report in {report}"
+    screen.print(said, markup=False)
     if as_json:
-        print_json(
-            accuracy_before=accuracies["before"],
-            accuracy_after=accuracies["after"],
-            adapter_bytes=adapter_bytes,
-            seconds=round(seconds, 1),
-            **checks,
-            adapter=str(adapter),
-            report=str(report),
-        )
+        scores = {f"accuracy_{when}": accuracy for when, accuracy in accuracies.items()}
+        measured = {"adapter_bytes": adapter_bytes, "seconds": round(seconds, 1)}
+        print_json(**scores, **measured, **checks, adapter=str(adapter), report=str(report))
     if not all(checks.values()):
         raise typer.Exit(1)
 

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 def check_columns(text: Sequence[str], label: str) -> None:
     """Refuse a column that is the text and the label at once."""
     if label in text:
-        raise typer.BadParameter(
-            f"{label!r} is the text and the label at once", param_hint="--label"
-        )
+        problem = f"{label!r} is the text and the label at once"
+        raise typer.BadParameter(problem, param_hint="--label")
 
 
 def by_name(labels: Iterable[Any]) -> dict[str, Any]:
@@ -42,11 +41,7 @@ def labels_among(rows: Sequence[Row], column: str, known: Sequence[Any]) -> list
 
 
 def label_named(name: str, labels: Sequence[Any]) -> Any:
-    """The label of this name, of the labels' type.
-
-    Raises:
-        IA3Error: it is none of them, and none that could be without any example.
-    """
+    """The label of this name, of the labels' type; a whole number may be one without examples."""
     named = by_name(labels)
     label = named.get(name, name)
     if label == name and type(labels[0]) is int and name.lstrip("-").isdecimal():
@@ -64,9 +59,8 @@ def parse_choices(pairs: list[str] | None, labels: list[Any]) -> dict[Any, str] 
     for pair in pairs:
         name, equals, words = pair.partition("=")
         if not equals or not words.strip():
-            raise typer.BadParameter(
-                f"{pair!r}, expected LABEL=WORDS, e.g. 'pos=great'", param_hint="--choice"
-            )
+            problem = f"{pair!r}, expected LABEL=WORDS, e.g. 'pos=great'"
+            raise typer.BadParameter(problem, param_hint="--choice")
         try:
             label = label_named(name, labels)
         except IA3Error as error:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 
 from ..errors import IA3Error
 from ..files.atomic import check_folder
-from ..report.console import training_bar_of_many, visible
+from ..report.console import print_rows, training_bar_of_many
 from .labelled import label_named
 from .options import Device, DType, Json, MaxTokens, print_json, silence_loading
 
@@ -66,18 +62,24 @@ def fit_many(
             fitted = fit(data, classifiers, out=out, on_step=on_step, max_tokens=max_tokens)
     failures |= fitted.failures
     results: list[dict[str, Any]] = []
+    rows = []
     for name in tasks:
-        results.append({"task": name, "examples": len(data[name][0]) if name in data else None})
+        count = len(data[name][0]) if name in data else None
+        results.append({"task": name, "examples": count})
         if name in failures:
-            results[-1]["error"] = str(failures[name])
+            problem = results[-1]["error"] = str(failures[name])
+            rows.append([name, problem, "-" if count is None else str(count), "-", "-"])
             continue
-        history = fitted.classifiers[name].history_
+        history, adapter = fitted.classifiers[name].history_, str(out / name)
         loss = history[-1].loss if history else None
-        results[-1] |= {"steps": len(history), "final_loss": loss, "adapter": str(out / name)}
+        results[-1] |= {"steps": len(history), "final_loss": loss, "adapter": adapter}
+        shown = "-" if loss is None else f"{loss:.3f}"
+        rows.append([name, adapter, str(count), str(len(history)), shown])
     if as_json:
         print_json(tasks=results, seconds=round(time.perf_counter() - started, 2))
     else:
-        Console(emoji=False).print(_table(results))
+        header = ("task", "adapter, or what is wrong", "examples", "steps", "last loss")
+        print_rows("", header, rows, names=2)
     if failures:
         raise typer.Exit(1)
 
@@ -92,18 +94,3 @@ def _read(task: TaskToFit) -> tuple[list[Any], list[Any], dict[Any, str] | None]
     labels = [row[task.label] for row in rows]
     choices = task.choices and {label_named(k, labels): w for k, w in task.choices.items()}
     return fields_of(rows, task.text), labels, choices
-
-
-def _table(results: Sequence[Mapping[str, Any]]) -> Table:
-    numbers = [Column(name, justify="right") for name in ("examples", "steps", "last loss")]
-    table = Table("task", *numbers, Column("adapter, or what is wrong", overflow="fold"))
-    for result in results:
-        loss = result.get("final_loss")
-        cells = result["examples"], result.get("steps"), None if loss is None else f"{loss:.3f}"
-        end = visible(result.get("adapter") or result["error"])
-        table.add_row(
-            Text(visible(result["task"])),
-            *("" if cell is None else str(cell) for cell in cells),
-            Text(end, "red" if "error" in result else ""),
-        )
-    return table

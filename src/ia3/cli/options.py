@@ -29,20 +29,12 @@ def positive(value: float | None) -> float | None:
     return value
 
 
-Source = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        help="CSV, TSV or JSON Lines file in UTF-8, Parquet file, folder of the datasets library, "
-        "or name on the hub.",
-    ),
-]
-Split = Annotated[
-    str, typer.Option(help="Split of the data, of such a folder or name that has several.")
-]
-Subset = Annotated[
-    str | None, typer.Option(help="Subset of the data, of a name on the hub that has several.")
-]
+_SOURCES = (
+    "CSV, TSV, JSON Lines or Parquet file, folder of the datasets library, or name on the hub."
+)
+Source = Annotated[str, typer.Option("--data", help=_SOURCES)]
+Split = Annotated[str, typer.Option(help="Split, of a folder or name that has several.")]
+Subset = Annotated[str | None, typer.Option(help="Subset, of a name that has several.")]
 TextColumns = Annotated[
     list[str], typer.Option("--text", help="Column with the text; give several for several fields.")
 ]
@@ -50,11 +42,21 @@ LabelColumn = Annotated[str, typer.Option("--label", help="Column with the label
 Choices = Annotated[
     list[str] | None, typer.Option(help="LABEL=WORDS to rank for a label; once a label.")
 ]
+Template = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Jinja prompt template; may be given several times. It names the text columns; one "
+        "alone is {{ text }}, whatever its name. In bash, $'...' takes \\n as a new line."
+    ),
+]
 BaseModelName = Annotated[str, typer.Option(help="Model name, folder or hub id.")]
 Model = Annotated[
     str | None, typer.Option(help="Model name, folder or hub id; the adapter's own by default.")
 ]
 AdapterOut = Annotated[Path, typer.Option(help="Folder for the adapter.")]
+Steps = Annotated[int, typer.Option(help="Training steps.", min=1)]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.", callback=positive)]
+Seed = Annotated[int, typer.Option(help="Of all draws.", min=0, max=2**32 - 1)]
 BatchSize = Annotated[int, typer.Option(help="Examples a step.", min=1)]
 Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', ...")]
 DType = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16', ...")]
@@ -65,6 +67,7 @@ Checkpoints = Annotated[
     Path | None,
     typer.Option(help="Folder for checkpoints; the same command goes on from the last one."),
 ]
+ReplaceFiles = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 ReplaceAdapter = Annotated[
     bool, typer.Option("--force", help="Replace the adapter in a folder that exists.")
 ]

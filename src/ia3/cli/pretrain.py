@@ -12,7 +12,7 @@ import typer
 
 from ..report.console import counting_bar, screen, table_of, training_bar
 from . import options
-from .options import check_out, given, positive, report, silence_loading, write_adapter
+from .options import check_out, given, report, silence_loading, write_adapter
 
 if TYPE_CHECKING:
     from ..tfew.training.trainer import TrainingStep
@@ -24,16 +24,13 @@ def pretrain(
     ],
     out: options.AdapterOut,
     model: options.BaseModelName = options.DEFAULT_MODEL,
-    steps: Annotated[int, typer.Option(help="Training steps; 100,000 in the paper.", min=1)] = 1000,
+    steps: options.Steps = 1000,
     batch_size: options.BatchSize = 16,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate; 0.003 if absent.", callback=positive)
-    ] = None,
+    learning_rate: options.LearningRate = 0.003,
     cap: Annotated[
-        int | None,
-        typer.Option(help="A task of more examples counts as one of so many; 500,000.", min=1),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.", min=0, max=2**32 - 1)] = 0,
+        int, typer.Option(help="A task of more examples counts as one of so many.", min=1)
+    ] = 500_000,
+    seed: options.Seed = 0,
     checkpoints: options.Checkpoints = None,
     max_tokens: options.MaxTokens = None,
     device: options.Device = "auto",
@@ -47,29 +44,19 @@ def pretrain(
     from ..base.loading import load_base_model
     from ..tfew import TFewConfig
     from ..tfew.prompts.manifest import read_manifest
-    from ..tfew.training.pretraining import CAP, mixing_rates
+    from ..tfew.training.pretraining import mixing_rates
     from ..tfew.training.pretraining import pretrain as train_mixture
 
     settings = given(learning_rate=learning_rate, max_tokens=max_tokens)
     config = TFewConfig(steps=steps, batch_size=batch_size, seed=seed, **settings)
-    cap = CAP if cap is None else cap
     tasks = read_manifest(manifest)
     rates = mixing_rates({task.name: len(task.train) for task in tasks}, cap)
-    mixture: list[dict[str, Any]] = [
-        {
-            "task": task.name,
-            "examples": len(task.train),
-            "templates": len(task.templates),
-            "rate": rates[task.name],
-        }
-        for task in tasks
-    ]
+    names = ("task", "examples", "templates", "rate")
+    counts = [(t.name, len(t.train), len(t.templates), rates[t.name]) for t in tasks]
+    mixture = [dict(zip(names, of_task, strict=True)) for of_task in counts]
     if not as_json:
-        rows = [
-            [row["task"], f"{row['examples']:,}", str(row["templates"]), f"{row['rate']:.1%}"]
-            for row in mixture
-        ]
-        screen.print(table_of(list(mixture[0]), rows))
+        rows = [[name, f"{n:,}", str(templates), f"{r:.1%}"] for name, n, templates, r in counts]
+        screen.print(table_of(names, rows))
     base = load_base_model(model, device=device, dtype=dtype)
     started = time.perf_counter()
     show: Any = None
@@ -85,7 +72,7 @@ def pretrain(
             final_loss = step.loss
             show(step)
 
-        progress = bar.enter_context(counting_bar("encoding", sum(r["examples"] for r in mixture)))
+        progress = bar.enter_context(counting_bar("encoding", sum(n for _, n, _, _ in counts)))
         more: dict[str, Any] = {"cap": cap, "checkpoints": checkpoints}
         adapter = train_mixture(base, tasks, config, on_step=on_step, progress=progress, **more)
     seconds = time.perf_counter() - started
@@ -107,10 +94,7 @@ def convert(
     file: Annotated[Path, typer.Argument(help="A .pt file of the T-Few authors' code.")],
     model: Annotated[
         str,
-        typer.Option(
-            help="Folder or hub id of the T5 it is for, such as bigscience/T0_3B; its config.json "
-            "is all that is read."
-        ),
+        typer.Option(help="T5 it is for, as bigscience/T0_3B; only its config.json is read."),
     ],
     out: options.AdapterOut,
     force: options.ReplaceAdapter = False,

@@ -14,7 +14,7 @@ from ..files.atomic import check_folder, write_file
 from ..files.tables import write_table
 from ..report.console import counting_bar, results, table_of
 from . import options
-from .options import positive, print_json, say, silence_loading
+from .options import given, print_json, say, silence_loading
 
 if TYPE_CHECKING:
     from ..experiments.raft import PublicScore, RaftScore
@@ -32,8 +32,7 @@ class _Sites(StrEnum):
 def raft(
     data: Annotated[Path, typer.Option(help="Folder with a folder for each task.")],
     out: Annotated[
-        Path,
-        typer.Option(help="Folder for the results; the same command again goes on where it was."),
+        Path, typer.Option(help="Folder for the results; the same command goes on where it was.")
     ] = Path("ia3-raft"),
     model: options.BaseModelName = options.DEFAULT_MODEL,
     methods: Annotated[
@@ -45,24 +44,21 @@ def raft(
     folds: Annotated[
         int, typer.Option(help="Of 10 examples that are held out; 5 are all.", min=1, max=5)
     ] = 5,
-    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 1000,
+    steps: options.Steps = 1000,
     batch_size: options.BatchSize = 8,
-    learning_rate: Annotated[
-        float, typer.Option(help="Peak learning rate.", callback=positive)
-    ] = 3e-3,
+    learning_rate: options.LearningRate = 3e-3,
     sites: Annotated[
         _Sites, typer.Option(help="What is rescaled: all linear layers, or the paper's sites.")
     ] = _Sites.ALL_LINEAR,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="Longer prompts are cut; by the model if absent.", min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of all draws.", min=0, max=2**32 - 1)] = 0,
+    seed: options.Seed = 0,
     submit: Annotated[
         bool, typer.Option(help="Predict the test sets too, with tfew, in the benchmark's form.")
     ] = True,
     banking77: Annotated[
-        Path | None,
-        typer.Option(help="Folder with Banking77's test.csv and train.csv, to score its test set."),
+        Path | None, typer.Option(help="Folder with Banking77's CSV files, to score its test set.")
     ] = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
@@ -80,11 +76,9 @@ def raft(
     from ..experiments.raft_data import public_labels, read_raft
     from ..tfew import TFewConfig
 
-    settings = experiment.RaftSettings(
-        TFewConfig(steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
-        sites.value,
-        max_prompt_tokens,
-    )
+    rate = given(learning_rate=learning_rate)
+    recipe = TFewConfig(steps=steps, batch_size=batch_size, seed=seed, **rate)
+    settings = experiment.RaftSettings(recipe, sites.value, max_prompt_tokens)
     chosen = experiment.parse_methods(methods)
     submit = submit and "tfew" in chosen
     tasks = read_raft(data, task or ())
@@ -92,10 +86,8 @@ def raft(
     if banking77 is not None:
         submitted = [one for one in tasks if submit and one.name == BANKING]
         if not submitted:
-            raise typer.BadParameter(
-                f"scores tfew's submission of {BANKING}, which this run does not make",
-                param_hint="--banking77",
-            )
+            problem = f"scores tfew's submission of {BANKING}, which this run does not make"
+            raise typer.BadParameter(problem, param_hint="--banking77")
         truth = public_labels(submitted[0], banking77)
     from ..base.loading import load_base_model
 
@@ -115,10 +107,8 @@ def raft(
     for one in tasks if submit else ():
         with counting_bar(f"{one.name}, submission", steps + len(one.test)) as progress:
             predicted = experiment.submission(base, one, settings, results=out, progress=progress)
-        rows = [
-            {"ID": row["ID"], "Label": label}
-            for row, label in zip(one.test, predicted, strict=True)
-        ]
+        answered = zip(one.test, predicted, strict=True)
+        rows = [{"ID": row["ID"], "Label": label} for row, label in answered]
         path = out / "submission" / one.name / "predictions.csv"
         write_table(rows, path, as_json=False)
         if not as_json:
@@ -128,10 +118,7 @@ def raft(
             write_file(out / "table.md", _markdown(scores, public).encode())
     if as_json:
         print_json(
-            scores=[
-                {name: value for name, value in vars(score).items() if value != ()}
-                for score in scores
-            ],
+            scores=[{n: v for n, v in vars(score).items() if v != ()} for score in scores],
             mean={m: _mean(scores, m, "macro_f1") for m in chosen},
             submission=str(out / "submission") if submit else None,
             banking77=None if public is None else vars(public),

@@ -32,17 +32,12 @@ def maps_of_adapters(
 ) -> list[tuple[str, list[SiteMap]]]:
     """(name, maps) of adapters on common scales: their means first where there are several.
 
-    Args:
-        grids: of each adapter, with its name; at least one.
-        most: with more adapters than this there are the means alone.
+    With more adapters than `most` there are the means alone.
     """
-    shown = list(grids)
+    shown = list(grids) if len(grids) <= most else []
     if len(grids) > 1:
         mean = mean_grid([grid for _, grid in grids])
-        shown = [
-            (f"Mean over {len(grids)} adapters", mean),
-            *(grids if len(grids) <= most else ()),
-        ]
+        shown.insert(0, (f"Mean over {len(grids)} adapters", mean))
     maps = site_maps([grid for _, grid in shown])
     return [(name, of_one) for (name, _), of_one in zip(shown, maps, strict=True)]
 

@@ -41,16 +41,11 @@ def cells(summary: Summary) -> list[str]:
     accuracy = summary.accuracy
     quartiles = f"{100 * accuracy.lower:.1f} to {100 * accuracy.upper:.1f}"
     return [
-        TITLES[summary.method],
-        f"{100 * accuracy.median:.1f}",
-        quartiles if summary.runs > 1 else "-",
-        str(summary.runs),
-        _seconds(summary.train_seconds),
-        _seconds(summary.answer_seconds),
-        _flops(summary.flops_before),
-        _flops(summary.flops_an_answer),
-        f"{summary.stored_bytes:,}",
-        _used(summary),
+        *(TITLES[summary.method], f"{100 * accuracy.median:.1f}"),
+        *(quartiles if summary.runs > 1 else "-", str(summary.runs)),
+        *(_seconds(summary.train_seconds), _seconds(summary.answer_seconds)),
+        *(_flops(summary.flops_before), _flops(summary.flops_an_answer)),
+        *(f"{summary.stored_bytes:,}", _used(summary)),
     ]
 
 
@@ -90,10 +85,6 @@ def picture(summaries: Sequence[Summary], kind: Literal["png", "svg"]) -> bytes:
 
     A point is a method's median over its runs, its whiskers are the quartiles. A hollow point is
     in-context learning if it computed its demonstrations for every answer.
-
-    Args:
-        summaries: one a method, at least one.
-        kind: of the file. The same summaries give the same bytes.
     """
     with settings({"font.size": 9}):
         figure = Figure(figsize=(8.8, 3.9), layout="constrained")

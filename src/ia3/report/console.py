@@ -51,13 +51,7 @@ def training_bar(steps: int) -> Iterator[Any]:
 
 @contextmanager
 def training_bar_of_many(steps: Mapping[str, int]) -> Iterator[Any]:
-    """A progress bar of training many tasks, with how many are done.
-
-    Args:
-        steps: task name -> its steps.
-
-    Yields the `on_step` that moves it, called with a task's name and its step.
-    """
+    """A progress bar of training many tasks; `on_step` gets a task's name and its step."""
     words = "steps, {task.fields[done]} of {task.fields[tasks]} tasks done"
     total = sum(steps.values())
     with _bar("training", total, words, done=0, tasks=len(steps)) as (task, update):
@@ -110,19 +104,40 @@ def _print_line(progress: Progress) -> None:
 
 
 def table_of(header: Sequence[str], rows: Iterable[Sequence[str | Text]], **more: Any) -> Table:
-    """A table of text: the first column to the left, numbers to the right.
-
-    Args:
-        header: the columns' names.
-        rows: texts are made visible; what is a rich Text already stays as it is.
-        more: rich's settings of a table.
-    """
+    """A table of text made visible: the first column to the left, numbers to the right."""
     table = Table(**more)
     for column, name in enumerate(header):
         table.add_column(Text(visible(name)), justify="right" if column else "left")
     for row in rows:
         table.add_row(*(Text(visible(c)) if isinstance(c, str) else c for c in row))
     return table
+
+
+def print_rows(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1
+) -> None:
+    """Print a table, if there are rows; a line a value where it is too wide for the terminal.
+
+    The first columns, so many as `names` says, are names, which may be broken into lines.
+    """
+    if not rows:
+        return
+    rows = [[visible(value) for value in row] for row in rows]
+    table = Table(title=title or None)
+    for name in header[:names]:
+        table.add_column(name, overflow="fold", min_width=12)
+    for name in header[names:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    if results.measure(table, options=results.options.update(width=10_000)).minimum > results.width:
+        # A table this narrow would break or cut off numbers, which could then not be read.
+        table = Table(title=title or None, show_header=False, show_lines=True)
+        table.add_column(overflow="fold")
+        for row in rows:
+            lines = (f"{name}: {value}" for name, value in zip(header, row, strict=True))
+            table.add_row(Text("\n".join(lines)))
+    results.print(table)
 
 
 def print_confusion(console: Console, classes: list[Any], matrix: list[list[int]]) -> None:

@@ -52,12 +52,7 @@ _LONGEST_LABEL = 26
 
 
 def training_curve(history: Sequence[TrainingStep], *, name: str) -> str:
-    """The loss and its three terms over the steps: every step faint, the running mean bold.
-
-    Args:
-        history: at least two steps.
-        name: of the figure, a prefix to the ids in it.
-    """
+    """The loss and its three terms over two steps or more: each faint, the running mean bold."""
     steps = [record.step for record in history]
     with settings(_STYLE):
         figure, axes = _canvas(750, 290, left=46, right=12, top=10, bottom=36)
@@ -89,25 +84,16 @@ def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def confusion_matrix(
     counts: NDArray[np.float64], classes: Sequence[str], most: float, name: str, description: str
 ) -> str:
-    """True labels on the rows, predicted ones on the columns, the stronger the more.
-
-    Args:
-        counts: `[classes, classes]`.
-        classes: their names.
-        most: the count of full strength, so that several matrices can share a scale.
-        name: of the figure, a prefix to the ids in it.
-        description: for readers who do not see it.
-    """
+    """True labels on the rows, predicted ones on the columns, `most` at full strength."""
     n = len(classes)
     classes = [_drawable(each) for each in classes]
     labels = [_shortened(each) for each in classes]
     widest = max(_text_width(label) for label in labels)
     side = 300.0
-    below = 0.7 * widest + 38
+    left, below = widest + 30, 0.7 * widest + 38
     with settings(_STYLE):
-        figure, axes = _canvas(
-            side + widest + 38, side + below + 8, left=widest + 30, right=8, top=8, bottom=below
-        )
+        whole = side + left + 8, side + below + 8
+        figure, axes = _canvas(*whole, left=left, right=8, top=8, bottom=below)
         tooltips = {}
         for row, column in np.argwhere(counts > 0):
             text = f"{counts[row, column]:g}"
@@ -132,12 +118,7 @@ def confusion_matrix(
 
 
 def layer_site_map(shown: SiteMap, *, name: str) -> str:
-    """Layers from left to right, sites from top to bottom, the stronger the farther from 0.
-
-    Args:
-        shown: the map.
-        name: of the figure, a prefix to the ids in it.
-    """
+    """Layers from left to right, sites from top to bottom, the stronger the farther from 0."""
     layers, sites = shown.layers, shown.sites
     labels = [_shortened(_drawable(site)) for site in sites]
     stacks = [layer.rpartition(".")[0] for layer in layers]
@@ -227,13 +208,10 @@ def _write(
 
 
 def _inline_svg(figure: Figure, name: str, description: str, tooltips: Mapping[str, str]) -> str:
-    """The figure as an `<svg>` element of an HTML page.
+    """The figure, drawn in stand-in colours, as an `<svg>` element of an HTML page.
 
-    Args:
-        figure: drawn in stand-in colours.
-        name: put before every id, so that those of several figures on a page differ.
-        description: read out in place of the figure.
-        tooltips: gid of an artist -> the text shown over it.
+    `name` is put before every id, so that those of several figures on a page differ; `tooltips`
+    are texts by the gid of an artist.
     """
     root = ET.fromstring(saved(figure, "svg").decode())
     _, _, width, height = (float(x) for x in root.attrib["viewBox"].split())

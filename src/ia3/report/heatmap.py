@@ -26,12 +26,10 @@ OUTSIDE = "other"
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Figures by layer and site.
+    """Figures by layer and site: name -> `[layers, sites]`, NaN where a layer lacks the site.
 
-    Attributes:
-        layers: `"0"`, `"1"`, ... or `"encoder.0"`, ..., `"decoder.0"`, ...; in the model's order.
-        sites: module names inside a layer, sorted.
-        values: name of a figure -> `[layers, sites]`, NaN where a layer lacks the site.
+    Layers are `"0"`, `"1"`, ... or `"encoder.0"`, ..., `"decoder.0"`, ..., in the model's order;
+    sites are module names inside a layer, sorted.
     """
 
     layers: list[str]
@@ -40,12 +38,9 @@ class Grid:
 
 
 def statistics(values: NDArray[Any]) -> dict[str, float]:
-    """Sum up values, at least one.
+    """The `mean` of log2 |value|, `spread`, and the shares `inhibited` and `amplified`.
 
-    Returns:
-        `mean` of log2 |value|: the amplification in octaves, 0 for the identity, -1 where the
-        activation is halved (values nearer to 0 than 2**-6 count as 2**-6); `spread`, the standard
-        deviation; `inhibited` and `amplified`, the shares with |value| < 0.99 and > 1.01.
+    The mean is in octaves: 0 for the identity, -1 where the activation is halved.
     """
     size = np.abs(values)
     return {
@@ -57,12 +52,7 @@ def statistics(values: NDArray[Any]) -> dict[str, float]:
 
 
 def layer_site_grid(vectors: Mapping[str, Tensor | NDArray[Any]]) -> Grid:
-    """The `statistics` of vectors by layer and site.
-
-    Args:
-        vectors: module name -> vector. Names that differ in a later number only, such as a
-            layer's experts, share a cell: their values are pooled.
-    """
+    """The `statistics` of vectors by layer and site; a layer's experts are pooled."""
     flat = {
         name: np.asarray(v if isinstance(v, np.ndarray) else v.detach().cpu().double(), float)
         for name, v in vectors.items()
@@ -100,12 +90,9 @@ def mean_grid(grids: Sequence[Grid]) -> Grid:
 
 
 def difference_grid(differences: Sequence[SiteDifference]) -> Grid:
-    """How two adapters differ by layer and site; differences that share a cell are pooled.
+    """The `change`, `norm` and `cosine` of `SiteDifference` by layer and site.
 
-    Returns:
-        The figures `change` (mean of log2 |second| − log2 |first|, in octaves), `norm` (of the
-        difference of the values), and `cosine` (of the two log-scales, the mean over a cell's
-        vectors; NaN also where one of the two is the identity).
+    Differences that share a cell are pooled; cosines are averaged over a cell's vectors.
     """
 
     def pooled(parts: NDArray[np.float64]) -> dict[str, float]:

@@ -20,23 +20,13 @@ LEAST = {"octaves": 0.02, "of channels": 0.05, "spread": 0.01, "norm": 0.01, "co
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a map shows, and how.
+    """What a map shows, and how; quantities of the same measure share a scale."""
 
-    Attributes:
-        name: of the figure in a `Grid`, as in JSON.
-        title: in words.
-        positive: colour of the values above 0; those below are `"inhibited"`.
-        short: a format of the value where there is little room.
-        unit: a format of the value with its unit.
-        measure: what the scale counts; quantities of the same measure share a scale.
-        caption: what the map says.
-    """
-
-    name: str
+    name: str  # of the figure in a `Grid`, as in JSON
     title: str
-    positive: str
-    short: str
-    unit: str
+    positive: str  # colour of the values above 0; those below are `"inhibited"`
+    short: str  # a format of the value where there is little room
+    unit: str  # a format of the value with its unit
     measure: str
     caption: str
 
@@ -48,15 +38,7 @@ class Quantity:
 
 @dataclass(frozen=True, eq=False)
 class SiteMap:
-    """One quantity by layer and site.
-
-    Attributes:
-        of: the quantity.
-        layers: as in `Grid`.
-        sites: as in `Grid`.
-        values: `[layers, sites]`, NaN where there is nothing.
-        most: the value of full strength, on either side.
-    """
+    """One quantity `[layers, sites]`, NaN where there is nothing; `most` is full strength."""
 
     of: Quantity
     layers: list[str]

@@ -69,12 +69,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def site_figure(shown: SiteMap, name: str) -> str:
-    """A map of layers and sites with its heading, its scale and what it says.
-
-    Args:
-        shown: the map.
-        name: of the figure; those on a page differ.
-    """
+    """A map with its heading, its scale and what it says; names on a page differ."""
     from . import figures
 
     of, most = shown.of, shown.most

@@ -22,8 +22,7 @@ _CELL = 6
 def heat_tables(maps: Sequence[SiteMap], width: int) -> Iterator[Columns]:
     """A table of each map, a row a layer and a column a site, side by side where they fit.
 
-    Args:
-        width: of the terminal, in characters; sites that do not fit go into further tables.
+    Sites that do not fit into the terminal's width go into further tables.
     """
     sites = maps[0].sites
     # The layer's column, two borders, and a cell with its margin and border.

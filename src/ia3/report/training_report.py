@@ -28,36 +28,20 @@ def training_report(
     confusion_after: ArrayLike,
     vectors: Mapping[str, Tensor],
 ) -> str:
-    """A page that needs nothing but itself: no script, no network. Same input, same bytes.
+    """An HTML page without script or network; same input, same bytes.
 
-    Args:
-        title: of the page.
-        facts: names and values shown on top, e.g. `("accuracy after", "87.5%")`.
-        history: one record a step, at least two.
-        classes: the labels' names, `[classes]`; more than some 20 names are too small to read.
-        confusion_before: how often each label (row) was taken for each (column) by the untuned
-            model, `[classes, classes]`.
-        confusion_after: the same after training.
-        vectors: module name -> vector.
-
-    Returns:
-        HTML.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
+    `facts` are names and values on top, `history` has at least two steps, and a confusion matrix
+    `[classes, classes]` counts how often each label (row) was taken for each (column).
     """
     before, after = (np.asarray(m, dtype=np.float64) for m in (confusion_before, confusion_after))
     maps = [each for each in site_maps([layer_site_grid(vectors)])[0] if each.of.name != "spread"]
     learned = "".join(site_figure(each, f"map-{number}") for number, each in enumerate(maps))
-    return page(
-        title,
-        [
-            facts_list(facts),
-            section("Training", _training(history)),
-            section("Right and wrong answers", _confusions(classes, before, after)),
-            section("What the adapter learned", learned),
-        ],
+    sections = (
+        section("Training", _training(history)),
+        section("Right and wrong answers", _confusions(classes, before, after)),
+        section("What the adapter learned", learned),
     )
+    return page(title, [facts_list(facts), *sections])
 
 
 def _training(history: Sequence[TrainingStep]) -> str:
