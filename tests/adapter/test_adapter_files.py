@@ -4,8 +4,6 @@ Whatever is wrong, the error names the file, what was found and what was expecte
 with adapters of its own or not, merged or not, is what it was.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -18,7 +16,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import VOCABULARY, MakeModel
+from conftest import VOCABULARY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.architectures import build
@@ -26,7 +24,7 @@ from support.disks import full_disk
 from support.pairs import adapted, logits, randomize, relative, vectors
 from support.snapshots import assert_unchanged, snapshot
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from ia3 import IA3Config, IA3Error, IA3Model
 
@@ -38,45 +36,35 @@ DOWN_PROJ = "base_model.model.model.layers.1.mlp.down_proj.ia3_l"
 
 
 @pytest.fixture
-def adapter(tmp_path: Path, make_model: MakeModel) -> Path:
+def adapter(tmp_path, make_model):
     """The folder of an adapter for the tiny LLaMA."""
-    folder = tmp_path / "adapter"
-    adapted(make_model("llama")).save_pretrained(folder)
-    return folder
+    adapted(make_model("llama")).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
 
 
-def edit_config(folder: Path, **changes: object) -> None:
+def edit_config(folder, change):
+    """Write these bytes, or set these keys."""
     path = folder / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    if not isinstance(change, bytes):
+        change = json.dumps({**json.loads(path.read_text()), **change}).encode()
+    path.write_bytes(change)
 
 
 # -- broken files ----------------------------------------------------------------------------------
 
 
-def set_header(folder, **changes):
+def edit_weights(folder, changes=(), **header):
     path = folder / WEIGHTS
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    save_file(load_file(path), path, {**metadata, **changes})
-
-
-def set_tensor(folder, key, value):
-    path = folder / WEIGHTS
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = {**load_file(path), key: value}
-    save_file({k: v for k, v in tensors.items() if v is not None}, path, metadata)
+    tensors = {**load_file(path), **dict(changes)}
+    save_file({k: v for k, v in tensors.items() if v is not None}, path, {**metadata, **header})
 
 
 def write_pickle(folder, content, size=None):
     (folder / WEIGHTS).unlink()
     torch.save(content, folder / PICKLED)
     (folder / PICKLED).write_bytes((folder / PICKLED).read_bytes()[:size])
-
-
-def of_another(kind, folder):
-    """An adapter of another architecture in the place of this one."""
-    adapted(build(kind)).save_pretrained(folder)
 
 
 # What the config's file holds, or keys that are changed in it -> the message.
@@ -132,40 +120,28 @@ HEAD = "base_model.model.lm_head.weight"
 
 
 def with_head(folder, key, value):
-    edit_config(folder, modules_to_save=["lm_head"])
-    set_tensor(folder, HEAD, torch.ones(48, 16))
-    set_tensor(folder, key, value)
+    edit_config(folder, {"modules_to_save": ["lm_head"]})
+    edit_weights(folder, {HEAD: torch.ones(48, 16), key: value})
 
 
 # What is done to the folder -> the message.
 BROKEN: list[tuple[Callable[[Path], object], str]] = [
-    *(
-        (
-            (lambda to, v=v: (to / CONFIG).write_bytes(v))
-            if type(v) is bytes
-            else (lambda to, v=v: edit_config(to, **v)),
-            f"{CONFIG}.*{m}",
-        )
-        for v, m in CONFIGS
-    ),
-    *((lambda to, k=k, v=v: set_tensor(to, k, v), m) for k, v, m in TENSORS),
-    *((lambda to, v=v: set_header(to, **v), f"{WEIGHTS}.*{m}") for v, m in HEADERS),
-    (lambda to: edit_config(to, target_modules="(k"), r"'\(k' is not a regular expression"),
+    *((lambda to, v=v: edit_config(to, v), f"{CONFIG}.*{m}") for v, m in CONFIGS),
+    *((lambda to, k=k, v=v: edit_weights(to, {k: v}), m) for k, v, m in TENSORS),
+    *((lambda to, v=v: edit_weights(to, **v), f"{WEIGHTS}.*{m}") for v, m in HEADERS),
+    (lambda to: edit_config(to, {"target_modules": "(k"}), r"'\(k' is not a regular expression"),
     (lambda to: with_head(to, HEAD, None), r"lacks 'lm_head.weight'.*\(1 missing, 0 not expected"),
     (lambda to: with_head(to, HEAD, torch.ones(5, 16)), r"'lm_head.weight' is \[5, 16\].*expected"),
-    (
-        lambda to: with_head(to, f"{HEAD[:-6]}bias", torch.ones(3)),
-        "holds 'lm_head.bias' .*1 not exp",
-    ),
-    (lambda to: set_header(to, ia3_frozen=frozen([8, 17])), "values 8 to 17.* its output has 16"),
-    (lambda to: set_header(to, ia3_frozen=frozen([5, 2])), "values 5 to 2.* its output has 16"),
-    (lambda to: set_header(to, ia3_frozen=frozen([-2, 2])), "values -2 to 2"),
+    (lambda to: with_head(to, f"{HEAD[:-6]}bias", torch.ones(3)), "holds 'lm_head.bias' .*1 not"),
+    (lambda to: edit_weights(to, ia3_frozen=frozen([8, 17])), "values 8 to 17.* its output has 16"),
+    (lambda to: edit_weights(to, ia3_frozen=frozen([5, 2])), "values 5 to 2.* its output has 16"),
+    (lambda to: edit_weights(to, ia3_frozen=frozen([-2, 2])), "values -2 to 2"),
     (lambda to: (to / WEIGHTS).write_bytes(b""), f"{WEIGHTS} is not a whole safetensors file"),
     (lambda to: write_pickle(to, VECTOR, -100), f"{PICKLED} is not a whole file of tensors alone"),
     (lambda to: write_pickle(to, [torch.ones(1)]), f"{PICKLED}.* named tensors"),
     (lambda to: write_pickle(to, {"a": 1}), f"{PICKLED}.* named tensors"),
-    (lambda to: of_another("gpt2", to), "LlamaForCausalLM"),
-    (lambda to: of_another("t5", to), "LlamaForCausalLM"),
+    (lambda to: adapted(build("gpt2")).save_pretrained(to), "LlamaForCausalLM"),
+    (lambda to: adapted(build("t5")).save_pretrained(to), "LlamaForCausalLM"),
     (lambda to: (to / CONFIG).unlink(), f"{CONFIG} is not there"),
     (lambda to: (to / WEIGHTS).unlink(), f"{WEIGHTS} is not there"),
 ]
@@ -197,14 +173,11 @@ def test_broken_files(adapter, target, damage, message):
     assert_unchanged(model, before)
 
 
-class Hostile:
-    """Unpickled carelessly, it makes a file."""
+class Hostile(str):
+    """Unpickled carelessly, it makes a folder of this name."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self.path),)
+    def __reduce__(self):
+        return os.mkdir, (str(self),)
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda content, file: pickle.dump(content, file)])
@@ -232,13 +205,10 @@ IN_0_4: dict[str, Any] = {
     "revision": None,
     "task_type": "CAUSAL_LM",
 }
+LATER = ("auto_mapping", "revision", "init_ia3_weights")
 VERSIONS: dict[str, dict[str, Any]] = {
     "by hand": {"peft_type": "IA3"},
-    "before 0.4": {
-        key: value
-        for key, value in IN_0_4.items()
-        if key not in ("auto_mapping", "revision", "init_ia3_weights")
-    },
+    "before 0.4": {key: value for key, value in IN_0_4.items() if key not in LATER},
     "0.4": IN_0_4,
     "0.21": {**IN_0_4, "exclude_modules": None, "peft_version": "0.21.2", "task_type": None}
     | {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"}},
@@ -293,7 +263,7 @@ def test_vectors_of_any_floating_dtype_become_float32(adapter, make_model, dtype
 
 def test_what_a_future_version_says_is_kept(adapter, make_model, make_inputs, tmp_path):
     future = {"ia4": {"depth": [1, None]}, "use_rsia3": True, "peft_version": "1.2.3"}
-    edit_config(adapter, **future)
+    edit_config(adapter, future)
     inputs = make_inputs("llama")
     with pytest.warns(UserWarning, match=r"unknown keys \['ia4', 'use_rsia3'\] are kept") as caught:
         model = IA3Model.from_pretrained(make_model("llama"), adapter)
@@ -335,10 +305,8 @@ def test_default_is_in_the_folder_itself_and_others_in_their_own(tmp_path, make_
     assert not old or (folder / "second" / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    "name", ["..", "../second", "a/b", "/tmp/x", "a\\b", ".", ".hidden", "a b"]
-)
-def test_adapter_names_lead_nowhere(adapter: Path, tiny_llama: PreTrainedModel, name: str) -> None:
+@pytest.mark.parametrize("name", ["..", "../second", "a/b", "/tmp/x", "a\\b", ".hidden", "a b"])
+def test_adapter_names_lead_nowhere(adapter, tiny_llama, name):
     """A name becomes the name of a folder."""
     model = adapted(tiny_llama)
     before = snapshot(model)
@@ -378,9 +346,8 @@ def test_vectors_round_trip_bit_for_bit(tmp_path, make_model):
     model.save_pretrained(tmp_path / "deep" / "er")
     expected = model.vectors("default")
     for trainable in (False, True):
-        loaded = IA3Model.from_pretrained(
-            make_model("t5"), tmp_path / "deep" / "er", is_trainable=trainable
-        )
+        base = make_model("t5")
+        loaded = IA3Model.from_pretrained(base, tmp_path / "deep" / "er", is_trainable=trainable)
         found = loaded.vectors("default")
         assert list(found) == list(expected)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -414,9 +381,8 @@ def test_pefts_files_with_embeddings_in_them(make_model, make_inputs, tmp_path, 
             model.resize_token_embeddings(VOCABULARY + 3)
         return model
 
-    config = peft.IA3Config(
-        task_type="CAUSAL_LM", target_modules=[rescaled], feedforward_modules=[]
-    )
+    modules = {"target_modules": [rescaled], "feedforward_modules": []}
+    config = peft.IA3Config(task_type="CAUSAL_LM", **modules)
     theirs = peft.get_peft_model(base(), config).eval()
     randomize(vectors(theirs))
     theirs.save_pretrained(tmp_path / "adapter")

@@ -1,7 +1,5 @@
 """A warning on the wrong base model, and none on the right one however it was loaded."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Callable
@@ -16,14 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.pairs import adapted
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModelForSequenceClassification as SequenceClassifier
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from ia3 import IA3Config, IA3Model
 from ia3.adapter.fingerprint import Fingerprint, fingerprint
@@ -40,8 +32,8 @@ def seeded(make: Callable[[], nn.Module], seed: int) -> Any:
         return make().eval()
 
 
-def llama(seed: int = 0) -> PreTrainedModel:
-    model: PreTrainedModel = seeded(lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), seed)
+def llama(seed=0):
+    model = seeded(lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), seed)
     # As after training, when norms are no longer ones.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -52,17 +44,15 @@ def llama(seed: int = 0) -> PreTrainedModel:
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
+def adapter(tmp_path):
     """The folder of an adapter for `llama()`."""
-    folder = tmp_path / "adapter"
-    adapted(llama()).save_pretrained(folder)
-    return folder
+    adapted(llama()).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
 
 
-def header(folder: Path) -> dict[str, str]:
+def header(folder):
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        metadata: dict[str, str] = file.metadata()
-    return metadata
+        return file.metadata()
 
 
 def says(load: Callable[[], object]) -> list[str]:
@@ -92,7 +82,7 @@ def test_saved_again_unchanged(adapter: Path, tmp_path: Path) -> None:
     assert header(tmp_path / "again") == header(adapter)
 
 
-def resized(tokens: int) -> PreTrainedModel:
+def resized(tokens):
     model = llama()
     model.resize_token_embeddings(tokens)
     return model
@@ -125,10 +115,8 @@ def test_a_warning_on_weights_of_another_seed(adapter, make_inputs, dtype):
     assert "'default'" in message
     assert "'model.embed_tokens.weight' are not those" in message
     # It is a warning: the adapter is there.
-    inputs = make_inputs("llama")
-    assert torch.equal(
-        loaded[0](**inputs).logits, adapted(llama(seed=1).to(dtype))(**inputs).logits
-    )
+    inputs, alone = make_inputs("llama"), adapted(llama(seed=1).to(dtype))
+    assert torch.equal(loaded[0](**inputs).logits, alone(**inputs).logits)
 
 
 def test_a_warning_on_another_seed_even_with_more_tokens(adapter: Path) -> None:
@@ -163,19 +151,16 @@ def test_a_further_adapter_is_looked_at_too(adapter: Path) -> None:
 
 def test_no_warning_for_files_that_say_nothing(adapter: Path) -> None:
     """PEFT's, that is."""
-    save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS, {"format": "pt"})
-    assert says(lambda: IA3Model.from_pretrained(llama(seed=1), adapter)) == []
-    save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS)
-    assert says(lambda: IA3Model.from_pretrained(llama(seed=1), adapter)) == []
+    for metadata in ({"format": "pt"}, None):
+        save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS, metadata)
+        assert says(lambda: IA3Model.from_pretrained(llama(seed=1), adapter)) == []
 
 
 def test_an_untrained_head_is_no_other_base(tmp_path: Path) -> None:
     """Each time a body is loaded for classification, its head is new."""
 
-    def with_head(seed: int) -> PreTrainedModel:
-        model: PreTrainedModel = seeded(
-            lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES)), seed
-        )
+    def with_head(seed):
+        model = seeded(lambda: SequenceClassifier.from_config(LlamaConfig(**SIZES)), seed)
         model.model.load_state_dict(llama().model.state_dict())
         return model
 
@@ -187,15 +172,9 @@ def test_an_untrained_head_is_no_other_base(tmp_path: Path) -> None:
 # -- what adapters change is not the base ----------------------------------------------------------
 
 
-NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "llama": (
-        lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-        {"target_modules": ["embed_tokens", "lm_head"]},
-    ),
-    "linear layers alone": (
-        lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)),
-        {"target_modules": ["0", "1"]},
-    ),
+NETS = {
+    "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), ["embed_tokens", "lm_head"]),
+    "linear layers alone": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), ["0", "1"]),
 }
 
 
@@ -203,7 +182,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 def test_merged_weights_are_not_the_bases(kind, tmp_path):
     """Saved while merged, loaded onto a base that has another adapter merged: still the same."""
     make, modules = NETS[kind]
-    config = {**modules, "feedforward_modules": []}
+    config = {"target_modules": modules, "feedforward_modules": []}
     model = adapted(seeded(make, 0), **config)
     model.save_pretrained(tmp_path / "plain")
     model.merge_adapter()
@@ -221,9 +200,8 @@ def test_merged_weights_are_not_the_bases(kind, tmp_path):
 
 def test_a_rescaled_model_is_seen_as_its_base(make_model: MakeModel, tmp_path: Path) -> None:
     plain = fingerprint(make_model("llama"))
-    model = adapted(
-        make_model("llama"), target_modules=["embed_tokens", "k_proj"], feedforward_modules=[]
-    )
+    config = {"target_modules": ["embed_tokens", "k_proj"], "feedforward_modules": []}
+    model = adapted(make_model("llama"), **config)
     model.add_adapter("second", IA3Config(modules_to_save=["lm_head"]))
     assert fingerprint(model.model) == plain
     assert plain.difference(model.model) is None
@@ -233,9 +211,6 @@ def test_a_rescaled_model_is_seen_as_its_base(make_model: MakeModel, tmp_path: P
     merged = list(model.vectors("default"))
     assert plain.difference(model.model, merged) is None
     assert "model.embed_tokens.weight" not in fingerprint(model.model, merged).samples
-
-
-# -- two fingerprints ------------------------------------------------------------------------------
 
 
 def test_fingerprints_are_compared_where_both_looked() -> None:

@@ -1,10 +1,6 @@
 """Safetensors files: written as the package writes them, read or refused in every way alike."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +10,7 @@ from safetensors.torch import save
 from ia3.adapter.safetensors import DTYPES, read_floats, read_header, read_tensors, write
 from ia3.errors import IA3Error
 
-READERS: list[Callable[[Path], Any]] = [
-    read_header,
-    read_tensors,
-    lambda path: read_floats(path, ""),
-]
+READERS = [read_header, read_tensors, lambda path: read_floats(path, "")]
 VALUES = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([[0.5], [-1.0]])}
 
 
@@ -29,9 +21,8 @@ def test_tensors_of_every_dtype_are_written_as_the_package_does() -> None:
         for number, dtype in enumerate(DTYPES)
     }
     tensors |= {"é": torch.tensor(2.0), "none": torch.ones(0, 4), "a": torch.ones(3)}
-    expected = save(
-        {**tensors, "columns": torch.tensor([[0.0, 2.0], [1.0, 3.0]])}, {"format": "pt"}
-    )
+    columns = torch.tensor([[0.0, 2.0], [1.0, 3.0]])
+    expected = save({**tensors, "columns": columns}, {"format": "pt"})
     tensors["columns"] = torch.arange(4.0).reshape(2, 2).T
     assert write(tensors, {"format": "pt"}) == expected
 
@@ -75,7 +66,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_files_are_named(tmp_path: Path, kind: str, read: Callable[[Path], Any]) -> None:
+def test_broken_files_are_named(tmp_path, kind, read):
     path = tmp_path / "a.safetensors"
     path.write_bytes(BROKEN[kind])
     with pytest.raises(IA3Error, match="not a whole safetensors file") as error:

@@ -1,7 +1,5 @@
 """Folders that version 0.1.0 wrote load with the same bits and the same predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import pytest

@@ -1,7 +1,5 @@
 """The bank: adapters from files and memory, as rows; what becomes of files that change."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import threading

@@ -1,7 +1,5 @@
 """The embedded model's conversion, and loading from folders."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

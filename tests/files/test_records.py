@@ -1,7 +1,5 @@
 """Results that are kept as they come."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

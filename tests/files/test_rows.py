@@ -1,7 +1,5 @@
 """Sources of examples: files, folders of the datasets library, names of the hub."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

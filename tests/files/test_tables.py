@@ -1,7 +1,5 @@
 """Data files: what is read, what is refused and how, what is written."""
 
-from __future__ import annotations
-
 import csv
 import json
 import warnings

@@ -1,7 +1,5 @@
 """YAML files as plain data: strict where YAML is not."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

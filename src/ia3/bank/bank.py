@@ -28,10 +28,9 @@ BASE_SLOT = 0
 
 @dataclass(frozen=True)
 class Registered:
-    """An adapter of a bank; `source` is its folder, or `None` for one that was given in memory.
+    """An adapter of a bank; `source` is its folder, or `None` if it was given in memory.
 
-    A resident one has its values on the device and can be used; a pinned one stays there, or comes
-    back as soon as it can be used again.
+    Resident: its values are on the device and can be used. Pinned: they stay or come back there.
     """
 
     name: str
@@ -97,7 +96,7 @@ class AdapterBank:
             adapter has none. Rows that were never used take no memory on a CPU.
 
     Raises:
-        IA3Error: the capacity or `dtype` is none, or the model has a bank.
+        IA3Error: the capacity is below 1, `dtype` is not a floating one, or the model has a bank.
     """
 
     def __init__(
