@@ -128,13 +128,16 @@ def plain_scores(base: BaseModel, example: EncodedExample) -> torch.Tensor:
 
 
 def tokens_seen(model: nn.Module, work: Callable[[], object]) -> list[int]:
-    """How many tokens the model was given, call by call."""
+    """How many tokens the model embeds, call by call: an encoder-decoder has two calls."""
     seen = []
-    handle = model.register_forward_pre_hook(
-        lambda module, args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True
-    )
+    handles = [
+        module.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.num_embeddings == model.config.vocab_size
+    ]
     try:
         work()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return seen

@@ -1,5 +1,7 @@
 """From fields to token ids, with the embedded model's own tokenizer."""
 
+from functools import partial
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -60,11 +62,6 @@ def test_tokens_are_those_of_the_joined_text_whatever_it_is(text, ending):
     encoded = encoder().encode({"text": text}, template)
     for choice, answer in zip(encoded.choices, CHOICES, strict=True):
         assert encoded.prompt + choice == ids_of(f"{prompt} {answer}")
-
-
-def test_equal_choices_are_refused():
-    with pytest.raises(IA3Error, match=r"'billing' and 'billing' are the same"):
-        encoder(["billing", "other", "billing"]).encode({"text": "x"}, TEMPLATE)
 
 
 def test_a_prompt_of_nothing_is_refused():
@@ -151,17 +148,11 @@ def test_a_limit_below_one_is_an_error():
 def test_chat_puts_the_prompt_into_the_chat_template():
     encoded = encoder(chat=True).encode({"text": "Where is my card?"}, TEMPLATE)
     conversation = [{"role": "user", "content": "Where is my card?\nCategory:"}]
-    expected = TOKENIZER.apply_chat_template(
-        conversation, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    assert list(encoded.prompt) == expected
+    ids = partial(TOKENIZER.apply_chat_template, tokenize=True, return_dict=False)
+    assert list(encoded.prompt) == ids(conversation, add_generation_prompt=True)
     # The answer is the assistant's turn: it begins at once, without a space.
     assert [TOKENIZER.decode(c) for c in encoded.choices] == CHOICES
-    spoken = TOKENIZER.apply_chat_template(
-        [*conversation, {"role": "assistant", "content": CHOICES[1]}],
-        tokenize=True,
-        return_dict=False,
-    )
+    spoken = ids([*conversation, {"role": "assistant", "content": CHOICES[1]}])
     answered = list(encoded.prompt + encoded.choices[1])
     assert spoken[: len(answered)] == answered
 

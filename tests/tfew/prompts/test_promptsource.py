@@ -110,9 +110,8 @@ barless = words.filter(lambda text: "|" not in text)
 @given(text=words, bars=st.booleans(), choices=st.lists(barless, min_size=2, max_size=5))
 def test_any_text_renders_as_in_promptsource(text, bars, choices):
     row = {"text": f"{text}|||{text}" if bars else text, "words": choices, "label": 0}
-    template = of(
-        "About {{ text }}: ||| {{ answer_choices[label] }}", "{{ words | join('|||') }} ||| z"
-    )
+    jinja = "About {{ text }}: ||| {{ answer_choices[label] }}"
+    template = of(jinja, "{{ words | join('|||') }} ||| z")
     expected, parts = as_promptsource_renders(template, {**row, "words": choices})
     assume(all(expected) and len(set(expected)) == len(choices) + 1)
     rendered = template.render(row)
@@ -193,9 +192,8 @@ def test_a_draw_is_the_same_in_prompt_and_target():
         rendered = template.render(example)
         assert rendered.prompt.endswith(f" {rendered.answer}?")
         # A prompt that is too long for the model is rendered again, with its text cut.
-        assert template.prompt.render({"text": example["text"][:80]}, rendered.choices).endswith(
-            f" {rendered.answer}?"
-        )
+        again = template.prompt.render({"text": example["text"][:80]}, rendered.choices)
+        assert again.endswith(f" {rendered.answer}?")
         drawn.add(rendered.answer)
     assert len(drawn) > 10
 
