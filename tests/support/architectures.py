@@ -22,17 +22,11 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to build a tiny model of one architecture, and what to feed it.
-
-    Attributes:
-        new: a model, its weights yet to be drawn.
-        inputs: a batch, the same every time.
-        modules: `target_modules` and `feedforward_modules` where PEFT has no working defaults.
-        output: the field of the model's output to compare.
-    """
+    """How to build a tiny model of one architecture, and what to feed it."""
 
     new: Callable[[], PreTrainedModel]
     inputs: Callable[[], Inputs]
+    # Where PEFT has no working defaults.
     modules: dict[str, Any] = field(default_factory=dict)
     output: str = "logits"
 
@@ -116,263 +110,92 @@ def _sound() -> Inputs:
 
 # -- models ----------------------------------------------------------------------------------------
 
-# What most decoders and encoders call their sizes.
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": INNER,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": POSITIONS,
-}
-TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+# What most decoders and encoders call their sizes, and what the others do.
+LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4}
+BLOCK: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": INNER, **LAYERS}
+SIZES: dict[str, Any] = {**BLOCK, "max_position_embeddings": POSITIONS}
+GPT: dict[str, Any] = {"n_embd": WIDTH, "n_inner": INNER, "n_positions": POSITIONS}
+GPT |= {"n_layer": 2, "n_head": 4}
+T5: dict[str, Any] = {"d_model": WIDTH, "d_kv": HEAD, "d_ff": INNER, "num_layers": 2}
+T5 |= {"num_heads": 4, "decoder_start_token_id": 0, "dropout_rate": 0.0}
+T5 |= {"bos_token_id": None}
+BART: dict[str, Any] = {"d_model": WIDTH}
+for _part in ("encoder", "decoder"):
+    BART |= {f"{_part}_layers": 2, f"{_part}_attention_heads": 4, f"{_part}_ffn_dim": INNER}
+WHISPER: dict[str, Any] = {**BART, "num_mel_bins": 8, "decoder_start_token_id": 1}
+WHISPER |= {"max_source_positions": POSITIONS, "max_target_positions": POSITIONS}
+WHISPER |= {"suppress_tokens": None, "begin_suppress_tokens": None}
+BART |= {"max_position_embeddings": POSITIONS, "decoder_start_token_id": 2}
+MPT: dict[str, Any] = {"d_model": WIDTH, "n_heads": 4, "n_layers": 2}
+MPT |= {"expansion_ratio": 2, "max_seq_len": POSITIONS}
+NEO: dict[str, Any] = {**SIZES, "num_layers": 2, "num_heads": 4, "window_size": 4}
+NEO |= {"attention_types": [[["global", "local"], 1]]}
+TEXT: dict[str, Any] = {"vocab_size": VOCABULARY}
+TEXT |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
+GEMMA: dict[str, Any] = {**GROUPED, "head_dim": HEAD}
+WINDOW: dict[str, Any] = {"sliding_window": 4}
+NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+DEBERTA: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+K_V_FC2 = {"target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"]}
 
 
-def _plain(config: type, model: type, **options: Any) -> Callable[[], PreTrainedModel]:
-    return lambda: model(config(**SIZES, **TOKENS, **options))
-
-
-def _t5(config: type, model: type, **options: Any) -> Callable[[], PreTrainedModel]:
-    return lambda: model(
-        config(
-            vocab_size=VOCABULARY,
-            d_model=WIDTH,
-            d_kv=HEAD,
-            d_ff=INNER,
-            num_layers=2,
-            num_heads=4,
-            decoder_start_token_id=0,
-            eos_token_id=2,
-            pad_token_id=0,
-            dropout_rate=0.0,
-            **options,
-        )
-    )
-
-
-def _gpt2(config: type, model: type) -> Callable[[], PreTrainedModel]:
-    return lambda: model(
-        config(
-            vocab_size=VOCABULARY,
-            n_positions=POSITIONS,
-            n_embd=WIDTH,
-            n_inner=INNER,
-            n_layer=2,
-            n_head=4,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            **TOKENS,
-        )
-    )
-
-
-def _gptj() -> PreTrainedModel:
-    return hf.GPTJForCausalLM(
-        hf.GPTJConfig(
-            vocab_size=VOCABULARY,
-            n_positions=POSITIONS,
-            n_embd=WIDTH,
-            n_inner=INNER,
-            n_layer=2,
-            n_head=4,
-            rotary_dim=4,
-            **TOKENS,
-        )
-    )
-
-
-def _gpt_neo() -> PreTrainedModel:
-    return hf.GPTNeoForCausalLM(
-        hf.GPTNeoConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=INNER,
-            num_layers=2,
-            num_heads=4,
-            attention_types=[[["global", "local"], 1]],
-            window_size=4,
-            max_position_embeddings=POSITIONS,
-            **TOKENS,
-        )
-    )
-
-
-def _bloom() -> PreTrainedModel:
-    return hf.BloomForCausalLM(
-        hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=4, **TOKENS)
-    )
-
-
-def _mpt() -> PreTrainedModel:
-    return hf.MptForCausalLM(
-        hf.MptConfig(
-            vocab_size=VOCABULARY,
-            d_model=WIDTH,
-            n_heads=4,
-            n_layers=2,
-            expansion_ratio=2,
-            max_seq_len=POSITIONS,
-            **TOKENS,
-        )
-    )
-
-
-def _opt() -> PreTrainedModel:
-    return hf.OPTForCausalLM(
-        hf.OPTConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            word_embed_proj_dim=WIDTH,
-            ffn_dim=INNER,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=POSITIONS,
-            **TOKENS,
-        )
-    )
-
-
-def _bart() -> PreTrainedModel:
-    return hf.BartForConditionalGeneration(
-        hf.BartConfig(
-            vocab_size=VOCABULARY,
-            d_model=WIDTH,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=INNER,
-            decoder_ffn_dim=INNER,
-            max_position_embeddings=POSITIONS,
-            decoder_start_token_id=2,
-            forced_eos_token_id=None,
-            **TOKENS,
-        )
-    )
-
-
-def _whisper() -> PreTrainedModel:
-    return hf.WhisperForConditionalGeneration(
-        hf.WhisperConfig(
-            vocab_size=VOCABULARY,
-            num_mel_bins=8,
-            d_model=WIDTH,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=INNER,
-            decoder_ffn_dim=INNER,
-            max_source_positions=POSITIONS,
-            max_target_positions=POSITIONS,
-            decoder_start_token_id=1,
-            suppress_tokens=None,
-            begin_suppress_tokens=None,
-            **TOKENS,
-        )
-    )
+def _new(model: Any, sizes: dict[str, Any] = SIZES, **more: Any) -> Callable[[], PreTrainedModel]:
+    """What makes a model of text, by what its config calls the sizes."""
+    return lambda: model(model.config_class(**{**TEXT, **sizes, **more}))
 
 
 def _vit() -> PreTrainedModel:
-    sizes = {name: SIZES[name] for name in SIZES if name.startswith(("hidden", "inter", "num"))}
-    return hf.ViTForImageClassification(
-        hf.ViTConfig(image_size=8, patch_size=4, num_labels=5, **sizes)
-    )
+    config = hf.ViTConfig(image_size=8, patch_size=4, num_labels=5, **BLOCK)
+    return hf.ViTForImageClassification(config)
 
 
 def _clip() -> PreTrainedModel:
-    sizes = {name: SIZES[name] for name in SIZES if name.startswith(("hidden", "inter", "num"))}
-    return hf.CLIPModel(
-        hf.CLIPConfig(
-            text_config={**SIZES, **TOKENS},
-            vision_config={**sizes, "image_size": 8, "patch_size": 4},
-            projection_dim=16,
-        )
-    )
+    of = {"vision_config": {**BLOCK, "image_size": 8, "patch_size": 4}}
+    of |= {"text_config": {**TEXT, **SIZES}}
+    return hf.CLIPModel(hf.CLIPConfig(**of, projection_dim=16))
 
 
-_GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
-_GEMMA: dict[str, Any] = {**_GROUPED, "head_dim": HEAD}
-_WINDOW: dict[str, Any] = {"sliding_window": 4}
-_K_V_FC2: dict[str, Any] = {
-    "target_modules": ["k_proj", "v_proj", "fc2"],
-    "feedforward_modules": ["fc2"],
-}
+# PEFT's default for Mixtral's feed-forward layers, w2, matches nothing.
+MIXTRAL = {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}
+MPT_MODULES = {"target_modules": ["Wqkv", "down_proj"], "feedforward_modules": ["down_proj"]}
+_mt5 = _new(hf.MT5ForConditionalGeneration, T5, feed_forward_proj="gated-gelu")
+_bart = _new(hf.BartForConditionalGeneration, BART, forced_eos_token_id=None)
+_whisper = _new(hf.WhisperForConditionalGeneration, WHISPER)
+_mixtral = _new(hf.MixtralForCausalLM, **GROUPED, num_local_experts=4)
+_bloom = {"hidden_size": WIDTH, "n_layer": 2, "n_head": 4}
+_falcon = {"hidden_size": WIDTH, "ffn_hidden_size": INNER, **LAYERS}
+_opt = {"hidden_size": WIDTH, "word_embed_proj_dim": WIDTH, "ffn_dim": INNER, **LAYERS}
+_opt |= {"max_position_embeddings": POSITIONS}
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "t5": Architecture(_t5(hf.T5Config, hf.T5ForConditionalGeneration), _text_to_text),
-    "mt5": Architecture(
-        _t5(hf.MT5Config, hf.MT5ForConditionalGeneration, feed_forward_proj="gated-gelu"),
-        _text_to_text,
-    ),
+    "t5": Architecture(_new(hf.T5ForConditionalGeneration, T5), _text_to_text),
+    "mt5": Architecture(_mt5, _text_to_text),
     "bart": Architecture(_bart, _text_to_text),
-    "whisper": Architecture(_whisper, _sound, _K_V_FC2),
-    "gpt2": Architecture(_gpt2(hf.GPT2Config, hf.GPT2LMHeadModel), _text),
-    "gpt_bigcode": Architecture(_gpt2(hf.GPTBigCodeConfig, hf.GPTBigCodeForCausalLM), _text),
-    "gptj": Architecture(_gptj, _text),
-    "gpt_neo": Architecture(_gpt_neo, _text),
-    "gpt_neox": Architecture(_plain(hf.GPTNeoXConfig, hf.GPTNeoXForCausalLM), _text),
-    "llama": Architecture(_plain(hf.LlamaConfig, hf.LlamaForCausalLM, **_GROUPED), _text),
-    "mistral": Architecture(
-        _plain(hf.MistralConfig, hf.MistralForCausalLM, **_GROUPED, **_WINDOW), _text
-    ),
-    # PEFT's default for its feed-forward layers, w2, matches nothing.
-    "mixtral": Architecture(
-        _plain(hf.MixtralConfig, hf.MixtralForCausalLM, **_GROUPED, num_local_experts=4),
-        _text,
-        {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []},
-    ),
-    "qwen2": Architecture(_plain(hf.Qwen2Config, hf.Qwen2ForCausalLM, **_GROUPED), _text),
-    "qwen3": Architecture(_plain(hf.Qwen3Config, hf.Qwen3ForCausalLM, **_GEMMA), _text),
-    "gemma": Architecture(_plain(hf.GemmaConfig, hf.GemmaForCausalLM, **_GEMMA), _text),
-    "gemma2": Architecture(
-        _plain(hf.Gemma2Config, hf.Gemma2ForCausalLM, **_GEMMA, **_WINDOW), _text
-    ),
-    "gemma3": Architecture(
-        _plain(hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, **_GEMMA, **_WINDOW), _text
-    ),
-    "phi": Architecture(_plain(hf.PhiConfig, hf.PhiForCausalLM), _text),
-    "falcon": Architecture(
-        lambda: hf.FalconForCausalLM(
-            hf.FalconConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=WIDTH,
-                ffn_hidden_size=INNER,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                **TOKENS,
-            )
-        ),
-        _text,
-    ),
-    "bloom": Architecture(_bloom, _text),
-    "mpt": Architecture(
-        _mpt,
-        _text,
-        {"target_modules": ["Wqkv", "down_proj"], "feedforward_modules": ["down_proj"]},
-    ),
-    "opt": Architecture(_opt, _text),
-    "bert": Architecture(_plain(hf.BertConfig, hf.BertForMaskedLM), _text),
-    "roberta": Architecture(_plain(hf.RobertaConfig, hf.RobertaForMaskedLM), _text),
-    "deberta": Architecture(
-        _plain(
-            hf.DebertaConfig,
-            hf.DebertaForMaskedLM,
-            relative_attention=True,
-            pos_att_type=["c2p", "p2c"],
-        ),
-        _text,
-    ),
-    "deberta-v2": Architecture(
-        _plain(
-            hf.DebertaV2Config,
-            hf.DebertaV2ForMaskedLM,
-            relative_attention=True,
-            pos_att_type=["c2p", "p2c"],
-        ),
-        _text,
-    ),
-    "vit": Architecture(_vit, _picture, _K_V_FC2),
-    "clip": Architecture(_clip, _text_and_picture, _K_V_FC2, output="logits_per_text"),
+    "whisper": Architecture(_whisper, _sound, K_V_FC2),
+    "gpt2": Architecture(_new(hf.GPT2LMHeadModel, GPT, **NO_DROPOUT), _text),
+    "gpt_bigcode": Architecture(_new(hf.GPTBigCodeForCausalLM, GPT, **NO_DROPOUT), _text),
+    "gptj": Architecture(_new(hf.GPTJForCausalLM, GPT, rotary_dim=4), _text),
+    "gpt_neo": Architecture(_new(hf.GPTNeoForCausalLM, NEO), _text),
+    "gpt_neox": Architecture(_new(hf.GPTNeoXForCausalLM), _text),
+    "llama": Architecture(_new(hf.LlamaForCausalLM, **GROUPED), _text),
+    "mistral": Architecture(_new(hf.MistralForCausalLM, **GROUPED, **WINDOW), _text),
+    "mixtral": Architecture(_mixtral, _text, MIXTRAL),
+    "qwen2": Architecture(_new(hf.Qwen2ForCausalLM, **GROUPED), _text),
+    "qwen3": Architecture(_new(hf.Qwen3ForCausalLM, **GEMMA), _text),
+    "gemma": Architecture(_new(hf.GemmaForCausalLM, **GEMMA), _text),
+    "gemma2": Architecture(_new(hf.Gemma2ForCausalLM, **GEMMA, **WINDOW), _text),
+    "gemma3": Architecture(_new(hf.Gemma3ForCausalLM, **GEMMA, **WINDOW), _text),
+    "phi": Architecture(_new(hf.PhiForCausalLM), _text),
+    "falcon": Architecture(_new(hf.FalconForCausalLM, _falcon), _text),
+    "bloom": Architecture(_new(hf.BloomForCausalLM, _bloom), _text),
+    "mpt": Architecture(_new(hf.MptForCausalLM, MPT), _text, MPT_MODULES),
+    "opt": Architecture(_new(hf.OPTForCausalLM, _opt), _text),
+    "bert": Architecture(_new(hf.BertForMaskedLM), _text),
+    "roberta": Architecture(_new(hf.RobertaForMaskedLM), _text),
+    "deberta": Architecture(_new(hf.DebertaForMaskedLM, **DEBERTA), _text),
+    "deberta-v2": Architecture(_new(hf.DebertaV2ForMaskedLM, **DEBERTA), _text),
+    "vit": Architecture(_vit, _picture, K_V_FC2),
+    "clip": Architecture(_clip, _text_and_picture, K_V_FC2, output="logits_per_text"),
 }
