@@ -27,23 +27,20 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_new_folder_with_what_is_above_it(tmp_path):
-    write_files(tmp_path / "x" / "y", AFTER)
-    assert contents(tmp_path / "x" / "y") == AFTER
-    assert [p.name for p in (tmp_path / "x").iterdir()] == ["y"]
-
-
-def test_others_may_read_as_far_as_the_umask_lets_them(tmp_path: Path) -> None:
+def test_a_new_folder_with_what_is_above_it_as_the_umask_says(tmp_path):
+    new = tmp_path / "x" / "y"
     umask = os.umask(0o027)
     try:
-        write_files(tmp_path / "x", AFTER)
+        write_files(new, AFTER)
     finally:
         os.umask(umask)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o750
-    assert stat.S_IMODE((tmp_path / "x" / "a").stat().st_mode) == 0o640
+    assert contents(new) == AFTER
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["y"]
+    assert stat.S_IMODE(new.stat().st_mode) == 0o750
+    assert stat.S_IMODE((new / "a").stat().st_mode) == 0o640
 
 
-def test_other_files_of_a_folder_stay(folder: Path) -> None:
+def test_other_files_of_a_folder_stay(folder):
     write_files(folder, AFTER)
     assert contents(folder) == {**BEFORE, **AFTER}
 
