@@ -71,7 +71,7 @@ def test_fields_of_one_and_of_several_columns() -> None:
     assert fields_of(rows, ["subject", "stars"]) == [{"subject": "a", "stars": "5"}]
 
 
-def test_empty_texts_bring_one_warning(written: Any) -> None:
+def test_empty_texts_bring_one_warning(written):
     path = written("a.csv", "title,text,label\n,one,x\n, ,y\n,,z\n")
     with pytest.warns(UserWarning, match=r"a\.csv, line 3: the text is empty \(and 1 more\)$"):
         read_rows(path, text=["title", "text"], label="label")
