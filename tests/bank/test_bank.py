@@ -325,9 +325,6 @@ def test_without_its_bank_a_model_is_what_it_was(written):
         again.pin("a1")
 
 
-# -- files that change -----------------------------------------------------------------------------
-
-
 def test_a_replaced_file_is_taken_up_when_refreshed(written, tmp_path):
     folders = {n: Path(shutil.copytree(written[n], tmp_path / n)) for n in ("a1", "a2", "a3")}
     bank = bank_of(folders, capacity=2)
