@@ -80,9 +80,6 @@ def test_half_precision_file_gives_float32(tiny_t5: PreTrainedModel, tmp_path: P
     assert {vector.dtype for vector in vectors.values()} == {torch.float32}
 
 
-# -- the command -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def place(tiny_t5, their_file):
     """A folder with the authors' file and the model's config, whose weights are elsewhere."""
@@ -154,9 +151,6 @@ def test_configs_of_no_t5(tmp_path: Path, config: str | None, message: str) -> N
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(IA3Error, match=message):
         structure_of(tmp_path)
-
-
-# -- vectors that do not fit -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

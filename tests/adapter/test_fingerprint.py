@@ -169,9 +169,6 @@ def test_an_untrained_head_is_no_other_base(tmp_path: Path) -> None:
     assert says(lambda: IA3Model.from_pretrained(with_head(1), tmp_path)) == []
 
 
-# -- what adapters change is not the base ----------------------------------------------------------
-
-
 NETS = {
     "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), ["embed_tokens", "lm_head"]),
     "linear layers alone": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), ["0", "1"]),

@@ -39,9 +39,6 @@ def random_values(seed: int, sites: tuple[str, ...] = SITES) -> dict[str, list[f
     return {site: (1 + generator.normal(0, 0.2, 6)).tolist() for site in sites}
 
 
-# -- files without torch ---------------------------------------------------------------------------
-
-
 def test_an_outline_says_what_the_files_say(tmp_path: Path) -> None:
     base = Fingerprint("llama", {"embed": ([2, 2], [1.0, 2.0])})
     modules = {"target_modules": ["k_proj"], "feedforward_modules": []}
@@ -84,9 +81,6 @@ def test_adapters_are_found_below_a_folder_but_for_hidden_ones(tmp_path: Path) -
     assert list(find_adapters(tmp_path / "b")) == [tmp_path / "b"]
     with pytest.raises(FileNotFoundError):
         list(find_adapters(tmp_path / "nowhere"))
-
-
-# -- differences -----------------------------------------------------------------------------------
 
 
 def test_a_difference_by_hand() -> None:
@@ -142,9 +136,6 @@ def test_a_difference_turned_round(a: Any, b: Any) -> None:
     assert itself.cosine == (pytest.approx(1) if log_scales(a).any() else None)
 
 
-# -- several adapters ------------------------------------------------------------------------------
-
-
 def test_means_over_adapters_are_over_those_that_have_the_cell() -> None:
     one = {"layers.0.k": np.array([4.0, 1.0]), "layers.10.v": np.array([0.5, 0.5])}
     other = {"layers.0.k": np.array([1.0, 1.0]), "layers.2.k": np.array([2.0])}
@@ -169,9 +160,6 @@ def test_a_sites_statistics_are_of_its_values_in_all_layers() -> None:
 def test_sites_are_shortened_as_long_as_they_differ() -> None:
     long = ["layer.DenseReluDense.wo", "layer.EncDecAttention.k", "layer.SelfAttention.k", "k"]
     assert short_sites(long) == ["wo", "EncDecAttention.k", "SelfAttention.k", "k"]
-
-
-# -- search ----------------------------------------------------------------------------------------
 
 
 def brute_force(folders: list[Path], like: Path) -> dict[Path, float]:

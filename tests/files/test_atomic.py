@@ -27,23 +27,20 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_new_folder_with_what_is_above_it(tmp_path):
-    write_files(tmp_path / "x" / "y", AFTER)
-    assert contents(tmp_path / "x" / "y") == AFTER
-    assert [p.name for p in (tmp_path / "x").iterdir()] == ["y"]
-
-
-def test_others_may_read_as_far_as_the_umask_lets_them(tmp_path: Path) -> None:
+def test_a_new_folder_with_what_is_above_it_as_the_umask_says(tmp_path):
+    new = tmp_path / "x" / "y"
     umask = os.umask(0o027)
     try:
-        write_files(tmp_path / "x", AFTER)
+        write_files(new, AFTER)
     finally:
         os.umask(umask)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o750
-    assert stat.S_IMODE((tmp_path / "x" / "a").stat().st_mode) == 0o640
+    assert contents(new) == AFTER
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["y"]
+    assert stat.S_IMODE(new.stat().st_mode) == 0o750
+    assert stat.S_IMODE((new / "a").stat().st_mode) == 0o640
 
 
-def test_other_files_of_a_folder_stay(folder: Path) -> None:
+def test_other_files_of_a_folder_stay(folder):
     write_files(folder, AFTER)
     assert contents(folder) == {**BEFORE, **AFTER}
 
@@ -59,8 +56,8 @@ def test_full_disk_leaves_no_new_folder_and_an_old_one_as_it_was(folder):
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_interruption_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*paths: Path) -> None:
+def test_interruption_leaves_nothing(folder, monkeypatch):
+    def interrupt(*paths):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", interrupt)
@@ -97,22 +94,16 @@ def test_the_longest_name_of_a_file(folder: Path) -> None:
         assert contents(folder) == {**BEFORE, name: content}
 
 
-def test_one_file(folder: Path) -> None:
-    write_file(folder / "a", b"new")
+def test_one_file_or_where_a_link_to_it_leads(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder / "a")
+    write_file(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
     write_file(folder / "deeper" / "c", b"new")
     assert (folder / "a").read_bytes() == (folder / "deeper" / "c").read_bytes() == b"new"
     with full_disk(), pytest.raises(OSError) as raised:
         write_file(folder / "other", b"x" * 2000)
     assert raised.value.filename == str(folder / "other")
     assert (folder / "other").read_bytes() == b"stays"
-
-
-def test_a_link_stays_one(folder: Path, tmp_path: Path) -> None:
-    link = tmp_path / "link"
-    link.symlink_to(folder / "a")
-    write_file(link, b"new")
-    assert link.is_symlink()
-    assert (folder / "a").read_bytes() == b"new"
 
 
 def test_what_cannot_be_written_later(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

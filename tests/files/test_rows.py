@@ -7,20 +7,7 @@ import pytest
 from ia3.errors import IA3Error, MissingExtraError
 from ia3.files.rows import read_rows
 
-ROWS = [
-    {"animal": "cat", "ends": ["barks", "purrs"], "label": 1},
-    {"animal": "dog", "ends": ["barks", "sings two", "flew"], "label": 0},
-    {"animal": "bird", "ends": ["ran", "sings", "purrs"], "label": 1},
-]
-
-
-def test_rows_from_text_files(tmp_path):
-    (tmp_path / "a.csv").write_text("animal,label\ncat,1\n")
-    (tmp_path / "a.jsonl").write_text('{"animal": "cat", "label": 1}\n')
-    assert read_rows(tmp_path / "a.csv") == [{"animal": "cat", "label": "1"}]
-    assert read_rows(str(tmp_path / "a.jsonl")) == [{"animal": "cat", "label": 1}]
-    with pytest.raises(FileNotFoundError):
-        read_rows(tmp_path / "b.csv")
+ROWS = [{"animal": "cat", "ends": ["purrs"], "label": 1}, {"animal": "dog", "ends": [], "label": 0}]
 
 
 @pytest.mark.datasets
@@ -31,7 +18,7 @@ def test_rows_from_parquet(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     rows = read_rows(tmp_path / "a.parquet")
     assert rows == ROWS
-    assert rows[2].where.endswith("a.parquet, row 2")
+    assert rows[1].where.endswith("a.parquet, row 1")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 this is none")
     with pytest.raises(IA3Error, match=r"broken.parquet is not a Parquet file"):
         read_rows(tmp_path / "broken.parquet")
@@ -45,10 +32,9 @@ def test_rows_from_parquet(tmp_path):
 @pytest.mark.datasets
 def test_rows_from_folders_of_datasets(tmp_path):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
-    )
-    data = datasets.Dataset.from_list([{"text": "cat", "label": "yes"}], features=features)
+    kinds = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    rows = [{"text": "cat", "label": "yes"}]
+    data = datasets.Dataset.from_list(rows, features=datasets.Features(kinds))
     data.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "several")
     assert read_rows(tmp_path / "one") == [{"text": "cat", "label": 1}]

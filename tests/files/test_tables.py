@@ -14,10 +14,10 @@ from ia3.files.tables import Row, fields_of, read_table, write_table
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Any:
+def written(tmp_path):
     """Writes a file of a name, and gives its path."""
 
-    def write(name: str, content: str | bytes) -> Path:
+    def write(name, content):
         path = tmp_path / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
@@ -29,12 +29,10 @@ def values(rows: list[Row]) -> list[list[Any]]:
     return [list(row.values()) for row in rows]
 
 
-# -- reading ---------------------------------------------------------------------------------------
-
-
 def test_quoted_fields_keep_delimiters_quotes_and_line_ends(written: Any) -> None:
     path = written("a.csv", 'text,label\n"one, ""two""\r\nthree",x\nfour,y\n')
     assert values(read_table(path)) == [['one, "two"\r\nthree', "x"], ["four", "y"]]
+    assert values(read_table(written("a.TSV", "text\tlabel\none, two\tx\n"))) == [["one, two", "x"]]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -51,10 +49,6 @@ def test_unicode_line_separators_are_text(written: Any, character: str) -> None:
     assert values(read_table(written("a.csv", f"text,label\n{text},x\n"))) == [[text, "x"]]
     line = json.dumps({"text": text}, ensure_ascii=False)
     assert values(read_table(written("a.jsonl", f"{line}\n"))) == [[text]]
-
-
-def test_tsv_and_suffixes_of_any_case(written: Any) -> None:
-    assert values(read_table(written("a.TSV", "text\tlabel\none, two\tx\n"))) == [["one, two", "x"]]
 
 
 def test_json_lines_keep_types(written: Any) -> None:
@@ -77,7 +71,7 @@ def test_fields_of_one_and_of_several_columns() -> None:
     assert fields_of(rows, ["subject", "stars"]) == [{"subject": "a", "stars": "5"}]
 
 
-def test_empty_texts_bring_one_warning(written: Any) -> None:
+def test_empty_texts_bring_one_warning(written):
     path = written("a.csv", "title,text,label\n,one,x\n, ,y\n,,z\n")
     with pytest.warns(UserWarning, match=r"a\.csv, line 3: the text is empty \(and 1 more\)$"):
         read_rows(path, text=["title", "text"], label="label")
@@ -97,9 +91,7 @@ BAD_CSV = {
     "text,label\na,x\nb\n": "line 3: 1 values, expected 2",
     'text,label\na,x\n"b,y\nc,x\n': "line 3: a double quote opens a value and none closes it",
     'text,label\n"a"b,x\n': "line 2: ',' expected after '\"'",
-    "text,label\na,x\ncafé,y\n".encode(
-        "latin-1"
-    ): "line 3: byte 0xe9 is not UTF-8; save the file as",
+    b"text,label\na,x\ncaf\xe9,y\n": "line 3: byte 0xe9 is not UTF-8; save the file as",
     b"\xef\xbb\xbftext,label\ncaf\xe9,y\n": "line 2: byte 0xe9",
     "text,label\na,x\n".encode("utf-16"): "is UTF-16: save it as UTF-8",
     "text,label\na,x\nb\0c,y\n": "line 3: a NUL byte",
@@ -141,14 +133,12 @@ def test_bad_files(written, name, content, message):
     assert "\n" not in str(raised.value)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.csv does not exist"):
         read_table(tmp_path / "none.csv")
     with pytest.raises(FileNotFoundError, match="is not a file"):
         read_table(tmp_path)
 
-
-# -- writing ---------------------------------------------------------------------------------------
 
 ROWS: list[dict[str, Any]] = [
     {"text": 'one, "two"\nthree', "label": 1, "note": None},
@@ -160,17 +150,15 @@ ROWS: list[dict[str, Any]] = [
 def test_csv_holds_all_columns(tmp_path: Path, suffix: str, delimiter: str) -> None:
     path = tmp_path / f"a{suffix}"
     write_table(ROWS, path, as_json=False)
-    with open(path, newline="", encoding="utf-8") as file:
-        assert next(csv.reader(file, delimiter=delimiter)) == [
-            *("text", "label", "note", "seen", "tags", "probability")
-        ]
+    columns = ["text", "label", "note", "seen", "tags", "probability"]
+    assert path.read_text().partition("\n")[0].split(delimiter) == columns
     assert values(read_table(path)) == [
         ['one, "two"\nthree', "1", "", "", "", ""],
         ["é\u2028", "", "", "true", '["a"]', "0.25"],
     ]
 
 
-def test_json_lines_round_trip(tmp_path: Path) -> None:
+def test_json_lines_round_trip(tmp_path):
     write_table(ROWS, tmp_path / "a.jsonl", as_json=False)
     assert read_table(tmp_path / "a.jsonl") == ROWS
 

@@ -14,14 +14,12 @@ def read(folder: Path, text: str, **options: Any) -> Any:
     return read_yaml(folder / "a.yaml", "a file of things", **options)
 
 
-TEXT = "a: no\nb: [01, 1.5, ~]\nc: &x {d: e}\nf: *x\n"
-
-
-def test_scalars_are_typed_or_the_text_that_is_written(tmp_path: Path) -> None:
-    expected: Any = {"a": False, "b": [1, 1.5, None], "c": {"d": "e"}, "f": {"d": "e"}}
-    assert read(tmp_path, TEXT) == expected
+def test_scalars_are_typed_or_the_text_that_is_written(tmp_path):
+    text = "a: no\nb: [01, 1.5, ~]\nc: &x {d: e}\nf: *x\n"
+    expected = {"a": False, "b": [1, 1.5, None], "c": {"d": "e"}, "f": {"d": "e"}}
+    assert read(tmp_path, text) == expected
     expected |= {"a": "no", "b": ["01", "1.5", "~"]}
-    assert read(tmp_path, TEXT, as_text=True) == expected
+    assert read(tmp_path, text, as_text=True) == expected
 
 
 def test_tags_are_named(tmp_path: Path) -> None:

@@ -163,8 +163,7 @@ def _wrap_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) ->
                     f"no tokenizer for the loaded {type(model).__name__}: its config says it came "
                     f"from {name!r}; give tokenizer="
                 ) from error
-        base = BaseModel(model, tokenizer, name)
-        _wrapped[id(model)] = base
+        base = _wrapped[id(model)] = BaseModel(model, tokenizer, name)
         return base
 
 
