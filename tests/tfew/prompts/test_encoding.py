@@ -35,9 +35,6 @@ def ids_of(text):
     return tuple(TOKENIZER(text)["input_ids"])
 
 
-# -- prompt and choices ----------------------------------------------------------------------------
-
-
 def is_whole(text):
     """Whether the tokenizer can write it: its vocabulary lacks a few bytes."""
     return bool(text.strip()) and TOKENIZER.decode(ids_of(text)) == text

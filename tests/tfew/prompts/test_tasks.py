@@ -20,17 +20,10 @@ from ia3.base.loading import BaseModel
 from ia3.errors import IA3Error
 from ia3.files.rows import read_rows
 from ia3.files.tables import Row, read_table
+from ia3.tfew import HELD_OUT_TASKS, RAFT_TASKS, SEEDS, Task, few_shot, load_templates
 from ia3.tfew.prompts.encoding import Encoder
 from ia3.tfew.prompts.promptsource import PromptTemplate
-from ia3.tfew.prompts.tasks import (
-    HELD_OUT_TASKS,
-    RAFT_TASKS,
-    SEEDS,
-    Task,
-    encode_labelled,
-    few_shot,
-    load_templates,
-)
+from ia3.tfew.prompts.tasks import encode_labelled
 from ia3.tfew.prompts.templates import Template
 from ia3.tfew.scoring.evaluation import evaluate, predict_choices, spread
 

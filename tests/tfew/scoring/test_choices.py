@@ -6,16 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.scoring import (
-    ALL,
-    ENCODER_DECODER,
-    LLAMA,
-    NOT_SHARING,
-    SHARING,
-    base_of,
-    random_examples,
-    tokens_seen,
-)
+from support import scoring
+from support.scoring import base_of, random_examples, tokens_seen
 from support.tfew import (
     VOCABULARY,
     hook_count,
@@ -87,7 +79,7 @@ def random_vectors(base):
 
 
 @pytest.mark.parametrize("shared", [0, 23])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", scoring.ALL)
 def test_scores_equal_the_plain_way(name, shared):
     base = base_of(name)
     # One with nothing but the common beginning, where there is one.
@@ -101,9 +93,9 @@ def test_scores_equal_the_plain_way(name, shared):
             assert_plain(base, [example], token_scores(base, [example]))
 
 
-@pytest.mark.parametrize("name", [*SHARING, *NOT_SHARING])
+@pytest.mark.parametrize("name", [*scoring.SHARING, *scoring.NOT_SHARING])
 def test_which_share_the_prompt(name):
-    assert shares_prompt(base_of(name)) == (name in SHARING)
+    assert shares_prompt(base_of(name)) == (name in scoring.SHARING)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "t5", "bart"])
@@ -120,10 +112,10 @@ def test_gradients_equal_the_plain_way(name):
         torch.testing.assert_close(gradients(scores, vectors), plain, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ENCODER_DECODER)
+@pytest.mark.parametrize("name", scoring.ENCODER_DECODER)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_prompt_is_encoded_once_and_its_keys_too(name, checkpointing):
-    base = random_base(ENCODER_DECODER[name])
+    base = random_base(scoring.ENCODER_DECODER[name])
     examples = random_examples([(12, (1, 3, 2, 2)), (7, (2, 1))])
     assert shares_keys(base)
     plain = encoder_decoder_scores(base, examples).log_probs
@@ -139,8 +131,6 @@ def test_a_prompt_is_encoded_once_and_its_keys_too(name, checkpointing):
     # Blocks that are checkpointed are given no cache to take them from.
     assert rows == [6 if checkpointing else 2]
 
-
-# -- any mix of lengths ----------------------------------------------------------------------------
 
 choice_lengths = st.one_of(
     st.lists(st.integers(1, 6), min_size=2, max_size=5),
@@ -163,8 +153,6 @@ def test_any_mix_of_lengths_equals_the_plain_way(name, shapes, seed, shared, max
     with torch.no_grad():
         assert_plain(base, examples, token_scores(base, examples, max_tokens=max_tokens))
 
-
-# -- choices that begin alike ----------------------------------------------------------------------
 
 # Of three tokens, so that nearly all choices begin like another, or are the beginning of one.
 choice = st.lists(st.integers(3, 5), min_size=1, max_size=5).map(tuple)
@@ -229,6 +217,8 @@ def test_scoring_leaves_the_model_as_it_was():
     assert base.model.training
     # Dropout does not touch scores.
     assert torch.equal(first, choice_scores(base, examples))
+    with pytest.raises(IndexError):
+        token_scores(base, [EncodedExample((5, VOCABULARY + 5), ((3,), (4,)))])
     assert hook_count(base.model) == 0
 
 
@@ -247,7 +237,7 @@ def test_scores_in_bfloat16_are_near_those_in_float32():
 
 @pytest.mark.parametrize("name", ["llama", "opt", "bloom", "mamba", "t5", "bart"])
 def test_only_answer_positions_are_projected(name):
-    base = random_base(ALL[name])
+    base = random_base(scoring.ALL[name])
     examples = random_examples([(150, (1, 3, 2)), (20, (2, 2))])
     rows = []
     base.model.get_output_embeddings().register_forward_hook(
@@ -259,14 +249,6 @@ def test_only_answer_positions_are_projected(name):
         scores = token_scores(base, examples)
     assert rows
     assert sum(rows) <= int(scores.mask.sum())
-
-
-def test_the_output_layer_has_no_hook_left_after_an_error():
-    base = BaseModel(tiny_llama(max_position_embeddings=64), word_tokenizer(), "tiny")
-    beyond = EncodedExample((5, VOCABULARY + 5), ((3,), (4,)))
-    with pytest.raises(IndexError):
-        token_scores(base, [beyond])
-    assert hook_count(base.model) == 0
 
 
 def test_a_model_without_an_output_layer_is_refused():
@@ -290,16 +272,16 @@ def test_long_examples_among_short_ones_repeat_only_their_own_prompts():
 
 def test_a_model_that_sees_the_answer_is_refused():
     with pytest.raises(IA3Error, match="BertLMHeadModel is not causal"):
-        token_scores(random_base(BertConfig(**LLAMA)), random_examples(SHAPES))
+        token_scores(random_base(BertConfig(**scoring.LLAMA)), random_examples(SHAPES))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
 def test_a_model_that_ignores_an_input_cannot_share_the_prompt(dtype, ignored):
-    base = random_base(SHARING["gpt2"])
+    base = random_base(scoring.SHARING["gpt2"])
     base.model.to(dtype)
     assert shares_prompt(base)
-    other = random_base(SHARING["gpt2"])
+    other = random_base(scoring.SHARING["gpt2"])
     forward = other.model.to(dtype).forward
     other.model.forward = lambda **inputs: forward(**{**inputs, ignored: None})
     assert not shares_prompt(other)
@@ -329,11 +311,16 @@ def test_the_logits_of_a_batch_are_never_there_at_once(name):
     assert 0 < seen.rows <= POSITIONS
 
 
+GROUPED = {**scoring.LLAMA, "num_key_value_heads": 2}
+
+
 @pytest.mark.parametrize(
     "config",
     [
-        Gemma2Config(**LLAMA, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5),
-        CohereConfig(**LLAMA, num_key_value_heads=2, logit_scale=0.25, pad_token_id=0),
+        Gemma2Config(
+            **scoring.LLAMA, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5
+        ),
+        CohereConfig(**scoring.LLAMA, num_key_value_heads=2, logit_scale=0.25, pad_token_id=0),
     ],
     ids=lambda config: config.model_type,
 )

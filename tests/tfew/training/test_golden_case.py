@@ -3,21 +3,9 @@
 import json
 
 import pytest
+import tfew_golden_case as formulas
 import torch
 from support.tfew import word_tokenizer
-from tfew_golden_case import (
-    DIM,
-    EXAMPLES,
-    HEADS,
-    INNER,
-    LENGTH,
-    PATH,
-    VOCABULARY,
-    figures,
-    given_logits,
-    vectors,
-    weights,
-)
 from transformers import OPTConfig, OPTForCausalLM
 
 from ia3 import IA3Config, IA3Model
@@ -28,9 +16,9 @@ from ia3.tfew.scoring.choices import shares_prompt, token_scores
 from ia3.tfew.scoring.expanded import expanded_scores
 from ia3.tfew.training.losses import token_loss
 
-GOLDEN = json.loads(PATH.read_text("utf-8"))
-LABELS = torch.tensor([label for _, _, label in EXAMPLES])
-SHAPE = (len(EXAMPLES), 3, 3)
+GOLDEN = json.loads(formulas.PATH.read_text("utf-8"))
+LABELS = torch.tensor([label for _, _, label in formulas.EXAMPLES])
+SHAPE = (len(formulas.EXAMPLES), 3, 3)
 
 
 def flat(values):
@@ -43,7 +31,7 @@ def assert_losses(loss, expected):
 
 
 def test_the_file_is_what_the_formulas_give():
-    found = figures()
+    found = formulas.figures()
     for part in ("logits", "model"):
         assert found[part]["losses"] == pytest.approx(GOLDEN[part]["losses"], rel=1e-12)
     assert flat(found["model"]["log_probs"]) == pytest.approx(
@@ -52,10 +40,12 @@ def test_the_file_is_what_the_formulas_give():
 
 
 def test_losses_and_gradient_of_logits():
-    logits = torch.full((*SHAPE, VOCABULARY), torch.nan, dtype=torch.float64)
+    logits = torch.full((*SHAPE, formulas.VOCABULARY), torch.nan, dtype=torch.float64)
     targets = torch.full(SHAPE, -1)
     expected = torch.zeros_like(logits)
-    of_examples = zip(given_logits(), EXAMPLES, GOLDEN["logits"]["gradient"], strict=True)
+    of_examples = zip(
+        formulas.given_logits(), formulas.EXAMPLES, GOLDEN["logits"]["gradient"], strict=True
+    )
     for i, (rows, (_, choices, _), gradients) in enumerate(of_examples):
         for c, choice in enumerate(choices):
             logits[i, c, : len(choice)] = torch.from_numpy(rows[c])
@@ -69,25 +59,25 @@ def test_losses_and_gradient_of_logits():
 
 def golden_model():
     config = OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=DIM,
-        word_embed_proj_dim=DIM,
-        ffn_dim=INNER,
+        vocab_size=formulas.VOCABULARY,
+        hidden_size=formulas.DIM,
+        word_embed_proj_dim=formulas.DIM,
+        ffn_dim=formulas.INNER,
         num_hidden_layers=1,
-        num_attention_heads=HEADS,
-        max_position_embeddings=LENGTH,
+        num_attention_heads=formulas.HEADS,
+        max_position_embeddings=formulas.LENGTH,
         dropout=0.0,
         pad_token_id=0,
     )
     model = OPTForCausalLM(config).double().eval()
-    state = {f"model.decoder.{name}": torch.from_numpy(w) for name, w in weights().items()}
+    state = {f"model.decoder.{name}": torch.from_numpy(w) for name, w in formulas.weights().items()}
     state["lm_head.weight"] = state["model.decoder.embed_tokens.weight"]
     model.load_state_dict(state)
     sites = IA3Config(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"])
     ia3_model = IA3Model(model, sites)
     ia3_model.double()
     with torch.no_grad():
-        for name, value in vectors().items():
+        for name, value in formulas.vectors().items():
             vector = ia3_model.vectors("default")[f"model.decoder.{name}"]
             vector.copy_(torch.from_numpy(value).view_as(vector))
     return BaseModel(model, word_tokenizer(), "golden"), ia3_model
@@ -97,7 +87,7 @@ def golden_model():
 def test_a_block_with_ia3(scorer):
     base, ia3_model = golden_model()
     assert shares_prompt(base)
-    examples = [EncodedExample(tuple(p), tuple(map(tuple, c))) for p, c, _ in EXAMPLES]
+    examples = [EncodedExample(tuple(p), tuple(map(tuple, c))) for p, c, _ in formulas.EXAMPLES]
     scores = scorer(base, examples)
     golden = GOLDEN["model"]
     expected = torch.tensor(flat(golden["log_probs"]), dtype=torch.float64)

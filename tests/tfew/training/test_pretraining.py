@@ -73,9 +73,6 @@ def base_of(config=None):
     return BaseModel(model, word_tokenizer(WORDS), "tiny")
 
 
-# -- rates -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("sizes", "cap", "rates"),
     [
@@ -197,9 +194,6 @@ def test_unusable_tasks(tasks, message):
     with pytest.raises(IA3Error, match=message):
         pretrain(base, tasks, RECIPE)
     assert hook_count(base.model) == 0
-
-
-# -- breaks ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
