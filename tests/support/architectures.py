@@ -113,7 +113,7 @@ def _sound() -> Inputs:
 # What most decoders and encoders call their sizes, and what the others do.
 LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4}
 BLOCK: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": INNER, **LAYERS}
-SIZES: dict[str, Any] = {**BLOCK, "max_position_embeddings": POSITIONS}
+SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, **BLOCK, "max_position_embeddings": POSITIONS}
 GPT: dict[str, Any] = {"n_embd": WIDTH, "n_inner": INNER, "n_positions": POSITIONS}
 GPT |= {"n_layer": 2, "n_head": 4}
 T5: dict[str, Any] = {"d_model": WIDTH, "d_kv": HEAD, "d_ff": INNER, "num_layers": 2}

@@ -4,22 +4,8 @@ import random
 from collections.abc import Callable
 
 import torch
+import transformers as hf
 from torch import nn
-from transformers import (
-    BartConfig,
-    BloomConfig,
-    FalconConfig,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MambaConfig,
-    MistralConfig,
-    OPTConfig,
-    Qwen2Config,
-    T5Config,
-)
 
 from ia3.base.loading import BaseModel
 from ia3.tfew.prompts.encoding import EncodedExample
@@ -29,65 +15,44 @@ WIDTH = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
 
 GPT = {"vocab_size": VOCABULARY, "initializer_range": 0.2}
 LLAMA = {**WIDTH, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.2}
+GEMMA = {**LLAMA, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}
+GEMMA |= {"layer_types": ["sliding_attention", "full_attention"]}
+NEO = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 512}
+NEO |= {"attention_types": [[["global", "local"], 1]], "window_size": 16}
+OPT = {**WIDTH, "ffn_dim": 48, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+BART = {"vocab_size": VOCABULARY, "d_model": 32, "max_position_embeddings": 256}
+for _part in ("encoder", "decoder"):
+    BART |= {f"{_part}_layers": 2, f"{_part}_attention_heads": 4, f"{_part}_ffn_dim": 48}
+BART |= {"dropout": 0.0, "init_std": 0.2, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+BART |= {"decoder_start_token_id": 2, "forced_eos_token_id": 2}
 
 SHARING = {
-    "llama": LlamaConfig(**LLAMA, num_key_value_heads=2, max_position_embeddings=512),
-    "gpt2": GPT2Config(**GPT, n_embd=32, n_layer=2, n_head=4, n_positions=512),
-    "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2),
-    "gpt_neox": GPTNeoXConfig(**LLAMA, max_position_embeddings=512),
-    "opt": OPTConfig(
-        **WIDTH, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=32, init_std=0.2
-    ),
+    "llama": hf.LlamaConfig(**LLAMA, num_key_value_heads=2, max_position_embeddings=512),
+    "gpt2": hf.GPT2Config(**GPT, n_embd=32, n_layer=2, n_head=4, n_positions=512),
+    "qwen2": hf.Qwen2Config(**LLAMA, num_key_value_heads=2),
+    "gpt_neox": hf.GPTNeoXConfig(**LLAMA, max_position_embeddings=512),
+    "opt": hf.OPTConfig(**OPT, init_std=0.2),
 }
 
 NOT_SHARING = {
-    "bloom": BloomConfig(**GPT, hidden_size=32, n_layer=2, n_head=4),
-    "falcon-alibi": FalconConfig(**WIDTH, num_attention_heads=4, alibi=True, initializer_range=0.2),
-    "mamba": MambaConfig(**WIDTH, state_size=8, initializer_range=0.2),
+    "bloom": hf.BloomConfig(**GPT, hidden_size=32, n_layer=2, n_head=4),
+    "falcon-alibi": hf.FalconConfig(
+        **WIDTH, num_attention_heads=4, alibi=True, initializer_range=0.2
+    ),
+    "mamba": hf.MambaConfig(**WIDTH, state_size=8, initializer_range=0.2),
 }
 
 # Share short prompts; beyond the window each choice needs a row of its own.
 WINDOWED = {
-    "mistral": MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=16),
-    "gemma3": Gemma3TextConfig(
-        **LLAMA,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=16,
-        layer_types=["sliding_attention", "full_attention"],
-    ),
+    "mistral": hf.MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=16),
+    "gemma3": hf.Gemma3TextConfig(**GEMMA),
     # Its window lies over places in the sequence, which sharing changes.
-    "gpt_neo": GPTNeoConfig(
-        **GPT,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        attention_types=[[["global", "local"], 1]],
-        window_size=16,
-        max_position_embeddings=512,
-    ),
+    "gpt_neo": hf.GPTNeoConfig(**GPT, **NEO),
 }
 
 ENCODER_DECODER = {
-    "t5": T5Config(**T5),
-    "bart": BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=32,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        encoder_layers=2,
-        dropout=0.0,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        max_position_embeddings=256,
-        init_std=0.2,
-        bos_token_id=0,
-        pad_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=2,
-        forced_eos_token_id=2,
-    ),
+    "t5": hf.T5Config(**T5),
+    "bart": hf.BartConfig(**BART),
 }
 
 ALL = {**SHARING, **NOT_SHARING, **WINDOWED, **ENCODER_DECODER}
