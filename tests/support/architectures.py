@@ -126,253 +126,106 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": POSITIONS,
 }
 TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_VOCABULARY: dict[str, Any] = {"vocab_size": VOCABULARY, **TOKENS}
+_GROUPED: dict[str, Any] = {**SIZES, **TOKENS, "num_key_value_heads": 2}
+_GEMMA: dict[str, Any] = {**_GROUPED, "head_dim": HEAD}
+_TOWER = {name: SIZES[name] for name in SIZES if name.startswith(("hidden", "inter", "num"))}
+_VISION: dict[str, Any] = {**_TOWER, "image_size": 8, "patch_size": 4}
+# fmt: off
+_T5: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": HEAD, "d_ff": INNER, "num_layers": 2,
+    "num_heads": 4, "decoder_start_token_id": 0, "eos_token_id": 2, "pad_token_id": 0,
+    "dropout_rate": 0.0,
+}
+_GPTJ: dict[str, Any] = {
+    **_VOCABULARY, "n_positions": POSITIONS, "n_embd": WIDTH, "n_inner": INNER, "n_layer": 2,
+    "n_head": 4,
+}
+_GPT2: dict[str, Any] = {**_GPTJ, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_BART: dict[str, Any] = {
+    **_VOCABULARY, "d_model": WIDTH, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": INNER,
+    "decoder_ffn_dim": INNER,
+}
+# fmt: on
 
 
-def _plain(config: type, model: type, **options: Any) -> Callable[[], PreTrainedModel]:
-    return lambda: model(config(**SIZES, **TOKENS, **options))
-
-
-def _t5(config: type, model: type, **options: Any) -> Callable[[], PreTrainedModel]:
-    return lambda: model(
-        config(
-            vocab_size=VOCABULARY,
-            d_model=WIDTH,
-            d_kv=HEAD,
-            d_ff=INNER,
-            num_layers=2,
-            num_heads=4,
-            decoder_start_token_id=0,
-            eos_token_id=2,
-            pad_token_id=0,
-            dropout_rate=0.0,
-            **options,
-        )
+def _new(
+    name: str, head: str = "ForCausalLM", sizes: dict[str, Any] | None = None, **own: Any
+) -> Callable[[], PreTrainedModel]:
+    """Makes a class of transformers from its config; sizes by their usual names by default."""
+    given = {**(sizes or {**SIZES, **TOKENS}), **own}
+    model, config = (
+        getattr(hf, name + head),
+        getattr(hf, f"{name}Config".replace("Gemma3", "Gemma3Text")),
     )
-
-
-def _gpt2(config: type, model: type) -> Callable[[], PreTrainedModel]:
-    return lambda: model(
-        config(
-            vocab_size=VOCABULARY,
-            n_positions=POSITIONS,
-            n_embd=WIDTH,
-            n_inner=INNER,
-            n_layer=2,
-            n_head=4,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            **TOKENS,
-        )
-    )
-
-
-def _gptj() -> PreTrainedModel:
-    return hf.GPTJForCausalLM(
-        hf.GPTJConfig(
-            vocab_size=VOCABULARY,
-            n_positions=POSITIONS,
-            n_embd=WIDTH,
-            n_inner=INNER,
-            n_layer=2,
-            n_head=4,
-            rotary_dim=4,
-            **TOKENS,
-        )
-    )
-
-
-def _gpt_neo() -> PreTrainedModel:
-    return hf.GPTNeoForCausalLM(
-        hf.GPTNeoConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=INNER,
-            num_layers=2,
-            num_heads=4,
-            attention_types=[[["global", "local"], 1]],
-            window_size=4,
-            max_position_embeddings=POSITIONS,
-            **TOKENS,
-        )
-    )
-
-
-def _bloom() -> PreTrainedModel:
-    return hf.BloomForCausalLM(
-        hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=4, **TOKENS)
-    )
-
-
-def _mpt() -> PreTrainedModel:
-    return hf.MptForCausalLM(
-        hf.MptConfig(
-            vocab_size=VOCABULARY,
-            d_model=WIDTH,
-            n_heads=4,
-            n_layers=2,
-            expansion_ratio=2,
-            max_seq_len=POSITIONS,
-            **TOKENS,
-        )
-    )
-
-
-def _opt() -> PreTrainedModel:
-    return hf.OPTForCausalLM(
-        hf.OPTConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            word_embed_proj_dim=WIDTH,
-            ffn_dim=INNER,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=POSITIONS,
-            **TOKENS,
-        )
-    )
-
-
-def _bart() -> PreTrainedModel:
-    return hf.BartForConditionalGeneration(
-        hf.BartConfig(
-            vocab_size=VOCABULARY,
-            d_model=WIDTH,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=INNER,
-            decoder_ffn_dim=INNER,
-            max_position_embeddings=POSITIONS,
-            decoder_start_token_id=2,
-            forced_eos_token_id=None,
-            **TOKENS,
-        )
-    )
-
-
-def _whisper() -> PreTrainedModel:
-    return hf.WhisperForConditionalGeneration(
-        hf.WhisperConfig(
-            vocab_size=VOCABULARY,
-            num_mel_bins=8,
-            d_model=WIDTH,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=INNER,
-            decoder_ffn_dim=INNER,
-            max_source_positions=POSITIONS,
-            max_target_positions=POSITIONS,
-            decoder_start_token_id=1,
-            suppress_tokens=None,
-            begin_suppress_tokens=None,
-            **TOKENS,
-        )
-    )
-
-
-def _vit() -> PreTrainedModel:
-    sizes = {name: SIZES[name] for name in SIZES if name.startswith(("hidden", "inter", "num"))}
-    return hf.ViTForImageClassification(
-        hf.ViTConfig(image_size=8, patch_size=4, num_labels=5, **sizes)
-    )
+    return lambda: model(config(**given))
 
 
 def _clip() -> PreTrainedModel:
-    sizes = {name: SIZES[name] for name in SIZES if name.startswith(("hidden", "inter", "num"))}
-    return hf.CLIPModel(
-        hf.CLIPConfig(
-            text_config={**SIZES, **TOKENS},
-            vision_config={**sizes, "image_size": 8, "patch_size": 4},
-            projection_dim=16,
-        )
-    )
+    towers = {"text_config": {**SIZES, **TOKENS}, "vision_config": _VISION}
+    return hf.CLIPModel(hf.CLIPConfig(**towers, projection_dim=16))
 
 
-_GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
-_GEMMA: dict[str, Any] = {**_GROUPED, "head_dim": HEAD}
-_WINDOW: dict[str, Any] = {"sliding_window": 4}
-_K_V_FC2: dict[str, Any] = {
-    "target_modules": ["k_proj", "v_proj", "fc2"],
-    "feedforward_modules": ["fc2"],
-}
+_K_V_FC2 = {"target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"]}
+_DEBERTA: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+_TO_TEXT = "ForConditionalGeneration"
+_SPEECH = {"max_source_positions": POSITIONS, "max_target_positions": POSITIONS}
+_SPEECH |= {"num_mel_bins": 8, "decoder_start_token_id": 1}
 
+# fmt: off
 ARCHITECTURES: dict[str, Architecture] = {
-    "t5": Architecture(_t5(hf.T5Config, hf.T5ForConditionalGeneration), _text_to_text),
-    "mt5": Architecture(
-        _t5(hf.MT5Config, hf.MT5ForConditionalGeneration, feed_forward_proj="gated-gelu"),
-        _text_to_text,
-    ),
-    "bart": Architecture(_bart, _text_to_text),
-    "whisper": Architecture(_whisper, _sound, _K_V_FC2),
-    "gpt2": Architecture(_gpt2(hf.GPT2Config, hf.GPT2LMHeadModel), _text),
-    "gpt_bigcode": Architecture(_gpt2(hf.GPTBigCodeConfig, hf.GPTBigCodeForCausalLM), _text),
-    "gptj": Architecture(_gptj, _text),
-    "gpt_neo": Architecture(_gpt_neo, _text),
-    "gpt_neox": Architecture(_plain(hf.GPTNeoXConfig, hf.GPTNeoXForCausalLM), _text),
-    "llama": Architecture(_plain(hf.LlamaConfig, hf.LlamaForCausalLM, **_GROUPED), _text),
-    "mistral": Architecture(
-        _plain(hf.MistralConfig, hf.MistralForCausalLM, **_GROUPED, **_WINDOW), _text
-    ),
+    "t5": Architecture(_new("T5", _TO_TEXT, _T5), _text_to_text),
+    "mt5": Architecture(_new("MT5", _TO_TEXT, _T5, feed_forward_proj="gated-gelu"), _text_to_text),
+    "bart": Architecture(_new(
+        "Bart", _TO_TEXT, _BART, max_position_embeddings=POSITIONS, decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    ), _text_to_text),
+    "whisper": Architecture(_new(
+        "Whisper", _TO_TEXT, _BART, **_SPEECH, suppress_tokens=None, begin_suppress_tokens=None,
+    ), _sound, _K_V_FC2),
+    "gpt2": Architecture(_new("GPT2", "LMHeadModel", _GPT2), _text),
+    "gpt_bigcode": Architecture(_new("GPTBigCode", sizes=_GPT2), _text),
+    "gptj": Architecture(_new("GPTJ", sizes=_GPTJ, rotary_dim=4), _text),
+    "gpt_neo": Architecture(_new(
+        "GPTNeo", sizes=_VOCABULARY, hidden_size=WIDTH, intermediate_size=INNER, num_layers=2,
+        num_heads=4, attention_types=[[["global", "local"], 1]], window_size=4,
+        max_position_embeddings=POSITIONS,
+    ), _text),
+    "gpt_neox": Architecture(_new("GPTNeoX"), _text),
+    "llama": Architecture(_new("Llama", sizes=_GROUPED), _text),
+    "mistral": Architecture(_new("Mistral", sizes=_GROUPED, sliding_window=4), _text),
     # PEFT's default for its feed-forward layers, w2, matches nothing.
     "mixtral": Architecture(
-        _plain(hf.MixtralConfig, hf.MixtralForCausalLM, **_GROUPED, num_local_experts=4),
-        _text,
-        {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []},
+        _new("Mixtral", sizes=_GROUPED, num_local_experts=4),
+        _text, {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []},
     ),
-    "qwen2": Architecture(_plain(hf.Qwen2Config, hf.Qwen2ForCausalLM, **_GROUPED), _text),
-    "qwen3": Architecture(_plain(hf.Qwen3Config, hf.Qwen3ForCausalLM, **_GEMMA), _text),
-    "gemma": Architecture(_plain(hf.GemmaConfig, hf.GemmaForCausalLM, **_GEMMA), _text),
-    "gemma2": Architecture(
-        _plain(hf.Gemma2Config, hf.Gemma2ForCausalLM, **_GEMMA, **_WINDOW), _text
+    "qwen2": Architecture(_new("Qwen2", sizes=_GROUPED), _text),
+    "qwen3": Architecture(_new("Qwen3", sizes=_GEMMA), _text),
+    "gemma": Architecture(_new("Gemma", sizes=_GEMMA), _text),
+    "gemma2": Architecture(_new("Gemma2", sizes=_GEMMA, sliding_window=4), _text),
+    "gemma3": Architecture(_new("Gemma3", sizes=_GEMMA, sliding_window=4), _text),
+    "phi": Architecture(_new("Phi"), _text),
+    "falcon": Architecture(_new(
+        "Falcon", sizes=_VOCABULARY, hidden_size=WIDTH, ffn_hidden_size=INNER, num_hidden_layers=2,
+        num_attention_heads=4,
+    ), _text),
+    "bloom": Architecture(
+        _new("Bloom", sizes=_VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=4), _text
     ),
-    "gemma3": Architecture(
-        _plain(hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, **_GEMMA, **_WINDOW), _text
-    ),
-    "phi": Architecture(_plain(hf.PhiConfig, hf.PhiForCausalLM), _text),
-    "falcon": Architecture(
-        lambda: hf.FalconForCausalLM(
-            hf.FalconConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=WIDTH,
-                ffn_hidden_size=INNER,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                **TOKENS,
-            )
-        ),
-        _text,
-    ),
-    "bloom": Architecture(_bloom, _text),
     "mpt": Architecture(
-        _mpt,
-        _text,
-        {"target_modules": ["Wqkv", "down_proj"], "feedforward_modules": ["down_proj"]},
+        _new("Mpt", sizes=_VOCABULARY, d_model=WIDTH, n_heads=4, n_layers=2, expansion_ratio=2,
+             max_seq_len=POSITIONS),
+        _text, {"target_modules": ["Wqkv", "down_proj"], "feedforward_modules": ["down_proj"]},
     ),
-    "opt": Architecture(_opt, _text),
-    "bert": Architecture(_plain(hf.BertConfig, hf.BertForMaskedLM), _text),
-    "roberta": Architecture(_plain(hf.RobertaConfig, hf.RobertaForMaskedLM), _text),
-    "deberta": Architecture(
-        _plain(
-            hf.DebertaConfig,
-            hf.DebertaForMaskedLM,
-            relative_attention=True,
-            pos_att_type=["c2p", "p2c"],
-        ),
-        _text,
+    "opt": Architecture(_new("OPT", word_embed_proj_dim=WIDTH, ffn_dim=INNER), _text),
+    "bert": Architecture(_new("Bert", "ForMaskedLM"), _text),
+    "roberta": Architecture(_new("Roberta", "ForMaskedLM"), _text),
+    "deberta": Architecture(_new("Deberta", "ForMaskedLM", **_DEBERTA), _text),
+    "deberta-v2": Architecture(_new("DebertaV2", "ForMaskedLM", **_DEBERTA), _text),
+    "vit": Architecture(
+        _new("ViT", "ForImageClassification", _VISION, num_labels=5), _picture, _K_V_FC2
     ),
-    "deberta-v2": Architecture(
-        _plain(
-            hf.DebertaV2Config,
-            hf.DebertaV2ForMaskedLM,
-            relative_attention=True,
-            pos_att_type=["c2p", "p2c"],
-        ),
-        _text,
-    ),
-    "vit": Architecture(_vit, _picture, _K_V_FC2),
     "clip": Architecture(_clip, _text_and_picture, _K_V_FC2, output="logits_per_text"),
 }
+# fmt: on
