@@ -1,14 +1,10 @@
 """`fit_many`: results as from `fit`, tasks that fail, and what a break leaves."""
 
-from __future__ import annotations
-
 import gc
 import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -36,12 +32,12 @@ NEW = ["lost in the rain", "charged wrong"]
 MODEL, TOKENIZER = tiny_llama(), word_tokenizer(WORDS)
 
 
-def tiny_classifier(**settings: Any) -> FewShotClassifier:
+def tiny_classifier(**settings):
     defaults = {"model": MODEL, "tokenizer": TOKENIZER, "steps": 4, "learning_rate": 3e-2}
     return FewShotClassifier(**defaults | settings)
 
 
-def moods(**settings: Any) -> FewShotClassifier:
+def moods(**settings):
     return tiny_classifier(choices=ANSWERS, template="{{ text }} by {{ who }} :", **settings)
 
 
@@ -165,7 +161,7 @@ def test_tasks_fail_alone(tmp_path):
 
 def test_data_of_no_use_fails_alone():
     texts, labels = BILLS
-    bad: dict[str, tuple[Any, str]] = {
+    bad = {
         "no_texts": ((None, labels), "texts is None (NoneType), expected a list of texts"),
         "no_labels": ((texts, None), "labels is None (NoneType), expected a list of labels"),
         "one_label_in_an_array": ((texts, np.array(5)), "labels is 5"),
@@ -228,13 +224,13 @@ fit_many(*tasks_and_settings(), out=sys.argv[1], on_step=on_step)
 """
 
 
-def tasks_and_settings() -> tuple[dict[str, Any], dict[str, FewShotClassifier]]:
+def tasks_and_settings():
     first, untuned = tiny_classifier(steps=2), tiny_classifier(steps=0)
     settings = {"first": first, "second": moods(steps=20), "untuned": untuned}
     return {"first": BILLS, "second": MOODS, "untuned": BILLS}, settings
 
 
-def fitted_again(out: Path) -> set[str]:
+def fitted_again(out):
     """Fit these tasks and check all results; the names of those that were trained."""
     data, settings = tasks_and_settings()
     steps: set[str] = set()
@@ -264,14 +260,11 @@ def test_finished_tasks_are_not_trained_again_after_a_kill(tmp_path):
 
 
 def test_other_data_or_settings_are_trained_again(tmp_path):
-    def trained(data: Any, **settings: Any) -> set[str]:
-        steps: set[str] = set()
-        fit_many(
-            {"a": BILLS, "b": data},
-            {"a": tiny_classifier(), "b": tiny_classifier(**settings)},
-            out=tmp_path,
-            on_step=lambda name, _: steps.add(name),
-        )
+    def trained(data, **settings):
+        steps = set()
+        classifiers = {"a": tiny_classifier(), "b": tiny_classifier(**settings)}
+        tasks = {"a": BILLS, "b": data}
+        fit_many(tasks, classifiers, out=tmp_path, on_step=lambda name, _: steps.add(name))
         return steps
 
     assert trained(BILLS) == {"a", "b"}

@@ -1,12 +1,9 @@
 """What a config would rescale, and the paper's sites from the first step to PEFT's outputs."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
 import warnings
-from typing import Any
 
 import peft
 import pytest
@@ -16,7 +13,7 @@ from safetensors.torch import load_file
 from support.architectures import build, output
 from support.pairs import randomize, relative, vectors
 from support.snapshots import assert_unchanged, snapshot
-from torch import Tensor, nn
+from torch import nn
 
 import ia3
 from ia3 import IA3Config, IA3Error, IA3Model, get_peft_model_state_dict
@@ -41,7 +38,7 @@ def explained(capsys):
 
 # -- explain ---------------------------------------------------------------------------------------
 
-CONFIGS: dict[str, IA3Config | None] = {
+CONFIGS = {
     "defaults": None,
     "paper's sites": IA3Config(paper_sites=True),
     "all linear layers": IA3Config(target_modules="all-linear"),
@@ -144,13 +141,13 @@ QUERIES = {"gpt2": FIRST, "bloom": BY_HEADS, "gpt_neox": BY_HEADS, "falcon": FIR
 FUSED = ("c_attn", "query_key_value")
 
 
-def fused_names(model: IA3Model) -> list[str]:
+def fused_names(model):
     names = [name for name in model.vectors("default") if name.endswith(FUSED)]
     assert len(names) == 2
     return names
 
 
-def trained(kind: str) -> IA3Model:
+def trained(kind):
     """Trained with a weight decay that would shrink every value."""
     model = IA3Model(build(kind), IA3Config(paper_sites=True, task_type="CAUSAL_LM"))
     parameters = model.vectors("default").values()
@@ -164,7 +161,7 @@ def trained(kind: str) -> IA3Model:
 
 
 @torch.no_grad()
-def answer(kind: str, model: Any) -> Tensor:
+def answer(kind, model):
     return output(kind, model)
 
 
@@ -186,7 +183,7 @@ def test_queries_are_never_rescaled(kind, tmp_path):
     others = sorted(set(range(model.vectors("default")[first].numel())) - set(queries))
     assert others
 
-    def check(adapted: IA3Model) -> None:
+    def check(adapted):
         plain = projected(kind, build(kind), first)
         found = projected(kind, adapted.model, first)
         assert torch.equal(found[..., queries], plain[..., queries])

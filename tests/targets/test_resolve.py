@@ -1,17 +1,11 @@
 """Which modules a config chooses: PEFT's rules, and errors that say what to change."""
 
-from __future__ import annotations
-
 import warnings
-from typing import Any
 
 import peft
 import pytest
 import torch
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as PEFT_FEEDFORWARD,
-)
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from peft.utils import constants as of_peft
 from support.pairs import vectors
 from support.snapshots import assert_unchanged, snapshot
 from torch import nn
@@ -21,20 +15,20 @@ from ia3 import IA3Config, IA3Error, IA3Model
 from ia3.targets.architectures import ARCHITECTURES
 
 
-def ours(model: nn.Module, **config: Any) -> dict[str, tuple[int, ...]]:
+def ours(model, **config):
     """Module name -> shape of its vector."""
     found = vectors(IA3Model(model, IA3Config(**config)))
     return {name: tuple(vector.shape) for name, vector in found.items()}
 
 
-def theirs(model: nn.Module, **config: Any) -> dict[str, tuple[int, ...]]:
+def theirs(model, **config):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Conv1D and fan_in_fan_out
         peft_model = peft.get_peft_model(model, peft.IA3Config(**config))
     return {name: tuple(vector.shape) for name, vector in vectors(peft_model).items()}
 
 
-CHOICES: list[tuple[str, dict[str, Any]]] = [
+CHOICES = [
     ("llama", {}),
     ("gpt2", {}),
     ("t5", {}),
@@ -78,7 +72,7 @@ def test_same_modules_and_shapes_as_peft(make_model, kind, config):
 def test_all_linear_leaves_out_a_classifier():
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_labels": 3}
     config = BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
-    choice: dict[str, Any] = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    choice = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
     found = ours(BertForSequenceClassification(config), **choice)
     # PEFT trains the classifier itself in full; what it rescales is the same.
     assert found == theirs(BertForSequenceClassification(config), **choice)
@@ -86,8 +80,10 @@ def test_all_linear_leaves_out_a_classifier():
 
 
 def test_defaults_are_pefts():
-    assert {kind: list(targets) for kind, (targets, _) in ARCHITECTURES.items()} == PEFT_TARGETS
-    assert {kind: list(ff) for kind, (_, ff) in ARCHITECTURES.items()} == PEFT_FEEDFORWARD
+    targets = of_peft.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    feedforward = of_peft.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    assert {kind: list(both[0]) for kind, both in ARCHITECTURES.items()} == targets
+    assert {kind: list(both[1]) for kind, both in ARCHITECTURES.items()} == feedforward
 
 
 def test_defaults_are_written_into_the_adapters_config(tiny_t5):

@@ -608,18 +608,11 @@ def told(model: nn.Module) -> set[str]:
     return set(first)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "to_k to_v to_q",
-        "Wk Wv Wq",
-        "key_layer value_layer query_layer",
-        "projKey projValue projQuery",
-    ],
-)
-def test_own_attention_with_usual_words(words):
-    model = in_layers(lambda: Block(Separate(*words.split()), plain_layer()))
-    key, value, _ = words.split()
+@pytest.mark.parametrize("form", ["to_{}", "W{}", "{}_layer", "proj{}"])
+def test_own_attention_with_usual_words(form):
+    words = {"{}_layer": ("key", "value", "query"), "proj{}": ("Key", "Value", "Query")}
+    key, value, query = map(form.format, words.get(form, "kvq"))
+    model = in_layers(lambda: Block(Separate(key, value, query), plain_layer()))
     assert told(model) == {f"mixing.{key}", f"mixing.{value}", "thinking.2"}
 
 
@@ -649,9 +642,6 @@ def test_order_of_a_subclass_is_its_parents():
     assert paper_targets(model)[0].frozen == ((0, HIDDEN),)
 
 
-# -- errors ----------------------------------------------------------------------------------------
-
-
 class ParallelExperts(nn.ParameterDict):
     pass
 
@@ -663,11 +653,7 @@ FUSED = CausalSelfAttention({"c_attn": nn.Linear(8, 24)})
 @pytest.mark.parametrize(
     ("attention", "feed_forward", "expected"),
     [
-        (
-            CausalSelfAttention({"c_attn": nn.Linear(8, 24)}),
-            None,
-            "'layers.0.mixing.c_attn'.*order.*CausalSelfAttention",
-        ),
+        (FUSED, None, "'layers.0.mixing.c_attn'.*order.*CausalSelfAttention"),
         (Separate("query_key", "value", "norm"), None, "query_key' .*queries and keys at once"),
         (nn.MultiheadAttention(8, 2), None, "'layers.0.mixing' is a torch.nn.MultiheadAttention"),
         (nn.Linear(8, 8), None, "no attention .* in ModuleDict"),
@@ -687,9 +673,6 @@ def test_a_model_without_attention_is_an_error(kind):
     model = made(f"{kind}ForCausalLM", f"{kind}Config", vocab_size=VOCABULARY, **sizes)(2)
     with pytest.raises(IA3Error, match=f"no attention.*{kind}ForCausalLM.*target_modules"):
         paper_targets(model)
-
-
-# -- names that PEFT reads -------------------------------------------------------------------------
 
 
 def test_peft_reads_the_entries_as_the_same_sites(case):
