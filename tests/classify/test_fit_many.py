@@ -1,20 +1,15 @@
 """`fit_many`: results as from `fit`, tasks that fail, and what a break leaves."""
 
-from __future__ import annotations
-
 import gc
 import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.classifiers import same_vectors
-from support.examples import run_examples
+from support.pairs import same_vectors
 from support.tfew import child_environment, hook_count, state_bits, tiny_llama, word_tokenizer
 
 from ia3 import FewShotClassifier, IA3Config, IA3Error, IA3Model, fit_many
@@ -37,12 +32,12 @@ NEW = ["lost in the rain", "charged wrong"]
 MODEL, TOKENIZER = tiny_llama(), word_tokenizer(WORDS)
 
 
-def tiny_classifier(**settings: Any) -> FewShotClassifier:
+def tiny_classifier(**settings):
     defaults = {"model": MODEL, "tokenizer": TOKENIZER, "steps": 4, "learning_rate": 3e-2}
     return FewShotClassifier(**defaults | settings)
 
 
-def moods(**settings: Any) -> FewShotClassifier:
+def moods(**settings):
     return tiny_classifier(choices=ANSWERS, template="{{ text }} by {{ who }} :", **settings)
 
 
@@ -60,9 +55,7 @@ def assert_same(found: FewShotClassifier, expected: FewShotClassifier) -> None:
 
 def trained_head() -> Adapter:
     """An adapter with a whole module of its own."""
-    config = IA3Config(
-        target_modules=["q_proj"], feedforward_modules=[], modules_to_save=["lm_head"]
-    )
+    config = IA3Config(target_modules=["q_proj"], modules_to_save=["lm_head"])
     return IA3Model(tiny_llama(), config).adapter("default")
 
 
@@ -75,9 +68,7 @@ def test_classifiers_are_those_that_fit_gives():
     settings = {
         "bills": tiny_classifier(seed=1),
         "moods": moods(steps=20),
-        "other_rate": tiny_classifier(
-            learning_rate=1e-2, template=["{{ text }} :", "in {{ text }}"]
-        ),
+        "two_templates": tiny_classifier(template=["{{ text }} :", "in {{ text }}"]),
         "goes_on": tiny_classifier(init_from=begin, steps=3),
         "head": tiny_classifier(init_from=trained_head()),
         "untuned": tiny_classifier(steps=0),
@@ -92,9 +83,8 @@ def test_classifiers_are_those_that_fit_gives():
         assert not hasattr(classifier, "adapter_")
         assert_same(fitted.classifiers[name], classifier.fit(*data[name]))
         assert [s for n, s in steps if n == name] == fitted.classifiers[name].history_
-    bits, hooks = before
-    torch.testing.assert_close(state_bits(MODEL), bits, rtol=0, atol=0)
-    assert hook_count(MODEL) == hooks
+    torch.testing.assert_close(state_bits(MODEL), before[0], rtol=0, atol=0)
+    assert hook_count(MODEL) == before[1]
 
 
 def test_one_classifier_is_the_settings_of_all():
@@ -128,16 +118,11 @@ def test_one_task_at_a_time_is_in_memory():
     assert fit_many(tasks, tiny_classifier(steps=1), on_step=prepared).failures == {}
 
 
-def test_the_example_runs():
-    run_examples(fit_many)
-
-
 # -- failures --------------------------------------------------------------------------------------
 
 
 def test_tasks_fail_alone(tmp_path):
-    few = IA3Model(tiny_llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    other = few.adapter("default")
+    other = IA3Model(tiny_llama(), IA3Config(target_modules=["q_proj"])).adapter("default")
     other.vectors = {name: vector[:3] for name, vector in other.vectors.items()}
     settings = {
         "no_file": tiny_classifier(init_from=tmp_path / "missing"),
@@ -176,7 +161,7 @@ def test_tasks_fail_alone(tmp_path):
 
 def test_data_of_no_use_fails_alone():
     texts, labels = BILLS
-    bad: dict[str, tuple[Any, str]] = {
+    bad = {
         "no_texts": ((None, labels), "texts is None (NoneType), expected a list of texts"),
         "no_labels": ((texts, None), "labels is None (NoneType), expected a list of labels"),
         "one_label_in_an_array": ((texts, np.array(5)), "labels is 5"),
@@ -208,11 +193,7 @@ def test_warnings_name_the_task():
         ({"..": BILLS}, None, "'..'"),
         ({3: BILLS}, None, "3"),
         ({"moods": BILLS}, {"mood": tiny_classifier()}, "'moods'; did you mean 'mood'"),
-        (
-            {"a": BILLS},
-            {"a": tiny_classifier(), "b": tiny_classifier()},
-            "no task for classifier 'b'",
-        ),
+        ({"a": BILLS}, dict.fromkeys("ab", tiny_classifier()), "no task for classifier 'b'"),
         (
             {"a": BILLS, "b": BILLS},
             {"a": tiny_classifier(), "b": tiny_classifier(model=tiny_llama(1))},
@@ -243,16 +224,13 @@ fit_many(*tasks_and_settings(), out=sys.argv[1], on_step=on_step)
 """
 
 
-def tasks_and_settings() -> tuple[dict[str, Any], dict[str, FewShotClassifier]]:
-    settings = {
-        "first": tiny_classifier(steps=2),
-        "second": moods(steps=20),
-        "untuned": tiny_classifier(steps=0),
-    }
+def tasks_and_settings():
+    first, untuned = tiny_classifier(steps=2), tiny_classifier(steps=0)
+    settings = {"first": first, "second": moods(steps=20), "untuned": untuned}
     return {"first": BILLS, "second": MOODS, "untuned": BILLS}, settings
 
 
-def fitted_again(out: Path) -> set[str]:
+def fitted_again(out):
     """Fit these tasks and check all results; the names of those that were trained."""
     data, settings = tasks_and_settings()
     steps: set[str] = set()
@@ -268,9 +246,8 @@ def fitted_again(out: Path) -> set[str]:
 
 def test_finished_tasks_are_not_trained_again_after_a_kill(tmp_path):
     arguments = [sys.executable, "-c", CHILD, str(tmp_path)]
-    with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, text=True, env=child_environment()
-    ) as process:
+    given = {"stdout": subprocess.PIPE, "text": True, "env": child_environment()}
+    with subprocess.Popen(arguments, **given) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.split() == ["second", "4"]:
@@ -283,14 +260,11 @@ def test_finished_tasks_are_not_trained_again_after_a_kill(tmp_path):
 
 
 def test_other_data_or_settings_are_trained_again(tmp_path):
-    def trained(data: Any, **settings: Any) -> set[str]:
-        steps: set[str] = set()
-        fit_many(
-            {"a": BILLS, "b": data},
-            {"a": tiny_classifier(), "b": tiny_classifier(**settings)},
-            out=tmp_path,
-            on_step=lambda name, _: steps.add(name),
-        )
+    def trained(data, **settings):
+        steps = set()
+        classifiers = {"a": tiny_classifier(), "b": tiny_classifier(**settings)}
+        tasks = {"a": BILLS, "b": data}
+        fit_many(tasks, classifiers, out=tmp_path, on_step=lambda name, _: steps.add(name))
         return steps
 
     assert trained(BILLS) == {"a", "b"}

@@ -24,7 +24,6 @@ from ia3.experiments.comparison import Run, Sample, Settings, compare, draw_samp
 from ia3.experiments.in_context import InContextClassifier
 from ia3.experiments.setfit import SetFit
 from ia3.report.comparison import cells, markdown, notes, picture
-from ia3.tfew.scoring.evaluation import Spread
 
 SETFIT_PYTHON = REPOSITORY / ".venv-setfit" / "bin" / "python"
 
@@ -256,14 +255,6 @@ def test_other_test_texts_are_answered_anew(tmp_path):
     assert len(lines_of(results)) == 2
 
 
-def test_a_results_file_of_something_else_is_refused_and_kept(tmp_path):
-    results = tmp_path / "results.jsonl"
-    results.write_text('{"method": "tfew"}\n')
-    with pytest.raises(IA3Error, match="line 1: not a run"):
-        compare(the_samples(), ["zero-shot"], settings_of(tiny_llama()), results=results)
-    assert results.read_text() == '{"method": "tfew"}\n'
-
-
 def test_an_answer_costs_as_many_prompts_as_there_are_templates():
     templates = [TEMPLATE, "question : {{ text }}\nabout the"]
     answer = 2 * PARAMETERS * (2 * (mean_words(TEST[0]) + CHOICE_WORDS + TEMPLATE_WORDS) + 1)
@@ -369,11 +360,8 @@ def test_a_sample_has_its_shots_of_each_label_and_leaves_the_rest(labels, shots)
 def test_seeds_draw_different_samples_and_what_cannot_be_drawn_is_refused():
     samples = draw_samples(*rows_of(40, 3), shots=5, seeds=3)
     assert len({tuple(sample.texts) for sample in samples}) == 3
-    for shots, message in [
-        (None, "nothing to test on"),
-        (6, "leaves none to test on"),
-        (7, "'bill' has 6 examples"),
-    ]:
+    refused = {None: "nothing to test on", 6: "leaves none to test", 7: "'bill' has 6 examples"}
+    for shots, message in refused.items():
         with pytest.raises(IA3Error, match=message):
             draw_samples(*TRAIN, shots=shots)
 
@@ -397,6 +385,10 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(tmp_path):
         with pytest.raises(IA3Error, match=re.escape(message)):
             compare(the_samples(), methods, settings_of(tiny_llama(), **changed), results=results)
         assert not results.exists()
+    results.write_text('{"method": "tfew"}\n')
+    with pytest.raises(IA3Error, match="line 1: not a run"):
+        compare(the_samples(), ["zero-shot"], settings_of(tiny_llama()), results=results)
+    assert results.read_text() == '{"method": "tfew"}\n'
 
 
 # -- table and picture -----------------------------------------------------------------------------
@@ -411,12 +403,13 @@ def test_a_summary_has_the_median_and_the_quartiles():
     pairs = zip([0.9, 0.5, 0.7, 0.6, 0.8], [10.0, 1.0, 99.0, 2.0, 3.0], strict=True)
     runs = [run("tfew", i, accuracy=a, train_seconds=s) for i, (a, s) in enumerate(pairs)]
     (summary,) = summaries(runs)
-    assert summary.accuracy == Spread(0.7, 0.6, 0.8)
-    assert summary.train_seconds == 3.0
     assert cells(summary)[:5] == ["T-Few", "70.0", "60.0 to 80.0", "5", "3"]
     # One run has no quartiles to show.
     (alone,) = summaries([run("zero-shot")])
     assert cells(alone)[2] == "-"
+    for show in (markdown, lambda runs: picture(runs, "png")):
+        with pytest.raises(IA3Error, match="no runs"):
+            show([])
 
 
 @pytest.mark.parametrize("methods", [["tfew"], ["zero-shot", "icl"], ["icl", "tfew", "setfit"]])
@@ -432,12 +425,6 @@ def test_a_picture_names_what_is_compared_and_is_the_same_each_time(methods):
     assert "$" not in text  # powers of ten are drawn
     assert picture(found, "svg") == svg
     assert picture(found, "png") == picture(found, "png")
-
-
-def test_nothing_makes_no_table_and_no_picture():
-    for show in (markdown, lambda runs: picture(runs, "png")):
-        with pytest.raises(IA3Error, match="no runs"):
-            show([])
 
 
 @pytest.mark.skipif(not SETFIT_PYTHON.exists(), reason="no .venv-setfit: make .venv-setfit/.ready")

@@ -23,10 +23,8 @@ TABLE = {
     "T0": costs.zero_shot_cost(T0, TOKENS_ASKED),
     "T5+LM": costs.in_context_cost(T0, TOKENS_ASKED, TOKENS_SHOWN),
     **{
-        f"GPT-3 {name}": costs.in_context_cost(
-            ModelSize(parameters, is_encoder_decoder=False), TOKENS_ASKED, TOKENS_SHOWN
-        )
-        for name, parameters in (("6.7B", 6.7e9), ("13B", 13e9), ("175B", 175e9))
+        f"GPT-3 {name}": costs.in_context_cost(ModelSize(n, False), TOKENS_ASKED, TOKENS_SHOWN)
+        for name, n in (("6.7B", 6.7e9), ("13B", 13e9), ("175B", 175e9))
     },
 }
 
@@ -67,14 +65,8 @@ def test_vectors_take_4_megabytes():
 
 # -- a model of one's own --------------------------------------------------------------------------
 
-LLAMA = {
-    "vocab_size": 64,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-}
+LLAMA = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 T5 = {"vocab_size": 64, "d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 512, "num_layers": 3}
 TOKENS = 16
 
@@ -140,8 +132,5 @@ def test_packed_parameters_count_with_all_their_values():
 
 
 def test_a_prompt_counts_once_with_all_its_choices():
-    examples = [
-        EncodedExample((1, 2, 3, 4), ((5,), (6, 7))),
-        EncodedExample((1, 2), ((5, 6, 7), (8,), (9,))),
-    ]
-    assert costs.answer_tokens(examples) == 7
+    examples = ((1, 2, 3, 4), ((5,), (6, 7))), ((1, 2), ((5, 6, 7), (8,), (9,)))
+    assert costs.answer_tokens([EncodedExample(*example) for example in examples]) == 7

@@ -17,8 +17,7 @@ from ia3.experiments.in_context import InContextClassifier
 from ia3.tfew.prompts.encoding import EncodedExample
 
 TEXTS = ["charged twice this month", "send the invoice again please", "my parcel never came"]
-TEXTS += ["the box was left outside in the rain", "what does one year cost"]
-TEXTS += ["the tracking page shows nothing"]
+TEXTS += ["the box was left outside in the rain", "what does one year cost", "it shows nothing"]
 LABELS = ["bill", "bill", "van", "van", "bill", "van"]
 NEW = ["the invoice was charged twice", "where is my box", "N/A in the parcel", "rain"]
 CHOICES = {"bill": "money", "van": "the delivery"}
@@ -151,12 +150,14 @@ def test_mappings_and_integer_labels():
         classifier.predict([{"text": "rain"}])
 
 
-def test_the_model_stays_as_it_was():
-    classifier = make(ensemble="orderings", orderings=2)
+def test_the_model_stays_as_it_was_and_a_pickle_answers_the_same():
+    classifier = make(ensemble="orderings", orderings=2, calibrate=True)
     model = classifier.model.train()
     before = snapshot(model)
-    classifier.fit(TEXTS, LABELS).predict(NEW)
+    found = classifier.fit(TEXTS, LABELS).predict_proba(NEW)
     assert_unchanged(model, before)
+    copy = pickle.loads(pickle.dumps(classifier))
+    np.testing.assert_allclose(copy.predict_proba(NEW), found, atol=1e-6)
 
 
 # -- what does not fit -----------------------------------------------------------------------------
@@ -205,10 +206,3 @@ def test_unusable_settings():
         make(orderings=0).fit(TEXTS, LABELS)
     with pytest.raises(NotFittedError, match="InContextClassifier"):
         make().predict(NEW)
-
-
-def test_a_pickle_answers_the_same():
-    classifier = make(ensemble="one-shot", calibrate=True).fit(TEXTS, LABELS)
-    before = classifier.predict_proba(NEW)
-    copy = pickle.loads(pickle.dumps(classifier))
-    np.testing.assert_allclose(copy.predict_proba(NEW), before, atol=1e-6)

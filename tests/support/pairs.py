@@ -113,3 +113,9 @@ def logits(model: Any, **inputs: Any) -> Tensor:
     with torch.no_grad():
         result: Tensor = model(**inputs).logits
     return result
+
+
+def same_vectors(a: ia3.FewShotClassifier, b: ia3.FewShotClassifier) -> bool:
+    """Whether two fitted classifiers have the same vectors, to the last bit."""
+    first, second = a.adapter_.vectors, b.adapter_.vectors
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)

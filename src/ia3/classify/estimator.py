@@ -227,8 +227,6 @@ class FewShotClassifier(RankingClassifier):
             ]
         return torch.stack(scores).double().softmax(-1).mean(0)
 
-    # -- files ------------------------------------------------------------------------------------
-
     def save(self, folder: str | Path) -> None:
         """Write the adapter in PEFT's two files, and the task beside them, atomically.
 

@@ -138,9 +138,6 @@ def _fit(
         folder.write(name, digest, classifier)
 
 
-# -- what is asked for -----------------------------------------------------------------------------
-
-
 def _classifiers(
     tasks: Mapping[str, Any],
     given: FewShotClassifier | Mapping[str, FewShotClassifier] | None,
@@ -192,9 +189,6 @@ def _warnings_name(task: str) -> Iterator[None]:
         yield
     for warning in caught:
         warnings.warn(f"task {task!r}: {warning.message}", warning.category, stacklevel=5)
-
-
-# -- what was finished before ----------------------------------------------------------------------
 
 
 class _Folder:

@@ -146,8 +146,6 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         state.pop("_base", None)
         return state
 
-    # -- private ----------------------------------------------------------------------------------
-
     def _check_fitted(self) -> None:
         check_is_fitted(self, "classes_")
 

@@ -128,9 +128,6 @@ class Summary:
     examples_used: tuple[int, int]
 
 
-# -- samples ---------------------------------------------------------------------------------------
-
-
 def draw_samples(
     texts: Sequence[Text],
     labels: Sequence[Label],

@@ -51,9 +51,6 @@ TEST = "test"
 RECORD = {"task", "method", "split", "part", "ids", "predictions", "settings"}
 
 
-# -- scores ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class RaftScore:
     """A method's score on a task, over the held-out rows of all folds together.
@@ -351,9 +348,6 @@ def _demonstration(run: _Run, i: int) -> str:
     else:
         prompt = task.template.prompt.render(task.example(row), task.choices)
     return f"{prompt} {task.choices[task.answer(row)]}{BREAK}"
-
-
-# -- results on disk -------------------------------------------------------------------------------
 
 
 def _results(folder: str | Path | None) -> Results:

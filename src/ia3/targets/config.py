@@ -180,8 +180,9 @@ class IA3Config:
         known = {f.name for f in fields(cls)} - {"unknown"}
         unknown = {key: value for key, value in values.items() if key not in known}
         if surprising := sorted(unknown.keys() - {"peft_version"}):
-            message = f"{source}: unknown keys {surprising} are kept and not used"
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(
+                f"{source}: unknown keys {surprising} are kept and not used", stacklevel=2
+            )
         values = {key: value for key, value in values.items() if key in known}
         both = ("target_modules", "feedforward_modules")
         try:

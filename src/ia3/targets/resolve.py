@@ -171,9 +171,6 @@ def _starred(target: Target) -> str:
     return ".".join("*" if part.isdigit() else part for part in target.name.split("."))
 
 
-# -- what is left to the library -------------------------------------------------------------------
-
-
 def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list[Target]]:
     """`target_modules`, `feedforward_modules`, and those targets that were found by structure."""
     entries, feedforward = config.target_modules, config.feedforward_modules
@@ -254,9 +251,6 @@ def _default_feedforward(model: nn.Module, targets: Entries) -> tuple[Entries, l
     return targets, [
         entry for entry in default if any(matches_feedforward(name, [entry]) for name in names)
     ]
-
-
-# -- the modules of the model ----------------------------------------------------------------------
 
 
 def _check_entries(config: IA3Config, names: list[str], model: nn.Module) -> None:

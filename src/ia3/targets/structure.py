@@ -65,8 +65,6 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     }
 
 
-# -- the words of the field ------------------------------------------------------------------------
-
 _WORDS: dict[str, str] = {
     **dict.fromkeys(("q", "wq", "query", "queries"), "q"),
     **dict.fromkeys(("k", "wk", "key", "keys"), "k"),
