@@ -110,6 +110,7 @@ class Routes:
             lost = route.sites.keys() - {site for _, _, site in contents.sites}
             if any(route.values(site) is not None for site in lost):
                 raise IA3Error("the model that was routed has lost adapters since")
+            adapters.check_loaded()
             adapters.route_opened()
 
     def _close(self) -> None:
