@@ -211,7 +211,17 @@ def test_encoder_layers_that_leave_out_padding():
     torch.testing.assert_close(found[0, :2], alone[0])
 
 
-def test_attached_on_the_meta_device(make_model, make_inputs):
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+def test_jagged_tensors_stay_jagged():
+    parts = [torch.randn(2, 4), torch.randn(3, 4)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = adapted(base, target_modules=["0", "1"], feedforward_modules=["1"])
+    summed = nested + model(nested)  # the same ragged shape
+    torch.testing.assert_close(summed.values(), torch.cat([part + model(part) for part in parts]))
+
+
+def test_attached_on_the_meta_device(make_model: MakeModel, make_inputs: MakeInputs):
     """Weights may come after the adapter."""
     real = make_model("llama")
     values = IA3Model(make_model("llama"), IA3Config(init_ia3_weights=False)).vectors("default")

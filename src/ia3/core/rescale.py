@@ -75,7 +75,7 @@ def rescale(
         in_place: the activation is fresh: write over it, which keeps the result too. A view is not
             written over where gradients are wanted.
     """
-    if activation.is_nested:
+    if activation.is_nested and activation.layout is torch.strided:
         parts = [rescale(part, vector) for part in activation.unbind()]
         return torch.nested.as_nested_tensor(parts)
     if vector.dim() > activation.dim():
@@ -83,7 +83,8 @@ def rescale(
         apart = activation.view(vector.shape[0], rows // vector.shape[0], *rest)
         scaled = rescale(apart, vector, keep_result=keep_result, in_place=in_place)
         return activation if scaled is apart else scaled.flatten(0, 1)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or activation.is_nested:
         return (activation * vector).to(activation.dtype)
     if torch.is_grad_enabled() and vector.requires_grad:
         in_place = in_place and not activation._is_view()
