@@ -3,7 +3,8 @@
 import copy
 import pickle
 import warnings
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import count, pairwise
 from typing import Any
 
 import peft
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ia3 import IA3Config, IA3Error, IA3Model
+from ia3.core import weights as writing
 
 Adapted = Any  # an `IA3Model` or a `peft.PeftModel`: they share their names
 
@@ -479,6 +481,41 @@ def test_a_model_cast_while_merged_unmerges_to_the_cast_base(three, make_model, 
     plain = make_model("llama").to(dtype).get_submodule(name).weight.detach()
     product = plain.double() * three.vectors("a")[name].detach().double()
     assert torch.equal(three.model.get_submodule(name).weight.detach(), product.to(dtype))
+
+
+def failing(function, nth):
+    """The function, whose nth call fails."""
+    calls = count(1)
+
+    def fail(*args):
+        if next(calls) == nth:
+            raise MemoryError
+        return function(*args)
+
+    return fail
+
+
+@pytest.mark.parametrize("step", ["_product", "write"])
+def test_a_merge_that_runs_out_of_memory_changes_nothing(three, monkeypatch, step):
+    three.merge_adapter(["a"])
+    before = snapshot(three)
+    # The original weights are written first.
+    nth = 3 + len(three.vectors("a")) * (step == "write")
+    monkeypatch.setattr(writing, step, failing(getattr(writing, step), nth))
+    with pytest.raises(MemoryError):
+        three.merge_adapter(["b"])
+    assert_unchanged(three, before)
+
+
+def test_an_unload_that_fails_can_be_called_again(three, monkeypatch):
+    before = weights(three.get_base_model())
+    three.merge_adapter(["a"])
+    monkeypatch.setattr(writing, "write", failing(writing.write, 3))
+    with pytest.raises(MemoryError):
+        three.unload()
+    base = three.unload()
+    assert weights(base) == before
+    assert not any("ia3_l" in name for name, _ in base.named_modules())
 
 
 def test_unloading_twice_leaves_the_next_adapter_alone(three, inputs):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -388,16 +389,22 @@ def test_merging_into_a_quantized_model(kind, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_vector_that_no_row_can_take(kind, tmp_path):
+def test_a_vector_that_no_row_can_take(kind, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    config = hf.OPTConfig(
-        **SIZES, word_embed_proj_dim=64, ffn_dim=128, num_hidden_layers=1, dropout=0.0
+    config = OPTConfig(
+        **SIZES, word_embed_proj_dim=64, ffn_dim=128, num_hidden_layers=2, dropout=0.0
     )
     hf.OPTForCausalLM(config).save_pretrained(tmp_path)
     adapter = adapted(load(tmp_path, kind))
     expected = logits(adapter, **INPUTS)
     with pytest.raises(IA3Error, match=r"layers\.0\.fc2.*columns.*dequantise=True"):
         adapter.merge_adapter()
+    assert torch.equal(logits(adapter, **INPUTS), expected)
+    fails = Mock(side_effect=[nn.Identity(), MemoryError])
+    monkeypatch.setattr("ia3.core.quantized.dequantised", fails)
+    with pytest.raises(MemoryError):
+        adapter.merge_and_unload(dequantise=True)
+    monkeypatch.undo()
     assert torch.equal(logits(adapter, **INPUTS), expected)
     merged = adapter.merge_and_unload(dequantise=True)
     assert type(merged.get_submodule("model.decoder.layers.0.fc2")) is nn.Linear

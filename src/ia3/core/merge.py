@@ -52,12 +52,13 @@ class Merge:
                         f"merging {list(adapters)} into {name}.{slot} gives values that are not "
                         "finite; nothing was merged"
                     )
-            originals = self._read(values)
+            originals = self._read(values) | self._originals
+            before = originals | before
+            self._write(values)
         except BaseException:  # memory may run out
             self._write(before)
             raise
-        self._originals = originals | self._originals
-        self._write(values)
+        self._originals = originals
         for _, _, site in sites(self.model):
             site.merged = tuple(name for name in adapters if name in site)
 
@@ -72,12 +73,12 @@ class Merge:
         for _, _, site in sites(self.model):
             site.merged = ()
 
-    def dequantise(self, adapters: tuple[str, ...]) -> dict[str, nn.Module]:
+    def dequantise(self, adapters: tuple[str, ...], replaced: dict[str, nn.Module]) -> None:
         """Put ordinary linear layers where quantized ones cannot take these adapters exactly.
 
-        Returns the quantized layers, for `requantise`.
+        Args:
+            replaced: gets the quantized layers as they go, for `requantise`.
         """
-        replaced: dict[str, nn.Module] = {}
         for name, module, site in sites(self.model):
             here = tuple(adapter for adapter in adapters if adapter in site)
             if not here or not quantized.is_quantized(module):
@@ -88,7 +89,6 @@ class Merge:
             except IA3Error:
                 self._put(name, quantized.dequantised(module, getattr(self.model, "dtype", None)))
                 replaced[name] = module
-        return replaced
 
     def requantise(self, replaced: Mapping[str, nn.Module]) -> None:
         """Put back the layers that `dequantise` took out."""

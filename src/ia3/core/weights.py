@@ -86,10 +86,11 @@ def _write_offloaded(hook: Any, slot: str, value: Tensor) -> None:
     if not isinstance(hook.weights_map, ChainMap):
         hook.weights_map = ChainMap({}, hook.weights_map)
     over, originals = hook.weights_map.maps
+    value = value.to("cpu")  # the product was taken where the module computes
     if torch.equal(originals[slot], value):
         over.pop(slot, None)
     else:
-        over[slot] = value.to("cpu")
+        over[slot] = value
     if not over:
         hook.weights_map = originals
 

@@ -275,7 +275,6 @@ class Adapters:
     def unload(self) -> None:
         """Take everything off the model, which is then what it was."""
         with LOCK:
-            self.unloaded = True
             self.unfuse()
             self.unmerge()
             contents = self.contents()
@@ -289,6 +288,8 @@ class Adapters:
             self.active = ()
             # It holds every module, also those that the model may part with later.
             self._inventory = Inventory(self.model)
+            # Last: what has failed half way can be called again.
+            self.unloaded = True
 
     # -- which of them multiply and train ---------------------------------------------------------
 
@@ -389,8 +390,10 @@ class Adapters:
         replaces = names is None and not merged <= set(chosen)
         chosen = tuple(merged) if replaces else tuple(dict.fromkeys([*chosen, *merged]))
         self._check_one_copy(chosen)
-        replaced = self.merge.dequantise(chosen) if dequantise else {}
+        replaced: dict[str, nn.Module] = {}
         try:
+            if dequantise:
+                self.merge.dequantise(chosen, replaced)
             if set(chosen) - merged:
                 self._merge(chosen, safe)
         except BaseException:
