@@ -5,6 +5,8 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -211,7 +213,18 @@ def test_a_batch_that_has_no_room_is_refused(written):
     assert bank.list()[1].pinned
 
 
-def test_an_adapter_that_cannot_be_pinned_leaves_no_trace(written):
+def test_an_adapter_that_ran_out_of_memory_can_be_added_again(written, monkeypatch):
+    bank = AdapterBank(build("llama"))
+    monkeypatch.setattr(Tensor, "new_empty", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        bank.add("a1", written["a1"])
+    monkeypatch.undo()
+    assert bank.names() == []
+    bank.add("a1", written["a1"])
+    assert_rows(bank, written, ["a1", BASE])
+
+
+def test_an_adapter_that_cannot_be_pinned_leaves_no_trace(written: dict[str, Path]) -> None:
     bank = AdapterBank(build("llama"), capacity=1)
     bank.add("a2", written["a2"], pinned=True)
     values, modules = bank.values.clone(), [name for name, _ in bank.model.named_modules()]
@@ -272,6 +285,10 @@ def test_bad_arguments_are_refused(written):
             AdapterBank(build("llama"), capacity=capacity)
     with pytest.raises(IA3Error, match="dtype is 'float32', expected a floating dtype"):
         AdapterBank(build("llama"), dtype="float32")
+    base = build("llama")
+    with pytest.raises(RuntimeError, match="nowhere"):
+        AdapterBank(base, device="nowhere")
+    assert all(parameter.requires_grad for parameter in base.parameters())
     for call in (bank.pin, bank.unpin, bank.remove, lambda name: bank.refresh([name])):
         with pytest.raises(IA3Error, match="no adapter 'a11' in this bank of 1; did you mean 'a1'"):
             call("a11")

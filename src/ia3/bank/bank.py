@@ -110,9 +110,10 @@ class AdapterBank:
             raise IA3Error(f"capacity is {capacity!r}, expected a whole number, at least 1")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise IA3Error(f"dtype is {dtype!r}, expected a floating dtype")
+        # Before the model is frozen: there may be no such device.
+        self.device = device_of(model) if device is None else torch.device(device)
         self.model = model if isinstance(model, IA3Model) else IA3Model.without_adapters(model)
         self.capacity = capacity
-        self.device = device_of(self.model.model) if device is None else torch.device(device)
         self.values = torch.ones(capacity + 1, 0, dtype=dtype, device=self.device)
         self._lock = threading.RLock()
         # Site -> its first column, in the order of the columns.
@@ -341,17 +342,20 @@ class AdapterBank:
         """Module name -> site, for each vector of an adapter, with columns for all of them."""
         shapes = [(module, vector.shape) for module, vector in adapter.vectors.items()]
         parts = (adapter.config.to_json(), adapter.base, shapes, adapter.frozen, [*adapter.copies])
-        if repr(parts) not in self._fitting:
-            self._fitting[repr(parts)] = self.model.routes.sites_for_bank(name, adapter)
-            self._widen(self._fitting[repr(parts)].values())
-        return self._fitting[repr(parts)]
+        key = repr(parts)
+        if key not in self._fitting:
+            sites = self.model.routes.sites_for_bank(name, adapter)
+            self._widen(sites.values())
+            self._fitting[key] = sites
+        return self._fitting[key]
 
     def _widen(self, sites: Iterable[Site]) -> None:
         """Have columns for these sites too."""
         before = width = self.values.shape[1]
+        columns = dict(self._columns)
         for site in sites:
-            if site not in self._columns:
-                self._columns[site] = width
+            if site not in columns:
+                columns[site] = width
                 width += site.activation.dim
         if width == before:
             return
@@ -361,7 +365,8 @@ class AdapterBank:
             for slot in (BASE_SLOT, *resident):
                 values[slot, :before] = self.values[slot]
                 values[slot, before:] = 1.0
-        self.values = values
+        # Both at last: memory may have run out.
+        self.values, self._columns = values, columns
 
     def _entry(self, name: str) -> _Entry:
         self._check_open()
