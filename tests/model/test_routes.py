@@ -675,6 +675,14 @@ def test_an_exported_graph_does_not_keep_a_route():
 # -- what must not go wrong silently ---------------------------------------------------------------
 
 
+def test_an_unloaded_model_stays_plain(model):
+    route = model.routes._route([BASE])
+    base = model.unload()
+    with pytest.raises(ia3.IA3Error, match="was unloaded"), routing.entered(route):
+        pass
+    assert hooks_on(base) == 0
+
+
 def test_yielding_within_a_route_is_an_error_and_leaves_none_behind(model, inputs):
     before = logits(model, **inputs)
 

@@ -39,13 +39,16 @@ class Place(Hashable, Protocol):
 
 
 class Host(Protocol):
-    """The model that a route is of; `_open` and `_close` are called as it is entered and left."""
+    """The model that a route is of; `open` and `close` are called as it is entered and left.
+
+    `open` raises `IA3Error` where the model cannot be routed as it is now.
+    """
 
     model: nn.Module
 
-    def _open(self, route: Route) -> None: ...
-    def _close(self) -> None: ...
-    def _owns(self, site: Any) -> bool: ...
+    def open(self, route: Route) -> None: ...
+    def close(self) -> None: ...
+    def owns(self, site: Any) -> bool: ...
 
 
 @dataclass(eq=False)
@@ -183,8 +186,8 @@ def _routes() -> Mapping[Place, Route]:
 def _under(routes: Mapping[Place, Route]) -> Iterator[None]:
     with ExitStack() as stack:
         for route in set(routes.values()):
-            route.host._open(route)
-            stack.callback(route.host._close)
+            route.host.open(route)
+            stack.callback(route.host.close)
         frame = _Frame(routes, _CURRENT.get())
         _CURRENT.set(frame)
         try:
@@ -215,7 +218,7 @@ def is_routed(site: Place) -> bool:
     """Whether a site is routed in this thread or task."""
     routes = _routes()
     # It may have been put on a routed model since.
-    return site in routes or any(route.host._owns(site) for route in set(routes.values()))
+    return site in routes or any(route.host.owns(site) for route in set(routes.values()))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

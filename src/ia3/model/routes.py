@@ -91,9 +91,11 @@ class Routes:
             )
         return make_route(self, adapters, bank, different, index)
 
-    def _open(self, route: Route) -> None:
+    def open(self, route: Route) -> None:
+        """As `Host.open`: the hooks that ask for a route are there from now on."""
         adapters = self._adapters
         with LOCK:
+            adapters.check_loaded()
             if merged := adapters.merge.adapters:
                 raise IA3Error(
                     f"adapters {sorted(merged)} are merged, in all rows: unmerge_adapter() before "
@@ -113,10 +115,12 @@ class Routes:
             adapters.check_loaded()
             adapters.route_opened()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Undo `open`."""
         self._adapters.route_closed()
 
-    def _owns(self, site: Any) -> bool:
+    def owns(self, site: Any) -> bool:
+        """Whether a site is on this model now."""
         return any(site is each for _, _, each in self._adapters.contents().sites)
 
     def attach(self, bank: RowSource) -> None:
