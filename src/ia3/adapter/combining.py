@@ -70,8 +70,8 @@ def combine(
             `"frequency"` counts them.
 
     Returns:
-        An adapter with the first one's settings and the modules of all; its vectors are float32,
-        `[dim, 1]` or `[1, dim]`. Values stay one where they do in all that have the vector.
+        An adapter with the first one's settings and the modules of all; its vectors are float32, in
+        the shapes of the given ones. Values stay one where they do in all that have the vector.
 
     Raises:
         IA3Error: they are of different base models, have vectors of different shapes or sides, or

@@ -23,8 +23,10 @@ class Adapter:
 
     Attributes:
         config: with its modules named.
-        vectors: module name -> vector, `[dim, 1]` on an output, `[1, dim]` on an input, float32.
-        copies: parameter name in the base model -> its value (`modules_to_save`).
+        vectors: module name -> vector, `[dim, 1]` on an output, `[1, dim]` on an input,
+            `[experts, dim]` within experts; float32, or of a file's dtype.
+        copies: parameter name in the base model -> its value in this adapter's copy
+            (`modules_to_save`).
         frozen: module name -> the ranges of its vector that stay one.
         base: the model it was trained on; `None` where the file does not say.
     """

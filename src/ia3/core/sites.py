@@ -28,6 +28,18 @@ class Site(nn.Module):
     """Every adapter's vector at one activation of one base module.
 
     Vectors have PEFT's shapes (`Activation.shape`) and are float32 whatever the base's dtype.
+
+    Attributes:
+        side, activation: what is rescaled.
+        frozen: adapter -> the ranges of its vector that count as one; written by `add`.
+        active: the adapters whose vectors multiply now; written by `activate`.
+        in_place: rescale where it costs the least memory; else by the plain product, at the module
+            itself. Written by `Adapters`.
+        merged: the adapters that are part of the weights; written by `Merge`.
+        banked: a bank has values for it, so that it stays without vectors of its own; written by
+            `Routes`.
+        in_block: the fused MLP around the module multiplies by the vectors, so that no hook does;
+            written by `fused_mlp`.
     """
 
     side: Side

@@ -43,6 +43,7 @@ class IA3Model(nn.Module):
 
     Several threads may call the model, and change its adapters meanwhile: each change is made under
     one lock, a call sees the adapters from before or after it, and a change that raises is undone.
+    Deleting, fusing and switching to copies of modules (`modules_to_save`) want no calls meanwhile.
     What is refused raises `IA3Error`, an adapter's name that is unknown in any method.
 
     Args:
@@ -140,9 +141,10 @@ class IA3Model(nn.Module):
         Args:
             adapter_name: a name without dots or slashes, new to this model.
             peft_config: what it rescales.
-            vectors: module name -> vector (`[dim, 1]` on a linear layer's output, `[1, dim]` on its
-                input), any floating dtype; stored as float32. With vectors, entries of the config's
-                lists may match nothing. If not given, ones, as `init_ia3_weights` says.
+            vectors: module name -> vector: `[dim, 1]` on a linear layer's output, `[1, dim]` on its
+                input, `[1, dim, 1, ...]` on a convolution, `[experts, dim]` within experts. Any
+                floating dtype; stored as float32. With vectors, entries of the config's lists may
+                match nothing. If not given, ones, or normal numbers without `init_ia3_weights`.
 
         Raises:
             IA3Error: the name is taken or malformed, or the config or the vectors do not fit the
@@ -182,7 +184,7 @@ class IA3Model(nn.Module):
         self._adapters.add(name, config, stored)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, neither merged nor routed.
+        """Remove an adapter, neither merged nor routed. No other thread may be in a call with it.
 
         If no other is active then, the first that is left becomes so.
         """
@@ -243,7 +245,7 @@ class IA3Model(nn.Module):
             self._adapters.enable(enabled)
 
     def vectors(self, adapter_name: str) -> dict[str, Tensor]:
-        """Module name -> the vector that trains: float32, `[dim, 1]` or `[1, dim]`."""
+        """Module name -> the vector that trains: float32, of its shape in `add_adapter`."""
         self._adapters.check_known([adapter_name])
         return {name: site[adapter_name] for name, site in self._adapters.sites_of(adapter_name)}
 
@@ -629,7 +631,7 @@ def get_peft_model(
     if mixed:
         raise IA3Error("mixed=True: there is only one kind of adapter here")
     if revision is not None:
-        peft_config.revision = revision
+        peft_config = dataclasses.replace(peft_config, revision=revision)
     kind = MODEL_CLASSES.get(peft_config.task_type, IA3Model)
     return kind(model, peft_config, adapter_name)
 
