@@ -5,7 +5,6 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import peft
@@ -215,7 +214,7 @@ def test_a_batch_that_has_no_room_is_refused(written):
 
 def test_an_adapter_that_ran_out_of_memory_can_be_added_again(written, monkeypatch):
     bank = AdapterBank(build("llama"))
-    monkeypatch.setattr(Tensor, "new_empty", Mock(side_effect=MemoryError))
+    monkeypatch.setattr(torch.Tensor, "new_empty", Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):
         bank.add("a1", written["a1"])
     monkeypatch.undo()

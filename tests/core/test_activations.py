@@ -221,7 +221,7 @@ def test_jagged_tensors_stay_jagged():
     torch.testing.assert_close(summed.values(), torch.cat([part + model(part) for part in parts]))
 
 
-def test_attached_on_the_meta_device(make_model: MakeModel, make_inputs: MakeInputs):
+def test_attached_on_the_meta_device(make_model, make_inputs):
     """Weights may come after the adapter."""
     real = make_model("llama")
     values = IA3Model(make_model("llama"), IA3Config(init_ia3_weights=False)).vectors("default")

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
 from itertools import count, pairwise
 from typing import Any
 

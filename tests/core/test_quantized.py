@@ -391,7 +391,7 @@ def test_merging_into_a_quantized_model(kind, checkpoint, tmp_path):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_vector_that_no_row_can_take(kind, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    config = OPTConfig(
+    config = hf.OPTConfig(
         **SIZES, word_embed_proj_dim=64, ffn_dim=128, num_hidden_layers=2, dropout=0.0
     )
     hf.OPTForCausalLM(config).save_pretrained(tmp_path)

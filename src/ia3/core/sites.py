@@ -28,18 +28,6 @@ class Site(nn.Module):
     """Every adapter's vector at one activation of one base module.
 
     Vectors have PEFT's shapes (`Activation.shape`) and are float32 whatever the base's dtype.
-
-    Attributes:
-        side, activation: what is rescaled.
-        frozen: adapter -> the ranges of its vector that count as one; written by `add`.
-        active: the adapters whose vectors multiply now; written by `activate`.
-        in_place: rescale where it costs the least memory; else by the plain product, at the module
-            itself. Written by `Adapters`.
-        merged: the adapters that are part of the weights; written by `Merge`.
-        banked: a bank has values for it, so that it stays without vectors of its own; written by
-            `Routes`.
-        in_block: the fused MLP around the module multiplies by the vectors, so that no hook does;
-            written by `fused_mlp`.
     """
 
     side: Side
@@ -48,9 +36,9 @@ class Site(nn.Module):
     active: tuple[str, ...] = ()  # the adapters whose vectors multiply now
     # Rescale where it costs the least memory; else by the plain product, at the module itself.
     in_place: bool = True
-    merged: tuple[str, ...] = ()  # the adapters that are part of the weights
-    banked: bool = False  # a bank has values for it: it stays without vectors of its own
-    in_block: bool = False  # the fused MLP around the module multiplies, so that no hook does
+    merged: tuple[str, ...] = ()  # the adapters that are part of the weights; Merge writes it
+    banked: bool = False  # a bank has values for it, so that it stays; Routes writes it
+    in_block: bool = False  # the fused MLP around it multiplies, no hook does; fused_mlp writes it
     # Underscores, as no adapter can have the name of an attribute.
     _routed: bool = False  # a route may be on, which comes before the active adapters
     _carrier: Carrier | None  # rescaled instead of a down projection's input
