@@ -95,7 +95,6 @@ class Routes:
         """As `Host.open`: the hooks that ask for a route are there from now on."""
         adapters = self._adapters
         with LOCK:
-            adapters.check_loaded()
             if merged := adapters.merge.adapters:
                 raise IA3Error(
                     f"adapters {sorted(merged)} are merged, in all rows: unmerge_adapter() before "
