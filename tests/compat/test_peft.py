@@ -5,6 +5,9 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import peft
 import pytest
@@ -423,6 +426,22 @@ def test_a_default_that_matches_nothing_is_replaced(tmp_path):
     model.unmerge_adapter()
     assert torch.equal(model(ids).logits, result.logits)
     assert relative(model.merge_and_unload()(ids).logits, result.logits) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*matches nothing:UserWarning")
+def test_several_threads_call_experts(make_inputs):
+    integration.install()
+    model = adapt(build("mixtral")).eval()
+    randomize(vectors(model))
+    inputs = make_inputs("mixtral")
+
+    def call(_: int) -> Tensor:
+        with torch.no_grad():
+            return model(**inputs).logits  # type: ignore[no-any-return]
+
+    expected = call(0)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, expected) for found in pool.map(call, range(20)))
 
 
 def test_a_config_of_defaults_can_be_read_again(make_model, tmp_path):

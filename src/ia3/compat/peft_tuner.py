@@ -7,6 +7,7 @@ is computed while the wrappers are out of it: see `_as_sites`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, reduce
@@ -30,6 +31,9 @@ from ..core.sites import Site, check_free
 from ..errors import IA3Error
 from ..targets.config import IA3Config
 from ..targets.resolve import resolve
+
+# Held while a block of experts has vectors attached, which is for the length of a call.
+ATTACHING = threading.RLock()
 
 
 class Layer(nn.Module, stock.IA3Layer):
@@ -76,11 +80,12 @@ class Layer(nn.Module, stock.IA3Layer):
         if self.side == "input":
             # Never in place: siblings may read the same input, and a ReLU before it keeps it.
             return self.base_layer(rescale(args[0], product), *args[1:], **kwargs)
-        handle = experts.attach(self.base_layer, lambda: product)
-        try:
-            return self.base_layer(*args, **kwargs)
-        finally:
-            handle.remove()
+        with ATTACHING:
+            handle = experts.attach(self.base_layer, lambda: product)
+            try:
+                return self.base_layer(*args, **kwargs)
+            finally:
+                handle.remove()
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """Raise: what the vector of one layer changes may be the weights of another."""
