@@ -5,9 +5,7 @@ import pickle
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import peft
 import pytest
@@ -435,7 +433,7 @@ def test_several_threads_call_experts(make_inputs):
     randomize(vectors(model))
     inputs = make_inputs("mixtral")
 
-    def call(_: int) -> Tensor:
+    def call(_: int) -> torch.Tensor:
         with torch.no_grad():
             return model(**inputs).logits  # type: ignore[no-any-return]
 
