@@ -84,6 +84,15 @@ def test_gated(kind, dtype):
         assert relative(mlp(x), wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_near_functions_are_told_apart_in_half_precision(dtype):
+    """T5 casts the product to the dtype of `wo`, in which both gelus of it are the same."""
+    mlp = t5("gated-gelu").to(dtype).get_submodule(T5_MLP)
+    found = read_mlp(mlp, "wo")
+    assert isinstance(found, Mlp)
+    assert (found.gate, found.function, found.casts) == ("wi_0", "gelu_tanh", True)
+
+
 @pytest.mark.parametrize("kind", NOT_GATED)
 def test_not_gated(kind):
     make, mlp, down = NOT_GATED[kind]
