@@ -201,7 +201,7 @@ def _train_ia3(
     method: str,
 ) -> int:
     from ia3 import IA3Model
-    from ia3.adapter.store import read_adapter
+    from ia3.adapter.files import read_adapter
     from ia3.tfew.temporary_adapter import all_linear
     from ia3.tfew.training.trainer import TFewConfig, train
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import ia3
 from ia3.adapter.combining import CombinationType, combine
+from ia3.adapter.files import Adapter, adapter_files, read_adapter
 from ia3.adapter.fingerprint import Fingerprint
-from ia3.adapter.store import Adapter, adapter_files, read_adapter
 from ia3.errors import IA3Error
 from ia3.files.atomic import write_files
 

@@ -11,7 +11,7 @@ from support.tfew import word_tokenizer
 from torch import Tensor, nn
 
 from ia3 import FewShotClassifier, IA3Model
-from ia3.adapter.store import Adapter, adapter_files, read_adapter
+from ia3.adapter.files import Adapter, adapter_files, read_adapter
 
 SAVED = TESTS / "fixtures" / "saved-0.1.0"
 IDS = torch.arange(24).reshape(2, 12)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import ia3
+from ia3.adapter.files import Adapter, adapter_files, read_adapter
 from ia3.adapter.fingerprint import Fingerprint
 from ia3.adapter.layout import find_adapters, read_outline, read_vectors
 from ia3.adapter.similarity import difference, largest_changes, log_scales, search
-from ia3.adapter.store import Adapter, adapter_files, read_adapter
 from ia3.errors import IA3Error
 from ia3.files.atomic import write_files
 from ia3.report.heatmap import difference_grid, layer_site_grid, mean_grid, site_statistics

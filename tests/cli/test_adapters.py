@@ -15,7 +15,7 @@ from support.page import Page
 from support.pairs import randomize, vectors
 
 import ia3
-from ia3.adapter.store import read_adapter
+from ia3.adapter.files import read_adapter
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

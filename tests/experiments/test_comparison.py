@@ -17,7 +17,7 @@ from support.paths import REPOSITORY
 from support.raft import write_csv
 from support.tfew import tiny_llama, tiny_t5, word_tokenizer
 
-from ia3.adapter.store import adapter_files
+from ia3.adapter.files import adapter_files
 from ia3.classify.estimator import FewShotClassifier
 from ia3.errors import IA3Error
 from ia3.experiments.comparison import Run, Sample, Settings, compare, draw_samples, summaries

@@ -7,7 +7,7 @@ from support.pairs import adapted, logits
 from support.snapshots import hooks_on
 
 from ia3 import IA3Config, IA3Error, IA3Model
-from ia3.adapter.store import read_adapter
+from ia3.adapter.files import read_adapter
 
 KEYS = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 QUERIES = {**KEYS, "target_modules": ["q_proj", "down_proj"]}

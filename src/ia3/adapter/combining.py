@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import IA3Error, did_you_mean
 from ..targets.config import IA3Config
 from ..targets.matching import matches_feedforward
-from .store import Adapter
+from .files import Adapter
 
 if TYPE_CHECKING:
     from ..core.names import Frozen
@@ -54,7 +54,7 @@ def combine(
 
     >>> import torch
     >>> from ia3 import IA3Config, combine
-    >>> from ia3.adapter.store import Adapter
+    >>> from ia3.adapter.files import Adapter
     >>> config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     >>> tickets = Adapter(config, {"layers.0.k_proj": torch.tensor([[2.0], [0.5]])})
     >>> reviews = Adapter(config, {"layers.0.k_proj": torch.tensor([[1.0], [1.5]])})

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..adapter.files import Adapter, read_adapter
 from ..adapter.layout import WEIGHTS_NAME, weights_file
-from ..adapter.store import Adapter, read_adapter
 from ..core.activations import device_of
 from ..core.route import BASE
 from ..core.sites import Site

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import store
+from ..adapter.files import Adapter, adapter_files, read_adapter
 from ..base.loading import EMBEDDED_MODEL
 from ..errors import IA3Error
 from ..files.atomic import write_files
@@ -43,7 +43,7 @@ class PreparedTask:
     data: LabelledTexts
     recipe: TFewConfig
     examples: list[TrainingExample]
-    start: store.Adapter | None
+    start: Adapter | None
 
 
 class FewShotClassifier(RankingClassifier):
@@ -115,7 +115,7 @@ class FewShotClassifier(RankingClassifier):
         learning_rate: float = 1e-2,
         chat: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        init_from: str | Path | store.Adapter | None = None,
+        init_from: str | Path | Adapter | None = None,
         max_tokens: int = MAX_TOKENS,
         upper_blocks: int | None = None,
     ) -> None:
@@ -181,8 +181,8 @@ class FewShotClassifier(RankingClassifier):
         examples = [TrainingExample(*pair) for pair in zip(encoded, answers, strict=True)]
         start = self.init_from
         if start is not None:
-            if not isinstance(start, store.Adapter):
-                start = store.read_adapter(adapter_folder(start, ["adapter_*"]))
+            if not isinstance(start, Adapter):
+                start = read_adapter(adapter_folder(start, ["adapter_*"]))
             # It is to be trained, and belongs to the model that it is put on.
             config = replace(start.config, inference_mode=False, base_model_name_or_path=None)
             start = replace(start, config=config)
@@ -204,9 +204,7 @@ class FewShotClassifier(RankingClassifier):
             adapter = model.adapter("default")
         self._keep_fit(task.data, adapter, history)
 
-    def _keep_fit(
-        self, data: LabelledTexts, adapter: store.Adapter, history: list[TrainingStep]
-    ) -> None:
+    def _keep_fit(self, data: LabelledTexts, adapter: Adapter, history: list[TrainingStep]) -> None:
         adapter.vectors = {name: v.cpu().clone() for name, v in adapter.vectors.items()}
         sources = [template.source for template in data.templates]
         self._keep_task(data.classes, data.choices, sources, list(data.examples[0]))
@@ -244,7 +242,7 @@ class FewShotClassifier(RankingClassifier):
             "choices": self.choices_,
             **self.settings_,
         }
-        files = store.adapter_files(self.adapter_)
+        files = adapter_files(self.adapter_)
         files[TASK_NAME] = (json.dumps(task, indent=2, ensure_ascii=False) + "\n").encode()
         write_files(folder, files)
 
@@ -280,7 +278,7 @@ class FewShotClassifier(RankingClassifier):
         given = {**settings, "device": device, "dtype": dtype, "tokenizer": tokenizer}
         model = task["model"] if model is None else model
         classifier = cls(model, task["templates"], choices, max_tokens=max_tokens, **given)
-        classifier.adapter_ = store.read_adapter(folder)
+        classifier.adapter_ = read_adapter(folder)
         classifier._keep_task(*(task[name] for name in LISTS))
         classifier.settings_ = settings
         classifier.history_ = []

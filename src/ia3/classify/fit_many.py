@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import store
+from ..adapter.files import Adapter, read_adapter
 from ..adapter.fingerprint import Fingerprint, fingerprint
 from ..adapter.layout import WEIGHTS_NAME
 from ..base.loading import BaseModel
@@ -205,7 +205,7 @@ class _Folder:
         # Of several records of a task the last one counts.
         self._records = {record["task"]: record for record in records}
 
-    def read(self, task: str, digest: str) -> tuple[store.Adapter, list[TrainingStep]] | None:
+    def read(self, task: str, digest: str) -> tuple[Adapter, list[TrainingStep]] | None:
         """The task's adapter and history; `None` where it has to be trained."""
         record = self._records.get(task)
         if record is None or record["digest"] != digest:
@@ -213,7 +213,7 @@ class _Folder:
         try:
             if self._hashes(task) != record.get("files"):
                 return None
-            adapter = store.read_adapter(self.path / task)
+            adapter = read_adapter(self.path / task)
         except (FileNotFoundError, NotADirectoryError, IA3Error):
             return None
         return adapter, [TrainingStep(**step) for step in record["history"]]

@@ -248,7 +248,7 @@ def combine(
         raise typer.BadParameter(problem, param_hint="--weights") from error
     check_out(out, force)
     from ..adapter.combining import combine as combined_of
-    from ..adapter.store import read_adapter
+    from ..adapter.files import read_adapter
 
     stored = [(str(path), read_adapter(path)) for path in adapters]
     nameless = [name for name, adapter in stored if adapter.base is None]

@@ -17,7 +17,7 @@ from ..files.atomic import check_folder, write_files, write_stdout
 from ..report.console import screen, visible
 
 if TYPE_CHECKING:
-    from ..adapter.store import Adapter
+    from ..adapter.files import Adapter
 
 DEFAULT_MODEL = EMBEDDED_MODEL
 
@@ -114,8 +114,8 @@ def silence_loading() -> None:
 
 def write_adapter(out: Path, adapter: Adapter) -> int:
     """Write an adapter's files; returns the bytes of its vectors' file."""
+    from ..adapter.files import adapter_files
     from ..adapter.layout import WEIGHTS_NAME
-    from ..adapter.store import adapter_files
 
     files = adapter_files(adapter)
     write_files(out, files)

@@ -104,7 +104,7 @@ def convert(
     check_out(out, force)
     silence_loading()
     from ..adapter.convert import convert_tfew_authors, structure_of
-    from ..adapter.store import Adapter
+    from ..adapter.files import Adapter
 
     config, vectors = convert_tfew_authors(file, structure_of(model))
     config = replace(config, base_model_name_or_path=model, inference_mode=True)

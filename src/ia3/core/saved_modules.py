@@ -85,9 +85,7 @@ def saved_module_of(module: nn.Module) -> SavedModule | None:
     return copies if isinstance(copies, SavedModule) else None
 
 
-def find_modules_to_save(
-    model: nn.Module, names: Iterable[str] | None, *, strict: bool = True
-) -> list[str]:
+def find(model: nn.Module, names: Iterable[str] | None, *, strict: bool = True) -> list[str]:
     """The modules that `modules_to_save` names, by PEFT's rule: the ends of their names."""
     found: dict[str, None] = {}
     modules = base_modules(model) if names else []
@@ -115,7 +113,7 @@ def find_modules_to_save(
     return list(found)
 
 
-def attach_saved_module(module: nn.Module) -> SavedModule:
+def attach(module: nn.Module) -> SavedModule:
     """The module's copies, registered on it now if it has none: calls go to the active one."""
     copies = saved_module_of(module)
     if copies is None:
@@ -125,8 +123,8 @@ def attach_saved_module(module: nn.Module) -> SavedModule:
     return copies
 
 
-def detach_saved_module(module: nn.Module) -> None:
-    """Take the copies off a module, which is then what it was before `attach_saved_module`."""
+def detach(module: nn.Module) -> None:
+    """Take the copies off a module, which is then what it was before `attach`."""
     if saved_module_of(module) is not None:
         _unpatch(module)
         del module._modules[ATTRIBUTE]
@@ -138,7 +136,7 @@ def shared_parameters(model: nn.Module) -> set[int]:
     return {identity for identity, count in counts.items() if count > 1}
 
 
-def keep_saved_module(module: nn.Module, adapter: str, shared: Collection[int] = ()) -> None:
+def keep(module: nn.Module, adapter: str, shared: Collection[int] = ()) -> None:
     """Give the module itself the values of an adapter's copy, but not modules that share them."""
     copies = saved_module_of(module)
     assert copies is not None
@@ -155,9 +153,7 @@ def keep_saved_module(module: nn.Module, adapter: str, shared: Collection[int] =
             write(owner, last, value)
 
 
-def check_saved_modules(
-    values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module
-) -> None:
+def check(values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module) -> None:
     """Raise `IA3Error` where values of copies, by their names in the base model, do not fit it."""
     kind = type(model).__name__
     expected = {
@@ -182,8 +178,8 @@ def check_saved_modules(
             )
 
 
-def load_saved_module(twin: nn.Module, name: str, values: Mapping[str, Tensor]) -> None:
-    """Give the copy of the module `name` its values, as `check_saved_modules` has seen them."""
+def load(twin: nn.Module, name: str, values: Mapping[str, Tensor]) -> None:
+    """Give the copy of the module `name` its values, as `check` has seen them."""
     own = {key: value for key, value in values.items() if key.startswith(f"{name}.")}
     twin.load_state_dict({key.removeprefix(f"{name}."): value for key, value in own.items()})
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from ..adapter.files import adapter_files
 from ..adapter.fingerprint import fingerprint
-from ..adapter.store import adapter_files
 from ..base.loading import EMBEDDED_MODEL, BaseModel
 from ..classify.estimator import FewShotClassifier
 from ..classify.ranking import TEXT, RankingClassifier

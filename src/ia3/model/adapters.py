@@ -12,23 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..adapter.store import Adapter
+from ..adapter.files import Adapter
+from ..core import saved_modules
 from ..core.activations import device_of
 from ..core.inventory import Contents, Inventory
 from ..core.merge import Merge
 from ..core.names import ATTRIBUTE, Target
 from ..core.route import BASE, LOCK, watch
-from ..core.saved_modules import (
-    SavedModule,
-    attach_saved_module,
-    check_saved_modules,
-    detach_saved_module,
-    find_modules_to_save,
-    keep_saved_module,
-    load_saved_module,
-    saved_module_of,
-    shared_parameters,
-)
+from ..core.saved_modules import SavedModule, saved_module_of
 from ..core.sites import Site, check_free, displace, place, site_of
 from ..errors import IA3Error, did_you_mean
 from ..targets.config import IA3Config, TaskType
@@ -182,18 +173,18 @@ class Adapters:
             config = dataclasses.replace(config, modules_to_save=saved_too)
             resolved, targets = self.fit(name, config, stored)
             strict = stored is None
-            saved = find_modules_to_save(self.model, resolved.modules_to_save, strict=strict)
+            saved = saved_modules.find(self.model, resolved.modules_to_save, strict=strict)
             _check_can_be_copied(saved, self.contents())
             if stored is not None:
-                check_saved_modules(stored.copies, saved, self.model)
+                saved_modules.check(stored.copies, saved, self.model)
             try:
                 self._add_vectors(name, config, targets, stored)
                 for module_name in saved:
                     module = self.contents().modules[module_name]
-                    copies = attach_saved_module(module)
+                    copies = saved_modules.attach(module)
                     copies.add(name, module)
                     if stored is not None:
-                        load_saved_module(copies[name], module_name, stored.copies)
+                        saved_modules.load(copies[name], module_name, stored.copies)
                 self.configs[name] = resolved
             except BaseException:  # memory may run out
                 self._take_off(name)
@@ -229,7 +220,7 @@ class Adapters:
             having, copies = self.sites_of(name), self.copies_of(name)
             targets = [site.target(module) for module, site in having]
             check_vectors(stored.vectors, targets, type(self.model).__name__)
-            check_saved_modules(stored.copies, list(copies), self.model)
+            saved_modules.check(stored.copies, list(copies), self.model)
             for module, site in having:
                 here, there = site.frozen.get(name, ()), stored.frozen.get(module, ())
                 if here != there:
@@ -241,7 +232,7 @@ class Adapters:
                 for module, site in having:
                     site[name].copy_(stored.vectors[module])
             for module, twin in copies.items():
-                load_saved_module(twin, module, stored.copies)
+                saved_modules.load(twin, module, stored.copies)
 
     def remove(self, name: str) -> None:
         """Remove an adapter. If no other is active then, the first that is left becomes so."""
@@ -270,7 +261,7 @@ class Adapters:
             if name in copies:
                 copies.remove(name)
             if not copies.adapters:
-                detach_saved_module(module)
+                saved_modules.detach(module)
 
     def unload(self) -> None:
         """Take everything off the model, which is then what it was."""
@@ -281,7 +272,7 @@ class Adapters:
             for _, module, _ in contents.sites:
                 displace(module)
             for _, module, _ in contents.copies:
-                detach_saved_module(module)
+                saved_modules.detach(module)
             watch(self.model, False)
             self.base.give_back()
             self.configs.clear()
@@ -399,10 +390,10 @@ class Adapters:
         except BaseException:
             self.merge.requantise(replaced)
             raise
-        shared = shared_parameters(self.model)
+        shared = saved_modules.shared_parameters(self.model)
         for _, module, copies in self.contents().copies:
             for name in set(chosen).intersection(copies.adapters):
-                keep_saved_module(module, name, shared)
+                saved_modules.keep(module, name, shared)
         self.merge.keep()
         # The output layer may have weights of its own now.
         config: Any = getattr(self.model, "config", None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.combining import CombinationType, MajoritySign, combine
-from ..adapter.store import Adapter
+from ..adapter.files import Adapter
 from ..core.merge import Merge
 from ..core.route import LOCK, Names
 from ..errors import IA3Error, naming

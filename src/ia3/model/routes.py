@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter.store import Adapter
+from ..adapter.files import Adapter
 from ..core.route import BASE, LOCK, Names, Route, current_route, entered
 from ..core.sites import Site, displace
 from ..errors import IA3Error, did_you_mean

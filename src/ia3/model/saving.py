@@ -9,9 +9,8 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from ..adapter import store
+from ..adapter.files import Adapter, adapter_files, read_adapter
 from ..adapter.fingerprint import fingerprint
-from ..adapter.store import Adapter
 from ..errors import IA3Error
 from ..files.atomic import check_folder, write_files
 from ..files.hub import HubOptions, adapter_folder
@@ -27,7 +26,7 @@ def save(
 ) -> None:
     """Write adapters' two files each, all of them or, where a folder cannot be written, none."""
     written = to_save(adapters, list(folders), state_dict)
-    files = {name: store.adapter_files(adapter) for name, adapter in written.items()}
+    files = {name: adapter_files(adapter) for name, adapter in written.items()}
     for folder in folders.values():
         check_folder(folder)
     for name, folder in folders.items():
@@ -73,8 +72,8 @@ def folders_of(
 def read(
     model_id: str | Path, config: IA3Config | None, is_trainable: bool, **hub: Unpack[HubOptions]
 ) -> Adapter:
-    """An adapter from its folder or from the hub; raises as `store.read_adapter`."""
-    adapter = store.read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config)
+    """An adapter from its folder or from the hub; raises as `read_adapter`."""
+    adapter = read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config)
     adapter.config.inference_mode = not is_trainable
     return adapter
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..adapter.store import Adapter
+from ..adapter.files import Adapter
 from ..base.loading import BaseModel
 from ..model.ia3_model import IA3Model
 from ..targets.config import IA3Config, TaskType

@@ -22,8 +22,8 @@ from support.tfew import (
 from transformers import GPT2Config
 
 from ia3 import FewShotClassifier
+from ia3.adapter.files import read_adapter
 from ia3.adapter.layout import WEIGHTS_NAME
-from ia3.adapter.store import read_adapter
 from ia3.base.loading import BaseModel, load_base_model
 from ia3.cli import main
 from ia3.errors import IA3Error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...adapter.store import Adapter
+from ...adapter.files import Adapter
 from ...base.loading import BaseModel
 from ...errors import IA3Error
 from ..prompts.encoding import Encoder, TrainingExample, warn_of_cut_texts
