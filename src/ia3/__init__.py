@@ -11,45 +11,35 @@ if TYPE_CHECKING:
     from .base.embedded import embedded_model_folder as embedded_model_folder
     from .base.loading import load_base_model as load_base_model
     from .classify.estimator import FewShotClassifier as FewShotClassifier
-    from .classify.fit_many import FittedTasks as FittedTasks
-    from .classify.fit_many import fit_many as fit_many
+    from .classify.fit_many import FittedTasks as FittedTasks, fit_many as fit_many
     from .compat.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-    from .compat.state_dicts import get_peft_model_state_dict as get_peft_model_state_dict
-    from .compat.state_dicts import inject_adapter_in_model as inject_adapter_in_model
-    from .compat.state_dicts import set_peft_model_state_dict as set_peft_model_state_dict
-    from .errors import IA3Error as IA3Error
-    from .errors import MissingExtraError as MissingExtraError
+    from .compat.state_dicts import (
+        get_peft_model_state_dict as get_peft_model_state_dict,
+        inject_adapter_in_model as inject_adapter_in_model,
+        set_peft_model_state_dict as set_peft_model_state_dict,
+    )
+    from .errors import IA3Error as IA3Error, MissingExtraError as MissingExtraError
     from .experiments.in_context import InContextClassifier as InContextClassifier
-    from .model.auto import AutoPeftModel as AutoPeftModel
-    from .model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from .model.auto import (
+        AutoPeftModel as AutoPeftModel,
+        AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
         AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
-    )
-    from .model.auto import (
         AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
-    )
-    from .model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
-    from .model.auto import (
+        AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
         AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
-    )
-    from .model.auto import (
         AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
     )
-    from .model.ia3_model import IA3Model as IA3Model
-    from .model.ia3_model import PeftModelForCausalLM as PeftModelForCausalLM
-    from .model.ia3_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
-    from .model.ia3_model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
-    from .model.ia3_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
     from .model.ia3_model import (
+        IA3Model as IA3Model,
+        PeftModelForCausalLM as PeftModelForCausalLM,
+        PeftModelForFeatureExtraction as PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering as PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM,
         PeftModelForSequenceClassification as PeftModelForSequenceClassification,
-    )
-    from .model.ia3_model import (
         PeftModelForTokenClassification as PeftModelForTokenClassification,
+        get_peft_model as get_peft_model,
     )
-    from .model.ia3_model import get_peft_model as get_peft_model
-    from .targets.config import IA3Config as IA3Config
-    from .targets.config import PeftType as PeftType
-    from .targets.config import TaskType as TaskType
+    from .targets.config import IA3Config as IA3Config, PeftType as PeftType, TaskType as TaskType
     from .targets.resolve import explain as explain
 
     PeftConfig = IA3Config

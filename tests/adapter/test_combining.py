@@ -8,8 +8,7 @@ import peft
 import pytest
 import torch
 from conftest import MakeModel
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from peft.utils.merge_utils import ties as peft_ties
 from support.pairs import randomize, vectors
 from support.paths import REPOSITORY

@@ -14,8 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.pairs import adapted
 from torch import nn
-from transformers import AutoModelForSequenceClassification as SequenceClassifier
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification as SequenceClassifier,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from ia3 import IA3Config, IA3Model
 from ia3.adapter.fingerprint import Fingerprint, fingerprint

@@ -9,8 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support.pairs import adapted, logits, randomize, relative, vectors
 from support.snapshots import assert_unchanged, hooks_on, snapshot, weights
 from torch import Tensor, nn

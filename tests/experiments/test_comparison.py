@@ -10,8 +10,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from support.command import Place, assert_refused, said
 from support.paths import REPOSITORY
 from support.raft import write_csv

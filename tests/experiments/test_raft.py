@@ -10,8 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from support import tfew
 from support.command import IA3, SMALL_FILES_ONLY, Place, assert_refused, said
 from support.paths import SHARED

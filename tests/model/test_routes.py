@@ -13,8 +13,7 @@ from functools import cache
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support.architectures import ARCHITECTURES, SIZES, VOCABULARY, batch, build
 from support.pairs import randomize, relative, vectors
 from support.snapshots import hooks_on

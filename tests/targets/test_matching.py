@@ -1,8 +1,7 @@
 """Entries of a config: which modules they name, and the fewest that name given modules."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from ia3 import IA3Error

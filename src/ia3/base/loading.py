@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from ..errors import IA3Error
-from .embedded import EMBEDDED_MODEL as EMBEDDED_MODEL
-from .embedded import embedded_model_folder as embedded_model_folder
+from .embedded import (
+    EMBEDDED_MODEL as EMBEDDED_MODEL,
+    embedded_model_folder as embedded_model_folder,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

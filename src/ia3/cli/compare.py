@@ -76,8 +76,7 @@ def compare(
     labels = [row[label] for row in rows]
     choices = parse_choices(choice, labels)
     silence_loading()
-    from ..experiments.comparison import Settings, draw_samples, summaries
-    from ..experiments.comparison import compare as run_methods
+    from ..experiments.comparison import Settings, compare as run_methods, draw_samples, summaries
     from ..experiments.setfit import SetFit
     from ..report.comparison import HEADER, cells, markdown, notes, picture
 

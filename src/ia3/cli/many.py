@@ -38,8 +38,7 @@ def fit_many(
     check_folder(out)
     silence_loading()
     from ..classify.estimator import FewShotClassifier
-    from ..classify.fit_many import FittedTasks
-    from ..classify.fit_many import fit_many as fit
+    from ..classify.fit_many import FittedTasks, fit_many as fit
     from ..classify.many_manifest import read_many_manifest
 
     model, tasks = read_many_manifest(manifest)

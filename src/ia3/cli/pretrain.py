@@ -44,8 +44,7 @@ def pretrain(
     from ..base.loading import load_base_model
     from ..tfew import TFewConfig
     from ..tfew.prompts.manifest import read_manifest
-    from ..tfew.training.pretraining import mixing_rates
-    from ..tfew.training.pretraining import pretrain as train_mixture
+    from ..tfew.training.pretraining import mixing_rates, pretrain as train_mixture
 
     settings = given(learning_rate=learning_rate, max_tokens=max_tokens)
     config = TFewConfig(steps=steps, batch_size=batch_size, seed=seed, **settings)

@@ -23,8 +23,7 @@ from ..errors import IA3Error, naming
 from ..files.hub import HubOptions
 from ..targets.config import IA3Config, TaskType
 from . import saving
-from .adapters import Adapters
-from .adapters import check_name as check_name
+from .adapters import Adapters, check_name as check_name
 from .routes import Routes
 from .saving import DEFAULT_ADAPTER as DEFAULT_ADAPTER
 from .trainers import tell_trainer

@@ -7,29 +7,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..files.rows import read_rows as read_rows
-    from .prompts.encoding import Encoder as Encoder
-    from .prompts.encoding import TrainingExample as TrainingExample
-    from .prompts.promptsource import PromptTemplate as PromptTemplate
-    from .prompts.promptsource import read_promptsource as read_promptsource
-    from .prompts.tasks import HELD_OUT_TASKS as HELD_OUT_TASKS
-    from .prompts.tasks import RAFT_TASKS as RAFT_TASKS
-    from .prompts.tasks import SEEDS as SEEDS
-    from .prompts.tasks import Task as Task
-    from .prompts.tasks import few_shot as few_shot
-    from .prompts.tasks import load_templates as load_templates
-    from .scoring.evaluation import Evaluation as Evaluation
-    from .scoring.evaluation import Spread as Spread
-    from .scoring.evaluation import evaluate as evaluate
-    from .scoring.evaluation import predict_choices as predict_choices
-    from .scoring.evaluation import spread as spread
-    from .training.losses import TFewLoss as TFewLoss
-    from .training.losses import tfew_loss as tfew_loss
-    from .training.trainer import DivergedError as DivergedError
-    from .training.trainer import TFewConfig as TFewConfig
-    from .training.trainer import TFewTrainer as TFewTrainer
-    from .training.trainer import TrainingStep as TrainingStep
-    from .training.trainer import train as train
-    from .training.trainer import training_arguments as training_arguments
+    from .prompts.encoding import Encoder as Encoder, TrainingExample as TrainingExample
+    from .prompts.promptsource import (
+        PromptTemplate as PromptTemplate,
+        read_promptsource as read_promptsource,
+    )
+    from .prompts.tasks import (
+        HELD_OUT_TASKS as HELD_OUT_TASKS,
+        RAFT_TASKS as RAFT_TASKS,
+        SEEDS as SEEDS,
+        Task as Task,
+        few_shot as few_shot,
+        load_templates as load_templates,
+    )
+    from .scoring.evaluation import (
+        Evaluation as Evaluation,
+        Spread as Spread,
+        evaluate as evaluate,
+        predict_choices as predict_choices,
+        spread as spread,
+    )
+    from .training.losses import TFewLoss as TFewLoss, tfew_loss as tfew_loss
+    from .training.trainer import (
+        DivergedError as DivergedError,
+        TFewConfig as TFewConfig,
+        TFewTrainer as TFewTrainer,
+        TrainingStep as TrainingStep,
+        train as train,
+        training_arguments as training_arguments,
+    )
 
 # Loaded when first used: transformers' Trainer takes seconds to import.
 _NAMES = {

@@ -3,8 +3,7 @@
 from functools import partial
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from support.tfew import tiny_llama, tiny_t5, word_tokenizer
 
 from ia3.base.loading import EMBEDDED_MODEL, BaseModel, load_base_model

@@ -4,8 +4,7 @@ from functools import cache
 
 import jinja2
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, strategies as st
 from support.paths import SHARED
 
 from ia3.errors import IA3Error

@@ -4,8 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support import scoring
 from support.scoring import base_of, random_examples, tokens_seen
 from support.tfew import (

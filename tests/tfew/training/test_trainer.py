@@ -24,8 +24,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from ia3 import FewShotClassifier, IA3Config, IA3Model
 from ia3.base.loading import BaseModel
 from ia3.errors import IA3Error
-from ia3.tfew import TFewConfig, TFewTrainer, TrainingExample, train
-from ia3.tfew import training_arguments as make_arguments
+from ia3.tfew import (
+    TFewConfig,
+    TFewTrainer,
+    TrainingExample,
+    train,
+    training_arguments as make_arguments,
+)
 from ia3.tfew.prompts.encoding import EncodedExample
 from ia3.tfew.scoring.choices import choice_scores, token_scores
 from ia3.tfew.training.losses import token_loss
