@@ -47,19 +47,8 @@ class TaskToFit:
 def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
     """The model that a manifest names, and its tasks by name. No data is read yet.
 
-    | key | meaning | by default |
-    |---|---|---|
-    | `data` | what is trained on, as `ia3 fit --data` | |
-    | `split`, `subset` | of a folder or a data set on the hub | `train`, none |
-    | `text` | the column with the text, or a list of columns | `text` |
-    | `label` | the column with the label | `label` |
-    | `template` | a prompt, or a list of prompts | the text, and a word that asks |
-    | `choices` | label -> words to rank for it | the labels, made readable |
-    | `steps`, `seed`, `learning_rate`, `chat` | as `FewShotClassifier` has them | its own |
-    | `init_from` | an adapter to begin with, a folder or hub id | |
-
-    A key under `defaults` holds for each task that does not have it. Paths are relative to the
-    manifest. An error names the task and the key.
+    docs/tfew.md has an example and all keys. A key under `defaults` holds for each task that does
+    not have it. Paths are relative to the manifest. An error names the task and the key.
     """
     path = Path(path)
     content = read_manifest_file(path, TOP_KEYS)

@@ -50,10 +50,8 @@ class InContextClassifier(RankingClassifier):
     weights change, or the adapter on it, fit again.
 
     Args:
-        model: `"smollm2-135m-instruct"`, a folder, a hub id, or a loaded transformers model.
-        template: a Jinja template over the fields' names; several are averaged. Strings have the
-            one field `text`.
-        choices: label -> the words that are ranked for it, as in `FewShotClassifier`.
+        model, template, choices, device, dtype, chat, tokenizer: as in `FewShotClassifier`; with
+            `chat` the demonstrations are within the tokenizer's chat template too.
         ensemble: `"none"`: one prompt holds all demonstrations. `"orderings"`: several do, each in
             an order of its own. `"one-shot"`: every demonstration has a prompt of its own, as in
             the paper's appendix F for T5+LM; it suits encoder-decoder models, whose context is
@@ -66,16 +64,9 @@ class InContextClassifier(RankingClassifier):
             alike, instead of refusing them. A text may take half of the context, and is cut where
             the demonstrations leave it less than it needs.
         seed: of the order of the demonstrations, and of those that are left out.
-        device: `"auto"` or torch's name of one; a loaded model stays where it is.
-        dtype: `"auto"` or torch's name of one; a loaded model keeps its own.
-        chat: put each prompt, demonstrations included, into the tokenizer's chat template.
-        tokenizer: for a loaded model whose config does not say where it came from.
 
     Attributes:
-        classes_: the labels, `[classes]`, sorted.
-        choices_: the words ranked for each of them.
-        templates_: the templates' sources.
-        fields_: the names of the examples' fields.
+        classes_, choices_, templates_, fields_: as in `FewShotClassifier`.
         demonstrations_: what precedes the prompts: a text for each member of the ensemble, for each
             template, `[templates][members]`.
         demonstration_tokens_: the number of tokens of each of these texts.

@@ -153,9 +153,6 @@ def cross_validate(
     found.
 
     Args:
-        base: the model.
-        task: from `read_raft`.
-        settings: by default the paper's, on all linear layers.
         methods: of `METHODS`, in whose order the scores are.
         folds: 1 to 5; with 5 every row is held out once.
         results: a folder for a file of predictions. What is in it is not computed again, and a

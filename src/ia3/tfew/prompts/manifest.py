@@ -22,36 +22,13 @@ EXPECTED = "expected 'tasks:' and under it a mapping from names to tasks"
 
 
 def read_manifest(path: str | Path) -> list[Task]:
-    """The tasks that a manifest names, in its order.
-
-    ::
-
-        tasks:
-          copa:
-            data: copa.jsonl
-          rte:
-            data: rte.jsonl
-            templates: promptsource/rte
-          tickets:
-            data: tickets.csv
-            template: "{{ text }}\\nCategory:"
-            label: queue
-            choices: {acct: account, ship: delivery}
-
-    | key | meaning | by default |
-    |---|---|---|
-    | `data` | what is trained on, as `read_rows` takes it | |
-    | `split`, `subset` | of a folder or a data set of the hub | `train`, none |
-    | `templates` | the name of own templates (`load_templates`); a promptsource file or folder | the task's name |
-    | `template` | instead of `templates`: the prompt, or a list of prompts | |
-    | `label` | with `template`: the column of the right answer | `label` |
-    | `choices` | with `template`: label -> words | the labels, made readable |
+    """The tasks that a manifest names, in its order; docs/tfew.md has an example and all keys.
 
     Files are relative to the manifest. A name of the hub has no suffix of a data file and at most
     one slash, and is no file here. Of a promptsource file those templates are taken that pose the
     data set's own task and have answer choices. Labels are compared as text, as CSV has nothing
     else; JSON's true is `true`.
-    """  # noqa: E501
+    """
     path = Path(path)
     tasks = []
     for name, entry in tasks_in(path, read_manifest_file(path, ["tasks"])).items():
