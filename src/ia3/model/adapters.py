@@ -158,7 +158,7 @@ class Adapters:
             check_vectors(stored.vectors, targets, type(self.model).__name__)
             if stored.base and (other := stored.base.difference(self.model, self.merged_modules())):
                 warnings.warn(
-                    f"this may be the wrong base model for adapter {name!r}: {other}", stacklevel=5
+                    f"this may be the wrong base model for adapter {name!r}: {other}", stacklevel=6
                 )
         return resolved, targets
 
