@@ -112,16 +112,15 @@ class Carrier:
         return Carrier(*copy.deepcopy(parts, memo))
 
 
-def carrier_of(model: nn.Module, down_name: str) -> Carrier | None:
-    """The carrier of a vector on a down projection's input; `None` where there is none."""
+def carrier_of(model: nn.Module, down_name: str, held: Mapping[int, int]) -> Carrier | None:
+    """What carries a vector on a down projection's input; `held`: by id, how many hold a module."""
     parent, _, down = down_name.rpartition(".")
     mlp = model.get_submodule(parent)
     found = read_mlp(mlp, down, with_gate=False)
     if isinstance(found, str):
         return None
     layers = mlp.get_submodule(found.up), mlp.get_submodule(down)
-    held = [child for module in model.modules() for child in module._modules.values()]
-    if any(held.count(layer) > 1 for layer in layers):
+    if any(held[id(layer)] > 1 for layer in layers):
         # What is right in one MLP may not be in the other.
         return None
     return Carrier(found.up, layers[0], down, layers[1], mlp._modules)

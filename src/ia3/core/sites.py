@@ -6,7 +6,7 @@ one per adapter, so that they move, save and train with the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -208,14 +208,15 @@ def check_free(module: nn.Module, target: Target) -> None:
         experts.check_forward(module)
 
 
-def place(model: nn.Module, module: nn.Module, target: Target) -> Site:
-    """The module's site, registered on it now if it has none."""
+def place(model: nn.Module, module: nn.Module, target: Target, held: Mapping[int, int]) -> Site:
+    """The module's site, registered on it now if it has none; `held` as for `carrier_of`."""
     site = site_of(module)
     if site is None:
         # By default compiled code does not look whether hooks were added or removed since, and
         # would go on with the adapters that were active when it was compiled.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
-        site = Site(target, carrier_of(model, target.name) if target.side == "input" else None)
+        inner = target.side == "input"
+        site = Site(target, carrier_of(model, target.name, held) if inner else None)
         module.add_module(ATTRIBUTE, site)
     return site
 

@@ -149,8 +149,7 @@ def cross_validate(
     `"majority"` predicts the most frequent label of the others, and the first in the benchmark's
     order where several are; `"zero-shot"` ranks the choices with the model as it is; `"icl"`
     puts as many of the others before the prompt as its context holds, in an order drawn by the
-    seed; `"tfew"` trains new vectors on them (paper section 3.5). The base model is left as it was
-    found.
+    seed; `"tfew"` trains new vectors on them (paper section 3.5). The base model stays as it is.
 
     Args:
         methods: of `METHODS`, in whose order the scores are.

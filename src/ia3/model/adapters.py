@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -193,7 +194,8 @@ class Adapters:
     def place(self, targets: Sequence[Target]) -> dict[str, Site]:
         """Module name -> the site there, placed now where there is none."""
         modules = self.contents().modules
-        sites = {t.name: place(self.model, modules[t.name], t) for t in targets}
+        held = Counter(id(child) for m in modules.values() for child in m._modules.values())
+        sites = {t.name: place(self.model, modules[t.name], t, held) for t in targets}
         for site in sites.values():
             site.in_place = not self._plain
         return sites
