@@ -13,7 +13,8 @@ from support.pairs import same_vectors
 from support.tfew import child_environment, hook_count, state_bits, tiny_llama, word_tokenizer
 
 from ia3 import FewShotClassifier, IA3Config, IA3Error, IA3Model, fit_many
-from ia3.adapter.files import WEIGHTS_NAME, Adapter, adapter_files
+from ia3.adapter.files import Adapter, adapter_files
+from ia3.adapter.layout import WEIGHTS_NAME
 from ia3.classify.estimator import PreparedTask
 from ia3.classify.fit_many import RECORDS_NAME
 from ia3.files.atomic import write_files

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, strategies as st
 from support import tfew
 from support.command import IA3, SMALL_FILES_ONLY, Place, assert_refused, said
-from support.paths import SHARED
+from support.paths import DATA, needs_data
 from support.raft import ADE, COLUMN, WORDS, some_labels, texts, write_csv, write_task
 from support.snapshots import assert_unchanged, snapshot
 from support.tfew import tiny_llama, tiny_t5, word_tokenizer
@@ -27,9 +27,6 @@ from ia3.experiments.raft_data import RaftTask, public_labels, read_raft
 from ia3.tfew.prompts.encoding import EncodedExample
 from ia3.tfew.prompts.tasks import RAFT_TASKS, load_templates
 from ia3.tfew.training.trainer import TFewConfig
-
-DATA = SHARED / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
 
 METHODS = ["majority", "zero-shot", "icl", "tfew"]
 ENGLISH = ["advanced", "elementary", "intermediate"]

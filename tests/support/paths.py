@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).resolve().parent.parent
 REPOSITORY = TESTS.parent
 SHARED = REPOSITORY.parent / "shared"
+DATA = SHARED / "data"
+
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data sets are not at {DATA}")

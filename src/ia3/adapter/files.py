@@ -13,7 +13,6 @@ from ..files.hub import CONFIG_NAME
 from ..targets.config import IA3Config
 from . import layout, safetensors
 from .fingerprint import Fingerprint
-from .layout import WEIGHTS_NAME as WEIGHTS_NAME
 from .pickled import read_pickled
 
 
@@ -50,7 +49,7 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
     if adapter.base is not None:
         metadata[layout.BASE_KEY] = adapter.base.to_json()
     return {
-        WEIGHTS_NAME: safetensors.write(tensors, metadata),
+        layout.WEIGHTS_NAME: safetensors.write(tensors, metadata),
         CONFIG_NAME: adapter.config.to_json().encode(),
     }
 

@@ -154,7 +154,9 @@ class Route:
 def entered(route: Route) -> Iterator[None]:
     """Within the context, calls of the route's model in this thread or task are routed."""
     # What is checkpointed is recomputed under the routes of its first run, from now on.
-    if not _bind() and torch.is_grad_enabled():
+    with LOCK:
+        bound = _bind()
+    if not bound and torch.is_grad_enabled():
         raise IA3Error(
             f"PyTorch {torch.__version__} has no checkpointing that could be told which adapters "
             "its rows were computed with: route without gradients, or use a version that was "

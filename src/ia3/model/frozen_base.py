@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class FrozenBase:
 
 
 @dataclass(eq=False)
-class AdapterKeys(Collection[str]):
+class AdapterKeys(Iterable[str], Sized):
     """What `save_pretrained` leaves out: what the model ignores, and the adapters by then."""
 
     _model: nn.Module
@@ -70,6 +70,3 @@ class AdapterKeys(Collection[str]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-    def __contains__(self, key: object) -> bool:
-        return key in list(self)

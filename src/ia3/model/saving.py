@@ -48,8 +48,10 @@ def to_save(
         config.inference_mode = True
         if config.task_type is None and config.auto_mapping is None:
             kind = type(adapters.model)
-            names_class = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-            config.auto_mapping = names_class
+            config.auto_mapping = {
+                "base_model_class": kind.__name__,
+                "parent_library": kind.__module__,
+            }
         adapter.base = base
     return found
 

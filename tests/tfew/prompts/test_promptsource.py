@@ -5,14 +5,12 @@ from functools import cache
 import jinja2
 import pytest
 from hypothesis import assume, given, strategies as st
-from support.paths import SHARED
+from support.paths import DATA, needs_data
 
 from ia3.errors import IA3Error
 from ia3.files.tables import Row, read_table
 from ia3.tfew.prompts.promptsource import PromptTemplate, read_promptsource
 from ia3.tfew.prompts.templates import Template
-
-DATA = SHARED / "data"
 
 # promptsource's files, and the T-Few authors' samples with the fields they name.
 FILES = {
@@ -73,7 +71,7 @@ def as_promptsource_renders(template, row):
 # -- against promptsource --------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
+@needs_data
 @pytest.mark.parametrize("task", FILES)
 def test_its_files_render_as_it_renders_them(task):
     templates = [t for t in read_promptsource(DATA / "promptsource" / FILES[task]) if t.choices]

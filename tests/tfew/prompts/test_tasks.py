@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.paths import SHARED
+from support.paths import DATA, needs_data
 from support.tfew import plain_token_scores, tiny_llama, tiny_t5, word_tokenizer
 from tokenizers import normalizers
 
@@ -26,9 +26,6 @@ from ia3.tfew.prompts.promptsource import PromptTemplate
 from ia3.tfew.prompts.tasks import encode_labelled
 from ia3.tfew.prompts.templates import Template
 from ia3.tfew.scoring.evaluation import evaluate, predict_choices, spread
-
-DATA = SHARED / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
 
 WORDS = ["the", "cat", "dog", "bird", "is", "it", "so", "no", "yes", "sat", "ran", "flew", "sings"]
 WORDS += ["barks", "purrs", "one", "two", "three"]
