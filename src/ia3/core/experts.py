@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..errors import IA3Error
@@ -246,7 +245,6 @@ class _Scale(torch.autograd.Function):
         return _scaled(values, vectors, rows, axis)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         values, vectors, rows = ctx.saved_tensors

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..errors import IA3Error
 
@@ -26,36 +25,56 @@ DIVIDING_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class _KeepResult(torch.autograd.Function):
+    """The scaled result, and the activation as far as autograd is concerned.
+
+    The second output takes no memory, and only the backward pass uses it. Where that pass is to be
+    differentiated, y is the value of y′ / l with this output's place in the graph: differentiating
+    y′ / l itself would take the difference of two large numbers where l is small.
+    """
+
     @staticmethod
-    def forward(ctx: Any, activation: Tensor, vector: Tensor, in_place: bool) -> Tensor:
+    def forward(
+        ctx: Any, activation: Tensor, vector: Tensor, in_place: bool
+    ) -> tuple[Tensor, Tensor]:
         near_zero = vector.abs() < SMALLEST_DIVISOR
         divisor = vector.masked_fill(near_zero, SMALLEST_DIVISOR)
+        place = divisor.as_strided(activation.shape, [0] * activation.dim())
         if in_place:
             scaled = activation.mul_(divisor)
             ctx.mark_dirty(scaled)
         else:
             scaled = (activation * divisor).to(activation.dtype)
-        ctx.save_for_backward(scaled, divisor)
-        return scaled
+        ctx.save_for_backward(scaled, divisor, vector, place)
+        ctx.set_materialize_grads(False)
+        return scaled, place
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,) = grads
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        grad, grad_place = grads
         try:
-            scaled, divisor = ctx.saved_tensors
+            scaled, divisor, vector, place = ctx.saved_tensors
         except RuntimeError as error:
             raise IA3Error(
-                f"the model writes over a rescaled activation, which its vector's gradient is "
-                f"computed from: use_plain_product() on the IA3Model keeps another ({error})"
+                f"a rescaled activation, or the vector, was written over before the backward pass "
+                f"that needs it: where the model does so, use_plain_product() on the IA3Model "
+                f"keeps another activation ({error})"
             ) from error
+        if grad is None:
+            return grad_place, None, None
         grad_activation = grad_vector = None
+        differentiated = torch.is_grad_enabled()
         if ctx.needs_input_grad[0]:
-            grad_activation = (grad * divisor).to(grad.dtype)
+            grad_activation = (grad * (vector if differentiated else divisor)).to(grad.dtype)
+            if grad_place is not None:
+                grad_activation = grad_activation + grad_place
         if ctx.needs_input_grad[1]:
             wide = torch.promote_types(grad.dtype, divisor.dtype)
-            product = grad.to(wide) * scaled.to(wide)
-            grad_vector = product.sum_to_size(divisor.shape) / divisor
+            if differentiated:
+                activation = scaled.detach().to(wide) / divisor + (place - place.detach())
+                grad_vector = (grad.to(wide) * activation).sum_to_size(divisor.shape)
+            else:
+                product = grad.to(wide) * scaled.to(wide)
+                grad_vector = product.sum_to_size(divisor.shape) / divisor
         return grad_activation, grad_vector, None
 
 
@@ -97,7 +116,8 @@ def rescale(
             or any(size not in (1, whole) for size, whole in axes)
         ):
             return (activation * vector).to(activation.dtype)
-        return _KeepResult.apply(activation, vector, in_place)  # type: ignore[no-any-return, no-untyped-call]
+        scaled, _ = _KeepResult.apply(activation, vector, in_place)  # type: ignore[no-untyped-call]
+        return scaled  # type: ignore[no-any-return]
     if in_place and not (activation.requires_grad and activation._is_view()):
         return activation.mul_(vector)
     return (activation * vector).to(activation.dtype)

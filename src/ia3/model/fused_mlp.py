@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..core.activations import linear_features
 from ..core.mlp import FUNCTIONS, Mlp, read_mlp
@@ -181,10 +180,15 @@ class _GatedProduct(torch.autograd.Function):
         return _formula(gate, up, vector, function)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, vector = ctx.saved_tensors
         needed = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            # This pass is to be differentiated, and not all of the functions' derivatives can be.
+            product = _formula(gate, up, vector, ctx.function)
+            wanted = [t for t, need in zip((gate, up, vector), needed, strict=False) if need]
+            found = iter(torch.autograd.grad(product, wanted, grads[0], create_graph=True))
+            return *(next(found) if need else None for need in needed[:3]), None
         grad, gates, ups = _wide(grads[0]), _wide(gate), _wide(up)
         scaled, values = grad if vector is None else grad * vector, FUNCTIONS[ctx.function](gates)
         of_gate = of_up = of_vector = None
