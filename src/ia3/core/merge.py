@@ -17,6 +17,7 @@ from .activations import Side
 from .inventory import sites
 from .mlp import read_mlp
 from .names import ATTRIBUTE
+from .reached import describe, is_unreached
 from .sites import displace, site_of
 
 # A module's name, and one of its slots (see `weights`).
@@ -108,6 +109,14 @@ class Merge:
 
     def _products(self, adapters: tuple[str, ...]) -> dict[Spot, Any]:
         """What merging these adapters puts where."""
+        having = [name for name, _, site in sites(self.model) if any(a in site for a in adapters)]
+        unreached = [name for name in having if is_unreached(self.model, name)]
+        if unreached:
+            raise IA3Error(
+                f"cannot merge {list(adapters)}: {describe(unreached)}, so that vectors there have "
+                "no effect, and would have one when merged; leave these modules out "
+                "(exclude_modules)"
+            )
         vectors: dict[str, dict[Side, Tensor]] = {}
         for name, _, site in sites(self.model):
             here = tuple(adapter for adapter in adapters if adapter in site)
