@@ -260,11 +260,13 @@ class Adapters:
     def _take_off(self, name: str) -> None:
         self.configs.pop(name, None)
         contents = self.contents()
-        for _, module, site in contents.sites:
+        for _, _, site in contents.sites:
             site.remove(name)
-            if not site.vectors and not site.banked:
-                displace(module)
-        unwatch(self.model)
+        empty = [m for _, m, site in contents.sites if not site.vectors and not site.banked]
+        for module in empty:
+            displace(module)
+        if empty:
+            unwatch(self.model)
         for _, module, copies in contents.copies:
             if name in copies:
                 copies.remove(name)
