@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from conftest import VOCABULARY
 from hypothesis import given, settings, strategies as st
 from support.pairs import adapted, logits, randomize, relative, vectors
 from support.snapshots import assert_unchanged, hooks_on, snapshot, weights
@@ -479,6 +480,109 @@ def test_a_model_cast_while_merged_unmerges_to_the_cast_base(three, make_model, 
     plain = make_model("llama").to(dtype).get_submodule(name).weight.detach()
     product = plain.double() * three.vectors("a")[name].detach().double()
     assert torch.equal(three.model.get_submodule(name).weight.detach(), product.to(dtype))
+
+
+def part_of(state, name):
+    """The part of a state dict that is a module's."""
+    prefix = f"{name}." if name else ""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    "name", ["", "model", "model.layers", "model.layers.1.mlp", "model.layers.0.self_attn.k_proj"]
+)
+def test_other_base_weights_are_not_loaded_into_merged_ones(
+    three, make_model, inputs, name, assign
+):
+    """Unmerging would bring some of the former weights back: a mixture of two models."""
+    state = {key: 2 * value for key, value in make_model("llama").state_dict().items()}
+    three.merge_adapter()
+    merged, before = logits(three, **inputs), snapshot(three)
+    holder = three.model.get_submodule(name)
+    for strict in (True, False):
+        with pytest.raises(IA3Error, match=r"cannot load .* unmerge_adapter"):
+            holder.load_state_dict(part_of(state, name), strict=strict, assign=assign)
+    with pytest.raises(IA3Error, match=r"cannot load 'model\.model\.layers.*unmerge_adapter"):
+        three.load_state_dict({f"model.{key}": value for key, value in state.items()})
+    assert_unchanged(three, before)
+    assert torch.equal(logits(three, **inputs), merged)
+
+    # What is not merged is loaded, unmerged all is.
+    three.model.lm_head.load_state_dict(part_of(state, "lm_head"), assign=assign)
+    three.model.load_state_dict({"lm_head.weight": state["lm_head.weight"]}, strict=False)
+    three.unmerge_adapter()
+    holder.load_state_dict(part_of(state, name), assign=assign)
+    other = make_model("llama")
+    other.lm_head.load_state_dict(part_of(state, "lm_head"))
+    other.get_submodule(name).load_state_dict(part_of(state, name))
+    assert weights(three.model) == weights(other)
+    with three.disable_adapter():
+        assert torch.equal(logits(three, **inputs), logits(other, **inputs))
+
+
+def test_weights_under_pefts_wrappers_are_not_loaded_into_merged_ones_either(make_model):
+    with ia3_peft.installed():
+        model = peft.get_peft_model(make_model("llama"), peft.IA3Config())
+    state = copy.deepcopy(model.state_dict())
+    model.merge_adapter()
+    before = snapshot(model)
+    with pytest.raises(IA3Error, match=r"cannot load 'base_model\..*base_layer\.weight'"):
+        model.load_state_dict(state)
+    assert_unchanged(model, before)
+    model.unmerge_adapter()
+    model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("end", ["unmerge_adapter", "unload", "merge_and_unload"])
+def test_weights_are_loaded_when_none_are_merged_any_longer(three, make_model, end):
+    three.merge_adapter()
+    three.merge_adapter(["a", "b"])
+    getattr(three, end)()
+    three.model.load_state_dict(make_model("llama").state_dict())
+    assert weights(three.model) == weights(make_model("llama"))
+
+
+def test_values_of_merged_adapters_vectors_are_loaded(three):
+    """They are not what was merged into."""
+    three.merge_adapter()
+    before, name = weights(three.model), "model.model.layers.0.self_attn.k_proj.ia3_l.a"
+    three.load_state_dict({name: torch.full_like(three.state_dict()[name], 3)}, strict=False)
+    assert (three.vectors("a")["model.layers.0.self_attn.k_proj"] == 3).all()
+    assert weights(three.model) == before
+
+
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_of_a_merged_model_load_when_they_are_unmerged(three, make_model, twin):
+    three.merge_adapter()
+    copied, state = twin(three), make_model("llama").state_dict()
+    with pytest.raises(IA3Error, match="cannot load"):
+        copied.model.load_state_dict(state)
+    copied.unmerge_adapter()
+    copied.model.load_state_dict(state)
+    with pytest.raises(IA3Error, match="cannot load"):
+        three.model.load_state_dict(state)
+    # One layer by itself knows nothing of the model.
+    assert len(pickle.dumps(three.model.model.layers[0].mlp.down_proj)) < 50_000
+
+
+@pytest.mark.parametrize("verb", ["unmerge_adapter", "disable_adapter_layers", "merge_more"])
+def test_embeddings_that_were_resized_while_merged_stay_merged(make_model, verb):
+    base = make_model("llama")
+    modules = {"target_modules": ["embed_tokens"], "feedforward_modules": []}
+    model = adapted(base, **modules)
+    model.add_adapter("more", IA3Config(**modules))
+    model.merge_adapter()
+    base.resize_token_embeddings(VOCABULARY + 2, mean_resizing=False)
+    before = snapshot(model)
+    act = {"merge_more": lambda: model.merge_adapter("more")}.get(verb) or getattr(model, verb)
+    with pytest.raises(IA3Error, match=r"was \[48, 32\] .* is \[50, 32\] now.*merge_and_unload"):
+        act()
+    assert_unchanged(model, before)
+    merged = model.merge_and_unload()
+    assert merged.model.embed_tokens.weight.shape == (50, 32)
 
 
 def failing(function, nth):

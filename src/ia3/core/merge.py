@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import IA3Error
 from . import quantized, weights
@@ -17,6 +18,7 @@ from .activations import Side
 from .inventory import sites
 from .mlp import read_mlp
 from .names import ATTRIBUTE
+from .reached import describe, is_unreached
 from .sites import displace, site_of
 
 # A module's name, and one of its slots (see `weights`).
@@ -29,6 +31,7 @@ class Merge:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._originals: dict[Spot, Any] = {}
+        self._guards: list[RemovableHandle] = []
 
     @property
     def adapters(self) -> set[str]:
@@ -43,6 +46,7 @@ class Merge:
         `safe` refuses a result that is not finite. Nothing has changed where it raises.
         """
         before = self._read(self._originals)
+        self._check_sizes()
         try:
             self._write(self._originals)
             values = self._products(adapters)
@@ -59,17 +63,20 @@ class Merge:
             self._write(before)
             raise
         self._originals = originals
+        self._guard()
         for _, _, site in sites(self.model):
             site.merged = tuple(name for name in adapters if name in site)
 
     def undo(self) -> None:
         """Put the original weights back, bit for bit."""
+        self._check_sizes()
         self._write(self._originals)
         self.keep()
 
     def keep(self) -> None:
         """Let the original weights go: what is merged stays."""
         self._originals = {}
+        self._guard()
         for _, _, site in sites(self.model):
             site.merged = ()
 
@@ -108,6 +115,14 @@ class Merge:
 
     def _products(self, adapters: tuple[str, ...]) -> dict[Spot, Any]:
         """What merging these adapters puts where."""
+        having = [name for name, _, site in sites(self.model) if any(a in site for a in adapters)]
+        unreached = [name for name in having if is_unreached(self.model, name)]
+        if unreached:
+            raise IA3Error(
+                f"cannot merge {list(adapters)}: {describe(unreached)}, so that vectors there have "
+                "no effect, and would have one when merged; leave these modules out "
+                "(exclude_modules)"
+            )
         vectors: dict[str, dict[Side, Tensor]] = {}
         for name, _, site in sites(self.model):
             here = tuple(adapter for adapter in adapters if adapter in site)
@@ -149,6 +164,33 @@ class Merge:
             )
         return f"{parent}.{mlp.up}".removeprefix("."), "output"
 
+    def _guard(self) -> None:
+        """Have merged weights refuse to be loaded, whichever module around them is loaded."""
+        for handle in self._guards:
+            handle.remove()
+        slots: dict[str, set[str]] = {}
+        for name, slot in self._originals:
+            slots.setdefault(name, set()).add(slot.split(".")[0])
+            while name:
+                name = name.rpartition(".")[0]
+                slots.setdefault(name, set())
+        self._guards = [
+            self._module(name).register_load_state_dict_pre_hook(_Guard(frozenset(own)))  # type: ignore[no-untyped-call]
+            for name, own in slots.items()
+        ]
+
+    def _check_sizes(self) -> None:
+        """Raise `IA3Error` where the original weights no longer fit their modules."""
+        for name, slot in self._originals:
+            now = self._module(name)._parameters.get(slot)
+            before = self._originals[name, slot]
+            if now is not None and now.shape != before.shape:
+                raise IA3Error(
+                    f"{name}.{slot} was {list(before.shape)} when adapters were merged into it and "
+                    f"is {list(now.shape)} now, so that they cannot be unmerged: "
+                    "merge_and_unload() keeps them merged"
+                )
+
     def _module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
 
@@ -158,6 +200,32 @@ class Merge:
     def _write(self, values: Mapping[Spot, Any]) -> None:
         for (name, slot), value in values.items():
             weights.write(self._module(name), slot, value)
+
+
+class _Guard:
+    """A hook before `load_state_dict`, on modules with merged weights and on all around them.
+
+    Unmerging would mix what is loaded with the originals. Names are found as the modules stand
+    then: PEFT's wrappers may be around them.
+    """
+
+    def __init__(self, slots: frozenset[str]) -> None:
+        self.slots = slots  # of the module itself
+
+    def __call__(
+        self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *others: Any
+    ) -> None:
+        for name, part in module.named_modules():
+            for wrapped in part._load_state_dict_pre_hooks.values():
+                if not isinstance(guard := wrapped.hook, _Guard):
+                    continue
+                for slot in guard.slots:
+                    key = f"{prefix}{name}.{slot}" if name else prefix + slot
+                    if key in state_dict:
+                        raise IA3Error(
+                            f"cannot load {key!r}: adapters are merged into it, and unmerging them "
+                            "would bring the former weight back; unmerge_adapter() first"
+                        )
 
 
 def _sharing(model: nn.Module) -> dict[Spot, str]:

@@ -43,3 +43,8 @@ def base_modules(model: nn.Module) -> list[str]:
 def own_modules(modules: Mapping[str, nn.Module]) -> list[str]:
     """Those of a model's modules that are its own, by name: not what adapters have put on them."""
     return [name for name in modules if name and ATTRIBUTE not in name.split(".")]
+
+
+def starred(name: str) -> str:
+    """A module's name with a star for the number of its layer: `layers.*.k_proj`."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -38,6 +38,9 @@ class Site(nn.Module):
     in_place: bool = True
     merged: tuple[str, ...] = ()  # the adapters that are part of the weights; Merge writes it
     banked: bool = False  # a bank has values for it, so that it stays; Routes writes it
+    # Whether the module is ever called, if that is known; `reached` writes both.
+    reached: bool | None = None
+    told: bool = False  # the user knows that it is not
     in_block: bool = False  # the fused MLP around it multiplies, no hook does; fused_mlp writes it
     # Underscores, as no adapter can have the name of an attribute.
     _routed: bool = False  # a route may be on, which comes before the active adapters

@@ -19,6 +19,7 @@ from ..core.activations import device_of
 from ..core.inventory import Contents, Inventory
 from ..core.merge import Merge
 from ..core.names import ATTRIBUTE, Target
+from ..core.reached import tell, unwatch, watch as watch_calls
 from ..core.route import BASE, LOCK, watch
 from ..core.saved_modules import SavedModule, saved_module_of
 from ..core.sites import Site, check_free, displace, place, site_of
@@ -190,14 +191,18 @@ class Adapters:
             except BaseException:  # memory may run out
                 self._take_off(name)
                 raise
+            tell(self.contents().sites)
 
     def place(self, targets: Sequence[Target]) -> dict[str, Site]:
         """Module name -> the site there, placed now where there is none."""
         modules = self.contents().modules
         held = Counter(id(child) for m in modules.values() for child in m._modules.values())
+        new = [t.name for t in targets if site_of(modules[t.name]) is None]
         sites = {t.name: place(self.model, modules[t.name], t, held) for t in targets}
         for site in sites.values():
             site.in_place = not self._plain
+        if new:
+            watch_calls(modules, new)
         return sites
 
     def _add_vectors(
@@ -255,10 +260,13 @@ class Adapters:
     def _take_off(self, name: str) -> None:
         self.configs.pop(name, None)
         contents = self.contents()
-        for _, module, site in contents.sites:
+        for _, _, site in contents.sites:
             site.remove(name)
-            if not site.vectors and not site.banked:
-                displace(module)
+        empty = [m for _, m, site in contents.sites if not site.vectors and not site.banked]
+        for module in empty:
+            displace(module)
+        if empty:
+            unwatch(self.model)
         for _, module, copies in contents.copies:
             if name in copies:
                 copies.remove(name)
@@ -276,6 +284,7 @@ class Adapters:
             for _, module, _ in contents.copies:
                 saved_modules.detach(module)
             watch(self.model, False)
+            unwatch(self.model)
             self.base.give_back()
             self.configs.clear()
             self.active = ()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter.files import Adapter
+from ..core.reached import unwatch
 from ..core.route import BASE, LOCK, Names, Route, current_route, entered
 from ..core.sites import Site, displace
 from ..errors import IA3Error, did_you_mean
@@ -137,6 +138,7 @@ class Routes:
                 site.banked = False
                 if not site.vectors:
                     displace(module)
+            unwatch(self.model)
 
     def sites_for_bank(self, name: str, adapter: Adapter) -> dict[str, Site]:
         """Module name -> the site for each vector of a bank's adapter, placed now if it is new."""

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..core.activations import SUPPORTED, Activation, Side, activation_of, linear_features
-from ..core.names import Frozen, Target, base_modules, model_type_of, own_modules
+from ..core.names import Frozen, Target, base_modules, model_type_of, own_modules, starred
+from ..core.reached import is_unreached
 from ..errors import IA3Error, did_you_mean
 from .architectures import ARCHITECTURES
 from .config import Entries, IA3Config, TaskType
@@ -141,6 +142,12 @@ def explain(model: nn.Module, config: IA3Config | None = None) -> None:
         6 modules, 96 values, 384 bytes
     """
     _, targets = resolve(model, config or IA3Config())
+    targets = [
+        dataclasses.replace(t, why=f"{t.why}; never called: no effect")
+        if is_unreached(model, t.name)
+        else t
+        for t in targets
+    ]
     model_type = model_type_of(model)
     print(type(model).__name__ + (f" ({model_type})" if model_type != "None" else ""))
     rows = [("module", "side", "times", "values", "why"), *_rows(targets)]
@@ -158,17 +165,13 @@ def _rows(targets: list[Target]) -> list[tuple[str, ...]]:
     alike: dict[object, list[Target]] = defaultdict(list)
     for target in targets:
         shape = target.activation.shape
-        alike[_starred(target), target.side, shape, target.frozen, target.why].append(target)
+        alike[starred(target.name), target.side, shape, target.frozen, target.why].append(target)
     rows: list[tuple[str, ...]] = []
     for first, *others in alike.values():
-        name, values = _starred(first) if others else first.name, first.activation.shape
+        name, values = starred(first.name) if others else first.name, first.activation.shape
         size = f"{math.prod(values):,}"
         rows.append((name, first.side, str(1 + len(others)), size, first.why))
     return rows
-
-
-def _starred(target: Target) -> str:
-    return ".".join("*" if part.isdigit() else part for part in target.name.split("."))
 
 
 def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list[Target]]:
