@@ -106,12 +106,20 @@ def read_outline(folder: str | Path) -> Outline:
 
 
 def read_vectors(outline: Outline) -> dict[str, NDArray[np.float32]]:
-    """Module name -> its vector, of the shape in the outline; frozen values are one."""
+    """Module name -> its vector, of the shape in the outline; frozen values are one.
+
+    An `IA3Error` where one is not finite.
+    """
+    import numpy as np
+
     path = weights_file(outline.folder)
     pickled = path.name == PICKLED_NAME
     tensors = _read_pickled(path) if pickled else read_floats(path, KEY_SUFFIX)
     names, _ = name_tensors(tensors, outline.config, path)
     vectors = {name: tensors[key] for key, name in names.items()}
+    for name, vector in vectors.items():
+        if not np.isfinite(vector).all():
+            raise IA3Error(f"{path}: the vector of {name!r} is not finite, which compares to none")
     for name, ranges in outline.frozen.items():
         values = vectors[name].reshape(-1)
         for start, end in ranges:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.combining import CombinationType, MajoritySign, combine
-from ..adapter.files import Adapter
+from ..adapter.files import Adapter, check_finite
 from ..core.merge import Merge
 from ..core.route import LOCK, Names
 from ..errors import IA3Error, naming
@@ -471,7 +471,8 @@ class IA3Model(nn.Module):
             save_embedding_layers: not True: name the embeddings in `modules_to_save` instead.
 
         Raises:
-            IA3Error: an adapter is unknown, there is none, or an option cannot be had.
+            IA3Error: an adapter is unknown, there is none, a vector is not finite, or an option
+                cannot be had.
             OSError: the disk is full or may not be written; what was there before stays.
         """
         if save_embedding_layers is True:
@@ -583,7 +584,10 @@ class IA3Model(nn.Module):
 
 
 def _stored(config: IA3Config, vectors: Mapping[str, Tensor] | None) -> Adapter | None:
-    return None if vectors is None else Adapter(config, dict(vectors))
+    if vectors is None:
+        return None
+    check_finite(vectors)
+    return Adapter(config, dict(vectors))
 
 
 def value_count(parameter: nn.Parameter) -> int:
