@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.names import ATTRIBUTE
 from ..errors import IA3Error
+from ..files.foreign import no_adapter
 from ..files.hub import CONFIG_NAME
 from ..targets.config import IA3Config
 from .fingerprint import Fingerprint
@@ -138,7 +139,7 @@ def read_config(folder: str | Path) -> IA3Config:
     """The folder's `adapter_config.json`; a `FileNotFoundError` where there is none."""
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"no adapter in {folder}: {CONFIG_NAME} is not there")
+        raise no_adapter(Path(folder))
     return IA3Config.from_json(path)
 
 
