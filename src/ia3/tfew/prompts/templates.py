@@ -20,8 +20,8 @@ try:
         nodes,
         pass_context,
     )
-    from jinja2.defaults import DEFAULT_FILTERS
     from jinja2.exceptions import SecurityError
+    from jinja2.filters import do_int
     from jinja2.runtime import Context
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 except ImportError as error:
@@ -113,7 +113,7 @@ def _choice(context: Context, items: Sequence[Any]) -> Any:
 
 def _int(value: Any, default: int = 0, base: int = 10) -> int:
     blank = value is None or (isinstance(value, str) and not value.strip())
-    number: int = DEFAULT_FILTERS["int"](value, default, base)
+    number: int = do_int(value, default, base)
     return _Blank(number) if blank else number
 
 
