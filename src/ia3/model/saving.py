@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,13 @@ def read(
     adapter = read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config)
     adapter.config.inference_mode = not is_trainable
     return adapter
+
+
+def commit_options() -> set[str]:
+    """What may be said about an upload, in huggingface_hub's words."""
+    from huggingface_hub import HfApi
+
+    return {*inspect.signature(HfApi.upload_folder).parameters} - {"self", "repo_id", "folder_path"}
 
 
 def push(

@@ -13,7 +13,7 @@ from typing import Any, Unpack
 from ..errors import IA3Error, did_you_mean
 from ..files.atomic import write_files
 from ..files.foreign import no_adapter, owner_of_config
-from ..files.hub import CONFIG_NAME, HubOptions, adapter_folder
+from ..files.hub import CONFIG_NAME, HubOptions, adapter_folder, check_options
 from .matching import feedforward_among
 
 Entries = str | list[str] | set[str] | tuple[str, ...]
@@ -237,6 +237,7 @@ class IA3Config:
             FileNotFoundError: there is none.
             IA3Error: it is not the config of an (IA)³ adapter.
         """
+        check_options(f"{cls.__name__}.from_pretrained", hub)
         folder = adapter_folder(pretrained_model_name_or_path, [CONFIG_NAME], **hub)
         if not (folder / CONFIG_NAME).is_file():
             raise no_adapter(folder)
