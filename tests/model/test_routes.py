@@ -390,7 +390,10 @@ def test_bad_names_are_refused_before_anything_runs(model):
     handle = model.get_base_model().register_forward_pre_hook(lambda *_: ran.append(1))
     inputs = batch("llama")
     bad = [
-        (["default", "bb", "c"], "no adapter 'bb' .* did you mean 'b'"),
+        (
+            ["default", "bb", "c"],
+            r"no adapter 'bb' on .* which has \['b', 'c', 'default'\]; '__base__'.* mean 'b'",
+        ),
         (["default", "b"], r"\[2\] rows, but the input is \[3, 7\]"),
         ([*NAMES, "b"], r"\[4\] rows, but the input is \[3, 7\]"),
         ("b", "is 'b', expected a list"),

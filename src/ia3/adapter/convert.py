@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ..base.loading import first_line, read_model_config
 from ..core.activations import activation_of
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, did_you_mean, naming
 from ..targets.config import IA3Config
 from ..targets.matching import names_or_suffixes
 from ..targets.structure import paper_targets
+from .files import check_finite
 from .pickled import unpickle_tensors
 
 SUFFIX = ".multi_lora_b"
@@ -107,7 +108,10 @@ def _read(path: Path) -> dict[str, Tensor]:
             raise IA3Error(
                 f"{path}: {key!r} is {_described(tensor)}, expected floating-point values [dim, 1]"
             )
-    return {key.removesuffix(SUFFIX): tensor for key, tensor in tensors.items()}
+    vectors = {key.removesuffix(SUFFIX): tensor for key, tensor in tensors.items()}
+    with naming(str(path)):
+        check_finite(vectors)
+    return vectors
 
 
 def _described(value: object) -> str:

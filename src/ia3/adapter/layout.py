@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.names import ATTRIBUTE
 from ..errors import IA3Error
+from ..files.foreign import no_adapter
 from ..files.hub import CONFIG_NAME
 from ..targets.config import IA3Config
 from .fingerprint import Fingerprint
@@ -106,12 +107,20 @@ def read_outline(folder: str | Path) -> Outline:
 
 
 def read_vectors(outline: Outline) -> dict[str, NDArray[np.float32]]:
-    """Module name -> its vector, of the shape in the outline; frozen values are one."""
+    """Module name -> its vector, of the shape in the outline; frozen values are one.
+
+    An `IA3Error` where one is not finite.
+    """
+    import numpy as np
+
     path = weights_file(outline.folder)
     pickled = path.name == PICKLED_NAME
     tensors = _read_pickled(path) if pickled else read_floats(path, KEY_SUFFIX)
     names, _ = name_tensors(tensors, outline.config, path)
     vectors = {name: tensors[key] for key, name in names.items()}
+    for name, vector in vectors.items():
+        if not np.isfinite(vector).all():
+            raise IA3Error(f"{path}: the vector of {name!r} is not finite, which compares to none")
     for name, ranges in outline.frozen.items():
         values = vectors[name].reshape(-1)
         for start, end in ranges:
@@ -130,7 +139,7 @@ def read_config(folder: str | Path) -> IA3Config:
     """The folder's `adapter_config.json`; a `FileNotFoundError` where there is none."""
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"no adapter in {folder}: {CONFIG_NAME} is not there")
+        raise no_adapter(Path(folder))
     return IA3Config.from_json(path)
 
 

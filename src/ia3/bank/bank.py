@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapter.files import Adapter, read_adapter
+from ..adapter.files import Adapter, check_finite, read_adapter
 from ..adapter.layout import WEIGHTS_NAME, weights_file
 from ..core.activations import device_of
 from ..core.route import BASE
 from ..core.sites import Site
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, did_you_mean, naming
 from ..model.ia3_model import IA3Model, check_name
 
 BASE_SLOT = 0
@@ -335,6 +335,10 @@ class AdapterBank:
                 row[start : start + site.activation.dim] = vector.reshape(-1)
                 for begin, end in adapter.frozen.get(module, ()):
                     row[start + begin : start + end] = 1.0
+        if not row.isfinite().all():
+            with naming(f"adapter {name!r}"):
+                check_finite(adapter.vectors)
+                raise IA3Error(f"it has values beyond {row.dtype}, the bank's dtype")
         entry.sites, entry.stamp = sites, stamp
         return row
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.files import check_finite
 from ..adapter.layout import KEY_PREFIX
 from ..core.inventory import contents
 from ..core.names import ATTRIBUTE
@@ -104,7 +105,8 @@ def set_peft_model_state_dict(
         `missing_keys` and `unexpected_keys`, as `load_state_dict` does.
 
     Raises:
-        IA3Error: the model has no such adapter, or a shape does not fit; nothing is loaded then.
+        IA3Error: the model has no such adapter, a shape does not fit, or a vector is not finite;
+            nothing is loaded then.
     """
     base, prefix = _base_and_prefix(model)
     keys = {key: name for name, key in _keys(base, adapter_name).items()}
@@ -116,6 +118,9 @@ def set_peft_model_state_dict(
             raise IA3Error(f"{prefix}{key} is {list(found)}, expected {list(expected)}")
         if found != expected:
             del given[key]
+    ending = f".{ATTRIBUTE}"
+    loaded = sorted(key for key in given.keys() & keys.keys() if key.endswith(ending))
+    check_finite({key.removesuffix(ending): given[key] for key in loaded})
     with torch.no_grad():
         for key in given.keys() & keys.keys():
             slots[keys[key]].copy_(given[key])

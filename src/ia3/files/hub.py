@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
+
+from ..errors import did_you_mean
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -18,6 +20,19 @@ class HubOptions(TypedDict, total=False):
     cache_dir: str | Path | None
     force_download: bool
     local_files_only: bool
+
+
+def check_options(
+    method: str, given: Collection[str], known: Collection[str] = HubOptions.__annotations__
+) -> None:
+    """Raise Python's own `TypeError`, in the public method's name, for an unknown argument.
+
+    Its `**options` would hand it on to a function that the caller did not call, or to none.
+    """
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise TypeError(f"{method}() got an unexpected keyword argument {name!r}{hint}")
 
 
 def adapter_folder(

@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from ..base.loading import load_tokenizer
 from ..errors import IA3Error
 from ..files.hub import CONFIG_NAME, adapter_folder
 from ..targets.config import IA3Config, TaskType
@@ -83,7 +84,7 @@ class AutoPeftModel:
         )
         if (folder / "tokenizer_config.json").is_file():
             trusted = base_options.get("trust_remote_code", False)
-            tokens = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+            tokens = load_tokenizer(folder, trust_remote_code=trusted)
             if len(tokens) > base.get_input_embeddings().weight.shape[0]:
                 base.resize_token_embeddings(len(tokens))
         kind = MODEL_CLASSES.get(cls.task_type, IA3Model)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.combining import CombinationType, MajoritySign, combine
-from ..adapter.files import Adapter
+from ..adapter.files import Adapter, check_finite
 from ..core.merge import Merge
 from ..core.route import LOCK, Names
 from ..errors import IA3Error, naming
-from ..files.hub import HubOptions
+from ..files.hub import HubOptions, check_options
 from ..targets.config import IA3Config, TaskType
 from . import saving
 from .adapters import Adapters, check_name as check_name
@@ -222,7 +222,10 @@ class IA3Model(nn.Module):
 
     @property
     def active_peft_config(self) -> IA3Config:
-        """The (first) active adapter's config."""
+        """The (first) active adapter's config; an `IA3Error` where none is active."""
+        if not self.active_adapters:
+            there = sorted(self.peft_config)
+            raise IA3Error(f"no adapter is active on this model, which has {there}: set_adapter()")
         return self.peft_config[self.active_adapters[0]]
 
     def disable_adapter_layers(self) -> None:
@@ -471,7 +474,8 @@ class IA3Model(nn.Module):
             save_embedding_layers: not True: name the embeddings in `modules_to_save` instead.
 
         Raises:
-            IA3Error: an adapter is unknown, there is none, or an option cannot be had.
+            IA3Error: an adapter is unknown, there is none, a vector is not finite, or an option
+                cannot be had.
             OSError: the disk is full or may not be written; what was there before stays.
         """
         if save_embedding_layers is True:
@@ -536,6 +540,7 @@ class IA3Model(nn.Module):
             >>> type(again).__name__, again.active_adapters, again.training
             ('PeftModelForCausalLM', ['default'], False)
         """
+        check_options(f"{cls.__name__}.from_pretrained", hub)
         adapter = saving.read(model_id, config, is_trainable, **hub)
         self = cls.from_adapter(model, adapter, adapter_name, source=str(model_id))
         return self if is_trainable else self.eval()
@@ -556,6 +561,7 @@ class IA3Model(nn.Module):
         Under the name of one that is there, its values are loaded into that one, in place: an
         optimizer that holds its parameters goes on with them.
         """
+        check_options(f"{type(self).__name__}.load_adapter", hub)
         adapter = saving.read(model_id, None, is_trainable, **hub)
         with naming(str(model_id)):
             if adapter_name in self.peft_config:
@@ -579,11 +585,15 @@ class IA3Model(nn.Module):
             repo_id: the repository on the hub; made, perhaps `private`, if absent.
             commit: `revision`, `commit_message`, `create_pr`: as `HfApi.upload_folder` takes them.
         """
+        check_options(f"{type(self).__name__}.push_to_hub", commit, saving.commit_options())
         return saving.push(self._adapters, repo_id, private, token, commit)
 
 
 def _stored(config: IA3Config, vectors: Mapping[str, Tensor] | None) -> Adapter | None:
-    return None if vectors is None else Adapter(config, dict(vectors))
+    if vectors is None:
+        return None
+    check_finite(vectors)
+    return Adapter(config, dict(vectors))
 
 
 def value_count(parameter: nn.Parameter) -> int:

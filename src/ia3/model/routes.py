@@ -78,10 +78,10 @@ class Routes:
         different, index = read_names(names, token_index)
         for name in different:
             if name != BASE and name not in adapters.configs and (bank is None or name not in bank):
-                where = "" if bank is None else f" nor in its bank of {len(bank)}"
+                where = "" if bank is None else f", nor in its bank of {len(bank)}"
                 known = [*adapters.configs, *(bank.names() if bank is not None else ())]
                 raise IA3Error(
-                    f"no adapter {name!r} on this model, which has {sorted(adapters.configs)},"
+                    f"no adapter {name!r} on this model, which has {sorted(adapters.configs)}"
                     f"{where}; {BASE!r} is the base model{did_you_mean(name, known)}"
                 )
         config = getattr(self.model, "config", None)

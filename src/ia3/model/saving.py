@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..adapter.files import Adapter, adapter_files, read_adapter
 from ..adapter.fingerprint import fingerprint
-from ..errors import IA3Error
+from ..errors import IA3Error, naming
 from ..files.atomic import check_folder, write_files
 from ..files.hub import HubOptions, adapter_folder
 from ..targets.config import IA3Config
@@ -26,7 +27,10 @@ def save(
 ) -> None:
     """Write adapters' two files each, all of them or, where a folder cannot be written, none."""
     written = to_save(adapters, list(folders), state_dict)
-    files = {name: adapter_files(adapter) for name, adapter in written.items()}
+    files = {}
+    for name, adapter in written.items():
+        with naming(f"adapter {name!r}"):
+            files[name] = adapter_files(adapter)
     for folder in folders.values():
         check_folder(folder)
     for name, folder in folders.items():
@@ -78,6 +82,13 @@ def read(
     adapter = read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config)
     adapter.config.inference_mode = not is_trainable
     return adapter
+
+
+def commit_options() -> set[str]:
+    """What may be said about an upload, in huggingface_hub's words."""
+    from huggingface_hub import HfApi
+
+    return {*inspect.signature(HfApi.upload_folder).parameters} - {"self", "repo_id", "folder_path"}
 
 
 def push(

@@ -12,7 +12,8 @@ from typing import Any, Unpack
 
 from ..errors import IA3Error, did_you_mean
 from ..files.atomic import write_files
-from ..files.hub import CONFIG_NAME, HubOptions, adapter_folder
+from ..files.foreign import no_adapter, owner_of_config
+from ..files.hub import CONFIG_NAME, HubOptions, adapter_folder, check_options
 from .matching import feedforward_among
 
 Entries = str | list[str] | set[str] | tuple[str, ...]
@@ -176,7 +177,10 @@ class IA3Config:
         """
         peft_type = values.get("peft_type", "IA3")
         if peft_type != "IA3":  # its own keys are not worth a warning
-            raise IA3Error(f"{source}: peft_type is {peft_type!r}, expected 'IA3'")
+            raise IA3Error(
+                f"{source}: peft_type is {peft_type!r}, expected 'IA3': it is another kind of "
+                "adapter, which peft loads"
+            )
         known = {f.name for f in fields(cls)} - {"unknown"}
         unknown = {key: value for key, value in values.items() if key not in known}
         if surprising := sorted(unknown.keys() - {"peft_version"}):
@@ -198,7 +202,8 @@ class IA3Config:
         """Read an `adapter_config.json`.
 
         Raises:
-            IA3Error: the file is not JSON, or not the config of an (IA)³ adapter.
+            IA3Error: the file is not JSON, or not the config of an (IA)³ adapter; the message says
+                whose it is, where that can be told.
         """
         try:
             values = json.loads(Path(path).read_bytes().decode("utf-8"))
@@ -206,6 +211,12 @@ class IA3Config:
             raise IA3Error(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise IA3Error(f"{path} holds {type(values).__name__}, expected a JSON object")
+        if "peft_type" not in values:  # PEFT always writes it
+            whose = owner_of_config(values)
+            raise IA3Error(
+                f"{path} has no peft_type, expected 'IA3': "
+                + (f"it is {whose}" if whose else "it is no config of PEFT's")
+            )
         return cls.from_dict(values, source=str(path))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -226,9 +237,10 @@ class IA3Config:
             FileNotFoundError: there is none.
             IA3Error: it is not the config of an (IA)³ adapter.
         """
+        check_options(f"{cls.__name__}.from_pretrained", hub)
         folder = adapter_folder(pretrained_model_name_or_path, [CONFIG_NAME], **hub)
         if not (folder / CONFIG_NAME).is_file():
-            raise FileNotFoundError(f"no adapter in {folder}: {CONFIG_NAME} is not there")
+            raise no_adapter(folder)
         return cls.from_json(folder / CONFIG_NAME)
 
 
