@@ -23,20 +23,15 @@ from ..core.route import BASE, LOCK, watch
 from ..core.saved_modules import SavedModule, saved_module_of
 from ..core.sites import Site, check_free, displace, place, site_of
 from ..errors import IA3Error, did_you_mean
-from ..targets.config import IA3Config, TaskType
+from ..targets.config import IA3Config
 from ..targets.resolve import check_vectors, resolve
 from .frozen_base import FrozenBase
 from .fused_mlp import fuse, is_fused, mark_sites, unfuse
+from .heads import ends_of_heads, warn_of_untrained, with_head
 
 # The attributes of the modules that hold vectors or copies: setting one ("training") would set the
 # vector, and a vector that is set ("frozen") would be the attribute.
 TAKEN = {*dir(nn.Module()), *Site.__annotations__, *SavedModule.__annotations__}
-# The names of the heads that PEFT trains, by task.
-HEADS = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
 
 
 class Adapters:
@@ -170,14 +165,17 @@ class Adapters:
             if name in self.configs:
                 raise IA3Error(f"adapter {name!r} exists already: delete it or choose another")
             check_name(name)
-            saved_too = with_head(self.model, config) or None
+            old = stored is not None
+            saved_too = with_head(self.model, config, stored=old) or None
             config = dataclasses.replace(config, modules_to_save=saved_too)
             resolved, targets = self.fit(name, config, stored)
-            strict = stored is None
-            saved = saved_modules.find(self.model, resolved.modules_to_save, strict=strict)
+            # PEFT names all heads of a task in a config that it saves.
+            optional = (saved_too or ()) if old else ends_of_heads(config)
+            saved = saved_modules.find(self.model, resolved.modules_to_save, optional)
             _check_can_be_copied(saved, self.contents())
             if stored is not None:
                 saved_modules.check(stored.copies, saved, self.model)
+            warn_of_untrained(self.model, name, config, saved, stored=old)
             try:
                 self._add_vectors(name, config, targets, stored)
                 for module_name in saved:
@@ -455,24 +453,6 @@ def check_name(name: str) -> None:
             f"adapter name {name!r} is also an attribute of the modules that hold the vectors: "
             "choose another"
         )
-
-
-def with_head(model: nn.Module, config: IA3Config) -> list[str]:
-    """A config's `modules_to_save`, and the head that its task trains.
-
-    Where PEFT's names find none (it trains none then), these are all children but the body.
-    """
-    names = list(config.modules_to_save or ())
-    if config.task_type not in HEADS:
-        return names
-    heads = [name for name in HEADS[TaskType(config.task_type)] if hasattr(model, name)]
-    if not heads and isinstance(model, PreTrainedModel):
-        heads = [
-            name
-            for name, child in model.named_children()
-            if name != model.base_model_prefix and next(child.parameters(), None) is not None
-        ]
-    return [*names, *(head for head in heads if head not in names)]
 
 
 def _check_can_be_copied(saved: Sequence[str], contents: Contents) -> None:

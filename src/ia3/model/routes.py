@@ -13,8 +13,9 @@ from ..adapter.files import Adapter
 from ..core.route import BASE, LOCK, Names, Route, current_route, entered
 from ..core.sites import Site, displace
 from ..errors import IA3Error, did_you_mean
-from .adapters import Adapters, with_head
+from .adapters import Adapters
 from .gather import RowSource, check_mixable, make_route, read_names
+from .heads import with_head
 
 
 class Routes:
@@ -142,7 +143,7 @@ class Routes:
         """Module name -> the site for each vector of a bank's adapter, placed now if it is new."""
         adapters = self._adapters
         _, targets = adapters.fit(name, adapter.config, adapter)
-        copied = [*with_head(self.model, adapter.config), *adapter.copies]
+        copied = [*with_head(self.model, adapter.config, stored=True), *adapter.copies]
         check_mixable(name, copied, [(target.name, target.side) for target in targets])
         with LOCK:
             sites = adapters.place(targets)
