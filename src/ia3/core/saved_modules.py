@@ -28,9 +28,12 @@ class SavedModule(nn.Module):
 
     # The adapter whose copy is called; `None` for the module itself.
     active: str | None = None
+    # The adapters whose copies never train.
+    frozen: set[str]
 
     def __init__(self) -> None:
         super().__init__()
+        self.frozen = set()
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
     _replicate_for_data_parallel = refuse_replica
@@ -75,6 +78,7 @@ class SavedModule(nn.Module):
 
     def remove(self, adapter: str) -> None:
         del self._modules[adapter]
+        self.frozen.discard(adapter)
         if self.active == adapter:
             self.active = None
 

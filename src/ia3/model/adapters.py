@@ -22,9 +22,11 @@ from ..core.names import ATTRIBUTE, Target
 from ..core.route import BASE, LOCK, watch
 from ..core.saved_modules import SavedModule, saved_module_of
 from ..core.sites import Site, check_free, displace, place, site_of
+from ..core.weights import write
 from ..errors import IA3Error, did_you_mean
 from ..targets.config import IA3Config
 from ..targets.resolve import check_vectors, resolve
+from .embeddings import own_values
 from .frozen_base import FrozenBase
 from .fused_mlp import fuse, is_fused, mark_sites, unfuse
 from .heads import ends_of_heads, warn_of_untrained, with_head
@@ -173,8 +175,11 @@ class Adapters:
             optional = (saved_too or ()) if old else ends_of_heads(config)
             saved = saved_modules.find(self.model, resolved.modules_to_save, optional)
             _check_can_be_copied(saved, self.contents())
+            own: Mapping[str, Mapping[str, Tensor]] = {}
             if stored is not None:
-                saved_modules.check(stored.copies, saved, self.model)
+                copied, own = own_values(stored.copies, saved, self.model)
+                saved_modules.check(copied, saved, self.model)
+                self._check_own(name, own, targets)
             warn_of_untrained(self.model, name, config, saved, stored=old)
             try:
                 self._add_vectors(name, config, targets, stored)
@@ -184,6 +189,7 @@ class Adapters:
                     copies.add(name, module)
                     if stored is not None:
                         saved_modules.load(copies[name], module_name, stored.copies)
+                self._take_own(name, own)
                 self.configs[name] = resolved
             except BaseException:  # memory may run out
                 self._take_off(name)
@@ -213,6 +219,34 @@ class Adapters:
                 vector = stored.vectors[target.name].to(device, torch.float32, copy=True)
             sites[target.name].add(name, vector, target.frozen)
 
+    def _check_own(self, name: str, own: Collection[str], targets: Sequence[Target]) -> None:
+        """Embeddings that an adapter came with can be put on the model."""
+        contents, rescaled = self.contents(), {target.name for target in targets}.intersection(own)
+        _check_can_be_copied([module for module in own if module not in rescaled], contents)
+        others = [m for m, _, s in contents.sites if m in rescaled and s.vectors.keys() - {name}]
+        if others:
+            raise IA3Error(
+                f"the adapter came with other weights of {others[0]!r} than the model has, and "
+                "other adapters on this model rescale it: unload() first"
+            )
+
+    def _take_own(self, name: str, own: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Have an adapter compute with the embeddings that it came with: slot -> value, by module.
+
+        They are a copy that does not train; of an output layer with a vector, the base's own.
+        """
+        modules = self.contents().modules
+        for module_name, values in own.items():
+            module = modules[module_name]
+            if site_of(module) is not None:
+                self.base.replace(module_name, values)
+                continue
+            copies = saved_modules.attach(module)
+            copies.add(name, module)
+            copies.frozen.add(name)
+            for slot, value in values.items():
+                write(copies[name], slot, value)
+
     def load_into(self, name: str, stored: Adapter) -> None:
         """Give an adapter that is there the values of a stored one, in place."""
         with LOCK:
@@ -220,7 +254,12 @@ class Adapters:
             having, copies = self.sites_of(name), self.copies_of(name)
             targets = [site.target(module) for module, site in having]
             check_vectors(stored.vectors, targets, type(self.model).__name__)
-            saved_modules.check(stored.copies, list(copies), self.model)
+            saved = [
+                m for m, _, c in self.contents().copies if m in copies and name not in c.frozen
+            ]
+            copied, own = own_values(stored.copies, saved, self.model)
+            saved_modules.check(copied, saved, self.model)
+            self._check_own(name, own, targets)
             for module, site in having:
                 here, there = site.frozen.get(name, ()), stored.frozen.get(module, ())
                 if here != there:
@@ -231,8 +270,11 @@ class Adapters:
             with torch.no_grad():
                 for module, site in having:
                     site[name].copy_(stored.vectors[module])
-            for module, twin in copies.items():
-                saved_modules.load(twin, module, stored.copies)
+            for module in saved:
+                saved_modules.load(copies[module], module, stored.copies)
+            self._drop_copies(name, copies.keys() - set(saved))
+            self._take_own(name, own)
+            self.activate()
 
     def remove(self, name: str) -> None:
         """Remove an adapter. If no other is active then, the first that is left becomes so."""
@@ -257,8 +299,11 @@ class Adapters:
             site.remove(name)
             if not site.vectors and not site.banked:
                 displace(module)
-        for _, module, copies in contents.copies:
-            if name in copies:
+        self._drop_copies(name, self.copies_of(name))
+
+    def _drop_copies(self, name: str, modules: Collection[str]) -> None:
+        for module_name, module, copies in self.contents().copies:
+            if module_name in modules:
                 copies.remove(name)
             if not copies.adapters:
                 saved_modules.detach(module)
@@ -313,7 +358,7 @@ class Adapters:
                 for _, site in self.sites_of(name):
                     site[name].requires_grad = name in trained
         for _, _, copies in contents.copies:
-            for name in set(copies.adapters) - {leaving}:
+            for name in set(copies.adapters) - copies.frozen - {leaving}:
                 for parameter in copies[name].parameters():
                     if parameter.is_floating_point():
                         parameter.requires_grad_(name in trained)
@@ -395,6 +440,7 @@ class Adapters:
             for name in set(chosen).intersection(copies.adapters):
                 saved_modules.keep(module, name, shared)
         self.merge.keep()
+        self.base.keep_replaced()
         # The output layer may have weights of its own now.
         config: Any = getattr(self.model, "config", None)
         tied = getattr(config, "tie_word_embeddings", False)

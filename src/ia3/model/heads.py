@@ -14,6 +14,7 @@ from ..core.saved_modules import has_parameters
 from ..errors import IA3Error
 from ..targets.config import IA3Config, TaskType
 from ..targets.resolve import resolve
+from .embeddings import embeddings_of
 
 # The ends of the names of the heads that PEFT trains, by task.
 HEADS: dict[str | None, tuple[str, ...]] = {
@@ -125,21 +126,12 @@ def _body(model: nn.Module) -> list[str]:
 
 def _with_parameters(model: PreTrainedModel) -> list[str]:
     """The children that have parameters, without embeddings and language models' heads."""
-    embeddings = embeddings_of(model)
+    embeddings = set(embeddings_of(model).values())
     return [
         name
         for name, child in model.named_children()
         if has_parameters(child) and embeddings.isdisjoint(child.modules())
     ]
-
-
-def embeddings_of(model: nn.Module) -> set[nn.Module]:
-    """A transformers model's embeddings of tokens and its output layer, as far as it has them."""
-    found = set()
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        with suppress(AttributeError, NotImplementedError):
-            found.add(getattr(model, get)())
-    return {module for module in found if isinstance(module, nn.Module)}
 
 
 def _is_weight(parameter: nn.Parameter) -> bool:
@@ -150,7 +142,7 @@ def _is_weight(parameter: nn.Parameter) -> bool:
 def _fresh(model: nn.Module) -> list[str] | None:
     """The modules whose weights were in no checkpoint; `None` where that is not known."""
     modules = dict(model.named_modules())
-    passed_over = embeddings_of(model)
+    passed_over = set(embeddings_of(model).values())
     found, known = [], False
     for name in own_modules(modules):
         module = modules[name]
