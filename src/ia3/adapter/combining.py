@@ -251,7 +251,14 @@ def _common_base(adapters: Sequence[tuple[str, Adapter]]) -> Any:
 def _copies(adapters: Sequence[tuple[str, Adapter]]) -> dict[str, Tensor]:
     copied: dict[str, Tensor] = {}
     for _, adapter in adapters:
-        twice = sorted(copied.keys() & adapter.copies.keys())
+        # Embeddings that were saved beside the vectors may be those of one resized model.
+        entries = adapter.config.modules_to_save or ()
+        twice = [
+            name
+            for name in sorted(copied.keys() & adapter.copies.keys())
+            if any(f"{entry}." in name for entry in entries)
+            or not torch.equal(copied[name], adapter.copies[name])
+        ]
         if twice:
             raise IA3Error(
                 f"{twice[0]!r} is in the modules_to_save of two of the adapters "

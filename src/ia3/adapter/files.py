@@ -27,8 +27,8 @@ class Adapter:
         config: with its modules named.
         vectors: module name -> vector, `[dim, 1]` on an output, `[1, dim]` on an input,
             `[experts, dim]` within experts; float32, or of a file's dtype.
-        copies: parameter name in the base model -> its value in this adapter's copy
-            (`modules_to_save`).
+        copies: parameter name in the base model -> its value with this adapter: in its copy of a
+            module (`modules_to_save`), or of embeddings that were resized before it was trained.
         frozen: module name -> the ranges of its vector that stay one.
         base: the model it was trained on; `None` where the file does not say.
     """
@@ -67,7 +67,11 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
     tensors = {
         f"{layout.KEY_PREFIX}{name}{layout.KEY_SUFFIX}": v for name, v in adapter.vectors.items()
     }
-    tensors.update({f"{layout.KEY_PREFIX}{name}": value for name, value in adapter.copies.items()})
+    for name, value in adapter.copies.items():
+        module, _, slot = name.rpartition(".")
+        # What PEFT calls the weight of an output layer that it rescales too.
+        base = f"{module}.{layout.BASE_LAYER}.{slot}" if module in adapter.vectors else name
+        tensors[f"{layout.KEY_PREFIX}{base}"] = value
     metadata = {"format": "pt"}
     if adapter.frozen:
         metadata[layout.FROZEN_KEY] = json.dumps(adapter.frozen)
@@ -96,9 +100,4 @@ def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter
         check_finite(vectors)
     copies = {name: tensors[key] for key, name in copied.items()}
     frozen, base = layout.read_metadata(metadata, vectors, path)
-    # Embeddings that PEFT saved by themselves, where the config does not cover them already.
-    saved = config.modules_to_save or []
-    embeddings = sorted({name.rpartition(".")[0] for name in copies if layout.is_embedding(name)})
-    new = [name for name in embeddings if not any(name.endswith(entry) for entry in saved)]
-    config.modules_to_save = [*saved, *new] or None
     return Adapter(config, vectors, copies, frozen, base)

@@ -30,16 +30,8 @@ PICKLED_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 KEY_SUFFIX = f".{ATTRIBUTE}"
 
-# The names that models give to their embeddings and output layers.
-EMBEDDINGS = {
-    "embed_tokens",
-    "lm_head",
-    "shared",
-    "wte",
-    "word_embeddings",
-    "embed_in",
-    "embed_out",
-}
+# The part that PEFT puts into the names of a rescaled module's own weights.
+BASE_LAYER = "base_layer"
 
 # What PEFT's config cannot say stands in the header of the safetensors file, which PEFT ignores.
 FROZEN_KEY = "ia3_frozen"
@@ -154,28 +146,20 @@ def weights_file(folder: Path) -> Path:
 def name_tensors(
     keys: Iterable[str], config: IA3Config, path: Path
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """What a file's tensors are: (key -> a vector's module, key -> a copy's parameter)."""
+    """What a file's tensors are: (key -> a vector's module, key -> a parameter of the model)."""
     vectors, copies = {}, {}
     for key in keys:
         name = key.removeprefix(KEY_PREFIX)
         if name.endswith(KEY_SUFFIX):
             vectors[key] = name.removesuffix(KEY_SUFFIX)
-        elif name.endswith(".base_layer.weight"):
-            # The base model's own, which PEFT saves where it rescales an output layer.
-            continue
-        elif config.modules_to_save or is_embedding(name):
-            copies[key] = name
+        elif config.modules_to_save or key.startswith(KEY_PREFIX):
+            copies[key] = name.replace(f".{BASE_LAYER}.", ".")
         else:
             raise IA3Error(
                 f"{path}: tensor {key!r} is not an (IA)³ vector: expected names like "
                 f"'{KEY_PREFIX}<module>{KEY_SUFFIX}'"
             )
     return vectors, copies
-
-
-def is_embedding(name: str) -> bool:
-    """Whether a parameter is an embedding's: PEFT saves them where tokens were added."""
-    return not EMBEDDINGS.isdisjoint(name.split(".")[-2:-1])
 
 
 def read_metadata(

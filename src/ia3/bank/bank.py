@@ -347,7 +347,8 @@ class AdapterBank:
         shapes = [(module, vector.shape) for module, vector in adapter.vectors.items()]
         parts = (adapter.config.to_json(), adapter.base, shapes, adapter.frozen, [*adapter.copies])
         key = repr(parts)
-        if key not in self._fitting:
+        # Copies can only be of the model's own embeddings, which the names do not tell.
+        if key not in self._fitting or adapter.copies:
             sites = self.model.routes.sites_for_bank(name, adapter)
             self._widen(sites.values())
             self._fitting[key] = sites

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter.files import check_finite
-from ..adapter.layout import KEY_PREFIX
+from ..adapter.layout import BASE_LAYER, KEY_PREFIX
 from ..core.inventory import contents
 from ..core.names import ATTRIBUTE
 from ..errors import IA3Error
+from ..model.embeddings import embeddings_of, were_resized
 from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..targets.config import IA3Config
 
@@ -65,8 +66,9 @@ def get_peft_model_state_dict(
             adapters, whose keys do not; compiled or not.
         state_dict: the model's state dict, if it has been gathered already.
         adapter_name: which adapter.
-        unwrap_compiled, save_embedding_layers: no effect: a compiled model is always unwrapped,
-            and embeddings are saved where `modules_to_save` names them.
+        unwrap_compiled: no effect: a compiled model is always unwrapped.
+        save_embedding_layers: whether the base model's embeddings and output layer are among them;
+            `"auto"`: where the vocabulary was resized since the model was made or loaded.
 
     Returns:
         Key -> tensor, in the model's memory: vectors, float32, in their files' shapes, and the
@@ -82,6 +84,8 @@ def get_peft_model_state_dict(
         before = "_orig_mod." * compiled + "model." * bool(prefix)
     values = base.state_dict() if state_dict is None else state_dict
     keys = _keys(base, adapter_name)
+    if save_embedding_layers is True or (save_embedding_layers == "auto" and were_resized(base)):
+        keys = _embedding_keys(base, keys.values()) | keys
     return {f"{prefix}{key}": values[f"{before}{name}"] for name, key in keys.items()}
 
 
@@ -109,8 +113,10 @@ def set_peft_model_state_dict(
             nothing is loaded then.
     """
     base, prefix = _base_and_prefix(model)
-    keys = {key: name for name, key in _keys(base, adapter_name).items()}
+    own = {key: name for name, key in _keys(base, adapter_name).items()}
+    embeddings = {key: name for name, key in _embedding_keys(base, own).items()}
     given = {key.removeprefix(KEY_PREFIX): value for key, value in peft_model_state_dict.items()}
+    keys = own | {key: name for key, name in embeddings.items() if key in given}
     slots = base.state_dict(keep_vars=True)
     for key in sorted(given.keys() & keys.keys()):
         found, expected = given[key].shape, slots[keys[key]].shape
@@ -154,6 +160,18 @@ def _keys(base: nn.Module, adapter_name: str) -> dict[str, str]:
     if not keys:
         raise IA3Error(f"no adapter {adapter_name!r} on this {type(base).__name__}")
     return keys
+
+
+def _embedding_keys(base: nn.Module, keys: Collection[str]) -> dict[str, str]:
+    """As `_keys`, of the embeddings and output layers of which an adapter's `keys` have no copy."""
+    found = {}
+    for name, module in embeddings_of(base).items():
+        # What PEFT calls the weight of an output layer that it rescales too.
+        place = f"{name}.{BASE_LAYER}" if f"{name}.{ATTRIBUTE}" in keys else name
+        for slot, parameter in module._parameters.items():
+            if parameter is not None and f"{name}.{slot}" not in keys:
+                found[f"{name}.{slot}"] = f"{place}.{slot}"
+    return found
 
 
 def _config_for(config: IA3Config, state_dict: Mapping[str, Tensor]) -> IA3Config:

@@ -80,6 +80,11 @@ class Merge:
         for _, _, site in sites(self.model):
             site.merged = ()
 
+    def original(self, name: str, slot: str) -> Any:
+        """What is in a module's slot when nothing is merged."""
+        kept = self._originals.get((name, slot))
+        return weights.read(self._module(name), slot) if kept is None else kept
+
     def dequantise(self, adapters: tuple[str, ...], replaced: dict[str, nn.Module]) -> None:
         """Put ordinary linear layers where quantized ones cannot take these adapters exactly.
 

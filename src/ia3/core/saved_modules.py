@@ -28,9 +28,12 @@ class SavedModule(nn.Module):
 
     # The adapter whose copy is called; `None` for the module itself.
     active: str | None = None
+    # The adapters whose copies never train.
+    frozen: set[str]
 
     def __init__(self) -> None:
         super().__init__()
+        self.frozen = set()
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
     _replicate_for_data_parallel = refuse_replica
@@ -75,6 +78,7 @@ class SavedModule(nn.Module):
 
     def remove(self, adapter: str) -> None:
         del self._modules[adapter]
+        self.frozen.discard(adapter)
         if self.active == adapter:
             self.active = None
 
@@ -85,19 +89,28 @@ def saved_module_of(module: nn.Module) -> SavedModule | None:
     return copies if isinstance(copies, SavedModule) else None
 
 
-def find(model: nn.Module, names: Iterable[str] | None, *, strict: bool = True) -> list[str]:
-    """The modules that `modules_to_save` names, by PEFT's rule: the ends of their names."""
+def find(
+    model: nn.Module, names: Iterable[str] | None, optional: Collection[str] = ()
+) -> list[str]:
+    """The modules that `modules_to_save` names, by PEFT's rule: the ends of their names.
+
+    What has nothing to train is passed over (`out` ends `dropout` too). An `IA3Error` where nothing
+    is left of an entry that is not `optional`.
+    """
     found: dict[str, None] = {}
     modules = base_modules(model) if names else []
     for entry in names or ():
         matching = [name for name in modules if name.endswith(entry)]
-        if not matching and strict:
+        if not matching and entry not in optional:
             last_parts = {name.rsplit(".", 1)[-1] for name in modules} | set(modules)
             raise IA3Error(
                 f"modules_to_save: module {entry!r} matches nothing in {type(model).__name__}"
                 f"{did_you_mean(entry, sorted(last_parts))}"
             )
-        found.update(dict.fromkeys(matching))
+        trained = [name for name in matching if has_parameters(model.get_submodule(name))]
+        if not trained and entry not in optional:
+            raise IA3Error(f"modules_to_save: module {matching[0]!r} has no parameters to train")
+        found.update(dict.fromkeys(trained))
     for name in found:
         module = model.get_submodule(name)
         inside = next((other for other in found if other.startswith(f"{name}.")), None)
@@ -108,9 +121,12 @@ def find(model: nn.Module, names: Iterable[str] | None, *, strict: bool = True) 
                 f"modules_to_save: {name!r} is a {type(module).__name__}, which is never called: "
                 "name the modules in it"
             )
-        if next(module.parameters(), None) is None:
-            raise IA3Error(f"modules_to_save: module {name!r} has no parameters to train")
     return list(found)
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Whether there is something to train."""
+    return next(module.parameters(), None) is not None
 
 
 def attach(module: nn.Module) -> SavedModule:

@@ -23,21 +23,18 @@ from ..core.reached import tell, unwatch, watch as watch_calls
 from ..core.route import BASE, LOCK, watch
 from ..core.saved_modules import SavedModule, saved_module_of
 from ..core.sites import Site, check_free, displace, place, site_of
+from ..core.weights import write
 from ..errors import IA3Error, did_you_mean
-from ..targets.config import IA3Config, TaskType
+from ..targets.config import IA3Config
 from ..targets.resolve import check_vectors, resolve
+from .embeddings import own_values
 from .frozen_base import FrozenBase
 from .fused_mlp import fuse, is_fused, mark_sites, unfuse
+from .heads import ends_of_heads, warn_of_untrained, with_head
 
 # The attributes of the modules that hold vectors or copies: setting one ("training") would set the
 # vector, and a vector that is set ("frozen") would be the attribute.
 TAKEN = {*dir(nn.Module()), *Site.__annotations__, *SavedModule.__annotations__}
-# The names of the heads that PEFT trains, by task.
-HEADS = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
 
 
 class Adapters:
@@ -171,14 +168,20 @@ class Adapters:
             if name in self.configs:
                 raise IA3Error(f"adapter {name!r} exists already: delete it or choose another")
             check_name(name)
-            saved_too = with_head(self.model, config) or None
+            old = stored is not None
+            saved_too = with_head(self.model, config, stored=old) or None
             config = dataclasses.replace(config, modules_to_save=saved_too)
             resolved, targets = self.fit(name, config, stored)
-            strict = stored is None
-            saved = saved_modules.find(self.model, resolved.modules_to_save, strict=strict)
+            # PEFT names all heads of a task in a config that it saves.
+            optional = (saved_too or ()) if old else ends_of_heads(config)
+            saved = saved_modules.find(self.model, resolved.modules_to_save, optional)
             _check_can_be_copied(saved, self.contents())
+            own: Mapping[str, Mapping[str, Tensor]] = {}
             if stored is not None:
-                saved_modules.check(stored.copies, saved, self.model)
+                copied, own = own_values(stored.copies, saved, self.model)
+                saved_modules.check(copied, saved, self.model)
+                self._check_own(name, own, targets)
+            warn_of_untrained(self.model, name, config, saved, stored=old)
             try:
                 self._add_vectors(name, config, targets, stored)
                 for module_name in saved:
@@ -187,6 +190,7 @@ class Adapters:
                     copies.add(name, module)
                     if stored is not None:
                         saved_modules.load(copies[name], module_name, stored.copies)
+                self._take_own(name, own)
                 self.configs[name] = resolved
             except BaseException:  # memory may run out
                 self._take_off(name)
@@ -220,6 +224,34 @@ class Adapters:
                 vector = stored.vectors[target.name].to(device, torch.float32, copy=True)
             sites[target.name].add(name, vector, target.frozen)
 
+    def _check_own(self, name: str, own: Collection[str], targets: Sequence[Target]) -> None:
+        """Embeddings that an adapter came with can be put on the model."""
+        contents, rescaled = self.contents(), {target.name for target in targets}.intersection(own)
+        _check_can_be_copied([module for module in own if module not in rescaled], contents)
+        others = [m for m, _, s in contents.sites if m in rescaled and s.vectors.keys() - {name}]
+        if others:
+            raise IA3Error(
+                f"the adapter came with other weights of {others[0]!r} than the model has, and "
+                "other adapters on this model rescale it: unload() first"
+            )
+
+    def _take_own(self, name: str, own: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Have an adapter compute with the embeddings that it came with: slot -> value, by module.
+
+        They are a copy that does not train; of an output layer with a vector, the base's own.
+        """
+        modules = self.contents().modules
+        for module_name, values in own.items():
+            module = modules[module_name]
+            if site_of(module) is not None:
+                self.base.replace(module_name, values)
+                continue
+            copies = saved_modules.attach(module)
+            copies.add(name, module)
+            copies.frozen.add(name)
+            for slot, value in values.items():
+                write(copies[name], slot, value)
+
     def load_into(self, name: str, stored: Adapter) -> None:
         """Give an adapter that is there the values of a stored one, in place."""
         with LOCK:
@@ -227,7 +259,12 @@ class Adapters:
             having, copies = self.sites_of(name), self.copies_of(name)
             targets = [site.target(module) for module, site in having]
             check_vectors(stored.vectors, targets, type(self.model).__name__)
-            saved_modules.check(stored.copies, list(copies), self.model)
+            saved = [
+                m for m, _, c in self.contents().copies if m in copies and name not in c.frozen
+            ]
+            copied, own = own_values(stored.copies, saved, self.model)
+            saved_modules.check(copied, saved, self.model)
+            self._check_own(name, own, targets)
             for module, site in having:
                 here, there = site.frozen.get(name, ()), stored.frozen.get(module, ())
                 if here != there:
@@ -238,8 +275,11 @@ class Adapters:
             with torch.no_grad():
                 for module, site in having:
                     site[name].copy_(stored.vectors[module])
-            for module, twin in copies.items():
-                saved_modules.load(twin, module, stored.copies)
+            for module in saved:
+                saved_modules.load(copies[module], module, stored.copies)
+            self._drop_copies(name, copies.keys() - set(saved))
+            self._take_own(name, own)
+            self.activate()
 
     def remove(self, name: str) -> None:
         """Remove an adapter. If no other is active then, the first that is left becomes so."""
@@ -267,8 +307,11 @@ class Adapters:
             displace(module)
         if empty:
             unwatch(self.model)
-        for _, module, copies in contents.copies:
-            if name in copies:
+        self._drop_copies(name, self.copies_of(name))
+
+    def _drop_copies(self, name: str, modules: Collection[str]) -> None:
+        for module_name, module, copies in self.contents().copies:
+            if module_name in modules:
                 copies.remove(name)
             if not copies.adapters:
                 saved_modules.detach(module)
@@ -324,7 +367,7 @@ class Adapters:
                 for _, site in self.sites_of(name):
                     site[name].requires_grad = name in trained
         for _, _, copies in contents.copies:
-            for name in set(copies.adapters) - {leaving}:
+            for name in set(copies.adapters) - copies.frozen - {leaving}:
                 for parameter in copies[name].parameters():
                     if parameter.is_floating_point():
                         parameter.requires_grad_(name in trained)
@@ -406,6 +449,7 @@ class Adapters:
             for name in set(chosen).intersection(copies.adapters):
                 saved_modules.keep(module, name, shared)
         self.merge.keep()
+        self.base.keep_replaced()
         # The output layer may have weights of its own now.
         config: Any = getattr(self.model, "config", None)
         tied = getattr(config, "tie_word_embeddings", False)
@@ -464,24 +508,6 @@ def check_name(name: str) -> None:
             f"adapter name {name!r} is also an attribute of the modules that hold the vectors: "
             "choose another"
         )
-
-
-def with_head(model: nn.Module, config: IA3Config) -> list[str]:
-    """A config's `modules_to_save`, and the head that its task trains.
-
-    Where PEFT's names find none (it trains none then), these are all children but the body.
-    """
-    names = list(config.modules_to_save or ())
-    if config.task_type not in HEADS:
-        return names
-    heads = [name for name in HEADS[TaskType(config.task_type)] if hasattr(model, name)]
-    if not heads and isinstance(model, PreTrainedModel):
-        heads = [
-            name
-            for name, child in model.named_children()
-            if name != model.base_model_prefix and next(child.parameters(), None) is not None
-        ]
-    return [*names, *(head for head in heads if head not in names)]
 
 
 def _check_can_be_copied(saved: Sequence[str], contents: Contents) -> None:

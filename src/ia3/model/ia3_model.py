@@ -471,18 +471,14 @@ class IA3Model(nn.Module):
             adapter_name: this adapter alone, into the folder itself.
             is_main_process: False writes nothing, for all processes but one of a parallel run.
             state_dict: this model's, where its values had to be gathered from several processes.
-            save_embedding_layers: not True: name the embeddings in `modules_to_save` instead.
+            save_embedding_layers: whether the base model's embeddings and output layer are saved
+                too; `"auto"`: where the vocabulary was resized since the model was made or loaded.
 
         Raises:
             IA3Error: an adapter is unknown, there is none, a vector is not finite, or an option
                 cannot be had.
             OSError: the disk is full or may not be written; what was there before stays.
         """
-        if save_embedding_layers is True:
-            raise IA3Error(
-                "save_embedding_layers=True: embeddings are saved where they are trained, by "
-                "naming them in modules_to_save"
-            )
         if safe_serialization is not True:
             raise IA3Error(
                 f"safe_serialization is {safe_serialization!r}, expected True: a pickle could run "
@@ -490,7 +486,7 @@ class IA3Model(nn.Module):
             )
         folders = saving.folders_of(self._adapters, save_directory, selected_adapters, adapter_name)
         if is_main_process:
-            saving.save(self._adapters, folders, state_dict)
+            saving.save(self._adapters, folders, state_dict, save_embedding_layers)
 
     def adapter(self, adapter_name: str) -> Adapter:
         """An adapter as it is saved; its tensors may share the model's memory."""

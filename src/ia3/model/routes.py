@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -12,10 +13,13 @@ from torch import Tensor
 from ..adapter.files import Adapter
 from ..core.reached import unwatch
 from ..core.route import BASE, LOCK, Names, Route, current_route, entered
+from ..core.saved_modules import find
 from ..core.sites import Site, displace
 from ..errors import IA3Error, did_you_mean
-from .adapters import Adapters, with_head
+from .adapters import Adapters
+from .embeddings import own_values
 from .gather import RowSource, check_mixable, make_route, read_names
+from .heads import with_head
 
 
 class Routes:
@@ -144,7 +148,12 @@ class Routes:
         """Module name -> the site for each vector of a bank's adapter, placed now if it is new."""
         adapters = self._adapters
         _, targets = adapters.fit(name, adapter.config, adapter)
-        copied = [*with_head(self.model, adapter.config), *adapter.copies]
+        names = with_head(self.model, adapter.config, stored=True)
+        # Embeddings that are the model's are no copies.
+        copied = [
+            *find(self.model, names, names),
+            *chain(*own_values(adapter.copies, (), self.model)),
+        ]
         check_mixable(name, copied, [(target.name, target.side) for target in targets])
         with LOCK:
             sites = adapters.place(targets)

@@ -17,16 +17,20 @@ from ..files.atomic import check_folder, write_files
 from ..files.hub import HubOptions, adapter_folder
 from ..targets.config import IA3Config
 from .adapters import Adapters
+from .embeddings import embeddings_of, were_resized
 
 # PEFT's folder for the adapter of this name is the one given, for others one inside it.
 DEFAULT_ADAPTER = "default"
 
 
 def save(
-    adapters: Adapters, folders: Mapping[str, Path], state_dict: Mapping[str, Tensor] | None = None
+    adapters: Adapters,
+    folders: Mapping[str, Path],
+    state_dict: Mapping[str, Tensor] | None = None,
+    embeddings: bool | str = "auto",
 ) -> None:
     """Write adapters' two files each, all of them or, where a folder cannot be written, none."""
-    written = to_save(adapters, list(folders), state_dict)
+    written = to_save(adapters, list(folders), state_dict, embeddings)
     files = {}
     for name, adapter in written.items():
         with naming(f"adapter {name!r}"):
@@ -38,11 +42,15 @@ def save(
 
 
 def to_save(
-    adapters: Adapters, names: Sequence[str], state_dict: Mapping[str, Tensor] | None = None
+    adapters: Adapters,
+    names: Sequence[str],
+    state_dict: Mapping[str, Tensor] | None = None,
+    embeddings: bool | str = "auto",
 ) -> dict[str, Adapter]:
     """Adapters as they are saved: for inference, and with their base model's fingerprint.
 
-    The values of a `state_dict`, an `IA3Model`'s, go before those on the model.
+    The values of a `state_dict`, an `IA3Model`'s, go before those on the model. The base model's
+    `embeddings` are among an adapter's values, `"auto"` only if they were resized.
     """
     adapters.check_known(names)
     base = fingerprint(adapters.model, adapters.merged_modules())
@@ -57,7 +65,21 @@ def to_save(
                 "parent_library": kind.__module__,
             }
         adapter.base = base
+    if embeddings is True or (embeddings == "auto" and were_resized(adapters.model)):
+        for key, value in base_embeddings(adapters, state_dict or {}).items():
+            for adapter in found.values():
+                adapter.copies.setdefault(key, value)
     return found
+
+
+def base_embeddings(adapters: Adapters, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameter name -> value of the embeddings and output layers, not merged; `given` go first."""
+    return {
+        f"{name}.{slot}": given.get(f"model.{name}.{slot}", adapters.merge.original(name, slot))
+        for name, module in embeddings_of(adapters.model).items()
+        for slot, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_floating_point()
+    }
 
 
 def folders_of(

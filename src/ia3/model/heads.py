@@ -1,0 +1,154 @@
+"""A model's head, by its task: it trains beside the vectors, and is saved with them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from contextlib import suppress
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..core.names import own_modules
+from ..core.saved_modules import has_parameters
+from ..errors import IA3Error
+from ..targets.config import IA3Config, TaskType
+from ..targets.resolve import resolve
+from .embeddings import embeddings_of
+
+# The ends of the names of the heads that PEFT trains, by task.
+HEADS: dict[str | None, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+# transformers marks the parameters that it read from a checkpoint, and the modules it has been at.
+MARK = "_is_hf_initialized"
+
+
+def ends_of_heads(config: IA3Config) -> tuple[str, ...]:
+    """PEFT's names for the head of a config's task."""
+    return HEADS.get(config.task_type, ())
+
+
+def with_head(model: nn.Module, config: IA3Config, *, stored: bool = False) -> list[str]:
+    """A config's `modules_to_save`, and the head that its task trains.
+
+    Where PEFT's names find none (it trains none then), the head is what stands beside the body. A
+    `stored` adapter's config has it already, but for PEFT's own names.
+    """
+    names = list(config.modules_to_save or ())
+    if config.task_type not in HEADS:
+        return names
+    modules = dict(model.named_modules())
+    own = [name for name in own_modules(modules) if has_parameters(modules[name])]
+    whole = tuple(f"{name}." for name in own if names and name.endswith(tuple(names)))
+    heads = [
+        end
+        for end in HEADS[config.task_type]
+        if any(name.endswith(end) and not name.startswith(whole) for name in own)
+    ]
+    if not heads and not stored:
+        others = _other_heads(model, config)
+        heads = [
+            head
+            for head in others
+            # An entry names every module whose name ends so.
+            if all(name in others for name in own if name.endswith(head))
+            and not any(part.startswith(f"{head}.") for part in whole)
+        ]
+    return [*names, *(head for head in heads if head not in names)]
+
+
+def warn_of_untrained(
+    model: nn.Module, name: str, config: IA3Config, saved: Iterable[str], *, stored: bool = False
+) -> None:
+    """Warn where an adapter leaves a head, or another part, untrained that was never trained.
+
+    `saved` are the names of the modules that train and are saved with it.
+    """
+    kind, saved = type(model).__name__, list(saved)
+    if config.task_type in HEADS and not saved and not stored:
+        warnings.warn(
+            f"task_type {config.task_type} trains a head, and {kind} has none that is known as one "
+            f"({' or '.join(ends_of_heads(config))}): only vectors train. Name it in "
+            "modules_to_save, or for a language model give its own task_type",
+            stacklevel=6,
+        )
+    fresh = _fresh(model)
+    if fresh is None:
+        beside = _beside_body(model) if saved and config.task_type in HEADS and not stored else []
+        fresh = [
+            name for name in beside if any(map(_is_weight, model.get_submodule(name).parameters()))
+        ]
+    left = [f for f in fresh if not any(f"{f}.".startswith(f"{s}.") for s in saved)]
+    if left:
+        what = ", ".join(map(repr, left[:4])) + (f" and {len(left) - 4} more" * (len(left) > 4))
+        warnings.warn(
+            f"{what} of {kind}: in no checkpoint, but initialised here, and neither trained nor "
+            f"saved with adapter {name!r}. Name it in modules_to_save, or it will have other "
+            "values where the base model is loaded again",
+            stacklevel=6,
+        )
+
+
+def _other_heads(model: nn.Module, config: IA3Config) -> list[str]:
+    """The head, where it has none of PEFT's names."""
+    beside = _beside_body(model)
+    if beside or not isinstance(model, PreTrainedModel) or model.base_model_prefix or _body(model):
+        return beside
+    # A model of the user's own: the body is what is rescaled, the head what comes after it.
+    with suppress(IA3Error):  # what does not fit is said where the targets are looked for
+        rescaled = {target.name.split(".")[0] for target in resolve(model, config)[1]}
+        children = list(model._modules)
+        last = max(children.index(name) for name in rescaled)
+        return [name for name in _with_parameters(model) if children.index(name) > last]
+    return []
+
+
+def _beside_body(model: nn.Module, prefix: str = "") -> list[str]:
+    """What a transformers model has beside its body and its embeddings; found in a wrapper too."""
+    body = _body(model)
+    if isinstance(model, PreTrainedModel) and body:
+        return [prefix + name for name in _with_parameters(model) if name not in body]
+    if isinstance(model, PreTrainedModel) or len(body) != 1:
+        return []
+    return _beside_body(model.get_submodule(body[0]), f"{prefix}{body[0]}.")
+
+
+def _body(model: nn.Module) -> list[str]:
+    """Which of a model's children are its body: by transformers' name for it, or by their class."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix in model._modules:
+        return [prefix]
+    return [name for name, m in model.named_children() if isinstance(m, PreTrainedModel)]
+
+
+def _with_parameters(model: PreTrainedModel) -> list[str]:
+    """The children that have parameters, without embeddings and language models' heads."""
+    embeddings = set(embeddings_of(model).values())
+    return [
+        name
+        for name, child in model.named_children()
+        if has_parameters(child) and embeddings.isdisjoint(child.modules())
+    ]
+
+
+def _is_weight(parameter: nn.Parameter) -> bool:
+    """Whether it starts at random: norms and biases start as ones and zeros, everywhere."""
+    return parameter.dim() > 1
+
+
+def _fresh(model: nn.Module) -> list[str] | None:
+    """The modules whose weights were in no checkpoint; `None` where that is not known."""
+    modules = dict(model.named_modules())
+    passed_over = set(embeddings_of(model).values())
+    found, known = [], False
+    for name in own_modules(modules):
+        module = modules[name]
+        weights = [p for p in module._parameters.values() if p is not None and _is_weight(p)]
+        read = [hasattr(p, MARK) for p in weights]
+        known = known or any(read)
+        if MARK in module.__dict__ and not all(read) and module not in passed_over:
+            found.append(name)
+    return found if known else None
