@@ -101,7 +101,7 @@ class Route:
 
     def factor(self, site: Place, activation: Tensor) -> Tensor | None:
         """What to multiply an activation by, shaped for `rescale`; `None` for nothing."""
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
             raise IA3Error(
                 "a routed model is being traced: the graph would keep this call's adapters; "
                 "leave the route first"

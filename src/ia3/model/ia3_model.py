@@ -287,6 +287,29 @@ class IA3Model(nn.Module):
         """
         return self.routes.generate(adapter_names, args, kwargs)
 
+    def generate_batch(self, *args: Any, adapter_names: None = None, **kwargs: Any) -> Any:
+        """The base model's `generate_batch` (continuous batching), with the active adapters.
+
+        Raises:
+            IA3Error: `adapter_names` are given, or the model is routed: it has one adapter for all.
+        """
+        self.routes.check_generates_here("generate_batch", adapter_names)
+        return self.model.generate_batch(*args, **kwargs)  # type: ignore[operator]
+
+    def init_continuous_batching(
+        self, *args: Any, adapter_names: None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's, whose manager generates as `generate_batch` does."""
+        self.routes.check_generates_here("continuous batching", adapter_names)
+        return self.model.init_continuous_batching(*args, **kwargs)  # type: ignore[operator]
+
+    def continuous_batching_context_manager(
+        self, *args: Any, adapter_names: None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's, whose manager generates as `generate_batch` does."""
+        self.routes.check_generates_here("continuous batching", adapter_names)
+        return self.model.continuous_batching_context_manager(*args, **kwargs)  # type: ignore[operator]
+
     @contextmanager
     def route(self, names: Names, token_index: Tensor | None = None) -> Iterator[None]:
         """Within the context each row of a batch has an adapter of its own.
