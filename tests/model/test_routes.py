@@ -309,7 +309,7 @@ def test_continuous_batching_is_never_routed(model):
     for way in ways:
         call = getattr(model, way)
         for names in (["b", BASE], ["b", "unknown"]):
-            with pytest.raises(ia3.IA3Error, match="cannot be routed.*use generate"):
+            with pytest.raises(ia3.IA3Error, match=r"cannot be routed.*use generate"):
                 call(prompts, adapter_names=names)
         with model.route(["b", BASE]), pytest.raises(ia3.IA3Error, match="cannot be routed"):
             call(prompts)
