@@ -644,7 +644,7 @@ def test_threads_do_not_see_each_others_routes(model, inputs):
 
 
 def test_a_torch_without_the_places_to_bind_does_not_train_routed(model, monkeypatch):
-    monkeypatch.setattr(routing, "_bind", routing._bind.__wrapped__)
+    monkeypatch.setattr(routing, "bind", routing.bind.__wrapped__)
     monkeypatch.delattr(torch.utils.checkpoint, "CheckpointFunction")
     assert logits(model, **batch("llama"), adapter_names=NAMES).isfinite().all()
     with pytest.raises(ia3.IA3Error, match="no checkpointing that could be told"):

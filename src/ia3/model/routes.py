@@ -126,7 +126,7 @@ class Routes:
             if any(route.values(site) is not None for site in lost):
                 raise IA3Error("the model that was routed has lost adapters since")
             adapters.check_loaded()
-            adapters.route_opened()
+            adapters.route_opened(route)
 
     def close(self) -> None:
         """Undo `open`."""
