@@ -106,6 +106,34 @@ def test_compiled_as_one_graph(kind):
         assert relative(gradient, expected[name]) < 1e-5, name
 
 
+class _Logits(nn.Module):
+    """A graph's arguments and result are tensors."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["in place", "plain", "fused", "the base model", "no gradients"])
+def test_traced(how):
+    """The graph is the same with gradients and without, which the tracer checks."""
+    model, ids = adapted("llama"), batch("llama")["input_ids"]
+    model.use_plain_product(how == "plain")
+    if how == "fused":
+        model.fuse_mlp()
+    expected = _Logits(model)(ids)
+    with torch.set_grad_enabled(how != "no gradients"):
+        of = _Logits(model.get_base_model() if how == "the base model" else model)
+        traced = torch.jit.trace(of, ids)
+    assert relative(traced(ids), expected) < 1e-6
+    others = ids.roll(1, -1)
+    assert relative(traced(others), _Logits(model)(others)) < 1e-6
+
+
 @EVERY_MODEL
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("first", ["adapter", "checkpointing"])

@@ -279,6 +279,42 @@ def test_generation_goes_on_with_each_rows_adapter(kind, how):
             assert torch.equal(model.generate(ids, config), expected)
 
 
+@pytest.mark.parametrize(("beams", "each"), [(1, 1), (3, 1), (3, 2), (3, 3)])
+def test_speech_is_generated_with_each_rows_adapter(beams, each):
+    """Whisper repeats its input for the sequences before it is repeated for the beams."""
+    feedforward = {"feedforward_modules": ["fc2"]}
+    model = several("whisper", target_modules=["k_proj", "v_proj", "fc2"], **feedforward)
+    sound = batch("whisper")["input_features"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    options |= {"num_beams": beams, "num_return_sequences": each}
+    by_name = by_adapter(model, lambda: model.generate(sound, **options).unflatten(0, (3, each)))
+    assert not torch.equal(by_name["b"], by_name[BASE])
+    for names in MIXES[:2]:
+        found = model.generate(sound, **options, adapter_names=names)
+        assert torch.equal(found, picked(by_name, names).flatten(0, 1))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_continuous_batching_is_never_routed(model):
+    """It packs rows, in a thread that has no route: they would all get the active adapter."""
+    prompts, base = [[5, 6, 7], [8, 9]], model.get_base_model()
+    config = hf.GenerationConfig(max_new_tokens=3, eos_token_id=-1, pad_token_id=0)
+
+    def generated(model):
+        return [r.generated_tokens for r in model.generate_batch(prompts, config).values()]
+
+    model.set_adapter("b", inference_mode=True)
+    assert generated(model) == generated(base)
+    ways = ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"]
+    for way in ways:
+        call = getattr(model, way)
+        for names in (["b", BASE], ["b", "unknown"]):
+            with pytest.raises(ia3.IA3Error, match=r"cannot be routed.*use generate"):
+                call(prompts, adapter_names=names)
+        with model.route(["b", BASE]), pytest.raises(ia3.IA3Error, match="cannot be routed"):
+            call(prompts)
+
+
 def test_sampled_sequences_have_their_rows_adapter(model):
     ids = batch("llama")["input_ids"]
     options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 4, "pad_token_id": 0}
@@ -611,7 +647,7 @@ def test_threads_do_not_see_each_others_routes(model, inputs):
 
 
 def test_a_torch_without_the_places_to_bind_does_not_train_routed(model, monkeypatch):
-    monkeypatch.setattr(routing, "_bind", routing._bind.__wrapped__)
+    monkeypatch.setattr(routing, "bind", routing.bind.__wrapped__)
     monkeypatch.delattr(torch.utils.checkpoint, "CheckpointFunction")
     assert logits(model, **batch("llama"), adapter_names=NAMES).isfinite().all()
     with pytest.raises(ia3.IA3Error, match="no checkpointing that could be told"):

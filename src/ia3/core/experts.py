@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ..errors import IA3Error
 from .patch import Patch, patch, rebound, slot_for
-from .rescale import DIVIDING_DTYPES
+from .rescale import DIVIDING_DTYPES, is_traced
 
 # These multiply by `module.down_proj` with the functions below; others hand it to kernels of their
 # own, which want a tensor.
@@ -229,8 +229,7 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
 
 def _scale(values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int) -> Tensor:
     """values ⊙ vectors, in the dtype of the values."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if rows is not None and torch.is_grad_enabled() and not traced:
+    if rows is not None and torch.is_grad_enabled() and not is_traced():
         return _Scale.apply(values, vectors, rows, axis)  # type: ignore[no-any-return, no-untyped-call]
     return _scaled(values, vectors, rows, axis)
 

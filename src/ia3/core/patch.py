@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any, NoReturn
 
 from torch import nn
@@ -45,6 +45,11 @@ class Patch:
 
     # `inspect.signature` of the module's forward stays what it was.
     __wrapped__ = below
+
+    @property
+    def __code__(self) -> CodeType:
+        """torch.export wants to know where a model's forward is written."""
+        return type(self.module).forward.__code__
 
     def remove(self) -> None:
         """Take the patch off; a second time does nothing.

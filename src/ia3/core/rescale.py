@@ -24,6 +24,18 @@ SMALLEST_DIVISOR = 1e-20
 DIVIDING_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
+def is_traced() -> bool:
+    """Whether calls are becoming a graph: by a compiler, `torch.func` or `torch.jit.trace`.
+
+    Such a graph is to be the same with and without gradients, and has no operations of our own.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    )
+
+
 class _KeepResult(torch.autograd.Function):
     """The scaled result, and the activation as far as autograd is concerned.
 
@@ -89,8 +101,7 @@ def rescale(
         vector: `[dim]`, or any shape that broadcasts over the activation, as `[rows, 1, dim]`. With
             one axis more, each row is for k rows of the activation that follow each other.
         keep_result: take the vector's gradient from the result, so that the activation need not be
-            kept. Ignored where that would not be exact or not be traceable (float16,
-            `torch.compile`, `torch.func`).
+            kept. Ignored where that would not be exact (float16) and in what `is_traced`.
         in_place: the activation is fresh: write over it, which keeps the result too. A view is not
             written over where gradients are wanted.
     """
@@ -102,8 +113,7 @@ def rescale(
         apart = activation.view(vector.shape[0], rows // vector.shape[0], *rest)
         scaled = rescale(apart, vector, keep_result=keep_result, in_place=in_place)
         return activation if scaled is apart else scaled.flatten(0, 1)
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if traced or activation.is_nested:
+    if activation.is_nested or is_traced():
         return (activation * vector).to(activation.dtype)
     if torch.is_grad_enabled() and vector.requires_grad:
         in_place = in_place and not activation._is_view()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import IA3Error, did_you_mean
 from .activations import device_of
+from .calls import Calls, seen
 from .names import ATTRIBUTE, base_modules
 from .patch import SLOTS, patch, patched, refuse_replica
 from .weights import write
@@ -30,6 +31,7 @@ class SavedModule(nn.Module):
     active: str | None = None
     # The adapters whose copies never train.
     frozen: set[str]
+    _calls: Calls = Calls()  # those of the model; Adapters writes it
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,6 +77,12 @@ class SavedModule(nn.Module):
                     part.__dict__.pop(attribute, None)
         # Not add_module: it refuses names that are also attributes of this class.
         self._modules[adapter] = twin.requires_grad_(False)
+
+    def hook(self, module: nn.Module) -> None:
+        """Nothing: the module's forward asks at each call."""
+
+    def settle(self) -> None:
+        """Nothing, as `hook`."""
 
     def remove(self, adapter: str) -> None:
         del self._modules[adapter]
@@ -215,7 +223,10 @@ class _ToActiveCopy:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         copies = saved_module_of(self.module)
-        if copies is None or (active := copies.active) is None:
+        active = None if copies is None else copies.active
+        if copies is not None and copies._calls.disturbed:
+            active = seen(copies)
+        if copies is None or active is None:
             return self.patch.below(*args, **kwargs)
         return copies[active](*args, **kwargs)
 

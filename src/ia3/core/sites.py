@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import IA3Error
 from . import experts
 from .activations import Activation, Side
+from .calls import Calls, seen
 from .hooks import InputHook, OutputHook
 from .mlp import Carrier, carrier_of
 from .names import ATTRIBUTE, Frozen, Target
@@ -43,6 +44,7 @@ class Site(nn.Module):
     told: bool = False  # the user knows that it is not
     in_block: bool = False  # the fused MLP around it multiplies, no hook does; fused_mlp writes it
     # Underscores, as no adapter can have the name of an attribute.
+    _calls: Calls = Calls()  # those of the model; Adapters writes it
     _routed: bool = False  # a route may be on, which comes before the active adapters
     _carrier: Carrier | None  # rescaled instead of a down projection's input
     _removers: tuple[Callable[[], None], ...] = ()  # of its hooks, while it has any
@@ -127,6 +129,7 @@ class Site(nn.Module):
         """Have the activation rescaled by the product of those adapters' vectors that are here.
 
         With `routed`, a route may be on: there are hooks even without vectors, which ask for it.
+        Hooks that are no longer wanted stay until `settle`.
         """
         here = tuple(name for name in adapters if self._parameters.get(name) is not None)
         if self.merged:
@@ -135,14 +138,25 @@ class Site(nn.Module):
             here = tuple(name for name in here if name not in self.merged) if among else ()
         # Not setattr: nn.Module's looks for parameters first.
         self.__dict__.update(active=here, _routed=routed)
-        # Experts are not routed.
-        wanted = bool(here) or (routed and self.side != "inner")
-        if not wanted or self.in_block:
+        if self._is_wanted():
+            self.hook(module)
+
+    def hook(self, module: nn.Module) -> None:
+        """Put the hooks there that multiply, if they are not."""
+        if not self._removers and not self.in_block:
+            self._removers = self._register(module)
+
+    def settle(self) -> None:
+        """Take off hooks that have nothing to multiply by now."""
+        if not self._is_wanted():
             for remove in self._removers:
                 remove()
             self._removers = ()
-        elif not self._removers:
-            self._removers = self._register(module)
+
+    def _is_wanted(self) -> bool:
+        # Experts are not routed.
+        routed = self._routed and self.side != "inner"
+        return (bool(self.active) or routed) and not self.in_block
 
     def _register(self, module: nn.Module) -> tuple[Callable[[], None], ...]:
         """Put hooks on the module; returns what removes them again."""
@@ -182,10 +196,15 @@ class Site(nn.Module):
         if self._routed and is_routed(self):
             return factor_of(self, activation)  # type: ignore[no-any-return]
         active = self.active
+        # Asked last: `active` does not change before it says so.
+        if self._calls.disturbed:
+            active = seen(self)
         return self.product(active) if active else None
 
     def _inner_factor(self) -> Tensor | None:
         active = self.active
+        if self._calls.disturbed:
+            active = seen(self)
         return self.product(active) if active and not (self._routed and is_routed(self)) else None
 
 
@@ -229,6 +248,7 @@ def displace(module: nn.Module) -> None:
     site = site_of(module)
     if site is not None:
         site.activate(module, ())
+        site.settle()
         del module._modules[ATTRIBUTE]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -16,11 +17,13 @@ from transformers import PreTrainedModel
 from ..adapter.files import Adapter
 from ..core import saved_modules
 from ..core.activations import device_of
+from ..core.calls import Calls, State
 from ..core.inventory import Contents, Inventory
 from ..core.merge import Merge
 from ..core.names import ATTRIBUTE, Target
+from ..core.patch import patched
 from ..core.reached import tell, unwatch, watch as watch_calls
-from ..core.route import BASE, LOCK, watch
+from ..core.route import BASE, LOCK, OneCall, Route, bind, watch
 from ..core.saved_modules import SavedModule, saved_module_of
 from ..core.sites import Site, check_free, displace, place, site_of
 from ..core.weights import write
@@ -59,12 +62,16 @@ class Adapters:
         self.enabled = True
         self.unloaded = False
         self._inventory = Inventory(model)
+        self.calls = Calls()
         self._open_routes = 0
+        # Those that a thread or task may still be in: it keeps one that was left elsewhere.
+        self._routes: list[weakref.ref[Route]] = []
         self._fused: list[str] = []
         self._plain = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_open_routes": 0}  # a copy is not routed
+        # A copy is not routed.
+        return {**vars(self), "_open_routes": 0, "_routes": []}
 
     def contents(self) -> Contents:
         """The model's modules, sites and copies as they are now."""
@@ -328,6 +335,9 @@ class Adapters:
                 saved_modules.detach(module)
             watch(self.model, False)
             unwatch(self.model)
+            if (forward := patched(self.model, OneCall)) is not None:
+                forward.remove()
+            self.calls.change(State())
             self.base.give_back()
             self.configs.clear()
             self.active = ()
@@ -380,8 +390,13 @@ class Adapters:
         with LOCK:
             self.active = self.active if names is None else names
             active = self.active if self.enabled else ()
-            contents, routed = self.contents(), self._open_routes > 0
+            self._routes = [route for route in self._routes if route() is not None]
+            contents, routed = self.contents(), len(self._routes) > 0
             watch(self.model, routed)
+            bind()
+            if not self.unloaded and patched(self.model, OneCall) is None:
+                OneCall(self.model, self.calls)
+            self.calls.disturbed = True
             if self._fused:  # of these layers, some may have been taken out of the model
                 fused = [contents.modules[name] for name in self._fused if name in contents.modules]
                 mark_sites([site for _, _, site in contents.sites], fused)
@@ -389,6 +404,12 @@ class Adapters:
                 site.activate(module, active, routed)
             for _, _, copies in contents.copies:
                 copies.active = next((name for name in active if name in copies), None)
+            places = [(module, place) for _, module, place in (*contents.sites, *contents.copies)]
+            for _, place in places:
+                place._calls = self.calls
+            now = {place: place.active for _, place in places if place.active}
+            self.calls.change(State(now, places, frozenset(self.merge.adapters)))
+            self.calls.settle()
 
     def enable(self, enabled: bool) -> None:
         """Have the active adapters multiply, or none, which unmerges those that are merged."""
@@ -460,10 +481,11 @@ class Adapters:
 
     # -- how they multiply ------------------------------------------------------------------------
 
-    def route_opened(self) -> None:
-        """Have the hooks there that ask for a route. Until `route_closed` nothing removes them."""
+    def route_opened(self, route: Route) -> None:
+        """Have the hooks there that ask for a route. Until it is gone nothing removes them."""
         with LOCK:
             self._open_routes += 1
+            self._routes.append(weakref.ref(route))
             try:
                 watch(self.model, True)
                 if not all(site.routed for _, _, site in self.contents().sites):

@@ -19,7 +19,7 @@ from ..core.activations import linear_features
 from ..core.mlp import FUNCTIONS, Mlp, read_mlp
 from ..core.names import ATTRIBUTE
 from ..core.patch import patch, patched
-from ..core.rescale import rescale
+from ..core.rescale import is_traced, rescale
 from ..core.saved_modules import HOOKS, saved_module_of
 from ..core.sites import Site, site_of
 from ..errors import IA3Error
@@ -155,8 +155,7 @@ def gated_product(gate: Tensor, up: Tensor, vector: Tensor | None, function: str
         torch.is_grad_enabled()
         and (gate.requires_grad or up.requires_grad)
         and not gate.is_nested
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_traced()
     ):
         return _GatedProduct.apply(gate, up, vector, function)  # type: ignore[no-any-return, no-untyped-call]
     return _formula(gate, up, vector, function)

@@ -6,6 +6,7 @@ weights) and `Routes` (which row of a batch has which adapter).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,6 +127,13 @@ class IA3Model(nn.Module):
         self._adapters.add(name, config, stored)
         self._adapters.base.freeze()
         self.set_adapter(name, inference_mode=config.inference_mode)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IA3Model:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        with LOCK:  # all of it has the same adapters active
+            twin.__setstate__(copy.deepcopy(vars(self), memo))
+        return twin
 
     @property
     def peft_config(self) -> dict[str, IA3Config]:
@@ -288,7 +296,31 @@ class IA3Model(nn.Module):
             adapter_names: instead of these, one name a row of the input, also for its beams and
                 returned sequences; raises as `route`.
         """
-        return self.routes.generate(adapter_names, args, kwargs)
+        with self._adapters.calls.opened(self.model):
+            return self.routes.generate(adapter_names, args, kwargs)
+
+    def generate_batch(self, *args: Any, adapter_names: None = None, **kwargs: Any) -> Any:
+        """The base model's `generate_batch` (continuous batching), with the active adapters.
+
+        Raises:
+            IA3Error: `adapter_names` are given, or the model is routed: it has one adapter for all.
+        """
+        self.routes.check_generates_here("generate_batch", adapter_names)
+        return self.model.generate_batch(*args, **kwargs)  # type: ignore[operator]
+
+    def init_continuous_batching(
+        self, *args: Any, adapter_names: None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's, whose manager generates as `generate_batch` does."""
+        self.routes.check_generates_here("continuous batching", adapter_names)
+        return self.model.init_continuous_batching(*args, **kwargs)  # type: ignore[operator]
+
+    def continuous_batching_context_manager(
+        self, *args: Any, adapter_names: None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's, whose manager generates as `generate_batch` does."""
+        self.routes.check_generates_here("continuous batching", adapter_names)
+        return self.model.continuous_batching_context_manager(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
     def route(self, names: Names, token_index: Tensor | None = None) -> Iterator[None]:

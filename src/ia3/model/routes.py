@@ -61,10 +61,15 @@ class Routes:
         route.check(args, kwargs)
         given = next((c for c in (*args[1:2], kwargs.get("generation_config")) if c), None)
         configs = (given, model.generation_config)
-        times = [
+        beams, sequences = (
             next((t for t in (kwargs.get(name), *(getattr(c, name, 0) for c in configs)) if t), 1)
             for name in ("num_beams", "num_return_sequences")
-        ]
+        )
+        repeats = {1, max(beams, sequences)}
+        if any(kind.__name__ == "WhisperGenerationMixin" for kind in type(model).__mro__):
+            # It repeats its input for the sequences, and those for the beams. Once each would be a
+            # part of that: it generates those rows again that came out badly.
+            repeats = {sequences, sequences * beams}
         # A compiled step would break at every site.
         if given is None:
             kwargs.setdefault("disable_compile", True)
@@ -72,8 +77,17 @@ class Routes:
             given = copy.deepcopy(given)
             given.disable_compile = True
             args, kwargs = args[:1], {**kwargs, "generation_config": given}
-        with entered(route.repeated({1, max(times)})):
+        with entered(route.repeated(repeats)):
             return model.generate(*args, **kwargs)
+
+    def check_generates_here(self, what: str, names: Names | None) -> None:
+        """Raise `IA3Error` where rows that are to be generated in another thread have names."""
+        if names is not None or current_route(self) is not None:
+            raise IA3Error(
+                f"{what} cannot be routed: it packs all rows into one sequence, in a thread of its "
+                "own; use generate with adapter_names, or call it for one active adapter after the "
+                "other"
+            )
 
     def _route(self, names: Names, token_index: Tensor | None = None) -> Route:
         adapters, bank = self._adapters, self.bank
@@ -117,7 +131,7 @@ class Routes:
             if any(route.values(site) is not None for site in lost):
                 raise IA3Error("the model that was routed has lost adapters since")
             adapters.check_loaded()
-            adapters.route_opened()
+            adapters.route_opened(route)
 
     def close(self) -> None:
         """Undo `open`."""
