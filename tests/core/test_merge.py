@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ia3 import IA3Config, IA3Error, IA3Model
+from ia3.compat import peft as integration
 from ia3.core import weights as writing
 
 Adapted = Any  # an `IA3Model` or a `peft.PeftModel`: they share their names
@@ -522,8 +523,11 @@ def test_other_base_weights_are_not_loaded_into_merged_ones(
 
 
 def test_weights_under_pefts_wrappers_are_not_loaded_into_merged_ones_either(make_model):
-    with ia3_peft.installed():
+    integration.install()
+    try:
         model = peft.get_peft_model(make_model("llama"), peft.IA3Config())
+    finally:
+        integration.uninstall()
     state = copy.deepcopy(model.state_dict())
     model.merge_adapter()
     before = snapshot(model)

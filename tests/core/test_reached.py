@@ -281,6 +281,35 @@ def test_a_module_behind_a_flag_or_of_no_token_is_merged(kind, use):
     assert relative(answer(first, VALUES, with_head=True), with_head) < 1e-12
 
 
+class PartlyCompiled(nn.Module):
+    """A layer that is compiled, one that is called in a compiled function, and one in neither."""
+
+    def __init__(self):
+        super().__init__()
+        self.whole = torch.compile(nn.Linear(8, 8), backend="eager")
+        self.inner, self.method, self.plain = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.method.compile(backend="eager")
+        self.function = torch.compile(self.called, backend="eager")
+
+    def called(self, values):
+        return self.inner(values).tanh()
+
+    def forward(self, values):
+        return self.plain(self.method(self.function(self.whole(values))))
+
+
+@pytest.mark.filterwarnings("error:.*never called")
+def test_what_is_called_in_compiled_code_is_not_taken_for_what_is_not():
+    torch.compiler.reset()
+    model = adapted(network(PartlyCompiled), target_modules="all-linear", feedforward_modules=[])
+    expected = answer(model, VALUES)
+    assert torch.equal(answer(model, VALUES), expected)
+    assert {type(module._parameters) for module in model.modules()} == {dict}
+    assert len(model.vectors("default")) == 4
+    model.merge_adapter()
+    assert relative(answer(model, VALUES), expected) < 1e-12
+
+
 class ReadsOrCalls(nn.Module):
     def __init__(self):
         super().__init__()

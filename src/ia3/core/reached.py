@@ -197,13 +197,17 @@ class _Watch:
 
 
 class _Noticing(MutableMapping[str, Any]):
-    """In the place of a module's dict of parameters: notices when one is asked for by name."""
+    """In the place of a module's dict of parameters: notices when the model asks for one."""
 
     def __init__(self, own: dict[str, Any]) -> None:
         self.own, self.read = own, False
 
     def __getitem__(self, name: str) -> Any:
-        self.read = True
+        asking = sys._getframe(1)
+        if asking.f_code is nn.Module.__getattr__.__code__ and asking.f_back is not None:
+            # Its own forward may run without its hooks: in code that is compiled in parts.
+            by = asking.f_back.f_locals.get("self")
+            self.read = self.read or by is not asking.f_locals["self"]
         return self.own[name]
 
     def __contains__(self, name: object) -> bool:
@@ -220,13 +224,6 @@ class _Noticing(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.own)
-
-    # Not through `__getitem__`: walking over a model's parameters computes with none of them.
-    def items(self) -> Any:
-        return self.own.items()
-
-    def values(self) -> Any:
-        return self.own.values()
 
 
 class _Tell:
