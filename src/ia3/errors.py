@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -36,6 +39,15 @@ def naming(where: str) -> Iterator[None]:
         raise FileNotFoundError(f"{where}: {error}") from error
     except IA3Error as error:
         raise IA3Error(f"{where}: {error}") from error
+
+
+def warn_caller(message: str) -> None:
+    """Give a `UserWarning` at the line of the caller's that led into this package."""
+    package = os.path.join(os.path.dirname(__file__), "")
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def check_methods(methods: Sequence[str], known: Sequence[str]) -> None:
