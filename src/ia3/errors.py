@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,11 +40,14 @@ def naming(where: str) -> Iterator[None]:
         raise IA3Error(f"{where}: {error}") from error
 
 
-def warn_caller(message: str) -> None:
-    """Give a `UserWarning` at the line of the caller's that led into this package."""
-    package = os.path.join(os.path.dirname(__file__), "")
+def warn_caller(message: str, between: Sequence[str] = ()) -> None:
+    """Give a `UserWarning` at the line that led into this package, and the packages `between`."""
+    own = __name__.partition(".")[0]
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+    while frame.f_back is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package != own and package not in between:
+            break
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
 

@@ -24,6 +24,7 @@ from ..files.hub import HubOptions, check_options
 from ..targets.config import IA3Config, TaskType
 from . import saving
 from .adapters import Adapters, check_name as check_name
+from .advice import offer_advice
 from .routes import Routes
 from .saving import DEFAULT_ADAPTER as DEFAULT_ADAPTER
 from .trainers import tell_trainer
@@ -127,6 +128,7 @@ class IA3Model(nn.Module):
 
     def _begin(self, model: nn.Module) -> None:
         super().__init__()
+        offer_advice()
         self._adapters = Adapters(model, Merge(model))
         self.routes = Routes(self._adapters)
         self.model = model
@@ -404,6 +406,7 @@ class IA3Model(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+        offer_advice()
         tell_trainer(IA3Model)
         return getattr(self.model, name)
 
