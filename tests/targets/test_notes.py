@@ -66,7 +66,7 @@ def explained(capsys, model, config):
 
 
 def up(name, down, rest="which is rescaled as well"):
-    return f"'{name}' in feedforward…is an up or gate…input of '{down}'…{rest}"
+    return f"'{name}' in feedforward_modules: an up or gate…input of '{down}'…{rest}"
 
 
 def both(entry, attention, other):
@@ -74,10 +74,11 @@ def both(entry, attention, other):
 
 
 def part(name):
-    return f"'{name}' in feedforward_modules is part of an attention"
+    return f"'{name}' in feedforward_modules: a part of an attention"
 
 
 LAYER = "encoder.layer.*"
+SELF = f"{LAYER}.attention.self"
 QKVOGUD = [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
 MLP = "model.layers.*.mlp"
 ALONE = "name that one"
@@ -156,7 +157,7 @@ CASES = [
         "llama",
         QKVOGUD,
         ["gate_proj", "up_proj", "down_proj"],
-        [up(f"{MLP}.{name}_proj", f"{MLP}.down_proj") for name in ("gate", "up")],
+        [up(f"{MLP}.gate_proj', '{MLP}.up_proj", f"{MLP}.down_proj")],
     ),
     # Names that attention and feed-forward layers share.
     (
@@ -191,7 +192,7 @@ CASES = [
         "q-former",
         ["key", "value", "output.dense"],
         ["output.dense"],
-        [part(f"{LAYER}.{name}.output.dense") for name in ("attention", "crossattention")],
+        [part(f"{LAYER}.attention.output.dense', '{LAYER}.crossattention.output.dense")],
     ),
     (
         "gpt_neox",
@@ -203,7 +204,7 @@ CASES = [
         "esm",
         [f"encoder.layer.1.attention.self.{name}" for name in ("key", "value")],
         [f"encoder.layer.1.attention.self.{name}" for name in ("key", "value")],
-        [f"'{LAYER}.attention.self.{n}' in…projects to keys or values" for n in ("key", "value")],
+        [f"'{SELF}.key', '{SELF}.value' in feedforward_modules: a projection to keys or values"],
     ),
     # The same activation twice.
     (

@@ -41,30 +41,33 @@ def starred(name: str) -> str:
 
 def _inputs(parts: Parts, told: Iterable[str], sides: Mapping[str, Side]) -> Iterator[str]:
     """Modules whose input is rescaled, and is no inner activation; `told` are entries of theirs."""
-    said = {}
+    said: dict[str, list[str]] = {}
     for name in (name for name, side in sides.items() if side == "input"):
         if name in parts.down_of:
             down = parts.down_of[name]
             rest = (
                 ", which is rescaled as well" if sides.get(down) == "input" else ": name that one"
             )
-            said[starred(name)] = (
-                "is an up or gate projection: its input, which is what the whole feed-forward "
-                "layer is given, is rescaled; the inner activation is the input of "
+            sentence = (
+                "an up or gate projection is rescaled on its input, which is what the whole "
+                f"feed-forward layer is given; the inner activation is the input of "
                 f"{starred(down)!r}{rest}"
             )
         elif name in parts.keys_and_values:
-            said[starred(name)] = (
-                "projects to keys or values: its input is rescaled, and not these; leave it out of "
-                "feedforward_modules"
+            sentence = (
+                "a projection to keys or values is rescaled on its input, and these are not; leave "
+                "it out of feedforward_modules"
             )
         elif name in parts.attention and not matches(name, told):
-            said[starred(name)] = (
-                "is part of an attention: its input is rescaled, which is no inner activation of a "
-                "feed-forward layer"
+            sentence = (
+                "a part of an attention is rescaled on its input, which is no inner activation of "
+                "a feed-forward layer"
             )
-    for name, sentence in said.items():
-        yield f"{name!r} in feedforward_modules {sentence}"
+        else:
+            continue
+        said.setdefault(sentence, []).append(repr(starred(name)))
+    for sentence, names in said.items():
+        yield f"{', '.join(dict.fromkeys(names))} in feedforward_modules: {sentence}"
 
 
 def _for_both(
