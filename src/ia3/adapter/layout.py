@@ -133,8 +133,8 @@ def not_finite(name: str, broken: Sequence[float], size: int) -> IA3Error:
     """The error for a vector, by its module's name, that has these values among so many."""
     return IA3Error(
         f"the vector of {name!r} is not finite ({len(broken)} of its {size} values, the first is "
-        f"{broken[0]}): the training that it comes from has diverged, or the file is damaged; train "
-        "at a lower learning rate, or take an earlier checkpoint"
+        f"{broken[0]}): the training that it comes from has diverged, or the file is damaged; "
+        "train at a lower learning rate, or take an earlier checkpoint"
     )
 
 
