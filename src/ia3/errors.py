@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -36,6 +38,18 @@ def naming(where: str) -> Iterator[None]:
         raise FileNotFoundError(f"{where}: {error}") from error
     except IA3Error as error:
         raise IA3Error(f"{where}: {error}") from error
+
+
+def warn_caller(message: str, between: Sequence[str] = ()) -> None:
+    """Give a `UserWarning` at the line that led into this package, and the packages `between`."""
+    own = __name__.partition(".")[0]
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package != own and package not in between:
+            break
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def check_methods(methods: Sequence[str], known: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.names import Frozen
-from ..errors import IA3Error, naming
+from ..errors import naming
 from ..files.hub import CONFIG_NAME
 from ..targets.config import IA3Config
 from . import layout, safetensors
@@ -50,11 +50,7 @@ def check_finite(vectors: Mapping[str, Tensor]) -> None:
     for name, values in zip(vectors, flat, strict=True):
         broken = values[~values.float().isfinite()]
         if len(broken):
-            raise IA3Error(
-                f"the vector of {name!r} is not finite ({len(broken)} of its {len(values)} values, "
-                f"the first is {broken[0]}): the training that it comes from has diverged, or the "
-                "file is damaged; train at a lower learning rate, or take an earlier checkpoint"
-            )
+            raise layout.not_finite(name, broken.tolist(), len(values))
 
 
 def adapter_files(adapter: Adapter) -> dict[str, bytes]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.names import ATTRIBUTE
-from ..errors import IA3Error
+from ..errors import IA3Error, naming
 from ..files.foreign import no_adapter
 from ..files.hub import CONFIG_NAME
 from ..targets.config import IA3Config
@@ -112,12 +112,22 @@ def read_vectors(outline: Outline) -> dict[str, NDArray[np.float32]]:
     vectors = {name: tensors[key] for key, name in names.items()}
     for name, vector in vectors.items():
         if not np.isfinite(vector).all():
-            raise IA3Error(f"{path}: the vector of {name!r} is not finite, which compares to none")
+            with naming(str(path)):
+                raise not_finite(name, vector[~np.isfinite(vector)].tolist(), vector.size)
     for name, ranges in outline.frozen.items():
         values = vectors[name].reshape(-1)
         for start, end in ranges:
             values[start:end] = 1
     return vectors
+
+
+def not_finite(name: str, broken: Sequence[float], size: int) -> IA3Error:
+    """The error for a vector, by its module's name, that has these values among so many."""
+    return IA3Error(
+        f"the vector of {name!r} is not finite ({len(broken)} of its {size} values, the first is "
+        f"{broken[0]}): the training that it comes from has diverged, or the file is damaged; "
+        "train at a lower learning rate, or take an earlier checkpoint"
+    )
 
 
 def _read_pickled(path: Path) -> dict[str, NDArray[np.float32]]:

@@ -45,9 +45,12 @@ def inject_adapter_in_model(
         peft_config = _config_for(peft_config, state_dict)
     handle = model.__dict__.get(HANDLE)
     if handle is None:
-        model.__dict__[HANDLE] = IA3Model(model, peft_config, adapter_name)
+        # The names of a state dict are those of an adapter that was trained on them.
+        make = IA3Model if state_dict is None else IA3Model.with_own_choice
+        model.__dict__[HANDLE] = make(model, peft_config, adapter_name)
     else:
-        handle.add_adapter(adapter_name, peft_config)
+        add = handle.add_adapter if state_dict is None else handle.add_own_choice
+        add(adapter_name, peft_config)
         handle.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..errors import warn_caller
 from .inventory import sites
 from .names import ATTRIBUTE, starred
 from .sites import Site, site_of
@@ -28,7 +28,7 @@ NEVER_CALLED: Mapping[str, tuple[str, ...]] = {
     "MobileBertLMPredictionHead": ("decoder", "dense"),
     "WavLMAttention": ("k_proj", "out_proj", "q_proj", "v_proj"),
 }
-LIBRARIES = ("ia3", "torch", "transformers")
+LIBRARIES = ("torch", "transformers")
 # They have no forward.
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
@@ -60,19 +60,11 @@ def tell(on: Iterable[tuple[str, nn.Module, Site]]) -> None:
     for _, site in new:
         site.told = True
     if new:
-        warnings.warn(
+        warn_caller(
             f"{describe(name for name, _ in new)}. Vectors there have no effect, get no gradient "
             "and cannot be merged: leave these modules out (exclude_modules)",
-            stacklevel=_users_level(),
+            LIBRARIES,
         )
-
-
-def _users_level() -> int:
-    """The `stacklevel` for a function's caller of the line that is none of a library's."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in LIBRARIES:
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def watch(modules: Mapping[str, nn.Module], names: Iterable[str]) -> None:

@@ -27,8 +27,9 @@ from ..core.route import BASE, LOCK, OneCall, Route, bind, watch
 from ..core.saved_modules import SavedModule, saved_module_of
 from ..core.sites import Site, check_free, displace, place, site_of
 from ..core.weights import write
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, did_you_mean, warn_caller
 from ..targets.config import IA3Config
+from ..targets.notes import notes
 from ..targets.resolve import check_vectors, resolve
 from .embeddings import own_values
 from .frozen_base import FrozenBase
@@ -68,6 +69,8 @@ class Adapters:
         self._routes: list[weakref.ref[Route]] = []
         self._fused: list[str] = []
         self._plain = False
+        # By config: structure is not asked again for each of many adapters.
+        self._notes: dict[str, list[str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not routed.
@@ -84,6 +87,14 @@ class Adapters:
     def copies_of(self, name: str) -> dict[str, nn.Module]:
         """Module name -> an adapter's copy of the module (`modules_to_save`)."""
         return {m: copies[name] for m, _, copies in self.contents().copies if name in copies}
+
+    def notes_on(self, name: str, config: IA3Config) -> list[str]:
+        """What a person should hear about the config that an adapter was added with."""
+        key = config.to_json()
+        if key not in self._notes:
+            sides = {module: site.side for module, site in self.sites_of(name)}
+            self._notes[key] = notes(self.model, config, sides)
+        return self._notes[key]
 
     def merged_modules(self) -> set[str]:
         """The modules that have adapters merged into them."""
@@ -163,9 +174,7 @@ class Adapters:
         if stored is not None:
             check_vectors(stored.vectors, targets, type(self.model).__name__)
             if stored.base and (other := stored.base.difference(self.model, self.merged_modules())):
-                warnings.warn(
-                    f"this may be the wrong base model for adapter {name!r}: {other}", stacklevel=6
-                )
+                warn_caller(f"this may be the wrong base model for adapter {name!r}: {other}")
         return resolved, targets
 
     def add(self, name: str, config: IA3Config, stored: Adapter | None = None) -> None:

@@ -20,11 +20,12 @@ from ..adapter.combining import CombinationType, MajoritySign, combine
 from ..adapter.files import Adapter, check_finite
 from ..core.merge import Merge
 from ..core.route import LOCK, Names
-from ..errors import IA3Error, naming
+from ..errors import IA3Error, naming, warn_caller
 from ..files.hub import HubOptions, check_options
 from ..targets.config import IA3Config, TaskType
 from . import saving
 from .adapters import Adapters, check_name as check_name
+from .advice import offer_advice
 from .routes import Routes
 from .saving import DEFAULT_ADAPTER as DEFAULT_ADAPTER
 from .trainers import tell_trainer
@@ -86,6 +87,8 @@ class IA3Model(nn.Module):
             config = dataclasses.replace(config, task_type=self.task)
         self._begin(model)
         self._add_first(adapter_name, config, _stored(config, vectors))
+        if vectors is None:
+            self._tell_notes(adapter_name, config)
 
     @classmethod
     def from_adapter(
@@ -109,6 +112,14 @@ class IA3Model(nn.Module):
         return self
 
     @classmethod
+    def with_own_choice(cls, model: nn.Module, config: IA3Config, name: str) -> IA3Model:
+        """As the constructor, without notes on the config: it is not the caller's own."""
+        self = cls.__new__(cls)
+        self._begin(model)
+        self._add_first(name, config, None)
+        return self
+
+    @classmethod
     def without_adapters(cls, model: nn.Module) -> IA3Model:
         """A base model with no adapter yet, its parameters frozen."""
         self = cls.__new__(cls)
@@ -118,6 +129,7 @@ class IA3Model(nn.Module):
 
     def _begin(self, model: nn.Module) -> None:
         super().__init__()
+        offer_advice()
         self._adapters = Adapters(model, Merge(model))
         self.routes = Routes(self._adapters)
         self.model = model
@@ -134,6 +146,14 @@ class IA3Model(nn.Module):
         with LOCK:  # all of it has the same adapters active
             twin.__setstate__(copy.deepcopy(vars(self), memo))
         return twin
+
+    def _tell_notes(self, name: str, config: IA3Config) -> None:
+        """Warn of what the config names. An adapter with values was trained on its modules."""
+        if found := self._adapters.notes_on(name, config):
+            told = "".join(f"\n- {note}" for note in found)
+            warn_caller(
+                f"adapter {name!r} rescales what its config names, which may surprise:{told}"
+            )
 
     @property
     def peft_config(self) -> dict[str, IA3Config]:
@@ -158,6 +178,12 @@ class IA3Model(nn.Module):
                 model, which is then unchanged.
         """
         self._add(adapter_name, peft_config, _stored(peft_config, vectors))
+        if vectors is None:
+            self._tell_notes(adapter_name, peft_config)
+
+    def add_own_choice(self, adapter_name: str, peft_config: IA3Config) -> None:
+        """As `add_adapter`, without notes on the config: it is not the caller's own."""
+        self._add(adapter_name, peft_config, None)
 
     def add_weighted_adapter(
         self,
@@ -412,6 +438,7 @@ class IA3Model(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+        offer_advice()
         tell_trainer(IA3Model)
         return getattr(self.model, name)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,10 +16,11 @@ from transformers.pytorch_utils import Conv1D
 from ..core.activations import SUPPORTED, Activation, Side, activation_of, linear_features
 from ..core.names import Frozen, Target, base_modules, model_type_of, own_modules, starred
 from ..core.reached import is_unreached
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, did_you_mean, warn_caller
 from .architectures import ARCHITECTURES
 from .config import Entries, IA3Config, TaskType
 from .matching import feedforward_among, matches, matches_feedforward, names_or_suffixes
+from .notes import notes
 from .structure import block_lists, feedforward_targets, paper_targets
 
 
@@ -118,7 +118,8 @@ def explain(model: nn.Module, config: IA3Config | None = None) -> None:
     Modules that differ only in the number of their layer share a line, with a `*` for the number.
     The columns are the module's name; its side that is rescaled (`output`, `input`, or `inner` of
     experts); how many such modules there are; how many values the vector of one has; and why it was
-    chosen. The last line is the size of the whole adapter in float32.
+    chosen. Below them is the size of the whole adapter in float32, and notes on what the config's
+    names may not have been meant to name.
 
     Args:
         model: the base model, which is not changed; it may be on the meta device.
@@ -141,7 +142,8 @@ def explain(model: nn.Module, config: IA3Config | None = None) -> None:
         model.layers.*.mlp.down_proj     input       2      32  PEFT's default 'down_proj'
         6 modules, 96 values, 384 bytes
     """
-    _, targets = resolve(model, config or IA3Config())
+    config = config or IA3Config()
+    _, targets = resolve(model, config)
     targets = [
         dataclasses.replace(t, why=f"{t.why}; never called: no effect")
         if is_unreached(model, t.name)
@@ -159,6 +161,8 @@ def explain(model: nn.Module, config: IA3Config | None = None) -> None:
     frozen = sum(end - start for target in targets for start, end in target.frozen)
     stay = f", {frozen:,} of them stay one" if frozen else ""
     print(f"{modules}, {total:,} values, {4 * total:,} bytes{stay}")
+    for note in notes(model, config, {target.name: target.side for target in targets}):
+        print(f"note: {note}")
 
 
 def _rows(targets: list[Target]) -> list[tuple[str, ...]]:
@@ -221,10 +225,9 @@ def _peft_defaults(model: nn.Module) -> tuple[list[str], list[str], list[Target]
         )
     found = feedforward_targets(model)
     _, entries = _entries(model, found)
-    warnings.warn(
+    warn_caller(
         f"PEFT's default {gone} for {model_type!r} matches nothing in {type(model).__name__}; "
-        f"{entries} ({found[0].why}) is rescaled instead",
-        stacklevel=5,
+        f"{entries} ({found[0].why}) is rescaled instead"
     )
     kept = ([entry for entry in given if entry not in stale] for given in (targets, feedforward))
     return next(kept) + entries, next(kept) + entries, found
@@ -304,6 +307,8 @@ def _chosen(
             hint = ""
             if activation_of(module, "inner"):
                 hint = "; experts have an inner activation: name them in feedforward_modules too"
+            elif inside := _inside(name, module, side):
+                hint = f"; it is a container, name what is in it: {', '.join(inside)}"
             elif isinstance(module, nn.Linear):
                 hint = "; nn.MultiheadAttention reads its weight without calling it"
             raise IA3Error(
@@ -311,6 +316,14 @@ def _chosen(
                 f"expected {SUPPORTED}{hint}"
             )
         yield name, side, activation
+
+
+def _inside(name: str, container: nn.Module, side: Side) -> list[str]:
+    """The ends of the names of what a container holds that can be rescaled, a few of them."""
+    last = name.rpartition(".")[2]
+    held = (part for part, m in container.named_modules() if part and activation_of(m, side))
+    names = [*dict.fromkeys(starred(f"{last}.{part}") for part in held)]
+    return [*names[:6], "..."] if len(names) > 6 else names
 
 
 def _why(config: IA3Config, resolved: IA3Config, name: str, side: Side) -> str:

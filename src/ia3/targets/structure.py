@@ -9,6 +9,8 @@ a site too many or too few a model trains and scores almost as well, and no one 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
@@ -48,6 +50,40 @@ def feedforward_targets(model: nn.Module) -> list[Target]:
     """Those of `paper_targets` that are feed-forward inner activations; an error if none is."""
     tree = _Tree(model)
     return tree.in_order(_feedforward(tree))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What modules of a model are, by name, as far as that could be told.
+
+    `down_of` is up projection -> its feed-forward layer's down projection. `attention` is all that
+    is within an attention, of which `keys_and_values` are projected to these.
+    """
+
+    down_of: dict[str, str]
+    attention: set[str]
+    keys_and_values: set[str]
+
+
+def parts_of(model: nn.Module) -> Parts:
+    """The parts of a model; no error where some of them cannot be told."""
+    tree = _Tree(model)
+    called = {name for name, module in tree.modules.items() if _is_called_attention(module)}
+    around = called | tree.attentions.keys()
+    attention = {name for name in tree.modules if not around.isdisjoint(_above(name))}
+    down_of: dict[str, str] = {}
+    with suppress(IA3Error):
+        for down in (target.name for target in _feedforward(tree) if target.side == "input"):
+            layer = _above(down).index(tree.layer(down) or "")
+            for above in _above(down)[: layer + 1]:
+                others = [up for up in tree.projections(above) if up not in {down, *attention}]
+                ups = [up for up in others if _undoes(tree, down, up)]
+                if ups:
+                    down_of |= dict.fromkeys(ups, down)
+                    break
+    roles = {name: role for parts in tree.attentions.values() for name, role in parts.items()}
+    projections = {tree.projection(name) for name, role in roles.items() if role != "query"}
+    return Parts(down_of, attention, {name for name in projections if name})
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
