@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -151,6 +152,19 @@ def name_tensors(
                 f"'{KEY_PREFIX}<module>{KEY_SUFFIX}'"
             )
     return vectors, copies
+
+
+def mapped(name: str, key_mapping: Mapping[str, str]) -> str:
+    """A name after the first of the regular expressions that is found in it."""
+    for pattern, replacement in key_mapping.items():
+        try:
+            new, count = re.subn(pattern, replacement, name)
+        except re.error as error:
+            message = f"key_mapping {{{pattern!r}: {replacement!r}}} is malformed: {error}"
+            raise IA3Error(message) from error
+        if count:
+            return new
+    return name
 
 
 def read_metadata(

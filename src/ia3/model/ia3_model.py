@@ -499,6 +499,7 @@ class IA3Model(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         torch_device: str | None = None,
         **hub: Unpack[HubOptions],
     ) -> IA3Model:
@@ -513,6 +514,9 @@ class IA3Model(nn.Module):
             config: instead of the adapter's own.
             autocast_adapter_dtype, low_cpu_mem_usage, torch_device: taken for PEFT's sake; vectors
                 are always float32, made once, and go to where their modules are.
+            key_mapping: regular expressions -> what takes their place in the adapter's names, the
+                first that is found in a name. Names that transformers has changed since the adapter
+                was saved are known without it.
             hub: `revision`, `subfolder`, `token`, `cache_dir`, ...
 
         Returns:
@@ -532,7 +536,7 @@ class IA3Model(nn.Module):
             >>> type(again).__name__, again.active_adapters, again.training
             ('PeftModelForCausalLM', ['default'], False)
         """
-        adapter = saving.read(model_id, config, is_trainable, **hub)
+        adapter = saving.read(model_id, config, is_trainable, key_mapping, **hub)
         self = cls.from_adapter(model, adapter, adapter_name, source=str(model_id))
         return self if is_trainable else self.eval()
 
@@ -544,6 +548,7 @@ class IA3Model(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         torch_device: str | None = None,
         **hub: Unpack[HubOptions],
     ) -> None:
@@ -552,7 +557,7 @@ class IA3Model(nn.Module):
         Under the name of one that is there, its values are loaded into that one, in place: an
         optimizer that holds its parameters goes on with them.
         """
-        adapter = saving.read(model_id, None, is_trainable, **hub)
+        adapter = saving.read(model_id, None, is_trainable, key_mapping, **hub)
         with naming(str(model_id)):
             if adapter_name in self.peft_config:
                 self._adapters.load_into(adapter_name, adapter)
