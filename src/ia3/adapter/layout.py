@@ -30,8 +30,10 @@ PICKLED_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 KEY_SUFFIX = f".{ATTRIBUTE}"
 
-# The part that PEFT puts into the names of a rescaled module's own weights.
+# The part that PEFT puts into the names of a rescaled module's own weights, and the parts in those
+# of a saved embedding's, which it may write a second and a third time.
 BASE_LAYER = "base_layer"
+AGAIN = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 
 # What PEFT's config cannot say stands in the header of the safetensors file, which PEFT ignores.
 FROZEN_KEY = "ia3_frozen"
@@ -151,7 +153,9 @@ def name_tensors(
                 f"{path}: tensor {key!r} is not an (IA)³ vector: expected names like "
                 f"'{KEY_PREFIX}<module>{KEY_SUFFIX}'"
             )
-    return vectors, copies
+    once = set(copies.values())
+    again = [key for key, name in copies.items() if AGAIN.sub("", name) in once - {name}]
+    return vectors, {key: name for key, name in copies.items() if key not in again}
 
 
 def mapped(name: str, key_mapping: Mapping[str, str]) -> str:
