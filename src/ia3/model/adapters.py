@@ -29,7 +29,7 @@ from ..targets.resolve import check_vectors, resolve
 from .embeddings import own_values
 from .frozen_base import FrozenBase
 from .fused_mlp import fuse, is_fused, mark_sites, unfuse
-from .heads import ends_of_heads, warn_of_untrained, with_head
+from .heads import ends_of_heads, fresh_modules, warn_of_untrained, with_head
 from .renaming import as_named_in
 
 # The attributes of the modules that hold vectors or copies: setting one ("training") would set the
@@ -58,6 +58,7 @@ class Adapters:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.unloaded = False
+        self._fresh = fresh_modules(model)
         self._inventory = Inventory(model)
         self._open_routes = 0
         self._fused: list[str] = []
@@ -187,7 +188,7 @@ class Adapters:
                 copied, own = own_values(stored.copies, saved, self.model)
                 saved_modules.check(copied, saved, self.model)
                 self._check_own(name, own, targets)
-            warn_of_untrained(self.model, name, config, saved, stored=old)
+            warn_of_untrained(self.model, self._fresh, name, config, saved, stored=old)
             try:
                 self._add_vectors(name, config, targets, stored)
                 for module_name in saved:

@@ -47,7 +47,7 @@ def _embeddings(model: PreTrainedModel) -> Iterator[nn.Module]:
 def were_resized(model: nn.Module) -> bool:
     """Whether a model has another number of tokens than when it was made or loaded.
 
-    Known from the module that holds the embeddings, which keeps the number it was made with, or
+    Known from the module that holds the embeddings, which may keep the number it was made with, or
     from the config that it was loaded with, in a folder or in the cache: nothing is downloaded.
     """
     return any(map(_was_resized, pretrained_in(model)))
@@ -55,10 +55,13 @@ def were_resized(model: nn.Module) -> bool:
 
 def _was_resized(model: PreTrainedModel) -> bool:
     now, embeddings = _vocabulary(model.config), next(_embeddings(model), None)
-    owners = (module for module in model.modules() if embeddings in module._modules.values())
-    then = [owner.__dict__.get(VOCABULARY) for owner in owners if embeddings is not None]
-    then.append(_vocabulary(_loaded_config(model.config)))
-    return isinstance(now, int) and any(isinstance(each, int) and each != now for each in then)
+    if not isinstance(now, int) or embeddings is None:
+        return False
+    owner = next((m for m in model.modules() if embeddings in m._modules.values()), model)
+    then = vars(owner).get(VOCABULARY)
+    if not isinstance(then, int):
+        then = _vocabulary(_loaded_config(model.config))
+    return isinstance(then, int) and then != now
 
 
 def _vocabulary(config: Any) -> Any:
@@ -98,6 +101,9 @@ def own_values(
         IA3Error: embeddings are of another shape than the model's.
     """
     inside = tuple(f"{module}." for module in saved)
+    rest = {key: value for key, value in copies.items() if key.startswith(inside)}
+    if len(rest) == len(copies):
+        return rest, {}
     rest = dict(copies)
     own: dict[str, dict[str, Tensor]] = {}
     for name, module in embeddings_of(model).items():

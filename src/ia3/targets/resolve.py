@@ -95,11 +95,13 @@ def check_vectors(
 
     PEFT's may have more, on modules that are never called: they never had an effect.
     """
-    model_name, modules = type(model).__name__, dict(model.named_modules())
+    model_name = type(model).__name__
     expected = {target.name: target for target in targets}
     missing = sorted(expected.keys() - vectors.keys())
-    more = sorted(vectors.keys() - expected.keys())
-    extra = [name for name in more if name not in modules or not is_read(modules[name])]
+    extra = sorted(vectors.keys() - expected.keys())
+    if extra:
+        without = {name for name, module in model.named_modules() if is_read(module)}
+        extra = [name for name in extra if name not in without]
     if missing or extra:
         which = f"has no vector for {missing[0]!r}" if missing else f"has a vector for {extra[0]!r}"
         raise IA3Error(
