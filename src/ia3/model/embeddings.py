@@ -58,10 +58,12 @@ def _was_resized(model: PreTrainedModel) -> bool:
     if not isinstance(now, int) or embeddings is None:
         return False
     owner = next((m for m in model.modules() if embeddings in m._modules.values()), model)
-    then = vars(owner).get(VOCABULARY)
-    if not isinstance(then, int):
-        then = _vocabulary(_loaded_config(model.config))
-    return isinstance(then, int) and then != now
+    # Resizing sets it on the model that is asked to.
+    made_with = None if owner is model else vars(owner).get(VOCABULARY)
+    if isinstance(made_with, int) and made_with != now:
+        return True
+    loaded = _vocabulary(_loaded_config(model.config))
+    return isinstance(loaded, int) and loaded != now
 
 
 def _vocabulary(config: Any) -> Any:
