@@ -112,6 +112,7 @@ MODELS = {
     "BERT in a module": (lambda: Around(bert()), {}, ["model.classifier"]),
     "BERT in two": (lambda: Around(Around(bert())), {}, ["model.model.classifier"]),
     "BART in a module": (lambda: Around(bart()), K_V, ["model.classification_head"]),
+    "BART in two": (lambda: Around(Around(bart())), K_V, ["model.model.classification_head"]),
     "a plain module": (lambda: Plain("my_classifier"), {}, ["my_classifier"]),
     "an own model": (lambda: Own(hf.BertModel(hf.BertConfig(**BERT))), {}, ["out"]),
     "an own body": (lambda: Own(layers()), DENSE, ["out"]),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.names import ATTRIBUTE
-from ..core.saved_modules import SavedModule
+from ..core.sites import Site
 from ..errors import IA3Error
 
 # What transformers calls the number of tokens, in configs and in the modules that embed them.
@@ -150,10 +150,12 @@ class GuardedResize:
         asked = new_num_tokens is not None or pad_to_multiple_of is not None
         embeddings = self.model.get_input_embeddings()
         for name, module in embeddings_of(self.model).items():
-            on, tokens = module._modules.get(ATTRIBUTE), len(module.get_parameter("weight"))
+            on = module._modules.get(ATTRIBUTE)
             # Embeddings get another weight, in place of an output layer comes another module.
-            goes = module is not embeddings or isinstance(on, SavedModule)
-            if asked and on is not None and goes and new_num_tokens != tokens:
+            if not asked or on is None or (module is embeddings and isinstance(on, Site)):
+                continue
+            tokens = len(module.get_parameter("weight"))
+            if new_num_tokens != tokens:
                 raise IA3Error(
                     f"{RESIZE}: adapters have a vector on {name!r} or a copy of it, for its "
                     f"{tokens} tokens (modules_to_save): unload(), resize, and adapt it again"

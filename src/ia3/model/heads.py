@@ -116,21 +116,21 @@ def _other_heads(model: nn.Module, config: IA3Config) -> list[str]:
     return []
 
 
-def _beside_body(model: nn.Module, prefix: str = "") -> list[str]:
-    """What a transformers model has beside its body and its embeddings; found in a wrapper too."""
-    body = _body(model)
-    if isinstance(model, PreTrainedModel) and body:
-        return [prefix + name for name in _with_parameters(model) if name not in body]
-    if isinstance(model, PreTrainedModel) or len(body) != 1:
+def _beside_body(model: nn.Module) -> list[str]:
+    """What the one transformers model in a model has beside its body and its embeddings."""
+    inner = list(pretrained_in(model))
+    body = _body(inner[0]) if len(inner) == 1 else []
+    if not body:
         return []
-    return _beside_body(model.get_submodule(body[0]), f"{prefix}{body[0]}.")
+    prefix = next(f"{name}." for name, m in model.named_modules() if m is inner[0])
+    beside = [name for name in _with_parameters(inner[0]) if name not in body]
+    return [f"{prefix}{name}".removeprefix(".") for name in beside]
 
 
-def _body(model: nn.Module) -> list[str]:
+def _body(model: PreTrainedModel) -> list[str]:
     """Which of a model's children are its body: by transformers' name for it, or by their class."""
-    prefix = getattr(model, "base_model_prefix", "")
-    if prefix in model._modules:
-        return [prefix]
+    if model.base_model_prefix in model._modules:
+        return [model.base_model_prefix]
     return [name for name, m in model.named_children() if isinstance(m, PreTrainedModel)]
 
 
