@@ -30,6 +30,8 @@ MODELS = {
     "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**BERT)),
     "bert in a module": lambda: Around(hf.BertForMaskedLM(hf.BertConfig(**BERT))),
 }
+K_V_DOWN = {"target_modules": ["k_proj", "v_proj", "down_proj"]}
+K_V_DOWN |= {"feedforward_modules": ["down_proj"]}
 EVERY_MODEL = pytest.mark.parametrize("kind", MODELS)
 IDS = torch.tensor([[3, 64, 5, 65]])
 BOTH = pytest.mark.parametrize("writer", [ia3, peft], ids=["ours", "peft's"])
@@ -197,6 +199,42 @@ def test_a_rescaled_output_layer_keeps_its_weights_beside_its_vector(
         other.get_input_embeddings().weight.copy_(base().get_input_embeddings().weight)
     theirs = peft.PeftModel.from_pretrained(other, tmp_path / "adapter")
     torch.testing.assert_close(result(theirs), expected, rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["embed_tokens"], ["lm_head"]])
+def test_trained_embeddings_of_a_resized_vocabulary(writer, kind, saved, base, tmp_path):
+    """PEFT writes those it trains three times, under as many names."""
+    model = writer.get_peft_model(base(kind), writer.IA3Config(modules_to_save=saved))
+    expected = result(disturbed(model))
+    model.save_pretrained(tmp_path / "adapter")
+    for reader in (ia3, peft):
+        again = reader.PeftModel.from_pretrained(base(kind, seed=1), tmp_path / "adapter")
+        torch.testing.assert_close(result(again), expected, rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("injected", [False, True])
+def test_states_hold_the_rows_too(writer, injected, base):
+    def adapted(library, seed):
+        config = library.IA3Config(**K_V_DOWN)
+        if injected:
+            return library.inject_adapter_in_model(config, base(seed=seed))
+        return library.get_peft_model(base(seed=seed), config)
+
+    model = disturbed(adapted(writer, 0))
+    expected = result(model)
+    # A model with injected adapters has no config that would tell PEFT.
+    state = writer.get_peft_model_state_dict(model, save_embedding_layers=True)
+    for reader in (ia3, peft):
+        again = adapted(reader, 1).eval()
+        report = reader.set_peft_model_state_dict(again, state)
+        assert report.unexpected_keys == []
+        torch.testing.assert_close(result(again), expected, rtol=1e-5, atol=1e-6)
+    ours, theirs = adapted(ia3, 0), adapted(peft, 0)
+    automatic = ia3.get_peft_model_state_dict(ours).keys()
+    assert automatic == peft.get_peft_model_state_dict(theirs, save_embedding_layers=True).keys()
 
 
 def test_two_adapters_have_their_own_rows(base, tmp_path):

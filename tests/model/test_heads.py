@@ -7,10 +7,12 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
+from support.architectures import ARCHITECTURES, build
 from torch import nn
 
 import ia3
 from ia3 import IA3Config, PeftModel, get_peft_model
+from ia3.model.heads import fresh_modules
 
 LABELS = 3
 SIZES = {"vocab_size": 48, "num_labels": LABELS, "pad_token_id": 0}
@@ -110,6 +112,7 @@ MODELS = {
     "BERT in a module": (lambda: Around(bert()), {}, ["model.classifier"]),
     "BERT in two": (lambda: Around(Around(bert())), {}, ["model.model.classifier"]),
     "BART in a module": (lambda: Around(bart()), K_V, ["model.classification_head"]),
+    "BART in two": (lambda: Around(Around(bart())), K_V, ["model.model.classification_head"]),
     "a plain module": (lambda: Plain("my_classifier"), {}, ["my_classifier"]),
     "an own model": (lambda: Own(hf.BertModel(hf.BertConfig(**BERT))), {}, ["out"]),
     "an own body": (lambda: Own(layers()), DENSE, ["out"]),
@@ -187,7 +190,7 @@ def test_a_head_around_what_pefts_names_find_can_be_named_whole():
     sizes = {**BERT, "attention_type": "original_full", "num_labels": 2}
     base = hf.BigBirdForQuestionAnswering(hf.BigBirdConfig(**sizes), add_pooling_layer=False)
     modules = {"target_modules": ["key", "value"], "feedforward_modules": []}
-    with pytest.warns(UserWarning, match=r"'qa_classifier' of BigBird.*Name it in modules_to_save"):
+    with pytest.warns(UserWarning, match=r"'qa_classifier.intermediate.dense', .*modules_to_save"):
         model = get_peft_model(base, IA3Config(task_type="QUESTION_ANS", **modules))
     assert copied(model) == ["qa_classifier.qa_outputs"]
     config = IA3Config(task_type="QUESTION_ANS", modules_to_save=["qa_classifier"], **modules)
@@ -296,3 +299,14 @@ def test_what_was_loaded_whole_is_not_spoken_of(kind, tmp_path):
     if kind not in FRESH:
         base.resize_token_embeddings(50, mean_resizing=False)
         assert warned(lambda: get_peft_model(model.unload(), IA3Config())) == []
+
+
+MARIAN = hf.MarianConfig(**BART, decoder_start_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, "marian"])
+def test_what_checkpoints_leave_out_on_purpose_is_not_new(kind, tmp_path):
+    """Tied weights, and positions that are computed."""
+    model = hf.MarianMTModel(MARIAN) if kind == "marian" else build(kind)
+    model.save_pretrained(tmp_path)
+    assert fresh_modules(type(model).from_pretrained(tmp_path)) == []

@@ -14,6 +14,7 @@ from ..core.names import Frozen
 from ..errors import naming
 from ..files.hub import CONFIG_NAME
 from ..targets.config import IA3Config
+from ..targets.matching import matches, matches_feedforward
 from . import layout, safetensors
 from .fingerprint import Fingerprint
 from .pickled import read_pickled
@@ -79,11 +80,16 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
     }
 
 
-def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter:
+def read_adapter(
+    folder: str | Path,
+    config: IA3Config | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+) -> Adapter:
     """An adapter from its folder; its tensors are on the CPU, in the dtypes of the file.
 
-    A `config` is used instead of the folder's own. An `IA3Error` where a file is broken, or a
-    vector is not finite.
+    A `config` is used instead of the folder's own. A `key_mapping`, of regular expressions to what
+    takes their place, renames modules; the first that is found in a name counts.
+    An `IA3Error` where a file is broken, or a vector is not finite.
     """
     folder = Path(folder)
     config = layout.read_config(folder) if config is None else replace(config)
@@ -96,4 +102,42 @@ def read_adapter(folder: str | Path, config: IA3Config | None = None) -> Adapter
         check_finite(vectors)
     copies = {name: tensors[key] for key, name in copied.items()}
     frozen, base = layout.read_metadata(metadata, vectors, path)
-    return Adapter(config, vectors, copies, frozen, base)
+    adapter = Adapter(config, vectors, copies, frozen, base)
+    if not key_mapping:
+        return adapter
+    names = {name: layout.mapped(name, key_mapping) for name in copies}
+    for name in vectors:
+        new = layout.mapped(f"{name}{layout.KEY_SUFFIX}", key_mapping)
+        names[name] = new.removesuffix(layout.KEY_SUFFIX)
+    return renamed(adapter, names)
+
+
+def renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+    """An adapter whose modules and parameters have other `names`: old -> new; others stay.
+
+    Where its config's entries do not choose its modules by their new names, it lists these.
+    """
+
+    def new(name: str) -> str:
+        return names.get(name, name)
+
+    config, vectors = adapter.config, {new(name): v for name, v in adapter.vectors.items()}
+    targets, feedforward = config.target_modules, config.feedforward_modules or ()
+    inputs = {name for name in adapter.vectors if matches_feedforward(name, feedforward)}
+    if any(
+        not matches(new(name), targets or ())
+        or matches_feedforward(new(name), feedforward) != (name in inputs)
+        for name in adapter.vectors
+    ):
+        config = replace(
+            config,
+            target_modules=sorted(vectors),
+            feedforward_modules=sorted(map(new, inputs)),
+            exclude_modules=None,
+        )
+    if config.modules_to_save:
+        ends = {new(f"{entry}.weight").removesuffix(".weight") for entry in config.modules_to_save}
+        config = replace(config, modules_to_save=sorted(ends))
+    copies = {new(name): value for name, value in adapter.copies.items()}
+    frozen = {new(name): ranges for name, ranges in adapter.frozen.items()}
+    return replace(adapter, config=config, vectors=vectors, copies=copies, frozen=frozen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -30,8 +31,10 @@ PICKLED_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 KEY_SUFFIX = f".{ATTRIBUTE}"
 
-# The part that PEFT puts into the names of a rescaled module's own weights.
+# The part that PEFT puts into the names of a rescaled module's own weights, and the parts in those
+# of a saved embedding's, which it may write a second and a third time.
 BASE_LAYER = "base_layer"
+AGAIN = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 
 # What PEFT's config cannot say stands in the header of the safetensors file, which PEFT ignores.
 FROZEN_KEY = "ia3_frozen"
@@ -169,7 +172,22 @@ def name_tensors(
                 f"{path}: tensor {key!r} is not an (IA)³ vector: expected names like "
                 f"'{KEY_PREFIX}<module>{KEY_SUFFIX}'"
             )
-    return vectors, copies
+    once = set(copies.values())
+    again = [key for key, name in copies.items() if AGAIN.sub("", name) in once - {name}]
+    return vectors, {key: name for key, name in copies.items() if key not in again}
+
+
+def mapped(name: str, key_mapping: Mapping[str, str]) -> str:
+    """A name after the first of the regular expressions that is found in it."""
+    for pattern, replacement in key_mapping.items():
+        try:
+            new, count = re.subn(pattern, replacement, name)
+        except re.error as error:
+            message = f"key_mapping {{{pattern!r}: {replacement!r}}} is malformed: {error}"
+            raise IA3Error(message) from error
+        if count:
+            return new
+    return name
 
 
 def read_metadata(

@@ -327,6 +327,7 @@ class AdapterBank:
             # Before the file is read: what replaces it meanwhile is found by the next refresh.
             stamp = _stamp(adapter)
             adapter = read_adapter(adapter)
+        adapter = self.model.routes.named_as_here(adapter)
         sites = self._sites_of(name, adapter)
         with torch.inference_mode(False), torch.no_grad():
             row = torch.ones(self.values.shape[1], dtype=self.values.dtype)

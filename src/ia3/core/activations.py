@@ -63,8 +63,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """`(in, out)` of a linear layer, quantized or not; `None` for anything else."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        # nn.MultiheadAttention reads its weight and never calls it.
+    if is_read(module):
         return None
     # Quantized linear layers (GPTQ, AWQ, HQQ) are classes of their own.
     if not isinstance(module, nn.Linear) and "Linear" not in type(module).__name__:
@@ -72,6 +71,11 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     inputs = getattr(module, "in_features", None)
     outputs = getattr(module, "out_features", None)
     return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
+
+
+def is_read(module: nn.Module) -> bool:
+    """Whether `nn.MultiheadAttention` reads the module's weight and never calls it."""
+    return isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -34,7 +34,8 @@ from ..targets.resolve import check_vectors, resolve
 from .embeddings import own_values
 from .frozen_base import FrozenBase
 from .fused_mlp import fuse, is_fused, mark_sites, unfuse
-from .heads import ends_of_heads, warn_of_untrained, with_head
+from .heads import ends_of_heads, fresh_modules, warn_of_untrained, with_head
+from .renaming import as_named_in
 
 # The attributes of the modules that hold vectors or copies: setting one ("training") would set the
 # vector, and a vector that is set ("frozen") would be the attribute.
@@ -62,6 +63,7 @@ class Adapters:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.unloaded = False
+        self._fresh = fresh_modules(model)
         self._inventory = Inventory(model)
         self.calls = Calls()
         self._open_routes = 0
@@ -114,6 +116,10 @@ class Adapters:
             },
             {module: site.frozen[name] for module, site in having if name in site.frozen},
         )
+
+    def named_as_here(self, stored: Adapter) -> Adapter:
+        """An adapter by the names that the model's modules have now."""
+        return as_named_in(self.model, self.contents().modules.keys(), stored)
 
     def named(self, names: str | Sequence[str] | None) -> tuple[str, ...]:
         """The names of adapters that there are, each once; the active ones for `None`."""
@@ -172,7 +178,7 @@ class Adapters:
             check_free(contents.modules[target.name], target)
             _check_outside_copies(target.name, contents)
         if stored is not None:
-            check_vectors(stored.vectors, targets, type(self.model).__name__)
+            check_vectors(stored.vectors, targets, self.model)
             if stored.base and (other := stored.base.difference(self.model, self.merged_modules())):
                 warn_caller(f"this may be the wrong base model for adapter {name!r}: {other}")
         return resolved, targets
@@ -185,6 +191,8 @@ class Adapters:
                 raise IA3Error(f"adapter {name!r} exists already: delete it or choose another")
             check_name(name)
             old = stored is not None
+            if stored is not None and (here := self.named_as_here(stored)) is not stored:
+                stored, config = here, here.config
             saved_too = with_head(self.model, config, stored=old) or None
             config = dataclasses.replace(config, modules_to_save=saved_too)
             resolved, targets = self.fit(name, config, stored)
@@ -197,7 +205,7 @@ class Adapters:
                 copied, own = own_values(stored.copies, saved, self.model)
                 saved_modules.check(copied, saved, self.model)
                 self._check_own(name, own, targets)
-            warn_of_untrained(self.model, name, config, saved, stored=old)
+            warn_of_untrained(self.model, self._fresh, name, config, saved, stored=old)
             try:
                 self._add_vectors(name, config, targets, stored)
                 for module_name in saved:
@@ -272,9 +280,10 @@ class Adapters:
         """Give an adapter that is there the values of a stored one, in place."""
         with LOCK:
             self._check_unmerged(name)
+            stored = self.named_as_here(stored)
             having, copies = self.sites_of(name), self.copies_of(name)
             targets = [site.target(module) for module, site in having]
-            check_vectors(stored.vectors, targets, type(self.model).__name__)
+            check_vectors(stored.vectors, targets, self.model)
             saved = [
                 m for m, _, c in self.contents().copies if m in copies and name not in c.frozen
             ]

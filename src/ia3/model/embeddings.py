@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.names import ATTRIBUTE
-from ..core.saved_modules import SavedModule
+from ..core.sites import Site
 from ..errors import IA3Error
 
 # What transformers calls the number of tokens, in configs and in the modules that embed them.
@@ -47,7 +47,7 @@ def _embeddings(model: PreTrainedModel) -> Iterator[nn.Module]:
 def were_resized(model: nn.Module) -> bool:
     """Whether a model has another number of tokens than when it was made or loaded.
 
-    Known from the module that holds the embeddings, which keeps the number it was made with, or
+    Known from the module that holds the embeddings, which may keep the number it was made with, or
     from the config that it was loaded with, in a folder or in the cache: nothing is downloaded.
     """
     return any(map(_was_resized, pretrained_in(model)))
@@ -55,10 +55,15 @@ def were_resized(model: nn.Module) -> bool:
 
 def _was_resized(model: PreTrainedModel) -> bool:
     now, embeddings = _vocabulary(model.config), next(_embeddings(model), None)
-    owners = (module for module in model.modules() if embeddings in module._modules.values())
-    then = [owner.__dict__.get(VOCABULARY) for owner in owners if embeddings is not None]
-    then.append(_vocabulary(_loaded_config(model.config)))
-    return isinstance(now, int) and any(isinstance(each, int) and each != now for each in then)
+    if not isinstance(now, int) or embeddings is None:
+        return False
+    owner = next((m for m in model.modules() if embeddings in m._modules.values()), model)
+    # Resizing sets it on the model that is asked to.
+    made_with = None if owner is model else vars(owner).get(VOCABULARY)
+    if isinstance(made_with, int) and made_with != now:
+        return True
+    loaded = _vocabulary(_loaded_config(model.config))
+    return isinstance(loaded, int) and loaded != now
 
 
 def _vocabulary(config: Any) -> Any:
@@ -98,6 +103,9 @@ def own_values(
         IA3Error: embeddings are of another shape than the model's.
     """
     inside = tuple(f"{module}." for module in saved)
+    rest = {key: value for key, value in copies.items() if key.startswith(inside)}
+    if len(rest) == len(copies):
+        return rest, {}
     rest = dict(copies)
     own: dict[str, dict[str, Tensor]] = {}
     for name, module in embeddings_of(model).items():
@@ -142,10 +150,12 @@ class GuardedResize:
         asked = new_num_tokens is not None or pad_to_multiple_of is not None
         embeddings = self.model.get_input_embeddings()
         for name, module in embeddings_of(self.model).items():
-            on, tokens = module._modules.get(ATTRIBUTE), len(module.get_parameter("weight"))
+            on = module._modules.get(ATTRIBUTE)
             # Embeddings get another weight, in place of an output layer comes another module.
-            goes = module is not embeddings or isinstance(on, SavedModule)
-            if asked and on is not None and goes and new_num_tokens != tokens:
+            if not asked or on is None or (module is embeddings and isinstance(on, Site)):
+                continue
+            tokens = len(module.get_parameter("weight"))
+            if new_num_tokens != tokens:
                 raise IA3Error(
                     f"{RESIZE}: adapters have a vector on {name!r} or a copy of it, for its "
                     f"{tokens} tokens (modules_to_save): unload(), resize, and adapt it again"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 
 from torch import nn
@@ -14,7 +15,7 @@ from ..core.saved_modules import has_parameters
 from ..errors import IA3Error
 from ..targets.config import IA3Config, TaskType
 from ..targets.resolve import resolve
-from .embeddings import embeddings_of
+from .embeddings import embeddings_of, pretrained_in
 
 # The ends of the names of the heads that PEFT trains, by task.
 HEADS: dict[str | None, tuple[str, ...]] = {
@@ -61,13 +62,20 @@ def with_head(model: nn.Module, config: IA3Config, *, stored: bool = False) -> l
 
 
 def warn_of_untrained(
-    model: nn.Module, name: str, config: IA3Config, saved: Iterable[str], *, stored: bool = False
+    model: nn.Module,
+    fresh: Sequence[str] | None,
+    name: str,
+    config: IA3Config,
+    saved: Sequence[str],
+    *,
+    stored: bool = False,
 ) -> None:
     """Warn where an adapter leaves a head, or another part, untrained that was never trained.
 
-    `saved` are the names of the modules that train and are saved with it.
+    `fresh` are what `fresh_modules` has found, `saved` the modules that train and are saved with
+    the adapter.
     """
-    kind, saved = type(model).__name__, list(saved)
+    kind = type(model).__name__
     if config.task_type in HEADS and not saved and not stored:
         warnings.warn(
             f"task_type {config.task_type} trains a head, and {kind} has none that is known as one "
@@ -75,11 +83,13 @@ def warn_of_untrained(
             "modules_to_save, or for a language model give its own task_type",
             stacklevel=6,
         )
-    fresh = _fresh(model)
     if fresh is None:
-        beside = _beside_body(model) if saved and config.task_type in HEADS and not stored else []
+        known = saved and config.task_type in HEADS and not stored
         fresh = [
-            name for name in beside if any(map(_is_weight, model.get_submodule(name).parameters()))
+            part
+            for name in (_beside_body(model) if known else ())
+            for part, module in model.get_submodule(name).named_modules(prefix=name)
+            if any(map(_is_weight, module.parameters(recurse=False)))
         ]
     left = [f for f in fresh if not any(f"{f}.".startswith(f"{s}.") for s in saved)]
     if left:
@@ -106,21 +116,21 @@ def _other_heads(model: nn.Module, config: IA3Config) -> list[str]:
     return []
 
 
-def _beside_body(model: nn.Module, prefix: str = "") -> list[str]:
-    """What a transformers model has beside its body and its embeddings; found in a wrapper too."""
-    body = _body(model)
-    if isinstance(model, PreTrainedModel) and body:
-        return [prefix + name for name in _with_parameters(model) if name not in body]
-    if isinstance(model, PreTrainedModel) or len(body) != 1:
+def _beside_body(model: nn.Module) -> list[str]:
+    """What the one transformers model in a model has beside its body and its embeddings."""
+    inner = list(pretrained_in(model))
+    body = _body(inner[0]) if len(inner) == 1 else []
+    if not body:
         return []
-    return _beside_body(model.get_submodule(body[0]), f"{prefix}{body[0]}.")
+    prefix = next(f"{name}." for name, m in model.named_modules() if m is inner[0])
+    beside = [name for name in _with_parameters(inner[0]) if name not in body]
+    return [f"{prefix}{name}".removeprefix(".") for name in beside]
 
 
-def _body(model: nn.Module) -> list[str]:
+def _body(model: PreTrainedModel) -> list[str]:
     """Which of a model's children are its body: by transformers' name for it, or by their class."""
-    prefix = getattr(model, "base_model_prefix", "")
-    if prefix in model._modules:
-        return [prefix]
+    if model.base_model_prefix in model._modules:
+        return [model.base_model_prefix]
     return [name for name, m in model.named_children() if isinstance(m, PreTrainedModel)]
 
 
@@ -139,16 +149,21 @@ def _is_weight(parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1
 
 
-def _fresh(model: nn.Module) -> list[str] | None:
+def fresh_modules(model: nn.Module) -> list[str] | None:
     """The modules whose weights were in no checkpoint; `None` where that is not known."""
     modules = dict(model.named_modules())
     passed_over = set(embeddings_of(model).values())
+    # Positions that are computed, and what else checkpoints need not have.
+    lists = [inner._keys_to_ignore_on_load_missing for inner in pretrained_in(model)]
+    not_saved = [pattern for patterns in lists for pattern in patterns or ()]
     found, known = [], False
     for name in own_modules(modules):
         module = modules[name]
         weights = [p for p in module._parameters.values() if p is not None and _is_weight(p)]
         read = [hasattr(p, MARK) for p in weights]
         known = known or any(read)
-        if MARK in module.__dict__ and not all(read) and module not in passed_over:
+        if MARK not in vars(module) or all(read) or module in passed_over:
+            continue
+        if not any(re.search(pattern, f"{name}.weight") for pattern in not_saved):
             found.append(name)
     return found if known else None

@@ -562,6 +562,7 @@ class IA3Model(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         torch_device: str | None = None,
         **hub: Unpack[HubOptions],
     ) -> IA3Model:
@@ -576,6 +577,9 @@ class IA3Model(nn.Module):
             config: instead of the adapter's own.
             autocast_adapter_dtype, low_cpu_mem_usage, torch_device: taken for PEFT's sake; vectors
                 are always float32, made once, and go to where their modules are.
+            key_mapping: regular expressions -> what takes their place in the adapter's names, the
+                first that is found in a name. Names that transformers has changed since the adapter
+                was saved are known without it.
             hub: `revision`, `subfolder`, `token`, `cache_dir`, ...
 
         Returns:
@@ -596,7 +600,7 @@ class IA3Model(nn.Module):
             ('PeftModelForCausalLM', ['default'], False)
         """
         check_options(f"{cls.__name__}.from_pretrained", hub)
-        adapter = saving.read(model_id, config, is_trainable, **hub)
+        adapter = saving.read(model_id, config, is_trainable, key_mapping, **hub)
         self = cls.from_adapter(model, adapter, adapter_name, source=str(model_id))
         return self if is_trainable else self.eval()
 
@@ -608,6 +612,7 @@ class IA3Model(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         torch_device: str | None = None,
         **hub: Unpack[HubOptions],
     ) -> None:
@@ -617,7 +622,7 @@ class IA3Model(nn.Module):
         optimizer that holds its parameters goes on with them.
         """
         check_options(f"{type(self).__name__}.load_adapter", hub)
-        adapter = saving.read(model_id, None, is_trainable, **hub)
+        adapter = saving.read(model_id, None, is_trainable, key_mapping, **hub)
         with naming(str(model_id)):
             if adapter_name in self.peft_config:
                 self._adapters.load_into(adapter_name, adapter)

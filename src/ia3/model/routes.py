@@ -158,6 +158,10 @@ class Routes:
                     displace(module)
             unwatch(self.model)
 
+    def named_as_here(self, adapter: Adapter) -> Adapter:
+        """An adapter by the names that the model's modules have now."""
+        return self._adapters.named_as_here(adapter)
+
     def sites_for_bank(self, name: str, adapter: Adapter) -> dict[str, Site]:
         """Module name -> the site for each vector of a bank's adapter, placed now if it is new."""
         adapters = self._adapters

@@ -98,10 +98,14 @@ def folders_of(
 
 
 def read(
-    model_id: str | Path, config: IA3Config | None, is_trainable: bool, **hub: Unpack[HubOptions]
+    model_id: str | Path,
+    config: IA3Config | None,
+    is_trainable: bool,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub: Unpack[HubOptions],
 ) -> Adapter:
     """An adapter from its folder or from the hub; raises as `read_adapter`."""
-    adapter = read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config)
+    adapter = read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config, key_mapping)
     adapter.config.inference_mode = not is_trainable
     return adapter
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..core.activations import SUPPORTED, Activation, Side, activation_of, linear_features
+from ..core.activations import SUPPORTED, Activation, Side, activation_of, is_read, linear_features
 from ..core.names import Frozen, Target, base_modules, model_type_of, own_modules, starred
 from ..core.reached import is_unreached
 from ..errors import IA3Error, did_you_mean, warn_caller
@@ -54,7 +54,7 @@ def resolve(
     why = {site.name: site.why for site in sites}
     ranges = {**(frozen or {}), **{site.name: site.frozen for site in sites if site.frozen}}
     targets = []
-    for name, side, activation in _chosen(resolved, modules, model):
+    for name, side, activation in _chosen(resolved, modules, model, stored=frozen is not None):
         stay, dim = ranges.get(name, ()), activation.dim
         for start, end in stay:
             if not 0 <= start < end <= dim:
@@ -90,12 +90,19 @@ def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
 
 
 def check_vectors(
-    vectors: Mapping[str, Tensor], targets: Sequence[Target], model_name: str
+    vectors: Mapping[str, Tensor], targets: Sequence[Target], model: nn.Module
 ) -> None:
-    """Raise `IA3Error` unless an adapter's vectors, by module name, are those of its targets."""
+    """Raise `IA3Error` unless an adapter's vectors, by module name, are those of its targets.
+
+    PEFT's may have more, on modules that are never called: they never had an effect.
+    """
+    model_name = type(model).__name__
     expected = {target.name: target for target in targets}
     missing = sorted(expected.keys() - vectors.keys())
     extra = sorted(vectors.keys() - expected.keys())
+    if extra:
+        without = {name for name, module in model.named_modules() if is_read(module)}
+        extra = [name for name in extra if name not in without]
     if missing or extra:
         which = f"has no vector for {missing[0]!r}" if missing else f"has a vector for {extra[0]!r}"
         raise IA3Error(
@@ -283,7 +290,7 @@ def _check_entries(config: IA3Config, names: list[str], model: nn.Module) -> Non
 
 
 def _chosen(
-    config: IA3Config, modules: Mapping[str, nn.Module], model: nn.Module
+    config: IA3Config, modules: Mapping[str, nn.Module], model: nn.Module, *, stored: bool
 ) -> Iterator[tuple[str, Side, Activation]]:
     """The modules that a resolved config chooses, by name, and which activation of them."""
     # Saved whole, they need no vector; PEFT's rule.
@@ -295,6 +302,16 @@ def _chosen(
         and not matches(name, config.exclude_modules or ())
         and not any(entry in f".{name}." for entry in saved)
     ]
+    # PEFT puts vectors there, and writes the very names where it was asked for all linear layers.
+    named = () if isinstance(config.target_modules, str) else config.target_modules or ()
+    without = [n for n in chosen if is_read(modules[n]) and (stored or n in named)]
+    if set(chosen) - set(without):
+        chosen = [name for name in chosen if name not in without]
+        if not stored and without:
+            warn_caller(
+                f"{without} stay as they are: nn.MultiheadAttention reads their weights and never "
+                "calls them, so that a vector there would have no effect"
+            )
     if not chosen:
         raise IA3Error(f"no module of {type(model).__name__} is left to rescale")
     for name in chosen:
