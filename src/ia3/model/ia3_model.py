@@ -26,13 +26,13 @@ from . import saving
 from .adapters import Adapters, check_name as check_name
 from .routes import Routes
 from .saving import DEFAULT_ADAPTER as DEFAULT_ADAPTER
-from .trainers import tell_trainer
+from .trainers import AsPeftModel, tell_trainer
 
 # Task -> the class of its models: those at the end of this file.
 MODEL_CLASSES: dict[str | None, type[IA3Model]] = {}
 
 
-class IA3Model(nn.Module):
+class IA3Model(AsPeftModel):
     """A base model with (IA)³ adapters on it (paper section 3.3).
 
     No module is wrapped or replaced: the base model's own modules get hooks, and `unload` gives
