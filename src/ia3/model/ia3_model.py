@@ -26,7 +26,7 @@ from . import saving
 from .adapters import Adapters, check_name as check_name
 from .routes import Routes
 from .saving import DEFAULT_ADAPTER as DEFAULT_ADAPTER
-from .trainers import AsPeftModel, tell_trainer
+from .trainers import AsPeftModel, tell_others
 
 # Task -> the class of its models: those at the end of this file.
 MODEL_CLASSES: dict[str | None, type[IA3Model]] = {}
@@ -120,7 +120,7 @@ class IA3Model(AsPeftModel):
         self._adapters = Adapters(model, Merge(model))
         self.routes = Routes(self._adapters)
         self.model = model
-        tell_trainer(IA3Model)
+        tell_others(IA3Model)
 
     def _add_first(self, name: str, config: IA3Config, stored: Adapter | None) -> None:
         self._adapters.add(name, config, stored)
@@ -377,7 +377,7 @@ class IA3Model(AsPeftModel):
         except AttributeError:
             if name == "model":
                 raise
-        tell_trainer(IA3Model)
+        tell_others(IA3Model)
         return getattr(self.model, name)
 
     # -- merging ----------------------------------------------------------------------------------

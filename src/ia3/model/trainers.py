@@ -10,10 +10,16 @@ not imported for it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from ..adapter.layout import KEY_PREFIX
+from ..core.names import ATTRIBUTE
+
+StateDict = dict[str, Tensor]
 
 # The modules that ask, and a name that each defines after its imports: without it they are not
 # whole yet, and would replace what is set now.
@@ -59,6 +65,7 @@ def _both(own: Any, theirs: type) -> type:
     def new(_: type, *args: Any, **kwargs: Any) -> Any:
         return own(*args, **kwargs) if args or kwargs else _new(own)
 
+    _teach_keys()
     names = {"__module__": own.__module__, "__doc__": own.__doc__, "__new__": new, "_both": True}
     return type(own.__name__, (own, theirs), names)
 
@@ -71,16 +78,65 @@ def _own(kind: type) -> type:
     return kind if bases == kind.__bases__ else type(kind.__name__, bases, dict(vars(kind)))
 
 
-def tell_trainer(model_class: type) -> None:
-    """Have the Trainer ask for this class where peft is not installed, if it has been imported.
+def tell_others(model_class: type) -> None:
+    """Tell the libraries that have been imported what `isinstance` does not.
 
-    An `IA3Model` calls this when it is made and, as the Trainer may be imported later, when it is
-    asked for an attribute of the base model.
+    An `IA3Model` calls this when it is made and, as they may be imported later, when it is asked
+    for an attribute of the base model.
     """
+    _teach_keys()
     for name, last in ASKING.items():
         module = sys.modules.get(name)
         if module is None or not hasattr(module, last) or hasattr(module, "PeftModel"):
             continue
-        # What it asks first guards these names and the copying of adapter files.
+        # Without peft the Trainer has no class to ask for. What it asks first guards these names
+        # and the copying of adapter files.
         names = {"PeftModel": model_class, "PeftMixedModel": model_class}
         vars(module).update(names, is_peft_available=lambda: True)
+
+
+def _teach_keys() -> None:
+    """Have PEFT's functions for state dicts, which accelerate calls, find this library's vectors.
+
+    Before version 0.21 they found them by name; since then they look for PEFT's own layers.
+    """
+    tuner: Any = getattr(sys.modules.get("peft.tuners.ia3.model"), "IA3Model", None)
+    for name, own in KEYS.items():
+        if hasattr(tuner, name) and name not in vars(tuner):
+            setattr(tuner, name, _own_first(tuner, name, own))
+
+
+def _own_first(tuner: Any, name: str, own: Callable[..., Any]) -> Any:
+    def method(
+        cls: Any, /, model: Any, config: Any, adapter_name: str, state_dict: Any, **more: Any
+    ) -> Any:
+        if isinstance(getattr(model, "_fsdp_wrapped_module", model), AsPeftModel):
+            return own(model, adapter_name, state_dict)
+        theirs = getattr(super(tuner, cls), name)
+        return theirs(model, config, adapter_name, state_dict, **more)
+
+    return classmethod(method)
+
+
+def _pick(_: nn.Module, adapter_name: str, state_dict: StateDict) -> StateDict:
+    """An adapter's entries of a model's state dict, under the keys they have in its file."""
+    return {key: state_dict[name] for name, key in _file_keys(state_dict, adapter_name)}
+
+
+def _put(model: nn.Module, adapter_name: str, state_dict: StateDict) -> StateDict:
+    """The entries of an adapter's file, under the keys they have in a model's state dict."""
+    names = {key: name for name, key in _file_keys(model.state_dict(), adapter_name)}
+    return {names.get(key, key): value for key, value in state_dict.items()}
+
+
+def _file_keys(names: Iterable[str], adapter_name: str) -> Iterator[tuple[str, str]]:
+    for name in names:
+        module, found, rest = name.partition(f".{ATTRIBUTE}.{adapter_name}")
+        if found and not rest:
+            yield name, f"{KEY_PREFIX}{module.removeprefix('model.')}.{ATTRIBUTE}"
+        elif found and rest.startswith("."):  # of a copy of a whole module
+            yield name, f"{KEY_PREFIX}{module.removeprefix('model.')}{rest}"
+
+
+# The methods of PEFT's tuner that name what a state dict has of an adapter, and what they do here.
+KEYS = {"_get_adapter_state_dict": _pick, "_remap_adapter_state_dict_for_load": _put}
