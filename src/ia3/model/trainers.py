@@ -118,8 +118,11 @@ def _own_first(tuner: Any, name: str, own: Callable[..., Any]) -> Any:
     return classmethod(method)
 
 
-def _pick(_: nn.Module, adapter_name: str, state_dict: StateDict) -> StateDict:
+def _pick(model: Any, adapter_name: str, state_dict: StateDict) -> StateDict:
     """An adapter's entries of a model's state dict, under the keys they have in its file."""
+    if len(model.peft_config) > 1:
+        # PEFT has taken out what has another adapter's name anywhere in its own.
+        state_dict = model.state_dict() | state_dict
     return {key: state_dict[name] for name, key in _file_keys(state_dict, adapter_name)}
 
 
