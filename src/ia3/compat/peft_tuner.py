@@ -217,20 +217,20 @@ class IA3Model(StockModel):
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, **others: Any
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, **more: Any
     ) -> Any:
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **others)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **more)
         # PEFT has taken out what has another adapter's name anywhere in its own, as in
-        # "layers.0.mlp.down_proj" beside an adapter "mlp".
-        names = [
-            f"{name}.{ATTRIBUTE}.{adapter_name}"
+        # "layers.0.mlp.down_proj" beside an adapter "mlp"; or nothing, if nothing was left.
+        all_names = {
+            f"{name}.{ATTRIBUTE}.{adapter}": adapter
             for name, layer in _layers(model)
-            if adapter_name in layer.ia3_l
-        ]
-        if not set(names) <= found.keys():
-            values = model.state_dict()
-            found |= {name: values[name] for name in names if name not in found}
-        return found
+            for adapter in layer.ia3_l
+        }
+        names = [name for name, adapter in all_names.items() if adapter == adapter_name]
+        values = state_dict if set(names) <= state_dict.keys() else model.state_dict()
+        others = {key: value for key, value in found.items() if key not in all_names}
+        return others | {name: values[name] for name in names}
 
     merged_adapters: tuple[str, ...] = ()
     merged = property(lambda self: bool(self.merged_adapters))

@@ -119,11 +119,17 @@ def _own_first(tuner: Any, name: str, own: Callable[..., Any]) -> Any:
 
 
 def _pick(model: Any, adapter_name: str, state_dict: StateDict) -> StateDict:
-    """An adapter's entries of a model's state dict, under the keys they have in its file."""
+    """An adapter's entries of a model's state dict, named as PEFT has them before it saves."""
     if len(model.peft_config) > 1:
         # PEFT has taken out what has another adapter's name anywhere in its own.
         state_dict = model.state_dict() | state_dict
-    return {key: state_dict[name] for name, key in _file_keys(state_dict, adapter_name)}
+    found = {}
+    for name, key in _file_keys(state_dict, adapter_name):
+        # The adapter's name comes last, or before what is last, and is taken out by PEFT.
+        above, _, last = key.rpartition(".")
+        is_vector = last == ATTRIBUTE
+        found[f"{key}.{adapter_name}" if is_vector else f"{above}.{adapter_name}.{last}"] = name
+    return {key: state_dict[name] for key, name in found.items()}
 
 
 def _put(model: nn.Module, adapter_name: str, state_dict: StateDict) -> StateDict:
