@@ -222,8 +222,8 @@ class IA3Model(StockModel):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **more)
         # PEFT has taken out what has another adapter's name anywhere in its own, as in
         # "layers.0.mlp.down_proj" beside an adapter "mlp"; or nothing, if nothing was left.
-        all_names = {
-            f"{name}.{ATTRIBUTE}.{adapter}": adapter
+        all_names = {  # FSDP's part of them is not in a state dict
+            f"{name.replace('_fsdp_wrapped_module.', '')}.{ATTRIBUTE}.{adapter}": adapter
             for name, layer in _layers(model)
             for adapter in layer.ia3_l
         }
