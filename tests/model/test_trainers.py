@@ -533,3 +533,34 @@ def test_in_any_order(tmp_path, script, peft_is_there):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == str(peft_is_there)
+
+
+ASK = """
+from accelerate.utils import is_peft_model
+from peft import PeftModel, PeftModelForCausalLM
+assert isinstance(model, PeftModel) and isinstance(model, PeftModelForCausalLM)
+assert is_peft_model(model)
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["from peft import PeftModel" + MODEL, MODEL, MODEL + "model.config\n"],
+    ids=["peft first", "model first", "model asked first"],
+)
+def test_pefts_class_in_any_order_and_peft_is_not_imported_for_it(script):
+    script = script.replace("import ia3", "had_peft = 'peft' in sys.modules\nimport ia3")
+    script += "assert ('peft' in sys.modules) == had_peft\n" + ASK
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_without_peft_a_model_is_of_its_own_class_alone():
+    script = WITHOUT_PEFT + MODEL + "assert model.__class__ is type(model)\n"
+    script += "from accelerate.utils import is_peft_model\nassert not is_peft_model(model)\n"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
