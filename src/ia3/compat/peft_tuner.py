@@ -8,7 +8,7 @@ is computed while the wrappers are out of it: see `_as_sites`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, reduce
 from typing import Any
@@ -32,6 +32,13 @@ from ..errors import IA3Error
 from ..targets.config import IA3Config
 from ..targets.resolve import resolve
 
+# What layers call the numbers of their inputs and outputs.
+SIZES = (
+    ("in_features", "out_features"),
+    ("in_channels", "out_channels"),
+    ("num_embeddings", "embedding_dim"),
+    ("nx", "nf"),
+)
 # Held while a block of experts has vectors attached, which is for the length of a call.
 ATTACHING = threading.RLock()
 
@@ -53,7 +60,11 @@ class Layer(nn.Module, stock.IA3Layer):
         self.is_feedforward = is_feedforward
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        base = self.get_base_layer()
+        self._alone: Merge | None = None
+        base: Any = self.get_base_layer()
+        named = next((names for names in SIZES if hasattr(base, names[0])), None)
+        if named is not None:
+            self.in_features, self.out_features = (getattr(base, name) for name in named)
         inputs: Side = "inner" if activation_of(base, "inner") else "input"
         self.side = inputs if is_feedforward else "output"
         activation = activation_of(base, self.side)
@@ -72,6 +83,8 @@ class Layer(nn.Module, stock.IA3Layer):
         """The base module's forward, with the active adapters."""
         vectors = [self.ia3_l[name] for name in self.active_adapters if name in self.ia3_l]
         if self.disable_adapters or self.merged or not vectors:
+            if self.disable_adapters:
+                self.unmerge()
             return self.base_layer(*args, **kwargs)
         product: Tensor = reduce(torch.mul, vectors).reshape(self.activation.factor_shape)
         if self.side == "output":
@@ -87,11 +100,32 @@ class Layer(nn.Module, stock.IA3Layer):
             finally:
                 handle.remove()
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Raise: what the vector of one layer changes may be the weights of another."""
-        raise NotImplementedError("call merge_adapter() or unmerge_adapter() of the model instead")
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters (the active ones if not given) into this layer's weights alone.
 
-    unmerge = merge
+        Raises:
+            IA3Error: the model's adapters are merged, or these weights cannot take the vector: that
+                of a quantized layer's input goes into another layer, see `IA3Model.merge_adapter`.
+        """
+        adapters = check_adapters_to_merge(self, adapter_names)
+        if not adapters:
+            return
+        if self.merged and self._alone is None:
+            raise IA3Error("cannot merge into one layer more: unmerge_adapter() of the model first")
+        alone = nn.ModuleDict({"layer": self})
+        merge = self._alone or Merge(alone)
+        _make(merge, {"layer": (*self.merged_adapters, *adapters)}, safe_merge)
+        self._alone = merge
+
+    def unmerge(self) -> None:
+        """Undo `merge`, bit for bit; what is merged by the model is unmerged there."""
+        if self._alone is not None:
+            _undo(self._alone)
+            self._alone = None
+
+
+def _is_called(layer: nn.Module, args: Any) -> None:
+    """A hook that does nothing: PyTorch's fast path reads weights, but not where hooks are."""
 
 
 def _layers(model: nn.Module) -> list[tuple[str, Layer]]:
@@ -99,16 +133,20 @@ def _layers(model: nn.Module) -> list[tuple[str, Layer]]:
 
 
 @contextmanager
-def _as_sites(model: nn.Module) -> Iterator[None]:
+def _as_sites(
+    model: nn.Module, chosen: Mapping[str, Collection[str]] | None = None
+) -> Iterator[None]:
     """The base modules in their own places, with the wrappers' vectors on them as sites.
 
-    So the rest of the library knows a model with adapters. The sites have no hooks.
+    So the rest of the library knows a model with adapters. The sites have no hooks. Of each layer
+    only the `chosen` adapters are there, where given.
     """
     layers = _layers(model)
     for name, layer in layers:
         site = Site(Target(name, layer.side, layer.activation))
         for adapter, vector in layer.ia3_l.items():
-            site.add(adapter, vector)
+            if chosen is None or adapter in chosen[name]:
+                site.add(adapter, vector)
         site.merged = tuple(layer.merged_adapters)
         layer.base_layer.add_module(ATTRIBUTE, site)
         model.set_submodule(name, layer.base_layer)
@@ -119,6 +157,31 @@ def _as_sites(model: nn.Module) -> Iterator[None]:
             site = layer.base_layer._modules.pop(ATTRIBUTE)  # type: ignore[assignment]
             layer.merged_adapters = list(site.merged)
             model.set_submodule(name, layer)
+
+
+def _make(merge: Merge, chosen: Mapping[str, Collection[str]], safe: bool) -> None:
+    """Have just the chosen adapters of each layer merged: all or none; errors in PEFT's words."""
+    for name, layer in _layers(merge.model):
+        if isinstance(layer.base_layer, BaseTunerLayer):
+            between = "another kind of adapter is between the vectors and the weights"
+            raise IA3Error(f"cannot merge into {name!r}: {between}")
+    adapters = tuple(dict.fromkeys(name for names in chosen.values() for name in names))
+    try:
+        with _as_sites(merge.model, chosen):
+            merge.make(adapters, safe)
+    except IA3Error as error:
+        # PEFT has no such argument.
+        message = str(error).removesuffix("; merge with dequantise=True")
+        if "not finite" in message:
+            what = "bias" if ".bias" in message else "weights"
+            broken = f"The adapter {', '.join(adapters)} seems to be broken"
+            message = f"NaNs detected in the merged {what}. {broken}: {message}"
+        raise IA3Error(message) from error
+
+
+def _undo(merge: Merge) -> None:
+    with _as_sites(merge.model):
+        merge.undo()
 
 
 class IA3Model(StockModel):
@@ -149,6 +212,25 @@ class IA3Model(StockModel):
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         # PEFT's moves vectors to the meta device where accelerate offloads weights.
         setattr(parent, child_name, new_module)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            new_module.register_forward_pre_hook(_is_called)
+
+    @classmethod
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, **more: Any
+    ) -> Any:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **more)
+        # PEFT has taken out what has another adapter's name anywhere in its own, as in
+        # "layers.0.mlp.down_proj" beside an adapter "mlp"; or nothing, if nothing was left.
+        all_names = {  # FSDP's part of them is not in a state dict
+            f"{name.replace('_fsdp_wrapped_module.', '')}.{ATTRIBUTE}.{adapter}": adapter
+            for name, layer in _layers(model)
+            for adapter in layer.ia3_l
+        }
+        names = [name for name, adapter in all_names.items() if adapter == adapter_name]
+        values = state_dict if set(names) <= state_dict.keys() else model.state_dict()
+        others = {key: value for key, value in found.items() if key not in all_names}
+        return others | {name: values[name] for name in names}
 
     merged_adapters: tuple[str, ...] = ()
     merged = property(lambda self: bool(self.merged_adapters))
@@ -166,23 +248,22 @@ class IA3Model(StockModel):
             IA3Error: the weights cannot take the vectors or, with `safe_merge`, would not be
                 finite; the model is unchanged then.
         """
-        adapters = (*self.merged_adapters, *check_adapters_to_merge(self, adapter_names))  # type: ignore[arg-type]
-        for name, layer in _layers(self.model):
-            if isinstance(layer.base_layer, BaseTunerLayer):
-                between = "another kind of adapter is between the vectors and the weights"
-                raise IA3Error(f"cannot merge into {name!r}: {between}")
-        try:
-            with _as_sites(self.model):
-                self._merge.make(adapters, safe_merge)
-        except IA3Error as error:
-            # PEFT has no such argument.
-            raise IA3Error(str(error).removesuffix("; merge with dequantise=True")) from error
-        self.merged_adapters = adapters
+        layers = _layers(self.model)
+        # By layer: transformers' `set_adapter`, and others', go to the layers alone.
+        chosen = {
+            name: (*layer.merged_adapters, *check_adapters_to_merge(layer, adapter_names))
+            for name, layer in layers
+        }
+        for _, layer in layers:
+            layer.unmerge()
+        _make(self._merge, chosen, safe_merge)
+        self.merged_adapters = tuple(dict.fromkeys(a for names in chosen.values() for a in names))
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit."""
-        with _as_sites(self.model):
-            self._merge.undo()
+        _undo(self._merge)
+        for _, layer in _layers(self.model):
+            layer.unmerge()
         self.merged_adapters = ()
 
     def disable_adapter_layers(self) -> None:

@@ -28,13 +28,13 @@ from .adapters import Adapters, check_name as check_name
 from .advice import offer_advice
 from .routes import Routes
 from .saving import DEFAULT_ADAPTER as DEFAULT_ADAPTER
-from .trainers import tell_trainer
+from .trainers import AsPeftModel, tell_others
 
 # Task -> the class of its models: those at the end of this file.
 MODEL_CLASSES: dict[str | None, type[IA3Model]] = {}
 
 
-class IA3Model(nn.Module):
+class IA3Model(AsPeftModel):
     """A base model with (IA)³ adapters on it (paper section 3.3).
 
     No module is wrapped or replaced: the base model's own modules get hooks, and `unload` gives
@@ -133,7 +133,7 @@ class IA3Model(nn.Module):
         self._adapters = Adapters(model, Merge(model))
         self.routes = Routes(self._adapters)
         self.model = model
-        tell_trainer(IA3Model)
+        tell_others(IA3Model)
 
     def _add_first(self, name: str, config: IA3Config, stored: Adapter | None) -> None:
         self._adapters.add(name, config, stored)
@@ -439,7 +439,7 @@ class IA3Model(nn.Module):
             if name == "model":
                 raise
         offer_advice()
-        tell_trainer(IA3Model)
+        tell_others(IA3Model)
         return getattr(self.model, name)
 
     # -- merging ----------------------------------------------------------------------------------
