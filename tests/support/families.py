@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import transformers as hf
-from support import other_libraries
 from torch import Tensor, nn
+
+from support import other_libraries
 
 HIDDEN, INNER, VOCABULARY = 16, 24, 40
 
@@ -256,7 +257,7 @@ FAMILIES: dict[str, Family] = {
             task_type="FEATURE_EXTRACTION", inference_mode=False)),
     "dnabert 2": Family(other_libraries.MosaicBert, TEXT, (
         use("Wqkv wo", "wo"),
-        use("qkv ffn", "ffn", refused="module 'qkv' matches nothing in MosaicBert"),
+        use("qkv ffn", "ffn", refused="matches nothing in MosaicBert; its layers are called Wqkv,"),
     ), refused="in an order that is not known"),
     "protein t5": text("T5EncoderModel", T5_ENCODER,
         use("q k v wo", "wo", task_type="FEATURE_EXTRACTION"),
@@ -273,18 +274,20 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(new("ViTForImageClassification", VISION), IMAGES, (
         use("q_proj v_proj fc2", "fc2", "classifier"),
         # The names of transformers 4.
-        use("query value output", "output", refused="in ViTForImageClassification"),
+        use("query value output", "output",
+            refused="its layers are called q_proj, k_proj, v_proj, o_proj, fc1, fc2"),
     ), tower("vit.layers")),
     "deit": Family(new("DeiTForImageClassification", VISION), IMAGES, (BART_PAPER,),
         tower("deit.layers")),
     "beit": Family(new("BeitModel", VISION), IMAGES, (BART_PAPER,), tower("layers")),
     "swin": Family(
-        new("SwinModel", {}, image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2],
-            window_size=4), PICTURES, (BART_PAPER,),
+        new("SwinModel", {}, image_size=32, patch_size=4, embed_dim=8, depths=[1, 1],
+            num_heads=[2, 2], window_size=4), PICTURES, (BART_PAPER,),
         tower("encoder.layers.#.blocks").replace("blocks.#", "blocks.0")),
     "convnext": Family(
         new("ConvNextModel", {}, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2), PICTURES,
-        (use("pwconv1 pwconv2", "pwconv2"), use("dwconv")), refused=f"{NO_ATTENTION} ConvNextModel"),
+        (use("pwconv1 pwconv2", "pwconv2"), use("dwconv")),
+        refused=f"{NO_ATTENTION} ConvNextModel"),
     "resnet": Family(
         new("ResNetForImageClassification", {}, embedding_size=8, hidden_sizes=[8, 16],
             depths=[1, 1]), PICTURES,
@@ -383,7 +386,8 @@ FAMILIES: dict[str, Family] = {
     "mamba 2": text("Mamba2ForCausalLM", "", use("in_proj out_proj", "out_proj"),
         sizes=MAMBA2, refused="in_proj, out_proj"),
     "mambapy": Family(other_libraries.MambaPy, TEXT,
-        (use("in_proj x_proj out_proj", "x_proj"),), refused="in_proj, x_proj, dt_proj, out_proj"),
+        (use("in_proj x_proj out_proj", "x_proj"),),
+        refused="in_proj, conv1d, x_proj, dt_proj, out_proj"),
     "jamba": text("JambaForCausalLM",
         """model.layers.0: <feed_forward.down_proj
            model.layers.1: self_attn.k_proj self_attn.v_proj *feed_forward.experts""",
@@ -486,7 +490,8 @@ FAMILIES: dict[str, Family] = {
     "idefics 3": Family(
         new("Idefics3ForConditionalGeneration", {}, text_config={"model_type": "llama", **GROUPED},
             vision_config=VISION, image_token_id=3, scale_factor=1),
-        {"input_ids": torch.tensor([[7, 3, 3, 3, 3, 21, 9]]), "pixel_values": numbers(1, 1, 3, 8, 8)},
+        {"input_ids": torch.tensor([[7, 3, 3, 3, 3, 21, 9]]),
+         "pixel_values": numbers(1, 1, 3, 8, 8)},
         (LLAMA, use("k_proj v_proj mlp.fc2 down_proj", "mlp.fc2 down_proj")),
         tower("model.vision_model.encoder.layers", attention="self_attn")
         + "\n" + llama("model.text_model.layers")),
@@ -607,7 +612,7 @@ FAMILIES: dict[str, Family] = {
         use("Wqkv mlp.Wo", "mlp.Wo"), use("Wqkv Wo", "Wo"), cls_token_id=1, sep_token_id=2),
     "xlnet": text("XLNetLMHeadModel", "", use("layer_1 layer_2", "layer_2"),
         sizes={"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_inner": INNER, "n_head": 4},
-        n_layer=2, refused="layer_1, layer_2"),
+        n_layer=2, refused="its layers are called layer_1, layer_2:"),
     "funnel": text("FunnelForMaskedLM",
         """funnel.encoder.blocks.#.0: attention.k_head attention.v_head <ffn.linear_2
            funnel.decoder.layers.0: attention.k_head attention.v_head <ffn.linear_2""",

@@ -9,19 +9,18 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import peft
 import pytest
 import torch
-from support.families import FAMILIES, Choice, Family, Inputs, build
+from support.families import FAMILIES, Choice, Inputs, build
 from support.pairs import randomize, relative, vectors
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
 import ia3
 from ia3 import IA3Config, IA3Error
-from ia3.targets.architectures import ARCHITECTURES
 from ia3.targets.resolve import resolve
 
 LISTS = [
@@ -119,3 +118,52 @@ def test_the_papers_sites(name: str, tmp_path: Any) -> None:
     frozen = any(target.frozen for target in targets)
     choice = Choice("", idle=family.idle, peft=family.peft and not (inner or frozen))
     check(base, family.inputs, IA3Config(paper_sites=True), tmp_path, choice)
+
+
+# -- what people do besides ------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's, of speed
+@pytest.mark.parametrize("name", ["esm", "bert", "gpt-2", "vit", "mixtral"])
+def test_gradients_of_each_example_for_differential_privacy(name: str) -> None:
+    model = ia3.get_peft_model(build(name), IA3Config())
+    randomize(vectors(model))
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values: dict[str, Tensor], example: Inputs) -> Tensor:
+        batch = {key: value[None] for key, value in example.items()}
+        return loss_of(functional_call(model, values, (), batch).logits.flatten())
+
+    values, inputs = {key: p.detach() for key, p in trained.items()}, FAMILIES[name].inputs
+    found = vmap(grad(loss), in_dims=(None, 0))(values, inputs)
+    for row in (0, 1):
+        model.zero_grad()
+        loss(trained, {key: value[row] for key, value in inputs.items()}).backward()
+        for key, parameter in trained.items():
+            assert relative(found[key][row], parameter.grad) < 1e-5
+
+
+def test_ways_to_name_and_to_order() -> None:
+    """Names with dashes; model, config and adapter's name in any order."""
+    config, name = IA3Config(target_modules=["key"], feedforward_modules=[]), "dna-ia3"
+    made = [
+        ia3.get_peft_model(build("esm"), config, adapter_name=name),
+        ia3.IA3Model(build("esm"), config, name),
+        ia3.IA3Model(config=config, model=build("esm"), adapter_name=name),
+        ia3.IA3Model(adapter_name=name, model=build("esm"), config={name: config}),
+    ]
+    for model in made:
+        assert list(model.peft_config) == [name]
+        assert len(vectors(model, name)) == 2
+    made[0].set_adapter(name)
+    made[0].delete_adapter(name)
+
+
+@pytest.mark.parametrize("saved", [["classifier"], ["esm.classifier"]])
+def test_a_head_outside_of_the_backbone_cannot_be_saved_with_it(saved: list[str]) -> None:
+    backbone = build("nucleotide transformer").base_model
+    config = IA3Config(**FAMILIES["nucleotide transformer"].choices[0].config())
+    config.modules_to_save = saved
+    message = f"modules_to_save: module {saved[0]!r} matches nothing in EsmModel"
+    with pytest.raises(IA3Error, match=f"{message}.*is not in the model"):
+        ia3.get_peft_model(backbone, config)

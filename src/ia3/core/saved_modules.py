@@ -95,7 +95,8 @@ def find(model: nn.Module, names: Iterable[str] | None, *, strict: bool = True) 
             last_parts = {name.rsplit(".", 1)[-1] for name in modules} | set(modules)
             raise IA3Error(
                 f"modules_to_save: module {entry!r} matches nothing in {type(model).__name__}"
-                f"{did_you_mean(entry, sorted(last_parts))}"
+                f"{did_you_mean(entry, sorted(last_parts))}; what is not in the model that gets "
+                "the adapter is not saved with it"
             )
         found.update(dict.fromkeys(matching))
     for name in found:

@@ -20,7 +20,7 @@ from ..errors import IA3Error, did_you_mean
 from .architectures import ARCHITECTURES
 from .config import Entries, IA3Config, TaskType
 from .matching import feedforward_among, matches, matches_feedforward, names_or_suffixes
-from .structure import block_lists, feedforward_targets, paper_targets
+from .structure import block_lists, feedforward_targets, layer_names, paper_targets
 
 
 def resolve(
@@ -260,12 +260,18 @@ def _check_entries(config: IA3Config, names: list[str], model: nn.Module) -> Non
         entries = getattr(config, field) or ()
         rule = matches_feedforward if field == "feedforward_modules" else matches
         if isinstance(entries, str) and not any(matches(name, entries) for name in names):
-            raise IA3Error(f"{field}: the expression {entries!r} matches no whole name in {kind}")
+            hint = ""
+            if any(rule(name, [entries]) for name in names):
+                hint = f"; did you mean the list [{entries!r}]?"
+            raise IA3Error(
+                f"{field}: the expression {entries!r} matches no whole name in {kind}{hint}"
+            )
         for entry in () if isinstance(entries, str) else sorted(entries):
             if not any(rule(name, [entry]) for name in names):
                 last_parts = {name.rsplit(".", 1)[-1] for name in names} | set(names)
                 usual = ARCHITECTURES.get(model_type_of(model), ((), ()))[0]
                 hint = did_you_mean(entry, usual) or did_you_mean(entry, sorted(last_parts))
+                hint = hint or f"; its layers are called {layer_names(model)}"
                 raise IA3Error(f"{field}: module {entry!r} matches nothing in {kind}{hint}")
     matched = [name for name in names if matches(name, config.target_modules or ())]
     feedforward = config.feedforward_modules
