@@ -10,8 +10,6 @@ import transformers as hf
 from support.pairs import adapted, vectors
 from support.snapshots import assert_unchanged, hooks_on, snapshot
 from torch import nn
-from transformers.models.deepseek_v4 import modeling_deepseek_v4 as deepseek_v4
-from transformers.models.ibert import quant_modules as ibert
 from transformers.pytorch_utils import Conv1D
 
 from ia3 import IA3Config, IA3Error, IA3Model
@@ -240,15 +238,3 @@ def test_attached_on_the_meta_device(make_model, make_inputs):
     expected = IA3Model(make_model("llama"), IA3Config(), vectors=values)
     inputs = make_inputs("llama")
     torch.testing.assert_close(model(**inputs).logits, expected(**inputs).logits)
-
-
-def test_what_is_called_linear_and_is_none():
-    """I-BERT's gives a scale besides, DeepSeek's has an output of other values than it says."""
-    scaled = ibert.QuantLinear(6, 4)
-    grouped = deepseek_v4.DeepseekV4GroupedLinear(6, 4, n_groups=2)
-    base = nn.ModuleDict({"scaled": scaled, "grouped": grouped, "plain": nn.Linear(6, 4)})
-    for name in ("scaled", "grouped"):
-        with pytest.raises(IA3Error, match=f"{name!r} is a .*Linear, whose output cannot be resc"):
-            IA3Model(base, IA3Config(target_modules=[name], feedforward_modules=[]))
-    model = IA3Model(base, IA3Config(target_modules="all-linear", feedforward_modules=[]))
-    assert list(vectors(model)) == ["plain"]

@@ -632,8 +632,8 @@ FAMILIES: dict[str, Family] = {
         embedding_size=HIDDEN),
     # Its layers give a scale besides.
     "i-bert": text("IBertForMaskedLM", "",
-        use("key value output.dense", "output.dense", refused="is a QuantLinear, whose"),
-        refused=f"{NO_ATTENTION} IBertForMaskedLM"),
+        use("key value output.dense", "output.dense", refused="is a QuantLinear, whose output"),
+        refused="is a QuantLinear, whose output cannot be rescaled: it is not one tensor of 16"),
     "fnet": text("FNetForMaskedLM", "", use("output.dense", "output.dense"),
         refused=f"{NO_ATTENTION} FNetForMaskedLM"),
     "perceiver-like canine": text("CanineModel", "\n".join(

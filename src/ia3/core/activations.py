@@ -67,12 +67,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
         # nn.MultiheadAttention reads its weight and never calls it.
         return None
     # Quantized linear layers (GPTQ, AWQ, HQQ) are classes of their own.
-    kinds = [kind.__name__ for kind in type(module).__mro__]
-    if not isinstance(module, nn.Linear) and "Linear" not in kinds[0]:
-        return None
-    if any("GroupedLinear" in kind for kind in kinds) or hasattr(module, "quant_mode"):
-        # The first has rows of its weight for each group of its input, so that its output is of
-        # other values than it says; I-BERT's gives its output's scale besides.
+    if not isinstance(module, nn.Linear) and "Linear" not in type(module).__name__:
         return None
     inputs = getattr(module, "in_features", None)
     outputs = getattr(module, "out_features", None)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.activations import SUPPORTED, Activation, Side, activation_of, linear_features
 from ..core.names import Frozen, Target, base_modules, model_type_of, own_modules
+from ..core.tried import gives_channels
 from ..errors import IA3Error, did_you_mean
 from .architectures import ARCHITECTURES
 from .config import Entries, IA3Config, TaskType
@@ -194,8 +195,13 @@ def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list
         if head is None and config.task_type == TaskType.SEQ_CLS:
             # Where a sequence classifier keeps its output layer, in PEFT's order.
             head = getattr(model, "score", None) or getattr(model, "classifier", None)
-        modules = model.named_modules()
-        linear = [name for name, m in modules if linear_features(m) and m is not head]
+        linear = [
+            name
+            for name, module in model.named_modules()
+            if (features := linear_features(module))
+            and module is not head
+            and gives_channels(module, features[1])
+        ]
         entries = names_or_suffixes(model, linear)
     if feedforward is None:
         entries, feedforward = _default_feedforward(model, entries)
@@ -303,6 +309,11 @@ def _chosen(
         if matches_feedforward(name, config.feedforward_modules or ()):
             side = "inner" if activation_of(module, "inner") else "input"
         activation = activation_of(module, side)
+        if activation and side == "output" and not gives_channels(module, activation.dim):
+            raise IA3Error(
+                f"module {name!r} is a {type(module).__name__}, whose output cannot be rescaled: "
+                f"it is not one tensor of {activation.dim} channels; leave it out of target_modules"
+            )
         if activation is None:
             hint = ""
             if activation_of(module, "inner"):
