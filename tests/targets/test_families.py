@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.utils import constants as of_peft
 from support.families import FAMILIES, Choice, Inputs, build
 from support.pairs import randomize, relative, vectors
 from torch import Tensor, nn
@@ -122,10 +123,31 @@ def test_the_papers_sites(name: str, tmp_path: Any) -> None:
     check(base, family.inputs, IA3Config(paper_sites=True), tmp_path, choice)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["esm", "dinov2", "clip", "hubert", "mamba 2", "falcon", "llama 4", "deepseek v3", "bert"],
-)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_defaults_are_pefts_or_the_papers_sites(name: str) -> None:
+    family, base = FAMILIES[name], build(name)
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    if model_type in of_peft.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = vectors(peft.get_peft_model(copy.deepcopy(base), peft.IA3Config()))
+            found = vectors(ia3.get_peft_model(base, IA3Config()))
+        # PEFT's name for the feed-forward layers of Mixtral is that of an older transformers.
+        found = {name: vector for name, vector in found.items() if not name.endswith(".experts")}
+        assert {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in expected.items()}
+    elif family.refused:
+        with pytest.raises(IA3Error) as error:
+            resolve(base, IA3Config())
+        assert family.refused in str(error.value)
+    else:
+        _, targets = resolve(base, IA3Config())
+        assert {target.name: target.side for target in targets} == family.named_sites()
+
+
+LINEAR = ["esm", "dinov2", "clip", "hubert", "mamba 2", "falcon", "llama 4", "deepseek v3", "bert"]
+
+
+@pytest.mark.parametrize("name", LINEAR)
 def test_every_linear_layer(name: str, tmp_path: Any) -> None:
     base, inputs = build(name), FAMILIES[name].inputs
     config = IA3Config(target_modules="all-linear")
