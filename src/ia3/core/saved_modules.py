@@ -113,7 +113,8 @@ def find(
             last_parts = {name.rsplit(".", 1)[-1] for name in modules} | set(modules)
             raise IA3Error(
                 f"modules_to_save: module {entry!r} matches nothing in {type(model).__name__}"
-                f"{did_you_mean(entry, sorted(last_parts))}"
+                f"{did_you_mean(entry, sorted(last_parts))}; what is not in the model that gets "
+                "the adapter is not saved with it"
             )
         trained = [name for name in matching if has_parameters(model.get_submodule(name))]
         if not trained and entry not in optional:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import IA3Error
 from . import experts, quantized
 from .activations import Side
+from .tried import scales_with_weight
 
 
 def products(module: nn.Module, name: str, vectors: Mapping[Side, Tensor]) -> dict[str, Any]:
@@ -110,6 +112,17 @@ def _products(module: nn.Module, name: str, vectors: Mapping[Side, Tensor]) -> d
         )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise IA3Error(f"cannot merge into {name!r}: max_norm would undo the vector")
+    for side, vector in vectors.items():
+        if not scales_with_weight(module, side, len(vector), partial(_scaled, module)):
+            raise IA3Error(
+                f"cannot merge into {name!r}: in the forward of a {type(module).__name__} a scaled "
+                f"weight does not scale its {side}; keep the adapter on the model"
+            )
+    return _scaled(module, vectors)
+
+
+def _scaled(module: nn.Module, vectors: Mapping[Side, Tensor]) -> dict[str, Tensor]:
+    weight = module.get_parameter("weight")
     factors = [_across_weight(module, weight, side, vector) for side, vector in vectors.items()]
     values = {"weight": _product(weight, *factors)}
     bias = module._parameters.get("bias")

@@ -493,9 +493,11 @@ class Adapters:
         config: Any = getattr(self.model, "config", None)
         tied = getattr(config, "tie_word_embeddings", False)
         if isinstance(self.model, PreTrainedModel) and tied:
-            inputs, outputs = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-            if outputs is not None and outputs.weight is not inputs.weight:
-                config.tie_word_embeddings = False
+            outputs = self.model.get_output_embeddings()
+            # A model without an output layer need not have embeddings of tokens.
+            if outputs is not None:
+                tied = outputs.weight is self.model.get_input_embeddings().weight
+                config.tie_word_embeddings = tied
 
     # -- how they multiply ------------------------------------------------------------------------
 

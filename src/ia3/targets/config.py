@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 from ..errors import IA3Error, did_you_mean
 from ..files.atomic import write_files
@@ -18,6 +20,7 @@ from .matching import feedforward_among
 
 Entries = str | list[str] | set[str] | tuple[str, ...]
 Modules = Entries | None
+T = TypeVar("T")
 
 
 class TaskType(StrEnum):
@@ -37,6 +40,8 @@ class PeftType(StrEnum):
     IA3 = "IA3"
 
 
+OTHER_TASK = "; leave it out for another task, whose head modules_to_save can name"
+
 # Fields, the type that a file may get wrong, and what is expected; others have their own checks.
 _TYPES: list[tuple[str, Any, str]] = [
     ("base_model_name_or_path revision", str | None, "a string"),
@@ -45,6 +50,24 @@ _TYPES: list[tuple[str, Any, str]] = [
 ]
 
 
+def _naming_unknown_arguments(kind: type[T]) -> type[T]:
+    """Have a dataclass say which arguments it has, where it is given another."""
+    plain: Callable[..., None] = kind.__init__
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+
+    @functools.wraps(plain)
+    def init(self: T, *args: Any, **given: Any) -> None:
+        for name in given:
+            if name not in known:
+                hint = did_you_mean(name, known) or f"; it has {', '.join(known)}"
+                raise TypeError(f"{kind.__name__} has no argument {name!r}{hint}")
+        plain(self, *args, **given)
+
+    kind.__init__ = init  # type: ignore[method-assign, assignment]
+    return kind
+
+
+@_naming_unknown_arguments
 @dataclass
 class IA3Config:
     """Which activations of a model get a learned vector, in the fields of PEFT's `IA3Config`.
@@ -125,7 +148,7 @@ class IA3Config:
         if self.task_type is not None:
             known, given = list(TaskType), self.task_type
             if given not in known:
-                hint = did_you_mean(str(given), known)
+                hint = did_you_mean(str(given), known) or OTHER_TASK
                 message = f"task_type is {given!r}, expected one of {', '.join(known)}{hint}"
                 raise IA3Error(message)
             self.task_type = TaskType(given)

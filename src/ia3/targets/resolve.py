@@ -16,12 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from ..core.activations import SUPPORTED, Activation, Side, activation_of, is_read, linear_features
 from ..core.names import Frozen, Target, base_modules, model_type_of, own_modules, starred
 from ..core.reached import is_unreached
+from ..core.tried import gives_channels
 from ..errors import IA3Error, did_you_mean, warn_caller
 from .architectures import ARCHITECTURES
 from .config import Entries, IA3Config, TaskType
 from .matching import feedforward_among, matches, matches_feedforward, names_or_suffixes
 from .notes import notes
-from .structure import block_lists, feedforward_targets, paper_targets
+from .structure import block_lists, feedforward_targets, layer_names, paper_targets
 
 
 def resolve(
@@ -208,8 +209,13 @@ def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list
         if head is None and config.task_type == TaskType.SEQ_CLS:
             # Where a sequence classifier keeps its output layer, in PEFT's order.
             head = getattr(model, "score", None) or getattr(model, "classifier", None)
-        modules = model.named_modules()
-        linear = [name for name, m in modules if linear_features(m) and m is not head]
+        linear = [
+            name
+            for name, module in model.named_modules()
+            if (features := linear_features(module))
+            and module is not head
+            and gives_channels(module, features[1])
+        ]
         entries = names_or_suffixes(model, linear)
     if feedforward is None:
         entries, feedforward = _default_feedforward(model, entries)
@@ -273,12 +279,18 @@ def _check_entries(config: IA3Config, names: list[str], model: nn.Module) -> Non
         entries = getattr(config, field) or ()
         rule = matches_feedforward if field == "feedforward_modules" else matches
         if isinstance(entries, str) and not any(matches(name, entries) for name in names):
-            raise IA3Error(f"{field}: the expression {entries!r} matches no whole name in {kind}")
+            hint = ""
+            if any(rule(name, [entries]) for name in names):
+                hint = f"; did you mean the list [{entries!r}]?"
+            raise IA3Error(
+                f"{field}: the expression {entries!r} matches no whole name in {kind}{hint}"
+            )
         for entry in () if isinstance(entries, str) else sorted(entries):
             if not any(rule(name, [entry]) for name in names):
                 last_parts = {name.rsplit(".", 1)[-1] for name in names} | set(names)
                 usual = ARCHITECTURES.get(model_type_of(model), ((), ()))[0]
                 hint = did_you_mean(entry, usual) or did_you_mean(entry, sorted(last_parts))
+                hint = hint or f"; its layers are called {layer_names(model)}"
                 raise IA3Error(f"{field}: module {entry!r} matches nothing in {kind}{hint}")
     matched = [name for name in names if matches(name, config.target_modules or ())]
     feedforward = config.feedforward_modules
@@ -320,6 +332,11 @@ def _chosen(
         if matches_feedforward(name, config.feedforward_modules or ()):
             side = "inner" if activation_of(module, "inner") else "input"
         activation = activation_of(module, side)
+        if activation and side == "output" and not gives_channels(module, activation.dim):
+            raise IA3Error(
+                f"module {name!r} is a {type(module).__name__}, whose output cannot be rescaled: "
+                f"it is not one tensor of {activation.dim} channels; leave it out of target_modules"
+            )
         if activation is None:
             hint = ""
             if activation_of(module, "inner"):

@@ -15,9 +15,9 @@ from typing import Literal
 
 from torch import nn
 
-from ..core.activations import Side, activation_of
+from ..core.activations import Side, activation_of, linear_features
 from ..core.experts import is_experts
-from ..core.names import Frozen, Target
+from ..core.names import Frozen, Target, own_modules
 from ..errors import IA3Error
 from .fused_projections import fused_queries
 
@@ -38,10 +38,11 @@ def paper_targets(model: nn.Module) -> list[Target]:
     targets = [target for name in tree.attentions for target in _keys_and_values(tree, name)]
     _refuse_unknown_attention(tree)
     if not targets:
+        found = layer_names(model)
         raise _left_to_caller(
             "no attention with query, key and value projections was found in "
             f"{type(model).__name__}, and the paper's sites are theirs (a recurrent or state-space "
-            "model has none)"
+            "model has none)" + (f"; its layers are called {found}" if found else "")
         )
     return tree.in_order([*targets, *_feedforward(tree)])
 
@@ -84,6 +85,17 @@ def parts_of(model: nn.Module) -> Parts:
     roles = {name: role for parts in tree.attentions.values() for name, role in parts.items()}
     projections = {tree.projection(name) for name, role in roles.items() if role != "query"}
     return Parts(down_of, attention, {name for name in projections if name})
+
+
+def layer_names(model: nn.Module, most: int = 12) -> str:
+    """What the layers in a model's blocks are called, for a message: `"q_proj, k_proj, …"`."""
+    modules = dict(model.named_modules())
+    names = [name for name in own_modules(modules) if _is_projection(modules[name])]
+    in_blocks = [name for name in names if any(map(str.isdigit, name.split(".")))]
+    # A layer's last part, and the one before it where that is a number.
+    ends = (re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", name) for name in in_blocks or names)
+    known = list(dict.fromkeys(end.group() for end in ends if end is not None))
+    return ", ".join(known[:most]) + (", …" if len(known) > most else "")
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -350,7 +362,32 @@ def _feedforward(tree: _Tree) -> list[Target]:
             targets.append(tree.target(down, "input", _INNER))
     if not targets:
         raise _left_to_caller(f"no feed-forward layer was found in {type(tree.model).__name__}")
+    _refuse_unknown_feedforward(tree, {target.name for target in targets})
     return targets
+
+
+def _refuse_unknown_feedforward(tree: _Tree, found: set[str]) -> None:
+    """No block may widen and narrow beside its attention where no feed-forward layer was found.
+
+    Blocks that compute both at once project from attention and inner activation together.
+    """
+    for block in tree.holders:
+        in_list = block and _above(block)[0] in tree.stacks
+        if not in_list or any(name.startswith(f"{block}.") for name in found):
+            continue
+        beside = [
+            name
+            for name in tree.projections(block)
+            if linear_features(tree.modules[name])
+            and not any(above in tree.attentions for above in _above(name))
+            and not _NO_LAYERS.search(name.removeprefix(block).lower())
+        ]
+        sizes = [(tree.dim(name, "input"), tree.dim(name, "output")) for name in beside]
+        if any(a < b for a, b in sizes) and any(a > b for a, b in sizes):
+            raise _left_to_caller(
+                f"the feed-forward layer of block {block!r} "
+                f"({type(tree.modules[block]).__name__}) could not be told from its layers {beside}"
+            )
 
 
 def _down_projection(tree: _Tree, name: str) -> str | None:
@@ -374,12 +411,12 @@ def _plain_down_projection(tree: _Tree, name: str) -> str | None:
     """The last of a module's children, if by their sizes all are one feed-forward layer."""
     if any(above in tree.attentions for above in (name, *_above(name))):
         return None
-    children = [child for child in tree.children(name) if _is_projection(tree.modules[child])]
-    inside = [other for other in tree.projections(name) if other != name]
-    if len(children) < 2 or inside != children:
+    # An activation may have the up projection within it.
+    parts = [found for child in tree.children(name) if (found := tree.projections(child))]
+    if len(parts) < 2 or any(len(found) > 1 for found in parts):
         return None
-    *ups, down = children
-    if isinstance(tree.modules[down], nn.Conv2d | nn.Conv3d):
+    *ups, down = (found for (found,) in parts)
+    if down not in tree.children(name) or isinstance(tree.modules[down], nn.Conv2d | nn.Conv3d):
         return None  # of images, not of tokens
     widens = tree.dim(down, "input") > tree.dim(down, "output")
     return down if widens and all(_undoes(tree, down, up) for up in ups) else None
