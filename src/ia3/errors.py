@@ -11,6 +11,10 @@ class IA3Error(ValueError):
     """Bad input: the message names the value, what was expected and the likely fix."""
 
 
+class NoMatchingPeftModuleError(IA3Error):
+    """An entry of a config matches no module of the model."""
+
+
 class MissingExtraError(ImportError):
     """An optional dependency is absent: the message names the extra that brings it."""
 
@@ -21,9 +25,9 @@ class MissingExtraError(ImportError):
         )
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: object, known: Iterable[str]) -> str:
     """`"; did you mean 'wo'?"` for the nearest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
@@ -35,7 +39,7 @@ def naming(where: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}: {error}") from error
     except IA3Error as error:
-        raise IA3Error(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {error}") from error
 
 
 def check_methods(methods: Sequence[str], known: Sequence[str]) -> None:

@@ -185,15 +185,24 @@ def test_values_that_stay_one_are_one_for_peft_too(make_model, make_inputs):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_keys_that_do_not_fit_are_reported(make_model):
-    model = put_on(ia3, make_model("llama"), False)
-    before = change(ia3, model)
-    tensors = {key: value + 1 for key, value in before.items()}
-    gone = min(tensors)
-    del tensors[gone]
-    result = ia3.set_peft_model_state_dict(model, tensors | {"nowhere.ia3_l": torch.ones(3)})
-    assert result == ([gone], ["nowhere.ia3_l"])
-    assert_same(ia3.get_peft_model_state_dict(model), tensors | {gone: before[gone]})
+@pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "injected"])
+def test_keys_that_do_not_fit_are_reported_in_pefts_words(make_model, wrapped):
+    reports = []
+    for library in (ia3, peft):
+        model = put_on(library, make_model("llama"), wrapped)
+        before = change(library, model)
+        tensors = {key: value + 1 for key, value in before.items()}
+        gone, before_name = min(tensors), "base_model.model." * wrapped
+        was = before[gone].clone()
+        del tensors[gone]
+        given = tensors | {f"{before_name}nowhere.ia3_l": torch.ones(3)}
+        report = library.set_peft_model_state_dict(model, given)
+        # PEFT misses the base model's own keys too.
+        missing = [key for key in report.missing_keys if "ia3_" in key]
+        reports.append((missing, report.unexpected_keys))
+        assert_same(library.get_peft_model_state_dict(model), tensors | {gone: was})
+    assert reports[0] == reports[1]
+    assert all(map(len, reports[0]))
 
 
 def test_another_shape_is_an_error_that_changes_nothing(make_model):
@@ -205,7 +214,7 @@ def test_another_shape_is_an_error_that_changes_nothing(make_model):
         ia3.set_peft_model_state_dict(model, tensors)
     assert_same(ia3.get_peft_model_state_dict(model), before)
     result = ia3.set_peft_model_state_dict(model, tensors, ignore_mismatched_sizes=True)
-    assert result.missing_keys == [spoiled]
+    assert result.missing_keys == [f"{spoiled}.default"]
     assert_same(ia3.get_peft_model_state_dict(model), tensors | {spoiled: before[spoiled]})
 
 

@@ -217,7 +217,7 @@ def test_adapter_names_that_are_words(tiny_llama, make_inputs):
     expected = logits(model, **inputs)
     given = model.vectors("default")
     for name in ("product", "place", "vectors", "remove", "default-2", "kundin-7", "größe"):
-        model.add_adapter(name, IA3Config(), given)
+        model.add_adapter(name, IA3Config(), vectors=given)
         model.set_adapter(name)
         model.train().eval().to(torch.float32)
         assert torch.equal(logits(model, **inputs), expected)

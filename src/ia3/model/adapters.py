@@ -6,7 +6,7 @@ import dataclasses
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,18 +99,28 @@ class Adapters:
             {module: site.frozen[name] for module, site in having if name in site.frozen},
         )
 
+    def active_config(self) -> IA3Config:
+        """The (first) active adapter's config; raises `IA3Error` where none is active."""
+        if not self.active:
+            what = "set_adapter()" if self.configs else "add_adapter() and set_adapter()"
+            raise IA3Error(f"no adapter is active, of {sorted(self.configs)}: {what} first")
+        return self.configs[self.active[0]]
+
     def named(self, names: str | Sequence[str] | None) -> tuple[str, ...]:
         """The names of adapters that there are, each once; the active ones for `None`."""
         if isinstance(names, str):
             names = (names,)
-        found = tuple(dict.fromkeys(self.active if names is None else names))
+        elif names is not None and not isinstance(names, Iterable):
+            raise IA3Error(f"adapter name {names!r} is {type(names).__name__}, expected a string")
+        found = tuple(self.active if names is None else names)
         self.check_known(found)
-        return found
+        return tuple(dict.fromkeys(found))
 
     # -- checks: each raises IA3Error -------------------------------------------------------------
 
     def check_known(self, names: Collection[str]) -> None:
         for name in names:
+            check_string(name)
             if name not in self.configs:
                 raise IA3Error(
                     f"no adapter {name!r} on this model, which has {sorted(self.configs)}"
@@ -167,9 +177,10 @@ class Adapters:
         """Add an adapter, not active, its vectors from `stored` or new."""
         with LOCK:
             self.check_loaded()
+            check_config(config)
+            check_name(name)
             if name in self.configs:
                 raise IA3Error(f"adapter {name!r} exists already: delete it or choose another")
-            check_name(name)
             saved_too = with_head(self.model, config) or None
             config = dataclasses.replace(config, modules_to_save=saved_too)
             resolved, targets = self.fit(name, config, stored)
@@ -291,6 +302,8 @@ class Adapters:
     ) -> None:
         """Make these adapters the active ones, and unless in inference mode those that train."""
         with LOCK:
+            if names is None:  # not "the active ones" here
+                check_string(names)
             active = self.named(names)
             self._check_one_copy(active)
             if self.merge.adapters:
@@ -319,6 +332,17 @@ class Adapters:
                 for parameter in copies[name].parameters():
                     if parameter.is_floating_point():
                         parameter.requires_grad_(name in trained)
+
+    def require_grad(self, names: str | Sequence[str], required: bool) -> None:
+        """Have the vectors and copies of these adapters train or not; others stay as they are."""
+        with LOCK:
+            for name in self.named(names):
+                for _, site in self.sites_of(name):
+                    site[name].requires_grad = required
+                for twin in self.copies_of(name).values():
+                    for parameter in twin.parameters():
+                        if parameter.is_floating_point():
+                            parameter.requires_grad_(required)
 
     def activate(self, names: tuple[str, ...] | None = None) -> None:
         """Have these adapters multiply from the next call on; for `None`, those that did.
@@ -445,7 +469,19 @@ class Adapters:
                 self.activate()
 
 
+def check_config(config: Any) -> None:
+    if not isinstance(config, IA3Config):
+        kind = f"{type(config).__module__}.{type(config).__name__}"
+        raise IA3Error(f"the config is a {kind}, expected an ia3.IA3Config")
+
+
+def check_string(name: object) -> None:
+    if not isinstance(name, str):
+        raise IA3Error(f"adapter name {name!r} is {type(name).__name__}, expected a string")
+
+
 def check_name(name: str) -> None:
+    check_string(name)
     if not re.fullmatch(r"[^./\\\s\x00]+", name):
         raise IA3Error(f"adapter name {name!r} must have no dot, slash or white space")
     if name == BASE:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.activations import SUPPORTED, Activation, Side, activation_of, linear_features
 from ..core.names import Frozen, Target, base_modules, model_type_of, own_modules
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, NoMatchingPeftModuleError, did_you_mean
 from .architectures import ARCHITECTURES
 from .config import Entries, IA3Config, TaskType
 from .matching import feedforward_among, matches, matches_feedforward, names_or_suffixes
@@ -260,13 +260,15 @@ def _check_entries(config: IA3Config, names: list[str], model: nn.Module) -> Non
         entries = getattr(config, field) or ()
         rule = matches_feedforward if field == "feedforward_modules" else matches
         if isinstance(entries, str) and not any(matches(name, entries) for name in names):
-            raise IA3Error(f"{field}: the expression {entries!r} matches no whole name in {kind}")
+            message = f"{field}: the expression {entries!r} matches no whole name in {kind}"
+            raise NoMatchingPeftModuleError(message)
         for entry in () if isinstance(entries, str) else sorted(entries):
             if not any(rule(name, [entry]) for name in names):
                 last_parts = {name.rsplit(".", 1)[-1] for name in names} | set(names)
                 usual = ARCHITECTURES.get(model_type_of(model), ((), ()))[0]
                 hint = did_you_mean(entry, usual) or did_you_mean(entry, sorted(last_parts))
-                raise IA3Error(f"{field}: module {entry!r} matches nothing in {kind}{hint}")
+                message = f"{field}: module {entry!r} matches nothing in {kind}{hint}"
+                raise NoMatchingPeftModuleError(message)
     matched = [name for name in names if matches(name, config.target_modules or ())]
     feedforward = config.feedforward_modules
     if feedforward and not any(matches_feedforward(name, feedforward) for name in matched):
@@ -290,7 +292,8 @@ def _chosen(
         and not any(entry in f".{name}." for entry in saved)
     ]
     if not chosen:
-        raise IA3Error(f"no module of {type(model).__name__} is left to rescale")
+        message = f"no module of {type(model).__name__} is left to rescale"
+        raise NoMatchingPeftModuleError(message)
     for name in chosen:
         module = modules[name]
         side: Side = "output"
