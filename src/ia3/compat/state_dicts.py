@@ -19,7 +19,7 @@ from ..core.names import ATTRIBUTE
 from ..core.route import LOCK
 from ..errors import IA3Error
 from ..files.hub import adapter_folder, hub_options
-from ..model.adapters import check_config
+from ..model.adapters import check_config, check_string
 from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..targets.config import IA3Config
 
@@ -222,6 +222,7 @@ def _base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
 
 def _keys(base: nn.Module, adapter_name: str) -> dict[str, str]:
     """Name in the base model's state dict -> key in the adapter's file."""
+    check_string(adapter_name)
     on = contents(base)
     keys = {
         f"{name}.{ATTRIBUTE}.{adapter_name}": f"{name}.{ATTRIBUTE}"

@@ -106,19 +106,17 @@ class Adapters:
             raise IA3Error(f"no adapter is active, of {sorted(self.configs)}: {what} first")
         return self.configs[self.active[0]]
 
-    def named(self, names: str | Sequence[str] | None) -> tuple[str, ...]:
-        """The names of adapters that there are, each once; the active ones for `None`."""
-        if isinstance(names, str):
-            names = (names,)
-        elif names is not None and not isinstance(names, Iterable):
-            raise IA3Error(f"adapter name {names!r} is {type(names).__name__}, expected a string")
-        found = tuple(self.active if names is None else names)
-        self.check_known(found)
-        return tuple(dict.fromkeys(found))
+    def named(self, names: str | Sequence[str]) -> tuple[str, ...]:
+        """The names of adapters that there are, each once."""
+        names = (names,) if isinstance(names, str) else names
+        self.check_known(names)
+        return tuple(dict.fromkeys(names))
 
     # -- checks: each raises IA3Error -------------------------------------------------------------
 
     def check_known(self, names: Collection[str]) -> None:
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise IA3Error(f"adapters are {names!r}, expected a list of names")
         for name in names:
             check_string(name)
             if name not in self.configs:
@@ -302,8 +300,6 @@ class Adapters:
     ) -> None:
         """Make these adapters the active ones, and unless in inference mode those that train."""
         with LOCK:
-            if names is None:  # not "the active ones" here
-                check_string(names)
             active = self.named(names)
             self._check_one_copy(active)
             if self.merge.adapters:
@@ -378,7 +374,7 @@ class Adapters:
         """Merge adapters, the active ones for `None`, beside those that are merged already."""
         with LOCK:
             self.check_enabled("merging them")
-            self._merge(self.named(names), safe)
+            self._merge(self.active if names is None else self.named(names), safe)
 
     def _merge(self, names: Sequence[str], safe: bool) -> None:
         self.check_unrouted("merging")
@@ -402,7 +398,7 @@ class Adapters:
         """As `IA3Model.merge_and_unload`, but for unloading; the caller holds the lock."""
         self.check_unrouted("merging")
         merged = self.merge.adapters
-        chosen = self.named(names)
+        chosen = self.active if names is None else self.named(names)
         # What is merged takes the place of what is active, or is part of it.
         replaces = names is None and not merged <= set(chosen)
         chosen = tuple(merged) if replaces else tuple(dict.fromkeys([*chosen, *merged]))

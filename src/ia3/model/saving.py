@@ -98,6 +98,7 @@ def folders_of(
 ) -> dict[str, Path]:
     """Adapter name -> its folder, as PEFT lays them out; for `only` one, the folder itself."""
     if only is not None:
+        adapters.check_known([only])
         folders = {only: Path(folder)}
     else:
         names = adapters.configs if selected is None else adapters.named(selected)
