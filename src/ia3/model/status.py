@@ -112,8 +112,8 @@ def of_model(adapters: Adapters, wrapper: nn.Module | None = None) -> TunerModel
     trainable, total = value_counts(adapters.model)
     grads, devices = defaultdict[str, list[bool | Irregular]](list), defaultdict[str, set[str]](set)
     for layer in layers:
-        for name in layer.available_adapters:
-            grads[name].append(layer.requires_grad[name])
+        for name, trains in layer.requires_grad.items():
+            grads[name].append(trains)
             devices[name].update(layer.devices[name])
     kinds = {name: str(config.peft_type) for name, config in adapters.configs.items()}
     return TunerModelStatus(
