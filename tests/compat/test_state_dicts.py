@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import peft
 import pytest
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import ia3
 from ia3 import IA3Config, IA3Error
+from ia3.core.route import LOCK
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 
@@ -227,3 +229,43 @@ def test_an_adapter_that_is_not_there(make_model, wrapped):
         ia3.set_peft_model_state_dict(model, {}, adapter_name="other")
     with pytest.raises(IA3Error, match="'default'"):
         ia3.get_peft_model_state_dict(make_model("llama"))
+
+
+CHANGES = {
+    "set": lambda model: ia3.set_peft_model_state_dict(model, {}),
+    "inject": lambda model: ia3.inject_adapter_in_model(IA3Config(), model, "second"),
+    "cast": lambda model: ia3.cast_mixed_precision_params(model, torch.bfloat16),
+    "train": lambda model: model._ia3_model.set_requires_grad("default"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_adapters_waits_for_the_change_before(make_model, change):
+    model = ia3.inject_adapter_in_model(IA3Config(), make_model("llama"))
+    thread = threading.Thread(target=change, args=[model])
+    with LOCK:
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_two_threads_inject_into_one_model(make_model):
+    for _ in range(5):
+        model, ready, errors = make_model("llama"), threading.Barrier(2), []
+
+        def inject(name, model=model, ready=ready, errors=errors):
+            ready.wait()
+            try:
+                ia3.inject_adapter_in_model(IA3Config(), model, name)
+            except IA3Error as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=inject, args=[name]) for name in ("one", "two")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        assert ia3.get_model_status(model).available_adapters == ["one", "two"]
