@@ -1,16 +1,19 @@
 """What PEFT's functions take beside what (IA)³ needs: done, or passed over knowingly."""
 
 import copy
+import inspect
 import warnings
 
 import peft
 import pytest
 import torch
+from huggingface_hub import hf_hub_download
 from support.pairs import logits, randomize, vectors
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import ia3
 from ia3 import IA3Config, IA3Error, PeftModel, get_peft_model
+from ia3.files.hub import CONFIG_NAME, HubOptions, adapter_folder, hub_options
 
 IDS = {"input_ids": torch.arange(3, 11)[None]}
 # All that PEFT 0.21's functions, and those of transformers that call them, pass on.
@@ -99,6 +102,32 @@ def test_an_argument_that_means_nothing_is_named_once(make_model, folder, expect
     with pytest.warns(UserWarning, match="'task_type' means nothing") as seen:
         assert ia3.PeftConfig.from_pretrained(folder, task_type="SEQ_CLS").task_type == "CAUSAL_LM"
     assert [warning.filename for warning in seen] == [__file__]
+
+
+def test_what_says_where_an_adapter_is_on_the_hub_is_huggingface_hubs(folder):
+    known = set(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename", "dry_run"}
+    assert known <= {*HubOptions.__annotations__, *inspect.signature(adapter_folder).parameters}
+    assert hub_options({"use_auth_token": "hf_old"}) == {"token": "hf_old"}
+    assert hub_options({"use_auth_token": "hf_old", "token": "hf_new"}) == {"token": "hf_new"}
+    inside = {"subfolder": folder.name, "revision": "main", "force_download": False}
+    assert ia3.PeftConfig.from_pretrained(folder.parent, **inside).task_type == "CAUSAL_LM"
+    assert ia3.PeftConfig.from_pretrained(folder.parent, folder.name).task_type == "CAUSAL_LM"
+
+
+def test_a_config_keeps_the_version_of_the_peft_that_wrote_it(tmp_path):
+    peft.IA3Config(task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    config = ia3.PeftConfig.from_pretrained(tmp_path)
+    assert config.peft_version == peft.__version__
+    assert IA3Config().peft_version is None
+    assert config == IA3Config.from_peft_type(**IA3Config.from_json_file(tmp_path / CONFIG_NAME))
+    config.save_pretrained(tmp_path / "again", auto_mapping_dict={"parent_library": "mine"})
+    again = peft.PeftConfig.from_pretrained(tmp_path / "again")
+    assert again.peft_version == peft.__version__
+    assert again.auto_mapping == {"parent_library": "mine"}
+    assert config.auto_mapping is None
+    IA3Config().save_pretrained(tmp_path / "own")
+    assert "peft_version" not in IA3Config.from_json_file(tmp_path / "own" / CONFIG_NAME)
+    assert peft.PeftConfig.from_pretrained(tmp_path / "own") == peft.IA3Config()
 
 
 def test_an_adapter_loaded_to_be_trained_trains_though_not_active(make_model, folder):

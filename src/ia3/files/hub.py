@@ -20,6 +20,7 @@ class HubOptions(TypedDict, total=False):
     subfolder: str | None
     token: str | bool | None
     cache_dir: str | Path | None
+    local_dir: str | Path | None
     force_download: bool
     local_files_only: bool
     repo_type: str | None
@@ -29,6 +30,7 @@ class HubOptions(TypedDict, total=False):
     library_name: str | None
     library_version: str | None
     etag_timeout: float
+    tqdm_class: type | None
 
 
 def hub_options(
