@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -29,6 +30,18 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     """`"; did you mean 'wo'?"` for the nearest known name, or an empty string."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def warn_ignored(names: Iterable[str], known: Collection[str], stacklevel: int) -> None:
+    """Warn of each argument that is not `known`, with the `stacklevel` as the caller would warn.
+
+    PEFT takes any and passes over what it does not know, so that they are no error; but one of them
+    may be a slip of the pen.
+    """
+    for name in sorted(set(names).difference(known)):
+        hint = did_you_mean(name, known)
+        message = f"argument {name!r} means nothing for an adapter and is ignored{hint}"
+        warnings.warn(message, stacklevel=stacklevel + 1)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import warnings
 import peft
 import pytest
 import torch
+from accelerate import dispatch_model
 from huggingface_hub import hf_hub_download
 from support.pairs import logits, randomize, vectors
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -102,6 +103,27 @@ def test_an_argument_that_means_nothing_is_named_once(make_model, folder, expect
     with pytest.warns(UserWarning, match="'task_type' means nothing") as seen:
         assert ia3.PeftConfig.from_pretrained(folder, task_type="SEQ_CLS").task_type == "CAUSAL_LM"
     assert [warning.filename for warning in seen] == [__file__]
+    with pytest.warns(UserWarning, match="'push_to_hub' means nothing") as seen:
+        model.save_pretrained(folder / "new", push_to_hub=True)
+    assert [warning.filename for warning in seen] == [__file__]
+    with pytest.warns(UserWarning, match="'task' means nothing") as seen:
+        ia3.load_peft_weights(folder, task="SEQ_CLS")
+    assert [warning.filename for warning in seen] == [__file__]
+
+
+def test_a_dispatched_base_model_stays_dispatched(make_model, folder, expected, tmp_path):
+    base = make_model("llama")
+    layers = {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    rest = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    dispatch_model(base, {**layers, **rest}, main_device="cpu", offload_dir=tmp_path / "off")
+    placing = PLACING | {"offload_folder": str(tmp_path / "other")}
+    model = PeftModel.from_pretrained(base, folder, **placing)
+    close(logits(model, **IDS), expected)
+    assert not model.load_adapter(folder, "second", **placing).missing_keys
+    model.set_adapter("second")
+    close(logits(model, **IDS), expected)
+    assert base.model.layers[1].mlp.up_proj.weight.is_meta
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_says_where_an_adapter_is_on_the_hub_is_huggingface_hubs(folder):

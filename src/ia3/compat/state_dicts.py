@@ -164,7 +164,7 @@ def load_peft_weights(
         FileNotFoundError: there is no adapter.
         IA3Error: its file is broken.
     """
-    folder = adapter_folder(model_id, ["adapter_*"], **hub_options(hub, stacklevel=3))
+    folder = adapter_folder(model_id, ["adapter_*"], **hub_options(hub))
     path = weights_file(folder)
     tensors = read_pickled(path) if path.name == PICKLED_NAME else safetensors.read_tensors(path)[0]
     place = device_named("auto") if device is None else device

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
-from ..errors import did_you_mean
+from ..errors import warn_ignored
 
 CONFIG_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
@@ -38,17 +37,13 @@ def hub_options(
 ) -> HubOptions:
     """Those of a call's further arguments that say where an adapter is on the hub.
 
-    A warning names the others that are not `ignored`: PEFT takes any, so that they are no error,
-    but one of them may be a slip of the pen.
+    A warning names the others that are not `ignored`.
     """
     known = HubOptions.__annotations__.keys()
     found = {key: value for key, value in given.items() if key in known}
     if given.get("use_auth_token") is not None:  # its name before token
         found.setdefault("token", given["use_auth_token"])
-    for name in sorted(given.keys() - known - {"use_auth_token", *ignored}):
-        hint = did_you_mean(name, [*known, *ignored])
-        message = f"argument {name!r} means nothing for an adapter and is ignored{hint}"
-        warnings.warn(message, stacklevel=stacklevel)
+    warn_ignored(given, {*known, "use_auth_token", *ignored}, stacklevel + 1)
     return cast(HubOptions, found)
 
 

@@ -20,7 +20,7 @@ from ..adapter.combining import CombinationType, MajoritySign, combine
 from ..adapter.files import Adapter
 from ..core.merge import Merge
 from ..core.route import LOCK, Names
-from ..errors import IA3Error, naming
+from ..errors import IA3Error, naming, warn_ignored
 from ..targets.config import IA3Config, PeftType, TaskType
 from . import saving, status
 from .adapters import Adapters, check_config, check_name as check_name, check_string
@@ -532,7 +532,7 @@ class IA3Model(nn.Module):
         *,
         adapter_name: str | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
-        **ignored: Any,
+        **further: Any,
     ) -> None:
         """Write adapters' `adapter_config.json` and `adapter_model.safetensors`, atomically.
 
@@ -550,13 +550,15 @@ class IA3Model(nn.Module):
                 change the base model.
             adapter_name: this adapter alone, into the folder itself.
             state_dict: this model's, where its values had to be gathered from several processes.
-            ignored: what transformers' `save_pretrained` takes besides (`max_shard_size`,
-                `save_function`, ...): an adapter is one small file.
+            further: ignored: what transformers' `save_pretrained` takes besides (`max_shard_size`,
+                `save_function`, ...) in silence, as an adapter is one small file; others with a
+                warning.
 
         Raises:
             IA3Error: an adapter is unknown, there is none, or an option cannot be had.
             OSError: the disk is full or may not be written; what was there before stays.
         """
+        warn_ignored(further, saving.IGNORED_WHEN_SAVED, stacklevel=2)
         if save_embedding_layers is True:
             raise IA3Error(
                 "save_embedding_layers=True: embeddings are saved where they are trained, by "

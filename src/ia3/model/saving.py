@@ -31,6 +31,11 @@ IGNORED = {
     *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"),
     *("torch_dtype", "dtype", "use_safetensors", "trust_remote_code"),
 }
+# Of transformers' `save_pretrained`: an adapter is one small file.
+IGNORED_WHEN_SAVED = {
+    *("max_shard_size", "save_function", "save_original_format", "save_peft_format", "token"),
+    "variant",
+}
 
 
 def save(
@@ -118,7 +123,7 @@ def read(
     """
     if config is not None:
         check_config(config)
-    hub = hub_options(further, IGNORED, stacklevel=4)
+    hub = hub_options(further, IGNORED, stacklevel=3)
     adapter = read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config)
     adapter.config.inference_mode = not is_trainable
     return adapter

@@ -271,7 +271,7 @@ class IA3Config:
             FileNotFoundError: there is none.
             IA3Error: it is not the config of an (IA)³ adapter.
         """
-        hub = hub_options({**further, "subfolder": subfolder}, stacklevel=3)
+        hub = hub_options({**further, "subfolder": subfolder})
         folder = adapter_folder(pretrained_model_name_or_path, [CONFIG_NAME], **hub)
         if not (folder / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"no adapter in {folder}: {CONFIG_NAME} is not there")
