@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 from torch import nn
 
 from ..core.quantized import method_of
+from ..core.route import LOCK
 from ..errors import IA3Error
 from .adapters import Adapters
 
@@ -77,67 +78,69 @@ class TunerModelStatus:
 
 def of_layers(adapters: Adapters, before: str = "") -> list[TunerLayerStatus]:
     """The layers' status; names begin with `before`. Raises `IA3Error` where there is none."""
-    contents = adapters.contents()
-    holding: dict[str, dict[str, list[nn.Parameter]]] = {
-        name: {adapter: [vector] for adapter, vector in site.vectors.items()}
-        for name, _, site in contents.sites
-    } | {
-        name: {adapter: list(copies[adapter].parameters()) for adapter in copies.adapters}
-        for name, _, copies in contents.copies
-    }
-    if not holding:
-        raise IA3Error(f"no adapter on this {type(adapters.model).__name__}: add one first")
-    merged = {name: list(site.merged) for name, _, site in contents.sites}
-    copied = {name for name, _, _ in contents.copies}
-    return [
-        TunerLayerStatus(
-            name=f"{before}{name}",
-            module_type="ModulesToSaveWrapper" if name in copied else type(module).__name__,
-            enabled=adapters.enabled,
-            active_adapters=list(adapters.active),
-            merged_adapters=merged.get(name, []),
-            requires_grad={a: _same(p.requires_grad for p in held) for a, held in here.items()},
-            available_adapters=sorted(here),
-            devices={a: sorted({p.device.type for p in held}) for a, held in here.items()},
-            quantization_backend=method_of(module),
-        )
-        for name, module in contents.modules.items()
-        if (here := holding.get(name)) is not None
-    ]
+    with LOCK:
+        contents = adapters.contents()
+        holding: dict[str, dict[str, list[nn.Parameter]]] = {
+            name: {adapter: [vector] for adapter, vector in site.vectors.items()}
+            for name, _, site in contents.sites
+        } | {
+            name: {adapter: list(copies[adapter].parameters()) for adapter in copies.adapters}
+            for name, _, copies in contents.copies
+        }
+        # A site may be there for a bank alone.
+        if not any(holding.values()):
+            raise IA3Error(f"no adapter on this {type(adapters.model).__name__}: add one first")
+        merged = {name: list(site.merged) for name, _, site in contents.sites}
+        copied = {name for name, _, _ in contents.copies}
+        return [
+            TunerLayerStatus(
+                name=f"{before}{name}",
+                module_type="ModulesToSaveWrapper" if name in copied else type(module).__name__,
+                enabled=adapters.enabled,
+                active_adapters=list(adapters.active),
+                merged_adapters=merged.get(name, []),
+                requires_grad={a: _same(p.requires_grad for p in held) for a, held in here.items()},
+                available_adapters=sorted(here),
+                devices={a: sorted({p.device.type for p in held}) for a, held in here.items()},
+                quantization_backend=method_of(module),
+            )
+            for name, module in contents.modules.items()
+            if (here := holding.get(name))
+        ]
 
 
 def of_model(adapters: Adapters, wrapper: nn.Module | None = None) -> TunerModelStatus:
     """The model's status, with the wrapper around it if there is one; raises as `of_layers`."""
-    layers = of_layers(adapters)
-    trainable, total = value_counts(adapters.model)
-    grads, devices = defaultdict[str, list[bool | Irregular]](list), defaultdict[str, set[str]](set)
-    for layer in layers:
-        for name, trains in layer.requires_grad.items():
-            grads[name].append(trains)
-            devices[name].update(layer.devices[name])
-    kinds = {name: str(config.peft_type) for name, config in adapters.configs.items()}
-    return TunerModelStatus(
-        base_model_type=type(adapters.model).__name__,
-        adapter_model_type="None" if wrapper is None else "IA3Model",
-        peft_types={} if wrapper is None else kinds,
-        trainable_params=trainable,
-        total_params=total,
-        num_adapter_layers=len(layers),
-        enabled=adapters.enabled,
-        active_adapters=list(adapters.active),
-        merged_adapters=sorted(adapters.merge.adapters),
-        requires_grad={name: _same(values) for name, values in grads.items()},
-        available_adapters=sorted(grads),
-        devices={name: sorted(kinds) for name, kinds in devices.items()},
-        quantization_backend=_same(layer.quantization_backend for layer in layers),
-    )
+    with LOCK:
+        layers = of_layers(adapters)
+        trainable, total = value_counts(adapters.model)
+        grads: defaultdict[str, list[bool | Irregular]] = defaultdict(list)
+        devices: defaultdict[str, set[str]] = defaultdict(set)
+        for layer in layers:
+            for name, trains in layer.requires_grad.items():
+                grads[name].append(trains)
+                devices[name].update(layer.devices[name])
+        kinds = {name: str(config.peft_type) for name, config in adapters.configs.items()}
+        return TunerModelStatus(
+            base_model_type=type(adapters.model).__name__,
+            adapter_model_type="None" if wrapper is None else "IA3Model",
+            peft_types={} if wrapper is None else kinds,
+            trainable_params=trainable,
+            total_params=total,
+            num_adapter_layers=len(layers),
+            enabled=adapters.enabled,
+            active_adapters=list(adapters.active),
+            merged_adapters=sorted(adapters.merge.adapters),
+            requires_grad={name: _same(values) for name, values in grads.items()},
+            available_adapters=sorted(grads),
+            devices={name: sorted(where) for name, where in devices.items()},
+            quantization_backend=_same(layer.quantization_backend for layer in layers),
+        )
 
 
 def _same(values: Iterable[T]) -> T | Irregular:
-    """What all values are, or that they differ; a copy without parameters does not train."""
+    """What all values are, or that they differ."""
     different = set(values)
-    if not different:
-        return False  # type: ignore[return-value]
     return different.pop() if len(different) == 1 else "irregular"
 
 
