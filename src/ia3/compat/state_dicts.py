@@ -1,18 +1,25 @@
-"""PEFT's low-level functions: adapters on a model without a wrapper around it."""
+"""PEFT's low-level functions: adapters without a wrapper around the model, and tensors by key."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..adapter import safetensors
 from ..adapter.files import check_finite
-from ..adapter.layout import BASE_LAYER, KEY_PREFIX
+from ..adapter.layout import BASE_LAYER, KEY_PREFIX, KEY_SUFFIX, PICKLED_NAME, mapped, weights_file
+from ..adapter.pickled import read_pickled
+from ..base.loading import device_named
 from ..core.inventory import contents
 from ..core.names import ATTRIBUTE
+from ..core.route import LOCK
 from ..errors import IA3Error
+from ..files.hub import adapter_folder, hub_options
+from ..model.adapters import check_config, check_string
 from ..model.embeddings import embeddings_of, were_resized
 from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..targets.config import IA3Config
@@ -41,17 +48,20 @@ def inject_adapter_in_model(
     Raises:
         IA3Error: the config does not fit the model, which is then unchanged.
     """
+    check_config(peft_config)
     if state_dict is not None:
         peft_config = _config_for(peft_config, state_dict)
-    handle = model.__dict__.get(HANDLE)
-    if handle is None:
-        # The names of a state dict are those of an adapter that was trained on them.
-        make = IA3Model if state_dict is None else IA3Model.with_own_choice
-        model.__dict__[HANDLE] = make(model, peft_config, adapter_name)
-    else:
-        add = handle.add_adapter if state_dict is None else handle.add_own_choice
-        add(adapter_name, peft_config)
-        handle.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+    with LOCK:
+        handle = model.__dict__.get(HANDLE)
+        on = contents(model)
+        if handle is None or not (on.sites or on.copies):  # unloaded by hand since
+            # The names of a state dict are those of an adapter that was trained on them.
+            make = IA3Model if state_dict is None else IA3Model.with_own_choice
+            model.__dict__[HANDLE] = make(model, peft_config, adapter_name)
+        else:
+            add = handle.add_adapter if state_dict is None else handle.add_own_choice
+            add(adapter_name, peft_config)
+            handle.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
 
 
@@ -109,34 +119,104 @@ def set_peft_model_state_dict(
         low_cpu_mem_usage: no effect.
 
     Returns:
-        `missing_keys` and `unexpected_keys`, as `load_state_dict` does.
+        `missing_keys` and `unexpected_keys`, as `load_state_dict` does. As in PEFT a missing
+        vector's key ends in the adapter's name. The base model's own keys are not missed.
 
     Raises:
-        IA3Error: the model has no such adapter, a shape does not fit, or a vector is not finite;
-            nothing is loaded then.
+        IA3Error: the model has no such adapter, or it is merged, a shape does not fit, or a vector
+            is not finite; nothing is loaded then.
     """
     base, prefix = _base_and_prefix(model)
-    own = {key: name for name, key in _keys(base, adapter_name).items()}
-    embeddings = {key: name for name, key in _embedding_keys(base, own).items()}
     given = {key.removeprefix(KEY_PREFIX): value for key, value in peft_model_state_dict.items()}
-    keys = own | {key: name for key, name in embeddings.items() if key in given}
-    slots = base.state_dict(keep_vars=True)
-    for key in sorted(given.keys() & keys.keys()):
-        found, expected = given[key].shape, slots[keys[key]].shape
-        if found != expected and not ignore_mismatched_sizes:
-            raise IA3Error(f"{prefix}{key} is {list(found)}, expected {list(expected)}")
-        if found != expected:
-            del given[key]
     ending = f".{ATTRIBUTE}"
-    loaded = sorted(key for key in given.keys() & keys.keys() if key.endswith(ending))
-    check_finite({key.removesuffix(ending): given[key] for key in loaded})
-    with torch.no_grad():
+    with LOCK, torch.no_grad():
+        own = {key: name for name, key in _keys(base, adapter_name).items()}
+        embeddings = {key: name for name, key in _embedding_keys(base, own).items()}
+        keys = own | {key: name for key, name in embeddings.items() if key in given}
+        if any(adapter_name in site.merged for _, _, site in contents(base).sites):
+            raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
+        slots = base.state_dict(keep_vars=True)
+        for key in sorted(given.keys() & keys.keys()):
+            found, expected = given[key].shape, slots[keys[key]].shape
+            if found != expected and not ignore_mismatched_sizes:
+                raise IA3Error(f"{prefix}{key} is {list(found)}, expected {list(expected)}")
+            if found != expected:
+                del given[key]
+        loaded = sorted(key for key in given.keys() & keys.keys() if key.endswith(ending))
+        check_finite({key.removesuffix(ending): given[key] for key in loaded})
         for key in given.keys() & keys.keys():
             slots[keys[key]].copy_(given[key])
-    return nn.modules.module._IncompatibleKeys(
-        sorted(f"{prefix}{key}" for key in keys.keys() - given.keys()),
-        sorted(f"{prefix}{key}" for key in given.keys() - keys.keys()),
-    )
+    missing = [
+        f"{prefix}{key}" + f".{adapter_name}" * key.endswith(KEY_SUFFIX)
+        for key in keys.keys() - given.keys()
+    ]
+    unexpected = [f"{prefix}{key}" for key in given.keys() - keys.keys()]
+    return nn.modules.module._IncompatibleKeys(sorted(missing), sorted(unexpected))
+
+
+def load_peft_weights(
+    model_id: str | Path,
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub: Any,
+) -> dict[str, Tensor]:
+    """An adapter's tensors as its file has them.
+
+    Args:
+        model_id: the adapter's folder, or its id on the hub.
+        device: where the tensors go; the GPU, if there is one, where not given.
+        key_mapping: regular expressions of names of modules -> their replacements; the first that
+            is found in a name is applied.
+        hub: `revision`, `subfolder`, `token`, `cache_dir`, ...
+
+    Returns:
+        Key -> tensor, of the file's dtype: `set_peft_model_state_dict` takes them.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        IA3Error: its file is broken.
+    """
+    folder = adapter_folder(model_id, ["adapter_*"], **hub_options(hub))
+    path = weights_file(folder)
+    tensors = read_pickled(path) if path.name == PICKLED_NAME else safetensors.read_tensors(path)[0]
+    place = device_named("auto") if device is None else device
+    return {_renamed(key, key_mapping or {}): value.to(place) for key, value in tensors.items()}
+
+
+def _renamed(key: str, mapping: Mapping[str, str]) -> str:
+    prefix = KEY_PREFIX if key.startswith(KEY_PREFIX) else ""
+    return prefix + mapped(key.removeprefix(prefix), mapping)
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The base model's own state dict, under its own names, without what adapters hold.
+
+    Args:
+        model: an `IA3Model`, or a model with injected adapters; compiled or not.
+
+    Returns:
+        Name -> tensor, in the model's memory.
+    """
+    base, _ = _base_and_prefix(model)
+    values = base.state_dict()
+    return {name: values[name] for name in values if ATTRIBUTE not in name.split(".")}
+
+
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> Any:
+    """Load the base model's own state dict; the base model's `load_state_dict` does so too.
+
+    Args:
+        model: an `IA3Model`, or a model with injected adapters; compiled or not.
+        state_dict: as `get_base_model_state_dict` gives it.
+        strict: missing and unexpected keys are an error, as of `load_state_dict`.
+
+    Returns:
+        `missing_keys` and `unexpected_keys`, as `load_state_dict` does.
+    """
+    base, _ = _base_and_prefix(model)
+    return base.load_state_dict(state_dict, strict=strict)
 
 
 def _base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
@@ -149,6 +229,7 @@ def _base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
 
 def _keys(base: nn.Module, adapter_name: str) -> dict[str, str]:
     """Name in the base model's state dict -> key in the adapter's file."""
+    check_string(adapter_name)
     on = contents(base)
     keys = {
         f"{name}.{ATTRIBUTE}.{adapter_name}": f"{name}.{ATTRIBUTE}"

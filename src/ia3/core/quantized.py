@@ -41,6 +41,12 @@ def is_quantized(module: nn.Module) -> bool:
     return _is_four_bit(module) or _is_eight_bit(module) or _is_torchao(module)
 
 
+def method_of(module: nn.Module) -> str | None:
+    """How a module's weight is quantized, in PEFT's words; `None` where it is not."""
+    methods = {"bnb 4bit": _is_four_bit, "bnb 8bit": _is_eight_bit, "torchao": _is_torchao}
+    return next((name for name, is_it in methods.items() if is_it(module)), None)
+
+
 def scaled_rows(module: nn.Module, vector: Tensor) -> dict[str, Any]:
     """What the slots of a quantized layer become when its output is scaled.
 

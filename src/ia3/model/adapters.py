@@ -7,7 +7,7 @@ import re
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,18 +121,26 @@ class Adapters:
         """An adapter by the names that the model's modules have now."""
         return as_named_in(self.model, self.contents().modules.keys(), stored)
 
-    def named(self, names: str | Sequence[str] | None) -> tuple[str, ...]:
-        """The names of adapters that there are, each once; the active ones for `None`."""
-        if isinstance(names, str):
-            names = (names,)
-        found = tuple(dict.fromkeys(self.active if names is None else names))
-        self.check_known(found)
-        return found
+    def active_config(self) -> IA3Config:
+        """The (first) active adapter's config; raises `IA3Error` where none is active."""
+        if not self.active:
+            what = "set_adapter()" if self.configs else "add_adapter() and set_adapter()"
+            raise IA3Error(f"no adapter is active, of {sorted(self.configs)}: {what} first")
+        return self.configs[self.active[0]]
+
+    def named(self, names: str | Sequence[str]) -> tuple[str, ...]:
+        """The names of adapters that there are, each once."""
+        names = (names,) if isinstance(names, str) else names
+        self.check_known(names)
+        return tuple(dict.fromkeys(names))
 
     # -- checks: each raises IA3Error -------------------------------------------------------------
 
     def check_known(self, names: Collection[str]) -> None:
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise IA3Error(f"adapters are {names!r}, expected a list of names")
         for name in names:
+            check_string(name)
             if name not in self.configs:
                 raise IA3Error(
                     f"no adapter {name!r} on this model, which has {sorted(self.configs)}"
@@ -187,9 +195,10 @@ class Adapters:
         """Add an adapter, not active, its vectors from `stored` or new."""
         with LOCK:
             self.check_loaded()
+            check_config(config)
+            check_name(name)
             if name in self.configs:
                 raise IA3Error(f"adapter {name!r} exists already: delete it or choose another")
-            check_name(name)
             old = stored is not None
             if stored is not None and (here := self.named_as_here(stored)) is not stored:
                 stored, config = here, here.config
@@ -400,6 +409,17 @@ class Adapters:
                     if parameter.is_floating_point():
                         parameter.requires_grad_(name in trained)
 
+    def require_grad(self, names: str | Sequence[str], required: bool) -> None:
+        """Have the vectors and copies of these adapters train or not; others stay as they are."""
+        with LOCK:
+            for name in self.named(names):
+                for _, site in self.sites_of(name):
+                    site[name].requires_grad = required
+                for twin in self.copies_of(name).values():
+                    for parameter in twin.parameters():
+                        if parameter.is_floating_point():
+                            parameter.requires_grad_(required)
+
     def activate(self, names: tuple[str, ...] | None = None) -> None:
         """Have these adapters multiply from the next call on; for `None`, those that did.
 
@@ -445,7 +465,7 @@ class Adapters:
         """Merge adapters, the active ones for `None`, beside those that are merged already."""
         with LOCK:
             self.check_enabled("merging them")
-            self._merge(self.named(names), safe)
+            self._merge(self.active if names is None else self.named(names), safe)
 
     def _merge(self, names: Sequence[str], safe: bool) -> None:
         self.check_unrouted("merging")
@@ -469,7 +489,7 @@ class Adapters:
         """As `IA3Model.merge_and_unload`, but for unloading; the caller holds the lock."""
         self.check_unrouted("merging")
         merged = self.merge.adapters
-        chosen = self.named(names)
+        chosen = self.active if names is None else self.named(names)
         # What is merged takes the place of what is active, or is part of it.
         replaces = names is None and not merged <= set(chosen)
         chosen = tuple(merged) if replaces else tuple(dict.fromkeys([*chosen, *merged]))
@@ -540,7 +560,19 @@ class Adapters:
                 self.activate()
 
 
+def check_config(config: Any) -> None:
+    if not isinstance(config, IA3Config):
+        kind = f"{type(config).__module__}.{type(config).__name__}"
+        raise IA3Error(f"the config is a {kind}, expected an ia3.IA3Config")
+
+
+def check_string(name: object) -> None:
+    if not isinstance(name, str):
+        raise IA3Error(f"adapter name {name!r} is {type(name).__name__}, expected a string")
+
+
 def check_name(name: str) -> None:
+    check_string(name)
     if not re.fullmatch(r"[^./\\\s\x00]+", name):
         raise IA3Error(f"adapter name {name!r} must have no dot, slash or white space")
     if name == BASE:

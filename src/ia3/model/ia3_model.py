@@ -11,23 +11,24 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys as LoadedKeys
 
 from ..adapter.combining import CombinationType, MajoritySign, combine
 from ..adapter.files import Adapter, check_finite
 from ..core.merge import Merge
 from ..core.route import LOCK, Names
-from ..errors import IA3Error, naming, warn_caller
-from ..files.hub import HubOptions, check_options
-from ..targets.config import IA3Config, TaskType
-from . import saving
-from .adapters import Adapters, check_name as check_name
+from ..errors import IA3Error, naming, warn_caller, warn_ignored
+from ..targets.config import IA3Config, PeftType, TaskType
+from . import saving, status
+from .adapters import Adapters, check_config, check_name as check_name, check_string
 from .advice import offer_advice
 from .routes import Routes
 from .saving import DEFAULT_ADAPTER as DEFAULT_ADAPTER
+from .status import TunerLayerStatus, TunerModelStatus
 from .trainers import AsPeftModel, tell_others
 
 # Task -> the class of its models: those at the end of this file.
@@ -49,9 +50,10 @@ class IA3Model(AsPeftModel):
 
     Args:
         model: the base model; any module with linear layers.
-        config: what to rescale, or a mapping that has it under the adapter's name. Model and config
-            may also come in the other order.
+        peft_config: what to rescale, or a mapping that has it under the adapter's name. Model and
+            config may also come in the other order.
         adapter_name: the first adapter's name, active at once.
+        autocast_adapter_dtype, low_cpu_mem_usage: as in `add_adapter`.
         vectors: its vectors, as in `add_adapter`; ones where not given.
 
     Raises:
@@ -61,6 +63,7 @@ class IA3Model(AsPeftModel):
     # The Trainer trains a quantized model only if it has adapters, and asks for this.
     _hf_peft_config_loaded = True
 
+    peft_type = PeftType.IA3
     # The task of a subclass, whose head trains and is saved with the adapters.
     task: TaskType | None = None
 
@@ -75,14 +78,16 @@ class IA3Model(AsPeftModel):
     def __init__(
         self,
         model: nn.Module,
-        config: IA3Config | Mapping[str, IA3Config],
+        peft_config: IA3Config | Mapping[str, IA3Config],
         adapter_name: str = DEFAULT_ADAPTER,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
         vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        if isinstance(config, nn.Module):
-            model, config = config, model
-        if isinstance(config, Mapping):
-            config = config[adapter_name]
+        model, peft_config = in_order(model, peft_config)
+        config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
+        check_config(config)
         if config.task_type is None and self.task is not None:
             config = dataclasses.replace(config, task_type=self.task)
         self._begin(model)
@@ -160,14 +165,33 @@ class IA3Model(AsPeftModel):
         """Adapter name -> its config, with its modules named."""
         return self._adapters.configs
 
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """What the adapters' configs name as `modules_to_save`, or `None`."""
+        named = {name for c in self.peft_config.values() for name in c.modules_to_save or ()}
+        return named or None
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The modules of the base model that have vectors, in its order."""
+        return [name for name, _, _ in self._adapters.contents().sites]
+
     def add_adapter(
-        self, adapter_name: str, peft_config: IA3Config, vectors: Mapping[str, Tensor] | None = None
+        self,
+        adapter_name: str,
+        peft_config: IA3Config,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add an adapter, not yet active: its vectors do not require gradients until it is.
 
         Args:
             adapter_name: a name without dots or slashes, new to this model.
             peft_config: what it rescales.
+            low_cpu_mem_usage: ignored: vectors are small, and made once.
+            autocast_adapter_dtype: ignored: vectors are always float32.
             vectors: module name -> vector: `[dim, 1]` on a linear layer's output, `[1, dim]` on its
                 input, `[1, dim, 1, ...]` on a convolution, `[experts, dim]` within experts. Any
                 floating dtype; stored as float32. With vectors, entries of the config's lists may
@@ -256,11 +280,26 @@ class IA3Model(AsPeftModel):
 
     @property
     def active_peft_config(self) -> IA3Config:
-        """The (first) active adapter's config; an `IA3Error` where none is active."""
-        if not self.active_adapters:
-            there = sorted(self.peft_config)
-            raise IA3Error(f"no adapter is active on this model, which has {there}: set_adapter()")
-        return self.peft_config[self.active_adapters[0]]
+        """The (first) active adapter's config.
+
+        Raises:
+            IA3Error: no adapter is active.
+        """
+        return self._adapters.active_config()
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter is active, and adapters are not disabled."""
+        return self._adapters.enabled and bool(self._adapters.active)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Have these adapters train or not, active or not; the others stay as they are.
+
+        `set_adapter` says anew which of them do.
+        """
+        self._adapters.require_grad(adapter_names, requires_grad)
 
     def disable_adapter_layers(self) -> None:
         """Compute as the base model does, unmerged and unrouted, until `enable_adapter_layers`."""
@@ -287,14 +326,33 @@ class IA3Model(AsPeftModel):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(values that require gradients, all values)."""
-        sizes = [(value_count(p), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+        return status.value_counts(self)
 
     def print_trainable_parameters(self) -> None:
         """Print both numbers and their ratio, in PEFT's words."""
         some, total = self.get_nb_trainable_parameters()
         share = 100 * some / total
         print(f"trainable params: {some:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """What is on each module that an adapter has a vector for or a copy of; see its class.
+
+        Raises:
+            IA3Error: there is no adapter.
+        """
+        return status.of_layers(self._adapters, "model.")
+
+    def get_model_status(self) -> TunerModelStatus:
+        """What is on the model as a whole; see its class.
+
+        Raises:
+            IA3Error: there is no adapter.
+        """
+        return status.of_model(self._adapters, self)
+
+    def supports_lora_conversion(self, adapter_name: str = DEFAULT_ADAPTER) -> bool:
+        """False: a vector scales an activation, and no low-rank sum says the same."""
+        return False
 
     # -- computing --------------------------------------------------------------------------------
 
@@ -423,6 +481,18 @@ class IA3Model(AsPeftModel):
         self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)  # type: ignore[operator]
         self._adapters.base.checkpointing_enabled(activation_checkpointing_kwargs)
 
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Have the embeddings' output require gradients, which reentrant checkpointing needs.
+
+        Enabling checkpointing does so by itself; `model` is ignored, it is the base model.
+        """
+        self._adapters.base.checkpointing_enabled(None)
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base model's dtype; `None` where it has no such attribute."""
+        return getattr(self.model, "dtype", None)
+
     @property
     def base_model(self) -> IA3Model:
         """This model: PEFT keeps its tuner in a wrapper's `base_model`."""
@@ -469,10 +539,11 @@ class IA3Model(AsPeftModel):
 
     def merge_and_unload(
         self,
+        progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: str | Sequence[str] | None = None,
+        *,
         dequantise: bool = False,
-        progressbar: bool = False,
     ) -> nn.Module:
         """Merge adapters for good, as `merge_adapter` does, and return the plain base model.
 
@@ -480,11 +551,11 @@ class IA3Model(AsPeftModel):
         active adapter's copy, or the named one's.
 
         Args:
+            progressbar: ignored: merging is over before one could be read.
             safe_merge: refuse a result that is not finite.
             adapter_names: the active adapters if not given.
             dequantise: where a quantized weight cannot take a vector exactly, put an ordinary
                 linear layer in its place.
-            progressbar: taken for PEFT's sake; merging is over before one could be read.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -514,38 +585,67 @@ class IA3Model(AsPeftModel):
         save_directory: str | Path,
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
         *,
         adapter_name: str | None = None,
-        is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
-        save_embedding_layers: bool | str = "auto",
+        **further: Any,
     ) -> None:
         """Write adapters' `adapter_config.json` and `adapter_model.safetensors`, atomically.
+
+        A model card goes with them; of one that is there, what its author wrote is kept
+        (`create_or_update_model_card`).
 
         Args:
             save_directory: made if absent. As PEFT does, the adapter `"default"` goes into the
                 folder itself, others into a folder of their name inside it.
             safe_serialization: only True: pickled files can run code when they are read.
             selected_adapters: all adapters if not given.
-            adapter_name: this adapter alone, into the folder itself.
-            is_main_process: False writes nothing, for all processes but one of a parallel run.
-            state_dict: this model's, where its values had to be gathered from several processes.
             save_embedding_layers: whether the base model's embeddings and output layer are saved
                 too; `"auto"`: where the vocabulary was resized since the model was made or loaded.
+            is_main_process: False writes nothing, for all processes but one of a parallel run.
+            path_initial_model_for_weight_conversion: not taken: it is of LoRA, whose initial values
+                change the base model.
+            adapter_name: this adapter alone, into the folder itself.
+            state_dict: this model's, where its values had to be gathered from several processes.
+            further: ignored: what transformers' `save_pretrained` takes besides (`max_shard_size`,
+                `save_function`, ...) in silence, as an adapter is one small file; others with a
+                warning.
 
         Raises:
             IA3Error: an adapter is unknown, there is none, a vector is not finite, or an option
                 cannot be had.
             OSError: the disk is full or may not be written; what was there before stays.
         """
+        warn_ignored(further, saving.IGNORED_WHEN_SAVED)
         if safe_serialization is not True:
             raise IA3Error(
                 f"safe_serialization is {safe_serialization!r}, expected True: a pickle could run "
                 "code when it is read, so that only safetensors files are written"
             )
+        if path_initial_model_for_weight_conversion is not None:
+            raise IA3Error(
+                "path_initial_model_for_weight_conversion: (IA)³ never changes the base model, so "
+                "that there is nothing to convert: leave it out"
+            )
         folders = saving.folders_of(self._adapters, save_directory, selected_adapters, adapter_name)
         if is_main_process:
-            saving.save(self._adapters, folders, state_dict, save_embedding_layers)
+            saving.save(
+                self._adapters, folders, Path(save_directory), state_dict, save_embedding_layers
+            )
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write a folder's model card (`README.md`), or complete the head of the one there.
+
+        Its text stays. The head gets the library, the tags and, where it says none, the task and
+        the base model's name on the hub; a folder of this machine is not named.
+
+        Raises:
+            OSError: the disk is full or may not be written.
+        """
+        saving.write_card(self._adapters, Path(output_dir))
 
     def adapter(self, adapter_name: str) -> Adapter:
         """An adapter as it is saved; its tensors may share the model's memory."""
@@ -559,12 +659,13 @@ class IA3Model(AsPeftModel):
         adapter_name: str = DEFAULT_ADAPTER,
         is_trainable: bool = False,
         config: IA3Config | None = None,
-        *,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
-        torch_device: str | None = None,
-        **hub: Unpack[HubOptions],
+        *,
+        ignore_mismatched_sizes: bool = False,
+        **further: Any,
     ) -> IA3Model:
         """Load an adapter, written by this library or by PEFT, onto a base model.
 
@@ -575,12 +676,17 @@ class IA3Model(AsPeftModel):
             is_trainable: its vectors require gradients. Otherwise the model is put into evaluation
                 mode, as PEFT does.
             config: instead of the adapter's own.
-            autocast_adapter_dtype, low_cpu_mem_usage, torch_device: taken for PEFT's sake; vectors
-                are always float32, made once, and go to where their modules are.
+            autocast_adapter_dtype: ignored: vectors are always float32.
+            ephemeral_gpu_offload, low_cpu_mem_usage: ignored: vectors are small, and made once.
             key_mapping: regular expressions -> what takes their place in the adapter's names, the
                 first that is found in a name. Names that transformers has changed since the adapter
                 was saved are known without it.
-            hub: `revision`, `subfolder`, `token`, `cache_dir`, ...
+            ignore_mismatched_sizes: leave what is of another size in the file as it begins, with a
+                warning that names it, and do not raise.
+            further: `revision`, `subfolder`, `token`, `cache_dir`, ... say where on the hub it is.
+                What places a base model (`device_map`, `max_memory`, `offload_folder`, `dtype`,
+                `torch_device`, ...) is ignored: that one stays where it is, accelerate's hooks on
+                it too, and vectors go to where their modules are.
 
         Returns:
             The class that the adapter's task type asks for, as `get_peft_model` does.
@@ -599,8 +705,9 @@ class IA3Model(AsPeftModel):
             >>> type(again).__name__, again.active_adapters, again.training
             ('PeftModelForCausalLM', ['default'], False)
         """
-        check_options(f"{cls.__name__}.from_pretrained", hub)
-        adapter = saving.read(model_id, config, is_trainable, key_mapping, **hub)
+        adapter = saving.read(model_id, config, is_trainable, key_mapping, further)
+        if ignore_mismatched_sizes:
+            adapter, _ = saving.fitted(Adapters(model, Merge(model)), adapter, adapter_name)
         self = cls.from_adapter(model, adapter, adapter_name, source=str(model_id))
         return self if is_trainable else self.eval()
 
@@ -609,44 +716,73 @@ class IA3Model(AsPeftModel):
         model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
-        *,
+        torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
-        torch_device: str | None = None,
-        **hub: Unpack[HubOptions],
-    ) -> None:
+        *,
+        ignore_mismatched_sizes: bool = False,
+        **further: Any,
+    ) -> LoadedKeys:
         """Load a further adapter, not yet active; as `from_pretrained` otherwise.
 
         Under the name of one that is there, its values are loaded into that one, in place: an
-        optimizer that holds its parameters goes on with them.
+        optimizer that holds its parameters goes on with them. A new one that `is_trainable` has
+        gradients at once, active or not.
+
+        Returns:
+            `missing_keys` and `unexpected_keys`, as `load_state_dict` does. Only what
+            `ignore_mismatched_sizes` left out is missing; anything else that does not fit raises.
         """
-        check_options(f"{type(self).__name__}.load_adapter", hub)
-        adapter = saving.read(model_id, None, is_trainable, key_mapping, **hub)
+        check_string(adapter_name)
+        adapter, missing = (
+            saving.read(model_id, None, is_trainable, key_mapping, further),
+            list[str](),
+        )
+        if ignore_mismatched_sizes:
+            adapter, missing = saving.fitted(self._adapters, adapter, adapter_name)
         with naming(str(model_id)):
             if adapter_name in self.peft_config:
                 self._adapters.load_into(adapter_name, adapter)
             else:
                 self._add(adapter_name, adapter.config, adapter)
+                if is_trainable:
+                    self.set_requires_grad(adapter_name)
         modules = [self, *self._adapters.contents().modules.values()]
         if not is_trainable and any(module.training for module in modules):
             self.eval()
+        return LoadedKeys(missing, [])
 
     def push_to_hub(
         self,
         repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
-        **commit: Any,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: Sequence[str] | None = None,
     ) -> str:
-        """Upload what `save_pretrained` writes, with a model card, and return the address.
+        """Upload what `save_pretrained` writes, and return the address.
 
         Args:
-            repo_id: the repository on the hub; made, perhaps `private`, if absent.
-            commit: `revision`, `commit_message`, `create_pr`: as `HfApi.upload_folder` takes them.
+            repo_id: the repository on the hub; made, perhaps `private`, if absent. A model card
+                that it has stays as it is.
+            commit_message, commit_description, create_pr: of the commit.
+            private: who may see a repository that is made.
+            token: of the account; the one that is logged in if not given.
+            revision: the branch, made if absent.
+            max_shard_size: ignored: an adapter is one small file.
+            tags: further ones for the model card.
         """
-        check_options(f"{type(self).__name__}.push_to_hub", commit, saving.commit_options())
-        return saving.push(self._adapters, repo_id, private, token, commit)
+        commit: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
+        commit["commit_message"] = commit_message or "Upload (IA)³ adapter"
+        commit["commit_description"] = commit_description
+        return saving.push(self._adapters, repo_id, private, token, tags or (), commit)
 
 
 def _stored(config: IA3Config, vectors: Mapping[str, Tensor] | None) -> Adapter | None:
@@ -656,11 +792,9 @@ def _stored(config: IA3Config, vectors: Mapping[str, Tensor] | None) -> Adapter 
     return Adapter(config, dict(vectors))
 
 
-def value_count(parameter: nn.Parameter) -> int:
-    """The number of values a parameter holds, whatever they are packed into."""
-    # bitsandbytes packs two 4-bit values into a byte of storage.
-    packed = type(parameter).__name__ == "Params4bit"
-    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
+def in_order(model: Any, config: Any) -> tuple[Any, Any]:
+    """A model and a config that came in either order."""
+    return (config, model) if isinstance(config, nn.Module) else (model, config)
 
 
 def get_peft_model(
@@ -677,8 +811,7 @@ def get_peft_model(
     Args:
         model, peft_config, adapter_name: as for `IA3Model`.
         mixed: only False: there is one kind of adapter here.
-        autocast_adapter_dtype, low_cpu_mem_usage: taken for PEFT's sake; vectors are always float32
-            and made once.
+        autocast_adapter_dtype, low_cpu_mem_usage: as in `IA3Model.add_adapter`.
         revision: the base model's revision on the hub, for the config.
 
     Returns:
@@ -695,14 +828,14 @@ def get_peft_model(
         >>> model.get_nb_trainable_parameters()  # two layers of keys, values and inner activations
         (22272, 8378432)
     """
-    if isinstance(model, IA3Config) and isinstance(peft_config, nn.Module):
-        model, peft_config = peft_config, model
+    model, peft_config = in_order(model, peft_config)
+    check_config(peft_config)
     if mixed:
         raise IA3Error("mixed=True: there is only one kind of adapter here")
     if revision is not None:
         peft_config = dataclasses.replace(peft_config, revision=revision)
     kind = MODEL_CLASSES.get(peft_config.task_type, IA3Model)
-    return kind(model, peft_config, adapter_name)
+    return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
 class PeftModelForCausalLM(IA3Model, task=TaskType.CAUSAL_LM):
@@ -727,3 +860,8 @@ class PeftModelForQuestionAnswering(IA3Model, task=TaskType.QUESTION_ANS):
 
 class PeftModelForFeatureExtraction(IA3Model, task=TaskType.FEATURE_EXTRACTION):
     """A model whose hidden states are wanted, with adapters."""
+
+
+# PEFT's ways to find a class.
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = MODEL_CLASSES
+PEFT_TYPE_TO_TUNER_MAPPING = {PeftType.IA3: IA3Model}

@@ -2,43 +2,79 @@
 
 from __future__ import annotations
 
-import inspect
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..adapter.card import card_file
 from ..adapter.files import Adapter, adapter_files, read_adapter
 from ..adapter.fingerprint import fingerprint
-from ..errors import IA3Error, naming
+from ..adapter.layout import KEY_PREFIX, KEY_SUFFIX
+from ..errors import IA3Error, naming, warn_caller
 from ..files.atomic import check_folder, write_files
-from ..files.hub import HubOptions, adapter_folder
+from ..files.hub import adapter_folder, hub_options, upload
 from ..targets.config import IA3Config
-from .adapters import Adapters
+from ..targets.resolve import resolve
+from .adapters import Adapters, check_config
 from .embeddings import embeddings_of, were_resized
 
 # PEFT's folder for the adapter of this name is the one given, for others one inside it.
 DEFAULT_ADAPTER = "default"
+# What PEFT takes with an adapter and this library need not know: how a base model is placed, which
+# is left as it is, and which of two files is read.
+IGNORED = {
+    *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"),
+    *("torch_dtype", "dtype", "use_safetensors", "trust_remote_code"),
+}
+# Of transformers' `save_pretrained`: an adapter is one small file.
+IGNORED_WHEN_SAVED = {
+    *("max_shard_size", "save_function", "save_original_format", "save_peft_format", "token"),
+    "variant",
+}
 
 
 def save(
     adapters: Adapters,
     folders: Mapping[str, Path],
+    root: Path,
     state_dict: Mapping[str, Tensor] | None = None,
     embeddings: bool | str = "auto",
 ) -> None:
-    """Write adapters' two files each, all of them or, where a folder cannot be written, none."""
+    """Write adapters' two files each, and a card into `root`.
+
+    All of them are written or, where a folder cannot be, none.
+    """
     written = to_save(adapters, list(folders), state_dict, embeddings)
-    files = {}
+    files = {root: _card(adapters, root, list(folders))}
     for name, adapter in written.items():
+        folder = folders[name]
         with naming(f"adapter {name!r}"):
-            files[name] = adapter_files(adapter)
-    for folder in folders.values():
+            files[folder] = files.get(folder, {}) | adapter_files(adapter)
+    for folder in files:
         check_folder(folder)
-    for name, folder in folders.items():
-        write_files(folder, files[name])
+    for folder, inside in files.items():
+        write_files(folder, inside)
+
+
+def write_card(adapters: Adapters, folder: Path) -> None:
+    """Write a folder's model card, or complete the head of the one there."""
+    write_files(folder, _card(adapters, folder, list(adapters.configs)))
+
+
+def _card(
+    adapters: Adapters, folder: Path | None, names: Sequence[str], tags: Iterable[str] = ()
+) -> dict[str, bytes]:
+    model = adapters.model
+    tags = {*tags, *(getattr(model, "model_tags", None) or ())}
+    if isinstance(model, PreTrainedModel):
+        tags.add("transformers")
+    config = adapters.configs[names[0]] if names else IA3Config()
+    return card_file(folder, config, tags)
 
 
 def to_save(
@@ -87,9 +123,10 @@ def folders_of(
 ) -> dict[str, Path]:
     """Adapter name -> its folder, as PEFT lays them out; for `only` one, the folder itself."""
     if only is not None:
+        adapters.check_known([only])
         folders = {only: Path(folder)}
     else:
-        names = adapters.configs if selected is None else selected
+        names = adapters.configs if selected is None else adapters.named(selected)
         folders = {n: Path(folder) / ("" if n == DEFAULT_ADAPTER else n) for n in names}
     adapters.check_known(folders)
     if not folders:
@@ -101,20 +138,49 @@ def read(
     model_id: str | Path,
     config: IA3Config | None,
     is_trainable: bool,
-    key_mapping: Mapping[str, str] | None = None,
-    **hub: Unpack[HubOptions],
+    key_mapping: Mapping[str, str] | None,
+    further: Mapping[str, Any],
 ) -> Adapter:
-    """An adapter from its folder or from the hub; raises as `read_adapter`."""
+    """An adapter from its folder or from the hub, as `further` arguments of a call say.
+
+    Raises as `read_adapter`.
+    """
+    if config is not None:
+        check_config(config)
+    hub = hub_options(further, IGNORED)
     adapter = read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config, key_mapping)
     adapter.config.inference_mode = not is_trainable
     return adapter
 
 
-def commit_options() -> set[str]:
-    """What may be said about an upload, in huggingface_hub's words."""
-    from huggingface_hub import HfApi
+def fitted(adapters: Adapters, stored: Adapter, name: str) -> tuple[Adapter, list[str]]:
+    """A stored adapter with what is of another size than on the model as it is there.
 
-    return {*inspect.signature(HfApi.upload_folder).parameters} - {"self", "repo_id", "folder_path"}
+    Returns:
+        The adapter, to be put on the model or into the adapter `name`, if that is there; and the
+        keys of what was left out, in PEFT's words, which a warning names.
+    """
+    if name in adapters.configs:
+        here = adapters.stored(name)
+        vectors, copies = here.vectors, here.copies
+    else:
+        new = torch.ones if stored.config.init_ia3_weights else torch.randn
+        _, targets = resolve(adapters.model, stored.config, stored.frozen)
+        vectors = {target.name: new(target.activation.shape) for target in targets}
+        copies = adapters.model.state_dict()
+    kept = _of_other_size(stored.vectors, vectors), _of_other_size(stored.copies, copies)
+    left_out = [f"{KEY_PREFIX}{module}{KEY_SUFFIX}.{name}" for module in kept[0]]
+    left_out += [f"{KEY_PREFIX}{key}" for key in kept[1]]
+    if left_out:
+        warn_caller(f"of another size than on the model, and left as they are there: {left_out}")
+    vectors, copies = stored.vectors | kept[0], stored.copies | kept[1]
+    return replace(stored, vectors=vectors, copies=copies), left_out
+
+
+def _of_other_size(given: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is here in place of the tensors that are given in another shape."""
+    names = [name for name in given if name in here and given[name].shape != here[name].shape]
+    return {name: here[name] for name in names}
 
 
 def push(
@@ -122,22 +188,13 @@ def push(
     repo_id: str,
     private: bool | None,
     token: str | bool | None,
+    tags: Collection[str],
     commit: Mapping[str, Any],
 ) -> str:
     """Upload all adapters, and a model card where the repository has none; returns the address."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as root:
-        folders = folders_of(adapters, root, None, None)
-        save(adapters, folders)
-        if not api.file_exists(repo_id, "README.md", revision=commit.get("revision")):
-            first = adapters.configs[next(iter(folders))]
-            # A folder of this machine means nothing on the hub.
-            base = first.base_model_name_or_path
-            known = [f"base_model: {base}"] if base and not Path(base).exists() else []
-            card = ["---", *known, "library_name: peft", "tags:", "- ia3", "---", ""]
-            write_files(root, {"README.md": "\n".join(card).encode()})
-        options = {"commit_message": "Upload (IA)³ adapter", **commit}
-        return str(api.upload_folder(repo_id=repo_id, folder_path=root, **options))
+    folders = folders_of(adapters, "", None, None)
+    files = _card(adapters, None, list(folders), tags)
+    for name, adapter in to_save(adapters, list(folders)).items():
+        for file, content in adapter_files(adapter).items():
+            files[(folders[name] / file).as_posix()] = content
+    return upload(repo_id, files, private=private, token=token, **commit)

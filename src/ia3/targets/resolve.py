@@ -17,7 +17,7 @@ from ..core.activations import SUPPORTED, Activation, Side, activation_of, is_re
 from ..core.names import Frozen, Target, base_modules, model_type_of, own_modules, starred
 from ..core.reached import is_unreached
 from ..core.tried import gives_channels
-from ..errors import IA3Error, did_you_mean, warn_caller
+from ..errors import IA3Error, NoMatchingPeftModuleError, did_you_mean, warn_caller
 from .architectures import ARCHITECTURES
 from .config import Entries, IA3Config, TaskType
 from .matching import feedforward_among, matches, matches_feedforward, names_or_suffixes
@@ -282,7 +282,7 @@ def _check_entries(config: IA3Config, names: list[str], model: nn.Module) -> Non
             hint = ""
             if any(rule(name, [entries]) for name in names):
                 hint = f"; did you mean the list [{entries!r}]?"
-            raise IA3Error(
+            raise NoMatchingPeftModuleError(
                 f"{field}: the expression {entries!r} matches no whole name in {kind}{hint}"
             )
         for entry in () if isinstance(entries, str) else sorted(entries):
@@ -291,7 +291,8 @@ def _check_entries(config: IA3Config, names: list[str], model: nn.Module) -> Non
                 usual = ARCHITECTURES.get(model_type_of(model), ((), ()))[0]
                 hint = did_you_mean(entry, usual) or did_you_mean(entry, sorted(last_parts))
                 hint = hint or f"; its layers are called {layer_names(model)}"
-                raise IA3Error(f"{field}: module {entry!r} matches nothing in {kind}{hint}")
+                message = f"{field}: module {entry!r} matches nothing in {kind}{hint}"
+                raise NoMatchingPeftModuleError(message)
     matched = [name for name in names if matches(name, config.target_modules or ())]
     feedforward = config.feedforward_modules
     if feedforward and not any(matches_feedforward(name, feedforward) for name in matched):
@@ -325,7 +326,8 @@ def _chosen(
                 "calls them, so that a vector there would have no effect"
             )
     if not chosen:
-        raise IA3Error(f"no module of {type(model).__name__} is left to rescale")
+        message = f"no module of {type(model).__name__} is left to rescale"
+        raise NoMatchingPeftModuleError(message)
     for name in chosen:
         module = modules[name]
         side: Side = "output"
