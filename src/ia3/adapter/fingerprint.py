@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ..core.names import ATTRIBUTE, model_type_of
+from ..core.names import ATTRIBUTE, model_type_of, module_at, modules_of, own_name
 from ..errors import IA3Error
 
 # torch is imported where a model is looked at: fingerprints are compared without.
@@ -40,7 +40,7 @@ class Fingerprint:
         try:
             read: Any = json.loads(text)
             samples = {
-                name: ([int(size) for size in shape], [float(value) for value in values])
+                own_name(name): ([int(size) for size in shape], [float(value) for value in values])
                 for name, (shape, values) in read["samples"].items()
             }
             if not isinstance(read["model_type"], str):
@@ -62,7 +62,7 @@ class Fingerprint:
         for name, (shape, expected) in self.samples.items():
             path, _, last = name.rpartition(".")
             try:
-                parameter = model.get_submodule(path)._parameters.get(last)
+                parameter = module_at(model, path)._parameters.get(last)
             except AttributeError:
                 continue
             if not _is_the_base_models(path, merged) or not _can_be_sampled(parameter):
@@ -100,7 +100,7 @@ def _telling(
 
     found = [
         (f"{prefix}.{name}" if prefix else name, parameter)
-        for prefix, module in model.named_modules()
+        for prefix, module in modules_of(model).items()
         if module._parameters
         and (linear_features(module) is not None) is linear
         and _is_the_base_models(prefix, merged)

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.names import ATTRIBUTE
+from ..core.names import ATTRIBUTE, own_name
 from ..errors import IA3Error
 from ..files.hub import CONFIG_NAME
 from ..targets.config import IA3Config
@@ -148,7 +148,7 @@ def name_tensors(
     """What a file's tensors are: (key -> a vector's module, key -> a copy's parameter)."""
     vectors, copies = {}, {}
     for key in keys:
-        name = key.removeprefix(KEY_PREFIX)
+        name = own_name(key).removeprefix(KEY_PREFIX)
         if name.endswith(KEY_SUFFIX):
             vectors[key] = name.removesuffix(KEY_SUFFIX)
         elif name.endswith(".base_layer.weight"):
@@ -177,7 +177,8 @@ def read_metadata(
     try:
         read: Any = json.loads(metadata.get(FROZEN_KEY, "{}"))
         frozen = {
-            name: tuple((start, end) for start, end in ranges) for name, ranges in read.items()
+            own_name(name): tuple((start, end) for start, end in ranges)
+            for name, ranges in read.items()
         }
         if not all(type(n) is int for ranges in frozen.values() for both in ranges for n in both):
             raise TypeError("expected whole numbers")

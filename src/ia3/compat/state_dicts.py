@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapter.layout import KEY_PREFIX
 from ..core.inventory import contents
-from ..core.names import ATTRIBUTE
+from ..core.names import ATTRIBUTE, own_names, unwrapped
 from ..errors import IA3Error
 from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..targets.config import IA3Config
@@ -75,11 +75,8 @@ def get_peft_model_state_dict(
         IA3Error: the model has no such adapter.
     """
     base, prefix = _base_and_prefix(model)
-    before = ""
-    if state_dict is not None:
-        compiled = any(name.startswith("_orig_mod.") for name in state_dict)
-        before = "_orig_mod." * compiled + "model." * bool(prefix)
-    values = base.state_dict() if state_dict is None else state_dict
+    before = "" if state_dict is None else "model." * bool(prefix)
+    values = own_names(base.state_dict() if state_dict is None else state_dict)
     keys = _keys(base, adapter_name)
     return {f"{prefix}{key}": values[f"{before}{name}"] for name, key in keys.items()}
 
@@ -108,8 +105,9 @@ def set_peft_model_state_dict(
     """
     base, prefix = _base_and_prefix(model)
     keys = {key: name for name, key in _keys(base, adapter_name).items()}
-    given = {key.removeprefix(KEY_PREFIX): value for key, value in peft_model_state_dict.items()}
-    slots = base.state_dict(keep_vars=True)
+    named = own_names(peft_model_state_dict)
+    given = {key.removeprefix(KEY_PREFIX): value for key, value in named.items()}
+    slots = own_names(base.state_dict(keep_vars=True))
     for key in sorted(given.keys() & keys.keys()):
         found, expected = given[key].shape, slots[keys[key]].shape
         if found != expected and not ignore_mismatched_sizes:
@@ -129,8 +127,8 @@ def _base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
     """The base model, and what its adapters' keys begin with."""
     if isinstance(model, IA3Model):
         return model.model, KEY_PREFIX
-    original = getattr(model, "_orig_mod", model)  # of a compiled model
-    return (original.model, KEY_PREFIX) if isinstance(original, IA3Model) else (original, "")
+    inside = unwrapped(model)
+    return (inside.model, KEY_PREFIX) if isinstance(inside, IA3Model) else (inside, "")
 
 
 def _keys(base: nn.Module, adapter_name: str) -> dict[str, str]:
@@ -144,7 +142,7 @@ def _keys(base: nn.Module, adapter_name: str) -> dict[str, str]:
         f"{name}.{ATTRIBUTE}.{adapter_name}.{key}": f"{name}.{key}"
         for name, _, copies in on.copies
         if adapter_name in copies
-        for key in copies[adapter_name].state_dict()
+        for key in own_names(copies[adapter_name].state_dict())
     }
     if not keys:
         raise IA3Error(f"no adapter {adapter_name!r} on this {type(base).__name__}")
@@ -156,7 +154,7 @@ def _config_for(config: IA3Config, state_dict: Mapping[str, Tensor]) -> IA3Confi
     suffix = f".{ATTRIBUTE}"
     shapes = {
         key.removeprefix(KEY_PREFIX).removesuffix(suffix): value.shape
-        for key, value in state_dict.items()
+        for key, value in own_names(state_dict).items()
         if key.endswith(suffix)
     }
     if not shapes:

@@ -16,7 +16,7 @@ from . import quantized, weights
 from .activations import Side
 from .inventory import sites
 from .mlp import read_mlp
-from .names import ATTRIBUTE
+from .names import ATTRIBUTE, module_at, modules_of, put_module
 from .sites import displace, site_of
 
 # A module's name, and one of its slots (see `weights`).
@@ -104,7 +104,7 @@ class Merge:
         displace(before)
         module.add_module(ATTRIBUTE, site)
         site.activate(module, active)
-        self.model.set_submodule(name, module)
+        put_module(self.model, name, module)
 
     def _products(self, adapters: tuple[str, ...]) -> dict[Spot, Any]:
         """What merging these adapters puts where."""
@@ -150,7 +150,7 @@ class Merge:
         return f"{parent}.{mlp.up}".removeprefix("."), "output"
 
     def _module(self, name: str) -> nn.Module:
-        return self.model.get_submodule(name)
+        return module_at(self.model, name)
 
     def _read(self, spots: Iterable[Spot]) -> dict[Spot, Any]:
         return {(name, slot): weights.read(self._module(name), slot) for name, slot in spots}
@@ -163,7 +163,7 @@ class Merge:
 def _sharing(model: nn.Module) -> dict[Spot, str]:
     """Module and parameter name -> another module that has the very same parameter."""
     owners: dict[int, list[Spot]] = {}
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         for slot, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((name, slot))

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .activations import device_of, linear_features
 from .hooks import InputHook, OutputHook
+from .names import module_at
 from .patch import SLOTS, rebound
 
 # A part of a module -> the forward that runs in the place of the part's.
@@ -115,7 +116,7 @@ class Carrier:
 def carrier_of(model: nn.Module, down_name: str, held: Mapping[int, int]) -> Carrier | None:
     """What carries a vector on a down projection's input; `held`: by id, how many hold a module."""
     parent, _, down = down_name.rpartition(".")
-    mlp = model.get_submodule(parent)
+    mlp = module_at(model, parent)
     found = read_mlp(mlp, down, with_gate=False)
     if isinstance(found, str):
         return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import IA3Error, did_you_mean
 from .activations import device_of
-from .names import ATTRIBUTE, base_modules
+from .names import ATTRIBUTE, base_modules, module_at, own_name, own_names
 from .patch import SLOTS, patch, patched, refuse_replica
 from .weights import write
 
@@ -89,7 +89,7 @@ def find(model: nn.Module, names: Iterable[str] | None, *, strict: bool = True) 
     """The modules that `modules_to_save` names, by PEFT's rule: the ends of their names."""
     found: dict[str, None] = {}
     modules = base_modules(model) if names else []
-    for entry in names or ():
+    for entry in map(own_name, names or ()):
         matching = [name for name in modules if name.endswith(entry)]
         if not matching and strict:
             last_parts = {name.rsplit(".", 1)[-1] for name in modules} | set(modules)
@@ -99,7 +99,7 @@ def find(model: nn.Module, names: Iterable[str] | None, *, strict: bool = True) 
             )
         found.update(dict.fromkeys(matching))
     for name in found:
-        module = model.get_submodule(name)
+        module = module_at(model, name)
         inside = next((other for other in found if other.startswith(f"{name}.")), None)
         if inside is not None:
             raise IA3Error(f"modules_to_save: {inside!r} is part of {name!r}, which is saved whole")
@@ -159,7 +159,7 @@ def check(values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module) 
     expected = {
         f"{name}.{key}": value
         for name in saved
-        for key, value in model.get_submodule(name).state_dict().items()
+        for key, value in own_names(module_at(model, name).state_dict()).items()
         if ATTRIBUTE not in key.split(".")
     }
     missing = sorted(expected.keys() - values.keys())
@@ -180,8 +180,8 @@ def check(values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module) 
 
 def load(twin: nn.Module, name: str, values: Mapping[str, Tensor]) -> None:
     """Give the copy of the module `name` its values, as `check` has seen them."""
-    own = {key: value for key, value in values.items() if key.startswith(f"{name}.")}
-    twin.load_state_dict({key.removeprefix(f"{name}."): value for key, value in own.items()})
+    keys = {f"{name}.{own_name(key)}": key for key in twin.state_dict()}
+    twin.load_state_dict({keys[key]: value for key, value in values.items() if key in keys})
 
 
 def allow_plain_checkpoint(module: nn.Module, incompatible_keys: Any) -> None:

@@ -18,7 +18,7 @@ from ..core import saved_modules
 from ..core.activations import device_of
 from ..core.inventory import Contents, Inventory
 from ..core.merge import Merge
-from ..core.names import ATTRIBUTE, Target
+from ..core.names import ATTRIBUTE, Target, modules_of, own_name, own_names, unwrapped
 from ..core.route import BASE, LOCK, watch
 from ..core.saved_modules import SavedModule, saved_module_of
 from ..core.sites import Site, check_free, displace, place, site_of
@@ -47,7 +47,8 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module, merge: Merge) -> None:
-        on = next((name for name, m in model.named_modules() if ATTRIBUTE in m._modules), None)
+        model = unwrapped(model)
+        on = next((name for name, m in modules_of(model).items() if ATTRIBUTE in m._modules), None)
         if on is not None:
             raise IA3Error(
                 f"{type(model).__name__} has adapters already (at {on!r}): use add_adapter on "
@@ -86,7 +87,7 @@ class Adapters:
 
     def stored(self, name: str, values: Mapping[str, Tensor] | None = None) -> Adapter:
         """An adapter, in the model's memory; `values`, an `IA3Model`'s state dict, go first."""
-        found, end = values or {}, f"{ATTRIBUTE}.{name}"
+        found, end = own_names(values or {}), f"{ATTRIBUTE}.{name}"
         having = self.sites_of(name)
         return Adapter(
             dataclasses.replace(self.configs[name]),
@@ -94,7 +95,7 @@ class Adapters:
             {
                 f"{module}.{key}": found.get(f"model.{module}.{end}.{key}", value)
                 for module, twin in self.copies_of(name).items()
-                for key, value in twin.state_dict().items()
+                for key, value in own_names(twin.state_dict()).items()
             },
             {module: site.frozen[name] for module, site in having if name in site.frozen},
         )
@@ -462,7 +463,7 @@ def with_head(model: nn.Module, config: IA3Config) -> list[str]:
 
     Where PEFT's names find none (it trains none then), these are all children but the body.
     """
-    names = list(config.modules_to_save or ())
+    names = [own_name(name) for name in config.modules_to_save or ()]
     if config.task_type not in HEADS:
         return names
     heads = [name for name in HEADS[TaskType(config.task_type)] if hasattr(model, name)]
@@ -479,7 +480,7 @@ def _check_can_be_copied(saved: Sequence[str], contents: Contents) -> None:
     for name in saved:
         _check_outside_copies(name, contents)
         module = contents.modules[name]
-        for part_name, part in module.named_modules(prefix=name):
+        for part_name, part in own_names(dict(module.named_modules(prefix=name))).items():
             if site_of(part) is not None or (part is not module and saved_module_of(part)):
                 raise IA3Error(
                     f"modules_to_save: another adapter on this model has vectors or a copy in "

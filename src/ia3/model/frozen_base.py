@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core.names import ATTRIBUTE
+from ..core.names import ATTRIBUTE, own_name, own_names
 
 
 class FrozenBase:
@@ -17,18 +17,23 @@ class FrozenBase:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._trained = {own_name(name) for name, p in model.named_parameters() if p.requires_grad}
         self._ignored = getattr(model, "_keys_to_ignore_on_save", None)
         self._requires_input_grads = False
 
     def freeze(self) -> None:
         """Stop the base's parameters training, and hide adapters from its `save_pretrained`."""
-        for name in self._trained:
-            self.model.get_parameter(name).requires_grad_(False)
+        self._set_trained(False)
         if isinstance(self.model, PreTrainedModel):
             self.model._keys_to_ignore_on_save = AdapterKeys(self.model, self._ignored or ())
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
             self.checkpointing_enabled({})
+
+    def _set_trained(self, trained: bool) -> None:
+        # They may have come into wrappers, or out of them, since.
+        parameters = own_names(dict(self.model.named_parameters()))
+        for name in self._trained & parameters.keys():
+            parameters[name].requires_grad_(trained)
 
     def checkpointing_enabled(self, options: Mapping[str, Any] | None) -> None:
         """Have the embeddings' output require gradients where checkpointing is reentrant.
@@ -44,10 +49,7 @@ class FrozenBase:
 
     def give_back(self) -> None:
         """Undo `freeze`. Parameters that are no longer in the model are passed over."""
-        parameters = dict(self.model.named_parameters())
-        for name in self._trained:
-            if name in parameters:
-                parameters[name].requires_grad_(True)
+        self._set_trained(True)
         if isinstance(self.model, PreTrainedModel):
             self.model._keys_to_ignore_on_save = self._ignored
         if self._requires_input_grads:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..adapter.combining import CombinationType, MajoritySign, combine
 from ..adapter.files import Adapter
 from ..core.merge import Merge
+from ..core.names import own_names
 from ..core.route import LOCK, Names
 from ..errors import IA3Error, naming
 from ..files.hub import HubOptions
@@ -583,7 +584,7 @@ class IA3Model(nn.Module):
 
 
 def _stored(config: IA3Config, vectors: Mapping[str, Tensor] | None) -> Adapter | None:
-    return None if vectors is None else Adapter(config, dict(vectors))
+    return None if vectors is None else Adapter(config, own_names(vectors))
 
 
 def value_count(parameter: nn.Parameter) -> int:

@@ -15,7 +15,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..core.activations import SUPPORTED, Activation, Side, activation_of, linear_features
-from ..core.names import Frozen, Target, base_modules, model_type_of, own_modules
+from ..core.names import (
+    Frozen,
+    Target,
+    base_modules,
+    model_type_of,
+    module_at,
+    modules_of,
+    own_modules,
+    own_name,
+    unwrapped,
+)
 from ..errors import IA3Error, did_you_mean
 from .architectures import ARCHITECTURES
 from .config import Entries, IA3Config, TaskType
@@ -40,14 +50,15 @@ def resolve(
         A copy of the config with its modules named in the forms PEFT reads, and the targets in the
         model's order.
     """
+    model, config = unwrapped(model), _by_own_names(config)
     entries, feedforward, sites = _choice(model, config)
-    modules_of: dict[str, Any] = {"target_modules": entries, "feedforward_modules": feedforward}
+    chosen: dict[str, Any] = {"target_modules": entries, "feedforward_modules": feedforward}
     unknown = dict(config.unknown)
-    resolved = dataclasses.replace(config, **modules_of, paper_sites=False, unknown=unknown)
+    resolved = dataclasses.replace(config, **chosen, paper_sites=False, unknown=unknown)
     if resolved.base_model_name_or_path is None:
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         resolved.base_model_name_or_path = name or None
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     if frozen is None:
         _check_entries(resolved, own_modules(modules), model)
     why = {site.name: site.why for site in sites}
@@ -66,9 +77,21 @@ def resolve(
     return resolved, targets
 
 
+def _by_own_names(config: IA3Config) -> IA3Config:
+    """The config with the entries of its lists as they are without wrappers around modules."""
+    fields = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save")
+    lists = {field: getattr(config, field) for field in fields}
+    named: dict[str, Any] = {
+        field: list(map(own_name, entries))
+        for field, entries in lists.items()
+        if entries is not None and not isinstance(entries, str)
+    }
+    return dataclasses.replace(config, **named)
+
+
 def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
     """The names of all linear layers in a model's uppermost `count` blocks."""
-    lists, kind = block_lists(model), type(model).__name__
+    lists, kind = block_lists(model), type(unwrapped(model)).__name__
     if len(lists) != 1:
         there = f"has blocks in {', '.join(lists)}" if lists else "has no list of blocks"
         raise IA3Error(
@@ -83,7 +106,7 @@ def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
     return [
         f"{name}.{index}.{part}"
         for index in range(size - count, size)
-        for part, module in blocks[index].named_modules()
+        for part, module in modules_of(blocks[index]).items()
         if linear_features(module)
     ]
 
@@ -141,6 +164,7 @@ def explain(model: nn.Module, config: IA3Config | None = None) -> None:
         6 modules, 96 values, 384 bytes
     """
     _, targets = resolve(model, config or IA3Config())
+    model = unwrapped(model)
     model_type = model_type_of(model)
     print(type(model).__name__ + (f" ({model_type})" if model_type != "None" else ""))
     rows = [("module", "side", "times", "values", "why"), *_rows(targets)]
@@ -194,7 +218,8 @@ def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list
         if head is None and config.task_type == TaskType.SEQ_CLS:
             # Where a sequence classifier keeps its output layer, in PEFT's order.
             head = getattr(model, "score", None) or getattr(model, "classifier", None)
-        modules = model.named_modules()
+        head = None if head is None else unwrapped(head)
+        modules = modules_of(model).items()
         linear = [name for name, m in modules if linear_features(m) and m is not head]
         entries = names_or_suffixes(model, linear)
     if feedforward is None:
@@ -240,7 +265,7 @@ def _default_feedforward(model: nn.Module, targets: Entries) -> tuple[Entries, l
     names = [name for name in base_modules(model) if matches(name, targets)]
     if model_type_of(model) in ARCHITECTURES:
         # Experts have no module of PEFT's names.
-        experts = [name for name in names if activation_of(model.get_submodule(name), "inner")]
+        experts = [name for name in names if activation_of(module_at(model, name), "inner")]
         default = [*ARCHITECTURES[model_type_of(model)][1], *experts]
     else:
         default = []

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core.activations import Side, activation_of
 from ..core.experts import is_experts
-from ..core.names import Frozen, Target
+from ..core.names import Frozen, Target, modules_of
 from ..errors import IA3Error
 from .fused_projections import fused_queries
 
@@ -119,7 +119,7 @@ class _Tree:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules = dict(model.named_modules())
+        self.modules = modules_of(model)
         # Name of an attention -> its children's full names and roles.
         self.attentions = {
             name: roles
@@ -153,7 +153,7 @@ class _Tree:
         """All modules within this one, and itself, whose output can be rescaled."""
         return [
             f"{name}.{child}" if child else name
-            for child, module in self.modules[name].named_modules()
+            for child, module in modules_of(self.modules[name]).items()
             if _is_projection(module)
         ]
 
