@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..adapter.layout import KEY_PREFIX
 from ..core.inventory import contents
 from ..core.names import ATTRIBUTE, own_names, unwrapped
+from ..core.spread import spread_like
 from ..errors import IA3Error
 from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..targets.config import IA3Config
@@ -116,7 +117,7 @@ def set_peft_model_state_dict(
             del given[key]
     with torch.no_grad():
         for key in given.keys() & keys.keys():
-            slots[keys[key]].copy_(given[key])
+            slots[keys[key]].copy_(spread_like(given[key], slots[keys[key]]))
     return nn.modules.module._IncompatibleKeys(
         sorted(f"{prefix}{key}" for key in keys.keys() - given.keys()),
         sorted(f"{prefix}{key}" for key in given.keys() - keys.keys()),

@@ -62,7 +62,8 @@ def activation_of(module: nn.Module, side: Side) -> Activation | None:
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """`(in, out)` of a linear layer, quantized or not; `None` for anything else."""
     if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
+        # Not the weight's shape, which FSDP 1 flattens.
+        return module.nx, module.nf
     if isinstance(module, NonDynamicallyQuantizableLinear):
         # nn.MultiheadAttention reads its weight and never calls it.
         return None

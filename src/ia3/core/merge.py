@@ -18,6 +18,7 @@ from .inventory import sites
 from .mlp import read_mlp
 from .names import ATTRIBUTE, module_at, modules_of, put_module
 from .sites import displace, site_of
+from .spread import any_spread
 
 # A module's name, and one of its slots (see `weights`).
 Spot = tuple[str, str]
@@ -42,6 +43,11 @@ class Merge:
 
         `safe` refuses a result that is not finite. Nothing has changed where it raises.
         """
+        if any_spread(self.model):
+            raise IA3Error(
+                f"cannot merge {list(adapters)}: the model's weights are spread over processes (FSDP "
+                "or tensor parallelism); save the adapter, and merge it into a model that is not"
+            )
         before = self._read(self._originals)
         try:
             self._write(self._originals)

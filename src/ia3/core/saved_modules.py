@@ -18,6 +18,7 @@ from ..errors import IA3Error, did_you_mean
 from .activations import device_of
 from .names import ATTRIBUTE, base_modules, module_at, own_name, own_names
 from .patch import SLOTS, patch, patched, refuse_replica
+from .spread import spread_like
 from .weights import write
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -180,8 +181,10 @@ def check(values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module) 
 
 def load(twin: nn.Module, name: str, values: Mapping[str, Tensor]) -> None:
     """Give the copy of the module `name` its values, as `check` has seen them."""
-    keys = {f"{name}.{own_name(key)}": key for key in twin.state_dict()}
-    twin.load_state_dict({keys[key]: value for key, value in values.items() if key in keys})
+    own = {f"{name}.{own_name(key)}": (key, now) for key, now in twin.state_dict().items()}
+    twin.load_state_dict(
+        {key: spread_like(values[full], now) for full, (key, now) in own.items() if full in values}
+    )
 
 
 def allow_plain_checkpoint(module: nn.Module, incompatible_keys: Any) -> None:

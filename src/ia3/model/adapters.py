@@ -22,6 +22,7 @@ from ..core.names import ATTRIBUTE, Target, modules_of, own_name, own_names, unw
 from ..core.route import BASE, LOCK, watch
 from ..core.saved_modules import SavedModule, saved_module_of
 from ..core.sites import Site, check_free, displace, place, site_of
+from ..core.spread import any_spread, gathered, spread_like
 from ..errors import IA3Error, did_you_mean
 from ..targets.config import IA3Config, TaskType
 from ..targets.resolve import check_vectors, resolve
@@ -86,14 +87,21 @@ class Adapters:
         return {module for module, _, site in self.contents().sites if site.merged}
 
     def stored(self, name: str, values: Mapping[str, Tensor] | None = None) -> Adapter:
-        """An adapter, in the model's memory; `values`, an `IA3Model`'s state dict, go first."""
-        found, end = own_names(values or {}), f"{ATTRIBUTE}.{name}"
+        """An adapter, in the model's memory; `values`, the base model's state dict, go first.
+
+        What is spread over processes is gathered, unless it is among the `values`.
+        """
+        found, end = values or {}, f"{ATTRIBUTE}.{name}"
         having = self.sites_of(name)
+        vectors: dict[str, Tensor] = {}
+        for module, site in having:
+            given = found.get(f"{module}.{end}")
+            vectors[module] = site.whole(name) if given is None else gathered(given)
         return Adapter(
             dataclasses.replace(self.configs[name]),
-            {m: found.get(f"model.{m}.{end}", site.vector(name).detach()) for m, site in having},
+            vectors,
             {
-                f"{module}.{key}": found.get(f"model.{module}.{end}.{key}", value)
+                f"{module}.{key}": gathered(found.get(f"{module}.{end}.{key}", value))
                 for module, twin in self.copies_of(name).items()
                 for key, value in own_names(twin.state_dict()).items()
             },
@@ -179,6 +187,13 @@ class Adapters:
             _check_can_be_copied(saved, self.contents())
             if stored is not None:
                 saved_modules.check(stored.copies, saved, self.model)
+            if not config.inference_mode and any_spread(self.model):
+                warnings.warn(
+                    f"adapter {name!r} is put on a model that is spread over processes already: "
+                    "the gradients of its vectors are not averaged over these; to train it, put it "
+                    "on before FSDP",
+                    stacklevel=5,
+                )
             try:
                 self._add_vectors(name, config, targets, stored)
                 for module_name in saved:
@@ -225,6 +240,7 @@ class Adapters:
             check_vectors(stored.vectors, targets, type(self.model).__name__)
             saved_modules.check(stored.copies, list(copies), self.model)
             for module, site in having:
+                site.check_whole(name)
                 here, there = site.frozen.get(name, ()), stored.frozen.get(module, ())
                 if here != there:
                     raise IA3Error(
@@ -233,7 +249,7 @@ class Adapters:
                     )
             with torch.no_grad():
                 for module, site in having:
-                    site[name].copy_(stored.vectors[module])
+                    site[name].copy_(spread_like(stored.vectors[module], site[name]))
             for module, twin in copies.items():
                 saved_modules.load(twin, module, stored.copies)
 
@@ -480,6 +496,11 @@ def _check_can_be_copied(saved: Sequence[str], contents: Contents) -> None:
     for name in saved:
         _check_outside_copies(name, contents)
         module = contents.modules[name]
+        if any_spread(module):
+            raise IA3Error(
+                f"modules_to_save: {name!r} is spread over processes already: put the adapter on "
+                "before FSDP"
+            )
         for part_name, part in own_names(dict(module.named_modules(prefix=name))).items():
             if site_of(part) is not None or (part is not module and saved_module_of(part)):
                 raise IA3Error(

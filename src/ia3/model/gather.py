@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.activations import Side
 from ..core.route import BASE, LOCK, Host, Names, Route
 from ..core.sites import Site
+from ..core.spread import is_spread
 from ..errors import IA3Error
 from .adapters import Adapters
 
@@ -54,7 +55,9 @@ def make_route(
             having = [(module, site.side) for site, module in sites.items() if name in site]
             check_mixable(name, copied, having)
         stacked = _stacked_vectors(names, sites, others, gathered)
-        if any(site[name].requires_grad for site in sites for name in own if name in site):
+        vectors = [site[name] for site in sites for name in own if name in site]
+        # Where FSDP has spread them, they are whole while their module is called, and no sooner.
+        if any(vector.requires_grad or is_spread(vector) for vector in vectors):
             return Route(host, sites, stacked, index)
         with torch.inference_mode(False), torch.no_grad():
             values = {site: value for site in sites if (value := stacked(site)) is not None}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..adapter.files import Adapter, adapter_files, read_adapter
 from ..adapter.fingerprint import fingerprint
+from ..core.names import own_names
 from ..errors import IA3Error
 from ..files.atomic import check_folder, write_files
 from ..files.hub import HubOptions, adapter_folder
@@ -41,8 +42,11 @@ def to_save(
     The values of a `state_dict`, an `IA3Model`'s, go before those on the model.
     """
     adapters.check_known(names)
-    base = fingerprint(adapters.model, adapters.merged_modules())
-    found = {name: adapters.stored(name, state_dict) for name in names}
+    values = None
+    if state_dict is not None:
+        values = {key.removeprefix("model."): v for key, v in own_names(state_dict).items()}
+    base = fingerprint(adapters.model, adapters.merged_modules(), values)
+    found = {name: adapters.stored(name, values) for name in names}
     for adapter in found.values():
         config = adapter.config
         config.inference_mode = True
