@@ -210,7 +210,7 @@ def fsdp1(folder):
             apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, BLOCKS))
         train(model, own_row())
         with FullyShardedDataParallel.state_dict_type(
-            model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(True, True)
+            model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=True)
         ):
             state = model.state_dict()
         if main:

@@ -45,8 +45,9 @@ class Merge:
         """
         if any_spread(self.model):
             raise IA3Error(
-                f"cannot merge {list(adapters)}: the model's weights are spread over processes (FSDP "
-                "or tensor parallelism); save the adapter, and merge it into a model that is not"
+                f"cannot merge {list(adapters)}: the model's weights are spread over processes "
+                "(FSDP or tensor parallelism); save the adapter, and merge it into a model that is "
+                "not"
             )
         before = self._read(self._originals)
         try:

@@ -135,7 +135,7 @@ class Site(nn.Module):
     def whole(self, adapter: str) -> Tensor:
         """An adapter's vector as it is saved, gathered from all processes; see `check_whole`."""
         self.check_whole(adapter)
-        return gathered(self.vector(adapter).detach())
+        return gathered(self.vector(adapter))
 
     def check_whole(self, adapter: str) -> None:
         """Raise `IA3Error` where FSDP 1 has a vector in pieces, which it alone can gather."""

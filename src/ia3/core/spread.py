@@ -25,9 +25,10 @@ def any_spread(module: nn.Module) -> bool:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a `DTensor`, for which all its processes must ask at once."""
+    """The whole of a `DTensor`, for which all its processes must ask at once; without gradients."""
     if not _is_dtensor(tensor):
-        return tensor
+        # FSDP 1 frees the memory that a parameter of it is whole in.
+        return tensor.detach().clone() if is_spread(tensor) else tensor.detach()
     spread: Any = tensor.detach()
     # Offloaded to the CPU, it is gathered where its processes can talk to each other.
     return spread.to(spread.device_mesh.device_type).full_tensor()  # type: ignore[no-any-return]

@@ -103,7 +103,7 @@ class Adapters:
             {
                 f"{module}.{key}": gathered(found.get(f"{module}.{end}.{key}", value))
                 for module, twin in self.copies_of(name).items()
-                for key, value in own_names(twin.state_dict()).items()
+                for key, value in own_names(twin.state_dict(keep_vars=True)).items()
             },
             {module: site.frozen[name] for module, site in having if name in site.frozen},
         )
@@ -236,11 +236,12 @@ class Adapters:
         with LOCK:
             self._check_unmerged(name)
             having, copies = self.sites_of(name), self.copies_of(name)
+            for _, site in having:
+                site.check_whole(name)
             targets = [site.target(module) for module, site in having]
             check_vectors(stored.vectors, targets, type(self.model).__name__)
             saved_modules.check(stored.copies, list(copies), self.model)
             for module, site in having:
-                site.check_whole(name)
                 here, there = site.frozen.get(name, ()), stored.frozen.get(module, ())
                 if here != there:
                     raise IA3Error(
