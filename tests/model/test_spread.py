@@ -247,7 +247,7 @@ def fsdp1_in_other_ways(folder):
     model(input_ids=own_row(), labels=own_row()).loss.backward()
     close(logits(model), expected)
     # Every linear layer for itself.
-    policy = partial(size_based_auto_wrap_policy, min_num_params=1)
+    policy = partial(size_based_auto_wrap_policy, min_num_params=100)
     model = IA3Model.from_pretrained(base("llama"), folder / "plain")
     expected = logits(model)
     close(logits(wrap(model, policy)), expected)

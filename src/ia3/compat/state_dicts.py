@@ -69,7 +69,7 @@ def get_peft_model_state_dict(
             and embeddings are saved where `modules_to_save` names them.
 
     Returns:
-        Key -> tensor, in the model's memory: vectors, float32, in their files' shapes, and the
+        Key -> tensor, in the model's memory: vectors, in their files' shapes, and the
         parameters of copies of modules (`modules_to_save`).
 
     Raises:

@@ -75,6 +75,14 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """A weight's dtype, or what it computes in; float32 where it is quantized and does not say."""
+    weight = next(module.parameters(), None)
+    dtypes = (getattr(module, "compute_dtype", None), None if weight is None else weight.dtype)
+    whole = (d for d in dtypes if d is not None and d.is_floating_point and d.itemsize > 1)
+    return next(whole, torch.float32)
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes; `cpu` for one without tensors."""
     tensor: Tensor | None = next(chain(module.parameters(), module.buffers()), None)

@@ -28,12 +28,14 @@ from .spread import gathered, refuse_tensor_parallel, spread_like
 class Site(nn.Module):
     """Every adapter's vector at one activation of one base module.
 
-    Vectors have PEFT's shapes (`Activation.shape`) and are float32 whatever the base's dtype.
+    Vectors have PEFT's shapes (`Activation.shape`) and are float32 whatever the base's dtype, but
+    for those of the adapters that follow it.
     """
 
     side: Side
     activation: Activation
     frozen: dict[str, Frozen]  # adapter -> the ranges of its vector that count as one
+    following: set[str]  # the adapters whose vectors have the base's dtype
     active: tuple[str, ...] = ()  # the adapters whose vectors multiply now
     # Rescale where it costs the least memory; else by the plain product, at the module itself.
     in_place: bool = True
@@ -47,7 +49,8 @@ class Site(nn.Module):
 
     def __init__(self, target: Target, carrier: Carrier | None = None) -> None:
         super().__init__()
-        self.side, self.activation, self.frozen = target.side, target.activation, {}
+        self.side, self.activation = target.side, target.activation
+        self.frozen, self.following = {}, set()
         self._carrier = carrier
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
@@ -71,17 +74,29 @@ class Site(nn.Module):
         return self.__dict__.get(adapter) if parameter is None else parameter  # type: ignore[call-overload]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Site:
+        vectors = [self[name] for name in self.following]
+        following = [*vectors, *(vector.grad for vector in vectors)]
+
         # Training moves vectors by less than half precision resolves around one.
         def at_least_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             narrow = moved.is_floating_point() and moved.itemsize < 4
-            return tensor.to(moved.device, torch.float32) if narrow else moved
+            if not narrow or any(tensor is each for each in following):
+                return moved
+            return tensor.to(moved.device, torch.float32)
 
         super()._apply(at_least_float32, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def add(self, adapter: str, vector: Tensor, frozen: Frozen = ()) -> None:
-        """Store a vector of `Activation.shape`, not to be trained yet, with its frozen ranges."""
+    def add(
+        self, adapter: str, vector: Tensor, frozen: Frozen = (), *, follows: bool = False
+    ) -> None:
+        """Store a vector of `Activation.shape`, not to be trained yet, with its frozen ranges.
+
+        One that `follows` is cast with the base model, also to less than float32.
+        """
+        if follows:
+            self.following.add(adapter)
         # Not register_parameter: it refuses names that are also methods of this class ("product").
         self._parameters[adapter] = nn.Parameter(vector, requires_grad=False)
         if frozen:
@@ -111,6 +126,7 @@ class Site(nn.Module):
         if self.frozen.pop(adapter, ()):
             delattr(self, _mask_name(adapter))
         self._parameters.pop(adapter, None)
+        self.following.discard(adapter)
 
     def vector(self, adapter: str) -> Tensor:
         """An adapter's vector, `Activation.shape`, its frozen values one."""

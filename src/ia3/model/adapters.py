@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..adapter.files import Adapter
 from ..core import saved_modules
-from ..core.activations import device_of
+from ..core.activations import device_of, dtype_of
 from ..core.inventory import Contents, Inventory
 from ..core.merge import Merge
 from ..core.names import ATTRIBUTE, Target, modules_of, own_name, own_names, unwrapped
@@ -172,8 +172,13 @@ class Adapters:
                 )
         return resolved, targets
 
-    def add(self, name: str, config: IA3Config, stored: Adapter | None = None) -> None:
-        """Add an adapter, not active, its vectors from `stored` or new."""
+    def add(
+        self, name: str, config: IA3Config, stored: Adapter | None = None, wide: bool = True
+    ) -> None:
+        """Add an adapter, not active, its vectors from `stored` or new.
+
+        They are `wide`, which is float32 or more, or have the dtypes of their modules.
+        """
         with LOCK:
             self.check_loaded()
             if name in self.configs:
@@ -195,7 +200,7 @@ class Adapters:
                     stacklevel=5,
                 )
             try:
-                self._add_vectors(name, config, targets, stored)
+                self._add_vectors(name, config, targets, stored, wide)
                 for module_name in saved:
                     module = self.contents().modules[module_name]
                     copies = saved_modules.attach(module)
@@ -217,19 +222,25 @@ class Adapters:
         return sites
 
     def _add_vectors(
-        self, name: str, config: IA3Config, targets: Sequence[Target], stored: Adapter | None
+        self,
+        name: str,
+        config: IA3Config,
+        targets: Sequence[Target],
+        stored: Adapter | None,
+        wide: bool,
     ) -> None:
         modules, sites = self.contents().modules, self.place(targets)
         new = torch.ones if config.init_ia3_weights else torch.randn
         for target in targets:
-            device = device_of(modules[target.name])
+            module = modules[target.name]
+            device, dtype = device_of(module), torch.float32 if wide else dtype_of(module)
             if stored is None:
-                vector = new(target.activation.shape, device=device)
+                vector = new(target.activation.shape, device=device, dtype=dtype)
             else:
                 # A model on the meta device has no values to lose; the adapter has.
                 device = torch.device("cpu") if device.type == "meta" else device
-                vector = stored.vectors[target.name].to(device, torch.float32, copy=True)
-            sites[target.name].add(name, vector, target.frozen)
+                vector = stored.vectors[target.name].to(device, dtype, copy=True)
+            sites[target.name].add(name, vector, target.frozen, follows=not wide)
 
     def load_into(self, name: str, stored: Adapter) -> None:
         """Give an adapter that is there the values of a stored one, in place."""

@@ -77,7 +77,7 @@ def _stacked_vectors(
         gone = next((name for name in having if name not in site), None)
         if gone is not None:
             raise IA3Error(f"adapter {gone!r} was deleted while a call with it was running")
-        rows = {name: site.vector(name).reshape(-1) for name in having}
+        rows = {name: _wide(site.vector(name)).reshape(-1) for name in having}
         like = next(iter(rows.values()), gathered.get(site))
         if like is None:
             return None
@@ -87,6 +87,11 @@ def _stacked_vectors(
         return torch.stack([rows.get(name, ones) for name in names])
 
     return stacked
+
+
+def _wide(vector: Tensor) -> Tensor:
+    # Rows of adapters whose vectors have other dtypes stand in one tensor.
+    return vector.to(torch.promote_types(vector.dtype, torch.float32))
 
 
 def check_mixable(name: str, copied: Collection[str], sites: Iterable[tuple[str, Side]]) -> None:

@@ -39,7 +39,8 @@ class IA3Model(nn.Module):
     No module is wrapped or replaced: the base model's own modules get hooks, and `unload` gives
     back the very model that was passed in. The base's parameters are frozen while adapters are on
     it, and keep their names; an adapter's vectors are parameters beside them, float32 whatever the
-    base's dtype. Attributes that are not this class's own come from the base model.
+    base's dtype unless that is asked for. Attributes that are not this class's own come from the
+    base model.
 
     Several threads may call the model, and change its adapters meanwhile: each change is made under
     one lock, a call sees the adapters from before or after it, and a change that raises is undone.
@@ -52,6 +53,7 @@ class IA3Model(nn.Module):
             may also come in the other order.
         adapter_name: the first adapter's name, active at once.
         vectors: its vectors, as in `add_adapter`; ones where not given.
+        autocast_adapter_dtype: as in `add_adapter`.
 
     Raises:
         IA3Error: the config or the vectors do not fit the model, which is then unchanged.
@@ -77,6 +79,8 @@ class IA3Model(nn.Module):
         config: IA3Config | Mapping[str, IA3Config],
         adapter_name: str = DEFAULT_ADAPTER,
         vectors: Mapping[str, Tensor] | None = None,
+        *,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         if isinstance(config, nn.Module):
             model, config = config, model
@@ -85,7 +89,7 @@ class IA3Model(nn.Module):
         if config.task_type is None and self.task is not None:
             config = dataclasses.replace(config, task_type=self.task)
         self._begin(model)
-        self._add_first(adapter_name, config, _stored(config, vectors))
+        self._add_first(adapter_name, config, _stored(config, vectors), autocast_adapter_dtype)
 
     @classmethod
     def from_adapter(
@@ -95,8 +99,11 @@ class IA3Model(nn.Module):
         adapter_name: str = DEFAULT_ADAPTER,
         *,
         source: str = "adapter",
+        autocast_adapter_dtype: bool = True,
     ) -> IA3Model:
         """Put an adapter that has been read, from `source`, onto a base model.
+
+        `autocast_adapter_dtype` is as in `add_adapter`.
 
         Raises:
             IA3Error: the adapter does not fit the model, which is then unchanged.
@@ -105,7 +112,7 @@ class IA3Model(nn.Module):
         self = kind.__new__(kind)
         self._begin(model)
         with naming(source):
-            self._add_first(adapter_name, adapter.config, adapter)
+            self._add_first(adapter_name, adapter.config, adapter, autocast_adapter_dtype)
         return self
 
     @classmethod
@@ -123,8 +130,8 @@ class IA3Model(nn.Module):
         self.model = model
         tell_trainer(IA3Model)
 
-    def _add_first(self, name: str, config: IA3Config, stored: Adapter | None) -> None:
-        self._adapters.add(name, config, stored)
+    def _add_first(self, name: str, config: IA3Config, stored: Adapter | None, wide: bool) -> None:
+        self._adapters.add(name, config, stored, wide)
         self._adapters.base.freeze()
         self.set_adapter(name, inference_mode=config.inference_mode)
 
@@ -134,7 +141,12 @@ class IA3Model(nn.Module):
         return self._adapters.configs
 
     def add_adapter(
-        self, adapter_name: str, peft_config: IA3Config, vectors: Mapping[str, Tensor] | None = None
+        self,
+        adapter_name: str,
+        peft_config: IA3Config,
+        vectors: Mapping[str, Tensor] | None = None,
+        *,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add an adapter, not yet active: its vectors do not require gradients until it is.
 
@@ -143,14 +155,18 @@ class IA3Model(nn.Module):
             peft_config: what it rescales.
             vectors: module name -> vector: `[dim, 1]` on a linear layer's output, `[1, dim]` on its
                 input, `[1, dim, 1, ...]` on a convolution, `[experts, dim]` within experts. Any
-                floating dtype; stored as float32. With vectors, entries of the config's lists may
-                match nothing. If not given, ones, or normal numbers without `init_ia3_weights`.
+                floating dtype. With vectors, entries of the config's lists may match nothing. If
+                not given, ones, or normal numbers without `init_ia3_weights`.
+            autocast_adapter_dtype: vectors are float32, and stay so when the model is cast. With
+                False they have the dtypes of their modules and are cast with them, as all that
+                FSDP 1 flattens together must have one dtype; half precision hardly trains.
 
         Raises:
             IA3Error: the name is taken or malformed, or the config or the vectors do not fit the
                 model, which is then unchanged.
         """
-        self._add(adapter_name, peft_config, _stored(peft_config, vectors))
+        stored = _stored(peft_config, vectors)
+        self._add(adapter_name, peft_config, stored, autocast_adapter_dtype)
 
     def add_weighted_adapter(
         self,
@@ -175,13 +191,13 @@ class IA3Model(nn.Module):
         combined = combine(stored, weights, combination_type, density, majority_sign_method)
         self._add(adapter_name, combined.config, combined)
 
-    def _add(self, name: str, config: IA3Config, stored: Adapter | None) -> None:
+    def _add(self, name: str, config: IA3Config, stored: Adapter | None, wide: bool = True) -> None:
         # Before the model's lock is held: the bank has one of its own.
         if self.routes.bank is not None and name in self.routes.bank:
             raise IA3Error(
                 f"the model's bank has an adapter {name!r} already: remove it or choose another"
             )
-        self._adapters.add(name, config, stored)
+        self._adapters.add(name, config, stored, wide)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, neither merged nor routed. No other thread may be in a call with it.
@@ -245,7 +261,7 @@ class IA3Model(nn.Module):
             self._adapters.enable(enabled)
 
     def vectors(self, adapter_name: str) -> dict[str, Tensor]:
-        """Module name -> the vector that trains: float32, of its shape in `add_adapter`."""
+        """Module name -> the vector that trains, of its shape and dtype in `add_adapter`."""
         self._adapters.check_known([adapter_name])
         return {name: site[adapter_name] for name, site in self._adapters.sites_of(adapter_name)}
 
@@ -516,8 +532,9 @@ class IA3Model(nn.Module):
             is_trainable: its vectors require gradients. Otherwise the model is put into evaluation
                 mode, as PEFT does.
             config: instead of the adapter's own.
-            autocast_adapter_dtype, low_cpu_mem_usage, torch_device: taken for PEFT's sake; vectors
-                are always float32, made once, and go to where their modules are.
+            autocast_adapter_dtype: as in `add_adapter`.
+            low_cpu_mem_usage, torch_device: taken for PEFT's sake; vectors are made once, and go to
+                where their modules are.
             hub: `revision`, `subfolder`, `token`, `cache_dir`, ...
 
         Returns:
@@ -538,7 +555,13 @@ class IA3Model(nn.Module):
             ('PeftModelForCausalLM', ['default'], False)
         """
         adapter = saving.read(model_id, config, is_trainable, **hub)
-        self = cls.from_adapter(model, adapter, adapter_name, source=str(model_id))
+        self = cls.from_adapter(
+            model,
+            adapter,
+            adapter_name,
+            source=str(model_id),
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
         return self if is_trainable else self.eval()
 
     def load_adapter(
@@ -562,7 +585,7 @@ class IA3Model(nn.Module):
             if adapter_name in self.peft_config:
                 self._adapters.load_into(adapter_name, adapter)
             else:
-                self._add(adapter_name, adapter.config, adapter)
+                self._add(adapter_name, adapter.config, adapter, autocast_adapter_dtype)
         modules = [self, *self._adapters.contents().modules.values()]
         if not is_trainable and any(module.training for module in modules):
             self.eval()
@@ -608,8 +631,8 @@ def get_peft_model(
     Args:
         model, peft_config, adapter_name: as for `IA3Model`.
         mixed: only False: there is one kind of adapter here.
-        autocast_adapter_dtype, low_cpu_mem_usage: taken for PEFT's sake; vectors are always float32
-            and made once.
+        autocast_adapter_dtype: as in `IA3Model.add_adapter`.
+        low_cpu_mem_usage: taken for PEFT's sake; vectors are made once.
         revision: the base model's revision on the hub, for the config.
 
     Returns:
@@ -633,7 +656,7 @@ def get_peft_model(
     if revision is not None:
         peft_config = dataclasses.replace(peft_config, revision=revision)
     kind = MODEL_CLASSES.get(peft_config.task_type, IA3Model)
-    return kind(model, peft_config, adapter_name)
+    return kind(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
 class PeftModelForCausalLM(IA3Model, task=TaskType.CAUSAL_LM):
