@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.names import ATTRIBUTE
+from ..core.names import ATTRIBUTE, own_name
 from ..errors import IA3Error, naming
 from ..files.foreign import no_adapter
 from ..files.hub import CONFIG_NAME
@@ -162,7 +162,7 @@ def name_tensors(
     """What a file's tensors are: (key -> a vector's module, key -> a parameter of the model)."""
     vectors, copies = {}, {}
     for key in keys:
-        name = key.removeprefix(KEY_PREFIX)
+        name = own_name(key).removeprefix(KEY_PREFIX)
         if name.endswith(KEY_SUFFIX):
             vectors[key] = name.removesuffix(KEY_SUFFIX)
         elif config.modules_to_save or key.startswith(KEY_PREFIX):
@@ -198,7 +198,8 @@ def read_metadata(
     try:
         read: Any = json.loads(metadata.get(FROZEN_KEY, "{}"))
         frozen = {
-            name: tuple((start, end) for start, end in ranges) for name, ranges in read.items()
+            own_name(name): tuple((start, end) for start, end in ranges)
+            for name, ranges in read.items()
         }
         if not all(type(n) is int for ranges in frozen.values() for both in ranges for n in both):
             raise TypeError("expected whole numbers")

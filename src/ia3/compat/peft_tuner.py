@@ -25,7 +25,7 @@ from ..core import experts
 from ..core.activations import Side, activation_of, device_of
 from ..core.hooks import is_fresh
 from ..core.merge import Merge
-from ..core.names import ATTRIBUTE, Target
+from ..core.names import ATTRIBUTE, Target, module_at, own_name
 from ..core.rescale import rescale
 from ..core.sites import Site, check_free
 from ..errors import IA3Error
@@ -193,7 +193,7 @@ class IA3Model(StockModel):
             # With `frozen`, an entry may match nothing, as in PEFT.
             config, targets = resolve(self.model, config, frozen={})
             for target in targets:
-                check_free(self.model.get_submodule(target.name), target)
+                check_free(module_at(self.model, target.name), target)
                 if target.frozen:
                     raise IA3Error(
                         f"{target.name!r} holds queries beside keys and values, and PEFT cannot "
@@ -202,6 +202,14 @@ class IA3Model(StockModel):
         for name in ("target_modules", "feedforward_modules", "fan_in_fan_out"):
             setattr(peft_config, name, getattr(config, name))
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        return StockModel._check_target_module_exists(peft_config, own_name(key))
+
+    @staticmethod
+    def _check_target_module_feedforward(ia3_config: Any, key: str) -> bool:
+        return bool(StockModel._check_target_module_feedforward(ia3_config, own_name(key)))
 
     @staticmethod
     def _create_new_module(

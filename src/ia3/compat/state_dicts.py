@@ -15,8 +15,9 @@ from ..adapter.layout import BASE_LAYER, KEY_PREFIX, KEY_SUFFIX, PICKLED_NAME, m
 from ..adapter.pickled import read_pickled
 from ..base.loading import device_named
 from ..core.inventory import contents
-from ..core.names import ATTRIBUTE
+from ..core.names import ATTRIBUTE, own_names, unwrapped
 from ..core.route import LOCK
+from ..core.spread import spread_like
 from ..errors import IA3Error
 from ..files.hub import adapter_folder, hub_options
 from ..model.adapters import check_config, check_string
@@ -84,18 +85,15 @@ def get_peft_model_state_dict(
             `"auto"`: where the vocabulary was resized since the model was made or loaded.
 
     Returns:
-        Key -> tensor, in the model's memory: vectors, float32, in their files' shapes, and the
+        Key -> tensor, in the model's memory: vectors, in their files' shapes, and the
         parameters of copies of modules (`modules_to_save`).
 
     Raises:
         IA3Error: the model has no such adapter.
     """
     base, prefix = _base_and_prefix(model)
-    before = ""
-    if state_dict is not None:
-        compiled = any(name.startswith("_orig_mod.") for name in state_dict)
-        before = "_orig_mod." * compiled + "model." * bool(prefix)
-    values = base.state_dict() if state_dict is None else state_dict
+    before = "" if state_dict is None else "model." * bool(prefix)
+    values = own_names(base.state_dict() if state_dict is None else state_dict)
     keys = _keys(base, adapter_name)
     if save_embedding_layers is True or (save_embedding_layers == "auto" and were_resized(base)):
         keys = _embedding_keys(base, keys.values()) | keys
@@ -127,7 +125,8 @@ def set_peft_model_state_dict(
             is not finite; nothing is loaded then.
     """
     base, prefix = _base_and_prefix(model)
-    given = {key.removeprefix(KEY_PREFIX): value for key, value in peft_model_state_dict.items()}
+    named = own_names(peft_model_state_dict)
+    given = {key.removeprefix(KEY_PREFIX): value for key, value in named.items()}
     ending = f".{ATTRIBUTE}"
     with LOCK, torch.no_grad():
         own = {key: name for name, key in _keys(base, adapter_name).items()}
@@ -135,7 +134,7 @@ def set_peft_model_state_dict(
         keys = own | {key: name for key, name in embeddings.items() if key in given}
         if any(adapter_name in site.merged for _, _, site in contents(base).sites):
             raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
-        slots = base.state_dict(keep_vars=True)
+        slots = own_names(base.state_dict(keep_vars=True))
         for key in sorted(given.keys() & keys.keys()):
             found, expected = given[key].shape, slots[keys[key]].shape
             if found != expected and not ignore_mismatched_sizes:
@@ -145,7 +144,7 @@ def set_peft_model_state_dict(
         loaded = sorted(key for key in given.keys() & keys.keys() if key.endswith(ending))
         check_finite({key.removesuffix(ending): given[key] for key in loaded})
         for key in given.keys() & keys.keys():
-            slots[keys[key]].copy_(given[key])
+            slots[keys[key]].copy_(spread_like(given[key], slots[keys[key]]))
     missing = [
         f"{prefix}{key}" + f".{adapter_name}" * key.endswith(KEY_SUFFIX)
         for key in keys.keys() - given.keys()
@@ -198,7 +197,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
         Name -> tensor, in the model's memory.
     """
     base, _ = _base_and_prefix(model)
-    values = base.state_dict()
+    values = own_names(base.state_dict())
     return {name: values[name] for name in values if ATTRIBUTE not in name.split(".")}
 
 
@@ -223,8 +222,8 @@ def _base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
     """The base model, and what its adapters' keys begin with."""
     if isinstance(model, IA3Model):
         return model.model, KEY_PREFIX
-    original = getattr(model, "_orig_mod", model)  # of a compiled model
-    return (original.model, KEY_PREFIX) if isinstance(original, IA3Model) else (original, "")
+    inside = unwrapped(model)
+    return (inside.model, KEY_PREFIX) if isinstance(inside, IA3Model) else (inside, "")
 
 
 def _keys(base: nn.Module, adapter_name: str) -> dict[str, str]:
@@ -239,7 +238,7 @@ def _keys(base: nn.Module, adapter_name: str) -> dict[str, str]:
         f"{name}.{ATTRIBUTE}.{adapter_name}.{key}": f"{name}.{key}"
         for name, _, copies in on.copies
         if adapter_name in copies
-        for key in copies[adapter_name].state_dict()
+        for key in own_names(copies[adapter_name].state_dict())
     }
     if not keys:
         raise IA3Error(f"no adapter {adapter_name!r} on this {type(base).__name__}")
@@ -263,7 +262,7 @@ def _config_for(config: IA3Config, state_dict: Mapping[str, Tensor]) -> IA3Confi
     suffix = f".{ATTRIBUTE}"
     shapes = {
         key.removeprefix(KEY_PREFIX).removesuffix(suffix): value.shape
-        for key, value in state_dict.items()
+        for key, value in own_names(state_dict).items()
         if key.endswith(suffix)
     }
     if not shapes:

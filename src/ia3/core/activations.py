@@ -62,7 +62,8 @@ def activation_of(module: nn.Module, side: Side) -> Activation | None:
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """`(in, out)` of a linear layer, quantized or not; `None` for anything else."""
     if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
+        # Not the weight's shape, which FSDP 1 flattens.
+        return module.nx, module.nf
     if is_read(module):
         return None
     # Quantized linear layers (GPTQ, AWQ, HQQ) are classes of their own.
@@ -76,6 +77,14 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 def is_read(module: nn.Module) -> bool:
     """Whether `nn.MultiheadAttention` reads the module's weight and never calls it."""
     return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """A weight's dtype, or what it computes in; float32 where it is quantized and does not say."""
+    weight = next(module.parameters(), None)
+    dtypes = (getattr(module, "compute_dtype", None), None if weight is None else weight.dtype)
+    whole = (d for d in dtypes if d is not None and d.is_floating_point and d.itemsize > 1)
+    return next(whole, torch.float32)
 
 
 def device_of(module: nn.Module) -> torch.device:

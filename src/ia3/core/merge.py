@@ -17,9 +17,10 @@ from . import quantized, weights
 from .activations import Side
 from .inventory import sites
 from .mlp import read_mlp
-from .names import ATTRIBUTE
+from .names import ATTRIBUTE, module_at, modules_of, own_name, own_names, put_module
 from .reached import describe, is_unreached
 from .sites import displace, site_of
+from .spread import any_spread
 
 # A module's name, and one of its slots (see `weights`).
 Spot = tuple[str, str]
@@ -45,6 +46,12 @@ class Merge:
 
         `safe` refuses a result that is not finite. Nothing has changed where it raises.
         """
+        if any_spread(self.model):
+            raise IA3Error(
+                f"cannot merge {list(adapters)}: the model's weights are spread over processes "
+                "(FSDP or tensor parallelism); save the adapter, and merge it into a model that is "
+                "not"
+            )
         before = self._read(self._originals)
         self._check_sizes()
         try:
@@ -116,7 +123,7 @@ class Merge:
         displace(before)
         module.add_module(ATTRIBUTE, site)
         site.activate(module, active)
-        self.model.set_submodule(name, module)
+        put_module(self.model, name, module)
 
     def _products(self, adapters: tuple[str, ...]) -> dict[Spot, Any]:
         """What merging these adapters puts where."""
@@ -197,7 +204,7 @@ class Merge:
                 )
 
     def _module(self, name: str) -> nn.Module:
-        return self.model.get_submodule(name)
+        return module_at(self.model, name)
 
     def _read(self, spots: Iterable[Spot]) -> dict[Spot, Any]:
         return {(name, slot): weights.read(self._module(name), slot) for name, slot in spots}
@@ -220,13 +227,15 @@ class _Guard:
     def __call__(
         self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *others: Any
     ) -> None:
-        for name, part in module.named_modules():
-            for wrapped in part._load_state_dict_pre_hooks.values():
+        given = own_names(state_dict)
+        for name, part in modules_of(module).items():
+            hooks: Any = part._load_state_dict_pre_hooks.values()
+            for wrapped in hooks:
                 if not isinstance(guard := wrapped.hook, _Guard):
                     continue
                 for slot in guard.slots:
-                    key = f"{prefix}{name}.{slot}" if name else prefix + slot
-                    if key in state_dict:
+                    key = own_name(f"{prefix}{name}.{slot}" if name else prefix + slot)
+                    if key in given:
                         raise IA3Error(
                             f"cannot load {key!r}: adapters are merged into it, and unmerging them "
                             "would bring the former weight back; unmerge_adapter() first"
@@ -236,7 +245,7 @@ class _Guard:
 def _sharing(model: nn.Module) -> dict[Spot, str]:
     """Module and parameter name -> another module that has the very same parameter."""
     owners: dict[int, list[Spot]] = {}
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         for slot, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((name, slot))

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import warn_caller
 from .inventory import sites
-from .names import ATTRIBUTE, starred
+from .names import ATTRIBUTE, module_at, starred, unwrapped
 from .sites import Site, site_of
 
 # Classes of transformers, and those of their children whose weights they read.
@@ -35,11 +35,11 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 def is_unreached(model: nn.Module, name: str) -> bool:
     """Whether a module is never called, by what it is or by the calls there were."""
-    site = site_of(model.get_submodule(name))
+    site = site_of(module_at(model, name))
     if site is not None and site.reached is not None:
         return not site.reached
     above, _, child = name.rpartition(".")
-    return _is_known(model.get_submodule(above), child)
+    return _is_known(module_at(model, above), child)
 
 
 def _is_known(parent: nn.Module, child: str) -> bool:
@@ -103,7 +103,7 @@ def unwatch(model: nn.Module) -> None:
                 looking = True
             else:
                 hook.remove()
-    for hook in [*model._forward_hooks.values()]:
+    for hook in [*unwrapped(model)._forward_hooks.values()]:
         if isinstance(hook, _Tell) and not looking:
             hook.remove()
 

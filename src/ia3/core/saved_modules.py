@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..errors import IA3Error, did_you_mean
 from .activations import device_of
 from .calls import Calls, seen
-from .names import ATTRIBUTE, base_modules
+from .names import ATTRIBUTE, base_modules, module_at, own_name, own_names
 from .patch import SLOTS, patch, patched, refuse_replica
+from .spread import spread_like
 from .weights import write
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -107,7 +108,7 @@ def find(
     """
     found: dict[str, None] = {}
     modules = base_modules(model) if names else []
-    for entry in names or ():
+    for entry in map(own_name, names or ()):
         matching = [name for name in modules if name.endswith(entry)]
         if not matching and entry not in optional:
             last_parts = {name.rsplit(".", 1)[-1] for name in modules} | set(modules)
@@ -116,12 +117,12 @@ def find(
                 f"{did_you_mean(entry, sorted(last_parts))}; what is not in the model that gets "
                 "the adapter is not saved with it"
             )
-        trained = [name for name in matching if has_parameters(model.get_submodule(name))]
+        trained = [name for name in matching if has_parameters(module_at(model, name))]
         if not trained and entry not in optional:
             raise IA3Error(f"modules_to_save: module {matching[0]!r} has no parameters to train")
         found.update(dict.fromkeys(trained))
     for name in found:
-        module = model.get_submodule(name)
+        module = module_at(model, name)
         inside = next((other for other in found if other.startswith(f"{name}.")), None)
         if inside is not None:
             raise IA3Error(f"modules_to_save: {inside!r} is part of {name!r}, which is saved whole")
@@ -184,7 +185,7 @@ def check(values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module) 
     expected = {
         f"{name}.{key}": value
         for name in saved
-        for key, value in model.get_submodule(name).state_dict().items()
+        for key, value in own_names(module_at(model, name).state_dict()).items()
         if ATTRIBUTE not in key.split(".")
     }
     missing = sorted(expected.keys() - values.keys())
@@ -205,8 +206,10 @@ def check(values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module) 
 
 def load(twin: nn.Module, name: str, values: Mapping[str, Tensor]) -> None:
     """Give the copy of the module `name` its values, as `check` has seen them."""
-    own = {key: value for key, value in values.items() if key.startswith(f"{name}.")}
-    twin.load_state_dict({key.removeprefix(f"{name}."): value for key, value in own.items()})
+    own = {f"{name}.{own_name(key)}": (key, now) for key, now in twin.state_dict().items()}
+    twin.load_state_dict(
+        {key: spread_like(values[full], now) for full, (key, now) in own.items() if full in values}
+    )
 
 
 def allow_plain_checkpoint(module: nn.Module, incompatible_keys: Any) -> None:

@@ -23,17 +23,20 @@ from .names import ATTRIBUTE, Frozen, Target
 from .patch import refuse_replica
 from .route import factor_of, is_routed
 from .saved_modules import allow_plain_checkpoint, saved_module_of
+from .spread import gathered, refuse_tensor_parallel, spread_like
 
 
 class Site(nn.Module):
     """Every adapter's vector at one activation of one base module.
 
-    Vectors have PEFT's shapes (`Activation.shape`) and are float32 whatever the base's dtype.
+    Vectors have PEFT's shapes (`Activation.shape`) and are float32 whatever the base's dtype, but
+    for those of the adapters that follow it.
     """
 
     side: Side
     activation: Activation
     frozen: dict[str, Frozen]  # adapter -> the ranges of its vector that count as one
+    following: set[str]  # the adapters whose vectors have the base's dtype
     active: tuple[str, ...] = ()  # the adapters whose vectors multiply now
     # Rescale where it costs the least memory; else by the plain product, at the module itself.
     in_place: bool = True
@@ -51,7 +54,8 @@ class Site(nn.Module):
 
     def __init__(self, target: Target, carrier: Carrier | None = None) -> None:
         super().__init__()
-        self.side, self.activation, self.frozen = target.side, target.activation, {}
+        self.side, self.activation = target.side, target.activation
+        self.frozen, self.following = {}, set()
         self._carrier = carrier
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
@@ -63,25 +67,41 @@ class Site(nn.Module):
         return {name: p for name, p in self._parameters.items() if p is not None}
 
     def __contains__(self, adapter: object) -> bool:
-        return self._parameters.get(adapter) is not None  # type: ignore[call-overload]
+        return isinstance(self._held(adapter), Tensor)
 
     def __getitem__(self, adapter: str) -> nn.Parameter:
-        vector = self._parameters[adapter]
-        assert vector is not None
+        vector: nn.Parameter = self._held(adapter)
         return vector
 
+    def _held(self, adapter: object) -> Any:
+        parameter = self._parameters.get(adapter)  # type: ignore[call-overload]
+        # While FSDP 1 computes, its parameters may be plain attributes.
+        return self.__dict__.get(adapter) if parameter is None else parameter  # type: ignore[call-overload]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Site:
+        vectors = [self[name] for name in self.following]
+        following = [*vectors, *(vector.grad for vector in vectors)]
+
         # Training moves vectors by less than half precision resolves around one.
         def at_least_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             narrow = moved.is_floating_point() and moved.itemsize < 4
-            return tensor.to(moved.device, torch.float32) if narrow else moved
+            if not narrow or any(tensor is each for each in following):
+                return moved
+            return tensor.to(moved.device, torch.float32)
 
         super()._apply(at_least_float32, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def add(self, adapter: str, vector: Tensor, frozen: Frozen = ()) -> None:
-        """Store a vector of `Activation.shape`, not to be trained yet, with its frozen ranges."""
+    def add(
+        self, adapter: str, vector: Tensor, frozen: Frozen = (), *, follows: bool = False
+    ) -> None:
+        """Store a vector of `Activation.shape`, not to be trained yet, with its frozen ranges.
+
+        One that `follows` is cast with the base model, also to less than float32.
+        """
+        if follows:
+            self.following.add(adapter)
         # Not register_parameter: it refuses names that are also methods of this class ("product").
         self._parameters[adapter] = nn.Parameter(vector, requires_grad=False)
         if frozen:
@@ -102,7 +122,8 @@ class Site(nn.Module):
     ) -> None:
         with torch.no_grad():
             for adapter in self.frozen:
-                self[adapter].copy_(self.vector(adapter))
+                if self.is_whole(adapter):
+                    self[adapter].copy_(self.vector(adapter))
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def remove(self, adapter: str) -> None:
@@ -110,10 +131,13 @@ class Site(nn.Module):
         if self.frozen.pop(adapter, ()):
             delattr(self, _mask_name(adapter))
         self._parameters.pop(adapter, None)
+        self.following.discard(adapter)
 
     def vector(self, adapter: str) -> Tensor:
         """An adapter's vector, `Activation.shape`, its frozen values one."""
-        vector: Tensor = self._parameters[adapter]  # type: ignore[assignment]
+        vector: Any = self._parameters.get(adapter)
+        if vector is None:
+            vector = self.__dict__[adapter]  # as in `_held`
         if vector.is_meta and hasattr(self, "_hf_hook"):
             # accelerate brings a module's tensors for its forward, and a site has none.
             hook: Any = self._hf_hook
@@ -122,8 +146,26 @@ class Site(nn.Module):
             mask = self._buffers[_mask_name(adapter)]
             assert mask is not None
             # Not the gradient alone: weight decay would move the values too.
-            vector = vector.masked_fill(mask, 1.0)
-        return vector
+            vector = vector.masked_fill(spread_like(mask, vector), 1.0)
+        return vector  # type: ignore[no-any-return]
+
+    def is_whole(self, adapter: str) -> bool:
+        """Whether a vector is here or a `DTensor`, and not the piece that FSDP 1 has of it."""
+        return self[adapter].shape == self.activation.shape
+
+    def whole(self, adapter: str) -> Tensor:
+        """An adapter's vector as it is saved, gathered from all processes; see `check_whole`."""
+        self.check_whole(adapter)
+        return gathered(self.vector(adapter))
+
+    def check_whole(self, adapter: str) -> None:
+        """Raise `IA3Error` where FSDP 1 has a vector in pieces, which it alone can gather."""
+        if not self.is_whole(adapter):
+            raise IA3Error(
+                f"the vectors of adapter {adapter!r} are in pieces, one a process (FSDP 1): give "
+                "the gathered state_dict=, or do this within "
+                "FullyShardedDataParallel.summon_full_params(model)"
+            )
 
     def activate(self, module: nn.Module, adapters: tuple[str, ...], routed: bool = False) -> None:
         """Have the activation rescaled by the product of those adapters' vectors that are here.
@@ -131,7 +173,7 @@ class Site(nn.Module):
         With `routed`, a route may be on: there are hooks even without vectors, which ask for it.
         Hooks that are no longer wanted stay until `settle`.
         """
-        here = tuple(name for name in adapters if self._parameters.get(name) is not None)
+        here = tuple(name for name in adapters if name in self)
         if self.merged:
             # What is merged takes the place of what is active, or is part of it.
             among = set(self.merged) <= set(here)
@@ -226,6 +268,7 @@ def check_free(module: nn.Module, target: Target) -> None:
             f"module {target.name!r} is in another adapter's modules_to_save: it cannot be "
             "rescaled as well"
         )
+    refuse_tensor_parallel(module, target.name)
     if target.side == "inner":
         experts.check_forward(module)
 

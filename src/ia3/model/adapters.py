@@ -16,16 +16,17 @@ from transformers import PreTrainedModel
 
 from ..adapter.files import Adapter
 from ..core import saved_modules
-from ..core.activations import device_of
+from ..core.activations import device_of, dtype_of
 from ..core.calls import Calls, State
 from ..core.inventory import Contents, Inventory
 from ..core.merge import Merge
-from ..core.names import ATTRIBUTE, Target
+from ..core.names import ATTRIBUTE, Target, modules_of, own_names, unwrapped
 from ..core.patch import patched
 from ..core.reached import tell, unwatch, watch as watch_calls
 from ..core.route import BASE, LOCK, OneCall, Route, bind, watch
 from ..core.saved_modules import SavedModule, saved_module_of
 from ..core.sites import Site, check_free, displace, place, site_of
+from ..core.spread import any_spread, gathered, spread_like
 from ..core.weights import write
 from ..errors import IA3Error, did_you_mean, warn_caller
 from ..targets.config import IA3Config
@@ -50,7 +51,8 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module, merge: Merge) -> None:
-        on = next((name for name, m in model.named_modules() if ATTRIBUTE in m._modules), None)
+        model = unwrapped(model)
+        on = next((name for name, m in modules_of(model).items() if ATTRIBUTE in m._modules), None)
         if on is not None:
             raise IA3Error(
                 f"{type(model).__name__} has adapters already (at {on!r}): use add_adapter on "
@@ -103,16 +105,23 @@ class Adapters:
         return {module for module, _, site in self.contents().sites if site.merged}
 
     def stored(self, name: str, values: Mapping[str, Tensor] | None = None) -> Adapter:
-        """An adapter, in the model's memory; `values`, an `IA3Model`'s state dict, go first."""
+        """An adapter, in the model's memory; `values`, the base model's state dict, go first.
+
+        What is spread over processes is gathered, unless it is among the `values`.
+        """
         found, end = values or {}, f"{ATTRIBUTE}.{name}"
         having = self.sites_of(name)
+        vectors: dict[str, Tensor] = {}
+        for module, site in having:
+            given = found.get(f"{module}.{end}")
+            vectors[module] = site.whole(name) if given is None else gathered(given)
         return Adapter(
             dataclasses.replace(self.configs[name]),
-            {m: found.get(f"model.{m}.{end}", site.vector(name).detach()) for m, site in having},
+            vectors,
             {
-                f"{module}.{key}": found.get(f"model.{module}.{end}.{key}", value)
+                f"{module}.{key}": gathered(found.get(f"{module}.{end}.{key}", value))
                 for module, twin in self.copies_of(name).items()
-                for key, value in twin.state_dict().items()
+                for key, value in own_names(twin.state_dict(keep_vars=True)).items()
             },
             {module: site.frozen[name] for module, site in having if name in site.frozen},
         )
@@ -191,8 +200,13 @@ class Adapters:
                 warn_caller(f"this may be the wrong base model for adapter {name!r}: {other}")
         return resolved, targets
 
-    def add(self, name: str, config: IA3Config, stored: Adapter | None = None) -> None:
-        """Add an adapter, not active, its vectors from `stored` or new."""
+    def add(
+        self, name: str, config: IA3Config, stored: Adapter | None = None, wide: bool = True
+    ) -> None:
+        """Add an adapter, not active, its vectors from `stored` or new.
+
+        They are `wide`, which is float32 or more, or have the dtypes of their modules.
+        """
         with LOCK:
             self.check_loaded()
             check_config(config)
@@ -215,8 +229,14 @@ class Adapters:
                 saved_modules.check(copied, saved, self.model)
                 self._check_own(name, own, targets)
             warn_of_untrained(self.model, self._fresh, name, config, saved, stored=old)
+            if not config.inference_mode and any_spread(self.model):
+                warn_caller(
+                    f"adapter {name!r} is put on a model that is spread over processes already: "
+                    "the gradients of its vectors are not averaged over these; to train it, put it "
+                    "on before FSDP"
+                )
             try:
-                self._add_vectors(name, config, targets, stored)
+                self._add_vectors(name, config, targets, stored, wide)
                 for module_name in saved:
                     module = self.contents().modules[module_name]
                     copies = saved_modules.attach(module)
@@ -243,19 +263,25 @@ class Adapters:
         return sites
 
     def _add_vectors(
-        self, name: str, config: IA3Config, targets: Sequence[Target], stored: Adapter | None
+        self,
+        name: str,
+        config: IA3Config,
+        targets: Sequence[Target],
+        stored: Adapter | None,
+        wide: bool,
     ) -> None:
         modules, sites = self.contents().modules, self.place(targets)
         new = torch.ones if config.init_ia3_weights else torch.randn
         for target in targets:
-            device = device_of(modules[target.name])
+            module = modules[target.name]
+            device, dtype = device_of(module), torch.float32 if wide else dtype_of(module)
             if stored is None:
-                vector = new(target.activation.shape, device=device)
+                vector = new(target.activation.shape, device=device, dtype=dtype)
             else:
                 # A model on the meta device has no values to lose; the adapter has.
                 device = torch.device("cpu") if device.type == "meta" else device
-                vector = stored.vectors[target.name].to(device, torch.float32, copy=True)
-            sites[target.name].add(name, vector, target.frozen)
+                vector = stored.vectors[target.name].to(device, dtype, copy=True)
+            sites[target.name].add(name, vector, target.frozen, follows=not wide)
 
     def _check_own(self, name: str, own: Collection[str], targets: Sequence[Target]) -> None:
         """Embeddings that an adapter came with can be put on the model."""
@@ -291,6 +317,8 @@ class Adapters:
             self._check_unmerged(name)
             stored = self.named_as_here(stored)
             having, copies = self.sites_of(name), self.copies_of(name)
+            for _, site in having:
+                site.check_whole(name)
             targets = [site.target(module) for module, site in having]
             check_vectors(stored.vectors, targets, self.model)
             saved = [
@@ -308,7 +336,7 @@ class Adapters:
                     )
             with torch.no_grad():
                 for module, site in having:
-                    site[name].copy_(stored.vectors[module])
+                    site[name].copy_(spread_like(stored.vectors[module], site[name]))
             for module in saved:
                 saved_modules.load(copies[module], module, stored.copies)
             self._drop_copies(name, copies.keys() - set(saved))
@@ -588,7 +616,12 @@ def _check_can_be_copied(saved: Sequence[str], contents: Contents) -> None:
     for name in saved:
         _check_outside_copies(name, contents)
         module = contents.modules[name]
-        for part_name, part in module.named_modules(prefix=name):
+        if any_spread(module):
+            raise IA3Error(
+                f"modules_to_save: {name!r} is spread over processes already: put the adapter on "
+                "before FSDP"
+            )
+        for part_name, part in own_names(dict(module.named_modules(prefix=name))).items():
             if site_of(part) is not None or (part is not module and saved_module_of(part)):
                 raise IA3Error(
                     f"modules_to_save: another adapter on this model has vectors or a copy in "

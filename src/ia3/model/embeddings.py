@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.names import ATTRIBUTE
+from ..core.names import ATTRIBUTE, modules_of
 from ..core.sites import Site
 from ..errors import IA3Error
 
@@ -31,7 +31,7 @@ def pretrained_in(model: nn.Module) -> Iterator[PreTrainedModel]:
 
 def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
     """The embeddings of tokens and the output layers in a model, by name."""
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in modules_of(model).items()}
     found = (module for inner in pretrained_in(model) for module in _embeddings(inner))
     return {names[module]: module for module in found if module in names}
 

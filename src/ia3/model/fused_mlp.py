@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.activations import linear_features
 from ..core.mlp import FUNCTIONS, Mlp, read_mlp
-from ..core.names import ATTRIBUTE
+from ..core.names import ATTRIBUTE, modules_of
 from ..core.patch import patch, patched
 from ..core.rescale import is_traced, rescale
 from ..core.saved_modules import HOOKS, saved_module_of
@@ -30,15 +30,16 @@ from ..targets.structure import feedforward_targets
 
 def fuse(model: nn.Module) -> list[str]:
     """Fuse the gated MLPs of a model, whose sites are then to be marked; all that are fused now."""
-    for name, module in model.named_modules():
+    modules = modules_of(model)
+    for name, module in modules.items():
         if ATTRIBUTE not in name.split(".") and not is_fused(module):
             found = gated_mlp(module)
             if isinstance(found, Mlp):
                 patch(module, FusedForward(module, found))
-    names = [name for name, module in model.named_modules() if is_fused(module)]
+    names = [name for name, module in modules.items() if is_fused(module)]
     if not names:
         first = feedforward_targets(model)[0].name.rpartition(".")[0]
-        module = model.get_submodule(first)
+        module = modules[first]
         raise IA3Error(
             f"no feed-forward layer can be fused: {first!r} ({type(module).__name__}): "
             f"{gated_mlp(module)}"

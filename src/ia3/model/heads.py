@@ -10,7 +10,7 @@ from contextlib import suppress
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core.names import own_modules
+from ..core.names import module_at, modules_of, own_modules, own_name
 from ..core.saved_modules import has_parameters
 from ..errors import IA3Error
 from ..targets.config import IA3Config, TaskType
@@ -38,10 +38,10 @@ def with_head(model: nn.Module, config: IA3Config, *, stored: bool = False) -> l
     Where PEFT's names find none (it trains none then), the head is what stands beside the body. A
     `stored` adapter's config has it already, but for PEFT's own names.
     """
-    names = list(config.modules_to_save or ())
+    names = [own_name(name) for name in config.modules_to_save or ()]
     if config.task_type not in HEADS:
         return names
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     own = [name for name in own_modules(modules) if has_parameters(modules[name])]
     whole = tuple(f"{name}." for name in own if names and name.endswith(tuple(names)))
     heads = [
@@ -88,7 +88,7 @@ def warn_of_untrained(
         fresh = [
             part
             for name in (_beside_body(model) if known else ())
-            for part, module in model.get_submodule(name).named_modules(prefix=name)
+            for part, module in module_at(model, name).named_modules(prefix=name)
             if any(map(_is_weight, module.parameters(recurse=False)))
         ]
     left = [f for f in fresh if not any(f"{f}.".startswith(f"{s}.") for s in saved)]
@@ -122,7 +122,7 @@ def _beside_body(model: nn.Module) -> list[str]:
     body = _body(inner[0]) if len(inner) == 1 else []
     if not body:
         return []
-    prefix = next(f"{name}." for name, m in model.named_modules() if m is inner[0])
+    prefix = next(f"{name}." for name, m in modules_of(model).items() if m is inner[0])
     beside = [name for name in _with_parameters(inner[0]) if name not in body]
     return [f"{prefix}{name}".removeprefix(".") for name in beside]
 
@@ -151,7 +151,7 @@ def _is_weight(parameter: nn.Parameter) -> bool:
 
 def fresh_modules(model: nn.Module) -> list[str] | None:
     """The modules whose weights were in no checkpoint; `None` where that is not known."""
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     passed_over = set(embeddings_of(model).values())
     # Positions that are computed, and what else checkpoints need not have.
     lists = [inner._keys_to_ignore_on_load_missing for inner in pretrained_in(model)]

@@ -20,6 +20,7 @@ from torch.nn.modules.module import _IncompatibleKeys as LoadedKeys
 from ..adapter.combining import CombinationType, MajoritySign, combine
 from ..adapter.files import Adapter, check_finite
 from ..core.merge import Merge
+from ..core.names import own_names
 from ..core.route import LOCK, Names
 from ..errors import IA3Error, naming, warn_caller, warn_ignored
 from ..targets.config import IA3Config, PeftType, TaskType
@@ -41,7 +42,8 @@ class IA3Model(AsPeftModel):
     No module is wrapped or replaced: the base model's own modules get hooks, and `unload` gives
     back the very model that was passed in. The base's parameters are frozen while adapters are on
     it, and keep their names; an adapter's vectors are parameters beside them, float32 whatever the
-    base's dtype. Attributes that are not this class's own come from the base model.
+    base's dtype unless that is asked for. Attributes that are not this class's own come from the
+    base model.
 
     Several threads may call the model, and change its adapters meanwhile: each change is made under
     one lock, a call sees the adapters from before or after it, and a change that raises is undone.
@@ -91,7 +93,7 @@ class IA3Model(AsPeftModel):
         if config.task_type is None and self.task is not None:
             config = dataclasses.replace(config, task_type=self.task)
         self._begin(model)
-        self._add_first(adapter_name, config, _stored(config, vectors))
+        self._add_first(adapter_name, config, _stored(config, vectors), autocast_adapter_dtype)
         if vectors is None:
             self._tell_notes(adapter_name, config)
 
@@ -103,8 +105,11 @@ class IA3Model(AsPeftModel):
         adapter_name: str = DEFAULT_ADAPTER,
         *,
         source: str = "adapter",
+        autocast_adapter_dtype: bool = True,
     ) -> IA3Model:
         """Put an adapter that has been read, from `source`, onto a base model.
+
+        `autocast_adapter_dtype` is as in `add_adapter`.
 
         Raises:
             IA3Error: the adapter does not fit the model, which is then unchanged.
@@ -113,7 +118,7 @@ class IA3Model(AsPeftModel):
         self = kind.__new__(kind)
         self._begin(model)
         with naming(source):
-            self._add_first(adapter_name, adapter.config, adapter)
+            self._add_first(adapter_name, adapter.config, adapter, autocast_adapter_dtype)
         return self
 
     @classmethod
@@ -121,7 +126,7 @@ class IA3Model(AsPeftModel):
         """As the constructor, without notes on the config: it is not the caller's own."""
         self = cls.__new__(cls)
         self._begin(model)
-        self._add_first(name, config, None)
+        self._add_first(name, config, None, True)
         return self
 
     @classmethod
@@ -140,8 +145,8 @@ class IA3Model(AsPeftModel):
         self.model = model
         tell_others(IA3Model)
 
-    def _add_first(self, name: str, config: IA3Config, stored: Adapter | None) -> None:
-        self._adapters.add(name, config, stored)
+    def _add_first(self, name: str, config: IA3Config, stored: Adapter | None, wide: bool) -> None:
+        self._adapters.add(name, config, stored, wide)
         self._adapters.base.freeze()
         self.set_adapter(name, inference_mode=config.inference_mode)
 
@@ -191,23 +196,26 @@ class IA3Model(AsPeftModel):
             adapter_name: a name without dots or slashes, new to this model.
             peft_config: what it rescales.
             low_cpu_mem_usage: ignored: vectors are small, and made once.
-            autocast_adapter_dtype: ignored: vectors are always float32.
             vectors: module name -> vector: `[dim, 1]` on a linear layer's output, `[1, dim]` on its
                 input, `[1, dim, 1, ...]` on a convolution, `[experts, dim]` within experts. Any
-                floating dtype; stored as float32. With vectors, entries of the config's lists may
-                match nothing. If not given, ones, or normal numbers without `init_ia3_weights`.
+                floating dtype. With vectors, entries of the config's lists may match nothing. If
+                not given, ones, or normal numbers without `init_ia3_weights`.
+            autocast_adapter_dtype: vectors are float32, and stay so when the model is cast. With
+                False they have the dtypes of their modules and are cast with them, as all that
+                FSDP 1 flattens together must have one dtype; half precision hardly trains.
 
         Raises:
             IA3Error: the name is taken or malformed, or the config or the vectors do not fit the
                 model, which is then unchanged.
         """
-        self._add(adapter_name, peft_config, _stored(peft_config, vectors))
+        stored = _stored(peft_config, vectors)
+        self._add(adapter_name, peft_config, stored, autocast_adapter_dtype)
         if vectors is None:
             self._tell_notes(adapter_name, peft_config)
 
     def add_own_choice(self, adapter_name: str, peft_config: IA3Config) -> None:
         """As `add_adapter`, without notes on the config: it is not the caller's own."""
-        self._add(adapter_name, peft_config, None)
+        self._add(adapter_name, peft_config, None, True)
 
     def add_weighted_adapter(
         self,
@@ -232,13 +240,13 @@ class IA3Model(AsPeftModel):
         combined = combine(stored, weights, combination_type, density, majority_sign_method)
         self._add(adapter_name, combined.config, combined)
 
-    def _add(self, name: str, config: IA3Config, stored: Adapter | None) -> None:
+    def _add(self, name: str, config: IA3Config, stored: Adapter | None, wide: bool = True) -> None:
         # Before the model's lock is held: the bank has one of its own.
         if self.routes.bank is not None and name in self.routes.bank:
             raise IA3Error(
                 f"the model's bank has an adapter {name!r} already: remove it or choose another"
             )
-        self._adapters.add(name, config, stored)
+        self._adapters.add(name, config, stored, wide)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, neither merged nor routed. No other thread may be in a call with it.
@@ -320,7 +328,7 @@ class IA3Model(AsPeftModel):
             self._adapters.enable(enabled)
 
     def vectors(self, adapter_name: str) -> dict[str, Tensor]:
-        """Module name -> the vector that trains: float32, of its shape in `add_adapter`."""
+        """Module name -> the vector that trains, of its shape and dtype in `add_adapter`."""
         self._adapters.check_known([adapter_name])
         return {name: site[adapter_name] for name, site in self._adapters.sites_of(adapter_name)}
 
@@ -676,7 +684,7 @@ class IA3Model(AsPeftModel):
             is_trainable: its vectors require gradients. Otherwise the model is put into evaluation
                 mode, as PEFT does.
             config: instead of the adapter's own.
-            autocast_adapter_dtype: ignored: vectors are always float32.
+            autocast_adapter_dtype: as in `add_adapter`.
             ephemeral_gpu_offload, low_cpu_mem_usage: ignored: vectors are small, and made once.
             key_mapping: regular expressions -> what takes their place in the adapter's names, the
                 first that is found in a name. Names that transformers has changed since the adapter
@@ -708,7 +716,13 @@ class IA3Model(AsPeftModel):
         adapter = saving.read(model_id, config, is_trainable, key_mapping, further)
         if ignore_mismatched_sizes:
             adapter, _ = saving.fitted(Adapters(model, Merge(model)), adapter, adapter_name)
-        self = cls.from_adapter(model, adapter, adapter_name, source=str(model_id))
+        self = cls.from_adapter(
+            model,
+            adapter,
+            adapter_name,
+            source=str(model_id),
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
         return self if is_trainable else self.eval()
 
     def load_adapter(
@@ -746,7 +760,7 @@ class IA3Model(AsPeftModel):
             if adapter_name in self.peft_config:
                 self._adapters.load_into(adapter_name, adapter)
             else:
-                self._add(adapter_name, adapter.config, adapter)
+                self._add(adapter_name, adapter.config, adapter, autocast_adapter_dtype)
                 if is_trainable:
                     self.set_requires_grad(adapter_name)
         modules = [self, *self._adapters.contents().modules.values()]
@@ -789,7 +803,7 @@ def _stored(config: IA3Config, vectors: Mapping[str, Tensor] | None) -> Adapter 
     if vectors is None:
         return None
     check_finite(vectors)
-    return Adapter(config, dict(vectors))
+    return Adapter(config, own_names(vectors))
 
 
 def in_order(model: Any, config: Any) -> tuple[Any, Any]:

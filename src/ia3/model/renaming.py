@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..adapter.files import Adapter, renamed
 from ..adapter.layout import mapped
+from ..core.names import modules_of
 from .embeddings import pretrained_in
 
 
@@ -22,7 +23,8 @@ def as_named_in(model: nn.Module, modules: Collection[str], adapter: Adapter) ->
     inner = next(pretrained_in(model), None) if gone else None
     if inner is None:
         return adapter
-    prefix = next(f"{name}." for name, m in model.named_modules() if m is inner).removeprefix(".")
+    place = next(name for name, module in modules_of(model).items() if module is inner)
+    prefix = f"{place}.".removeprefix(".")
     now = _renaming(inner)
     names = {name: prefix + now(name.removeprefix(prefix)) for name in adapter.copies}
     for name in gone:

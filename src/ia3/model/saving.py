@@ -15,6 +15,7 @@ from ..adapter.card import card_file
 from ..adapter.files import Adapter, adapter_files, read_adapter
 from ..adapter.fingerprint import fingerprint
 from ..adapter.layout import KEY_PREFIX, KEY_SUFFIX
+from ..core.names import own_names
 from ..errors import IA3Error, naming, warn_caller
 from ..files.atomic import check_folder, write_files
 from ..files.hub import adapter_folder, hub_options, upload
@@ -89,8 +90,11 @@ def to_save(
     `embeddings` are among an adapter's values, `"auto"` only if they were resized.
     """
     adapters.check_known(names)
-    base = fingerprint(adapters.model, adapters.merged_modules())
-    found = {name: adapters.stored(name, state_dict) for name in names}
+    values = None
+    if state_dict is not None:
+        values = {key.removeprefix("model."): v for key, v in own_names(state_dict).items()}
+    base = fingerprint(adapters.model, adapters.merged_modules(), values)
+    found = {name: adapters.stored(name, values) for name in names}
     for adapter in found.values():
         config = adapter.config
         config.inference_mode = True

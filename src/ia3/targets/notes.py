@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..core.activations import Side
 from ..core.mlp import Mlp, read_mlp
-from ..core.names import starred
+from ..core.names import module_at, starred
 from .matching import matches, matches_feedforward
 from .structure import Parts, parts_of
 
@@ -104,7 +104,7 @@ def _twice(model: nn.Module, parts: Parts, sides: Mapping[str, Side]) -> Iterato
             0
         ] != parent:
             continue
-        mlp = model.get_submodule(parent)
+        mlp = module_at(model, parent)
         key = (type(mlp), last)
         if key not in proven:
             proven[key] = read_mlp(mlp, last, with_gate=False)

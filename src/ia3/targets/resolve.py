@@ -14,7 +14,18 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..core.activations import SUPPORTED, Activation, Side, activation_of, is_read, linear_features
-from ..core.names import Frozen, Target, base_modules, model_type_of, own_modules, starred
+from ..core.names import (
+    Frozen,
+    Target,
+    base_modules,
+    model_type_of,
+    module_at,
+    modules_of,
+    own_modules,
+    own_name,
+    starred,
+    unwrapped,
+)
 from ..core.reached import is_unreached
 from ..core.tried import gives_channels
 from ..errors import IA3Error, NoMatchingPeftModuleError, did_you_mean, warn_caller
@@ -42,14 +53,15 @@ def resolve(
         A copy of the config with its modules named in the forms PEFT reads, and the targets in the
         model's order.
     """
+    model, config = unwrapped(model), _by_own_names(config)
     entries, feedforward, sites = _choice(model, config)
-    modules_of: dict[str, Any] = {"target_modules": entries, "feedforward_modules": feedforward}
+    chosen: dict[str, Any] = {"target_modules": entries, "feedforward_modules": feedforward}
     unknown = dict(config.unknown)
-    resolved = dataclasses.replace(config, **modules_of, paper_sites=False, unknown=unknown)
+    resolved = dataclasses.replace(config, **chosen, paper_sites=False, unknown=unknown)
     if resolved.base_model_name_or_path is None:
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         resolved.base_model_name_or_path = name or None
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     if frozen is None:
         _check_entries(resolved, own_modules(modules), model)
     why = {site.name: site.why for site in sites}
@@ -68,9 +80,21 @@ def resolve(
     return resolved, targets
 
 
+def _by_own_names(config: IA3Config) -> IA3Config:
+    """The config with the entries of its lists as they are without wrappers around modules."""
+    fields = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save")
+    lists = {field: getattr(config, field) for field in fields}
+    named: dict[str, Any] = {
+        field: list(map(own_name, entries))
+        for field, entries in lists.items()
+        if entries is not None and not isinstance(entries, str)
+    }
+    return dataclasses.replace(config, **named)
+
+
 def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
     """The names of all linear layers in a model's uppermost `count` blocks."""
-    lists, kind = block_lists(model), type(model).__name__
+    lists, kind = block_lists(model), type(unwrapped(model)).__name__
     if len(lists) != 1:
         there = f"has blocks in {', '.join(lists)}" if lists else "has no list of blocks"
         raise IA3Error(
@@ -85,7 +109,7 @@ def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
     return [
         f"{name}.{index}.{part}"
         for index in range(size - count, size)
-        for part, module in blocks[index].named_modules()
+        for part, module in modules_of(blocks[index]).items()
         if linear_features(module)
     ]
 
@@ -102,7 +126,7 @@ def check_vectors(
     missing = sorted(expected.keys() - vectors.keys())
     extra = sorted(vectors.keys() - expected.keys())
     if extra:
-        without = {name for name, module in model.named_modules() if is_read(module)}
+        without = {name for name, module in modules_of(model).items() if is_read(module)}
         extra = [name for name in extra if name not in without]
     if missing or extra:
         which = f"has no vector for {missing[0]!r}" if missing else f"has a vector for {extra[0]!r}"
@@ -158,6 +182,7 @@ def explain(model: nn.Module, config: IA3Config | None = None) -> None:
         else t
         for t in targets
     ]
+    model = unwrapped(model)
     model_type = model_type_of(model)
     print(type(model).__name__ + (f" ({model_type})" if model_type != "None" else ""))
     rows = [("module", "side", "times", "values", "why"), *_rows(targets)]
@@ -209,9 +234,10 @@ def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list
         if head is None and config.task_type == TaskType.SEQ_CLS:
             # Where a sequence classifier keeps its output layer, in PEFT's order.
             head = getattr(model, "score", None) or getattr(model, "classifier", None)
+        head = None if head is None else unwrapped(head)
         linear = [
             name
-            for name, module in model.named_modules()
+            for name, module in modules_of(model).items()
             if (features := linear_features(module))
             and module is not head
             and gives_channels(module, features[1])
@@ -259,7 +285,7 @@ def _default_feedforward(model: nn.Module, targets: Entries) -> tuple[Entries, l
     names = [name for name in base_modules(model) if matches(name, targets)]
     if model_type_of(model) in ARCHITECTURES:
         # Experts have no module of PEFT's names.
-        experts = [name for name in names if activation_of(model.get_submodule(name), "inner")]
+        experts = [name for name in names if activation_of(module_at(model, name), "inner")]
         default = [*ARCHITECTURES[model_type_of(model)][1], *experts]
     else:
         default = []

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.activations import Side, activation_of, linear_features
 from ..core.experts import is_experts
-from ..core.names import Frozen, Target, own_modules
+from ..core.names import Frozen, Target, modules_of, own_modules
 from ..errors import IA3Error
 from .fused_projections import fused_queries
 
@@ -89,7 +89,7 @@ def parts_of(model: nn.Module) -> Parts:
 
 def layer_names(model: nn.Module, most: int = 12) -> str:
     """What the layers in a model's blocks are called, for a message: `"q_proj, k_proj, …"`."""
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     names = [name for name in own_modules(modules) if _is_projection(modules[name])]
     in_blocks = [name for name in names if any(map(str.isdigit, name.split(".")))]
     # A layer's last part, and the one before it where that is a number.
@@ -167,7 +167,7 @@ class _Tree:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules = dict(model.named_modules())
+        self.modules = modules_of(model)
         # Name of an attention -> its children's full names and roles.
         self.attentions = {
             name: roles
@@ -201,7 +201,7 @@ class _Tree:
         """All modules within this one, and itself, whose output can be rescaled."""
         return [
             f"{name}.{child}" if child else name
-            for child, module in self.modules[name].named_modules()
+            for child, module in modules_of(self.modules[name]).items()
             if _is_projection(module)
         ]
 
