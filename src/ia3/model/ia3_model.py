@@ -132,7 +132,7 @@ class IA3Model(nn.Module):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         with LOCK:  # all of it has the same adapters active
-            twin.__setstate__(copy.deepcopy(vars(self), memo))
+            twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[no-untyped-call]
         return twin
 
     @property
