@@ -587,6 +587,54 @@ def test_what_was_not_routed_is_not_routed_when_it_is_computed_again(model, reen
     _assert_alike(_gradients(model), expected)
 
 
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("first", [["b"], ["c"], ["default", "b"]], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.set_adapter("default"),
+        lambda model: model.disable_adapter_layers(),
+        lambda model: (model.add_adapter("d", ia3.IA3Config()), model.set_adapter("d")),
+    ],
+    ids=["switched", "disabled", "added"],
+)
+def test_what_is_computed_again_sees_the_adapters_of_its_call(model, reentrant, first, change):
+    """As long as they train. Also in another thread, and nothing is left behind."""
+    model.set_adapter(first)
+    _loss(model).backward()
+    expected = _gradients(model)
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    losses = [_loss(model) for _ in range(2)]
+    change(model)
+    for name in model.peft_config:
+        for vector in model.vectors(name).values():
+            vector.requires_grad_(name in first)
+    now = logits(model, **batch("llama"))
+    losses[0].backward()
+    _assert_alike(_gradients(model), expected)
+    _in_another_thread(losses[1].backward)
+    _assert_alike(_gradients(model), expected)
+    assert torch.equal(logits(model, **batch("llama")), now)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.unload(), "'b' was deleted or unloaded"),
+        (lambda model: model.merge_adapter(), "merged or unmerged"),
+        (lambda model: model.delete_adapter("b"), "'b' was deleted or unloaded"),
+    ],
+)
+def test_what_can_no_longer_be_computed_again_is_refused(model, change, message):
+    model.set_adapter("b")
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    loss = _loss(model)
+    model.set_adapter("c")
+    change(model)
+    with pytest.raises(ia3.IA3Error, match=message):
+        loss.backward()
+
+
 def test_frozen_adapters_are_computed_again_as_they_were(model, inputs):
     """Gradients flow through to the embeddings, whatever the adapters are by then."""
     ids = inputs.pop("input_ids")
@@ -765,6 +813,73 @@ def test_a_task_has_the_route_it_was_started_in(model, inputs):
         return within, await left
 
     assert all(torch.equal(found, expected) for found in asyncio.run(start()))
+
+
+def _in_a_task_of_a_route_that_was_left(model, meanwhile, action):
+    """Start a task within a route, leave that, do something, and then something in the task."""
+
+    async def start():
+        begin = asyncio.Event()
+
+        async def later():
+            await begin.wait()
+            return action()
+
+        with model.route(["b"] * 3):
+            task = asyncio.create_task(later())
+            await asyncio.sleep(0)
+        meanwhile()
+        begin.set()
+        return await task
+
+    return asyncio.run(start())
+
+
+CHANGES = {
+    "switched": lambda model: model.set_adapter("c"),
+    "switched off": lambda model: model.set_adapter([]),
+    "another was put on": lambda model: model.add_adapter("d", ia3.IA3Config()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_task_outlives_its_route_and_keeps_it(model, inputs, change):
+    expected = logits(model, **inputs, adapter_names=["b"] * 3)
+    other = logits(model, **inputs, adapter_names=["c"] * 3)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    ids = inputs["input_ids"]
+    generated = model.generate(ids, **options, adapter_names=["b"] * 3)
+
+    def calls():
+        first = logits(model, **inputs)
+        with model.route(["c"] * 3):
+            within = logits(model, **inputs)
+        base = logits(model.get_base_model(), **inputs)
+        return (first, base, within), model.generate(ids, **options)
+
+    (first, base, within), again = _in_a_task_of_a_route_that_was_left(
+        model, lambda: CHANGES[change](model), calls
+    )
+    assert torch.equal(first, expected)
+    assert torch.equal(base, expected)
+    assert torch.equal(within, other)
+    assert torch.equal(again, generated)
+    gc.collect()
+    model.set_adapter([], inference_mode=True)
+    assert not sum(hooks_on(m) for _, m, _ in model._adapters.contents().sites)
+
+
+@pytest.mark.parametrize(
+    ("change", "call", "message"),
+    [
+        (lambda m: m.merge_adapter(), lambda m: m(**batch("llama")), "are merged"),
+        (lambda m: m.set_adapter("c"), lambda m: m.model.model(**batch("llama")), "whole model"),
+    ],
+    ids=["merged", "a part of the model"],
+)
+def test_a_route_that_a_task_cannot_have_again_is_an_error(model, change, call, message):
+    with pytest.raises(ia3.IA3Error, match=message):
+        _in_a_task_of_a_route_that_was_left(model, lambda: change(model), lambda: call(model))
 
 
 def test_an_adapter_activated_within_a_route_does_not_reach_its_rows(model, inputs):

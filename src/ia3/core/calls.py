@@ -104,7 +104,9 @@ class Calls:
         with LOCK:
             if self.now is None:
                 on = [(module, module._modules.get(ATTRIBUTE)) for module in model.modules()]
-                places = [(module, place) for module, place in on if isinstance(place, Place)]
+                places: list[tuple[nn.Module, Any]] = [
+                    (module, place) for module, place in on if isinstance(place, Place)
+                ]
                 merged = {name for _, place in places for name in getattr(place, "merged", ())}
                 active = {place: place.active for _, place in places if place.active}
                 self.now = State(active, places, frozenset(merged))

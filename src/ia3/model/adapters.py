@@ -470,7 +470,9 @@ class Adapters:
                 site.activate(module, active, routed)
             for _, _, copies in contents.copies:
                 copies.active = next((name for name in active if name in copies), None)
-            places = [(module, place) for _, module, place in (*contents.sites, *contents.copies)]
+            places: list[tuple[nn.Module, Any]] = [
+                (module, place) for _, module, place in (*contents.sites, *contents.copies)
+            ]
             for _, place in places:
                 place._calls = self.calls
             now = {place: place.active for _, place in places if place.active}

@@ -154,7 +154,7 @@ class IA3Model(AsPeftModel):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         with LOCK:  # all of it has the same adapters active
-            twin.__setstate__(copy.deepcopy(vars(self), memo))
+            twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[no-untyped-call]
         return twin
 
     def _tell_notes(self, name: str, config: IA3Config) -> None:
