@@ -123,6 +123,27 @@ def test_merged_is_adapted_or_refused(kind, side, dtype):
     assert relative(run(), expected) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
+def test_trying_changes_nothing():
+    class Counting(nn.Linear):
+        """Its buffer, and that of its part, change with each call."""
+
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.calls = nn.Buffer(torch.zeros(()))
+            self.norm = nn.BatchNorm1d(48, affine=False)
+
+        def forward(self, x):
+            self.calls += 1
+            self.norm(x)
+            return super().forward(x)
+
+    base = nn.ModuleDict({"layer": Counting(6, 4)})
+    model = adapted(base, target_modules="all-linear", feedforward_modules=[])
+    model.merge_adapter()
+    assert base["layer"].calls == base["layer"].norm.num_batches_tracked == 0
+    model.unmerge_adapter()
+
+
 def test_a_convolutional_network_with_standardised_weights():
     """Its vectors would vanish in a merge, whatever the size of the network."""
     config = hf.BitConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=2)

@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from .activations import Side
 from .names import ATTRIBUTE
-from .quantized import is_quantized
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, Conv1D)
 _PLAIN = {(kind.forward, getattr(kind, "_conv_forward", None)) for kind in _KINDS}
@@ -30,7 +29,8 @@ def gives_channels(module: nn.Module, dim: int) -> bool:
     if not _can_be_tried(module):
         return True
     try:
-        found = type(module).forward(_on_meta(module), _input(module, torch.device("meta")))
+        twin = _copy(module, lambda tensor: torch.empty_like(tensor, device="meta"))
+        found = type(module).forward(twin, _input(module, torch.device("meta")))
     except Exception:  # of a forward that this library knows nothing about
         return True
     return isinstance(found, Tensor) and found.shape[_axis(module)] == dim
@@ -60,41 +60,41 @@ def scales_with_weight(
     across = vector.view(-1, *[1] * (-1 - _axis(module)))
     given = _input(module, weight.device)
     try:
-        forward = type(module).forward
-        expected = forward(module, given * across if side == "input" else given)
+        forward, twin = type(module).forward, _copy(module, _but_buffers)
+        expected = forward(twin, given * across if side == "input" else given)
         expected = expected * across if side == "output" else expected
-        found = forward(_with(module, scaled({side: vector})), given)
+        twin = _copy(module, _but_buffers)
+        twin._parameters |= scaled({side: vector})  # type: ignore[arg-type]
+        found = forward(twin, given)
         return bool((found - expected).norm() <= 0.05 * expected.norm())
     except Exception:  # as above
         return True
 
 
 def _can_be_tried(module: nn.Module) -> bool:
-    """Whether it has a forward of its own, and an ordinary weight."""
+    """Whether it has a forward of its own, and an ordinary weight: a call changes nothing then."""
     kind, weight = type(module), module._parameters.get("weight")
-    if (kind.forward, getattr(kind, "_conv_forward", None)) in _PLAIN or weight is None:
+    if (kind.forward, getattr(kind, "_conv_forward", None)) in _PLAIN:
         return False
-    return weight.is_floating_point() and weight.itemsize > 1 and not is_quantized(module)
+    # Quantized layers have parameters of classes of their own, or of one byte.
+    return type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize > 1
 
 
-def _with(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
-    """A shallow copy of a module with other tensors, which shares all else with it."""
+def _copy(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a module and of all within it, each tensor changed, with all else shared."""
     twin = type(module).__new__(type(module))
     twin.__dict__.update(module.__dict__)
     for names in ("_parameters", "_buffers"):
-        own = module.__dict__[names]
-        twin.__dict__[names] = {name: tensors.get(name, own[name]) for name in own}
-    return twin
-
-
-def _on_meta(module: nn.Module) -> nn.Module:
-    """A copy of a module and of all within it that has shapes alone."""
-    own = {**module._parameters, **module._buffers}
-    empty = {n: t if t is None else torch.empty_like(t, device="meta") for n, t in own.items()}
-    twin = _with(module, empty)
+        own = module.__dict__[names].items()
+        twin.__dict__[names] = {n: None if t is None else change(t) for n, t in own}
     parts = module._modules.items()
-    twin.__dict__["_modules"] = {n: None if p is None else _on_meta(p) for n, p in parts}
+    twin.__dict__["_modules"] = {n: None if p is None else _copy(p, change) for n, p in parts}
     return twin
+
+
+def _but_buffers(tensor: Tensor) -> Tensor:
+    """The very parameter; a copy of a buffer, which a call may change."""
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
 
 
 def _input(module: Any, device: torch.device) -> Tensor:
