@@ -188,7 +188,9 @@ def test_a_second_adapter_that_does_not_fit_changes_nothing(tiny_llama):
         with pytest.raises(IA3Error, match="adapter name"):
             model.add_adapter(name, IA3Config())
     with pytest.raises(IA3Error, match="has no vector for"):
-        model.add_adapter("b", IA3Config(), {"model.layers.0.self_attn.k_proj": torch.ones(3)})
+        model.add_adapter(
+            "b", IA3Config(), vectors={"model.layers.0.self_attn.k_proj": torch.ones(3)}
+        )
     assert_unchanged(tiny_llama, before)
     assert list(model.peft_config) == ["default"]
 
