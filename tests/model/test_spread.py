@@ -261,6 +261,10 @@ def fsdp1_in_other_ways(folder):
         model.save_pretrained(folder / "wrapped before")
         again = IA3Model.from_pretrained(base("llama"), folder / "wrapped before")
         close(logits(again), expected)
+        # A layer's sizes are not those of its weight, which is a piece.
+        wrapped = wrap(base("gpt2"), use_orig_params=use_orig_params)
+        model = get_peft_model(wrapped, IA3Config(paper_sites=True, inference_mode=True))
+        close(logits(model), logits(base("gpt2")))
 
 
 def test_fsdp1(tmp_path):
