@@ -106,6 +106,8 @@ def test_vectors_in_memory_are_refused(value):
         IA3Model(tiny_llama(), IA3Config(), vectors=vectors)
     adapter = model.adapter("default")
     adapter.vectors = vectors
+    with pytest.raises(IA3Error, match=f"elsewhere: {SAID}"):
+        IA3Model.from_adapter(tiny_llama(), adapter, source="elsewhere")
     with pytest.raises(IA3Error, match=f"adapter 'new': {SAID}"):
         AdapterBank(tiny_llama()).add("new", adapter)
     classifier = FewShotClassifier(

@@ -45,11 +45,11 @@ def inject_adapter_in_model(
     handle = model.__dict__.get(HANDLE)
     if handle is None:
         # The names of a state dict are those of an adapter that was trained on them.
-        make = IA3Model if state_dict is None else IA3Model.with_own_choice
+        make = IA3Model if state_dict is None else IA3Model._of_own_choice
         model.__dict__[HANDLE] = make(model, peft_config, adapter_name)
     else:
-        add = handle.add_adapter if state_dict is None else handle.add_own_choice
-        add(adapter_name, peft_config)
+        add = handle.add_adapter if state_dict is None else handle._add
+        add(adapter_name, peft_config, None)
         handle.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
 
