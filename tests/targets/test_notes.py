@@ -279,6 +279,18 @@ def test_a_gated_layer_that_is_none_is_not_said_to_be_rescaled_twice(capsys):
     assert explained(capsys, model, IA3Config(target_modules="all-linear")) == []
 
 
+def test_a_module_that_two_layers_share_and_one_that_is_left_out(capsys):
+    model = tiny_llama()
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.k_proj = first.k_proj
+    config = IA3Config(
+        target_modules=["k_proj", "up_proj", "down_proj"],
+        feedforward_modules=["up_proj", "down_proj"],
+        exclude_modules=["up_proj"],
+    )
+    assert explained(capsys, model, config) == []
+
+
 SURPRISING = {"target_modules": ["v_proj", "up_proj"], "feedforward_modules": ["up_proj"]}
 
 
