@@ -165,3 +165,16 @@ def test_a_combination_that_overflows_is_refused(how):
     with pytest.raises(IA3Error, match=rf"{how} of \['default', 'other'\].*{MODULE}.* float32"):
         model.add_weighted_adapter(["default", "other"], [3, 1], "new", how)
     assert_unchanged(model, before)
+
+
+def test_a_bank_passes_over_a_file_that_was_replaced_by_a_broken_one(folder):
+    bank = AdapterBank(tiny_llama())
+    bank.add("a", folder)
+    before = bank.values.clone()
+    spoil(folder, torch.nan)
+    refreshed = bank.refresh()
+    assert refreshed.changed == []
+    assert re.search(SAID, refreshed.failed["a"])
+    assert torch.equal(bank.values[:2], before[:2])
+    with pytest.raises(IA3Error, match=f"'a' cannot be used: .*{SAID}"):
+        bank.pin("a")
