@@ -97,7 +97,7 @@ def test_vectors_in_memory_are_refused(value):
     vectors[MODULE][3] = value
     before = snapshot(model)
     with pytest.raises(IA3Error, match=SAID):
-        model.add_adapter("new", IA3Config(), vectors)
+        model.add_adapter("new", IA3Config(), vectors=vectors)
     tensors = {f"base_model.model.{name}.ia3_l": vector for name, vector in vectors.items()}
     with pytest.raises(IA3Error, match=SAID):
         ia3.set_peft_model_state_dict(model, tensors)

@@ -321,7 +321,7 @@ def test_an_adapter_that_was_trained_is_put_on_without_a_word(tmp_path):
         again = IA3Model.from_pretrained(tiny_llama(), tmp_path, is_trainable=trained)
         again.load_adapter(tmp_path, "other", is_trainable=trained)
         again.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
-        again.add_adapter("given", IA3Config(**SURPRISING), again.vectors("sum"))
+        again.add_adapter("given", IA3Config(**SURPRISING), vectors=again.vectors("sum"))
         ia3.AdapterBank(again).add("in-bank", tmp_path)
     base = tiny_llama()
     for name in ("default", "other"):

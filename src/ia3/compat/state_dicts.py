@@ -48,8 +48,10 @@ def inject_adapter_in_model(
         make = IA3Model if state_dict is None else IA3Model._of_own_choice
         model.__dict__[HANDLE] = make(model, peft_config, adapter_name)
     else:
-        add = handle.add_adapter if state_dict is None else handle._add
-        add(adapter_name, peft_config, None)
+        if state_dict is None:
+            handle.add_adapter(adapter_name, peft_config)
+        else:
+            handle._add(adapter_name, peft_config, None)
         handle.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
 
