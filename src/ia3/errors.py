@@ -41,7 +41,9 @@ def naming(where: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}: {error}") from error
     except IA3Error as error:
-        raise type(error)(f"{where}: {error}") from error
+        plain = type(error).__init__ is IA3Error.__init__  # others do not take a message
+        kind = type(error) if plain else IA3Error
+        raise kind(f"{where}: {error}") from error
 
 
 def warn_caller(message: str, between: Sequence[str] = ()) -> None:

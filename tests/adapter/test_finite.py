@@ -97,7 +97,7 @@ def test_vectors_in_memory_are_refused(value):
     vectors[MODULE][3] = value
     before = snapshot(model)
     with pytest.raises(IA3Error, match=SAID):
-        model.add_adapter("new", IA3Config(), vectors)
+        model.add_adapter("new", IA3Config(), vectors=vectors)
     tensors = {f"base_model.model.{name}.ia3_l": vector for name, vector in vectors.items()}
     with pytest.raises(IA3Error, match=SAID):
         ia3.set_peft_model_state_dict(model, tensors)
@@ -106,6 +106,8 @@ def test_vectors_in_memory_are_refused(value):
         IA3Model(tiny_llama(), IA3Config(), vectors=vectors)
     adapter = model.adapter("default")
     adapter.vectors = vectors
+    with pytest.raises(IA3Error, match=f"elsewhere: {SAID}"):
+        IA3Model.from_adapter(tiny_llama(), adapter, source="elsewhere")
     with pytest.raises(IA3Error, match=f"adapter 'new': {SAID}"):
         AdapterBank(tiny_llama()).add("new", adapter)
     classifier = FewShotClassifier(
@@ -163,3 +165,16 @@ def test_a_combination_that_overflows_is_refused(how):
     with pytest.raises(IA3Error, match=rf"{how} of \['default', 'other'\].*{MODULE}.* float32"):
         model.add_weighted_adapter(["default", "other"], [3, 1], "new", how)
     assert_unchanged(model, before)
+
+
+def test_a_bank_passes_over_a_file_that_was_replaced_by_a_broken_one(folder):
+    bank = AdapterBank(tiny_llama())
+    bank.add("a", folder)
+    before = bank.values.clone()
+    spoil(folder, torch.nan)
+    refreshed = bank.refresh()
+    assert refreshed.changed == []
+    assert re.search(SAID, refreshed.failed["a"])
+    assert torch.equal(bank.values[:2], before[:2])
+    with pytest.raises(IA3Error, match=f"'a' cannot be used: .*{SAID}"):
+        bank.pin("a")

@@ -279,6 +279,18 @@ def test_a_gated_layer_that_is_none_is_not_said_to_be_rescaled_twice(capsys):
     assert explained(capsys, model, IA3Config(target_modules="all-linear")) == []
 
 
+def test_a_module_that_two_layers_share_and_one_that_is_left_out(capsys):
+    model = tiny_llama()
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.k_proj = first.k_proj
+    config = IA3Config(
+        target_modules=["k_proj", "up_proj", "down_proj"],
+        feedforward_modules=["up_proj", "down_proj"],
+        exclude_modules=["up_proj"],
+    )
+    assert explained(capsys, model, config) == []
+
+
 SURPRISING = {"target_modules": ["v_proj", "up_proj"], "feedforward_modules": ["up_proj"]}
 
 
@@ -309,7 +321,7 @@ def test_an_adapter_that_was_trained_is_put_on_without_a_word(tmp_path):
         again = IA3Model.from_pretrained(tiny_llama(), tmp_path, is_trainable=trained)
         again.load_adapter(tmp_path, "other", is_trainable=trained)
         again.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
-        again.add_adapter("given", IA3Config(**SURPRISING), again.vectors("sum"))
+        again.add_adapter("given", IA3Config(**SURPRISING), vectors=again.vectors("sum"))
         ia3.AdapterBank(again).add("in-bank", tmp_path)
     base = tiny_llama()
     for name in ("default", "other"):

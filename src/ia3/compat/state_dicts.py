@@ -57,11 +57,13 @@ def inject_adapter_in_model(
         on = contents(model)
         if handle is None or not (on.sites or on.copies):  # unloaded by hand since
             # The names of a state dict are those of an adapter that was trained on them.
-            make = IA3Model if state_dict is None else IA3Model.with_own_choice
+            make = IA3Model if state_dict is None else IA3Model._of_own_choice
             model.__dict__[HANDLE] = make(model, peft_config, adapter_name)
         else:
-            add = handle.add_adapter if state_dict is None else handle.add_own_choice
-            add(adapter_name, peft_config)
+            if state_dict is None:
+                handle.add_adapter(adapter_name, peft_config)
+            else:
+                handle._add(adapter_name, peft_config, None, True)
             handle.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
 

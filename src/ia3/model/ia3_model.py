@@ -118,12 +118,13 @@ class IA3Model(AsPeftModel):
         self = kind.__new__(kind)
         self._begin(model)
         with naming(source):
+            check_finite(adapter.vectors)
             self._add_first(adapter_name, adapter.config, adapter, autocast_adapter_dtype)
         return self
 
     @classmethod
-    def with_own_choice(cls, model: nn.Module, config: IA3Config, name: str) -> IA3Model:
-        """As the constructor, without notes on the config: it is not the caller's own."""
+    def _of_own_choice(cls, model: nn.Module, config: IA3Config, name: str) -> IA3Model:
+        """As the constructor, without notes on the config, which is not the caller's."""
         self = cls.__new__(cls)
         self._begin(model)
         self._add_first(name, config, None, True)
@@ -212,10 +213,6 @@ class IA3Model(AsPeftModel):
         self._add(adapter_name, peft_config, stored, autocast_adapter_dtype)
         if vectors is None:
             self._tell_notes(adapter_name, peft_config)
-
-    def add_own_choice(self, adapter_name: str, peft_config: IA3Config) -> None:
-        """As `add_adapter`, without notes on the config: it is not the caller's own."""
-        self._add(adapter_name, peft_config, None, True)
 
     def add_weighted_adapter(
         self,

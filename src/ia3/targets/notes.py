@@ -85,7 +85,9 @@ def _for_both(
 
 
 def _outside_the_targets(config: IA3Config, sides: Mapping[str, Side]) -> Iterator[str]:
-    # Where both are lists, this is an error of the config's.
+    if not isinstance(config.target_modules, str) or config.exclude_modules is not None:
+        # Of two lists this is an error of the config's, and what is left out may be meant to be.
+        return
     for entry in sorted(_listed(config.feedforward_modules)):
         if not any(matches_feedforward(name, [entry]) for name in sides):
             yield (
@@ -99,17 +101,15 @@ def _twice(model: nn.Module, parts: Parts, sides: Mapping[str, Side]) -> Iterato
     proven: dict[tuple[type, str], Mlp | str] = {}
     doubled: dict[tuple[str, str], int] = {}
     for up, down in parts.down_of.items():
-        parent, _, last = down.rpartition(".")
-        if (sides.get(up), sides.get(down)) != ("output", "input") or up.rpartition(".")[
-            0
-        ] != parent:
+        (above_up, _, up_last), (above, _, down_last) = up.rpartition("."), down.rpartition(".")
+        if (sides.get(up), sides.get(down)) != ("output", "input") or above_up != above:
             continue
-        mlp = module_at(model, parent)
-        key = (type(mlp), last)
-        if key not in proven:
-            proven[key] = read_mlp(mlp, last, with_gate=False)
-        found = proven[key]
-        if isinstance(found, Mlp) and found.up == up.rpartition(".")[2]:
+        mlp = module_at(model, above)
+        kind = (type(mlp), down_last)
+        if kind not in proven:
+            proven[kind] = read_mlp(mlp, down_last, with_gate=False)
+        found = proven[kind]
+        if isinstance(found, Mlp) and found.up == up_last:
             pair = starred(up), starred(down)
             doubled[pair] = doubled.get(pair, 0) + 1
     for (up, down), times in doubled.items():

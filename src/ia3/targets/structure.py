@@ -83,7 +83,12 @@ def parts_of(model: nn.Module) -> Parts:
                     down_of |= dict.fromkeys(ups, down)
                     break
     roles = {name: role for parts in tree.attentions.values() for name, role in parts.items()}
-    projections = {tree.projection(name) for name, role in roles.items() if role != "query"}
+    # Of a module that two share, there is only the first name.
+    projections = {
+        tree.projection(name)
+        for name, role in roles.items()
+        if role != "query" and name in tree.modules
+    }
     return Parts(down_of, attention, {name for name in projections if name})
 
 

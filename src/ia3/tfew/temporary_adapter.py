@@ -46,7 +46,7 @@ def temporary_adapter(
     with base.lock:
         modes = [(module, module.training) for module in base.model.modules()]
         if isinstance(adapter, IA3Config):
-            ia3_model = IA3Model.with_own_choice(base.model, adapter, DEFAULT_ADAPTER)
+            ia3_model = IA3Model._of_own_choice(base.model, adapter, DEFAULT_ADAPTER)
         else:
             ia3_model = IA3Model.from_adapter(base.model, adapter, source=source)
         try:
