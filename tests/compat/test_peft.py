@@ -660,3 +660,32 @@ def test_compiled_without_a_break(installed, make_model, make_inputs):
     model = adapt(make_model("llama"))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert relative(compiled(**inputs).logits, model(**inputs).logits) < 1e-6
+
+
+class Attention(nn.Module):
+    """Attention whose output projection torch reads without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["out_proj", "fc"]])
+def test_vectors_that_never_had_an_effect_are_left_out(targets, tmp_path):
+    modules = {"target_modules": targets, "feedforward_modules": []}
+    theirs = adapt(Attention(), **modules)
+    theirs.save_pretrained(tmp_path)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    integration.install()
+    loaded = peft.PeftModel.from_pretrained(Attention(), tmp_path)
+    torch.testing.assert_close(loaded(x), theirs(x), rtol=1e-5, atol=1e-6)
+    assert [name for name in vectors(loaded, "default") if "out_proj" in name] == []
+    new = adapt(Attention(), **modules)
+    merged = copy.deepcopy(new).merge_and_unload()
+    torch.testing.assert_close(merged(x), new(x), rtol=1e-5, atol=1e-6)

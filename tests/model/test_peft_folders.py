@@ -100,6 +100,9 @@ def test_they_load_and_go_back(written, tmp_path):
     torch.testing.assert_close(result(theirs, inputs), expected, rtol=1e-5, atol=1e-6)
     again = PeftModel.from_pretrained(make(kind), tmp_path / "ours")
     assert torch.equal(result(again, inputs), result(model, inputs))
+    # What has no vector is not named either.
+    named = PeftConfig.from_pretrained(tmp_path / "ours").target_modules
+    assert "head.attention.out_proj" not in named
     merged = model.merge_and_unload()
     torch.testing.assert_close(result(merged, inputs), expected, rtol=1e-5, atol=1e-5)
 

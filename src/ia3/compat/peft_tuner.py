@@ -199,7 +199,7 @@ class IA3Model(StockModel):
                         f"{target.name!r} holds queries beside keys and values, and PEFT cannot "
                         "leave a part of a module alone: name what to rescale in target_modules"
                     )
-        for name in ("target_modules", "feedforward_modules", "fan_in_fan_out"):
+        for name in ("target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out"):
             setattr(peft_config, name, getattr(config, name))
         return peft_config
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
 from ..core.names import module_at, modules_of, own_modules, own_name
@@ -146,7 +147,7 @@ def _with_parameters(model: PreTrainedModel) -> list[str]:
 
 def _is_weight(parameter: nn.Parameter) -> bool:
     """Whether it starts at random: norms and biases start as ones and zeros, everywhere."""
-    return parameter.dim() > 1
+    return not is_lazy(parameter) and parameter.dim() > 1
 
 
 def fresh_modules(model: nn.Module) -> list[str] | None:
@@ -159,10 +160,12 @@ def fresh_modules(model: nn.Module) -> list[str] | None:
     found, known = [], False
     for name in own_modules(modules):
         module = modules[name]
+        if MARK not in vars(module):
+            continue
         weights = [p for p in module._parameters.values() if p is not None and _is_weight(p)]
         read = [hasattr(p, MARK) for p in weights]
         known = known or any(read)
-        if MARK not in vars(module) or all(read) or module in passed_over:
+        if all(read) or module in passed_over:
             continue
         if not any(re.search(pattern, f"{name}.weight") for pattern in not_saved):
             found.append(name)

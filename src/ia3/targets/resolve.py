@@ -64,10 +64,11 @@ def resolve(
     modules = modules_of(model)
     if frozen is None:
         _check_entries(resolved, own_modules(modules), model)
+    _leave_out_unused(resolved, modules, stored=frozen is not None)
     why = {site.name: site.why for site in sites}
     ranges = {**(frozen or {}), **{site.name: site.frozen for site in sites if site.frozen}}
     targets = []
-    for name, side, activation in _chosen(resolved, modules, model, stored=frozen is not None):
+    for name, side, activation in _chosen(resolved, modules, model):
         stay, dim = ranges.get(name, ()), activation.dim
         for start, end in stay:
             if not 0 <= start < end <= dim:
@@ -328,29 +329,47 @@ def _check_entries(config: IA3Config, names: list[str], model: nn.Module) -> Non
         )
 
 
-def _chosen(
-    config: IA3Config, modules: Mapping[str, nn.Module], model: nn.Module, *, stored: bool
-) -> Iterator[tuple[str, Side, Activation]]:
-    """The modules that a resolved config chooses, by name, and which activation of them."""
+def _names(config: IA3Config, modules: Mapping[str, nn.Module]) -> list[str]:
     # Saved whole, they need no vector; PEFT's rule.
     saved = [f".{entry}." for entry in config.modules_to_save or ()]
-    chosen = [
+    return [
         name
         for name in own_modules(modules)
         if matches(name, config.target_modules or ())
         and not matches(name, config.exclude_modules or ())
         and not any(entry in f".{name}." for entry in saved)
     ]
-    # PEFT puts vectors there, and writes the very names where it was asked for all linear layers.
-    named = () if isinstance(config.target_modules, str) else config.target_modules or ()
-    without = [n for n in chosen if is_read(modules[n]) and (stored or n in named)]
-    if set(chosen) - set(without):
-        chosen = [name for name in chosen if name not in without]
-        if not stored and without:
-            warn_caller(
-                f"{without} stay as they are: nn.MultiheadAttention reads their weights and never "
-                "calls them, so that a vector there would have no effect"
-            )
+
+
+def _leave_out_unused(config: IA3Config, modules: Mapping[str, nn.Module], *, stored: bool) -> None:
+    """Take out of a resolved config what would have no effect, but PEFT puts vectors on.
+
+    Of a config that is not `stored` with them, this is what it names in full, as PEFT writes all
+    linear layers.
+    """
+    targets, exclude = config.target_modules, config.exclude_modules or set()
+    named = set() if isinstance(targets, str) else set(targets or ())
+    unused = {n for n in _names(config, modules) if is_read(modules[n]) and (stored or n in named)}
+    if not unused or isinstance(exclude, str):
+        return
+    if not stored:
+        warn_caller(
+            f"{sorted(unused)} stay as they are: nn.MultiheadAttention reads their weights and "
+            "never calls them, so that a vector there would have no effect"
+        )
+    if unused & named:
+        config.target_modules = named - unused
+    if unused - named:
+        config.exclude_modules = {*exclude, *unused - named}
+    if config.feedforward_modules and not isinstance(config.feedforward_modules, str):
+        config.feedforward_modules = set(config.feedforward_modules) - unused
+
+
+def _chosen(
+    config: IA3Config, modules: Mapping[str, nn.Module], model: nn.Module
+) -> Iterator[tuple[str, Side, Activation]]:
+    """The modules that a resolved config chooses, by name, and which activation of them."""
+    chosen = _names(config, modules)
     if not chosen:
         message = f"no module of {type(model).__name__} is left to rescale"
         raise NoMatchingPeftModuleError(message)
