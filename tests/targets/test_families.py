@@ -62,8 +62,8 @@ def check_training(model: ia3.IA3Model, inputs: Inputs, idle: tuple[str, ...]) -
             if vector.grad is not None:
                 vector -= 0.02 / squares.sqrt() * vector.grad
         after = loss_of(answer(model, inputs))
-    # As far as the gradient says, within a few tenths.
-    assert 0.3 < (before - after) / (0.02 * squares.sqrt()) < 1.7
+    # As far as the gradient says.
+    assert 0.8 < (before - after) / (0.02 * squares.sqrt()) < 1.2
 
 
 def check(base: nn.Module, inputs: Inputs, config: IA3Config, folder: Any, choice: Choice) -> None:
