@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..adapter.files import Adapter, adapter_files, read_adapter
 from ..adapter.fingerprint import fingerprint
+from ..core.names import own_modules
 from ..errors import IA3Error
 from ..files.atomic import check_folder, write_files
 from ..files.hub import HubOptions, adapter_folder
 from ..targets.config import IA3Config
+from ..targets.resolve import leave_out, names_chosen
 from .adapters import Adapters
 
 # PEFT's folder for the adapter of this name is the one given, for others one inside it.
@@ -46,6 +48,10 @@ def to_save(
     for adapter in found.values():
         config = adapter.config
         config.inference_mode = True
+        # A module may have been replaced since, a head by one of another size.
+        chosen = names_chosen(config, own_modules(adapters.contents().modules))
+        if gone := [name for name in chosen if name not in adapter.vectors]:
+            leave_out(config, gone)
         if config.task_type is None and config.auto_mapping is None:
             kind = type(adapters.model)
             config.auto_mapping = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,6 +66,27 @@ def resolve(
     # PEFT warns where its loading has to mend this.
     resolved.fan_in_fan_out = any(isinstance(modules[t.name], Conv1D) for t in targets)
     return resolved, targets
+
+
+def names_chosen(config: IA3Config, names: Iterable[str]) -> list[str]:
+    """Those of a model's modules, by name, that a resolved config rescales."""
+    # Saved whole, they need no vector; PEFT's rule.
+    saved = [f".{entry}." for entry in config.modules_to_save or ()]
+    return [
+        name
+        for name in names
+        if matches(name, config.target_modules or ())
+        and not matches(name, config.exclude_modules or ())
+        and not any(entry in f".{name}." for entry in saved)
+    ]
+
+
+def leave_out(config: IA3Config, names: Iterable[str]) -> None:
+    """Have a config's `exclude_modules` match these very modules too: as an expression."""
+    given = config.exclude_modules or ()
+    entries = [f"(?:.*\\.)?{re.escape(entry)}" for entry in sorted(given)]
+    before = [f"(?:{given})"] if isinstance(given, str) else entries
+    config.exclude_modules = "|".join([*before, *map(re.escape, names)])
 
 
 def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
@@ -292,15 +314,7 @@ def _chosen(
     config: IA3Config, modules: Mapping[str, nn.Module], model: nn.Module
 ) -> Iterator[tuple[str, Side, Activation]]:
     """The modules that a resolved config chooses, by name, and which activation of them."""
-    # Saved whole, they need no vector; PEFT's rule.
-    saved = [f".{entry}." for entry in config.modules_to_save or ()]
-    chosen = [
-        name
-        for name in own_modules(modules)
-        if matches(name, config.target_modules or ())
-        and not matches(name, config.exclude_modules or ())
-        and not any(entry in f".{name}." for entry in saved)
-    ]
+    chosen = names_chosen(config, own_modules(modules))
     if not chosen:
         raise IA3Error(f"no module of {type(model).__name__} is left to rescale")
     for name in chosen:
