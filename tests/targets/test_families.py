@@ -62,8 +62,8 @@ def check_training(model: ia3.IA3Model, inputs: Inputs, idle: tuple[str, ...]) -
             if vector.grad is not None:
                 vector -= 0.02 / squares.sqrt() * vector.grad
         after = loss_of(answer(model, inputs))
-    # As far as the gradient says, within a few tenths.
-    assert 0.3 < (before - after) / (0.02 * squares.sqrt()) < 1.7
+    # As far as the gradient says.
+    assert 0.8 < (before - after) / (0.02 * squares.sqrt()) < 1.2
 
 
 def check(base: nn.Module, inputs: Inputs, config: IA3Config, folder: Any, choice: Choice) -> None:
@@ -203,3 +203,29 @@ def test_a_head_outside_of_the_backbone_cannot_be_saved_with_it(saved: list[str]
     message = f"modules_to_save: module {saved[0]!r} matches nothing in EsmModel"
     with pytest.raises(IA3Error, match=f"{message}.*is not in the model"):
         ia3.get_peft_model(backbone, config)
+
+
+@pytest.mark.parametrize("excluded", [None, ["layer1.other"], r".*\.other"])
+def test_a_target_that_was_replaced_is_not_in_what_is_saved(excluded: Any, tmp_path: Any) -> None:
+    """A head of another size, after the adapter came on: both libraries load what is saved."""
+    head = nn.Linear(8, 5)
+
+    def network(*heads: nn.Linear) -> nn.Module:
+        made = build("resnet 18")
+        for number, name in enumerate(["other", "fc"]):  # whose name ends like the head's
+            torch.manual_seed(number)
+            made.layer1.add_module(name, nn.Conv2d(8, 8, 1))
+        made.fc = heads[0] if heads else made.fc
+        return made
+
+    names, x = ["conv", "fc", "other"], FAMILIES["resnet 18"].inputs["x"]
+    config = IA3Config(target_modules=names, feedforward_modules=[], exclude_modules=excluded)
+    model = ia3.get_peft_model(network(), config)
+    assert "fc" in vectors(model)
+    model.model.fc = head
+    randomize(vectors(model))
+    model.save_pretrained(tmp_path)
+    for library in (ia3, peft):
+        loaded = library.PeftModel.from_pretrained(network(head), tmp_path)
+        assert vectors(loaded).keys() == vectors(model).keys() >= {"layer1.conv", "layer1.fc"}
+        assert relative(loaded(x), model(x)) < 1e-6

@@ -15,12 +15,12 @@ from ..adapter.card import card_file
 from ..adapter.files import Adapter, adapter_files, read_adapter
 from ..adapter.fingerprint import fingerprint
 from ..adapter.layout import KEY_PREFIX, KEY_SUFFIX
-from ..core.names import own_names
+from ..core.names import own_modules, own_names
 from ..errors import IA3Error, naming, warn_caller
 from ..files.atomic import check_folder, write_files
 from ..files.hub import adapter_folder, hub_options, upload
 from ..targets.config import IA3Config
-from ..targets.resolve import resolve
+from ..targets.resolve import leave_out, names_chosen, resolve
 from .adapters import Adapters, check_config
 from .embeddings import embeddings_of, were_resized
 
@@ -98,6 +98,10 @@ def to_save(
     for adapter in found.values():
         config = adapter.config
         config.inference_mode = True
+        # A module may have been replaced since, a head by one of another size.
+        chosen = names_chosen(config, own_modules(adapters.contents().modules))
+        if gone := [name for name in chosen if name not in adapter.vectors]:
+            leave_out(config, gone)
         if config.task_type is None and config.auto_mapping is None:
             kind = type(adapters.model)
             config.auto_mapping = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -91,6 +92,27 @@ def _by_own_names(config: IA3Config) -> IA3Config:
         if entries is not None and not isinstance(entries, str)
     }
     return dataclasses.replace(config, **named)
+
+
+def names_chosen(config: IA3Config, names: Iterable[str]) -> list[str]:
+    """Those of a model's modules, by name, that a resolved config rescales."""
+    # Saved whole, they need no vector; PEFT's rule.
+    saved = [f".{entry}." for entry in config.modules_to_save or ()]
+    return [
+        name
+        for name in names
+        if matches(name, config.target_modules or ())
+        and not matches(name, config.exclude_modules or ())
+        and not any(entry in f".{name}." for entry in saved)
+    ]
+
+
+def leave_out(config: IA3Config, names: Iterable[str]) -> None:
+    """Have a config's `exclude_modules` match these very modules too: as an expression."""
+    given = config.exclude_modules or ()
+    entries = [f"(?:.*\\.)?{re.escape(entry)}" for entry in sorted(given)]
+    before = [f"(?:{given})"] if isinstance(given, str) else entries
+    config.exclude_modules = "|".join([*before, *map(re.escape, names)])
 
 
 def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
@@ -329,18 +351,6 @@ def _check_entries(config: IA3Config, names: list[str], model: nn.Module) -> Non
         )
 
 
-def _names(config: IA3Config, modules: Mapping[str, nn.Module]) -> list[str]:
-    # Saved whole, they need no vector; PEFT's rule.
-    saved = [f".{entry}." for entry in config.modules_to_save or ()]
-    return [
-        name
-        for name in own_modules(modules)
-        if matches(name, config.target_modules or ())
-        and not matches(name, config.exclude_modules or ())
-        and not any(entry in f".{name}." for entry in saved)
-    ]
-
-
 def _leave_out_unused(config: IA3Config, modules: Mapping[str, nn.Module], *, stored: bool) -> None:
     """Take out of a resolved config what would have no effect, but PEFT puts vectors on.
 
@@ -349,7 +359,8 @@ def _leave_out_unused(config: IA3Config, modules: Mapping[str, nn.Module], *, st
     """
     targets, exclude = config.target_modules, config.exclude_modules or set()
     named = set() if isinstance(targets, str) else set(targets or ())
-    unused = {n for n in _names(config, modules) if is_read(modules[n]) and (stored or n in named)}
+    chosen = names_chosen(config, own_modules(modules))
+    unused = {n for n in chosen if is_read(modules[n]) and (stored or n in named)}
     if not unused or isinstance(exclude, str):
         return
     if not stored:
@@ -369,7 +380,7 @@ def _chosen(
     config: IA3Config, modules: Mapping[str, nn.Module], model: nn.Module
 ) -> Iterator[tuple[str, Side, Activation]]:
     """The modules that a resolved config chooses, by name, and which activation of them."""
-    chosen = _names(config, modules)
+    chosen = names_chosen(config, own_modules(modules))
     if not chosen:
         message = f"no module of {type(model).__name__} is left to rescale"
         raise NoMatchingPeftModuleError(message)
