@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..core.activations import SUPPORTED, Activation, Side, activation_of, linear_features
+from ..core.activations import (
+    SUPPORTED,
+    Activation,
+    Side,
+    activation_of,
+    linear_layers,
+    refuse_lazy,
+)
 from ..core.names import Frozen, Target, base_modules, model_type_of, own_modules, starred
 from ..core.reached import is_unreached
 from ..errors import IA3Error, did_you_mean
@@ -41,6 +48,7 @@ def resolve(
         A copy of the config with its modules named in the forms PEFT reads, and the targets in the
         model's order.
     """
+    refuse_lazy(model)
     entries, feedforward, sites = _choice(model, config)
     modules_of: dict[str, Any] = {"target_modules": entries, "feedforward_modules": feedforward}
     unknown = dict(config.unknown)
@@ -84,8 +92,7 @@ def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
     return [
         f"{name}.{index}.{part}"
         for index in range(size - count, size)
-        for part, module in blocks[index].named_modules()
-        if linear_features(module)
+        for part in linear_layers(blocks[index])
     ]
 
 
@@ -195,10 +202,12 @@ def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list
     elif str(entries).lower() == "all-linear":
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         if head is None and config.task_type == TaskType.SEQ_CLS:
-            # Where a sequence classifier keeps its output layer, in PEFT's order.
-            head = getattr(model, "score", None) or getattr(model, "classifier", None)
-        modules = model.named_modules()
-        linear = [name for name, m in modules if linear_features(m) and m is not head]
+            # Where a sequence classifier keeps its output layer, in PEFT's order. A compiled one
+            # has no truth value.
+            heads = (getattr(model, name, None) for name in ("score", "classifier"))
+            head = next((module for module in heads if module is not None), None)
+        apart = set() if head is None else set(head.modules())
+        linear = [name for name, m in linear_layers(model).items() if m not in apart]
         entries = names_or_suffixes(model, linear)
     if feedforward is None:
         entries, feedforward = _default_feedforward(model, entries)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import nn
 
-from ..core.activations import Side, activation_of
+from ..core.activations import Side, activation_of, is_wrapper, linear_features
 from ..core.experts import is_experts
 from ..core.names import Frozen, Target
 from ..errors import IA3Error
@@ -119,7 +119,15 @@ class _Tree:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules = dict(model.named_modules())
+        # A layer of PEFT's other adapters is one projection, with what it holds.
+        inner = {
+            part
+            for module in model.modules()
+            if is_wrapper(module) and linear_features(module)
+            for part in module.modules()
+            if part is not module
+        }
+        self.modules = {name: m for name, m in model.named_modules() if m not in inner}
         # Name of an attention -> its children's full names and roles.
         self.attentions = {
             name: roles
@@ -151,11 +159,8 @@ class _Tree:
 
     def projections(self, name: str) -> list[str]:
         """All modules within this one, and itself, whose output can be rescaled."""
-        return [
-            f"{name}.{child}" if child else name
-            for child, module in self.modules[name].named_modules()
-            if _is_projection(module)
-        ]
+        parts = self.modules[name].named_modules(prefix=name)
+        return [part for part, m in parts if part in self.modules and _is_projection(m)]
 
     def layer(self, name: str) -> str | None:
         """The layer, with an attention, that a module is part of.
