@@ -125,7 +125,8 @@ def explain(model: nn.Module, config: IA3Config | None = None) -> None:
     Modules that differ only in the number of their layer share a line, with a `*` for the number.
     The columns are the module's name; its side that is rescaled (`output`, `input`, or `inner` of
     experts); how many such modules there are; how many values the vector of one has; and why it was
-    chosen. The last line is the size of the whole adapter in float32.
+    chosen, or that the model never calls it, so that a vector there has no effect. The last line is
+    the size of the whole adapter in float32.
 
     Args:
         model: the base model, which is not changed; it may be on the meta device.
