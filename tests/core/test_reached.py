@@ -281,6 +281,23 @@ def test_a_module_behind_a_flag_or_of_no_token_is_merged(kind, use):
     assert relative(answer(first, VALUES, with_head=True), with_head) < 1e-12
 
 
+@pytest.mark.filterwarnings("error:.*never called")
+def test_longformers_global_attention_is_merged_though_no_token_had_it():
+    sizes = {"vocab_size": 32, "intermediate_size": 24, "max_position_embeddings": 64}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = hf.LongformerModel(hf.LongformerConfig(**BLOCK, **sizes, attention_window=4)).eval()
+    model = adapted(base.double(), target_modules=["key", "value", "key_global", "value_global"])
+    flags = torch.tensor([[1, 0, 0, 0, 0, 0]] * 2)
+    expected = answer(model, IDS)
+    twin = copy.deepcopy(model)
+    with_flags = answer(twin, IDS, global_attention_mask=flags)
+    assert relative(with_flags, expected) > 1e-3
+    model.merge_adapter()
+    assert relative(answer(model, IDS), expected) < 1e-6
+    assert relative(answer(model, IDS, global_attention_mask=flags), with_flags) < 1e-6
+
+
 class PartlyCompiled(nn.Module):
     """A layer that is compiled, one that is called in a compiled function, and one in neither."""
 
