@@ -316,9 +316,13 @@ class PartlyCompiled(nn.Module):
 
 
 @pytest.mark.filterwarnings("error:.*never called")
-def test_what_is_called_in_compiled_code_is_not_taken_for_what_is_not():
+@pytest.mark.parametrize("forward", ["plain", "compiled"])
+def test_what_is_called_in_compiled_code_is_not_taken_for_what_is_not(forward):
     torch.compiler.reset()
-    model = adapted(network(PartlyCompiled), target_modules="all-linear", feedforward_modules=[])
+    base = network(PartlyCompiled)
+    if forward == "compiled":
+        base.layers[0].forward = torch.compile(base.layers[0].forward, backend="eager")
+    model = adapted(base, target_modules="all-linear", feedforward_modules=[])
     expected = answer(model, VALUES)
     assert torch.equal(answer(model, VALUES), expected)
     assert {type(module._parameters) for module in model.modules()} == {dict}
