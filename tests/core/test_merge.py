@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+import sys
 import warnings
 from itertools import count, pairwise
 from typing import Any
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -283,6 +285,13 @@ def test_untied_weights_are_merged_into(make_model, make_inputs):
     assert relative(logits(ours.merge_and_unload(), **inputs), expected) < 1e-6
 
 
+def packed(linear):
+    """As a library leaves a layer that it unpacks in the first call."""
+    weight = linear._parameters.pop("weight")
+    linear.weight_packed = nn.Parameter(weight.detach().to(torch.int32), requires_grad=False)
+    return linear
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -290,12 +299,16 @@ def test_untied_weights_are_merged_into(make_model, make_inputs):
         (lambda: nn.Linear(4, 4, dtype=torch.complex64), "a Linear with torch.complex64 weights"),
         (
             lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
-            "a ParametrizedLinear with no weights",
+            r"a ParametrizedLinear whose weight is no parameter but made from \['bias', 'parametri",
+        ),
+        (
+            lambda: packed(nn.Linear(4, 4)),
+            r"\['bias', 'weight_packed'\].*call the model once",
         ),
         (lambda: nn.Linear(4, 4, device="meta"), "its weights are not there"),
         (lambda: nn.Embedding(4, 4, max_norm=1.0), "max_norm would undo the vector"),
     ],
-    ids=["float8", "complex", "parametrized", "meta", "max_norm"],
+    ids=["float8", "complex", "parametrized", "packed", "meta", "max_norm"],
 )
 def test_weights_that_cannot_take_a_vector(make, message):
     base = nn.ModuleDict({"before": nn.Linear(4, 4), "layer": make()})
@@ -306,6 +319,40 @@ def test_weights_that_cannot_take_a_vector(make, message):
     with pytest.raises(IA3Error, match=f"cannot merge into 'layer'.*{message}"):
         model.merge_adapter()
     assert_unchanged(model, before)
+
+
+class HQQLinear(nn.Module):
+    """As HQQ's: a packed weight, a bias that is no parameter, and the weight on demand."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.W_q = nn.Parameter(linear.weight.detach().mul(16).to(torch.int8), requires_grad=False)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def dequantize(self):
+        return self.W_q / 16
+
+    def forward(self, values):
+        return nn.functional.linear(values, self.dequantize(), self.bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_that_can_only_be_dequantised_is_offered_that_and_takes_it(monkeypatch, bias):
+    """torchao may be there too, and look for a weight."""
+    monkeypatch.setitem(sys.modules, "hqq.core.quantize", Mock(HQQLinear=HQQLinear))
+    base = Net([nn.Embedding(5, 4), nn.Linear(4, 4, bias=bias), nn.Linear(4, 4, bias=bias)])
+    base.layers[1], base.layers[2] = HQQLinear(base.layers[1]), HQQLinear(base.layers[2])
+    modules = {"target_modules": ["layers.1", "layers.2"], "feedforward_modules": ["layers.2"]}
+    model = adapted(base, **modules)
+    ids = torch.tensor([[0, 1, 2, 3, 4, 0]])
+    expected, before = model(ids).detach(), snapshot(model)
+    with pytest.raises(IA3Error, match=r"cannot merge into 'layers\.[12]'.*dequantise=True"):
+        model.merge_adapter()
+    assert_unchanged(model, before)
+    merged = model.merge_and_unload(dequantise=True)
+    assert [type(layer) for layer in merged.layers] == [nn.Embedding, nn.Linear, nn.Linear]
+    assert relative(merged(ids), expected) < 1e-6
 
 
 # -- several adapters, and what happens to a merged model ------------------------------------------

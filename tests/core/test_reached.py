@@ -281,6 +281,23 @@ def test_a_module_behind_a_flag_or_of_no_token_is_merged(kind, use):
     assert relative(answer(first, VALUES, with_head=True), with_head) < 1e-12
 
 
+@pytest.mark.filterwarnings("error:.*never called")
+def test_longformers_global_attention_is_merged_though_no_token_had_it():
+    sizes = {"vocab_size": 32, "intermediate_size": 24, "max_position_embeddings": 64}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = hf.LongformerModel(hf.LongformerConfig(**BLOCK, **sizes, attention_window=4)).eval()
+    model = adapted(base.double(), target_modules=["key", "value", "key_global", "value_global"])
+    flags = torch.tensor([[1, 0, 0, 0, 0, 0]] * 2)
+    expected = answer(model, IDS)
+    twin = copy.deepcopy(model)
+    with_flags = answer(twin, IDS, global_attention_mask=flags)
+    assert relative(with_flags, expected) > 1e-3
+    model.merge_adapter()
+    assert relative(answer(model, IDS), expected) < 1e-6
+    assert relative(answer(model, IDS, global_attention_mask=flags), with_flags) < 1e-6
+
+
 class PartlyCompiled(nn.Module):
     """A layer that is compiled, one that is called in a compiled function, and one in neither."""
 
@@ -299,9 +316,13 @@ class PartlyCompiled(nn.Module):
 
 
 @pytest.mark.filterwarnings("error:.*never called")
-def test_what_is_called_in_compiled_code_is_not_taken_for_what_is_not():
+@pytest.mark.parametrize("forward", ["plain", "compiled"])
+def test_what_is_called_in_compiled_code_is_not_taken_for_what_is_not(forward):
     torch.compiler.reset()
-    model = adapted(network(PartlyCompiled), target_modules="all-linear", feedforward_modules=[])
+    base = network(PartlyCompiled)
+    if forward == "compiled":
+        base.layers[0].forward = torch.compile(base.layers[0].forward, backend="eager")
+    model = adapted(base, target_modules="all-linear", feedforward_modules=[])
     expected = answer(model, VALUES)
     assert torch.equal(answer(model, VALUES), expected)
     assert {type(module._parameters) for module in model.modules()} == {dict}

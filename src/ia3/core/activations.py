@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import IA3Error
+from .names import modules_of
 from .experts import experts_shape, is_experts
 
 # "inner": within a module of experts, whose inner activation is no submodule's input or output.
@@ -34,9 +36,6 @@ class Activation:
 
 def activation_of(module: nn.Module, side: Side) -> Activation | None:
     """The module's activation on that side; `None` if it has none that can be rescaled."""
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-        # Its size is not known before its first call.
-        return None
     if is_experts(module):
         if side != "inner":
             return None
@@ -57,6 +56,31 @@ def activation_of(module: nn.Module, side: Side) -> Activation | None:
         return None
     dim = features[1] if side == "output" else features[0]
     return Activation(dim, (dim, 1) if side == "output" else (1, dim), (dim,))
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise `IA3Error` where a module has no weights before its first call."""
+    for name, module in model.named_modules():
+        lazy: Any = module
+        if isinstance(module, LazyModuleMixin) and lazy.has_uninitialized_params():
+            raise IA3Error(
+                f"module {name!r} is a {type(module).__name__}, whose size is not known before its "
+                "first call: call the model once, then put adapters on it"
+            )
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether a module of PEFT's computes with the base module, and others, that it holds."""
+    return hasattr(type(module), "adapter_layer_names")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a model by name; not those within a wrapper of PEFT's, which is one."""
+    within = {
+        part for m in model.modules() if is_wrapper(m) for part in m.modules() if part is not m
+    }
+    modules = modules_of(model).items()
+    return {name: m for name, m in modules if m not in within and linear_features(m)}
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:

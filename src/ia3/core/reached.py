@@ -157,6 +157,8 @@ class _Watch:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return
+        if hasattr(module.forward, "_torchdynamo_orig_callable"):
+            return  # it is compiled, and what it reads would be compiled twice
         self.thread = threading.get_ident()
         for child, _ in _below(module):
             # What is compiled, or keeps its parameters in a way of its own, is left alone.

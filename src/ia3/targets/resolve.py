@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..core.activations import SUPPORTED, Activation, Side, activation_of, is_read, linear_features
+from ..core.activations import (
+    SUPPORTED,
+    Activation,
+    Side,
+    activation_of,
+    is_read,
+    linear_features,
+    linear_layers,
+    refuse_lazy,
+)
 from ..core.names import (
     Frozen,
     Target,
@@ -55,6 +64,7 @@ def resolve(
         model's order.
     """
     model, config = unwrapped(model), _by_own_names(config)
+    refuse_lazy(model)
     entries, feedforward, sites = _choice(model, config)
     chosen: dict[str, Any] = {"target_modules": entries, "feedforward_modules": feedforward}
     unknown = dict(config.unknown)
@@ -132,8 +142,7 @@ def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
     return [
         f"{name}.{index}.{part}"
         for index in range(size - count, size)
-        for part, module in modules_of(blocks[index]).items()
-        if linear_features(module)
+        for part in linear_layers(blocks[index])
     ]
 
 
@@ -173,8 +182,9 @@ def explain(model: nn.Module, config: IA3Config | None = None) -> None:
     Modules that differ only in the number of their layer share a line, with a `*` for the number.
     The columns are the module's name; its side that is rescaled (`output`, `input`, or `inner` of
     experts); how many such modules there are; how many values the vector of one has; and why it was
-    chosen. Below them is the size of the whole adapter in float32, and notes on what the config's
-    names may not have been meant to name.
+    chosen, or that the model never calls it, so that a vector there has no effect. Below them is
+    the size of the whole adapter in float32, and notes on what the config's names may not have been
+    meant to name.
 
     Args:
         model: the base model, which is not changed; it may be on the meta device.
@@ -255,14 +265,16 @@ def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list
     elif str(entries).lower() == "all-linear":
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         if head is None and config.task_type == TaskType.SEQ_CLS:
-            # Where a sequence classifier keeps its output layer, in PEFT's order.
-            head = getattr(model, "score", None) or getattr(model, "classifier", None)
-        head = None if head is None else unwrapped(head)
+            # Where a sequence classifier keeps its output layer, in PEFT's order. A compiled one
+            # has no truth value.
+            heads = (getattr(model, name, None) for name in ("score", "classifier"))
+            head = next((module for module in heads if module is not None), None)
+        apart = set() if head is None else set(head.modules())
         linear = [
             name
-            for name, module in modules_of(model).items()
+            for name, module in linear_layers(model).items()
             if (features := linear_features(module))
-            and module is not head
+            and module not in apart
             and gives_channels(module, features[1])
         ]
         entries = names_or_suffixes(model, linear)

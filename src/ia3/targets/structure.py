@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import nn
 
-from ..core.activations import Side, activation_of, linear_features
+from ..core.activations import Side, activation_of, is_wrapper, linear_features
 from ..core.experts import is_experts
 from ..core.names import Frozen, Target, modules_of, own_modules
 from ..errors import IA3Error
@@ -172,7 +172,15 @@ class _Tree:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules = modules_of(model)
+        # A layer of PEFT's other adapters is one projection, with what it holds.
+        inner = {
+            part
+            for module in model.modules()
+            if is_wrapper(module) and linear_features(module)
+            for part in module.modules()
+            if part is not module
+        }
+        self.modules = {name: m for name, m in modules_of(model).items() if m not in inner}
         # Name of an attention -> its children's full names and roles.
         self.attentions = {
             name: roles
@@ -204,11 +212,9 @@ class _Tree:
 
     def projections(self, name: str) -> list[str]:
         """All modules within this one, and itself, whose output can be rescaled."""
-        return [
-            f"{name}.{child}" if child else name
-            for child, module in modules_of(self.modules[name]).items()
-            if _is_projection(module)
-        ]
+        parts = modules_of(self.modules[name]).items()
+        names = {f"{name}.{child}" if child else name: part for child, part in parts}
+        return [part for part, m in names.items() if part in self.modules and _is_projection(m)]
 
     def layer(self, name: str) -> str | None:
         """The layer, with an attention, that a module is part of.
