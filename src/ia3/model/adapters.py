@@ -172,7 +172,8 @@ class Adapters:
 
     def add(self, name: str, config: IA3Config, stored: Adapter | None = None) -> None:
         """Add an adapter, not active, its vectors from `stored` or new."""
-        with LOCK:
+        # What is made in inference mode could never train.
+        with LOCK, torch.inference_mode(False):
             self.check_loaded()
             if name in self.configs:
                 raise IA3Error(f"adapter {name!r} exists already: delete it or choose another")
@@ -375,7 +376,7 @@ class Adapters:
 
     def merge_in(self, names: str | Sequence[str] | None, safe: bool) -> None:
         """Merge adapters, the active ones for `None`, beside those that are merged already."""
-        with LOCK:
+        with LOCK, torch.inference_mode(False):
             self.check_enabled("merging them")
             self._merge(self.named(names), safe)
 
