@@ -2,6 +2,7 @@
 
 import contextvars
 import copy
+import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,11 @@ from support.two_adapters import NARROW, WIDE, output, wide_and_narrow
 from torch import nn
 from torch.nn import functional
 
-from ia3 import IA3Config, IA3Error, IA3Model
+from ia3 import AdapterBank, IA3Config, IA3Error, IA3Model, load_base_model
+from ia3.compat import peft_tuner
 from ia3.core.route import LOCK
 from ia3.core.sites import Site
+from ia3.report import plotting
 
 
 @pytest.fixture
@@ -334,3 +337,40 @@ def test_a_switch_to_an_adapter_that_is_deleted_meanwhile():
         with pytest.raises(IA3Error, match="no adapter 'narrow'"):
             switch.result()
     assert model.active_adapters == ["wide"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("which", ["adapters", "a bank", "a base model", "pictures", "peft"])
+def test_a_process_that_is_forked_off_does_not_wait_for_threads_that_it_has_not(which):
+    model = wide_and_narrow()
+    if which == "a bank":
+        bank = AdapterBank(model)
+    if which == "a base model":
+        base = load_base_model(tiny_llama(), tokenizer=object())
+    lock = {
+        "adapters": lambda: LOCK,
+        "a bank": lambda: bank._lock,
+        "a base model": lambda: base.lock,
+        "pictures": lambda: plotting._LOCK,
+        "peft": lambda: peft_tuner.ATTACHING,
+    }[which]
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with lock():
+            held.set()
+            done.wait(0.5)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        # Nothing of the tests may run on here.
+        os._exit(0 if lock().acquire(timeout=2) else 1)
+    done.set()
+    other.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert lock().acquire(timeout=2)
+    lock().release()

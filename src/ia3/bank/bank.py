@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,27 @@ from ..errors import IA3Error, did_you_mean, naming
 from ..model.ia3_model import IA3Model, check_name
 
 BASE_SLOT = 0
+
+_banks: weakref.WeakSet[AdapterBank] = weakref.WeakSet()
+_held_by_fork: list[threading.RLock] = []
+
+
+def _before_fork() -> None:
+    """Wait for other threads' work on a bank: its half would be found in the new process."""
+    for bank in list(_banks):
+        bank._lock.acquire()
+        _held_by_fork.append(bank._lock)
+
+
+def _after_fork() -> None:
+    while _held_by_fork:
+        _held_by_fork.pop().release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork
+    )
 
 
 @dataclass(frozen=True)
@@ -125,6 +147,7 @@ class AdapterBank:
         # Most adapters of a bank have the same config and shapes, and so the same sites.
         self._fitting: dict[str, dict[str, Site]] = {}
         self.model.routes.attach(self)
+        _banks.add(self)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

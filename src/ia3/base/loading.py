@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from dataclasses import dataclass, field
@@ -54,6 +55,23 @@ _wrapped: weakref.WeakValueDictionary[int, BaseModel] = weakref.WeakValueDiction
 # Kept alive, so that one classifier after the other does not load the same model again.
 _last_loaded: list[BaseModel] = []
 _loading = threading.RLock()
+
+
+def _renew_locks() -> None:
+    """Have locks that nobody holds, in a process that was forked off.
+
+    Loading and training, for which these are held, are too long to wait for. Who trained in the
+    other process does not go on here: the adapter that it had put on is found by the next one.
+    """
+    global _loading
+    _loading = threading.RLock()
+    _locks.clear()
+    for base in {*_loaded.values(), *_wrapped.values()}:
+        base.lock = _locks.setdefault(base.model, threading.RLock())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def load_base_model(

@@ -7,6 +7,7 @@ is computed while the wrappers are out of it: see `_as_sites`.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,12 @@ SIZES = (
 )
 # Held while a block of experts has vectors attached, which is for the length of a call.
 ATTACHING = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=ATTACHING.acquire,
+        after_in_parent=ATTACHING.release,
+        after_in_child=ATTACHING.release,
+    )
 
 
 class Layer(nn.Module, stock.IA3Layer):
@@ -75,7 +82,8 @@ class Layer(nn.Module, stock.IA3Layer):
     def update_layer(self, adapter_name: str, config: Any, **kwargs: Any) -> None:
         """Add an adapter's vector: ones, or normal numbers without `init_ia3_weights`."""
         make = torch.ones if config.init_ia3_weights else torch.randn
-        self.ia3_l[adapter_name] = nn.Parameter(make(self.activation.shape))
+        with torch.inference_mode(False):  # what is made in it could never train
+            self.ia3_l[adapter_name] = nn.Parameter(make(self.activation.shape))
         self._move_adapter_to_device_of_base_layer(adapter_name, device_of(self.get_base_layer()))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

@@ -13,8 +13,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import IA3Error
-from .names import modules_of
 from .experts import experts_shape, is_experts
+from .names import modules_of
 
 # "inner": within a module of experts, whose inner activation is no submodule's input or output.
 Side = Literal["output", "input", "inner"]

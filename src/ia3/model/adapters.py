@@ -207,7 +207,8 @@ class Adapters:
 
         They are `wide`, which is float32 or more, or have the dtypes of their modules.
         """
-        with LOCK:
+        # What is made in inference mode could never train.
+        with LOCK, torch.inference_mode(False):
             self.check_loaded()
             check_config(config)
             check_name(name)
@@ -493,7 +494,7 @@ class Adapters:
 
     def merge_in(self, names: str | Sequence[str] | None, safe: bool) -> None:
         """Merge adapters, the active ones for `None`, beside those that are merged already."""
-        with LOCK:
+        with LOCK, torch.inference_mode(False):
             self.check_enabled("merging them")
             self._merge(self.active if names is None else self.named(names), safe)
 

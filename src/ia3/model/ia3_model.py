@@ -154,7 +154,8 @@ class IA3Model(AsPeftModel):
     def __deepcopy__(self, memo: dict[int, Any]) -> IA3Model:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        with LOCK:  # all of it has the same adapters active
+        # All of it has the same adapters active, and can be trained.
+        with LOCK, torch.inference_mode(False):
             twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[no-untyped-call]
         return twin
 
@@ -570,7 +571,7 @@ class IA3Model(AsPeftModel):
             >>> merged is base, [name for name in merged.state_dict() if "ia3_l" in name]
             (True, [])
         """
-        with LOCK:
+        with LOCK, torch.inference_mode(False):
             self._adapters.merge_for_good(adapter_names, safe_merge, dequantise)
             return self.unload()
 
