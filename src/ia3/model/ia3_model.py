@@ -564,16 +564,7 @@ class IA3Model(nn.Module):
                 "save_embedding_layers=True: embeddings are saved where they are trained, by "
                 "naming them in modules_to_save"
             )
-        if safe_serialization is not True:
-            raise IA3Error(
-                f"safe_serialization is {safe_serialization!r}, expected True: a pickle could run "
-                "code when it is read, so that only safetensors files are written"
-            )
-        if path_initial_model_for_weight_conversion is not None:
-            raise IA3Error(
-                "path_initial_model_for_weight_conversion: (IA)³ never changes the base model, so "
-                "that there is nothing to convert: leave it out"
-            )
+        saving.check_form(safe_serialization, path_initial_model_for_weight_conversion)
         folders = saving.folders_of(self._adapters, save_directory, selected_adapters, adapter_name)
         if is_main_process:
             saving.save(self._adapters, folders, Path(save_directory), state_dict)
@@ -647,7 +638,7 @@ class IA3Model(nn.Module):
         """
         adapter = saving.read(model_id, config, is_trainable, further)
         if ignore_mismatched_sizes:
-            adapter, _ = saving.fitted(Adapters(model, Merge(model)), adapter, adapter_name)
+            saving.leave_out(Adapters(model, Merge(model)), adapter, adapter_name)
         self = cls.from_adapter(model, adapter, adapter_name, source=str(model_id))
         return self if is_trainable else self.eval()
 
@@ -678,7 +669,7 @@ class IA3Model(nn.Module):
         check_string(adapter_name)
         adapter, missing = saving.read(model_id, None, is_trainable, further), list[str]()
         if ignore_mismatched_sizes:
-            adapter, missing = saving.fitted(self._adapters, adapter, adapter_name)
+            missing = saving.leave_out(self._adapters, adapter, adapter_name)
         with naming(str(model_id)):
             if adapter_name in self.peft_config:
                 self._adapters.load_into(adapter_name, adapter)
