@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 import ia3
 from ia3 import IA3Config, get_peft_model
 from ia3.adapter.card import model_card
+from ia3.base.embedded import EMBEDDED_MODEL
 
 CAUSAL = IA3Config(task_type="CAUSAL_LM", base_model_name_or_path="someone/base")
 
@@ -46,7 +47,7 @@ def test_no_path_of_this_machine_is_in_a_card(tiny_llama, tmp_path):
     assert str(tmp_path) not in (tmp_path / "adapter" / "README.md").read_text("utf-8")
     assert "base_model" not in head(tmp_path / "adapter")
     # A folder that is gone, or another machine's.
-    for name in ("/data/models/base", "../base", "C:\\models\\base", "a/b/c", ""):
+    for name in (EMBEDDED_MODEL, "/data/models/base", "../base", "C:\\models\\base", "a/b/c", ""):
         card = model_card(None, IA3Config(base_model_name_or_path=name))
         assert not name or name not in card
         assert "base_model" not in card.partition("\n---\n")[0]

@@ -52,6 +52,7 @@ def of_another_kind(name):
 def test_every_name_that_can_apply_is_here_or_has_a_reason_not_to_be():
     missing = {name for name in peft.__all__ if not hasattr(ia3, name)}
     assert {name for name in missing if not of_another_kind(name)} == left_out(NAMES)
+    assert set(ia3.TaskType) == {task.value for task in peft.TaskType}
     assert set(ia3.__all__) >= {name for name in peft.__all__ if hasattr(ia3, name)}
 
 

@@ -72,6 +72,10 @@ def test_only_the_main_process_writes_and_no_pickles(tiny_llama, tmp_path):
     adapted(tiny_llama).save_pretrained(tmp_path / "a", is_main_process=False)
     with pytest.raises(IA3Error, match="safe_serialization is False"):
         adapted(tiny_llama).save_pretrained(tmp_path / "a", safe_serialization=False)
+    with pytest.raises(IA3Error, match="there is nothing to convert"):
+        adapted(tiny_llama).save_pretrained(
+            tmp_path / "a", path_initial_model_for_weight_conversion="initial"
+        )
     assert not (tmp_path / "a").exists()
 
 

@@ -120,11 +120,14 @@ def test_a_model_without_adapters_has_none(tiny_llama):
     ):
         _ = model.active_peft_config
     model.add_adapter("new", ia3.IA3Config())
-    with pytest.raises(IA3Error, match=r"no adapter is active, of \['new'\]: set_adapter\(\)"):
+    with pytest.raises(IA3Error, match=r"which has \['new'\]: set_adapter\(\) first"):
         _ = model.active_peft_config
     model.set_adapter("new")
     assert model.active_peft_config is model.peft_config["new"]
     assert model.modules_to_save is None
+    model.unload()
+    with pytest.raises(IA3Error, match="this model was unloaded: make a new one"):
+        _ = model.active_peft_config
 
 
 def test_setting_which_adapters_train_lasts_until_they_are_switched(pair):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .. import __version__
+from ..base.embedded import EMBEDDED_MODEL
 from ..files.hub import CARD_NAME, hub_id
 from ..targets.config import IA3Config, TaskType
 
@@ -46,7 +47,8 @@ def model_card(before: str | None, config: IA3Config, tags: Iterable[str] = ()) 
     import yaml
     from huggingface_hub import ModelCard
 
-    base = hub_id(config.base_model_name_or_path)
+    name = config.base_model_name_or_path
+    base = None if name == EMBEDDED_MODEL else hub_id(name)
     if before is None:
         linked = f"[{base}](https://huggingface.co/{base})" if base else "a frozen base model"
         before = HEADLESS + TEXT.format(base=linked, version=__version__)

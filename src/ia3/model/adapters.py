@@ -132,9 +132,11 @@ class Adapters:
 
     def active_config(self) -> IA3Config:
         """The (first) active adapter's config; raises `IA3Error` where none is active."""
+        self.check_loaded()
         if not self.active:
             what = "set_adapter()" if self.configs else "add_adapter() and set_adapter()"
-            raise IA3Error(f"no adapter is active, of {sorted(self.configs)}: {what} first")
+            there = sorted(self.configs)
+            raise IA3Error(f"no adapter is active on this model, which has {there}: {what} first")
         return self.configs[self.active[0]]
 
     def named(self, names: str | Sequence[str]) -> tuple[str, ...]:

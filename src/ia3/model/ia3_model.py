@@ -626,16 +626,7 @@ class IA3Model(AsPeftModel):
             OSError: the disk is full or may not be written; what was there before stays.
         """
         warn_ignored(further, saving.IGNORED_WHEN_SAVED)
-        if safe_serialization is not True:
-            raise IA3Error(
-                f"safe_serialization is {safe_serialization!r}, expected True: a pickle could run "
-                "code when it is read, so that only safetensors files are written"
-            )
-        if path_initial_model_for_weight_conversion is not None:
-            raise IA3Error(
-                "path_initial_model_for_weight_conversion: (IA)³ never changes the base model, so "
-                "that there is nothing to convert: leave it out"
-            )
+        saving.check_form(safe_serialization, path_initial_model_for_weight_conversion)
         folders = saving.folders_of(self._adapters, save_directory, selected_adapters, adapter_name)
         if is_main_process:
             saving.save(
@@ -713,7 +704,7 @@ class IA3Model(AsPeftModel):
         """
         adapter = saving.read(model_id, config, is_trainable, key_mapping, further)
         if ignore_mismatched_sizes:
-            adapter, _ = saving.fitted(Adapters(model, Merge(model)), adapter, adapter_name)
+            saving.leave_out_other_sizes(Adapters(model, Merge(model)), adapter, adapter_name)
         self = cls.from_adapter(
             model,
             adapter,
@@ -748,12 +739,10 @@ class IA3Model(AsPeftModel):
             `ignore_mismatched_sizes` left out is missing; anything else that does not fit raises.
         """
         check_string(adapter_name)
-        adapter, missing = (
-            saving.read(model_id, None, is_trainable, key_mapping, further),
-            list[str](),
-        )
+        missing: list[str] = []
+        adapter = saving.read(model_id, None, is_trainable, key_mapping, further)
         if ignore_mismatched_sizes:
-            adapter, missing = saving.fitted(self._adapters, adapter, adapter_name)
+            missing = saving.leave_out_other_sizes(self._adapters, adapter, adapter_name)
         with naming(str(model_id)):
             if adapter_name in self.peft_config:
                 self._adapters.load_into(adapter_name, adapter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +141,20 @@ def folders_of(
     return folders
 
 
+def check_form(safe_serialization: bool, initial_model: str | None) -> None:
+    """Raise `IA3Error` for what PEFT's `save_pretrained` can write and this library does not."""
+    if safe_serialization is not True:
+        raise IA3Error(
+            f"safe_serialization is {safe_serialization!r}, expected True: a pickle could run code "
+            "when it is read, so that only safetensors files are written"
+        )
+    if initial_model is not None:
+        raise IA3Error(
+            f"path_initial_model_for_weight_conversion is {initial_model!r}, expected None: (IA)³ "
+            "never changes the base model, so that there is nothing to convert"
+        )
+
+
 def read(
     model_id: str | Path,
     config: IA3Config | None,
@@ -161,12 +174,14 @@ def read(
     return adapter
 
 
-def fitted(adapters: Adapters, stored: Adapter, name: str) -> tuple[Adapter, list[str]]:
-    """A stored adapter with what is of another size than on the model as it is there.
+def leave_out_other_sizes(adapters: Adapters, stored: Adapter, name: str) -> list[str]:
+    """Give a stored adapter what is on the model where its own is of another size.
+
+    It is to be put on the model, or into the adapter `name` if that is there. A warning names what
+    was left out.
 
     Returns:
-        The adapter, to be put on the model or into the adapter `name`, if that is there; and the
-        keys of what was left out, in PEFT's words, which a warning names.
+        The keys of what was left out, in PEFT's words.
     """
     if name in adapters.configs:
         here = adapters.stored(name)
@@ -176,13 +191,15 @@ def fitted(adapters: Adapters, stored: Adapter, name: str) -> tuple[Adapter, lis
         _, targets = resolve(adapters.model, stored.config, stored.frozen)
         vectors = {target.name: new(target.activation.shape) for target in targets}
         copies = adapters.model.state_dict()
-    kept = _of_other_size(stored.vectors, vectors), _of_other_size(stored.copies, copies)
-    left_out = [f"{KEY_PREFIX}{module}{KEY_SUFFIX}.{name}" for module in kept[0]]
-    left_out += [f"{KEY_PREFIX}{key}" for key in kept[1]]
+    kept = _of_other_size(stored.vectors, vectors)
+    kept_copies = _of_other_size(stored.copies, copies)
+    stored.vectors |= kept
+    stored.copies |= kept_copies
+    left_out = [f"{KEY_PREFIX}{module}{KEY_SUFFIX}.{name}" for module in kept]
+    left_out += [f"{KEY_PREFIX}{key}" for key in kept_copies]
     if left_out:
         warn_caller(f"of another size than on the model, and left as they are there: {left_out}")
-    vectors, copies = stored.vectors | kept[0], stored.copies | kept[1]
-    return replace(stored, vectors=vectors, copies=copies), left_out
+    return left_out
 
 
 def _of_other_size(given: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> dict[str, Tensor]:
