@@ -484,11 +484,14 @@ class IA3Model(nn.Module):
             selected_adapters: all adapters if not given.
             adapter_name: this adapter alone, into the folder itself.
             is_main_process: False writes nothing, for all processes but one of a parallel run.
-            state_dict: this model's, where its values had to be gathered from several processes.
+            state_dict: this model's, gathered from several processes, for the main one alone.
+                Without it, vectors that FSDP 2 has spread over processes are gathered: all of these
+                have to call this.
             save_embedding_layers: not True: name the embeddings in `modules_to_save` instead.
 
         Raises:
-            IA3Error: an adapter is unknown, there is none, or an option cannot be had.
+            IA3Error: an adapter is unknown, there is none, or an option cannot be had; FSDP 1 has
+                the vectors in pieces, and there is no `state_dict`.
             OSError: the disk is full or may not be written; what was there before stays.
         """
         if save_embedding_layers is True:
@@ -502,8 +505,7 @@ class IA3Model(nn.Module):
                 "code when it is read, so that only safetensors files are written"
             )
         folders = saving.folders_of(self._adapters, save_directory, selected_adapters, adapter_name)
-        if is_main_process:
-            saving.save(self._adapters, folders, state_dict)
+        saving.save(self._adapters, folders, state_dict, is_main_process)
 
     def adapter(self, adapter_name: str) -> Adapter:
         """An adapter as it is saved; its tensors may share the model's memory."""

@@ -23,10 +23,20 @@ DEFAULT_ADAPTER = "default"
 
 
 def save(
-    adapters: Adapters, folders: Mapping[str, Path], state_dict: Mapping[str, Tensor] | None = None
+    adapters: Adapters,
+    folders: Mapping[str, Path],
+    state_dict: Mapping[str, Tensor] | None = None,
+    is_main_process: bool = True,
 ) -> None:
-    """Write adapters' two files each, all of them or, where a folder cannot be written, none."""
+    """Write adapters' two files each, all of them or, where a folder cannot be written, none.
+
+    A process that is not the main one only takes part in gathering what has none in `state_dict`.
+    """
+    if not is_main_process and state_dict is not None:
+        return
     written = to_save(adapters, list(folders), state_dict)
+    if not is_main_process:
+        return
     files = {name: adapter_files(adapter) for name, adapter in written.items()}
     for folder in folders.values():
         check_folder(folder)
