@@ -124,6 +124,10 @@ def fsdp2(folder):
         # All processes at once, into one folder.
         model.save_pretrained(folder / kind)
         check_saved(folder / kind, plain)
+        # As one of them is told to write.
+        model.save_pretrained(folder / f"{kind} once", is_main_process=main)
+        distributed.barrier()
+        check_saved(folder / f"{kind} once", plain)
         # One process alone, of what was gathered before.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(model, options=options)
@@ -132,6 +136,11 @@ def fsdp2(folder):
             check_saved(folder / f"{kind} gathered", plain)
             again = IA3Model.from_pretrained(base(kind), folder / f"{kind} gathered")
             assert again.adapter("default").base == plain.adapter("default").base
+        else:
+            model.save_pretrained(folder / "none", is_main_process=False, state_dict=state)
+            without = partial(model.save_pretrained, folder / "none", state_dict=state)
+            refused(without, r"the state_dict has no '(model|transformer)\.")
+            assert not (folder / "none").exists()
         # PEFT's functions, and a checkpoint into an adapter that is there.
         values = {k: torch.ones_like(v) for k, v in ia3.get_peft_model_state_dict(plain).items()}
         ia3.set_peft_model_state_dict(model, values)
@@ -146,6 +155,7 @@ def fsdp2(folder):
             refused(partial(model.load_adapter, folder / kind, "other"), words)
         refused(model.merge_adapter, r"cannot merge \['default'\].* spread over processes")
         refused(model.merge_and_unload, "spread over processes")
+        refused(partial(model.delete_adapter, "default"), "FSDP, which would put its vectors back")
         close(logits(model), logits(plain))
 
 
@@ -227,6 +237,7 @@ def fsdp1(folder):
         assert not (folder / "pieces").exists()
         refused(partial(model.load_adapter, folder / kind, "default"), words)
         refused(model.merge_adapter, "spread over processes")
+        refused(partial(model.delete_adapter, "default"), "FSDP, which would put its vectors back")
         with summoned(model):
             refused(model.merge_adapter, "spread over processes")
             for vector in model.vectors("default").values():

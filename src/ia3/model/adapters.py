@@ -26,7 +26,7 @@ from ..core.reached import tell, unwatch, watch as watch_calls
 from ..core.route import BASE, LOCK, OneCall, Route, bind, watch
 from ..core.saved_modules import SavedModule, saved_module_of
 from ..core.sites import Site, check_free, displace, place, site_of
-from ..core.spread import any_spread, gathered, spread_like
+from ..core.spread import any_spread, gathered, is_spread, spread_like
 from ..core.weights import write
 from ..errors import IA3Error, did_you_mean, warn_caller
 from ..targets.config import IA3Config
@@ -107,24 +107,28 @@ class Adapters:
     def stored(self, name: str, values: Mapping[str, Tensor] | None = None) -> Adapter:
         """An adapter, in the model's memory; `values`, the base model's state dict, go first.
 
-        What is spread over processes is gathered, unless it is among the `values`.
+        Without them, what is spread over processes is gathered: all of these have to ask.
         """
-        found, end = values or {}, f"{ATTRIBUTE}.{name}"
-        having = self.sites_of(name)
-        vectors: dict[str, Tensor] = {}
+        end, having = f"{ATTRIBUTE}.{name}", self.sites_of(name)
+
+        def given(key: str, held: Tensor) -> Tensor | None:
+            if values is not None and key not in values and is_spread(held):
+                raise IA3Error(
+                    f"adapter {name!r} is spread over processes, and the state_dict has no "
+                    f"{key!r}: save the gathered one, by the main process alone"
+                )
+            return gathered(values[key]) if values is not None and key in values else None
+
+        vectors, copies = {}, {}
         for module, site in having:
-            given = found.get(f"{module}.{end}")
-            vectors[module] = site.whole(name) if given is None else gathered(given)
-        return Adapter(
-            dataclasses.replace(self.configs[name]),
-            vectors,
-            {
-                f"{module}.{key}": gathered(found.get(f"{module}.{end}.{key}", value))
-                for module, twin in self.copies_of(name).items()
-                for key, value in own_names(twin.state_dict(keep_vars=True)).items()
-            },
-            {module: site.frozen[name] for module, site in having if name in site.frozen},
-        )
+            value = given(f"{module}.{end}", site[name])
+            vectors[module] = site.whole(name) if value is None else value
+        for module, twin in self.copies_of(name).items():
+            for key, held in own_names(twin.state_dict(keep_vars=True)).items():
+                value = given(f"{module}.{end}.{key}", held)
+                copies[f"{module}.{key}"] = gathered(held) if value is None else value
+        frozen = {module: site.frozen[name] for module, site in having if name in site.frozen}
+        return Adapter(dataclasses.replace(self.configs[name]), vectors, copies, frozen)
 
     def named_as_here(self, stored: Adapter) -> Adapter:
         """An adapter by the names that the model's modules have now."""
@@ -352,6 +356,11 @@ class Adapters:
             self.check_unrouted("delete_adapter")
             self.check_known([name])
             self._check_unmerged(name)
+            if any(is_spread(site[name]) for _, site in self.sites_of(name)):
+                raise IA3Error(
+                    f"adapter {name!r} is spread over processes by FSDP, which would put its "
+                    "vectors back: delete it before, or set_adapter() to another"
+                )
             remaining = tuple(other for other in self.active if other != name)
             first = next((other for other in self.configs if other != name), None)
             # Before its vectors go: calls of other threads ask for those of the active ones.

@@ -615,23 +615,29 @@ class IA3Model(AsPeftModel):
             path_initial_model_for_weight_conversion: not taken: it is of LoRA, whose initial values
                 change the base model.
             adapter_name: this adapter alone, into the folder itself.
-            state_dict: this model's, where its values had to be gathered from several processes.
+            state_dict: this model's, gathered from several processes, for the main one alone.
+                Without it, vectors that FSDP 2 has spread over processes are gathered: all of these
+                have to call this.
             further: ignored: what transformers' `save_pretrained` takes besides (`max_shard_size`,
                 `save_function`, ...) in silence, as an adapter is one small file; others with a
                 warning.
 
         Raises:
             IA3Error: an adapter is unknown, there is none, a vector is not finite, or an option
-                cannot be had.
+                cannot be had; or FSDP 1 has the vectors in pieces, and there is no `state_dict`.
             OSError: the disk is full or may not be written; what was there before stays.
         """
         warn_ignored(further, saving.IGNORED_WHEN_SAVED)
         saving.check_form(safe_serialization, path_initial_model_for_weight_conversion)
         folders = saving.folders_of(self._adapters, save_directory, selected_adapters, adapter_name)
-        if is_main_process:
-            saving.save(
-                self._adapters, folders, Path(save_directory), state_dict, save_embedding_layers
-            )
+        saving.save(
+            self._adapters,
+            folders,
+            Path(save_directory),
+            state_dict,
+            save_embedding_layers,
+            is_main_process,
+        )
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Write a folder's model card (`README.md`), or complete the head of the one there.

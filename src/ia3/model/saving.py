@@ -44,12 +44,18 @@ def save(
     root: Path,
     state_dict: Mapping[str, Tensor] | None = None,
     embeddings: bool | str = "auto",
+    is_main_process: bool = True,
 ) -> None:
     """Write adapters' two files each, and a card into `root`.
 
-    All of them are written or, where a folder cannot be, none.
+    All of them are written or, where a folder cannot be, none. A process that is not the main one
+    only takes part in gathering what has none in `state_dict`.
     """
+    if not is_main_process and state_dict is not None:
+        return
     written = to_save(adapters, list(folders), state_dict, embeddings)
+    if not is_main_process:
+        return
     files = {root: _card(adapters, root, list(folders))}
     for name, adapter in written.items():
         folder = folders[name]
