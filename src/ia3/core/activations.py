@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import IA3Error
 from .experts import experts_shape, is_experts
-from .names import modules_of
 
 # "inner": within a module of experts, whose inner activation is no submodule's input or output.
 Side = Literal["output", "input", "inner"]
@@ -72,15 +71,6 @@ def refuse_lazy(model: nn.Module) -> None:
 def is_wrapper(module: nn.Module) -> bool:
     """Whether a module of PEFT's computes with the base module, and others, that it holds."""
     return hasattr(type(module), "adapter_layer_names")
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a model by name; not those within a wrapper of PEFT's, which is one."""
-    within = {
-        part for m in model.modules() if is_wrapper(m) for part in m.modules() if part is not m
-    }
-    modules = modules_of(model).items()
-    return {name: m for name, m in modules if m not in within and linear_features(m)}
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:

@@ -455,8 +455,9 @@ class Adapters:
             for name in self.named(names):
                 for _, site in self.sites_of(name):
                     site[name].requires_grad = required
-                for twin in self.copies_of(name).values():
-                    for parameter in twin.parameters():
+                for _, _, copies in self.contents().copies:
+                    trained = name in copies and name not in copies.frozen
+                    for parameter in copies[name].parameters() if trained else ():
                         if parameter.is_floating_point():
                             parameter.requires_grad_(required)
 

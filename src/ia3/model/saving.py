@@ -15,6 +15,7 @@ from ..adapter.files import Adapter, adapter_files, read_adapter
 from ..adapter.fingerprint import fingerprint
 from ..adapter.layout import KEY_PREFIX, KEY_SUFFIX
 from ..core.names import own_modules, own_names
+from ..core.spread import gathered
 from ..errors import IA3Error, naming, warn_caller
 from ..files.atomic import check_folder, write_files
 from ..files.hub import adapter_folder, hub_options, upload
@@ -115,7 +116,7 @@ def to_save(
             }
         adapter.base = base
     if embeddings is True or (embeddings == "auto" and were_resized(adapters.model)):
-        for key, value in base_embeddings(adapters, state_dict or {}).items():
+        for key, value in base_embeddings(adapters, values or {}).items():
             for adapter in found.values():
                 adapter.copies.setdefault(key, value)
     return found
@@ -124,7 +125,7 @@ def to_save(
 def base_embeddings(adapters: Adapters, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameter name -> value of the embeddings and output layers, not merged; `given` go first."""
     return {
-        f"{name}.{slot}": given.get(f"model.{name}.{slot}", adapters.merge.original(name, slot))
+        f"{name}.{slot}": gathered(given.get(f"{name}.{slot}", adapters.merge.original(name, slot)))
         for name, module in embeddings_of(adapters.model).items()
         for slot, parameter in module._parameters.items()
         if parameter is not None and parameter.is_floating_point()

@@ -21,7 +21,6 @@ from ..core.activations import (
     activation_of,
     is_read,
     linear_features,
-    linear_layers,
     refuse_lazy,
 )
 from ..core.names import (
@@ -43,7 +42,7 @@ from .architectures import ARCHITECTURES
 from .config import Entries, IA3Config, TaskType
 from .matching import feedforward_among, matches, matches_feedforward, names_or_suffixes
 from .notes import notes
-from .structure import block_lists, feedforward_targets, layer_names, paper_targets
+from .structure import block_lists, feedforward_targets, layer_names, linear_layers, paper_targets
 
 
 def resolve(

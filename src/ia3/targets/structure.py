@@ -53,6 +53,22 @@ def feedforward_targets(model: nn.Module) -> list[Target]:
     return tree.in_order(_feedforward(tree))
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a model by name; not those within a wrapper of PEFT's, which is one."""
+    inner, modules = _within_wrappers(model), modules_of(model).items()
+    return {name: m for name, m in modules if m not in inner and linear_features(m)}
+
+
+def _within_wrappers(model: nn.Module) -> set[nn.Module]:
+    return {
+        part
+        for module in model.modules()
+        if is_wrapper(module) and linear_features(module)
+        for part in module.modules()
+        if part is not module
+    }
+
+
 @dataclass(frozen=True)
 class Parts:
     """What modules of a model are, by name, as far as that could be told.
@@ -173,13 +189,7 @@ class _Tree:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         # A layer of PEFT's other adapters is one projection, with what it holds.
-        inner = {
-            part
-            for module in model.modules()
-            if is_wrapper(module) and linear_features(module)
-            for part in module.modules()
-            if part is not module
-        }
+        inner = _within_wrappers(model)
         self.modules = {name: m for name, m in modules_of(model).items() if m not in inner}
         # Name of an attention -> its children's full names and roles.
         self.attentions = {
