@@ -370,8 +370,7 @@ FAMILIES: dict[str, Family] = {
             num_mel_bins=16), {"input_values": numbers(2, 32, 16)}, (BART_PAPER,), tower("layers")),
     "speech encoder-decoder": Family(
         speech_to_text, {**SOUND, "decoder_input_ids": IDS},
-        (use("k_proj v_proj output_dense key value output.dense", "output_dense output.dense",
-             idle=("decoder.bert.pooler.dense",)),),
+        (use("k_proj v_proj output_dense key value output.dense", "output_dense output.dense"),),
         tower("encoder.encoder.layers", "<feed_forward.output_dense") + "\n" + bert(
             "decoder.bert.encoder.layer", "attention.self.key attention.self.value "
             "crossattention.self.key crossattention.self.value")),
@@ -636,7 +635,7 @@ FAMILIES: dict[str, Family] = {
         refused="is a QuantLinear, whose output cannot be rescaled: it is not one tensor of 16"),
     "fnet": text("FNetForMaskedLM", "", use("output.dense", "output.dense"),
         refused=f"{NO_ATTENTION} FNetForMaskedLM"),
-    "perceiver-like canine": text("CanineModel", "\n".join(
+    "canine": text("CanineModel", "\n".join(
         f"{part}.layer.0: attention.self.key attention.self.value <output.dense"
         for part in ("initial_char_encoder", "encoder", "final_char_encoder")),
         BERT_PAPER, sizes={**TOWER, "num_hidden_layers": 1}, downsampling_rate=2,
