@@ -326,7 +326,7 @@ def test_disabling_unmerges(make_model, make_inputs):
 
 
 def test_a_layer_alone_is_merged(make_model, make_inputs):
-    """As others do that walk over PEFT's layers, such as its mixed models."""
+    """As others do that walk over PEFT's layers, such as diffusers where it fuses adapters."""
     inputs = make_inputs("llama")
     for model in both(lambda: make_model("llama"), adapters=("default", "second")):
         before, expected = weights(model), model(**inputs).logits
