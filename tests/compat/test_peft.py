@@ -326,7 +326,7 @@ def test_disabling_unmerges(make_model, make_inputs):
 
 
 def test_a_layer_alone_is_merged(make_model, make_inputs):
-    """As others do that walk over PEFT's layers, such as its mixed models."""
+    """As others do that walk over PEFT's layers, such as diffusers where it fuses adapters."""
     inputs = make_inputs("llama")
     for model in both(lambda: make_model("llama"), adapters=("default", "second")):
         before, expected = weights(model), model(**inputs).logits
@@ -337,12 +337,14 @@ def test_a_layer_alone_is_merged(make_model, make_inputs):
             assert layer.merged_adapters == ["default", "second"]
         assert relative(model(**inputs).logits, expected) < 1e-6
         if is_ours(model):
+            model.add_adapter("third", peft.IA3Config())
+            model.base_model.set_adapter(["default", "second"])
             model.merge_adapter()
             assert relative(model(**inputs).logits, expected) < 1e-6
-            model.add_adapter("third", peft.IA3Config())
             with pytest.raises(IA3Error, match="unmerge_adapter"):
                 chosen[0].merge(adapter_names=["third"])
             model.unmerge_adapter()
+            assert weights(model) == before
             chosen[0].merge()
             with model.disable_adapter():
                 assert torch.equal(model(**inputs).logits, make_model("llama")(**inputs).logits)
@@ -351,8 +353,47 @@ def test_a_layer_alone_is_merged(make_model, make_inputs):
             assert weights(model) == before
 
 
+def test_other_adapters_are_set_and_layers_disabled_while_merged(make_model, make_inputs):
+    """PEFT unmerges layer by layer then."""
+    inputs = make_inputs("llama")
+    integration.install()
+    model = adapt(make_model("llama"), adapters=("default", "second"))
+    model.set_adapter("second")
+    expected, base = model(**inputs).logits, make_model("llama")(**inputs).logits
+    before = weights(model)
+    model.set_adapter("default")
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.set_adapter("second")
+    assert torch.equal(model(**inputs).logits, expected)
+    assert weights(model) == before
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.merge_adapter()
+        for layer in layers(twin):
+            layer.enable_adapters(False)
+        assert torch.equal(twin(**inputs).logits, base)
+        assert weights(twin) == before
+    merged = adapt(make_model("llama"))
+    merged.merge_adapter()
+    twin, before = copy.deepcopy(merged), weights(merged)
+    layers(twin)[0].unmerge()
+    assert not any(layer.merged for layer in layers(twin))
+    assert weights(merged) == before != weights(twin)
+
+
+def test_what_is_merged_alone_stays_so_where_merging_the_model_fails(installed, tiny_llama):
+    model = adapt(tiny_llama)
+    layers(model)[0].merge()
+    before = weights(model)
+    layers(model)[-1].ia3_l["default"].data[0] = float("nan")
+    with pytest.raises(IA3Error, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert weights(model) == before
+    assert [layer.merged for layer in layers(model)] == [True] + [False] * 5
+
+
 @pytest.mark.parametrize("value", [float("nan"), 3e38])
-def test_errors_of_safe_merge_have_pefts_words(value, make_model):
+def test_errors_of_safe_merge_have_pefts_words(value):
     """People match on them."""
     said = []
     for model in both(Small, target_modules=["linear"], feedforward_modules=[]):

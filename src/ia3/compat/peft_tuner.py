@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, reduce
 from typing import Any
@@ -68,6 +68,7 @@ class Layer(nn.Module, stock.IA3Layer):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self._alone: Merge | None = None
+        self._unmerge_model: Callable[[], None] | None = None
         base: Any = self.get_base_layer()
         named = next((names for names in SIZES if hasattr(base, names[0])), None)
         if named is not None:
@@ -119,17 +120,22 @@ class Layer(nn.Module, stock.IA3Layer):
         if not adapters:
             return
         if self.merged and self._alone is None:
-            raise IA3Error("cannot merge into one layer more: unmerge_adapter() of the model first")
+            raise IA3Error(
+                "cannot merge one layer alone while the model's adapters are merged: "
+                "unmerge_adapter() of the model first"
+            )
         alone = nn.ModuleDict({"layer": self})
         merge = self._alone or Merge(alone)
         _make(merge, {"layer": (*self.merged_adapters, *adapters)}, safe_merge)
         self._alone = merge
 
     def unmerge(self) -> None:
-        """Undo `merge`, bit for bit; what is merged by the model is unmerged there."""
+        """Undo `merge`, bit for bit; where the model has merged, all its layers are unmerged."""
         if self._alone is not None:
             _undo(self._alone)
             self._alone = None
+        elif self.merged and self._unmerge_model is not None:
+            self._unmerge_model()
 
 
 def _is_called(layer: nn.Module, args: Any) -> None:
@@ -270,9 +276,18 @@ class IA3Model(StockModel):
             name: (*layer.merged_adapters, *check_adapters_to_merge(layer, adapter_names))
             for name, layer in layers
         }
+        alone = [layer for _, layer in layers if layer._alone is not None]
+        again = [(layer, [*layer.merged_adapters]) for layer in alone]
+        try:
+            for layer in alone:
+                layer.unmerge()
+            _make(self._merge, chosen, safe_merge)
+        except BaseException:
+            for layer, adapters in again:
+                layer.merge(adapter_names=adapters)
+            raise
         for _, layer in layers:
-            layer.unmerge()
-        _make(self._merge, chosen, safe_merge)
+            layer._unmerge_model = self.unmerge_adapter
         self.merged_adapters = tuple(dict.fromkeys(a for names in chosen.values() for a in names))
 
     def unmerge_adapter(self) -> None:
