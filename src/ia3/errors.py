@@ -52,7 +52,8 @@ def naming(where: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}: {error}") from error
     except IA3Error as error:
-        raise type(error)(f"{where}: {error}") from error
+        error.args = (f"{where}: {error}",)  # it stays of its kind
+        raise
 
 
 def check_methods(methods: Sequence[str], known: Sequence[str]) -> None:
