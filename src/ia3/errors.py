@@ -41,9 +41,8 @@ def naming(where: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}: {error}") from error
     except IA3Error as error:
-        plain = type(error).__init__ is IA3Error.__init__  # others do not take a message
-        kind = type(error) if plain else IA3Error
-        raise kind(f"{where}: {error}") from error
+        error.args = (f"{where}: {error}",)  # it stays of its kind
+        raise
 
 
 def warn_caller(message: str, between: Sequence[str] = ()) -> None:
