@@ -159,23 +159,29 @@ def fsdp2(folder):
         close(logits(model), logits(plain))
 
 
-def fsdp2_in_other_ways(folder):
-    rank = distributed.get_rank()
-    # Routed, with rows of other adapters on each process; vectors that train, and others.
-    model, plain = (get_peft_model(base("llama"), IA3Config(), "one") for _ in range(2))
-    for each in (model, plain):
-        each.add_adapter("two", IA3Config(target_modules=["q_proj", "down_proj"]))
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name in ("one", "two"):
-                for vector in each.vectors(name).values():
-                    vector.copy_(torch.rand(vector.shape, generator=generator) + 0.5)
-    shard(model)
+def two_adapters():
+    model = get_peft_model(base("llama"), IA3Config(), "one")
+    model.add_adapter("two", IA3Config(target_modules=["q_proj", "down_proj"]))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name in ("one", "two"):
+            for vector in model.vectors(name).values():
+                vector.copy_(torch.rand(vector.shape, generator=generator) + 0.5)
+    return model
+
+
+def check_routed(model, plain):
+    """With rows of other adapters on each process; vectors that train, and others."""
+    names = [["one", "two"], ["__base__", "one"]][distributed.get_rank()]
     for trained in (["one"], ["two"], []):
         for each in (model, plain):
             each.set_adapter(trained or "one", inference_mode=not trained)
-        names = [["one", "two"], ["__base__", "one"]][rank]
         close(logits(model, adapter_names=names), logits(plain, adapter_names=names))
+
+
+def fsdp2_in_other_ways(folder):
+    plain = two_adapters()
+    check_routed(shard(two_adapters()), plain)
     # Every linear layer for itself.
     expected = logits(plain)
     close(logits(shard(copy.deepcopy(plain), nn.Linear)), expected)
@@ -257,6 +263,7 @@ def fsdp1_in_other_ways(folder):
     model = wrap(model)
     model(input_ids=own_row(), labels=own_row()).loss.backward()
     close(logits(model), expected)
+    check_routed(wrap(two_adapters()), two_adapters())
     # Every linear layer for itself.
     policy = partial(size_based_auto_wrap_policy, min_num_params=100)
     model = IA3Model.from_pretrained(base("llama"), folder / "plain")
@@ -282,7 +289,7 @@ def test_fsdp1(tmp_path):
     in_processes(fsdp1, tmp_path)
 
 
-def test_fsdp1_wrapped_in_other_ways(tmp_path):
+def test_fsdp1_routed_and_wrapped_in_other_ways(tmp_path):
     in_processes(fsdp1_in_other_ways, tmp_path)
 
 

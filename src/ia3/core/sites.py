@@ -100,10 +100,10 @@ class Site(nn.Module):
 
         One that `follows` is cast with the base model, also to less than float32.
         """
-        if follows:
-            self.following.add(adapter)
         # Not register_parameter: it refuses names that are also methods of this class ("product").
         self._parameters[adapter] = nn.Parameter(vector, requires_grad=False)
+        if follows:
+            self.following.add(adapter)
         if frozen:
             mask = torch.zeros(self.activation.dim, dtype=torch.bool)
             for start, end in frozen:
@@ -130,8 +130,9 @@ class Site(nn.Module):
         # First: saving a state dict reads the vector of each adapter that is in it.
         if self.frozen.pop(adapter, ()):
             delattr(self, _mask_name(adapter))
-        self._parameters.pop(adapter, None)
+        # Likewise: moving the model reads those that follow it.
         self.following.discard(adapter)
+        self._parameters.pop(adapter, None)
 
     def vector(self, adapter: str) -> Tensor:
         """An adapter's vector, `Activation.shape`, its frozen values one."""

@@ -359,7 +359,7 @@ class Adapters:
             if any(is_spread(site[name]) for _, site in self.sites_of(name)):
                 raise IA3Error(
                     f"adapter {name!r} is spread over processes by FSDP, which would put its "
-                    "vectors back: delete it before, or set_adapter() to another"
+                    "vectors back: set_adapter() to another instead"
                 )
             remaining = tuple(other for other in self.active if other != name)
             first = next((other for other in self.configs if other != name), None)
