@@ -33,6 +33,8 @@ class Patch:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.forward
+        if args and args[0] is self.module:  # bound to it, see `patches`
+            args = args[1:]
         return (self.below if forward is None else forward)(*args, **kwargs)
 
     @property
@@ -86,6 +88,8 @@ def patches(module: nn.Module) -> Iterator[Patch]:
     """The patches on a module, outermost first."""
     for slot in SLOTS:
         found = module.__dict__.get(slot)
+        # accelerate binds the forward that it has taken its wrapper off to the module once more.
+        found = getattr(found, "__func__", found)
         while isinstance(found, Patch):
             yield found
             found = found.before

@@ -475,6 +475,12 @@ class Adapters:
             bind()
             if not self.unloaded and patched(self.model, OneCall) is None:
                 OneCall(self.model, self.calls)
+            places: list[tuple[nn.Module, Any]] = [
+                (module, place) for _, module, place in (*contents.sites, *contents.copies)
+            ]
+            for _, place in places:
+                place._calls = self.calls
+            # From here on calls that are open hold to what they have read.
             self.calls.disturbed = True
             if self._fused:  # of these layers, some may have been taken out of the model
                 fused = [contents.modules[name] for name in self._fused if name in contents.modules]
@@ -483,11 +489,6 @@ class Adapters:
                 site.activate(module, active, routed)
             for _, _, copies in contents.copies:
                 copies.active = next((name for name in active if name in copies), None)
-            places: list[tuple[nn.Module, Any]] = [
-                (module, place) for _, module, place in (*contents.sites, *contents.copies)
-            ]
-            for _, place in places:
-                place._calls = self.calls
             now = {place: place.active for _, place in places if place.active}
             self.calls.change(State(now, places, frozenset(self.merge.adapters)))
             self.calls.settle()

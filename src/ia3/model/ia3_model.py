@@ -47,7 +47,7 @@ class IA3Model(AsPeftModel):
 
     Several threads may call the model, and change its adapters meanwhile: each change is made under
     one lock, a call sees the adapters from before or after it, and a change that raises is undone.
-    Deleting, fusing and switching to copies of modules (`modules_to_save`) want no calls meanwhile.
+    Merging, deleting, fusing and `use_plain_product` want no calls of the model meanwhile.
     What is refused raises `IA3Error`, an adapter's name that is unknown in any method.
 
     Args:
