@@ -3,7 +3,6 @@
 import copy
 import json
 import warnings
-from functools import partial
 
 import peft
 import pytest
@@ -14,7 +13,7 @@ from support.snapshots import assert_unchanged, snapshot, weights
 from torch import nn
 
 import ia3
-from ia3 import IA3Config, IA3Error, IA3Model, get_peft_model
+from ia3 import IA3Config, IA3Error, IA3Model
 
 KINDS = ["llama", "gpt2", "t5"]
 CONFIGS = {"defaults": {}, "all-linear": {"target_modules": "all-linear"}}
@@ -372,32 +371,3 @@ def test_an_adapter_deleted_before_the_backward_pass_gets_its_gradients(tiny_lla
 
 
 # -- messages --------------------------------------------------------------------------------------
-
-
-def test_without_an_active_adapter_there_is_no_active_config(tiny_llama):
-    model = IA3Model.without_adapters(tiny_llama)
-    with pytest.raises(IA3Error, match=r"no adapter is active .* which has \[\]: set_adapter"):
-        _ = model.active_peft_config
-    model.add_adapter("one", IA3Config())
-    with pytest.raises(IA3Error, match=r"which has \['one'\]: set_adapter"):
-        _ = model.active_peft_config
-
-
-def test_an_unknown_argument_is_pythons_own_error_in_the_public_methods_name(tiny_llama, tmp_path):
-    """Of a folder they were passed over, and of the hub handed to a function nobody called."""
-    model = get_peft_model(tiny_llama, IA3Config(task_type="CAUSAL_LM"))
-    model.save_pretrained(tmp_path)
-    kind = "PeftModelForCausalLM"
-    calls = {
-        f"{kind}.from_pretrained": partial(type(model).from_pretrained, copy.deepcopy(tiny_llama)),
-        f"{kind}.load_adapter": lambda name, **given: model.load_adapter(name, "new", **given),
-        "IA3Config.from_pretrained": IA3Config.from_pretrained,
-    }
-    for method, call in calls.items():
-        for where in (tmp_path, "someone/adapter"):
-            said = rf"{method}\(\) got an unexpected keyword argument 'revison'.*'revision'\?"
-            with pytest.raises(TypeError, match=said):
-                call(where, revison="main")
-    with pytest.raises(TypeError, match=rf"{kind}\.push_to_hub\(\) .* 'comit_message'.*'commit_me"):
-        model.push_to_hub("someone/adapter", comit_message="First")
-    assert list(model.peft_config) == ["default"]

@@ -150,7 +150,7 @@ def test_explained_as_a_plain_model(make_model, around, wrapper):
     said = []
     for model in (make_model("llama"), around(make_model("llama"), wrapper)):
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            ia3.explain(model, IA3Config(target_modules="all-linear"))
+            ia3.explain(model, IA3Config(target_modules=["k_proj", "down_proj"]))
         said.append(out.getvalue())
     assert said[0] == said[1]
 

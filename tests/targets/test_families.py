@@ -185,8 +185,8 @@ def test_ways_to_name_and_to_order() -> None:
     made = [
         ia3.get_peft_model(build("esm"), config, adapter_name=name),
         ia3.IA3Model(build("esm"), config, name),
-        ia3.IA3Model(config=config, model=build("esm"), adapter_name=name),
-        ia3.IA3Model(adapter_name=name, model=build("esm"), config={name: config}),
+        ia3.IA3Model(peft_config=config, model=build("esm"), adapter_name=name),
+        ia3.IA3Model(adapter_name=name, model=build("esm"), peft_config={name: config}),
     ]
     for model in made:
         assert list(model.peft_config) == [name]
