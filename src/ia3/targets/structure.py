@@ -60,13 +60,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _within_wrappers(model: nn.Module) -> set[nn.Module]:
-    return {
-        part
-        for module in model.modules()
-        if is_wrapper(module) and linear_features(module)
-        for part in module.modules()
-        if part is not module
-    }
+    parts = [m.modules() for m in model.modules() if is_wrapper(m)]
+    return {part for inside in parts for part in list(inside)[1:]}
 
 
 @dataclass(frozen=True)
