@@ -39,10 +39,10 @@ $(QUANTIZED): $(READY)
 
 # Beside the environment: transformers and scikit-learn import them wherever they find them, half a
 # second and 80 MiB for each process. dill, in turn, takes packages for the user's own code where
-# their path has no site-packages in it.
+# their path has no site-packages in it. TRL needs datasets.
 $(DATASETS): $(READY)
 	$(BIN)/pip install --quiet --no-deps --upgrade -c constraints.txt \
-		--target .venv-datasets/site-packages datasets dill multiprocess pandas pyarrow xxhash
+		--target .venv-datasets/site-packages datasets dill multiprocess pandas pyarrow trl xxhash
 	touch $(DATASETS)
 
 # A process a core, each with one thread; what needs packages from beside the environment on its own.

@@ -13,12 +13,25 @@ if TYPE_CHECKING:
     from .classify.estimator import FewShotClassifier as FewShotClassifier
     from .classify.fit_many import FittedTasks as FittedTasks, fit_many as fit_many
     from .compat.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from .compat.mixed import PeftMixedModel as PeftMixedModel
+    from .compat.precision import cast_mixed_precision_params as cast_mixed_precision_params
     from .compat.state_dicts import (
+        get_base_model_state_dict as get_base_model_state_dict,
         get_peft_model_state_dict as get_peft_model_state_dict,
         inject_adapter_in_model as inject_adapter_in_model,
+        load_peft_weights as load_peft_weights,
+        set_base_model_state_dict as set_base_model_state_dict,
         set_peft_model_state_dict as set_peft_model_state_dict,
     )
-    from .errors import IA3Error as IA3Error, MissingExtraError as MissingExtraError
+    from .compat.status import (
+        get_layer_status as get_layer_status,
+        get_model_status as get_model_status,
+    )
+    from .errors import (
+        IA3Error as IA3Error,
+        MissingExtraError as MissingExtraError,
+        NoMatchingPeftModuleError as NoMatchingPeftModuleError,
+    )
     from .experiments.in_context import InContextClassifier as InContextClassifier
     from .model.auto import (
         AutoPeftModel as AutoPeftModel,
@@ -30,6 +43,8 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
     )
     from .model.ia3_model import (
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING as PEFT_TYPE_TO_TUNER_MAPPING,
         IA3Model as IA3Model,
         PeftModelForCausalLM as PeftModelForCausalLM,
         PeftModelForFeatureExtraction as PeftModelForFeatureExtraction,
@@ -39,10 +54,17 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification as PeftModelForTokenClassification,
         get_peft_model as get_peft_model,
     )
-    from .targets.config import IA3Config as IA3Config, PeftType as PeftType, TaskType as TaskType
+    from .targets.config import (
+        PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING,
+        IA3Config as IA3Config,
+        PeftType as PeftType,
+        TaskType as TaskType,
+        get_peft_config as get_peft_config,
+    )
     from .targets.resolve import explain as explain
 
     PeftConfig = IA3Config
+    PeftError = IA3Error
     PeftModel = IA3Model
 
 __version__ = "0.1.0"
@@ -52,7 +74,8 @@ _TASKS = (
     *("CausalLM", "FeatureExtraction", "QuestionAnswering", "Seq2SeqLM"),
     *("SequenceClassification", "TokenClassification"),
 )
-_STATE_DICTS = ("get_peft_model_state_dict", "set_peft_model_state_dict")
+_STATE_DICTS = [f"{do}_{of}_model_state_dict" for do in ("get", "set") for of in ("base", "peft")]
+_MAPPINGS = ("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING")
 _NAMES = {
     "adapter.combining": ["combine"],
     "bank.bank": ["AdapterBank"],
@@ -61,17 +84,24 @@ _NAMES = {
     "classify.estimator": ["FewShotClassifier"],
     "classify.fit_many": ["FittedTasks", "fit_many"],
     "compat.kbit": ["prepare_model_for_kbit_training"],
-    "compat.state_dicts": ["inject_adapter_in_model", *_STATE_DICTS],
-    "errors": ["IA3Error", "MissingExtraError"],
+    "compat.mixed": ["PeftMixedModel"],
+    "compat.precision": ["cast_mixed_precision_params"],
+    "compat.state_dicts": ["inject_adapter_in_model", "load_peft_weights", *_STATE_DICTS],
+    "compat.status": ["get_layer_status", "get_model_status"],
+    "errors": ["IA3Error", "MissingExtraError", "NoMatchingPeftModuleError"],
     "experiments.in_context": ["InContextClassifier"],
     "model.auto": ["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS)],
-    "model.ia3_model": ["IA3Model", "get_peft_model", *(f"PeftModelFor{task}" for task in _TASKS)],
-    "targets.config": ["IA3Config", "PeftType", "TaskType"],
+    "model.ia3_model": [
+        *("IA3Model", "get_peft_model", *_MAPPINGS, *(f"PeftModelFor{task}" for task in _TASKS))
+    ],
+    "targets.config": [
+        *("IA3Config", "PEFT_TYPE_TO_CONFIG_MAPPING", "PeftType", "TaskType", "get_peft_config")
+    ],
     "targets.resolve": ["explain"],
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 # PEFT's names for the same things: there is one kind of adapter here.
-_PEFT_NAMES = {"PeftConfig": "IA3Config", "PeftModel": "IA3Model"}
+_PEFT_NAMES = {"PeftConfig": "IA3Config", "PeftError": "IA3Error", "PeftModel": "IA3Model"}
 __all__ = sorted({*_HOME, *_PEFT_NAMES})
 
 

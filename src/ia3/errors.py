@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
 class IA3Error(ValueError):
     """Bad input: the message names the value, what was expected and the likely fix."""
+
+
+class NoMatchingPeftModuleError(IA3Error):
+    """An entry of a config matches no module of the model."""
 
 
 class MissingExtraError(ImportError):
@@ -21,9 +27,9 @@ class MissingExtraError(ImportError):
         )
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: object, known: Iterable[str]) -> str:
     """`"; did you mean 'wo'?"` for the nearest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
@@ -35,7 +41,31 @@ def naming(where: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}: {error}") from error
     except IA3Error as error:
-        raise IA3Error(f"{where}: {error}") from error
+        error.args = (f"{where}: {error}",)  # it stays of its kind
+        raise
+
+
+def warn_caller(message: str, between: Sequence[str] = ()) -> None:
+    """Give a `UserWarning` at the line that led into this package, and the packages `between`."""
+    own = __name__.partition(".")[0]
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package != own and package not in between:
+            break
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def warn_ignored(names: Iterable[str], known: Collection[str]) -> None:
+    """Warn of each argument that is not `known`.
+
+    PEFT takes any and passes over what it does not know, so that they are no error; but one of them
+    may be a slip of the pen.
+    """
+    for name in sorted(set(names).difference(known)):
+        hint = did_you_mean(name, known)
+        warn_caller(f"argument {name!r} means nothing for an adapter and is ignored{hint}")
 
 
 def check_methods(methods: Sequence[str], known: Sequence[str]) -> None:

@@ -211,7 +211,7 @@ def test_adapters_of_another_base_and_broken_ones_are_counted(tmp_path: Path) ->
     wide = {site: [2.0] * 7 for site in SITES}
     write(tmp_path / "other-shape", wide, "one")
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "adapter_config.json").write_text("{}")
+    (tmp_path / "broken" / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     found = search(read_outline(like), list(find_adapters(tmp_path)), 9)
     assert {n.adapter for n in found.nearest} == {same_name, nameless}
     assert (found.compared, found.other_base) == (2, 2)

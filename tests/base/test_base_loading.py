@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from sentencepiece import SentencePieceTrainer
+from support.tfew import tiny_llama
 from transformers import AutoTokenizer
+from transformers.utils import is_protobuf_available
 
-from ia3 import IA3Error
+from ia3 import AutoPeftModel, IA3Config, IA3Error, get_peft_model
 from ia3.base.loading import EMBEDDED_MODEL, embedded_model_folder, load_base_model
 
 PREPARE = [sys.executable, "-m", "ia3", "prepare"]
@@ -113,3 +116,23 @@ def test_a_config_with_a_wrong_value_is_named_with_its_field(
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(IA3Error, match=f"{path} is broken: .*{says}"):
         load_base_model(tmp_path)
+
+
+@pytest.mark.skipif(is_protobuf_available(), reason="protobuf is installed, and reads them")
+@pytest.mark.parametrize("given", ["a folder", "a loaded model", "an adapter"])
+def test_a_missing_package_of_a_tokenizer_is_named(tmp_path, given):
+    """transformers says tiktoken, which does not help."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"the cat {i} sat on the mat {i * 7}\n" for i in range(300)))
+    made = SentencePieceTrainer.train
+    made(input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=60, minloglevel=2)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    load, of = load_base_model, {"a folder": tmp_path, "a loaded model": again}.get(given, tmp_path)
+    if given == "an adapter":
+        get_peft_model(again, IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+        load = AutoPeftModel.from_pretrained
+    with pytest.raises(IA3Error, match=f"tokenizer of '{tmp_path}'.* pip install protobuf$"):
+        load(of)

@@ -203,6 +203,43 @@ def test_modules_that_peft_refuses():
     assert relative(ours(IDS), small(IDS)) < 1e-6
 
 
+class Encoder(nn.Module):
+    """PyTorch's own layers, which in evaluation read the weights of linear1 and linear2."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+            self.alone, self.stack = layer, nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x, padding=None):
+        return self.stack(self.alone(x, src_key_padding_mask=padding), src_key_padding_mask=padding)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("feedforward", [[], ["linear1", "linear2"]])
+def test_the_fast_path_of_evaluation_has_the_vectors(installed, feedforward, merged, padded):
+    model = adapt(
+        Encoder(), target_modules=["linear1", "linear2"], feedforward_modules=feedforward
+    ).eval()
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+    padding = torch.tensor([[False] * 5, [False] * 4 + [True], [False] * 5]) if padded else None
+    plain, vector_of = Encoder().eval(), vectors(model)
+    for name, vector in vector_of.items():
+        linear = plain.get_submodule(name)
+        if feedforward:
+            linear.weight.data *= vector.detach().reshape(1, -1)
+        else:
+            linear.weight.data *= vector.detach().reshape(-1, 1)
+            linear.bias.data *= vector.detach().flatten()
+    with torch.no_grad():
+        if merged:
+            model.merge_adapter()
+        assert relative(model(x, padding), plain(x, padding)) < 1e-5
+
+
 def test_a_hook_on_the_base_module_sees_its_own_output(installed, tiny_llama):
     ids = torch.arange(3, 12)[None]
     plain = tiny_llama.model.layers[0].self_attn.v_proj
@@ -288,10 +325,104 @@ def test_disabling_unmerges(make_model, make_inputs):
     assert exact == [True, False]
 
 
-def test_a_layer_alone_is_not_merged(installed, tiny_llama):
-    for verb in (layers(adapt(tiny_llama))[0].merge, layers(tiny_llama)[0].unmerge):
-        with pytest.raises(NotImplementedError, match="merge_adapter"):
-            verb()
+def test_a_layer_alone_is_merged(make_model, make_inputs):
+    """As others do that walk over PEFT's layers, such as diffusers where it fuses adapters."""
+    inputs = make_inputs("llama")
+    for model in both(lambda: make_model("llama"), adapters=("default", "second")):
+        before, expected = weights(model), model(**inputs).logits
+        chosen = layers(model)[1::2]
+        for layer in chosen:
+            layer.merge(adapter_names=["default"])
+            layer.merge()
+            assert layer.merged_adapters == ["default", "second"]
+        assert relative(model(**inputs).logits, expected) < 1e-6
+        if is_ours(model):
+            model.add_adapter("third", peft.IA3Config())
+            model.base_model.set_adapter(["default", "second"])
+            model.merge_adapter()
+            assert relative(model(**inputs).logits, expected) < 1e-6
+            with pytest.raises(IA3Error, match="unmerge_adapter"):
+                chosen[0].merge(adapter_names=["third"])
+            model.unmerge_adapter()
+            assert weights(model) == before
+            chosen[0].merge()
+            with model.disable_adapter():
+                assert torch.equal(model(**inputs).logits, make_model("llama")(**inputs).logits)
+            chosen[0].merge()
+            chosen[0].unmerge()
+            assert weights(model) == before
+
+
+def test_other_adapters_are_set_and_layers_disabled_while_merged(make_model, make_inputs):
+    """PEFT unmerges layer by layer then."""
+    inputs = make_inputs("llama")
+    integration.install()
+    model = adapt(make_model("llama"), adapters=("default", "second"))
+    model.set_adapter("second")
+    expected, base = model(**inputs).logits, make_model("llama")(**inputs).logits
+    before = weights(model)
+    model.set_adapter("default")
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.set_adapter("second")
+    assert torch.equal(model(**inputs).logits, expected)
+    assert weights(model) == before
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.merge_adapter()
+        for layer in layers(twin):
+            layer.enable_adapters(False)
+        assert torch.equal(twin(**inputs).logits, base)
+        assert weights(twin) == before
+    merged = adapt(make_model("llama"))
+    merged.merge_adapter()
+    twin, before = copy.deepcopy(merged), weights(merged)
+    layers(twin)[0].unmerge()
+    assert not any(layer.merged for layer in layers(twin))
+    assert weights(merged) == before != weights(twin)
+
+
+def test_what_is_merged_alone_stays_so_where_merging_the_model_fails(installed, tiny_llama):
+    model = adapt(tiny_llama)
+    layers(model)[0].merge()
+    before = weights(model)
+    layers(model)[-1].ia3_l["default"].data[0] = float("nan")
+    with pytest.raises(IA3Error, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert weights(model) == before
+    assert [layer.merged for layer in layers(model)] == [True] + [False] * 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_errors_of_safe_merge_have_pefts_words(value):
+    """People match on them."""
+    said = []
+    for model in both(Small, target_modules=["linear"], feedforward_modules=[]):
+        layer = layers(model)[0]
+        before = weights(model)
+        layer.ia3_l["default"].data.fill_(value if value != value else 2)
+        if value == value:
+            layer.get_base_layer().bias.data.fill_(value)
+            before = weights(model)
+        with pytest.raises(ValueError, match="NaNs detected in the merged") as raised:
+            layer.merge(safe_merge=True)
+        said.append(str(raised.value).split(":")[0])
+        assert layer.merged_adapters == []
+        assert weights(model) == before
+    assert said[0] == said[1]
+
+
+def test_what_is_active_on_layers_alone_is_merged(make_model, make_inputs):
+    """Other libraries' `set_adapter` go to the layers, and PEFT's model does not hear of it."""
+    inputs = make_inputs("llama")
+    for model in both(lambda: make_model("llama"), adapters=("default", "second")):
+        model.set_adapter("default")
+        for layer in layers(model)[::2]:
+            layer.set_adapter(["default", "second"])
+        expected = model(**inputs).logits
+        model.merge_adapter()
+        assert relative(model(**inputs).logits, expected) < 1e-6
+        assert layers(model)[0].merged_adapters == ["default", "second"]
+        assert layers(model)[1].merged_adapters == ["default"]
 
 
 @pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
@@ -498,6 +629,33 @@ def test_files_move_both_ways(kind, make_model, make_inputs, tmp_path):
     assert configs[0] == configs[1]
 
 
+@pytest.mark.parametrize("name", ["mlp", "layers", "k_proj", "ia3_l", "model"])
+def test_an_adapter_with_the_name_of_a_module_costs_no_vector(name, make_model, tmp_path):
+    config = {"task_type": "CAUSAL_LM", "modules_to_save": ["lm_head"]}
+    models = []
+    for library in (peft, ia3):
+        integration.install()
+        model = library.get_peft_model(make_model("llama"), library.IA3Config(**config))
+        model.add_adapter(name, library.IA3Config(**config))
+        for seed, adapter in enumerate(("default", name)):
+            randomize(vectors(model, adapter), seed)
+        models.append(model)
+        expected = {adapter: vectors(model, adapter) for adapter in ("default", name)}
+        for adapter, theirs in expected.items():
+            found = peft.get_peft_model_state_dict(model, adapter_name=adapter)
+            keys = {f"base_model.model.{module}.ia3_l": module for module in theirs}
+            assert {key for key in found if key.endswith("ia3_l")} == set(keys)
+            assert all(torch.equal(found[key], theirs[module]) for key, module in keys.items())
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(number))
+        for library in (peft, ia3):
+            again = library.PeftModel.from_pretrained(make_model("llama"), tmp_path / str(number))
+            again.load_adapter(tmp_path / str(number) / name, name)
+            for adapter, theirs in expected.items():
+                found = vectors(again, adapter)
+                assert all(torch.equal(found[module], v) for module, v in theirs.items())
+
+
 def test_transformers_own_adapters(make_model, make_inputs, tmp_path):
     inputs = make_inputs("llama")
     base = make_model("llama")(**inputs).logits
@@ -543,3 +701,32 @@ def test_compiled_without_a_break(installed, make_model, make_inputs):
     model = adapt(make_model("llama"))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert relative(compiled(**inputs).logits, model(**inputs).logits) < 1e-6
+
+
+class Attention(nn.Module):
+    """Attention whose output projection torch reads without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["out_proj", "fc"]])
+def test_vectors_that_never_had_an_effect_are_left_out(targets, tmp_path):
+    modules = {"target_modules": targets, "feedforward_modules": []}
+    theirs = adapt(Attention(), **modules)
+    theirs.save_pretrained(tmp_path)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    integration.install()
+    loaded = peft.PeftModel.from_pretrained(Attention(), tmp_path)
+    torch.testing.assert_close(loaded(x), theirs(x), rtol=1e-5, atol=1e-6)
+    assert [name for name in vectors(loaded, "default") if "out_proj" in name] == []
+    new = adapt(Attention(), **modules)
+    merged = copy.deepcopy(new).merge_and_unload()
+    torch.testing.assert_close(merged(x), new(x), rtol=1e-5, atol=1e-6)

@@ -147,6 +147,218 @@ with torch.no_grad():
     print([[round(score, 3) for score in scores] for scores in again(inputs).logits.tolist()])
 """
 
+# A causal model: configs from dictionaries, several adapters on one model, and what is asked of it.
+CAUSAL = """
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING, AutoPeftModelForCausalLM, IA3Config, PeftConfig, PeftModel,
+    PeftType, TaskType, cast_mixed_precision_params, get_layer_status, get_model_status,
+    get_peft_config, get_peft_model, load_peft_weights, prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
+
+import os, sys, torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+folder = sys.argv[1]
+base_name = os.path.join(folder, "base")
+torch.manual_seed(0)
+config = LlamaConfig(
+    vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2,
+)
+LlamaForCausalLM(config).save_pretrained(base_name)
+load = AutoModelForCausalLM.from_pretrained
+ids = torch.randint(3, 64, (4, 9))
+
+
+def train(model, steps=3):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"trained to {loss.item():.4f}")
+
+
+def evaluate(model, what):
+    with torch.no_grad():
+        print(f"{what}: {model(input_ids=ids, labels=ids).loss.item():.4f}")
+
+
+config = {"peft_type": "IA3", "task_type": "CAUSAL_LM", "inference_mode": False}
+peft_config = get_peft_config({**config, "target_modules": ["k_proj", "v_proj", "down_proj"],
+                               "feedforward_modules": ["down_proj"]})
+print(type(peft_config).__name__, PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.IA3].__name__)
+model = prepare_model_for_kbit_training(load(base_name), use_gradient_checkpointing=False)
+model = get_peft_model(model, peft_config, "first", False)
+model.print_trainable_parameters()
+train(model)
+model.save_pretrained(folder, selected_adapters=["first"])
+first = os.path.join(folder, "first")
+
+model = PeftModel.from_pretrained(load(base_name), first, is_trainable=True)
+evaluate(model, "again")
+train(model)
+model.save_pretrained(os.path.join(folder, "second"))
+print(sorted(os.listdir(os.path.join(folder, "second"))))
+print(PeftConfig.from_pretrained(folder, subfolder="first").task_type == TaskType.CAUSAL_LM)
+
+model = PeftModel.from_pretrained(
+    load(base_name), first, "first", torch_dtype=torch.float32, device_map=None
+)
+report = model.load_adapter(os.path.join(folder, "second"), adapter_name="second")
+print([key for key in report.missing_keys if "ia3" in key], report.unexpected_keys)
+for name in ("first", "second"):
+    model.set_adapter(name)
+    print(model.active_adapter, model.active_peft_config.peft_type == PeftType.IA3)
+    evaluate(model, name)
+model.base_model.set_adapter(["first", "second"])
+evaluate(model, "both")
+model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "mean")
+model.set_adapter("mean")
+evaluate(model, "mean")
+with model.disable_adapter():
+    evaluate(model, "neither")
+for status in (get_layer_status(model)[0], model.get_model_status(), get_model_status(model)):
+    print(sorted((k, v) for k, v in vars(status).items() if k not in ("module_type", "devices")))
+print(sorted(n for n, p in model.named_parameters() if p.requires_grad and "layers.0" in n)[0][-5:])
+model.set_requires_grad(["first", "second"])
+print(sum(p.requires_grad for p in model.parameters()), model.has_active_enabled_adapter)
+model.delete_adapter("mean")
+print(model.active_adapters, sorted(model.peft_config), model.supports_lora_conversion("first"))
+
+weights = load_peft_weights(os.path.join(folder, "second"), "cpu")
+print(sorted((name, tuple(value.shape)) for name, value in weights.items()))
+print(set_peft_model_state_dict(model, weights, "first").unexpected_keys)
+model.set_adapter("first")
+evaluate(model, "second's values in first")
+print(model.base_model_torch_dtype)
+merged = model.merge_and_unload(False, True, ["first"])
+evaluate(merged, "merged")
+auto = AutoPeftModelForCausalLM.from_pretrained(
+    os.path.join(folder, "second"), is_trainable=True, torch_dtype=torch.float32
+)
+evaluate(auto, "auto")
+cast_mixed_precision_params(auto, torch.bfloat16)
+print(sorted({str(p.dtype) for p in auto.parameters()}))
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    train(auto, 1)
+torch.manual_seed(0)
+print(tuple(auto.generate(input_ids=ids[:1], max_new_tokens=3, min_new_tokens=3).shape))
+"""
+
+# The other tasks of PEFT's examples, each trained, saved and loaded onto a base model of its own.
+TASKS = """
+from peft import IA3Config, PeftModel, TaskType, get_peft_model
+
+import copy, os, sys, torch
+from transformers import (
+    RobertaConfig, RobertaForQuestionAnswering, RobertaForTokenClassification, RobertaModel,
+    ViTConfig, ViTForImageClassification, BertConfig, BertForSequenceClassification,
+)
+
+folder = sys.argv[1]
+torch.manual_seed(0)
+small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 2}
+three = {"num_labels": 3}
+text = {"vocab_size": 48, "max_position_embeddings": 20}
+ids = {"input_ids": torch.randint(3, 48, (4, 9))}
+image = {"pixel_values": torch.randn(4, 3, 8, 8)}
+cases = {
+    "sequence": (BertForSequenceClassification(BertConfig(**small, **text, **three)),
+                 {"task_type": "SEQ_CLS"}, {**ids, "labels": torch.tensor([0, 1, 2, 0])}),
+    "tokens": (RobertaForTokenClassification(RobertaConfig(**small, **text, **three)),
+               {"task_type": TaskType.TOKEN_CLS}, {**ids, "labels": torch.ones(4, 9).long()}),
+    "questions": (RobertaForQuestionAnswering(RobertaConfig(**small, **text)),
+                  {"task_type": "QUESTION_ANS"},
+                  {**ids, "start_positions": torch.ones(4).long(),
+                   "end_positions": torch.full((4,), 3)}),
+    "features": (RobertaModel(RobertaConfig(**small, **text), add_pooling_layer=False),
+                 {"task_type": "FEATURE_EXTRACTION"}, ids),
+    "images": (ViTForImageClassification(ViTConfig(**small, **three, image_size=8, patch_size=4)),
+               {"target_modules": ["q_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"],
+                "modules_to_save": ["classifier"]},
+               {**image, "labels": torch.tensor([0, 1, 2, 0])}),
+}
+
+
+def result(model, batch):
+    torch.manual_seed(1)
+    outputs = model(**batch)
+    loss = outputs.get("loss")
+    return outputs.last_hidden_state.square().mean() if loss is None else loss
+
+
+for name, (base, config, batch) in cases.items():
+    model = get_peft_model(copy.deepcopy(base), IA3Config(**config))
+    print(name, isinstance(model, PeftModel))
+    model.print_trainable_parameters()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        loss = result(model.train(), batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"{name}: {loss.item():.4f}")
+    model.eval()
+    with torch.no_grad():
+        print(f"{name}, trained: {result(model, batch).item():.4f}")
+        model.save_pretrained(os.path.join(folder, name))
+        again = PeftModel.from_pretrained(copy.deepcopy(base), os.path.join(folder, name))
+        print(f"{name}, again: {result(again, batch).item():.4f}")
+        again.load_adapter(os.path.join(folder, name), "twin")
+        again.set_adapter("twin")
+        print(f"{name}, twin: {result(again, batch).item():.4f}")
+        merged = again.merge_and_unload()
+        print(f"{name}, merged: {result(merged, batch).item():.4f}", type(merged).__name__)
+"""
+
+# Without a wrapper: PEFT's low-level functions on a model of one's own.
+INJECTED = """
+from peft import IA3Config, get_layer_status, get_peft_model_state_dict, inject_adapter_in_model
+from peft import set_peft_model_state_dict
+
+import torch
+
+
+class Own(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(10, 10)
+        self.linear = torch.nn.Linear(10, 10)
+        self.lm_head = torch.nn.Linear(10, 10)
+
+    def forward(self, ids):
+        return self.lm_head(self.linear(self.embedding(ids)).relu())
+
+
+torch.manual_seed(0)
+ids = torch.arange(10)[None]
+model, plain = Own(), Own()
+plain.load_state_dict(model.state_dict())
+config = IA3Config(target_modules=["linear", "lm_head"], feedforward_modules=["lm_head"])
+model = inject_adapter_in_model(config, model)
+print(type(model).__name__, sorted(n for n, p in model.named_parameters() if "ia3" in n))
+vectors = [p for n, p in model.named_parameters() if "ia3" in n]
+print([bool(vector.requires_grad) for vector in vectors])
+optimizer = torch.optim.SGD(vectors, lr=0.5)
+for step in range(5):
+    loss = torch.nn.functional.cross_entropy(model(ids)[0], ids[0])
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    print(f"step {step}: {loss.item():.4f}")
+tensors = get_peft_model_state_dict(model)
+print(sorted((name, tuple(value.shape)) for name, value in tensors.items()))
+again = inject_adapter_in_model(config, plain, "other")
+report = set_peft_model_state_dict(again, tensors, "other")
+print([key for key in report.missing_keys if "ia3" in key], report.unexpected_keys)
+print(f"again: {torch.nn.functional.cross_entropy(again(ids)[0], ids[0]).item():.4f}")
+print([(status.name, status.available_adapters) for status in get_layer_status(again)])
+"""
+
 
 def run(script, folder):
     folder.mkdir()
@@ -161,7 +373,16 @@ def run(script, folder):
 NUMBER = re.compile(r"-?\d+\.\d+")
 
 
-@pytest.mark.parametrize("script", [SEQ2SEQ, TRAINER], ids=["seq2seq", "Trainer"])
+SCRIPTS = {
+    "seq2seq": SEQ2SEQ,
+    "Trainer": TRAINER,
+    "causal": CAUSAL,
+    "tasks": TASKS,
+    "injected": INJECTED,
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_prints_what_it_prints_with_peft(tmp_path, script):
     assert "from peft import" in script
     theirs = run(script, tmp_path / "peft")

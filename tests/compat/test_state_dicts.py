@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import peft
 import pytest
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import ia3
 from ia3 import IA3Config, IA3Error
+from ia3.core.route import LOCK
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 
@@ -185,15 +187,24 @@ def test_values_that_stay_one_are_one_for_peft_too(make_model, make_inputs):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_keys_that_do_not_fit_are_reported(make_model):
-    model = put_on(ia3, make_model("llama"), False)
-    before = change(ia3, model)
-    tensors = {key: value + 1 for key, value in before.items()}
-    gone = min(tensors)
-    del tensors[gone]
-    result = ia3.set_peft_model_state_dict(model, tensors | {"nowhere.ia3_l": torch.ones(3)})
-    assert result == ([gone], ["nowhere.ia3_l"])
-    assert_same(ia3.get_peft_model_state_dict(model), tensors | {gone: before[gone]})
+@pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "injected"])
+def test_keys_that_do_not_fit_are_reported_in_pefts_words(make_model, wrapped):
+    reports = []
+    for library in (ia3, peft):
+        model = put_on(library, make_model("llama"), wrapped)
+        before = change(library, model)
+        tensors = {key: value + 1 for key, value in before.items()}
+        gone, before_name = min(tensors), "base_model.model." * wrapped
+        was = before[gone].clone()
+        del tensors[gone]
+        given = tensors | {f"{before_name}nowhere.ia3_l": torch.ones(3)}
+        report = library.set_peft_model_state_dict(model, given)
+        # PEFT misses the base model's own keys too.
+        missing = [key for key in report.missing_keys if "ia3_" in key]
+        reports.append((missing, report.unexpected_keys))
+        assert_same(library.get_peft_model_state_dict(model), tensors | {gone: was})
+    assert reports[0] == reports[1]
+    assert all(map(len, reports[0]))
 
 
 def test_another_shape_is_an_error_that_changes_nothing(make_model):
@@ -205,7 +216,7 @@ def test_another_shape_is_an_error_that_changes_nothing(make_model):
         ia3.set_peft_model_state_dict(model, tensors)
     assert_same(ia3.get_peft_model_state_dict(model), before)
     result = ia3.set_peft_model_state_dict(model, tensors, ignore_mismatched_sizes=True)
-    assert result.missing_keys == [spoiled]
+    assert result.missing_keys == [f"{spoiled}.default"]
     assert_same(ia3.get_peft_model_state_dict(model), tensors | {spoiled: before[spoiled]})
 
 
@@ -218,3 +229,43 @@ def test_an_adapter_that_is_not_there(make_model, wrapped):
         ia3.set_peft_model_state_dict(model, {}, adapter_name="other")
     with pytest.raises(IA3Error, match="'default'"):
         ia3.get_peft_model_state_dict(make_model("llama"))
+
+
+CHANGES = {
+    "set": lambda model: ia3.set_peft_model_state_dict(model, {}),
+    "inject": lambda model: ia3.inject_adapter_in_model(IA3Config(), model, "second"),
+    "cast": lambda model: ia3.cast_mixed_precision_params(model, torch.bfloat16),
+    "train": lambda model: model._ia3_model.set_requires_grad("default"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_adapters_waits_for_the_change_before(make_model, change):
+    model = ia3.inject_adapter_in_model(IA3Config(), make_model("llama"))
+    thread = threading.Thread(target=change, args=[model])
+    with LOCK:
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_two_threads_inject_into_one_model(make_model):
+    for _ in range(5):
+        model, ready, errors = make_model("llama"), threading.Barrier(2), []
+
+        def inject(name, model=model, ready=ready, errors=errors):
+            ready.wait()
+            try:
+                ia3.inject_adapter_in_model(IA3Config(), model, name)
+            except IA3Error as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=inject, args=[name]) for name in ("one", "two")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        assert ia3.get_model_status(model).available_adapters == ["one", "two"]

@@ -139,9 +139,6 @@ OTHERS = {
     "EmbeddingBag": lambda: nn.EmbeddingBag(4, 4),
     "MultiheadAttention": lambda: nn.MultiheadAttention(4, 2),
     "ModuleList": lambda: nn.ModuleList([nn.Linear(4, 4)]),
-    # Their sizes are not known before the first call.
-    "LazyLinear": lambda: nn.LazyLinear(4),
-    "LazyConv1d": lambda: nn.LazyConv1d(4, 3),
 }
 
 

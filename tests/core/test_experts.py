@@ -180,6 +180,20 @@ def test_block_in_other_dtypes(dtype, limit, implementation):
     assert_equals_reference(block, routed(dtype), limit=limit)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+def test_second_derivatives_equal_the_dense_references(implementation):
+    block = blocks_of(make_model("mixtral", implementation).double())[0]
+    rescaled(block)
+    block.double()
+    inputs, vectors = routed(torch.float64), values_of(block)
+    found = []
+    for forward in (lambda: block(*inputs), lambda: dense_reference(block, inputs, vectors)):
+        wanted = [vectors, inputs[0]]
+        first = torch.autograd.grad(forward().square().sum(), wanted, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), wanted))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
 def test_unknown_implementation_gets_a_multiplied_weight(monkeypatch):
     """A kernel of another library, which takes the weights as they are."""
 

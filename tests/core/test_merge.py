@@ -2,13 +2,16 @@
 
 import copy
 import pickle
+import sys
 import warnings
 from itertools import count, pairwise
 from typing import Any
+from unittest.mock import Mock
 
 import peft
 import pytest
 import torch
+from conftest import VOCABULARY
 from hypothesis import given, settings, strategies as st
 from support.pairs import adapted, logits, randomize, relative, vectors
 from support.snapshots import assert_unchanged, hooks_on, snapshot, weights
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ia3 import IA3Config, IA3Error, IA3Model
+from ia3.compat import peft as integration
 from ia3.core import weights as writing
 
 Adapted = Any  # an `IA3Model` or a `peft.PeftModel`: they share their names
@@ -113,7 +117,7 @@ def test_merging_is_the_product_and_unmerging_its_undoing(net, count, seed, orde
     for step in steps:
         model.merge_adapter(step, safe_merge=True)
         assert float((model(ids).double() - expected.double()).norm()) < bound
-    assert not any(map(hooks_on, base.modules()))
+    assert not any(hooks_on(module) for module in base.modules() if module is not base)
     with model.disable_adapter():
         assert torch.equal(model(ids), plain)
     model.merge_adapter()
@@ -281,6 +285,13 @@ def test_untied_weights_are_merged_into(make_model, make_inputs):
     assert relative(logits(ours.merge_and_unload(), **inputs), expected) < 1e-6
 
 
+def packed(linear):
+    """As a library leaves a layer that it unpacks in the first call."""
+    weight = linear._parameters.pop("weight")
+    linear.weight_packed = nn.Parameter(weight.detach().to(torch.int32), requires_grad=False)
+    return linear
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -288,12 +299,16 @@ def test_untied_weights_are_merged_into(make_model, make_inputs):
         (lambda: nn.Linear(4, 4, dtype=torch.complex64), "a Linear with torch.complex64 weights"),
         (
             lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
-            "a ParametrizedLinear with no weights",
+            r"a ParametrizedLinear whose weight is no parameter but made from \['bias', 'parametri",
+        ),
+        (
+            lambda: packed(nn.Linear(4, 4)),
+            r"\['bias', 'weight_packed'\].*call the model once",
         ),
         (lambda: nn.Linear(4, 4, device="meta"), "its weights are not there"),
         (lambda: nn.Embedding(4, 4, max_norm=1.0), "max_norm would undo the vector"),
     ],
-    ids=["float8", "complex", "parametrized", "meta", "max_norm"],
+    ids=["float8", "complex", "parametrized", "packed", "meta", "max_norm"],
 )
 def test_weights_that_cannot_take_a_vector(make, message):
     base = nn.ModuleDict({"before": nn.Linear(4, 4), "layer": make()})
@@ -304,6 +319,40 @@ def test_weights_that_cannot_take_a_vector(make, message):
     with pytest.raises(IA3Error, match=f"cannot merge into 'layer'.*{message}"):
         model.merge_adapter()
     assert_unchanged(model, before)
+
+
+class HQQLinear(nn.Module):
+    """As HQQ's: a packed weight, a bias that is no parameter, and the weight on demand."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.W_q = nn.Parameter(linear.weight.detach().mul(16).to(torch.int8), requires_grad=False)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def dequantize(self):
+        return self.W_q / 16
+
+    def forward(self, values):
+        return nn.functional.linear(values, self.dequantize(), self.bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_that_can_only_be_dequantised_is_offered_that_and_takes_it(monkeypatch, bias):
+    """torchao may be there too, and look for a weight."""
+    monkeypatch.setitem(sys.modules, "hqq.core.quantize", Mock(HQQLinear=HQQLinear))
+    base = Net([nn.Embedding(5, 4), nn.Linear(4, 4, bias=bias), nn.Linear(4, 4, bias=bias)])
+    base.layers[1], base.layers[2] = HQQLinear(base.layers[1]), HQQLinear(base.layers[2])
+    modules = {"target_modules": ["layers.1", "layers.2"], "feedforward_modules": ["layers.2"]}
+    model = adapted(base, **modules)
+    ids = torch.tensor([[0, 1, 2, 3, 4, 0]])
+    expected, before = model(ids).detach(), snapshot(model)
+    with pytest.raises(IA3Error, match=r"cannot merge into 'layers\.[12]'.*dequantise=True"):
+        model.merge_adapter()
+    assert_unchanged(model, before)
+    merged = model.merge_and_unload(dequantise=True)
+    assert [type(layer) for layer in merged.layers] == [nn.Embedding, nn.Linear, nn.Linear]
+    assert relative(merged(ids), expected) < 1e-6
 
 
 # -- several adapters, and what happens to a merged model ------------------------------------------
@@ -479,6 +528,112 @@ def test_a_model_cast_while_merged_unmerges_to_the_cast_base(three, make_model, 
     plain = make_model("llama").to(dtype).get_submodule(name).weight.detach()
     product = plain.double() * three.vectors("a")[name].detach().double()
     assert torch.equal(three.model.get_submodule(name).weight.detach(), product.to(dtype))
+
+
+def part_of(state, name):
+    """The part of a state dict that is a module's."""
+    prefix = f"{name}." if name else ""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    "name", ["", "model", "model.layers", "model.layers.1.mlp", "model.layers.0.self_attn.k_proj"]
+)
+def test_other_base_weights_are_not_loaded_into_merged_ones(
+    three, make_model, inputs, name, assign
+):
+    """Unmerging would bring some of the former weights back: a mixture of two models."""
+    state = {key: 2 * value for key, value in make_model("llama").state_dict().items()}
+    three.merge_adapter()
+    merged, before = logits(three, **inputs), snapshot(three)
+    holder = three.model.get_submodule(name)
+    for strict in (True, False):
+        with pytest.raises(IA3Error, match=r"cannot load .* unmerge_adapter"):
+            holder.load_state_dict(part_of(state, name), strict=strict, assign=assign)
+    with pytest.raises(IA3Error, match=r"cannot load 'model\.model\.layers.*unmerge_adapter"):
+        three.load_state_dict({f"model.{key}": value for key, value in state.items()})
+    assert_unchanged(three, before)
+    assert torch.equal(logits(three, **inputs), merged)
+
+    # What is not merged is loaded, unmerged all is.
+    three.model.lm_head.load_state_dict(part_of(state, "lm_head"), assign=assign)
+    three.model.load_state_dict({"lm_head.weight": state["lm_head.weight"]}, strict=False)
+    three.unmerge_adapter()
+    holder.load_state_dict(part_of(state, name), assign=assign)
+    other = make_model("llama")
+    other.lm_head.load_state_dict(part_of(state, "lm_head"))
+    other.get_submodule(name).load_state_dict(part_of(state, name))
+    assert weights(three.model) == weights(other)
+    with three.disable_adapter():
+        assert torch.equal(logits(three, **inputs), logits(other, **inputs))
+
+
+def test_weights_under_pefts_wrappers_are_not_loaded_into_merged_ones_either(make_model):
+    integration.install()
+    try:
+        model = peft.get_peft_model(make_model("llama"), peft.IA3Config())
+    finally:
+        integration.uninstall()
+    state = copy.deepcopy(model.state_dict())
+    model.merge_adapter()
+    before = snapshot(model)
+    with pytest.raises(IA3Error, match=r"cannot load 'base_model\..*base_layer\.weight'"):
+        model.load_state_dict(state)
+    assert_unchanged(model, before)
+    model.unmerge_adapter()
+    model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("end", ["unmerge_adapter", "unload", "merge_and_unload"])
+def test_weights_are_loaded_when_none_are_merged_any_longer(three, make_model, end):
+    three.merge_adapter()
+    three.merge_adapter(["a", "b"])
+    getattr(three, end)()
+    three.model.load_state_dict(make_model("llama").state_dict())
+    assert weights(three.model) == weights(make_model("llama"))
+
+
+def test_values_of_merged_adapters_vectors_are_loaded(three):
+    """They are not what was merged into."""
+    three.merge_adapter()
+    before, name = weights(three.model), "model.model.layers.0.self_attn.k_proj.ia3_l.a"
+    three.load_state_dict({name: torch.full_like(three.state_dict()[name], 3)}, strict=False)
+    assert (three.vectors("a")["model.layers.0.self_attn.k_proj"] == 3).all()
+    assert weights(three.model) == before
+
+
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_of_a_merged_model_load_when_they_are_unmerged(three, make_model, twin):
+    three.merge_adapter()
+    copied, state = twin(three), make_model("llama").state_dict()
+    with pytest.raises(IA3Error, match="cannot load"):
+        copied.model.load_state_dict(state)
+    copied.unmerge_adapter()
+    copied.model.load_state_dict(state)
+    with pytest.raises(IA3Error, match="cannot load"):
+        three.model.load_state_dict(state)
+    # One layer by itself knows nothing of the model.
+    assert len(pickle.dumps(three.model.model.layers[0].mlp.down_proj)) < 50_000
+
+
+@pytest.mark.parametrize("verb", ["unmerge_adapter", "disable_adapter_layers", "merge_more"])
+def test_embeddings_that_were_resized_while_merged_stay_merged(make_model, verb):
+    base = make_model("llama")
+    modules = {"target_modules": ["embed_tokens"], "feedforward_modules": []}
+    model = adapted(base, **modules)
+    model.add_adapter("more", IA3Config(**modules))
+    model.merge_adapter()
+    base.resize_token_embeddings(VOCABULARY + 2, mean_resizing=False)
+    before = snapshot(model)
+    act = {"merge_more": lambda: model.merge_adapter("more")}.get(verb) or getattr(model, verb)
+    with pytest.raises(IA3Error, match=r"was \[48, 32\] .* is \[50, 32\] now.*merge_and_unload"):
+        act()
+    assert_unchanged(model, before)
+    merged = model.merge_and_unload()
+    assert merged.model.embed_tokens.weight.shape == (50, 32)
 
 
 def failing(function, nth):

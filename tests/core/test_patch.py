@@ -4,6 +4,7 @@ import copy
 import inspect
 import itertools
 import pickle
+from types import MethodType
 
 import pytest
 import torch
@@ -118,3 +119,16 @@ def test_the_forward_below_can_be_run_on_a_shallow_copy():
     module.forward = lambda input: input
     Adds(module, 1)
     assert rebound(module.forward, module, twin) is None
+
+
+def test_a_patch_that_was_bound_to_its_module_works_and_comes_off():
+    """accelerate does so with the forward that it takes its autocast wrapper off."""
+    module = nn.Linear(3, 3)
+    values = torch.ones(2, 3)
+    expected = module(values)
+    handle = Adds(module, 1.0).handle
+    module.forward = MethodType(module.forward, module)
+    assert torch.equal(module(values), expected + 1)
+    assert patched(module, Adds) is handle
+    handle.remove()
+    assert torch.equal(module(values), expected)

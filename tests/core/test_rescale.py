@@ -43,6 +43,46 @@ def test_gradient_is_the_derivative(form, shape):
     assert torch.autograd.gradcheck(lambda v: rescale(alone.clone(), v, **form).sin(), (vector,))
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("factor", [(8,), (3, 1, 8)], ids=str)
+def test_the_gradient_can_be_differentiated(form, factor):
+    """Whatever the vector's values are: nothing is divided by them twice."""
+    activation = seeded(3, 4, 8).requires_grad_()
+    vector = torch.tensor(AWKWARD, dtype=torch.float64).expand(factor).clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda a, v: rescale(a.clone(), v, **form).sin(), (activation, vector)
+    )
+    alone = activation.detach()
+    assert torch.autograd.gradgradcheck(
+        lambda v: rescale(alone.clone(), v, **form).sin(), (vector,)
+    )
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_derivatives_of_a_whole_vector(form):
+    """The Hessian, also all its rows at once, and a derivative of what it gives."""
+    activation, vector = seeded(5, 8), torch.tensor(AWKWARD, dtype=torch.float64)
+
+    def ours(v):
+        return rescale(activation.clone(), v, **form).sin().sum()
+
+    def formula(v):
+        return (activation * v).sin().sum()
+
+    hessian = torch.autograd.functional.hessian
+    expected = hessian(formula, vector)
+    torch.testing.assert_close(hessian(ours, vector), expected, rtol=1e-12, atol=1e-18)
+    at_once = hessian(ours, vector, vectorize=True)
+    torch.testing.assert_close(at_once, expected, rtol=1e-12, atol=1e-18)
+    third = [
+        torch.autograd.functional.jvp(
+            lambda v, f=f: hessian(f, v, create_graph=True).diagonal(), vector, expected[2]
+        )[1]
+        for f in (ours, formula)
+    ]
+    torch.testing.assert_close(*third, rtol=1e-12, atol=1e-18)
+
+
 def test_float32_gradients_are_as_good_as_the_plain_products():
     activation, weight = seeded(64, 256, 32), seeded(64, 256, 32, seed=1)
     vector = seeded(32, seed=2)

@@ -116,3 +116,19 @@ def test_what_cannot_be_written_later(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(PermissionError):
         check_folder("x")
+
+
+def test_processes_may_write_one_new_folder_at_once(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def after_another(staging, folder):
+        folder.mkdir()
+        for name, content in BEFORE.items():
+            (folder / name).write_bytes(content)
+        return rename(staging, folder)
+
+    monkeypatch.setattr(Path, "rename", after_another)
+    folder = tmp_path / "x" / "folder"
+    write_files(folder, AFTER)
+    assert contents(folder) == {**BEFORE, **AFTER}
+    assert list(folder.parent.iterdir()) == [folder]

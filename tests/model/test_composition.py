@@ -106,6 +106,74 @@ def test_compiled_as_one_graph(kind):
         assert relative(gradient, expected[name]) < 1e-5, name
 
 
+class _Logits(nn.Module):
+    """A graph's arguments and result are tensors."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["in place", "plain", "fused", "the base model", "no gradients"])
+def test_traced(how):
+    """The graph is the same with gradients and without, which the tracer checks."""
+    model, ids = adapted("llama"), batch("llama")["input_ids"]
+    model.use_plain_product(how == "plain")
+    if how == "fused":
+        model.fuse_mlp()
+    expected = _Logits(model)(ids)
+    with torch.set_grad_enabled(how != "no gradients"):
+        of = _Logits(model.get_base_model() if how == "the base model" else model)
+        traced = torch.jit.trace(of, ids)
+    assert relative(traced(ids), expected) < 1e-6
+    others = ids.roll(1, -1)
+    assert relative(traced(others), _Logits(model)(others)) < 1e-6
+
+
+COPY = {"target_modules": ["k_proj"], "feedforward_modules": [], "modules_to_save": ["lm_head"]}
+EXPERTS = {"target_modules": ["experts"], "feedforward_modules": ["experts"]}
+
+
+@pytest.mark.parametrize("how", ["made", "added", "combined", "loaded", "copied", "merged"])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("llama", {}), ("gpt2", {"paper_sites": True}), ("llama", COPY), ("mixtral", EXPERTS)],
+    ids=["vectors", "frozen values", "copies", "experts"],
+)
+def test_what_was_made_in_inference_mode_trains(kind, config, how, tmp_path):
+    if how == "combined" and "modules_to_save" in config:
+        return
+    base, config = build(kind), ia3.IA3Config(**config)
+    if how == "made":
+        with torch.inference_mode():
+            model = ia3.get_peft_model(base, config)
+    else:
+        model = ia3.get_peft_model(base, config)
+        model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        if how == "added":
+            model.add_adapter("other", config)
+            model.set_adapter("other")
+        if how == "combined":
+            model.add_weighted_adapter(["default"], [0.5], "other")
+            model.set_adapter("other")
+        if how == "loaded":
+            model = ia3.IA3Model.from_pretrained(model.unload(), tmp_path, is_trainable=True)
+        if how == "copied":
+            model = copy.deepcopy(model)
+        if how == "merged":
+            merged = model.merge_and_unload()
+            model = ia3.get_peft_model(merged, config)
+    loss_of(kind, model).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
 @EVERY_MODEL
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("first", ["adapter", "checkpointing"])

@@ -57,6 +57,16 @@ def test_gradient_is_the_derivative(function, shape):
     assert torch.autograd.gradcheck(lambda *t: gated_product(*t, function).sin(), leaves)
 
 
+@EVERY_FUNCTION
+def test_the_gradient_can_be_differentiated(function):
+    gate, up, vector = seeded(3, 8), seeded(3, 8, seed=1), torch.tensor(AWKWARD).double()
+    for needed in filter(any, itertools.product([True, False], repeat=3)):
+        leaves = [t.requires_grad_(n) for t, n in zip((gate, up, vector), needed, strict=True)]
+        assert torch.autograd.gradgradcheck(lambda *t: gated_product(*t, function).sin(), leaves)
+    leaves = gate.requires_grad_(), up.requires_grad_(), None
+    assert torch.autograd.gradgradcheck(lambda *t: gated_product(*t, function).sin(), leaves)
+
+
 COMPILED = torch.compile(gated_product, fullgraph=True, backend="aot_eager")
 
 

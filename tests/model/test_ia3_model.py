@@ -12,6 +12,7 @@ from support.pairs import adapted, logits, randomize, relative, vectors
 from support.snapshots import assert_unchanged, snapshot, weights
 from torch import nn
 
+import ia3
 from ia3 import IA3Config, IA3Error, IA3Model
 
 KINDS = ["llama", "gpt2", "t5"]
@@ -217,7 +218,7 @@ def test_adapter_names_that_are_words(tiny_llama, make_inputs):
     expected = logits(model, **inputs)
     given = model.vectors("default")
     for name in ("product", "place", "vectors", "remove", "default-2", "kundin-7", "größe"):
-        model.add_adapter(name, IA3Config(), given)
+        model.add_adapter(name, IA3Config(), vectors=given)
         model.set_adapter(name)
         model.train().eval().to(torch.float32)
         assert torch.equal(logits(model, **inputs), expected)
@@ -226,6 +227,63 @@ def test_adapter_names_that_are_words(tiny_llama, make_inputs):
     twin.load_state_dict(model.state_dict(), assign=True)
     assert torch.equal(logits(twin, **inputs), expected)
     assert model.unload() is tiny_llama
+
+
+@pytest.mark.parametrize("name", [5, None, 1.5, b"one", ["one"], ("one",), {}], ids=repr)
+def test_adapter_names_that_are_no_strings_are_refused_wherever_one_is_taken(
+    tiny_llama, make_model, tmp_path, name
+):
+    model = IA3Model(tiny_llama, IA3Config(), "one")
+    model.save_pretrained(tmp_path / "saved", adapter_name="one")
+    given = [name]
+    taken = {
+        "first": lambda: ia3.get_peft_model(make_model("llama"), IA3Config(), name),
+        "inject": lambda: ia3.inject_adapter_in_model(IA3Config(), make_model("llama"), name),
+        "read": lambda: IA3Model.from_pretrained(make_model("llama"), tmp_path / "saved", name),
+        "add": lambda: model.add_adapter(name, IA3Config()),
+        "load": lambda: model.load_adapter(tmp_path / "saved", name),
+        "delete": lambda: model.delete_adapter(name),
+        "vectors": lambda: model.vectors(name),
+        "activate": lambda: model.set_adapter(given),
+        "train": lambda: model.set_requires_grad(given),
+        "merge": lambda: model.merge_adapter(given),
+        "merge for good": lambda: model.merge_and_unload(adapter_names=given),
+        "save": lambda: model.save_pretrained(tmp_path / "new", selected_adapters=given),
+        "combine": lambda: model.add_weighted_adapter(given, [1.0], "both"),
+        "combined": lambda: model.add_weighted_adapter(["one"], [1.0], name),
+        "get": lambda: ia3.get_peft_model_state_dict(model, adapter_name=name),
+        "set": lambda: ia3.set_peft_model_state_dict(model, {}, name),
+    }
+    if name is not None:
+        taken["save one"] = lambda: model.save_pretrained(tmp_path / "new", adapter_name=name)
+    for take in taken.values():
+        with pytest.raises(IA3Error, match="expected a string"):
+            take()
+    if not isinstance(name, list | tuple | dict | bytes):
+        for take in (model.set_adapter, model.set_requires_grad):
+            with pytest.raises(IA3Error, match="expected a list of names"):
+                take(name)
+    assert list(model.peft_config) == model.active_adapters == ["one"]
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "config", [None, {"peft_type": "IA3"}, peft.LoraConfig(), peft.IA3Config()]
+)
+def test_a_config_of_another_library_is_refused_by_its_name(make_model, tmp_path, config):
+    kind = f"{type(config).__module__}.{type(config).__name__}"
+    model = IA3Model(make_model("llama"), IA3Config(), "one")
+    model.save_pretrained(tmp_path, adapter_name="one")
+    for take in (
+        lambda: ia3.get_peft_model(make_model("llama"), config),
+        lambda: IA3Model(make_model("llama"), {"default": config}),
+        lambda: model.add_adapter("two", config),
+        lambda: ia3.inject_adapter_in_model(config, make_model("llama")),
+        lambda: IA3Model.from_pretrained(make_model("llama"), tmp_path, config=config or 5),
+    ):
+        with pytest.raises(IA3Error, match=f"the config is a ({kind}|builtins.int), expected an"):
+            take()
+    assert list(model.peft_config) == ["one"]
 
 
 # -- with the rest of the world --------------------------------------------------------------------
@@ -310,3 +368,6 @@ def test_an_adapter_deleted_before_the_backward_pass_gets_its_gradients(tiny_lla
     model.delete_adapter("first")
     loss.backward()
     assert all(vector.grad is not None for vector in vectors)
+
+
+# -- messages --------------------------------------------------------------------------------------

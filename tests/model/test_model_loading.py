@@ -99,7 +99,7 @@ def test_a_file_does_not_tell_how_its_adapter_was_loaded(model, folders, tmp_pat
     model.load_adapter(folders[2], "other-sites")
     added = IA3Model(make_model("llama"), IA3Config(**QUERIES))
     stored = read_adapter(folders[1])
-    added.add_adapter("second", stored.config, stored.vectors)
+    added.add_adapter("second", stored.config, vectors=stored.vectors)
     first = IA3Model.from_pretrained(make_model("llama"), folders[1], "second")
     in_place = IA3Model.from_pretrained(make_model("llama"), folders[0], "second")
     in_place.load_adapter(folders[1], "second")

@@ -2,7 +2,9 @@
 
 import warnings
 from collections import OrderedDict
+from contextlib import nullcontext
 from functools import partial
+from itertools import product
 
 import peft
 import pytest
@@ -103,6 +105,42 @@ def test_what_takes_least_memory_is_as_exact(kind, dtype):
         mean, peft_mean = (sum(each) / len(each) for each in errors)
         assert mean <= 1.3 * peft_mean + 1e-7
         assert max(errors[0]) <= 2 * max(errors[1]) + 1e-7
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        *product(["llama", "gpt2", "t5"], ["in place", "plain", "checkpointed", "routed"]),
+        ("llama", "fused"),
+    ],
+)
+def test_second_derivatives(kind, how):
+    """As meta-learning takes them: through a step along the gradients."""
+    ours, theirs = (model.double() for model in pair(kind, torch.float32))
+    for model in (ours, theirs):
+        # The usual attention has no second derivatives on a CPU.
+        model.get_base_model().set_attn_implementation("eager")
+    ours.use_plain_product(how == "plain")
+    if how == "fused":
+        ours.fuse_mlp()
+    if how == "checkpointed":
+        ours.train().gradient_checkpointing_enable({"use_reentrant": False})
+        for module in ours.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    rows = len(next(iter(ARCHITECTURES[kind].inputs().values())))
+    route = ours.route(["default"] * rows) if how == "routed" else nullcontext()
+
+    def measure(model):
+        with route if model is ours else nullcontext():
+            wanted = vectors(model)
+            values = list(wanted.values())
+            first = torch.autograd.grad(loss(output(kind, model)), values, create_graph=True)
+            after = sum((v - 0.1 * g).sin().sum() for v, g in zip(values, first, strict=True))
+            second = torch.autograd.grad(after, values)
+        return dict(zip(wanted, second, strict=True))
+
+    assert_equal_to_peft(measure, [ours, theirs], 1e-9)
 
 
 @EVERY_ARCHITECTURE

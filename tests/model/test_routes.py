@@ -279,6 +279,42 @@ def test_generation_goes_on_with_each_rows_adapter(kind, how):
             assert torch.equal(model.generate(ids, config), expected)
 
 
+@pytest.mark.parametrize(("beams", "each"), [(1, 1), (3, 1), (3, 2), (3, 3)])
+def test_speech_is_generated_with_each_rows_adapter(beams, each):
+    """Whisper repeats its input for the sequences before it is repeated for the beams."""
+    feedforward = {"feedforward_modules": ["fc2"]}
+    model = several("whisper", target_modules=["k_proj", "v_proj", "fc2"], **feedforward)
+    sound = batch("whisper")["input_features"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    options |= {"num_beams": beams, "num_return_sequences": each}
+    by_name = by_adapter(model, lambda: model.generate(sound, **options).unflatten(0, (3, each)))
+    assert not torch.equal(by_name["b"], by_name[BASE])
+    for names in MIXES[:2]:
+        found = model.generate(sound, **options, adapter_names=names)
+        assert torch.equal(found, picked(by_name, names).flatten(0, 1))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_continuous_batching_is_never_routed(model):
+    """It packs rows, in a thread that has no route: they would all get the active adapter."""
+    prompts, base = [[5, 6, 7], [8, 9]], model.get_base_model()
+    config = hf.GenerationConfig(max_new_tokens=3, eos_token_id=-1, pad_token_id=0)
+
+    def generated(model):
+        return [r.generated_tokens for r in model.generate_batch(prompts, config).values()]
+
+    model.set_adapter("b", inference_mode=True)
+    assert generated(model) == generated(base)
+    ways = ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"]
+    for way in ways:
+        call = getattr(model, way)
+        for names in (["b", BASE], ["b", "unknown"]):
+            with pytest.raises(ia3.IA3Error, match=r"cannot be routed.*use generate"):
+                call(prompts, adapter_names=names)
+        with model.route(["b", BASE]), pytest.raises(ia3.IA3Error, match="cannot be routed"):
+            call(prompts)
+
+
 def test_sampled_sequences_have_their_rows_adapter(model):
     ids = batch("llama")["input_ids"]
     options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 4, "pad_token_id": 0}
@@ -390,7 +426,10 @@ def test_bad_names_are_refused_before_anything_runs(model):
     handle = model.get_base_model().register_forward_pre_hook(lambda *_: ran.append(1))
     inputs = batch("llama")
     bad = [
-        (["default", "bb", "c"], "no adapter 'bb' .* did you mean 'b'"),
+        (
+            ["default", "bb", "c"],
+            r"no adapter 'bb' on .* which has \['b', 'c', 'default'\]; '__base__'.* mean 'b'",
+        ),
         (["default", "b"], r"\[2\] rows, but the input is \[3, 7\]"),
         ([*NAMES, "b"], r"\[4\] rows, but the input is \[3, 7\]"),
         ("b", "is 'b', expected a list"),
@@ -548,6 +587,54 @@ def test_what_was_not_routed_is_not_routed_when_it_is_computed_again(model, reen
     _assert_alike(_gradients(model), expected)
 
 
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("first", [["b"], ["c"], ["default", "b"]], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.set_adapter("default"),
+        lambda model: model.disable_adapter_layers(),
+        lambda model: (model.add_adapter("d", ia3.IA3Config()), model.set_adapter("d")),
+    ],
+    ids=["switched", "disabled", "added"],
+)
+def test_what_is_computed_again_sees_the_adapters_of_its_call(model, reentrant, first, change):
+    """As long as they train. Also in another thread, and nothing is left behind."""
+    model.set_adapter(first)
+    _loss(model).backward()
+    expected = _gradients(model)
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    losses = [_loss(model) for _ in range(2)]
+    change(model)
+    for name in model.peft_config:
+        for vector in model.vectors(name).values():
+            vector.requires_grad_(name in first)
+    now = logits(model, **batch("llama"))
+    losses[0].backward()
+    _assert_alike(_gradients(model), expected)
+    _in_another_thread(losses[1].backward)
+    _assert_alike(_gradients(model), expected)
+    assert torch.equal(logits(model, **batch("llama")), now)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.unload(), "'b' was deleted or unloaded"),
+        (lambda model: model.merge_adapter(), "merged or unmerged"),
+        (lambda model: model.delete_adapter("b"), "'b' was deleted or unloaded"),
+    ],
+)
+def test_what_can_no_longer_be_computed_again_is_refused(model, change, message):
+    model.set_adapter("b")
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    loss = _loss(model)
+    model.set_adapter("c")
+    change(model)
+    with pytest.raises(ia3.IA3Error, match=message):
+        loss.backward()
+
+
 def test_frozen_adapters_are_computed_again_as_they_were(model, inputs):
     """Gradients flow through to the embeddings, whatever the adapters are by then."""
     ids = inputs.pop("input_ids")
@@ -608,7 +695,7 @@ def test_threads_do_not_see_each_others_routes(model, inputs):
 
 
 def test_a_torch_without_the_places_to_bind_does_not_train_routed(model, monkeypatch):
-    monkeypatch.setattr(routing, "_bind", routing._bind.__wrapped__)
+    monkeypatch.setattr(routing, "bind", routing.bind.__wrapped__)
     monkeypatch.delattr(torch.utils.checkpoint, "CheckpointFunction")
     assert logits(model, **batch("llama"), adapter_names=NAMES).isfinite().all()
     with pytest.raises(ia3.IA3Error, match="no checkpointing that could be told"):
@@ -726,6 +813,73 @@ def test_a_task_has_the_route_it_was_started_in(model, inputs):
         return within, await left
 
     assert all(torch.equal(found, expected) for found in asyncio.run(start()))
+
+
+def _in_a_task_of_a_route_that_was_left(model, meanwhile, action):
+    """Start a task within a route, leave that, do something, and then something in the task."""
+
+    async def start():
+        begin = asyncio.Event()
+
+        async def later():
+            await begin.wait()
+            return action()
+
+        with model.route(["b"] * 3):
+            task = asyncio.create_task(later())
+            await asyncio.sleep(0)
+        meanwhile()
+        begin.set()
+        return await task
+
+    return asyncio.run(start())
+
+
+CHANGES = {
+    "switched": lambda model: model.set_adapter("c"),
+    "switched off": lambda model: model.set_adapter([]),
+    "another was put on": lambda model: model.add_adapter("d", ia3.IA3Config()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_task_outlives_its_route_and_keeps_it(model, inputs, change):
+    expected = logits(model, **inputs, adapter_names=["b"] * 3)
+    other = logits(model, **inputs, adapter_names=["c"] * 3)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    ids = inputs["input_ids"]
+    generated = model.generate(ids, **options, adapter_names=["b"] * 3)
+
+    def calls():
+        first = logits(model, **inputs)
+        with model.route(["c"] * 3):
+            within = logits(model, **inputs)
+        base = logits(model.get_base_model(), **inputs)
+        return (first, base, within), model.generate(ids, **options)
+
+    (first, base, within), again = _in_a_task_of_a_route_that_was_left(
+        model, lambda: CHANGES[change](model), calls
+    )
+    assert torch.equal(first, expected)
+    assert torch.equal(base, expected)
+    assert torch.equal(within, other)
+    assert torch.equal(again, generated)
+    gc.collect()
+    model.set_adapter([], inference_mode=True)
+    assert not sum(hooks_on(m) for _, m, _ in model._adapters.contents().sites)
+
+
+@pytest.mark.parametrize(
+    ("change", "call", "message"),
+    [
+        (lambda m: m.merge_adapter(), lambda m: m(**batch("llama")), "are merged"),
+        (lambda m: m.set_adapter("c"), lambda m: m.model.model(**batch("llama")), "whole model"),
+    ],
+    ids=["merged", "a part of the model"],
+)
+def test_a_route_that_a_task_cannot_have_again_is_an_error(model, change, call, message):
+    with pytest.raises(ia3.IA3Error, match=message):
+        _in_a_task_of_a_route_that_was_left(model, lambda: change(model), lambda: call(model))
 
 
 def test_an_adapter_activated_within_a_route_does_not_reach_its_rows(model, inputs):

@@ -72,6 +72,10 @@ def test_only_the_main_process_writes_and_no_pickles(tiny_llama, tmp_path):
     adapted(tiny_llama).save_pretrained(tmp_path / "a", is_main_process=False)
     with pytest.raises(IA3Error, match="safe_serialization is False"):
         adapted(tiny_llama).save_pretrained(tmp_path / "a", safe_serialization=False)
+    with pytest.raises(IA3Error, match="there is nothing to convert"):
+        adapted(tiny_llama).save_pretrained(
+            tmp_path / "a", path_initial_model_for_weight_conversion="initial"
+        )
     assert not (tmp_path / "a").exists()
 
 
@@ -201,8 +205,23 @@ torch.save(again(input_ids=torch.arange(3, 11)[None]).logits, results)
 """
 
 
-def push(tmp_path, hub):
-    """Run the script above against this hub, and return what it printed."""
+WITH_EVERY_ARGUMENT = """
+import sys
+from transformers import LlamaForCausalLM
+from ia3 import PeftModel
+
+base, adapter, _ = sys.argv[1:]
+model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter)
+options = {"commit_message": "First", "commit_description": "all of it", "private": True}
+options |= {"token": "hf_another", "revision": "v2", "create_pr": True, "max_shard_size": "5GB"}
+print(model.push_to_hub("someone/adapter", tags=["mine"], **options))
+print(model.active_peft_config.push_to_hub("someone/adapter", tags=["mine"], **options))
+print(model.active_peft_config.push_to_hub("someone/adapter"))
+"""
+
+
+def push(tmp_path, hub, script=ON_THE_HUB):
+    """Run a script against this hub, and return what it printed."""
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
@@ -213,7 +232,7 @@ def push(tmp_path, hub):
         "OMP_NUM_THREADS": "1",
     }
     arguments = [str(tmp_path / name) for name in ("base", "adapter", "results")]
-    command = [sys.executable, "-c", ON_THE_HUB, *arguments]
+    command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -249,3 +268,16 @@ def test_a_card_that_is_there_is_kept(tiny_llama, tmp_path, hub):
     push(tmp_path, hub)
     assert hub.files["README.md"] == b"# What I wrote about this adapter\n"
     assert hub.files.keys() == FILES | {"README.md"}
+
+
+def test_pushing_takes_pefts_arguments(tiny_llama, tmp_path, hub):
+    tiny_llama.save_pretrained(tmp_path / "base")
+    adapted(tiny_llama).save_pretrained(tmp_path / "adapter")
+    printed = push(tmp_path, hub, WITH_EVERY_ARGUMENT)
+    assert printed.count("someone/adapter/commit/") == 3
+    assert hub.branches == ["v2", "v2"]
+    assert hub.files.keys() == FILES | {"README.md"}
+    assert "- mine" in hub.files["README.md"].decode()
+    said = [(commit["summary"], commit["description"]) for commit in hub.commits]
+    assert said == [("First", "all of it")] * 2 + [("Upload (IA)³ config", "")]
+    assert all("/commit/v2?create_pr=1" in commit["path"] for commit in hub.commits[:2])

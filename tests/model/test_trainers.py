@@ -1,17 +1,24 @@
 """transformers' `Trainer` treats a model with adapters as it treats PEFT's."""
 
 import copy
+import logging
 import os
+import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers as hf
+from accelerate.utils import fsdp_utils, is_peft_model
 from safetensors.torch import load_file, save_file
+from support.pairs import randomize, vectors
 from torch import nn
+from torch.distributed import fsdp
+from torch.distributed.fsdp import wrap
 
 import ia3
 from ia3 import IA3Config, IA3Error, IA3Model, PeftModel, get_peft_model
@@ -119,6 +126,149 @@ def test_a_checkpoint_holds_the_adapter_alone(tmp_path):
     assert torch.equal(again(**inputs).logits, expected)
     theirs = peft.PeftModel.from_pretrained(classifier().eval(), tmp_path / "checkpoint-4")
     torch.testing.assert_close(theirs(**inputs).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+# -- what other libraries ask ----------------------------------------------------------------------
+
+TASKS = ["SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+
+
+@pytest.mark.parametrize("task_type", [*TASKS, None])
+def test_a_model_is_an_instance_of_pefts_class_of_its_task(tiny_llama, task_type):
+    model = get_peft_model(tiny_llama, IA3Config(task_type=task_type, modules_to_save=["lm_head"]))
+    theirs = {task: peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task] for task in TASKS}
+    assert isinstance(model, peft.PeftModel)
+    assert {task for task, kind in theirs.items() if isinstance(model, kind)} == {task_type} - {
+        None
+    }
+    assert is_peft_model(model)
+    assert isinstance(model, IA3Model)
+    assert not isinstance(model, (peft.PeftMixedModel, hf.PreTrainedModel))
+    # Nothing is inherited from PEFT.
+    assert not any(kind.__module__.startswith("peft") for kind in type(model).__mro__)
+    assert model.__class__.__name__ == type(model).__name__
+
+
+def test_copies_and_pickles_are_of_the_own_class(tmp_path):
+    model = adapted().eval()
+    inputs = {"input_ids": rows()[0]["input_ids"][None]}
+    torch.save(model, tmp_path / "model.pt")
+    read = torch.load(tmp_path / "model.pt", weights_only=False)
+    pickled = [pickle.loads(pickle.dumps(model, protocol)) for protocol in range(2, 6)]
+    # In pure Python, as cloudpickle and dill do.
+    pickled.append(pickle.loads(pickle._dumps(model)))
+    for twin in (copy.deepcopy(model), read, *pickled):
+        assert type(twin) is ia3.PeftModelForSequenceClassification
+        assert isinstance(twin, peft.PeftModelForSequenceClassification)
+        assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_class_made_of_what_a_model_says_is_its_class():
+    """FSDP gives a model a class under its own and this one; others make new objects of it."""
+    model = adapted()
+    kind = model.__class__
+    assert type(kind.__new__(kind)) is ia3.PeftModelForSequenceClassification
+    assert type(kind(classifier(), IA3Config())) is ia3.PeftModelForSequenceClassification
+
+    class Sharded:
+        sharded = True
+
+    model.__class__ = type("Both", (Sharded, kind), {"own": 1})
+    assert (type(model).__name__, model.sharded, model.own) == ("Both", True, 1)
+    assert isinstance(model, (Sharded, ia3.PeftModelForSequenceClassification))
+    assert isinstance(model, peft.PeftModelForSequenceClassification)
+    assert not any(kind.__module__.startswith("peft") for kind in type(model).__mro__)
+    model.__class__ = kind
+    assert type(model) is ia3.PeftModelForSequenceClassification
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_model_is_what_it_was(tiny_llama, fullgraph):
+    model = get_peft_model(tiny_llama, IA3Config(task_type="CAUSAL_LM")).eval()
+    ids = torch.arange(3, 12)[None]
+    expected = model(input_ids=ids).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+    torch.testing.assert_close(compiled(input_ids=ids).logits, expected)
+
+
+def test_pefts_state_dict_functions_know_the_vectors(tmp_path):
+    """accelerate calls them for what is an instance of PEFT's class."""
+    ours, theirs = adapted(), adapted(peft)
+    for model in (ours, theirs):
+        model.add_adapter("other", type(model.peft_config["default"])(task_type="SEQ_CLS"))
+        for seed, name in enumerate(("default", "other")):
+            randomize(vectors(model, name), seed)
+    for name in ("default", "other"):
+        expected = peft.get_peft_model_state_dict(theirs, adapter_name=name)
+        found = peft.get_peft_model_state_dict(ours, adapter_name=name)
+        assert_same(found, expected)
+        again = adapted()
+        again.add_adapter("else", IA3Config(task_type="SEQ_CLS"))
+        result = peft.set_peft_model_state_dict(again, expected, adapter_name="else")
+        assert not result.unexpected_keys
+        assert_same(ia3.get_peft_model_state_dict(again, adapter_name="else"), expected)
+    # PEFT's own models are left alone.
+    assert_same(peft.get_peft_model_state_dict(theirs), values(theirs))
+
+
+@pytest.fixture
+def one_process():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("version", "kind"), [(1, "FULL"), (1, "SHARDED"), (2, "SHARDED")])
+def test_accelerates_checkpoint_of_a_sharded_model_has_the_adapter(
+    one_process, tmp_path, tiny_llama, version, kind, monkeypatch
+):
+    monkeypatch.setattr(fsdp_utils, "logger", logging.getLogger("quiet"))
+
+    def sharded(base):
+        config = IA3Config(task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+        model = get_peft_model(base, config).eval()
+        blocks = base.model.layers
+        if version == 1:
+            policy = wrap.ModuleWrapPolicy({type(blocks[0])})
+            options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+            return fsdp.FullyShardedDataParallel(model, auto_wrap_policy=policy, **options)
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for module in (*blocks, model):
+            fsdp.fully_shard(module, mesh=mesh)
+        return model
+
+    plugin = SimpleNamespace(
+        fsdp_version=version,
+        state_dict_type=fsdp.StateDictType[f"{kind}_STATE_DICT"],
+        state_dict_config={
+            "FULL": fsdp.FullStateDictConfig(),
+            "SHARDED": fsdp.ShardedStateDictConfig(),
+        }[kind],
+        optim_state_dict_config=None,
+        sync_module_states=False,
+    )
+    process = SimpleNamespace(
+        num_processes=1,
+        process_index=0,
+        is_main_process=True,
+        is_fsdp2=version == 2,
+        wait_for_everyone=lambda: None,
+    )
+    ids = torch.arange(3, 12)[None]
+    fresh = sharded(copy.deepcopy(tiny_llama))
+    model = sharded(tiny_llama)
+    assert is_peft_model(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5)
+        expected = model(input_ids=ids).logits
+        assert not torch.allclose(fresh(input_ids=ids).logits, expected)
+        fsdp_utils.save_fsdp_model(plugin, process, model, tmp_path, adapter_only=True)
+        fsdp_utils.load_fsdp_model(plugin, process, fresh, tmp_path, adapter_only=True)
+        assert torch.equal(fresh(input_ids=ids).logits, expected)
 
 
 # -- resuming --------------------------------------------------------------------------------------
@@ -383,3 +533,34 @@ def test_in_any_order(tmp_path, script, peft_is_there):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == str(peft_is_there)
+
+
+ASK = """
+from accelerate.utils import is_peft_model
+from peft import PeftModel, PeftModelForCausalLM
+assert isinstance(model, PeftModel) and isinstance(model, PeftModelForCausalLM)
+assert is_peft_model(model)
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["from peft import PeftModel" + MODEL, MODEL, MODEL + "model.config\n"],
+    ids=["peft first", "model first", "model asked first"],
+)
+def test_pefts_class_in_any_order_and_peft_is_not_imported_for_it(script):
+    script = script.replace("import ia3", "had_peft = 'peft' in sys.modules\nimport ia3")
+    script += "assert ('peft' in sys.modules) == had_peft\n" + ASK
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_without_peft_a_model_is_of_its_own_class_alone():
+    script = WITHOUT_PEFT + MODEL + "assert model.__class__ is type(model)\n"
+    script += "from accelerate.utils import is_peft_model\nassert not is_peft_model(model)\n"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]

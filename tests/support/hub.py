@@ -17,6 +17,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Requests)
         self.files: dict[str, bytes] = {}
         self.downloaded: list[str] = []
+        self.branches: list[str] = []
+        self.commits: list[dict[str, str]] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     @property
@@ -45,7 +47,10 @@ class _Requests(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         path = urlsplit(self.path).path
-        if path.endswith("/repos/create"):
+        if "/branch/" in path:
+            self.server.branches.append(path.rpartition("/branch/")[2])
+            self._send({})
+        elif path.endswith("/repos/create"):
             self._send({"url": f"{self.server.url}/someone/adapter"})
         elif "/preupload/" in path:
             files = [
@@ -56,11 +61,16 @@ class _Requests(BaseHTTPRequestHandler):
         elif "/commit/" in path:
             for line in body.splitlines():
                 entry = json.loads(line)
+                if entry["key"] == "header":
+                    self.server.commits.append({**entry["value"], "path": self.path})
                 if entry["key"] == "file":
                     value = entry["value"]
                     self.server.files[value["path"]] = base64.b64decode(value["content"])
             url = f"{self.server.url}/someone/adapter/commit/{self.server.commit}"
-            self._send({"commitUrl": url, "commitOid": self.server.commit, "hookOutput": ""})
+            done = {"commitUrl": url, "commitOid": self.server.commit, "hookOutput": ""}
+            self._send(
+                {**done, "pullRequestUrl": f"{self.server.url}/someone/adapter/discussions/1"}
+            )
         else:
             self._send({"errors": [], "warnings": []})
 

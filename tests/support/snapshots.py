@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ia3.core.route import OneCall
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
 
 
@@ -40,8 +42,12 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
 
 
 def hooks_on(module: nn.Module) -> int:
-    """What is called with a module beside what it computes itself; a forward put on it is one."""
-    forward = "forward" in module.__dict__
+    """What is called with a module beside what it computes itself; a forward put on it is one.
+
+    Not that of the whole model which opens a call: it stays as long as adapters are on it.
+    """
+    own = module.__dict__.get("forward")
+    forward = own is not None and not isinstance(getattr(own, "forward", None), OneCall)
     return len(module._forward_hooks) + len(module._forward_pre_hooks) + forward
 
 

@@ -27,7 +27,8 @@ def explained(capsys):
 
     def explain(model, config=None):
         ia3.explain(model, config)
-        title, head, *lines, total = capsys.readouterr().out.splitlines()
+        printed = capsys.readouterr().out.splitlines()
+        title, head, *lines, total = (line for line in printed if not line.startswith("note: "))
         columns = head.split()
         assert columns == ["module", "side", "times", "values", "why"]
         rows = [dict(zip(columns, line.split(maxsplit=4), strict=True)) for line in lines]

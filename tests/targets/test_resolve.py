@@ -107,6 +107,18 @@ def test_defaults_are_written_into_the_adapters_config(tiny_t5):
         ),
         ({"exclude_modules": ["lm_haed"]}, "exclude_modules: module 'lm_haed' matches nothing"),
         ({"target_modules": r"k_proj"}, "'k_proj' matches no whole name in LlamaForCausalLM"),
+        (
+            # The most frequent mistake: in PEFT it rescales the outputs.
+            {"target_modules": ["down_proj"], "feedforward_modules": "down_proj"},
+            "feedforward_modules: the expression 'down_proj' matches no whole name in "
+            "LlamaForCausalLM; did you mean the list ['down_proj']?",
+        ),
+        ({"exclude_modules": "mlp.up_proj"}, "did you mean the list ['mlp.up_proj']?"),
+        (
+            {"target_modules": ["dense"]},
+            "module 'dense' matches nothing in LlamaForCausalLM; its layers are called q_proj, "
+            "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+        ),
         ({"exclude_modules": r".*_proj"}, "no module of LlamaForCausalLM is left"),
         ({"target_modules": ["mlp"]}, "is a LlamaMLP, whose output cannot be rescaled: expected"),
         (
@@ -149,11 +161,20 @@ def test_model_without_a_config():
         ({"peft_type": "LORA"}, "peft_type is 'LORA', expected 'IA3'"),
         ({"target_modules": r".*(k_proj"}, r"not a regular expression: missing \), unterm"),
         ({"feedforward_modules": "*"}, r"feedforward_modules '\*' is not a regular expression"),
+        ({"task_type": "AUDIO_CLASSIFICATION"}, "leave it out for another task, whose head modul"),
+        ({"task_type": "SEQ_CLASS"}, "did you mean 'SEQ_CLS'"),
     ],
 )
 def test_configs_that_make_no_sense(config, message):
     with pytest.raises(IA3Error, match=message):
         IA3Config(**config)
+
+
+def test_arguments_that_a_config_does_not_have():
+    with pytest.raises(TypeError, match=r"no argument 'bias'; it has task_type, .*target_modules"):
+        IA3Config(bias="none")
+    with pytest.raises(TypeError, match="'target_module'; did you mean 'target_modules'"):
+        IA3Config(target_module=["k_proj"], fusion_strategy="svd")
 
 
 def test_a_second_adapter_that_does_not_fit_changes_nothing(tiny_llama):
@@ -167,7 +188,9 @@ def test_a_second_adapter_that_does_not_fit_changes_nothing(tiny_llama):
         with pytest.raises(IA3Error, match="adapter name"):
             model.add_adapter(name, IA3Config())
     with pytest.raises(IA3Error, match="has no vector for"):
-        model.add_adapter("b", IA3Config(), {"model.layers.0.self_attn.k_proj": torch.ones(3)})
+        model.add_adapter(
+            "b", IA3Config(), vectors={"model.layers.0.self_attn.k_proj": torch.ones(3)}
+        )
     assert_unchanged(tiny_llama, before)
     assert list(model.peft_config) == ["default"]
 

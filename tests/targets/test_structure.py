@@ -667,6 +667,20 @@ def test_what_cannot_be_told_is_an_error(attention, feed_forward, expected):
         paper_targets(model)
 
 
+def test_a_block_whose_feedforward_layer_is_not_found_among_others_with_one():
+    """As in FLUX's single blocks, its last layer takes attention and inner activation at once."""
+    up, down = nn.Linear(HIDDEN, INNER), nn.Linear(HIDDEN + INNER, HIDDEN)
+    at_once = nn.ModuleDict({"attention": Separate(), "proj_mlp": up, "proj_out": down})
+    usual = nn.ModuleList([Block(Separate(), plain_layer())])
+    model = nn.ModuleDict({"usual": usual, "single": nn.ModuleList([at_once])})
+    message = r"feed-forward layer of block 'single.0' \(ModuleDict\) could .*'single.0.proj_mlp'"
+    with pytest.raises(IA3Error, match=f"{message}.*target_modules"):
+        paper_targets(model)
+    # A block of attention alone has none, and needs none.
+    del at_once["proj_mlp"], at_once["proj_out"]
+    assert "single.0.attention.to_k" in names(paper_targets(model))
+
+
 @pytest.mark.parametrize("kind", ["Mamba", "Rwkv"])
 def test_a_model_without_attention_is_an_error(kind):
     sizes = {"hidden_size": HIDDEN, "attention_hidden_size": HIDDEN, "intermediate_size": INNER}

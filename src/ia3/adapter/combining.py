@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, did_you_mean, naming
 from ..targets.config import IA3Config
 from ..targets.matching import matches_feedforward
-from .files import Adapter
+from .files import Adapter, check_finite
 
 if TYPE_CHECKING:
     from ..core.names import Frozen
@@ -76,11 +76,15 @@ def combine(
     Raises:
         IA3Error: they are of different base models, have vectors of different shapes or sides, or
             copies of the same module (`modules_to_save`); their configs do not name their modules;
-            the weights are not finite, or add up to 0 or less where they divide by their sum; or an
-            option is unknown or belongs to another type.
+            the weights are not finite, or add up to 0 or less where they divide by their sum; a
+            vector, given or combined, is not finite; or an option is unknown or belongs to another
+            type.
     """
     check_combination(combination_type, density, majority_sign_method)
     weights = _checked_weights(weights, len(adapters), combination_type)
+    for called, adapter in adapters:
+        with naming(called):
+            check_finite(adapter.vectors)
     base = _common_base(adapters)
     copies = _copies(adapters)
     shapes, feedforward = _sites(adapters)
@@ -111,6 +115,11 @@ def combine(
             frozen[name] = _ranges(stay)
             value = value.masked_fill(stay.reshape(shape).to(value.device), 1.0)
         combined[name] = value.float()
+        if not combined[name].isfinite().all():
+            raise IA3Error(
+                f"{combination_type} of {[called for called, _ in adapters]} with the weights "
+                f"{weights}: the vector of {name!r} exceeds what float32 holds; use smaller weights"
+            )
     config = _config([part.config for part in parts], list(shapes), feedforward)
     return Adapter(config, combined, copies, frozen, base)
 
@@ -242,7 +251,14 @@ def _common_base(adapters: Sequence[tuple[str, Adapter]]) -> Any:
 def _copies(adapters: Sequence[tuple[str, Adapter]]) -> dict[str, Tensor]:
     copied: dict[str, Tensor] = {}
     for _, adapter in adapters:
-        twice = sorted(copied.keys() & adapter.copies.keys())
+        # Embeddings that were saved beside the vectors may be those of one resized model.
+        entries = adapter.config.modules_to_save or ()
+        twice = [
+            name
+            for name in sorted(copied.keys() & adapter.copies.keys())
+            if any(f"{entry}." in name for entry in entries)
+            or not torch.equal(copied[name], adapter.copies[name])
+        ]
         if twice:
             raise IA3Error(
                 f"{twice[0]!r} is in the modules_to_save of two of the adapters "

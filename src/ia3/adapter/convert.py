@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from ..base.loading import first_line, read_model_config
 from ..core.activations import activation_of
-from ..errors import IA3Error, did_you_mean
+from ..core.names import modules_of
+from ..errors import IA3Error, did_you_mean, naming
 from ..targets.config import IA3Config
 from ..targets.matching import names_or_suffixes
 from ..targets.structure import paper_targets
+from .files import check_finite
 from .pickled import unpickle_tensors
 
 SUFFIX = ".multi_lora_b"
@@ -29,13 +31,13 @@ def convert_tfew_authors(path: str | Path, model: nn.Module) -> tuple[IA3Config,
     """
     vectors = _read(Path(path))
     kind = type(model).__name__
-    names = {name for name, _ in model.named_modules()}
+    modules = modules_of(model)
     # Module name in their file -> our module's name and side.
     sites = {}
     for target in paper_targets(model):
         parent, _, last = target.name.rpartition(".")
         theirs = f"{parent}.wi_1" if (target.side, last) == ("input", "wo") else target.name
-        if last not in ("k", "v", "wo") or theirs not in names:
+        if last not in ("k", "v", "wo") or theirs not in modules:
             raise IA3Error(
                 f"{path} is for a T5 with gated feed-forward layers (k, v, wi_1 and wo, as T5 v1.1 "
                 f"and T0 have), which {kind} is not: it has {target.name!r}"
@@ -48,7 +50,7 @@ def convert_tfew_authors(path: str | Path, model: nn.Module) -> tuple[IA3Config,
         )
     converted = {}
     for theirs, target in sites.items():
-        activation = activation_of(model.get_submodule(target.name), target.side)
+        activation = activation_of(modules[target.name], target.side)
         assert activation is not None
         expected = [activation.dim, 1]
         if theirs not in vectors:
@@ -107,7 +109,10 @@ def _read(path: Path) -> dict[str, Tensor]:
             raise IA3Error(
                 f"{path}: {key!r} is {_described(tensor)}, expected floating-point values [dim, 1]"
             )
-    return {key.removesuffix(SUFFIX): tensor for key, tensor in tensors.items()}
+    vectors = {key.removesuffix(SUFFIX): tensor for key, tensor in tensors.items()}
+    with naming(str(path)):
+        check_finite(vectors)
+    return vectors
 
 
 def _described(value: object) -> str:

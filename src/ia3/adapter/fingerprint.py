@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ..core.names import ATTRIBUTE, model_type_of
+from ..core.names import ATTRIBUTE, model_type_of, module_at, modules_of, own_name
 from ..errors import IA3Error
 
 # torch is imported where a model is looked at: fingerprints are compared without.
@@ -40,7 +40,7 @@ class Fingerprint:
         try:
             read: Any = json.loads(text)
             samples = {
-                name: ([int(size) for size in shape], [float(value) for value in values])
+                own_name(name): ([int(size) for size in shape], [float(value) for value in values])
                 for name, (shape, values) in read["samples"].items()
             }
             if not isinstance(read["model_type"], str):
@@ -62,7 +62,7 @@ class Fingerprint:
         for name, (shape, expected) in self.samples.items():
             path, _, last = name.rpartition(".")
             try:
-                parameter = model.get_submodule(path)._parameters.get(last)
+                parameter = module_at(model, path)._parameters.get(last)
             except AttributeError:
                 continue
             if not _is_the_base_models(path, merged) or not _can_be_sampled(parameter):
@@ -83,24 +83,37 @@ class Fingerprint:
         return None
 
 
-def fingerprint(model: nn.Module, merged: Collection[str] = ()) -> Fingerprint:
-    """A base model's fingerprint, without adapters on it and the modules `merged` into."""
+def fingerprint(
+    model: nn.Module, merged: Collection[str] = (), values: Mapping[str, Tensor] | None = None
+) -> Fingerprint:
+    """A base model's fingerprint, without adapters on it and the modules `merged` into.
+
+    Parameters that are spread over processes are gathered or, with `values`, the base model's
+    gathered state dict, read there.
+    """
     # Parameters of linear layers may be quantized, or new with every model that is loaded, as heads
     # are: only where there are no others.
-    chosen = _telling(model, merged, linear=False) or _telling(model, merged, linear=True)
+    chosen = _telling(model, merged, values, linear=False) or _telling(
+        model, merged, values, linear=True
+    )
     samples = {name: (list(parameter.shape), _sample(parameter)) for name, parameter in chosen}
     return Fingerprint(model_type_of(model), samples)
 
 
 def _telling(
-    model: nn.Module, merged: Collection[str], *, linear: bool
+    model: nn.Module,
+    merged: Collection[str],
+    values: Mapping[str, Tensor] | None,
+    *,
+    linear: bool,
 ) -> list[tuple[str, Tensor]]:
     """A few parameters that tell the base model from others, of linear layers or of the rest."""
     from ..core.activations import linear_features
+    from ..core.spread import gathered
 
     found = [
         (f"{prefix}.{name}" if prefix else name, parameter)
-        for prefix, module in model.named_modules()
+        for prefix, module in modules_of(model).items()
         if module._parameters
         and (linear_features(module) is not None) is linear
         and _is_the_base_models(prefix, merged)
@@ -111,9 +124,13 @@ def _telling(
     # Evenly spaced ones first; the others only stand in for those that tell nothing: norms start
     # as ones.
     spaced = (found[i] for start in range(step) for i in range(start, len(found), step))
+    whole = (
+        (name, gathered(parameter) if values is None else values.get(name, parameter))
+        for name, parameter in spaced
+    )
     telling = (
         (name, parameter)
-        for name, parameter in spaced
+        for name, parameter in whole
         if _can_be_sampled(parameter) and (parameter.dim() > 1 or len(set(_sample(parameter))) > 1)
     )
     return list(islice(telling, PARAMETERS))

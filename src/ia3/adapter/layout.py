@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.names import ATTRIBUTE
-from ..errors import IA3Error
+from ..core.names import ATTRIBUTE, own_name
+from ..errors import IA3Error, naming
+from ..files.foreign import no_adapter
 from ..files.hub import CONFIG_NAME
 from ..targets.config import IA3Config
 from .fingerprint import Fingerprint
@@ -29,16 +31,10 @@ PICKLED_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 KEY_SUFFIX = f".{ATTRIBUTE}"
 
-# The names that models give to their embeddings and output layers.
-EMBEDDINGS = {
-    "embed_tokens",
-    "lm_head",
-    "shared",
-    "wte",
-    "word_embeddings",
-    "embed_in",
-    "embed_out",
-}
+# The part that PEFT puts into the names of a rescaled module's own weights, and the parts in those
+# of a saved embedding's, which it may write a second and a third time.
+BASE_LAYER = "base_layer"
+AGAIN = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 
 # What PEFT's config cannot say stands in the header of the safetensors file, which PEFT ignores.
 FROZEN_KEY = "ia3_frozen"
@@ -106,17 +102,35 @@ def read_outline(folder: str | Path) -> Outline:
 
 
 def read_vectors(outline: Outline) -> dict[str, NDArray[np.float32]]:
-    """Module name -> its vector, of the shape in the outline; frozen values are one."""
+    """Module name -> its vector, of the shape in the outline; frozen values are one.
+
+    An `IA3Error` where one is not finite.
+    """
+    import numpy as np
+
     path = weights_file(outline.folder)
     pickled = path.name == PICKLED_NAME
     tensors = _read_pickled(path) if pickled else read_floats(path, KEY_SUFFIX)
     names, _ = name_tensors(tensors, outline.config, path)
     vectors = {name: tensors[key] for key, name in names.items()}
+    for name, vector in vectors.items():
+        if not np.isfinite(vector).all():
+            with naming(str(path)):
+                raise not_finite(name, vector[~np.isfinite(vector)].tolist(), vector.size)
     for name, ranges in outline.frozen.items():
         values = vectors[name].reshape(-1)
         for start, end in ranges:
             values[start:end] = 1
     return vectors
+
+
+def not_finite(name: str, broken: Sequence[float], size: int) -> IA3Error:
+    """The error for a vector, by its module's name, that has these values among so many."""
+    return IA3Error(
+        f"the vector of {name!r} is not finite ({len(broken)} of its {size} values, the first is "
+        f"{broken[0]}): the training that it comes from has diverged, or the file is damaged; "
+        "train at a lower learning rate, or take an earlier checkpoint"
+    )
 
 
 def _read_pickled(path: Path) -> dict[str, NDArray[np.float32]]:
@@ -130,7 +144,7 @@ def read_config(folder: str | Path) -> IA3Config:
     """The folder's `adapter_config.json`; a `FileNotFoundError` where there is none."""
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"no adapter in {folder}: {CONFIG_NAME} is not there")
+        raise no_adapter(Path(folder))
     return IA3Config.from_json(path)
 
 
@@ -145,28 +159,35 @@ def weights_file(folder: Path) -> Path:
 def name_tensors(
     keys: Iterable[str], config: IA3Config, path: Path
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """What a file's tensors are: (key -> a vector's module, key -> a copy's parameter)."""
+    """What a file's tensors are: (key -> a vector's module, key -> a parameter of the model)."""
     vectors, copies = {}, {}
     for key in keys:
-        name = key.removeprefix(KEY_PREFIX)
+        name = own_name(key).removeprefix(KEY_PREFIX)
         if name.endswith(KEY_SUFFIX):
             vectors[key] = name.removesuffix(KEY_SUFFIX)
-        elif name.endswith(".base_layer.weight"):
-            # The base model's own, which PEFT saves where it rescales an output layer.
-            continue
-        elif config.modules_to_save or is_embedding(name):
-            copies[key] = name
+        elif config.modules_to_save or key.startswith(KEY_PREFIX):
+            copies[key] = name.replace(f".{BASE_LAYER}.", ".")
         else:
             raise IA3Error(
                 f"{path}: tensor {key!r} is not an (IA)³ vector: expected names like "
                 f"'{KEY_PREFIX}<module>{KEY_SUFFIX}'"
             )
-    return vectors, copies
+    once = set(copies.values())
+    again = [key for key, name in copies.items() if AGAIN.sub("", name) in once - {name}]
+    return vectors, {key: name for key, name in copies.items() if key not in again}
 
 
-def is_embedding(name: str) -> bool:
-    """Whether a parameter is an embedding's: PEFT saves them where tokens were added."""
-    return not EMBEDDINGS.isdisjoint(name.split(".")[-2:-1])
+def mapped(name: str, key_mapping: Mapping[str, str]) -> str:
+    """A name after the first of the regular expressions that is found in it."""
+    for pattern, replacement in key_mapping.items():
+        try:
+            new, count = re.subn(pattern, replacement, name)
+        except re.error as error:
+            message = f"key_mapping {{{pattern!r}: {replacement!r}}} is malformed: {error}"
+            raise IA3Error(message) from error
+        if count:
+            return new
+    return name
 
 
 def read_metadata(
@@ -177,7 +198,8 @@ def read_metadata(
     try:
         read: Any = json.loads(metadata.get(FROZEN_KEY, "{}"))
         frozen = {
-            name: tuple((start, end) for start, end in ranges) for name, ranges in read.items()
+            own_name(name): tuple((start, end) for start, end in ranges)
+            for name, ranges in read.items()
         }
         if not all(type(n) is int for ranges in frozen.values() for both in ranges for n in both):
             raise TypeError("expected whole numbers")

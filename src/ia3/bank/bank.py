@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,15 +16,36 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapter.files import Adapter, read_adapter
+from ..adapter.files import Adapter, check_finite, read_adapter
 from ..adapter.layout import WEIGHTS_NAME, weights_file
 from ..core.activations import device_of
 from ..core.route import BASE
 from ..core.sites import Site
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, did_you_mean, naming
 from ..model.ia3_model import IA3Model, check_name
 
 BASE_SLOT = 0
+
+_banks: weakref.WeakSet[AdapterBank] = weakref.WeakSet()
+_held_by_fork: list[threading.RLock] = []
+
+
+def _before_fork() -> None:
+    """Wait for other threads' work on a bank: its half would be found in the new process."""
+    for bank in list(_banks):
+        bank._lock.acquire()
+        _held_by_fork.append(bank._lock)
+
+
+def _after_fork() -> None:
+    while _held_by_fork:
+        _held_by_fork.pop().release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork
+    )
 
 
 @dataclass(frozen=True)
@@ -125,6 +147,7 @@ class AdapterBank:
         # Most adapters of a bank have the same config and shapes, and so the same sites.
         self._fitting: dict[str, dict[str, Site]] = {}
         self.model.routes.attach(self)
+        _banks.add(self)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -327,6 +350,7 @@ class AdapterBank:
             # Before the file is read: what replaces it meanwhile is found by the next refresh.
             stamp = _stamp(adapter)
             adapter = read_adapter(adapter)
+        adapter = self.model.routes.named_as_here(adapter)
         sites = self._sites_of(name, adapter)
         with torch.inference_mode(False), torch.no_grad():
             row = torch.ones(self.values.shape[1], dtype=self.values.dtype)
@@ -335,6 +359,10 @@ class AdapterBank:
                 row[start : start + site.activation.dim] = vector.reshape(-1)
                 for begin, end in adapter.frozen.get(module, ()):
                     row[start + begin : start + end] = 1.0
+        if not row.isfinite().all():
+            with naming(f"adapter {name!r}"):
+                check_finite(adapter.vectors)
+                raise IA3Error(f"it has values beyond {row.dtype}, the bank's dtype")
         entry.sites, entry.stamp = sites, stamp
         return row
 
@@ -343,7 +371,8 @@ class AdapterBank:
         shapes = [(module, vector.shape) for module, vector in adapter.vectors.items()]
         parts = (adapter.config.to_json(), adapter.base, shapes, adapter.frozen, [*adapter.copies])
         key = repr(parts)
-        if key not in self._fitting:
+        # Copies can only be of the model's own embeddings, which the names do not tell.
+        if key not in self._fitting or adapter.copies:
             sites = self.model.routes.sites_for_bank(name, adapter)
             self._widen(sites.values())
             self._fitting[key] = sites

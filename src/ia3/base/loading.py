@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from dataclasses import dataclass, field
@@ -54,6 +55,23 @@ _wrapped: weakref.WeakValueDictionary[int, BaseModel] = weakref.WeakValueDiction
 # Kept alive, so that one classifier after the other does not load the same model again.
 _last_loaded: list[BaseModel] = []
 _loading = threading.RLock()
+
+
+def _renew_locks() -> None:
+    """Have locks that nobody holds, in a process that was forked off.
+
+    Loading and training, for which these are held, are too long to wait for. Who trained in the
+    other process does not go on here: the adapter that it had put on is found by the next one.
+    """
+    global _loading
+    _loading = threading.RLock()
+    _locks.clear()
+    for base in {*_loaded.values(), *_wrapped.values()}:
+        base.lock = _locks.setdefault(base.model, threading.RLock())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def load_base_model(
@@ -127,13 +145,13 @@ def read_model_config(folder: str, name: str) -> Any:
 
 def _load(folder: str, name: str, tokenizer: Any, device: torch.device, dtype: Any) -> BaseModel:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = read_model_config(folder, name)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         model = kind.from_pretrained(folder, dtype=dtype)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+        tokenizer = tokenizer or load_tokenizer(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise IA3Error(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
     try:
@@ -146,9 +164,28 @@ def _load(folder: str, name: str, tokenizer: Any, device: torch.device, dtype: A
     return BaseModel(model, tokenizer, name)
 
 
-def _wrap_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> BaseModel:
-    from transformers import AutoTokenizer
+def load_tokenizer(folder: str | Path, **options: Any) -> Any:
+    """A tokenizer by transformers; an `IA3Error` where a package that reads it is missing.
 
+    transformers says then that tiktoken is missing, which reads files of another kind.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except (ImportError, ValueError) as error:
+        packages = {"protobuf": is_protobuf_available, "sentencepiece": is_sentencepiece_available}
+        missing = " ".join(name for name, is_there in packages.items() if not is_there())
+        if not missing or "tiktoken" not in str(error).lower():
+            raise
+        raise IA3Error(
+            f"the tokenizer of {str(folder)!r} cannot be read without the packages that read "
+            f"SentencePiece models: pip install {missing}"
+        ) from error
+
+
+def _wrap_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> BaseModel:
     # A compiled model's names are not those that adapters are saved under.
     model = getattr(model, "_orig_mod", model)
     with _loading:
@@ -159,7 +196,9 @@ def _wrap_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) ->
         if tokenizer is None:
             folder = str(embedded_model_folder()) if name == EMBEDDED_MODEL else name
             try:
-                tokenizer = AutoTokenizer.from_pretrained(folder)
+                tokenizer = load_tokenizer(folder)
+            except IA3Error:
+                raise
             except (OSError, ValueError) as error:
                 raise IA3Error(
                     f"no tokenizer for the loaded {type(model).__name__}: its config says it came "

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.files import Adapter, adapter_files, read_adapter
+from ..adapter.files import Adapter, adapter_files, check_finite, read_adapter
 from ..base.loading import EMBEDDED_MODEL
-from ..errors import IA3Error
+from ..errors import IA3Error, naming
 from ..files.atomic import write_files
 from ..files.hub import adapter_folder
 from ..tfew.prompts.encoding import Encoder, TrainingExample
@@ -183,6 +183,8 @@ class FewShotClassifier(RankingClassifier):
         if start is not None:
             if not isinstance(start, Adapter):
                 start = read_adapter(adapter_folder(start, ["adapter_*"]))
+            with naming("init_from"):
+                check_finite(start.vectors)
             # It is to be trained, and belongs to the model that it is put on.
             config = replace(start.config, inference_mode=False, base_model_name_or_path=None)
             start = replace(start, config=config)

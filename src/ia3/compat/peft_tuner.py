@@ -7,8 +7,9 @@ is computed while the wrappers are out of it: see `_as_sites`.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, reduce
 from typing import Any
@@ -25,15 +26,28 @@ from ..core import experts
 from ..core.activations import Side, activation_of, device_of
 from ..core.hooks import is_fresh
 from ..core.merge import Merge
-from ..core.names import ATTRIBUTE, Target
+from ..core.names import ATTRIBUTE, Target, module_at, own_name
 from ..core.rescale import rescale
 from ..core.sites import Site, check_free
 from ..errors import IA3Error
 from ..targets.config import IA3Config
 from ..targets.resolve import resolve
 
+# What layers call the numbers of their inputs and outputs.
+SIZES = (
+    ("in_features", "out_features"),
+    ("in_channels", "out_channels"),
+    ("num_embeddings", "embedding_dim"),
+    ("nx", "nf"),
+)
 # Held while a block of experts has vectors attached, which is for the length of a call.
 ATTACHING = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=ATTACHING.acquire,
+        after_in_parent=ATTACHING.release,
+        after_in_child=ATTACHING.release,
+    )
 
 
 class Layer(nn.Module, stock.IA3Layer):
@@ -53,7 +67,12 @@ class Layer(nn.Module, stock.IA3Layer):
         self.is_feedforward = is_feedforward
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        base = self.get_base_layer()
+        self._alone: Merge | None = None
+        self._unmerge_model: Callable[[], None] | None = None
+        base: Any = self.get_base_layer()
+        named = next((names for names in SIZES if hasattr(base, names[0])), None)
+        if named is not None:
+            self.in_features, self.out_features = (getattr(base, name) for name in named)
         inputs: Side = "inner" if activation_of(base, "inner") else "input"
         self.side = inputs if is_feedforward else "output"
         activation = activation_of(base, self.side)
@@ -64,7 +83,8 @@ class Layer(nn.Module, stock.IA3Layer):
     def update_layer(self, adapter_name: str, config: Any, **kwargs: Any) -> None:
         """Add an adapter's vector: ones, or normal numbers without `init_ia3_weights`."""
         make = torch.ones if config.init_ia3_weights else torch.randn
-        self.ia3_l[adapter_name] = nn.Parameter(make(self.activation.shape))
+        with torch.inference_mode(False):  # what is made in it could never train
+            self.ia3_l[adapter_name] = nn.Parameter(make(self.activation.shape))
         self._move_adapter_to_device_of_base_layer(adapter_name, device_of(self.get_base_layer()))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -72,6 +92,8 @@ class Layer(nn.Module, stock.IA3Layer):
         """The base module's forward, with the active adapters."""
         vectors = [self.ia3_l[name] for name in self.active_adapters if name in self.ia3_l]
         if self.disable_adapters or self.merged or not vectors:
+            if self.disable_adapters:
+                self.unmerge()
             return self.base_layer(*args, **kwargs)
         product: Tensor = reduce(torch.mul, vectors).reshape(self.activation.factor_shape)
         if self.side == "output":
@@ -87,11 +109,37 @@ class Layer(nn.Module, stock.IA3Layer):
             finally:
                 handle.remove()
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Raise: what the vector of one layer changes may be the weights of another."""
-        raise NotImplementedError("call merge_adapter() or unmerge_adapter() of the model instead")
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters (the active ones if not given) into this layer's weights alone.
 
-    unmerge = merge
+        Raises:
+            IA3Error: the model's adapters are merged, or these weights cannot take the vector: that
+                of a quantized layer's input goes into another layer, see `IA3Model.merge_adapter`.
+        """
+        adapters = check_adapters_to_merge(self, adapter_names)
+        if not adapters:
+            return
+        if self.merged and self._alone is None:
+            raise IA3Error(
+                "cannot merge one layer alone while the model's adapters are merged: "
+                "unmerge_adapter() of the model first"
+            )
+        alone = nn.ModuleDict({"layer": self})
+        merge = self._alone or Merge(alone)
+        _make(merge, {"layer": (*self.merged_adapters, *adapters)}, safe_merge)
+        self._alone = merge
+
+    def unmerge(self) -> None:
+        """Undo `merge`, bit for bit; where the model has merged, all its layers are unmerged."""
+        if self._alone is not None:
+            _undo(self._alone)
+            self._alone = None
+        elif self.merged and self._unmerge_model is not None:
+            self._unmerge_model()
+
+
+def _is_called(layer: nn.Module, args: Any) -> None:
+    """A hook that does nothing: PyTorch's fast path reads weights, but not where hooks are."""
 
 
 def _layers(model: nn.Module) -> list[tuple[str, Layer]]:
@@ -99,16 +147,20 @@ def _layers(model: nn.Module) -> list[tuple[str, Layer]]:
 
 
 @contextmanager
-def _as_sites(model: nn.Module) -> Iterator[None]:
+def _as_sites(
+    model: nn.Module, chosen: Mapping[str, Collection[str]] | None = None
+) -> Iterator[None]:
     """The base modules in their own places, with the wrappers' vectors on them as sites.
 
-    So the rest of the library knows a model with adapters. The sites have no hooks.
+    So the rest of the library knows a model with adapters. The sites have no hooks. Of each layer
+    only the `chosen` adapters are there, where given.
     """
     layers = _layers(model)
     for name, layer in layers:
         site = Site(Target(name, layer.side, layer.activation))
         for adapter, vector in layer.ia3_l.items():
-            site.add(adapter, vector)
+            if chosen is None or adapter in chosen[name]:
+                site.add(adapter, vector)
         site.merged = tuple(layer.merged_adapters)
         layer.base_layer.add_module(ATTRIBUTE, site)
         model.set_submodule(name, layer.base_layer)
@@ -121,6 +173,31 @@ def _as_sites(model: nn.Module) -> Iterator[None]:
             model.set_submodule(name, layer)
 
 
+def _make(merge: Merge, chosen: Mapping[str, Collection[str]], safe: bool) -> None:
+    """Have just the chosen adapters of each layer merged: all or none; errors in PEFT's words."""
+    for name, layer in _layers(merge.model):
+        if isinstance(layer.base_layer, BaseTunerLayer):
+            between = "another kind of adapter is between the vectors and the weights"
+            raise IA3Error(f"cannot merge into {name!r}: {between}")
+    adapters = tuple(dict.fromkeys(name for names in chosen.values() for name in names))
+    try:
+        with _as_sites(merge.model, chosen):
+            merge.make(adapters, safe)
+    except IA3Error as error:
+        # PEFT has no such argument.
+        message = str(error).removesuffix("; merge with dequantise=True")
+        if "not finite" in message:
+            what = "bias" if ".bias" in message else "weights"
+            broken = f"The adapter {', '.join(adapters)} seems to be broken"
+            message = f"NaNs detected in the merged {what}. {broken}: {message}"
+        raise IA3Error(message) from error
+
+
+def _undo(merge: Merge) -> None:
+    with _as_sites(merge.model):
+        merge.undo()
+
+
 class IA3Model(StockModel):
     """PEFT's `IA3Model` with these layers; it checks all modules before it wraps the first."""
 
@@ -130,15 +207,23 @@ class IA3Model(StockModel):
             # With `frozen`, an entry may match nothing, as in PEFT.
             config, targets = resolve(self.model, config, frozen={})
             for target in targets:
-                check_free(self.model.get_submodule(target.name), target)
+                check_free(module_at(self.model, target.name), target)
                 if target.frozen:
                     raise IA3Error(
                         f"{target.name!r} holds queries beside keys and values, and PEFT cannot "
                         "leave a part of a module alone: name what to rescale in target_modules"
                     )
-        for name in ("target_modules", "feedforward_modules", "fan_in_fan_out"):
+        for name in ("target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out"):
             setattr(peft_config, name, getattr(config, name))
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        return StockModel._check_target_module_exists(peft_config, own_name(key))
+
+    @staticmethod
+    def _check_target_module_feedforward(ia3_config: Any, key: str) -> bool:
+        return bool(StockModel._check_target_module_feedforward(ia3_config, own_name(key)))
 
     @staticmethod
     def _create_new_module(
@@ -149,6 +234,25 @@ class IA3Model(StockModel):
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         # PEFT's moves vectors to the meta device where accelerate offloads weights.
         setattr(parent, child_name, new_module)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            new_module.register_forward_pre_hook(_is_called)
+
+    @classmethod
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, **more: Any
+    ) -> Any:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **more)
+        # PEFT has taken out what has another adapter's name anywhere in its own, as in
+        # "layers.0.mlp.down_proj" beside an adapter "mlp"; or nothing, if nothing was left.
+        all_names = {  # FSDP's part of them is not in a state dict
+            f"{name.replace('_fsdp_wrapped_module.', '')}.{ATTRIBUTE}.{adapter}": adapter
+            for name, layer in _layers(model)
+            for adapter in layer.ia3_l
+        }
+        names = [name for name, adapter in all_names.items() if adapter == adapter_name]
+        values = state_dict if set(names) <= state_dict.keys() else model.state_dict()
+        others = {key: value for key, value in found.items() if key not in all_names}
+        return others | {name: values[name] for name in names}
 
     merged_adapters: tuple[str, ...] = ()
     merged = property(lambda self: bool(self.merged_adapters))
@@ -166,23 +270,31 @@ class IA3Model(StockModel):
             IA3Error: the weights cannot take the vectors or, with `safe_merge`, would not be
                 finite; the model is unchanged then.
         """
-        adapters = (*self.merged_adapters, *check_adapters_to_merge(self, adapter_names))  # type: ignore[arg-type]
-        for name, layer in _layers(self.model):
-            if isinstance(layer.base_layer, BaseTunerLayer):
-                between = "another kind of adapter is between the vectors and the weights"
-                raise IA3Error(f"cannot merge into {name!r}: {between}")
+        layers = _layers(self.model)
+        # By layer: transformers' `set_adapter`, and others', go to the layers alone.
+        chosen = {
+            name: (*layer.merged_adapters, *check_adapters_to_merge(layer, adapter_names))
+            for name, layer in layers
+        }
+        alone = [layer for _, layer in layers if layer._alone is not None]
+        again = [(layer, [*layer.merged_adapters]) for layer in alone]
         try:
-            with _as_sites(self.model):
-                self._merge.make(adapters, safe_merge)
-        except IA3Error as error:
-            # PEFT has no such argument.
-            raise IA3Error(str(error).removesuffix("; merge with dequantise=True")) from error
-        self.merged_adapters = adapters
+            for layer in alone:
+                layer.unmerge()
+            _make(self._merge, chosen, safe_merge)
+        except BaseException:
+            for layer, adapters in again:
+                layer.merge(adapter_names=adapters)
+            raise
+        for _, layer in layers:
+            layer._unmerge_model = self.unmerge_adapter
+        self.merged_adapters = tuple(dict.fromkeys(a for names in chosen.values() for a in names))
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit."""
-        with _as_sites(self.model):
-            self._merge.undo()
+        _undo(self._merge)
+        for _, layer in _layers(self.model):
+            layer.unmerge()
         self.merged_adapters = ()
 
     def disable_adapter_layers(self) -> None:

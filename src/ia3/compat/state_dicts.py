@@ -1,17 +1,27 @@
-"""PEFT's low-level functions: adapters on a model without a wrapper around it."""
+"""PEFT's low-level functions: adapters without a wrapper around the model, and tensors by key."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter.layout import KEY_PREFIX
+from ..adapter import safetensors
+from ..adapter.files import check_finite
+from ..adapter.layout import BASE_LAYER, KEY_PREFIX, KEY_SUFFIX, PICKLED_NAME, mapped, weights_file
+from ..adapter.pickled import read_pickled
+from ..base.loading import device_named
 from ..core.inventory import contents
-from ..core.names import ATTRIBUTE
+from ..core.names import ATTRIBUTE, own_names, unwrapped
+from ..core.route import LOCK
+from ..core.spread import spread_like
 from ..errors import IA3Error
+from ..files.hub import adapter_folder, hub_options
+from ..model.adapters import check_config, check_string
+from ..model.embeddings import embeddings_of, were_resized
 from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..targets.config import IA3Config
 
@@ -39,14 +49,22 @@ def inject_adapter_in_model(
     Raises:
         IA3Error: the config does not fit the model, which is then unchanged.
     """
+    check_config(peft_config)
     if state_dict is not None:
         peft_config = _config_for(peft_config, state_dict)
-    handle = model.__dict__.get(HANDLE)
-    if handle is None:
-        model.__dict__[HANDLE] = IA3Model(model, peft_config, adapter_name)
-    else:
-        handle.add_adapter(adapter_name, peft_config)
-        handle.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+    with LOCK:
+        handle = model.__dict__.get(HANDLE)
+        on = contents(model)
+        if handle is None or not (on.sites or on.copies):  # unloaded by hand since
+            # The names of a state dict are those of an adapter that was trained on them.
+            make = IA3Model if state_dict is None else IA3Model._of_own_choice
+            model.__dict__[HANDLE] = make(model, peft_config, adapter_name)
+        else:
+            if state_dict is None:
+                handle.add_adapter(adapter_name, peft_config)
+            else:
+                handle._add(adapter_name, peft_config, None, True)
+            handle.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
 
 
@@ -64,23 +82,23 @@ def get_peft_model_state_dict(
             adapters, whose keys do not; compiled or not.
         state_dict: the model's state dict, if it has been gathered already.
         adapter_name: which adapter.
-        unwrap_compiled, save_embedding_layers: no effect: a compiled model is always unwrapped,
-            and embeddings are saved where `modules_to_save` names them.
+        unwrap_compiled: no effect: a compiled model is always unwrapped.
+        save_embedding_layers: whether the base model's embeddings and output layer are among them;
+            `"auto"`: where the vocabulary was resized since the model was made or loaded.
 
     Returns:
-        Key -> tensor, in the model's memory: vectors, float32, in their files' shapes, and the
+        Key -> tensor, in the model's memory: vectors, in their files' shapes, and the
         parameters of copies of modules (`modules_to_save`).
 
     Raises:
         IA3Error: the model has no such adapter.
     """
     base, prefix = _base_and_prefix(model)
-    before = ""
-    if state_dict is not None:
-        compiled = any(name.startswith("_orig_mod.") for name in state_dict)
-        before = "_orig_mod." * compiled + "model." * bool(prefix)
-    values = base.state_dict() if state_dict is None else state_dict
+    before = "" if state_dict is None else "model." * bool(prefix)
+    values = own_names(base.state_dict() if state_dict is None else state_dict)
     keys = _keys(base, adapter_name)
+    if save_embedding_layers is True or (save_embedding_layers == "auto" and were_resized(base)):
+        keys = _embedding_keys(base, keys.values()) | keys
     return {f"{prefix}{key}": values[f"{before}{name}"] for name, key in keys.items()}
 
 
@@ -101,40 +119,118 @@ def set_peft_model_state_dict(
         low_cpu_mem_usage: no effect.
 
     Returns:
-        `missing_keys` and `unexpected_keys`, as `load_state_dict` does.
+        `missing_keys` and `unexpected_keys`, as `load_state_dict` does. As in PEFT a missing
+        vector's key ends in the adapter's name. The base model's own keys are not missed.
 
     Raises:
-        IA3Error: the model has no such adapter, or a shape does not fit; nothing is loaded then.
+        IA3Error: the model has no such adapter, or it is merged, a shape does not fit, or a vector
+            is not finite; nothing is loaded then.
     """
     base, prefix = _base_and_prefix(model)
-    keys = {key: name for name, key in _keys(base, adapter_name).items()}
-    given = {key.removeprefix(KEY_PREFIX): value for key, value in peft_model_state_dict.items()}
-    slots = base.state_dict(keep_vars=True)
-    for key in sorted(given.keys() & keys.keys()):
-        found, expected = given[key].shape, slots[keys[key]].shape
-        if found != expected and not ignore_mismatched_sizes:
-            raise IA3Error(f"{prefix}{key} is {list(found)}, expected {list(expected)}")
-        if found != expected:
-            del given[key]
-    with torch.no_grad():
+    named = own_names(peft_model_state_dict)
+    given = {key.removeprefix(KEY_PREFIX): value for key, value in named.items()}
+    ending = f".{ATTRIBUTE}"
+    with LOCK, torch.no_grad():
+        own = {key: name for name, key in _keys(base, adapter_name).items()}
+        embeddings = {key: name for name, key in _embedding_keys(base, own).items()}
+        keys = own | {key: name for key, name in embeddings.items() if key in given}
+        if any(adapter_name in site.merged for _, _, site in contents(base).sites):
+            raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
+        slots = own_names(base.state_dict(keep_vars=True))
+        for key in sorted(given.keys() & keys.keys()):
+            found, expected = given[key].shape, slots[keys[key]].shape
+            if found != expected and not ignore_mismatched_sizes:
+                raise IA3Error(f"{prefix}{key} is {list(found)}, expected {list(expected)}")
+            if found != expected:
+                del given[key]
+        loaded = sorted(key for key in given.keys() & keys.keys() if key.endswith(ending))
+        check_finite({key.removesuffix(ending): given[key] for key in loaded})
         for key in given.keys() & keys.keys():
-            slots[keys[key]].copy_(given[key])
-    return nn.modules.module._IncompatibleKeys(
-        sorted(f"{prefix}{key}" for key in keys.keys() - given.keys()),
-        sorted(f"{prefix}{key}" for key in given.keys() - keys.keys()),
-    )
+            slots[keys[key]].copy_(spread_like(given[key], slots[keys[key]]))
+    missing = [
+        f"{prefix}{key}" + f".{adapter_name}" * key.endswith(KEY_SUFFIX)
+        for key in keys.keys() - given.keys()
+    ]
+    unexpected = [f"{prefix}{key}" for key in given.keys() - keys.keys()]
+    return nn.modules.module._IncompatibleKeys(sorted(missing), sorted(unexpected))
+
+
+def load_peft_weights(
+    model_id: str | Path,
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub: Any,
+) -> dict[str, Tensor]:
+    """An adapter's tensors as its file has them.
+
+    Args:
+        model_id: the adapter's folder, or its id on the hub.
+        device: where the tensors go; the GPU, if there is one, where not given.
+        key_mapping: regular expressions of names of modules -> their replacements; the first that
+            is found in a name is applied.
+        hub: `revision`, `subfolder`, `token`, `cache_dir`, ...
+
+    Returns:
+        Key -> tensor, of the file's dtype: `set_peft_model_state_dict` takes them.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        IA3Error: its file is broken.
+    """
+    folder = adapter_folder(model_id, ["adapter_*"], **hub_options(hub))
+    path = weights_file(folder)
+    tensors = read_pickled(path) if path.name == PICKLED_NAME else safetensors.read_tensors(path)[0]
+    place = device_named("auto") if device is None else device
+    return {_renamed(key, key_mapping or {}): value.to(place) for key, value in tensors.items()}
+
+
+def _renamed(key: str, mapping: Mapping[str, str]) -> str:
+    prefix = KEY_PREFIX if key.startswith(KEY_PREFIX) else ""
+    return prefix + mapped(key.removeprefix(prefix), mapping)
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The base model's own state dict, under its own names, without what adapters hold.
+
+    Args:
+        model: an `IA3Model`, or a model with injected adapters; compiled or not.
+
+    Returns:
+        Name -> tensor, in the model's memory.
+    """
+    base, _ = _base_and_prefix(model)
+    values = own_names(base.state_dict())
+    return {name: values[name] for name in values if ATTRIBUTE not in name.split(".")}
+
+
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> Any:
+    """Load the base model's own state dict; the base model's `load_state_dict` does so too.
+
+    Args:
+        model: an `IA3Model`, or a model with injected adapters; compiled or not.
+        state_dict: as `get_base_model_state_dict` gives it.
+        strict: missing and unexpected keys are an error, as of `load_state_dict`.
+
+    Returns:
+        `missing_keys` and `unexpected_keys`, as `load_state_dict` does.
+    """
+    base, _ = _base_and_prefix(model)
+    return base.load_state_dict(state_dict, strict=strict)
 
 
 def _base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
     """The base model, and what its adapters' keys begin with."""
     if isinstance(model, IA3Model):
         return model.model, KEY_PREFIX
-    original = getattr(model, "_orig_mod", model)  # of a compiled model
-    return (original.model, KEY_PREFIX) if isinstance(original, IA3Model) else (original, "")
+    inside = unwrapped(model)
+    return (inside.model, KEY_PREFIX) if isinstance(inside, IA3Model) else (inside, "")
 
 
 def _keys(base: nn.Module, adapter_name: str) -> dict[str, str]:
     """Name in the base model's state dict -> key in the adapter's file."""
+    check_string(adapter_name)
     on = contents(base)
     keys = {
         f"{name}.{ATTRIBUTE}.{adapter_name}": f"{name}.{ATTRIBUTE}"
@@ -144,11 +240,23 @@ def _keys(base: nn.Module, adapter_name: str) -> dict[str, str]:
         f"{name}.{ATTRIBUTE}.{adapter_name}.{key}": f"{name}.{key}"
         for name, _, copies in on.copies
         if adapter_name in copies
-        for key in copies[adapter_name].state_dict()
+        for key in own_names(copies[adapter_name].state_dict())
     }
     if not keys:
         raise IA3Error(f"no adapter {adapter_name!r} on this {type(base).__name__}")
     return keys
+
+
+def _embedding_keys(base: nn.Module, keys: Collection[str]) -> dict[str, str]:
+    """As `_keys`, of the embeddings and output layers of which an adapter's `keys` have no copy."""
+    found = {}
+    for name, module in embeddings_of(base).items():
+        # What PEFT calls the weight of an output layer that it rescales too.
+        place = f"{name}.{BASE_LAYER}" if f"{name}.{ATTRIBUTE}" in keys else name
+        for slot, parameter in module._parameters.items():
+            if parameter is not None and f"{name}.{slot}" not in keys:
+                found[f"{name}.{slot}"] = f"{place}.{slot}"
+    return found
 
 
 def _config_for(config: IA3Config, state_dict: Mapping[str, Tensor]) -> IA3Config:
@@ -156,7 +264,7 @@ def _config_for(config: IA3Config, state_dict: Mapping[str, Tensor]) -> IA3Confi
     suffix = f".{ATTRIBUTE}"
     shapes = {
         key.removeprefix(KEY_PREFIX).removesuffix(suffix): value.shape
-        for key, value in state_dict.items()
+        for key, value in own_names(state_dict).items()
         if key.endswith(suffix)
     }
     if not shapes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import IA3Error
 from .experts import experts_shape, is_experts
 
 # "inner": within a module of experts, whose inner activation is no submodule's input or output.
@@ -34,9 +35,6 @@ class Activation:
 
 def activation_of(module: nn.Module, side: Side) -> Activation | None:
     """The module's activation on that side; `None` if it has none that can be rescaled."""
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-        # Its size is not known before its first call.
-        return None
     if is_experts(module):
         if side != "inner":
             return None
@@ -59,12 +57,28 @@ def activation_of(module: nn.Module, side: Side) -> Activation | None:
     return Activation(dim, (dim, 1) if side == "output" else (1, dim), (dim,))
 
 
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise `IA3Error` where a module has no weights before its first call."""
+    for name, module in model.named_modules():
+        lazy: Any = module
+        if isinstance(module, LazyModuleMixin) and lazy.has_uninitialized_params():
+            raise IA3Error(
+                f"module {name!r} is a {type(module).__name__}, whose size is not known before its "
+                "first call: call the model once, then put adapters on it"
+            )
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether a module of PEFT's computes with the base module, and others, that it holds."""
+    return hasattr(type(module), "adapter_layer_names")
+
+
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """`(in, out)` of a linear layer, quantized or not; `None` for anything else."""
     if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        # nn.MultiheadAttention reads its weight and never calls it.
+        # Not the weight's shape, which FSDP 1 flattens.
+        return module.nx, module.nf
+    if is_read(module):
         return None
     # Quantized linear layers (GPTQ, AWQ, HQQ) are classes of their own.
     if not isinstance(module, nn.Linear) and "Linear" not in type(module).__name__:
@@ -72,6 +86,19 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     inputs = getattr(module, "in_features", None)
     outputs = getattr(module, "out_features", None)
     return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
+
+
+def is_read(module: nn.Module) -> bool:
+    """Whether `nn.MultiheadAttention` reads the module's weight and never calls it."""
+    return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """A weight's dtype, or what it computes in; float32 where it is quantized and does not say."""
+    weight = next(module.parameters(), None)
+    dtypes = (getattr(module, "compute_dtype", None), None if weight is None else weight.dtype)
+    whole = (d for d in dtypes if d is not None and d.is_floating_point and d.itemsize > 1)
+    return next(whole, torch.float32)
 
 
 def device_of(module: nn.Module) -> torch.device:

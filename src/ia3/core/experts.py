@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..errors import IA3Error
 from .patch import Patch, patch, rebound, slot_for
-from .rescale import DIVIDING_DTYPES
+from .rescale import DIVIDING_DTYPES, is_traced
 
 # These multiply by `module.down_proj` with the functions below; others hand it to kernels of their
 # own, which want a tensor.
@@ -230,8 +229,7 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
 
 def _scale(values: Tensor, vectors: Tensor, rows: Tensor | None, axis: int) -> Tensor:
     """values ⊙ vectors, in the dtype of the values."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if rows is not None and torch.is_grad_enabled() and not traced:
+    if rows is not None and torch.is_grad_enabled() and not is_traced():
         return _Scale.apply(values, vectors, rows, axis)  # type: ignore[no-any-return, no-untyped-call]
     return _scaled(values, vectors, rows, axis)
 
@@ -246,7 +244,6 @@ class _Scale(torch.autograd.Function):
         return _scaled(values, vectors, rows, axis)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         values, vectors, rows = ctx.saved_tensors

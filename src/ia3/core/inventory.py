@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .names import ATTRIBUTE
+from .names import ATTRIBUTE, own_names
 from .route import LOCK
 from .saved_modules import SavedModule
 from .sites import Site
@@ -15,7 +15,10 @@ from .sites import Site
 
 @dataclass(frozen=True)
 class Contents:
-    """A model's modules, and what adapters have put on them: on which, and under what name."""
+    """A model's modules, and what adapters have put on them: on which, and under what name.
+
+    Names are the modules' own, whatever wrappers are around them.
+    """
 
     modules: dict[str, nn.Module]
     sites: list[tuple[str, nn.Module, Site]]
@@ -23,7 +26,11 @@ class Contents:
 
 
 def contents(model: nn.Module) -> Contents:
-    modules = dict(model.named_modules())
+    return _contents(dict(model.named_modules()))
+
+
+def _contents(walked: dict[str, nn.Module]) -> Contents:
+    modules = own_names(walked)
     on = [(name, m, m._modules.get(ATTRIBUTE)) for name, m in modules.items()]
     return Contents(
         modules,
@@ -51,8 +58,9 @@ class Inventory:
         with LOCK:
             # Lists and dicts compare their items by identity first, in C.
             if self._contents is None or self._held != self._seen:
-                found = contents(self.model)
-                self._held = [module._modules for module in found.modules.values()]
+                walked = dict(self.model.named_modules())
+                found = _contents(walked)
+                self._held = [module._modules for module in walked.values()]
                 self._seen = [dict(children) for children in self._held]
                 self._contents = found
             return self._contents

@@ -10,14 +10,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import IA3Error
 from . import quantized, weights
 from .activations import Side
 from .inventory import sites
 from .mlp import read_mlp
-from .names import ATTRIBUTE
+from .names import ATTRIBUTE, module_at, modules_of, own_name, own_names, put_module
+from .reached import describe, is_unreached
 from .sites import displace, site_of
+from .spread import any_spread
 
 # A module's name, and one of its slots (see `weights`).
 Spot = tuple[str, str]
@@ -29,6 +32,7 @@ class Merge:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._originals: dict[Spot, Any] = {}
+        self._guards: list[RemovableHandle] = []
 
     @property
     def adapters(self) -> set[str]:
@@ -42,7 +46,14 @@ class Merge:
 
         `safe` refuses a result that is not finite. Nothing has changed where it raises.
         """
+        if any_spread(self.model):
+            raise IA3Error(
+                f"cannot merge {list(adapters)}: the model's weights are spread over processes "
+                "(FSDP or tensor parallelism); save the adapter, and merge it into a model that is "
+                "not"
+            )
         before = self._read(self._originals)
+        self._check_sizes()
         try:
             self._write(self._originals)
             values = self._products(adapters)
@@ -59,19 +70,27 @@ class Merge:
             self._write(before)
             raise
         self._originals = originals
+        self._guard()
         for _, _, site in sites(self.model):
             site.merged = tuple(name for name in adapters if name in site)
 
     def undo(self) -> None:
         """Put the original weights back, bit for bit."""
+        self._check_sizes()
         self._write(self._originals)
         self.keep()
 
     def keep(self) -> None:
         """Let the original weights go: what is merged stays."""
         self._originals = {}
+        self._guard()
         for _, _, site in sites(self.model):
             site.merged = ()
+
+    def original(self, name: str, slot: str) -> Any:
+        """What is in a module's slot when nothing is merged."""
+        kept = self._originals.get((name, slot))
+        return weights.read(self._module(name), slot) if kept is None else kept
 
     def dequantise(self, adapters: tuple[str, ...], replaced: dict[str, nn.Module]) -> None:
         """Put ordinary linear layers where quantized ones cannot take these adapters exactly.
@@ -104,10 +123,18 @@ class Merge:
         displace(before)
         module.add_module(ATTRIBUTE, site)
         site.activate(module, active)
-        self.model.set_submodule(name, module)
+        put_module(self.model, name, module)
 
     def _products(self, adapters: tuple[str, ...]) -> dict[Spot, Any]:
         """What merging these adapters puts where."""
+        having = [name for name, _, site in sites(self.model) if any(a in site for a in adapters)]
+        unreached = [name for name in having if is_unreached(self.model, name)]
+        if unreached:
+            raise IA3Error(
+                f"cannot merge {list(adapters)}: {describe(unreached)}, so that vectors there have "
+                "no effect, and would have one when merged; leave these modules out "
+                "(exclude_modules)"
+            )
         vectors: dict[str, dict[Side, Tensor]] = {}
         for name, _, site in sites(self.model):
             here = tuple(adapter for adapter in adapters if adapter in site)
@@ -149,8 +176,35 @@ class Merge:
             )
         return f"{parent}.{mlp.up}".removeprefix("."), "output"
 
+    def _guard(self) -> None:
+        """Have merged weights refuse to be loaded, whichever module around them is loaded."""
+        for handle in self._guards:
+            handle.remove()
+        slots: dict[str, set[str]] = {}
+        for name, slot in self._originals:
+            slots.setdefault(name, set()).add(slot.split(".")[0])
+            while name:
+                name = name.rpartition(".")[0]
+                slots.setdefault(name, set())
+        self._guards = [
+            self._module(name).register_load_state_dict_pre_hook(_Guard(frozenset(own)))  # type: ignore[no-untyped-call]
+            for name, own in slots.items()
+        ]
+
+    def _check_sizes(self) -> None:
+        """Raise `IA3Error` where the original weights no longer fit their modules."""
+        for name, slot in self._originals:
+            now = self._module(name)._parameters.get(slot)
+            before = self._originals[name, slot]
+            if now is not None and now.shape != before.shape:
+                raise IA3Error(
+                    f"{name}.{slot} was {list(before.shape)} when adapters were merged into it and "
+                    f"is {list(now.shape)} now, so that they cannot be unmerged: "
+                    "merge_and_unload() keeps them merged"
+                )
+
     def _module(self, name: str) -> nn.Module:
-        return self.model.get_submodule(name)
+        return module_at(self.model, name)
 
     def _read(self, spots: Iterable[Spot]) -> dict[Spot, Any]:
         return {(name, slot): weights.read(self._module(name), slot) for name, slot in spots}
@@ -160,10 +214,38 @@ class Merge:
             weights.write(self._module(name), slot, value)
 
 
+class _Guard:
+    """A hook before `load_state_dict`, on modules with merged weights and on all around them.
+
+    Unmerging would mix what is loaded with the originals. Names are found as the modules stand
+    then: PEFT's wrappers may be around them.
+    """
+
+    def __init__(self, slots: frozenset[str]) -> None:
+        self.slots = slots  # of the module itself
+
+    def __call__(
+        self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *others: Any
+    ) -> None:
+        given = own_names(state_dict)
+        for name, part in modules_of(module).items():
+            hooks: Any = part._load_state_dict_pre_hooks.values()
+            for wrapped in hooks:
+                if not isinstance(guard := wrapped.hook, _Guard):
+                    continue
+                for slot in guard.slots:
+                    key = own_name(f"{prefix}{name}.{slot}" if name else prefix + slot)
+                    if key in given:
+                        raise IA3Error(
+                            f"cannot load {key!r}: adapters are merged into it, and unmerging them "
+                            "would bring the former weight back; unmerge_adapter() first"
+                        )
+
+
 def _sharing(model: nn.Module) -> dict[Spot, str]:
     """Module and parameter name -> another module that has the very same parameter."""
     owners: dict[int, list[Spot]] = {}
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         for slot, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((name, slot))

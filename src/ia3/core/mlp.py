@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .activations import device_of, linear_features
 from .hooks import InputHook, OutputHook
+from .names import module_at
 from .patch import SLOTS, rebound
 
 # A part of a module -> the forward that runs in the place of the part's.
@@ -98,24 +99,27 @@ class Carrier:
     down_name: str
     down: nn.Module
     siblings: dict[str, nn.Module | None]  # the MLP's own dict of its children
+    # FSDP 2 gives a module another class, and its vectors to it alone.
+    kind: type[nn.Module]
 
     def in_place(self) -> bool:
         """Whether the MLP still has these very layers."""
-        get = self.siblings.get
-        return get(self.name) is self.module and get(self.down_name) is self.down
+        get, down = self.siblings.get, self.down
+        there = get(self.name) is self.module and get(self.down_name) is down
+        return there and type(down) is self.kind
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Carrier | None:
         # A down projection that is copied alone is in no MLP.
         if id(self.siblings) not in memo:
             return None
         parts = (self.name, self.module, self.down_name, self.down, self.siblings)
-        return Carrier(*copy.deepcopy(parts, memo))
+        return Carrier(*copy.deepcopy(parts, memo), kind=self.kind)
 
 
 def carrier_of(model: nn.Module, down_name: str, held: Mapping[int, int]) -> Carrier | None:
     """What carries a vector on a down projection's input; `held`: by id, how many hold a module."""
     parent, _, down = down_name.rpartition(".")
-    mlp = model.get_submodule(parent)
+    mlp = module_at(model, parent)
     found = read_mlp(mlp, down, with_gate=False)
     if isinstance(found, str):
         return None
@@ -123,7 +127,7 @@ def carrier_of(model: nn.Module, down_name: str, held: Mapping[int, int]) -> Car
     if any(held[id(layer)] > 1 for layer in layers):
         # What is right in one MLP may not be in the other.
         return None
-    return Carrier(found.up, layers[0], down, layers[1], mlp._modules)
+    return Carrier(found.up, layers[0], down, layers[1], mlp._modules, type(layers[1]))
 
 
 # -- what runs prove -------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any, NoReturn
 
 from torch import nn
@@ -33,6 +33,8 @@ class Patch:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.forward
+        if args and args[0] is self.module:  # bound to it, see `patches`
+            args = args[1:]
         return (self.below if forward is None else forward)(*args, **kwargs)
 
     @property
@@ -45,6 +47,11 @@ class Patch:
 
     # `inspect.signature` of the module's forward stays what it was.
     __wrapped__ = below
+
+    @property
+    def __code__(self) -> CodeType:
+        """torch.export wants to know where a model's forward is written."""
+        return type(self.module).forward.__code__
 
     def remove(self) -> None:
         """Take the patch off; a second time does nothing.
@@ -81,6 +88,8 @@ def patches(module: nn.Module) -> Iterator[Patch]:
     """The patches on a module, outermost first."""
     for slot in SLOTS:
         found = module.__dict__.get(slot)
+        # accelerate binds the forward that it has taken its wrapper off to the module once more.
+        found = getattr(found, "__func__", found)
         while isinstance(found, Patch):
             yield found
             found = found.before

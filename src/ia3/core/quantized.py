@@ -5,7 +5,8 @@ a row is scaling its constants: the integers stay, nothing is quantized a second
 result is as exact as the constants' own dtype. Columns share constants with each other, so that a
 vector on a layer's input cannot be merged this way.
 
-bitsandbytes and torchao are never imported here unless the module at hand comes from them.
+HQQ's weights have no such rule here, they are only dequantised. None of these libraries is imported
+here unless the module at hand comes from it.
 """
 
 from __future__ import annotations
@@ -37,8 +38,15 @@ class FourBit:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module's weight is integers and constants, of bitsandbytes or torchao."""
-    return _is_four_bit(module) or _is_eight_bit(module) or _is_torchao(module)
+    """Whether a module's weight is integers and constants, of bitsandbytes, torchao or HQQ."""
+    kinds = (_is_four_bit, _is_eight_bit, _is_torchao, _is_hqq)
+    return any(is_kind(module) for is_kind in kinds)
+
+
+def method_of(module: nn.Module) -> str | None:
+    """How a module's weight is quantized, in PEFT's words; `None` where it is not."""
+    methods = {"bnb 4bit": _is_four_bit, "bnb 8bit": _is_eight_bit, "torchao": _is_torchao}
+    return next((name for name, is_it in methods.items() if is_it(module)), None)
 
 
 def scaled_rows(module: nn.Module, vector: Tensor) -> dict[str, Any]:
@@ -48,6 +56,8 @@ def scaled_rows(module: nn.Module, vector: Tensor) -> dict[str, Any]:
     rounded once; the constants of a 4-bit weight come out in float32 even where they were quantized
     themselves. Raises `IA3Error` where a constant spans several rows, or is not found.
     """
+    if _is_hqq(module):
+        raise IA3Error("no rule for which rows share a constant of HQQ's")
     weight: Any = module.weight
     vector = vector.detach().to(weight.device, torch.float32)
     if _is_four_bit(module):
@@ -103,9 +113,12 @@ def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Linea
     values are rounded once to `dtype`, by default the one the layer computes in, which for 8-bit
     layers is not written down: the bias's, else float16.
     """
-    weight: Any = module.weight
-    bias = module._parameters.get("bias")
-    if _is_four_bit(module):
+    weight: Any = getattr(module, "weight", None)
+    bias: Any = getattr(module, "bias", None)  # HQQ's is no parameter
+    if _is_hqq(module):
+        values = module.dequantize()  # type: ignore[operator]
+        own = values.dtype
+    elif _is_four_bit(module):
         data, state = _clean(module)
         own = getattr(module, "compute_dtype", None) or state.dtype
         state.dtype = torch.float32
@@ -214,7 +227,7 @@ def _is_torchao(module: nn.Module) -> bool:
     library: Any = sys.modules.get("torchao.utils")
     if library is None or not isinstance(module, nn.Linear):
         return False
-    return isinstance(module.weight, library.TorchAOBaseTensor)
+    return isinstance(module._parameters.get("weight"), library.TorchAOBaseTensor)
 
 
 def _scaled_torchao(weight: Any, vector: Tensor) -> Tensor:
@@ -228,3 +241,11 @@ def _scaled_torchao(weight: Any, vector: Tensor) -> Tensor:
         )
     product: Tensor = weight.scale.float() * vector[:, None]
     return product.to(weight.scale.dtype)
+
+
+# -- HQQ -------------------------------------------------------------------------------------------
+
+
+def _is_hqq(module: nn.Module) -> bool:
+    library: Any = sys.modules.get("hqq.core.quantize")
+    return library is not None and isinstance(module, library.HQQLinear)

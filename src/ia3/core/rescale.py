@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..errors import IA3Error
 
@@ -25,37 +24,69 @@ SMALLEST_DIVISOR = 1e-20
 DIVIDING_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
+def is_traced() -> bool:
+    """Whether calls are becoming a graph: by a compiler, `torch.func` or `torch.jit.trace`.
+
+    Such a graph is to be the same with and without gradients, and has no operations of our own.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    )
+
+
 class _KeepResult(torch.autograd.Function):
+    """The scaled result, and the activation as far as autograd is concerned.
+
+    The second output takes no memory, and only the backward pass uses it. Where that pass is to be
+    differentiated, y is the value of y′ / l with this output's place in the graph: differentiating
+    y′ / l itself would take the difference of two large numbers where l is small.
+    """
+
     @staticmethod
-    def forward(ctx: Any, activation: Tensor, vector: Tensor, in_place: bool) -> Tensor:
+    def forward(
+        ctx: Any, activation: Tensor, vector: Tensor, in_place: bool
+    ) -> tuple[Tensor, Tensor]:
         near_zero = vector.abs() < SMALLEST_DIVISOR
         divisor = vector.masked_fill(near_zero, SMALLEST_DIVISOR)
+        place = divisor.as_strided(activation.shape, [0] * activation.dim())
         if in_place:
             scaled = activation.mul_(divisor)
             ctx.mark_dirty(scaled)
         else:
             scaled = (activation * divisor).to(activation.dtype)
-        ctx.save_for_backward(scaled, divisor)
-        return scaled
+        ctx.save_for_backward(scaled, divisor, vector, place)
+        ctx.set_materialize_grads(False)
+        return scaled, place
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,) = grads
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        grad, grad_place = grads
         try:
-            scaled, divisor = ctx.saved_tensors
+            scaled, divisor, vector, place = ctx.saved_tensors
         except RuntimeError as error:
             raise IA3Error(
-                f"the model writes over a rescaled activation, which its vector's gradient is "
-                f"computed from: use_plain_product() on the IA3Model keeps another ({error})"
+                f"a rescaled activation, or the vector, was written over before the backward pass "
+                f"that needs it: where the model does so, use_plain_product() on the IA3Model "
+                f"keeps another activation ({error})"
             ) from error
+        if grad is None:
+            return grad_place, None, None
         grad_activation = grad_vector = None
+        differentiated = torch.is_grad_enabled()
         if ctx.needs_input_grad[0]:
-            grad_activation = (grad * divisor).to(grad.dtype)
+            grad_activation = (grad * (vector if differentiated else divisor)).to(grad.dtype)
+            if grad_place is not None:
+                grad_activation = grad_activation + grad_place
         if ctx.needs_input_grad[1]:
             wide = torch.promote_types(grad.dtype, divisor.dtype)
-            product = grad.to(wide) * scaled.to(wide)
-            grad_vector = product.sum_to_size(divisor.shape) / divisor
+            if differentiated:
+                activation = scaled.detach().to(wide) / divisor + (place - place.detach())
+                grad_vector = (grad.to(wide) * activation).sum_to_size(divisor.shape)
+            else:
+                product = grad.to(wide) * scaled.to(wide)
+                grad_vector = product.sum_to_size(divisor.shape) / divisor
         return grad_activation, grad_vector, None
 
 
@@ -70,8 +101,7 @@ def rescale(
         vector: `[dim]`, or any shape that broadcasts over the activation, as `[rows, 1, dim]`. With
             one axis more, each row is for k rows of the activation that follow each other.
         keep_result: take the vector's gradient from the result, so that the activation need not be
-            kept. Ignored where that would not be exact or not be traceable (float16,
-            `torch.compile`, `torch.func`).
+            kept. Ignored where that would not be exact (float16) and in what `is_traced`.
         in_place: the activation is fresh: write over it, which keeps the result too. A view is not
             written over where gradients are wanted.
     """
@@ -83,8 +113,7 @@ def rescale(
         apart = activation.view(vector.shape[0], rows // vector.shape[0], *rest)
         scaled = rescale(apart, vector, keep_result=keep_result, in_place=in_place)
         return activation if scaled is apart else scaled.flatten(0, 1)
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if traced or activation.is_nested:
+    if activation.is_nested or is_traced():
         return (activation * vector).to(activation.dtype)
     if torch.is_grad_enabled() and vector.requires_grad:
         in_place = in_place and not activation._is_view()
@@ -97,7 +126,8 @@ def rescale(
             or any(size not in (1, whole) for size, whole in axes)
         ):
             return (activation * vector).to(activation.dtype)
-        return _KeepResult.apply(activation, vector, in_place)  # type: ignore[no-any-return, no-untyped-call]
+        scaled, _ = _KeepResult.apply(activation, vector, in_place)  # type: ignore[no-untyped-call]
+        return scaled  # type: ignore[no-any-return]
     if in_place and not (activation.requires_grad and activation._is_view()):
         return activation.mul_(vector)
     return (activation * vector).to(activation.dtype)

@@ -7,7 +7,6 @@ under the route it was first computed under.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -21,15 +20,14 @@ from torch.utils import checkpoint
 
 from ..errors import IA3Error
 from .activations import Activation
+from .calls import LOCK as LOCK, Calls, State, seeing, states_now
+from .patch import patch
 
 # The name of the base model among adapters' names.
 BASE = "__base__"
 GENERATES = "what generates with several beams or sequences goes through IA3Model.generate"
 
 Names = Sequence[str] | Sequence[Sequence[str]]
-
-# Held while hooks or what they read are changed.
-LOCK = threading.RLock()
 
 
 class Place(Hashable, Protocol):
@@ -101,7 +99,7 @@ class Route:
 
     def factor(self, site: Place, activation: Tensor) -> Tensor | None:
         """What to multiply an activation by, shaped for `rescale`; `None` for nothing."""
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
             raise IA3Error(
                 "a routed model is being traced: the graph would keep this call's adapters; "
                 "leave the route first"
@@ -155,7 +153,7 @@ def entered(route: Route) -> Iterator[None]:
     """Within the context, calls of the route's model in this thread or task are routed."""
     # What is checkpointed is recomputed under the routes of its first run, from now on.
     with LOCK:
-        bound = _bind()
+        bound = bind()
     if not bound and torch.is_grad_enabled():
         raise IA3Error(
             f"PyTorch {torch.__version__} has no checkpointing that could be told which adapters "
@@ -173,6 +171,8 @@ class _Frame:
     routes: Mapping[Place, Route]
     before: _Frame | None
     is_open: bool = True
+    # Left out of order, so that nobody knows which calls it was for.
+    is_lost: bool = False
 
 
 _CURRENT: ContextVar[_Frame | None] = ContextVar("ia3_routes", default=None)
@@ -199,9 +199,10 @@ def _under(routes: Mapping[Place, Route]) -> Iterator[None]:
             in_order = _CURRENT.get() is frame
             if in_order:
                 before = frame.before
-                while before is not None and not before.is_open:
+                while before is not None and before.is_lost:
                     before = before.before
                 _CURRENT.set(before)
+            frame.is_lost = not in_order
         if not in_order:
             raise IA3Error(
                 "a route was left in another order, or by another thread or task, than it was "
@@ -226,6 +227,12 @@ def is_routed(site: Place) -> bool:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def factor_of(site: Place, activation: Tensor) -> Tensor | None:
     """`Route.factor` of a site that is routed."""
+    frame = _CURRENT.get()
+    if frame is not None and not frame.is_open:
+        raise IA3Error(
+            "this task was started within a route that has been left since: call the whole model, "
+            "which has the route again for the length of the call, or enter a route here"
+        )
     route = _routes().get(site)
     return None if route is None else route.factor(site, activation)
 
@@ -248,11 +255,36 @@ def _check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             route.check(args, kwargs)
 
 
+class OneCall:
+    """The forward of a model with adapters: each call of it sees one state of them.
+
+    Where the route that it is called in has been left elsewhere, it is entered again.
+    """
+
+    def __init__(self, model: nn.Module, calls: Calls) -> None:
+        self.model, self.calls = model, calls
+        self.patch = patch(model, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        below = self.patch.below
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
+            return below(*args, **kwargs)
+        with self.calls.opened(self.model):
+            left = _CURRENT.get()
+            if left is None or left.is_open:
+                return below(*args, **kwargs)
+            try:
+                with _under(left.routes):
+                    return below(*args, **kwargs)
+            finally:
+                _CURRENT.set(left)
+
+
 # -- checkpointing ---------------------------------------------------------------------------------
 
 
 @cache
-def _bind() -> bool:
+def bind() -> bool:
     """Have both kinds of torch's checkpoint bind the function that they recompute; false if not.
 
     The public way, `context_fn`, would have to be given by each caller of `checkpoint`:
@@ -269,9 +301,19 @@ def _bind() -> bool:
 
 
 def _with_bound(original: Any, self: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-    return original(self, partial(_run_under, _routes(), function), *args, **kwargs)
+    routes = _routes()
+    # What is routed does not ask what is active.
+    states = {c: s for c, s in states_now().items() if not s.active.keys() & routes.keys()}
+    bound = partial(_run_under, routes, states, function)
+    return original(self, bound, *args, **kwargs)
 
 
-def _run_under(routes: Mapping[Place, Route], function: Any, *args: Any, **kwargs: Any) -> Any:
-    with _under(routes):
+def _run_under(
+    routes: Mapping[Place, Route],
+    states: Mapping[Calls, State],
+    function: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    with _under(routes), seeing(states):
         return function(*args, **kwargs)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from ..errors import IA3Error, did_you_mean
 from .activations import device_of
-from .names import ATTRIBUTE, base_modules
+from .calls import Calls, seen
+from .names import ATTRIBUTE, base_modules, module_at, own_name, own_names
 from .patch import SLOTS, patch, patched, refuse_replica
+from .spread import spread_like
 from .weights import write
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -28,9 +30,13 @@ class SavedModule(nn.Module):
 
     # The adapter whose copy is called; `None` for the module itself.
     active: str | None = None
+    # The adapters whose copies never train.
+    frozen: set[str]
+    _calls: Calls = Calls()  # those of the model; Adapters writes it
 
     def __init__(self) -> None:
         super().__init__()
+        self.frozen = set()
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
     _replicate_for_data_parallel = refuse_replica
@@ -73,8 +79,15 @@ class SavedModule(nn.Module):
         # Not add_module: it refuses names that are also attributes of this class.
         self._modules[adapter] = twin.requires_grad_(False)
 
+    def hook(self, module: nn.Module) -> None:
+        """Nothing: the module's forward asks at each call."""
+
+    def settle(self) -> None:
+        """Nothing, as `hook`."""
+
     def remove(self, adapter: str) -> None:
         del self._modules[adapter]
+        self.frozen.discard(adapter)
         if self.active == adapter:
             self.active = None
 
@@ -85,21 +98,31 @@ def saved_module_of(module: nn.Module) -> SavedModule | None:
     return copies if isinstance(copies, SavedModule) else None
 
 
-def find(model: nn.Module, names: Iterable[str] | None, *, strict: bool = True) -> list[str]:
-    """The modules that `modules_to_save` names, by PEFT's rule: the ends of their names."""
+def find(
+    model: nn.Module, names: Iterable[str] | None, optional: Collection[str] = ()
+) -> list[str]:
+    """The modules that `modules_to_save` names, by PEFT's rule: the ends of their names.
+
+    What has nothing to train is passed over (`out` ends `dropout` too). An `IA3Error` where nothing
+    is left of an entry that is not `optional`.
+    """
     found: dict[str, None] = {}
     modules = base_modules(model) if names else []
-    for entry in names or ():
+    for entry in map(own_name, names or ()):
         matching = [name for name in modules if name.endswith(entry)]
-        if not matching and strict:
+        if not matching and entry not in optional:
             last_parts = {name.rsplit(".", 1)[-1] for name in modules} | set(modules)
             raise IA3Error(
                 f"modules_to_save: module {entry!r} matches nothing in {type(model).__name__}"
-                f"{did_you_mean(entry, sorted(last_parts))}"
+                f"{did_you_mean(entry, sorted(last_parts))}; what is not in the model that gets "
+                "the adapter is not saved with it"
             )
-        found.update(dict.fromkeys(matching))
+        trained = [name for name in matching if has_parameters(module_at(model, name))]
+        if not trained and entry not in optional:
+            raise IA3Error(f"modules_to_save: module {matching[0]!r} has no parameters to train")
+        found.update(dict.fromkeys(trained))
     for name in found:
-        module = model.get_submodule(name)
+        module = module_at(model, name)
         inside = next((other for other in found if other.startswith(f"{name}.")), None)
         if inside is not None:
             raise IA3Error(f"modules_to_save: {inside!r} is part of {name!r}, which is saved whole")
@@ -108,9 +131,12 @@ def find(model: nn.Module, names: Iterable[str] | None, *, strict: bool = True) 
                 f"modules_to_save: {name!r} is a {type(module).__name__}, which is never called: "
                 "name the modules in it"
             )
-        if next(module.parameters(), None) is None:
-            raise IA3Error(f"modules_to_save: module {name!r} has no parameters to train")
     return list(found)
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Whether there is something to train."""
+    return next(module.parameters(), None) is not None
 
 
 def attach(module: nn.Module) -> SavedModule:
@@ -159,7 +185,7 @@ def check(values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module) 
     expected = {
         f"{name}.{key}": value
         for name in saved
-        for key, value in model.get_submodule(name).state_dict().items()
+        for key, value in own_names(module_at(model, name).state_dict()).items()
         if ATTRIBUTE not in key.split(".")
     }
     missing = sorted(expected.keys() - values.keys())
@@ -180,8 +206,10 @@ def check(values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module) 
 
 def load(twin: nn.Module, name: str, values: Mapping[str, Tensor]) -> None:
     """Give the copy of the module `name` its values, as `check` has seen them."""
-    own = {key: value for key, value in values.items() if key.startswith(f"{name}.")}
-    twin.load_state_dict({key.removeprefix(f"{name}."): value for key, value in own.items()})
+    own = {f"{name}.{own_name(key)}": (key, now) for key, now in twin.state_dict().items()}
+    twin.load_state_dict(
+        {key: spread_like(values[full], now) for full, (key, now) in own.items() if full in values}
+    )
 
 
 def allow_plain_checkpoint(module: nn.Module, incompatible_keys: Any) -> None:
@@ -199,7 +227,10 @@ class _ToActiveCopy:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         copies = saved_module_of(self.module)
-        if copies is None or (active := copies.active) is None:
+        active = None if copies is None else copies.active
+        if copies is not None and copies._calls.disturbed:
+            active = seen(copies)
+        if copies is None or active is None:
             return self.patch.below(*args, **kwargs)
         return copies[active](*args, **kwargs)
 

@@ -16,37 +16,46 @@ from torch import Tensor, nn
 from ..errors import IA3Error
 from . import experts
 from .activations import Activation, Side
+from .calls import Calls, seen
 from .hooks import InputHook, OutputHook
 from .mlp import Carrier, carrier_of
 from .names import ATTRIBUTE, Frozen, Target
 from .patch import refuse_replica
 from .route import factor_of, is_routed
 from .saved_modules import allow_plain_checkpoint, saved_module_of
+from .spread import gathered, refuse_tensor_parallel, spread_like
 
 
 class Site(nn.Module):
     """Every adapter's vector at one activation of one base module.
 
-    Vectors have PEFT's shapes (`Activation.shape`) and are float32 whatever the base's dtype.
+    Vectors have PEFT's shapes (`Activation.shape`) and are float32 whatever the base's dtype, but
+    for those of the adapters that follow it.
     """
 
     side: Side
     activation: Activation
     frozen: dict[str, Frozen]  # adapter -> the ranges of its vector that count as one
+    following: set[str]  # the adapters whose vectors have the base's dtype
     active: tuple[str, ...] = ()  # the adapters whose vectors multiply now
     # Rescale where it costs the least memory; else by the plain product, at the module itself.
     in_place: bool = True
     merged: tuple[str, ...] = ()  # the adapters that are part of the weights; Merge writes it
     banked: bool = False  # a bank has values for it, so that it stays; Routes writes it
+    # Whether the module is ever called, if that is known; `reached` writes both.
+    reached: bool | None = None
+    told: bool = False  # the user knows that it is not
     in_block: bool = False  # the fused MLP around it multiplies, no hook does; fused_mlp writes it
     # Underscores, as no adapter can have the name of an attribute.
+    _calls: Calls = Calls()  # those of the model; Adapters writes it
     _routed: bool = False  # a route may be on, which comes before the active adapters
     _carrier: Carrier | None  # rescaled instead of a down projection's input
     _removers: tuple[Callable[[], None], ...] = ()  # of its hooks, while it has any
 
     def __init__(self, target: Target, carrier: Carrier | None = None) -> None:
         super().__init__()
-        self.side, self.activation, self.frozen = target.side, target.activation, {}
+        self.side, self.activation = target.side, target.activation
+        self.frozen, self.following = {}, set()
         self._carrier = carrier
         self.register_load_state_dict_post_hook(allow_plain_checkpoint)  # type: ignore[no-untyped-call]
 
@@ -58,27 +67,43 @@ class Site(nn.Module):
         return {name: p for name, p in self._parameters.items() if p is not None}
 
     def __contains__(self, adapter: object) -> bool:
-        return self._parameters.get(adapter) is not None  # type: ignore[call-overload]
+        return isinstance(self._held(adapter), Tensor)
 
     def __getitem__(self, adapter: str) -> nn.Parameter:
-        vector = self._parameters[adapter]
-        assert vector is not None
+        vector: nn.Parameter = self._held(adapter)
         return vector
 
+    def _held(self, adapter: object) -> Any:
+        parameter = self._parameters.get(adapter)  # type: ignore[call-overload]
+        # While FSDP 1 computes, its parameters may be plain attributes.
+        return self.__dict__.get(adapter) if parameter is None else parameter  # type: ignore[call-overload]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Site:
+        vectors = [self[name] for name in self.following]
+        following = [*vectors, *(vector.grad for vector in vectors)]
+
         # Training moves vectors by less than half precision resolves around one.
         def at_least_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             narrow = moved.is_floating_point() and moved.itemsize < 4
-            return tensor.to(moved.device, torch.float32) if narrow else moved
+            if not narrow or any(tensor is each for each in following):
+                return moved
+            return tensor.to(moved.device, torch.float32)
 
         super()._apply(at_least_float32, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def add(self, adapter: str, vector: Tensor, frozen: Frozen = ()) -> None:
-        """Store a vector of `Activation.shape`, not to be trained yet, with its frozen ranges."""
+    def add(
+        self, adapter: str, vector: Tensor, frozen: Frozen = (), *, follows: bool = False
+    ) -> None:
+        """Store a vector of `Activation.shape`, not to be trained yet, with its frozen ranges.
+
+        One that `follows` is cast with the base model, also to less than float32.
+        """
         # Not register_parameter: it refuses names that are also methods of this class ("product").
         self._parameters[adapter] = nn.Parameter(vector, requires_grad=False)
+        if follows:
+            self.following.add(adapter)
         if frozen:
             mask = torch.zeros(self.activation.dim, dtype=torch.bool)
             for start, end in frozen:
@@ -97,18 +122,23 @@ class Site(nn.Module):
     ) -> None:
         with torch.no_grad():
             for adapter in self.frozen:
-                self[adapter].copy_(self.vector(adapter))
+                if self.is_whole(adapter):
+                    self[adapter].copy_(self.vector(adapter))
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def remove(self, adapter: str) -> None:
         # First: saving a state dict reads the vector of each adapter that is in it.
         if self.frozen.pop(adapter, ()):
             delattr(self, _mask_name(adapter))
+        # Likewise: moving the model reads those that follow it.
+        self.following.discard(adapter)
         self._parameters.pop(adapter, None)
 
     def vector(self, adapter: str) -> Tensor:
         """An adapter's vector, `Activation.shape`, its frozen values one."""
-        vector: Tensor = self._parameters[adapter]  # type: ignore[assignment]
+        vector: Any = self._parameters.get(adapter)
+        if vector is None:
+            vector = self.__dict__[adapter]  # as in `_held`
         if vector.is_meta and hasattr(self, "_hf_hook"):
             # accelerate brings a module's tensors for its forward, and a site has none.
             hook: Any = self._hf_hook
@@ -117,29 +147,59 @@ class Site(nn.Module):
             mask = self._buffers[_mask_name(adapter)]
             assert mask is not None
             # Not the gradient alone: weight decay would move the values too.
-            vector = vector.masked_fill(mask, 1.0)
-        return vector
+            vector = vector.masked_fill(spread_like(mask, vector), 1.0)
+        return vector  # type: ignore[no-any-return]
+
+    def is_whole(self, adapter: str) -> bool:
+        """Whether a vector is here or a `DTensor`, and not the piece that FSDP 1 has of it."""
+        return self[adapter].shape == self.activation.shape
+
+    def whole(self, adapter: str) -> Tensor:
+        """An adapter's vector as it is saved, gathered from all processes; see `check_whole`."""
+        self.check_whole(adapter)
+        return gathered(self.vector(adapter))
+
+    def check_whole(self, adapter: str) -> None:
+        """Raise `IA3Error` where FSDP 1 has a vector in pieces, which it alone can gather."""
+        if not self.is_whole(adapter):
+            raise IA3Error(
+                f"the vectors of adapter {adapter!r} are in pieces, one a process (FSDP 1): give "
+                "the gathered state_dict=, or do this within "
+                "FullyShardedDataParallel.summon_full_params(model)"
+            )
 
     def activate(self, module: nn.Module, adapters: tuple[str, ...], routed: bool = False) -> None:
         """Have the activation rescaled by the product of those adapters' vectors that are here.
 
         With `routed`, a route may be on: there are hooks even without vectors, which ask for it.
+        Hooks that are no longer wanted stay until `settle`.
         """
-        here = tuple(name for name in adapters if self._parameters.get(name) is not None)
+        here = tuple(name for name in adapters if name in self)
         if self.merged:
             # What is merged takes the place of what is active, or is part of it.
             among = set(self.merged) <= set(here)
             here = tuple(name for name in here if name not in self.merged) if among else ()
         # Not setattr: nn.Module's looks for parameters first.
         self.__dict__.update(active=here, _routed=routed)
-        # Experts are not routed.
-        wanted = bool(here) or (routed and self.side != "inner")
-        if not wanted or self.in_block:
+        if self._is_wanted():
+            self.hook(module)
+
+    def hook(self, module: nn.Module) -> None:
+        """Put the hooks there that multiply, if they are not."""
+        if not self._removers and not self.in_block:
+            self._removers = self._register(module)
+
+    def settle(self) -> None:
+        """Take off hooks that have nothing to multiply by now."""
+        if not self._is_wanted():
             for remove in self._removers:
                 remove()
             self._removers = ()
-        elif not self._removers:
-            self._removers = self._register(module)
+
+    def _is_wanted(self) -> bool:
+        # Experts are not routed.
+        routed = self._routed and self.side != "inner"
+        return (bool(self.active) or routed) and not self.in_block
 
     def _register(self, module: nn.Module) -> tuple[Callable[[], None], ...]:
         """Put hooks on the module; returns what removes them again."""
@@ -179,10 +239,15 @@ class Site(nn.Module):
         if self._routed and is_routed(self):
             return factor_of(self, activation)  # type: ignore[no-any-return]
         active = self.active
+        # Asked last: `active` does not change before it says so.
+        if self._calls.disturbed:
+            active = seen(self)
         return self.product(active) if active else None
 
     def _inner_factor(self) -> Tensor | None:
         active = self.active
+        if self._calls.disturbed:
+            active = seen(self)
         return self.product(active) if active and not (self._routed and is_routed(self)) else None
 
 
@@ -204,6 +269,7 @@ def check_free(module: nn.Module, target: Target) -> None:
             f"module {target.name!r} is in another adapter's modules_to_save: it cannot be "
             "rescaled as well"
         )
+    refuse_tensor_parallel(module, target.name)
     if target.side == "inner":
         experts.check_forward(module)
 
@@ -226,6 +292,7 @@ def displace(module: nn.Module) -> None:
     site = site_of(module)
     if site is not None:
         site.activate(module, ())
+        site.settle()
         del module._modules[ATTRIBUTE]
 
 

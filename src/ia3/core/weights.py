@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import IA3Error
 from . import experts, quantized
-from .activations import Side
+from .activations import Side, is_wrapper
+from .names import ATTRIBUTE
+from .tried import scales_with_weight
 
 
 def products(module: nn.Module, name: str, vectors: Mapping[Side, Tensor]) -> dict[str, Any]:
@@ -100,16 +103,39 @@ def _products(module: nn.Module, name: str, vectors: Mapping[Side, Tensor]) -> d
         raise IA3Error(f"cannot merge into {name!r}: its weights are not there (meta device)")
     if "inner" in vectors:
         return experts.scaled_weights(module, vectors["inner"])
-    weight = module._parameters.get("weight")
-    # Numbers of one byte would have to be rounded to so few bits that little is left of the vector.
-    if weight is None or not weight.is_floating_point() or weight.itemsize < 2:
-        kind = "no" if weight is None else f"{weight.dtype}"
+    if is_wrapper(module):
         raise IA3Error(
-            f"cannot merge into {name!r}, a {type(module).__name__} with {kind} weights: expected "
-            "floating-point weights of 16 bits or more"
+            f"cannot merge into {name!r}: another adapter is between the vectors and the weights "
+            f"({type(module).__module__}.{type(module).__name__}): merge that first, by PEFT's "
+            "merge_and_unload() before this one is put on the model"
+        )
+    kind = f"cannot merge into {name!r}, a {type(module).__name__}"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        own = [key for key in module.state_dict() if ATTRIBUTE not in key.split(".")]
+        raise IA3Error(
+            f"{kind} whose weight is no parameter but made from {own}: if its library unpacks it "
+            "in a call, call the model once before, else load the model as floating-point numbers"
+        )
+    # Numbers of one byte would have to be rounded to so few bits that little is left of the vector.
+    if not weight.is_floating_point() or weight.itemsize < 2:
+        raise IA3Error(
+            f"{kind} with {weight.dtype} weights: expected floating-point weights of 16 bits or "
+            "more"
         )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise IA3Error(f"cannot merge into {name!r}: max_norm would undo the vector")
+    for side, vector in vectors.items():
+        if not scales_with_weight(module, side, len(vector), partial(_scaled, module)):
+            raise IA3Error(
+                f"cannot merge into {name!r}: in the forward of a {type(module).__name__} a scaled "
+                f"weight does not scale its {side}; keep the adapter on the model"
+            )
+    return _scaled(module, vectors)
+
+
+def _scaled(module: nn.Module, vectors: Mapping[Side, Tensor]) -> dict[str, Tensor]:
+    weight = module.get_parameter("weight")
     factors = [_across_weight(module, weight, side, vector) for side, vector in vectors.items()]
     values = {"weight": _product(weight, *factors)}
     bias = module._parameters.get("bias")

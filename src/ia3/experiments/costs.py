@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..core.experts import is_experts
-from ..model.ia3_model import value_count
+from ..model.status import value_count
 from ..tfew.prompts.encoding import EncodedExample
 
 # A stored token is an integer of 4 bytes (table 1: 41 · 98 · 4 = 16 kB).

@@ -1,4 +1,4 @@
-"""SetFit on a sample, in an environment of its own: its packages need other versions."""
+"""SetFit on a sample, in an environment of its own: its packages are none of this project's."""
 
 from __future__ import annotations
 

@@ -89,7 +89,13 @@ def _write_new(folder: Path, files: Mapping[str, bytes]) -> None:
         try:
             for name, content in files.items():
                 _write(staging / name, content, folder / name)
-            staging.rename(folder)
+            try:
+                staging.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+                # Another process has made it meanwhile: all processes of one run may write it.
+                _write_into_old(folder, files)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except BaseException:

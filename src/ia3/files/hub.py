@@ -1,12 +1,15 @@
-"""Where an adapter's files are: a local folder, or a snapshot from the hub."""
+"""Where an adapter's files are: a local folder, or a repository on the hub."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
+
+from ..errors import warn_ignored
 
 CONFIG_NAME = "adapter_config.json"
+CARD_NAME = "README.md"
 
 
 class HubOptions(TypedDict, total=False):
@@ -16,8 +19,73 @@ class HubOptions(TypedDict, total=False):
     subfolder: str | None
     token: str | bool | None
     cache_dir: str | Path | None
+    local_dir: str | Path | None
     force_download: bool
     local_files_only: bool
+    repo_type: str | None
+    endpoint: str | None
+    headers: dict[str, str] | None
+    user_agent: dict[str, Any] | str | None
+    library_name: str | None
+    library_version: str | None
+    etag_timeout: float
+    tqdm_class: type | None
+
+
+def hub_options(given: Mapping[str, Any], ignored: Collection[str] = ()) -> HubOptions:
+    """Those of a call's further arguments that say where an adapter is on the hub.
+
+    A warning names the others that are not `ignored`.
+    """
+    known = HubOptions.__annotations__.keys()
+    found = {key: value for key, value in given.items() if key in known}
+    if given.get("use_auth_token") is not None:  # its name before token
+        found.setdefault("token", given["use_auth_token"])
+    warn_ignored(given, {*known, "use_auth_token", *ignored})
+    return cast(HubOptions, found)
+
+
+def hub_id(name: str | None) -> str | None:
+    """A base model's name if it is one on the hub: a folder of this machine means nothing there."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def upload(
+    repo_id: str,
+    files: Mapping[str, bytes],
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    **commit: Any,
+) -> str:
+    """Commit files, by their paths in a repository, and return the address.
+
+    The repository is made, perhaps `private`, if absent, and the branch that `commit` names as
+    `revision`. A card that is there stays as it is. `commit` is for `HfApi.create_commit`.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    branch = commit.get("revision")
+    if branch is not None and not branch.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    kept = api.file_exists(repo_id, CARD_NAME, revision=branch)
+    operations = [
+        CommitOperationAdd(path, content)
+        for path, content in files.items()
+        if not (kept and path == CARD_NAME)
+    ]
+    return str(api.create_commit(repo_id, operations, **commit))
 
 
 def adapter_folder(

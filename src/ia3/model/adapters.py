@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,28 +16,31 @@ from transformers import PreTrainedModel
 
 from ..adapter.files import Adapter
 from ..core import saved_modules
-from ..core.activations import device_of
+from ..core.activations import device_of, dtype_of
+from ..core.calls import Calls, State
 from ..core.inventory import Contents, Inventory
 from ..core.merge import Merge
-from ..core.names import ATTRIBUTE, Target
-from ..core.route import BASE, LOCK, watch
+from ..core.names import ATTRIBUTE, Target, modules_of, own_names, unwrapped
+from ..core.patch import patched
+from ..core.reached import tell, unwatch, watch as watch_calls
+from ..core.route import BASE, LOCK, OneCall, Route, bind, watch
 from ..core.saved_modules import SavedModule, saved_module_of
 from ..core.sites import Site, check_free, displace, place, site_of
-from ..errors import IA3Error, did_you_mean
-from ..targets.config import IA3Config, TaskType
+from ..core.spread import any_spread, gathered, is_spread, spread_like
+from ..core.weights import write
+from ..errors import IA3Error, did_you_mean, warn_caller
+from ..targets.config import IA3Config
+from ..targets.notes import notes
 from ..targets.resolve import check_vectors, resolve
+from .embeddings import own_values
 from .frozen_base import FrozenBase
 from .fused_mlp import fuse, is_fused, mark_sites, unfuse
+from .heads import ends_of_heads, fresh_modules, warn_of_untrained, with_head
+from .renaming import as_named_in
 
 # The attributes of the modules that hold vectors or copies: setting one ("training") would set the
 # vector, and a vector that is set ("frozen") would be the attribute.
 TAKEN = {*dir(nn.Module()), *Site.__annotations__, *SavedModule.__annotations__}
-# The names of the heads that PEFT trains, by task.
-HEADS = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
 
 
 class Adapters:
@@ -47,7 +51,8 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module, merge: Merge) -> None:
-        on = next((name for name, m in model.named_modules() if ATTRIBUTE in m._modules), None)
+        model = unwrapped(model)
+        on = next((name for name, m in modules_of(model).items() if ATTRIBUTE in m._modules), None)
         if on is not None:
             raise IA3Error(
                 f"{type(model).__name__} has adapters already (at {on!r}): use add_adapter on "
@@ -60,13 +65,20 @@ class Adapters:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.unloaded = False
+        self._fresh = fresh_modules(model)
         self._inventory = Inventory(model)
+        self.calls = Calls()
         self._open_routes = 0
+        # Those that a thread or task may still be in: it keeps one that was left elsewhere.
+        self._routes: list[weakref.ref[Route]] = []
         self._fused: list[str] = []
         self._plain = False
+        # By config: structure is not asked again for each of many adapters.
+        self._notes: dict[str, list[str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_open_routes": 0}  # a copy is not routed
+        # A copy is not routed.
+        return {**vars(self), "_open_routes": 0, "_routes": []}
 
     def contents(self) -> Contents:
         """The model's modules, sites and copies as they are now."""
@@ -80,37 +92,70 @@ class Adapters:
         """Module name -> an adapter's copy of the module (`modules_to_save`)."""
         return {m: copies[name] for m, _, copies in self.contents().copies if name in copies}
 
+    def notes_on(self, name: str, config: IA3Config) -> list[str]:
+        """What a person should hear about the config that an adapter was added with."""
+        key = config.to_json()
+        if key not in self._notes:
+            sides = {module: site.side for module, site in self.sites_of(name)}
+            self._notes[key] = notes(self.model, config, sides)
+        return self._notes[key]
+
     def merged_modules(self) -> set[str]:
         """The modules that have adapters merged into them."""
         return {module for module, _, site in self.contents().sites if site.merged}
 
     def stored(self, name: str, values: Mapping[str, Tensor] | None = None) -> Adapter:
-        """An adapter, in the model's memory; `values`, an `IA3Model`'s state dict, go first."""
-        found, end = values or {}, f"{ATTRIBUTE}.{name}"
-        having = self.sites_of(name)
-        return Adapter(
-            dataclasses.replace(self.configs[name]),
-            {m: found.get(f"model.{m}.{end}", site.vector(name).detach()) for m, site in having},
-            {
-                f"{module}.{key}": found.get(f"model.{module}.{end}.{key}", value)
-                for module, twin in self.copies_of(name).items()
-                for key, value in twin.state_dict().items()
-            },
-            {module: site.frozen[name] for module, site in having if name in site.frozen},
-        )
+        """An adapter, in the model's memory; `values`, the base model's state dict, go first.
 
-    def named(self, names: str | Sequence[str] | None) -> tuple[str, ...]:
-        """The names of adapters that there are, each once; the active ones for `None`."""
-        if isinstance(names, str):
-            names = (names,)
-        found = tuple(dict.fromkeys(self.active if names is None else names))
-        self.check_known(found)
-        return found
+        Without them, what is spread over processes is gathered: all of these have to ask.
+        """
+        end, having = f"{ATTRIBUTE}.{name}", self.sites_of(name)
+
+        def given(key: str, held: Tensor) -> Tensor | None:
+            if values is not None and key not in values and is_spread(held):
+                raise IA3Error(
+                    f"adapter {name!r} is spread over processes, and the state_dict has no "
+                    f"{key!r}: save the gathered one, by the main process alone"
+                )
+            return gathered(values[key]) if values is not None and key in values else None
+
+        vectors, copies = {}, {}
+        for module, site in having:
+            value = given(f"{module}.{end}", site[name])
+            vectors[module] = site.whole(name) if value is None else value
+        for module, twin in self.copies_of(name).items():
+            for key, held in own_names(twin.state_dict(keep_vars=True)).items():
+                value = given(f"{module}.{end}.{key}", held)
+                copies[f"{module}.{key}"] = gathered(held) if value is None else value
+        frozen = {module: site.frozen[name] for module, site in having if name in site.frozen}
+        return Adapter(dataclasses.replace(self.configs[name]), vectors, copies, frozen)
+
+    def named_as_here(self, stored: Adapter) -> Adapter:
+        """An adapter by the names that the model's modules have now."""
+        return as_named_in(self.model, self.contents().modules.keys(), stored)
+
+    def active_config(self) -> IA3Config:
+        """The (first) active adapter's config; raises `IA3Error` where none is active."""
+        self.check_loaded()
+        if not self.active:
+            what = "set_adapter()" if self.configs else "add_adapter() and set_adapter()"
+            there = sorted(self.configs)
+            raise IA3Error(f"no adapter is active on this model, which has {there}: {what} first")
+        return self.configs[self.active[0]]
+
+    def named(self, names: str | Sequence[str]) -> tuple[str, ...]:
+        """The names of adapters that there are, each once."""
+        names = (names,) if isinstance(names, str) else names
+        self.check_known(names)
+        return tuple(dict.fromkeys(names))
 
     # -- checks: each raises IA3Error -------------------------------------------------------------
 
     def check_known(self, names: Collection[str]) -> None:
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise IA3Error(f"adapters are {names!r}, expected a list of names")
         for name in names:
+            check_string(name)
             if name not in self.configs:
                 raise IA3Error(
                     f"no adapter {name!r} on this model, which has {sorted(self.configs)}"
@@ -156,73 +201,139 @@ class Adapters:
             check_free(contents.modules[target.name], target)
             _check_outside_copies(target.name, contents)
         if stored is not None:
-            check_vectors(stored.vectors, targets, type(self.model).__name__)
+            check_vectors(stored.vectors, targets, self.model)
             if stored.base and (other := stored.base.difference(self.model, self.merged_modules())):
-                warnings.warn(
-                    f"this may be the wrong base model for adapter {name!r}: {other}", stacklevel=6
-                )
+                warn_caller(f"this may be the wrong base model for adapter {name!r}: {other}")
         return resolved, targets
 
-    def add(self, name: str, config: IA3Config, stored: Adapter | None = None) -> None:
-        """Add an adapter, not active, its vectors from `stored` or new."""
-        with LOCK:
+    def add(
+        self, name: str, config: IA3Config, stored: Adapter | None = None, wide: bool = True
+    ) -> None:
+        """Add an adapter, not active, its vectors from `stored` or new.
+
+        They are `wide`, which is float32 or more, or have the dtypes of their modules.
+        """
+        # What is made in inference mode could never train.
+        with LOCK, torch.inference_mode(False):
             self.check_loaded()
+            check_config(config)
+            check_name(name)
             if name in self.configs:
                 raise IA3Error(f"adapter {name!r} exists already: delete it or choose another")
-            check_name(name)
-            saved_too = with_head(self.model, config) or None
+            old = stored is not None
+            if stored is not None and (here := self.named_as_here(stored)) is not stored:
+                stored, config = here, here.config
+            saved_too = with_head(self.model, config, stored=old) or None
             config = dataclasses.replace(config, modules_to_save=saved_too)
             resolved, targets = self.fit(name, config, stored)
-            strict = stored is None
-            saved = saved_modules.find(self.model, resolved.modules_to_save, strict=strict)
+            # PEFT names all heads of a task in a config that it saves.
+            optional = (saved_too or ()) if old else ends_of_heads(config)
+            saved = saved_modules.find(self.model, resolved.modules_to_save, optional)
             _check_can_be_copied(saved, self.contents())
+            own: Mapping[str, Mapping[str, Tensor]] = {}
             if stored is not None:
-                saved_modules.check(stored.copies, saved, self.model)
+                copied, own = own_values(stored.copies, saved, self.model)
+                saved_modules.check(copied, saved, self.model)
+                self._check_own(name, own, targets)
+            warn_of_untrained(self.model, self._fresh, name, config, saved, stored=old)
+            if not config.inference_mode and any_spread(self.model):
+                warn_caller(
+                    f"adapter {name!r} is put on a model that is spread over processes already: "
+                    "the gradients of its vectors are not averaged over these; to train it, put it "
+                    "on before FSDP"
+                )
             try:
-                self._add_vectors(name, config, targets, stored)
+                self._add_vectors(name, config, targets, stored, wide)
                 for module_name in saved:
                     module = self.contents().modules[module_name]
                     copies = saved_modules.attach(module)
                     copies.add(name, module)
                     if stored is not None:
                         saved_modules.load(copies[name], module_name, stored.copies)
+                self._take_own(name, own)
                 self.configs[name] = resolved
             except BaseException:  # memory may run out
                 self._take_off(name)
                 raise
+            tell(self.contents().sites)
 
     def place(self, targets: Sequence[Target]) -> dict[str, Site]:
         """Module name -> the site there, placed now where there is none."""
         modules = self.contents().modules
         held = Counter(id(child) for m in modules.values() for child in m._modules.values())
+        new = [t.name for t in targets if site_of(modules[t.name]) is None]
         sites = {t.name: place(self.model, modules[t.name], t, held) for t in targets}
         for site in sites.values():
             site.in_place = not self._plain
+        if new:
+            watch_calls(modules, new)
         return sites
 
     def _add_vectors(
-        self, name: str, config: IA3Config, targets: Sequence[Target], stored: Adapter | None
+        self,
+        name: str,
+        config: IA3Config,
+        targets: Sequence[Target],
+        stored: Adapter | None,
+        wide: bool,
     ) -> None:
         modules, sites = self.contents().modules, self.place(targets)
         new = torch.ones if config.init_ia3_weights else torch.randn
         for target in targets:
-            device = device_of(modules[target.name])
+            module = modules[target.name]
+            device, dtype = device_of(module), torch.float32 if wide else dtype_of(module)
             if stored is None:
-                vector = new(target.activation.shape, device=device)
+                vector = new(target.activation.shape, device=device, dtype=dtype)
             else:
                 # A model on the meta device has no values to lose; the adapter has.
                 device = torch.device("cpu") if device.type == "meta" else device
-                vector = stored.vectors[target.name].to(device, torch.float32, copy=True)
-            sites[target.name].add(name, vector, target.frozen)
+                vector = stored.vectors[target.name].to(device, dtype, copy=True)
+            sites[target.name].add(name, vector, target.frozen, follows=not wide)
+
+    def _check_own(self, name: str, own: Collection[str], targets: Sequence[Target]) -> None:
+        """Embeddings that an adapter came with can be put on the model."""
+        contents, rescaled = self.contents(), {target.name for target in targets}.intersection(own)
+        _check_can_be_copied([module for module in own if module not in rescaled], contents)
+        others = [m for m, _, s in contents.sites if m in rescaled and s.vectors.keys() - {name}]
+        if others:
+            raise IA3Error(
+                f"the adapter came with other weights of {others[0]!r} than the model has, and "
+                "other adapters on this model rescale it: unload() first"
+            )
+
+    def _take_own(self, name: str, own: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Have an adapter compute with the embeddings that it came with: slot -> value, by module.
+
+        They are a copy that does not train; of an output layer with a vector, the base's own.
+        """
+        modules = self.contents().modules
+        for module_name, values in own.items():
+            module = modules[module_name]
+            if site_of(module) is not None:
+                self.base.replace(module_name, values)
+                continue
+            copies = saved_modules.attach(module)
+            copies.add(name, module)
+            copies.frozen.add(name)
+            for slot, value in values.items():
+                write(copies[name], slot, value)
 
     def load_into(self, name: str, stored: Adapter) -> None:
         """Give an adapter that is there the values of a stored one, in place."""
         with LOCK:
             self._check_unmerged(name)
+            stored = self.named_as_here(stored)
             having, copies = self.sites_of(name), self.copies_of(name)
+            for _, site in having:
+                site.check_whole(name)
             targets = [site.target(module) for module, site in having]
-            check_vectors(stored.vectors, targets, type(self.model).__name__)
-            saved_modules.check(stored.copies, list(copies), self.model)
+            check_vectors(stored.vectors, targets, self.model)
+            saved = [
+                m for m, _, c in self.contents().copies if m in copies and name not in c.frozen
+            ]
+            copied, own = own_values(stored.copies, saved, self.model)
+            saved_modules.check(copied, saved, self.model)
+            self._check_own(name, own, targets)
             for module, site in having:
                 here, there = site.frozen.get(name, ()), stored.frozen.get(module, ())
                 if here != there:
@@ -232,9 +343,12 @@ class Adapters:
                     )
             with torch.no_grad():
                 for module, site in having:
-                    site[name].copy_(stored.vectors[module])
-            for module, twin in copies.items():
-                saved_modules.load(twin, module, stored.copies)
+                    site[name].copy_(spread_like(stored.vectors[module], site[name]))
+            for module in saved:
+                saved_modules.load(copies[module], module, stored.copies)
+            self._drop_copies(name, copies.keys() - set(saved))
+            self._take_own(name, own)
+            self.activate()
 
     def remove(self, name: str) -> None:
         """Remove an adapter. If no other is active then, the first that is left becomes so."""
@@ -242,6 +356,11 @@ class Adapters:
             self.check_unrouted("delete_adapter")
             self.check_known([name])
             self._check_unmerged(name)
+            if any(is_spread(site[name]) for _, site in self.sites_of(name)):
+                raise IA3Error(
+                    f"adapter {name!r} is spread over processes by FSDP, which would put its "
+                    "vectors back: set_adapter() to another instead"
+                )
             remaining = tuple(other for other in self.active if other != name)
             first = next((other for other in self.configs if other != name), None)
             # Before its vectors go: calls of other threads ask for those of the active ones.
@@ -255,12 +374,18 @@ class Adapters:
     def _take_off(self, name: str) -> None:
         self.configs.pop(name, None)
         contents = self.contents()
-        for _, module, site in contents.sites:
+        for _, _, site in contents.sites:
             site.remove(name)
-            if not site.vectors and not site.banked:
-                displace(module)
-        for _, module, copies in contents.copies:
-            if name in copies:
+        empty = [m for _, m, site in contents.sites if not site.vectors and not site.banked]
+        for module in empty:
+            displace(module)
+        if empty:
+            unwatch(self.model)
+        self._drop_copies(name, self.copies_of(name))
+
+    def _drop_copies(self, name: str, modules: Collection[str]) -> None:
+        for module_name, module, copies in self.contents().copies:
+            if module_name in modules:
                 copies.remove(name)
             if not copies.adapters:
                 saved_modules.detach(module)
@@ -276,6 +401,10 @@ class Adapters:
             for _, module, _ in contents.copies:
                 saved_modules.detach(module)
             watch(self.model, False)
+            unwatch(self.model)
+            if (forward := patched(self.model, OneCall)) is not None:
+                forward.remove()
+            self.calls.change(State())
             self.base.give_back()
             self.configs.clear()
             self.active = ()
@@ -315,10 +444,22 @@ class Adapters:
                 for _, site in self.sites_of(name):
                     site[name].requires_grad = name in trained
         for _, _, copies in contents.copies:
-            for name in set(copies.adapters) - {leaving}:
+            for name in set(copies.adapters) - copies.frozen - {leaving}:
                 for parameter in copies[name].parameters():
                     if parameter.is_floating_point():
                         parameter.requires_grad_(name in trained)
+
+    def require_grad(self, names: str | Sequence[str], required: bool) -> None:
+        """Have the vectors and copies of these adapters train or not; others stay as they are."""
+        with LOCK:
+            for name in self.named(names):
+                for _, site in self.sites_of(name):
+                    site[name].requires_grad = required
+                for _, _, copies in self.contents().copies:
+                    trained = name in copies and name not in copies.frozen
+                    for parameter in copies[name].parameters() if trained else ():
+                        if parameter.is_floating_point():
+                            parameter.requires_grad_(required)
 
     def activate(self, names: tuple[str, ...] | None = None) -> None:
         """Have these adapters multiply from the next call on; for `None`, those that did.
@@ -328,8 +469,19 @@ class Adapters:
         with LOCK:
             self.active = self.active if names is None else names
             active = self.active if self.enabled else ()
-            contents, routed = self.contents(), self._open_routes > 0
+            self._routes = [route for route in self._routes if route() is not None]
+            contents, routed = self.contents(), len(self._routes) > 0
             watch(self.model, routed)
+            bind()
+            if not self.unloaded and patched(self.model, OneCall) is None:
+                OneCall(self.model, self.calls)
+            places: list[tuple[nn.Module, Any]] = [
+                (module, place) for _, module, place in (*contents.sites, *contents.copies)
+            ]
+            for _, place in places:
+                place._calls = self.calls
+            # From here on calls that are open hold to what they have read.
+            self.calls.disturbed = True
             if self._fused:  # of these layers, some may have been taken out of the model
                 fused = [contents.modules[name] for name in self._fused if name in contents.modules]
                 mark_sites([site for _, _, site in contents.sites], fused)
@@ -337,6 +489,9 @@ class Adapters:
                 site.activate(module, active, routed)
             for _, _, copies in contents.copies:
                 copies.active = next((name for name in active if name in copies), None)
+            now = {place: place.active for _, place in places if place.active}
+            self.calls.change(State(now, places, frozenset(self.merge.adapters)))
+            self.calls.settle()
 
     def enable(self, enabled: bool) -> None:
         """Have the active adapters multiply, or none, which unmerges those that are merged."""
@@ -352,9 +507,9 @@ class Adapters:
 
     def merge_in(self, names: str | Sequence[str] | None, safe: bool) -> None:
         """Merge adapters, the active ones for `None`, beside those that are merged already."""
-        with LOCK:
+        with LOCK, torch.inference_mode(False):
             self.check_enabled("merging them")
-            self._merge(self.named(names), safe)
+            self._merge(self.active if names is None else self.named(names), safe)
 
     def _merge(self, names: Sequence[str], safe: bool) -> None:
         self.check_unrouted("merging")
@@ -378,7 +533,7 @@ class Adapters:
         """As `IA3Model.merge_and_unload`, but for unloading; the caller holds the lock."""
         self.check_unrouted("merging")
         merged = self.merge.adapters
-        chosen = self.named(names)
+        chosen = self.active if names is None else self.named(names)
         # What is merged takes the place of what is active, or is part of it.
         replaces = names is None and not merged <= set(chosen)
         chosen = tuple(merged) if replaces else tuple(dict.fromkeys([*chosen, *merged]))
@@ -397,20 +552,24 @@ class Adapters:
             for name in set(chosen).intersection(copies.adapters):
                 saved_modules.keep(module, name, shared)
         self.merge.keep()
+        self.base.keep_replaced()
         # The output layer may have weights of its own now.
         config: Any = getattr(self.model, "config", None)
         tied = getattr(config, "tie_word_embeddings", False)
         if isinstance(self.model, PreTrainedModel) and tied:
-            inputs, outputs = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-            if outputs is not None and outputs.weight is not inputs.weight:
-                config.tie_word_embeddings = False
+            outputs = self.model.get_output_embeddings()
+            # A model without an output layer need not have embeddings of tokens.
+            if outputs is not None:
+                tied = outputs.weight is self.model.get_input_embeddings().weight
+                config.tie_word_embeddings = tied
 
     # -- how they multiply ------------------------------------------------------------------------
 
-    def route_opened(self) -> None:
-        """Have the hooks there that ask for a route. Until `route_closed` nothing removes them."""
+    def route_opened(self, route: Route) -> None:
+        """Have the hooks there that ask for a route. Until it is gone nothing removes them."""
         with LOCK:
             self._open_routes += 1
+            self._routes.append(weakref.ref(route))
             try:
                 watch(self.model, True)
                 if not all(site.routed for _, _, site in self.contents().sites):
@@ -445,7 +604,19 @@ class Adapters:
                 self.activate()
 
 
+def check_config(config: Any) -> None:
+    if not isinstance(config, IA3Config):
+        kind = f"{type(config).__module__}.{type(config).__name__}"
+        raise IA3Error(f"the config is a {kind}, expected an ia3.IA3Config")
+
+
+def check_string(name: object) -> None:
+    if not isinstance(name, str):
+        raise IA3Error(f"adapter name {name!r} is {type(name).__name__}, expected a string")
+
+
 def check_name(name: str) -> None:
+    check_string(name)
     if not re.fullmatch(r"[^./\\\s\x00]+", name):
         raise IA3Error(f"adapter name {name!r} must have no dot, slash or white space")
     if name == BASE:
@@ -457,29 +628,16 @@ def check_name(name: str) -> None:
         )
 
 
-def with_head(model: nn.Module, config: IA3Config) -> list[str]:
-    """A config's `modules_to_save`, and the head that its task trains.
-
-    Where PEFT's names find none (it trains none then), these are all children but the body.
-    """
-    names = list(config.modules_to_save or ())
-    if config.task_type not in HEADS:
-        return names
-    heads = [name for name in HEADS[TaskType(config.task_type)] if hasattr(model, name)]
-    if not heads and isinstance(model, PreTrainedModel):
-        heads = [
-            name
-            for name, child in model.named_children()
-            if name != model.base_model_prefix and next(child.parameters(), None) is not None
-        ]
-    return [*names, *(head for head in heads if head not in names)]
-
-
 def _check_can_be_copied(saved: Sequence[str], contents: Contents) -> None:
     for name in saved:
         _check_outside_copies(name, contents)
         module = contents.modules[name]
-        for part_name, part in module.named_modules(prefix=name):
+        if any_spread(module):
+            raise IA3Error(
+                f"modules_to_save: {name!r} is spread over processes already: put the adapter on "
+                "before FSDP"
+            )
+        for part_name, part in own_names(dict(module.named_modules(prefix=name))).items():
             if site_of(part) is not None or (part is not module and saved_module_of(part)):
                 raise IA3Error(
                     f"modules_to_save: another adapter on this model has vectors or a copy in "

@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from ..base.loading import load_tokenizer
 from ..errors import IA3Error
 from ..files.hub import CONFIG_NAME, adapter_folder
 from ..targets.config import IA3Config, TaskType
@@ -20,6 +21,8 @@ from .saving import DEFAULT_ADAPTER
 LIBRARIES = ("transformers", "diffusers")
 # What says how to fetch files from the hub, both the adapter's and the base model's.
 FOR_BOTH = ("token", "cache_dir", "force_download", "local_files_only")
+# What loading either of them takes, and says the same of both.
+SHARED = ("key_mapping", "ignore_mismatched_sizes")
 TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model", "chat_template*")
 
 
@@ -43,20 +46,23 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: IA3Config | None = None,
         revision: str | None = None,
+        import_allowlist: Sequence[str] | None = None,
+        *,
         subfolder: str | None = None,
-        import_allowlist: Sequence[str] = LIBRARIES,
+        autocast_adapter_dtype: bool = True,
         **base_options: Any,
     ) -> IA3Model:
         """Load an adapter and, before it, its base model.
 
         Args:
             pretrained_model_name_or_path: the adapter's folder or its id on the hub.
-            adapter_name, is_trainable, config, revision, subfolder: of the adapter, as
-                `IA3Model.from_pretrained` takes them.
+            adapter_name, is_trainable, config, revision, subfolder, autocast_adapter_dtype: of the
+                adapter, as `IA3Model.from_pretrained` takes them.
             import_allowlist: the libraries that the adapter's config may choose the base model's
-                class from.
+                class from; transformers and diffusers if not given.
             base_options: for the base model's `from_pretrained`, e.g. `dtype`, `device_map`. What
-                says how to fetch from the hub (`token`, `cache_dir`, ...) holds for both.
+                says how to fetch from the hub (`token`, `cache_dir`, ...) holds for both, and so do
+                `key_mapping` and `ignore_mismatched_sizes`.
 
         Raises:
             FileNotFoundError: there is no adapter.
@@ -78,16 +84,19 @@ class AutoPeftModel:
                 f"{pretrained_model_name_or_path} is an adapter for {config.task_type}, expected "
                 f"{cls.task_type.value}: use AutoPeftModel"
             )
-        base = _base_class(cls.task_type, config, import_allowlist).from_pretrained(
+        allowed = LIBRARIES if import_allowlist is None else import_allowlist
+        base = _base_class(cls.task_type, config, allowed).from_pretrained(
             config.base_model_name_or_path, revision=config.revision, **base_options
         )
         if (folder / "tokenizer_config.json").is_file():
             trusted = base_options.get("trust_remote_code", False)
-            tokens = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+            tokens = load_tokenizer(folder, trust_remote_code=trusted)
             if len(tokens) > base.get_input_embeddings().weight.shape[0]:
                 base.resize_token_embeddings(len(tokens))
         kind = MODEL_CLASSES.get(cls.task_type, IA3Model)
-        return kind.from_pretrained(base, folder, adapter_name, is_trainable, config)
+        options: Any = {key: base_options[key] for key in SHARED if key in base_options}
+        options["autocast_adapter_dtype"] = autocast_adapter_dtype
+        return kind.from_pretrained(base, folder, adapter_name, is_trainable, config, **options)
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel, task=TaskType.CAUSAL_LM):

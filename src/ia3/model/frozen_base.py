@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core.names import ATTRIBUTE
+from ..core import weights
+from ..core.names import ATTRIBUTE, module_at, own_name, own_names
+from .embeddings import RESIZE, GuardedResize, pretrained_in
 
 
 class FrozenBase:
@@ -17,18 +19,27 @@ class FrozenBase:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._trained = {own_name(name) for name, p in model.named_parameters() if p.requires_grad}
         self._ignored = getattr(model, "_keys_to_ignore_on_save", None)
         self._requires_input_grads = False
+        # (module, slot) -> the base's own value, where an adapter came with another.
+        self._replaced: dict[tuple[str, str], Any] = {}
 
     def freeze(self) -> None:
         """Stop the base's parameters training, and hide adapters from its `save_pretrained`."""
-        for name in self._trained:
-            self.model.get_parameter(name).requires_grad_(False)
+        self._set_trained(False)
         if isinstance(self.model, PreTrainedModel):
             self.model._keys_to_ignore_on_save = AdapterKeys(self.model, self._ignored or ())
+        for inner in pretrained_in(self.model):
+            vars(inner)[RESIZE] = GuardedResize(inner)
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
             self.checkpointing_enabled({})
+
+    def _set_trained(self, trained: bool) -> None:
+        # They may have come into wrappers, or out of them, since.
+        parameters = own_names(dict(self.model.named_parameters()))
+        for name in self._trained & parameters.keys():
+            parameters[name].requires_grad_(trained)
 
     def checkpointing_enabled(self, options: Mapping[str, Any] | None) -> None:
         """Have the embeddings' output require gradients where checkpointing is reentrant.
@@ -42,12 +53,25 @@ class FrozenBase:
             self.model.enable_input_require_grads()  # type: ignore[operator]
             self._requires_input_grads = True
 
+    def replace(self, name: str, values: Mapping[str, Any]) -> None:
+        """Have the module `name` hold an adapter's values: slot -> value."""
+        module = module_at(self.model, name)
+        for slot, value in values.items():
+            self._replaced.setdefault((name, slot), weights.read(module, slot))
+            weights.write(module, slot, value)
+
+    def keep_replaced(self) -> None:
+        """Let the base's own values go: what has replaced them stays."""
+        self._replaced = {}
+
     def give_back(self) -> None:
-        """Undo `freeze`. Parameters that are no longer in the model are passed over."""
-        parameters = dict(self.model.named_parameters())
-        for name in self._trained:
-            if name in parameters:
-                parameters[name].requires_grad_(True)
+        """Undo `freeze` and `replace`. Parameters that are no longer there are passed over."""
+        for (name, slot), value in self._replaced.items():
+            weights.write(module_at(self.model, name), slot, value)
+        self.keep_replaced()
+        for inner in pretrained_in(self.model):
+            vars(inner).pop(RESIZE, None)
+        self._set_trained(True)
         if isinstance(self.model, PreTrainedModel):
             self.model._keys_to_ignore_on_save = self._ignored
         if self._requires_input_grads:

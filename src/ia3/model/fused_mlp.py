@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..core.activations import linear_features
 from ..core.mlp import FUNCTIONS, Mlp, read_mlp
-from ..core.names import ATTRIBUTE
+from ..core.names import ATTRIBUTE, modules_of
 from ..core.patch import patch, patched
-from ..core.rescale import rescale
+from ..core.rescale import is_traced, rescale
 from ..core.saved_modules import HOOKS, saved_module_of
 from ..core.sites import Site, site_of
 from ..errors import IA3Error
@@ -31,15 +30,16 @@ from ..targets.structure import feedforward_targets
 
 def fuse(model: nn.Module) -> list[str]:
     """Fuse the gated MLPs of a model, whose sites are then to be marked; all that are fused now."""
-    for name, module in model.named_modules():
+    modules = modules_of(model)
+    for name, module in modules.items():
         if ATTRIBUTE not in name.split(".") and not is_fused(module):
             found = gated_mlp(module)
             if isinstance(found, Mlp):
                 patch(module, FusedForward(module, found))
-    names = [name for name, module in model.named_modules() if is_fused(module)]
+    names = [name for name, module in modules.items() if is_fused(module)]
     if not names:
         first = feedforward_targets(model)[0].name.rpartition(".")[0]
-        module = model.get_submodule(first)
+        module = modules[first]
         raise IA3Error(
             f"no feed-forward layer can be fused: {first!r} ({type(module).__name__}): "
             f"{gated_mlp(module)}"
@@ -156,8 +156,7 @@ def gated_product(gate: Tensor, up: Tensor, vector: Tensor | None, function: str
         torch.is_grad_enabled()
         and (gate.requires_grad or up.requires_grad)
         and not gate.is_nested
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_traced()
     ):
         return _GatedProduct.apply(gate, up, vector, function)  # type: ignore[no-any-return, no-untyped-call]
     return _formula(gate, up, vector, function)
@@ -181,10 +180,15 @@ class _GatedProduct(torch.autograd.Function):
         return _formula(gate, up, vector, function)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, vector = ctx.saved_tensors
         needed = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            # This pass is to be differentiated, and not all of the functions' derivatives can be.
+            product = _formula(gate, up, vector, ctx.function)
+            wanted = [t for t, need in zip((gate, up, vector), needed, strict=False) if need]
+            found = iter(torch.autograd.grad(product, wanted, grads[0], create_graph=True))
+            return *(next(found) if need else None for need in needed[:3]), None
         grad, gates, ups = _wide(grads[0]), _wide(gate), _wide(up)
         scaled, values = grad if vector is None else grad * vector, FUNCTIONS[ctx.function](gates)
         of_gate = of_up = of_vector = None

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.activations import Side
 from ..core.route import BASE, LOCK, Host, Names, Route
 from ..core.sites import Site
+from ..core.spread import is_spread
 from ..errors import IA3Error
 from .adapters import Adapters
 
@@ -54,7 +55,9 @@ def make_route(
             having = [(module, site.side) for site, module in sites.items() if name in site]
             check_mixable(name, copied, having)
         stacked = _stacked_vectors(names, sites, others, gathered)
-        if any(site[name].requires_grad for site in sites for name in own if name in site):
+        vectors = [site[name] for site in sites for name in own if name in site]
+        # Where FSDP has spread them, they are whole while their module is called, and no sooner.
+        if any(vector.requires_grad or is_spread(vector) for vector in vectors):
             return Route(host, sites, stacked, index)
         with torch.inference_mode(False), torch.no_grad():
             values = {site: value for site in sites if (value := stacked(site)) is not None}
@@ -74,7 +77,7 @@ def _stacked_vectors(
         gone = next((name for name in having if name not in site), None)
         if gone is not None:
             raise IA3Error(f"adapter {gone!r} was deleted while a call with it was running")
-        rows = {name: site.vector(name).reshape(-1) for name in having}
+        rows = {name: _wide(site.vector(name)).reshape(-1) for name in having}
         like = next(iter(rows.values()), gathered.get(site))
         if like is None:
             return None
@@ -84,6 +87,11 @@ def _stacked_vectors(
         return torch.stack([rows.get(name, ones) for name in names])
 
     return stacked
+
+
+def _wide(vector: Tensor) -> Tensor:
+    # Rows of adapters whose vectors have other dtypes stand in one tensor.
+    return vector.to(torch.promote_types(vector.dtype, torch.float32))
 
 
 def check_mixable(name: str, copied: Collection[str], sites: Iterable[tuple[str, Side]]) -> None:

@@ -6,50 +6,56 @@ weights) and `Routes` (which row of a batch has which adapter).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys as LoadedKeys
 
 from ..adapter.combining import CombinationType, MajoritySign, combine
-from ..adapter.files import Adapter
+from ..adapter.files import Adapter, check_finite
 from ..core.merge import Merge
+from ..core.names import own_names
 from ..core.route import LOCK, Names
-from ..errors import IA3Error, naming
-from ..files.hub import HubOptions
-from ..targets.config import IA3Config, TaskType
-from . import saving
-from .adapters import Adapters, check_name as check_name
+from ..errors import IA3Error, naming, warn_caller, warn_ignored
+from ..targets.config import IA3Config, PeftType, TaskType
+from . import saving, status
+from .adapters import Adapters, check_config, check_name as check_name, check_string
+from .advice import offer_advice
 from .routes import Routes
 from .saving import DEFAULT_ADAPTER as DEFAULT_ADAPTER
-from .trainers import tell_trainer
+from .status import TunerLayerStatus, TunerModelStatus
+from .trainers import AsPeftModel, tell_others
 
 # Task -> the class of its models: those at the end of this file.
 MODEL_CLASSES: dict[str | None, type[IA3Model]] = {}
 
 
-class IA3Model(nn.Module):
+class IA3Model(AsPeftModel):
     """A base model with (IA)³ adapters on it (paper section 3.3).
 
     No module is wrapped or replaced: the base model's own modules get hooks, and `unload` gives
     back the very model that was passed in. The base's parameters are frozen while adapters are on
     it, and keep their names; an adapter's vectors are parameters beside them, float32 whatever the
-    base's dtype. Attributes that are not this class's own come from the base model.
+    base's dtype unless that is asked for. Attributes that are not this class's own come from the
+    base model.
 
     Several threads may call the model, and change its adapters meanwhile: each change is made under
     one lock, a call sees the adapters from before or after it, and a change that raises is undone.
-    Deleting, fusing and switching to copies of modules (`modules_to_save`) want no calls meanwhile.
+    Merging, deleting, fusing and `use_plain_product` want no calls of the model meanwhile.
     What is refused raises `IA3Error`, an adapter's name that is unknown in any method.
 
     Args:
         model: the base model; any module with linear layers.
-        config: what to rescale, or a mapping that has it under the adapter's name. Model and config
-            may also come in the other order.
+        peft_config: what to rescale, or a mapping that has it under the adapter's name. Model and
+            config may also come in the other order.
         adapter_name: the first adapter's name, active at once.
+        autocast_adapter_dtype, low_cpu_mem_usage: as in `add_adapter`.
         vectors: its vectors, as in `add_adapter`; ones where not given.
 
     Raises:
@@ -59,6 +65,7 @@ class IA3Model(nn.Module):
     # The Trainer trains a quantized model only if it has adapters, and asks for this.
     _hf_peft_config_loaded = True
 
+    peft_type = PeftType.IA3
     # The task of a subclass, whose head trains and is saved with the adapters.
     task: TaskType | None = None
 
@@ -73,18 +80,22 @@ class IA3Model(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        config: IA3Config | Mapping[str, IA3Config],
+        peft_config: IA3Config | Mapping[str, IA3Config],
         adapter_name: str = DEFAULT_ADAPTER,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
         vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        if isinstance(config, nn.Module):
-            model, config = config, model
-        if isinstance(config, Mapping):
-            config = config[adapter_name]
+        model, peft_config = in_order(model, peft_config)
+        config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
+        check_config(config)
         if config.task_type is None and self.task is not None:
             config = dataclasses.replace(config, task_type=self.task)
         self._begin(model)
-        self._add_first(adapter_name, config, _stored(config, vectors))
+        self._add_first(adapter_name, config, _stored(config, vectors), autocast_adapter_dtype)
+        if vectors is None:
+            self._tell_notes(adapter_name, config)
 
     @classmethod
     def from_adapter(
@@ -94,8 +105,11 @@ class IA3Model(nn.Module):
         adapter_name: str = DEFAULT_ADAPTER,
         *,
         source: str = "adapter",
+        autocast_adapter_dtype: bool = True,
     ) -> IA3Model:
         """Put an adapter that has been read, from `source`, onto a base model.
+
+        `autocast_adapter_dtype` is as in `add_adapter`.
 
         Raises:
             IA3Error: the adapter does not fit the model, which is then unchanged.
@@ -104,7 +118,16 @@ class IA3Model(nn.Module):
         self = kind.__new__(kind)
         self._begin(model)
         with naming(source):
-            self._add_first(adapter_name, adapter.config, adapter)
+            check_finite(adapter.vectors)
+            self._add_first(adapter_name, adapter.config, adapter, autocast_adapter_dtype)
+        return self
+
+    @classmethod
+    def _of_own_choice(cls, model: nn.Module, config: IA3Config, name: str) -> IA3Model:
+        """As the constructor, without notes on the config, which is not the caller's."""
+        self = cls.__new__(cls)
+        self._begin(model)
+        self._add_first(name, config, None, True)
         return self
 
     @classmethod
@@ -117,39 +140,80 @@ class IA3Model(nn.Module):
 
     def _begin(self, model: nn.Module) -> None:
         super().__init__()
+        offer_advice()
         self._adapters = Adapters(model, Merge(model))
         self.routes = Routes(self._adapters)
         self.model = model
-        tell_trainer(IA3Model)
+        tell_others(IA3Model)
 
-    def _add_first(self, name: str, config: IA3Config, stored: Adapter | None) -> None:
-        self._adapters.add(name, config, stored)
+    def _add_first(self, name: str, config: IA3Config, stored: Adapter | None, wide: bool) -> None:
+        self._adapters.add(name, config, stored, wide)
         self._adapters.base.freeze()
         self.set_adapter(name, inference_mode=config.inference_mode)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IA3Model:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        # All of it has the same adapters active, and can be trained.
+        with LOCK, torch.inference_mode(False):
+            twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[no-untyped-call]
+        return twin
+
+    def _tell_notes(self, name: str, config: IA3Config) -> None:
+        """Warn of what the config names. An adapter with values was trained on its modules."""
+        if found := self._adapters.notes_on(name, config):
+            told = "".join(f"\n- {note}" for note in found)
+            warn_caller(
+                f"adapter {name!r} rescales what its config names, which may surprise:{told}"
+            )
 
     @property
     def peft_config(self) -> dict[str, IA3Config]:
         """Adapter name -> its config, with its modules named."""
         return self._adapters.configs
 
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """What the adapters' configs name as `modules_to_save`, or `None`."""
+        named = {name for c in self.peft_config.values() for name in c.modules_to_save or ()}
+        return named or None
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The modules of the base model that have vectors, in its order."""
+        return [name for name, _, _ in self._adapters.contents().sites]
+
     def add_adapter(
-        self, adapter_name: str, peft_config: IA3Config, vectors: Mapping[str, Tensor] | None = None
+        self,
+        adapter_name: str,
+        peft_config: IA3Config,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add an adapter, not yet active: its vectors do not require gradients until it is.
 
         Args:
             adapter_name: a name without dots or slashes, new to this model.
             peft_config: what it rescales.
+            low_cpu_mem_usage: ignored: vectors are small, and made once.
             vectors: module name -> vector: `[dim, 1]` on a linear layer's output, `[1, dim]` on its
                 input, `[1, dim, 1, ...]` on a convolution, `[experts, dim]` within experts. Any
-                floating dtype; stored as float32. With vectors, entries of the config's lists may
-                match nothing. If not given, ones, or normal numbers without `init_ia3_weights`.
+                floating dtype. With vectors, entries of the config's lists may match nothing. If
+                not given, ones, or normal numbers without `init_ia3_weights`.
+            autocast_adapter_dtype: vectors are float32, and stay so when the model is cast. With
+                False they have the dtypes of their modules and are cast with them, as all that
+                FSDP 1 flattens together must have one dtype; half precision hardly trains.
 
         Raises:
             IA3Error: the name is taken or malformed, or the config or the vectors do not fit the
                 model, which is then unchanged.
         """
-        self._add(adapter_name, peft_config, _stored(peft_config, vectors))
+        stored = _stored(peft_config, vectors)
+        self._add(adapter_name, peft_config, stored, autocast_adapter_dtype)
+        if vectors is None:
+            self._tell_notes(adapter_name, peft_config)
 
     def add_weighted_adapter(
         self,
@@ -174,13 +238,13 @@ class IA3Model(nn.Module):
         combined = combine(stored, weights, combination_type, density, majority_sign_method)
         self._add(adapter_name, combined.config, combined)
 
-    def _add(self, name: str, config: IA3Config, stored: Adapter | None) -> None:
+    def _add(self, name: str, config: IA3Config, stored: Adapter | None, wide: bool = True) -> None:
         # Before the model's lock is held: the bank has one of its own.
         if self.routes.bank is not None and name in self.routes.bank:
             raise IA3Error(
                 f"the model's bank has an adapter {name!r} already: remove it or choose another"
             )
-        self._adapters.add(name, config, stored)
+        self._adapters.add(name, config, stored, wide)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, neither merged nor routed. No other thread may be in a call with it.
@@ -222,8 +286,26 @@ class IA3Model(nn.Module):
 
     @property
     def active_peft_config(self) -> IA3Config:
-        """The (first) active adapter's config."""
-        return self.peft_config[self.active_adapters[0]]
+        """The (first) active adapter's config.
+
+        Raises:
+            IA3Error: no adapter is active.
+        """
+        return self._adapters.active_config()
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter is active, and adapters are not disabled."""
+        return self._adapters.enabled and bool(self._adapters.active)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Have these adapters train or not, active or not; the others stay as they are.
+
+        `set_adapter` says anew which of them do.
+        """
+        self._adapters.require_grad(adapter_names, requires_grad)
 
     def disable_adapter_layers(self) -> None:
         """Compute as the base model does, unmerged and unrouted, until `enable_adapter_layers`."""
@@ -244,20 +326,39 @@ class IA3Model(nn.Module):
             self._adapters.enable(enabled)
 
     def vectors(self, adapter_name: str) -> dict[str, Tensor]:
-        """Module name -> the vector that trains: float32, of its shape in `add_adapter`."""
+        """Module name -> the vector that trains, of its shape and dtype in `add_adapter`."""
         self._adapters.check_known([adapter_name])
         return {name: site[adapter_name] for name, site in self._adapters.sites_of(adapter_name)}
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(values that require gradients, all values)."""
-        sizes = [(value_count(p), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+        return status.value_counts(self)
 
     def print_trainable_parameters(self) -> None:
         """Print both numbers and their ratio, in PEFT's words."""
         some, total = self.get_nb_trainable_parameters()
         share = 100 * some / total
         print(f"trainable params: {some:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """What is on each module that an adapter has a vector for or a copy of; see its class.
+
+        Raises:
+            IA3Error: there is no adapter.
+        """
+        return status.of_layers(self._adapters, "model.")
+
+    def get_model_status(self) -> TunerModelStatus:
+        """What is on the model as a whole; see its class.
+
+        Raises:
+            IA3Error: there is no adapter.
+        """
+        return status.of_model(self._adapters, self)
+
+    def supports_lora_conversion(self, adapter_name: str = DEFAULT_ADAPTER) -> bool:
+        """False: a vector scales an activation, and no low-rank sum says the same."""
+        return False
 
     # -- computing --------------------------------------------------------------------------------
 
@@ -285,7 +386,31 @@ class IA3Model(nn.Module):
             adapter_names: instead of these, one name a row of the input, also for its beams and
                 returned sequences; raises as `route`.
         """
-        return self.routes.generate(adapter_names, args, kwargs)
+        with self._adapters.calls.opened(self.model):
+            return self.routes.generate(adapter_names, args, kwargs)
+
+    def generate_batch(self, *args: Any, adapter_names: None = None, **kwargs: Any) -> Any:
+        """The base model's `generate_batch` (continuous batching), with the active adapters.
+
+        Raises:
+            IA3Error: `adapter_names` are given, or the model is routed: it has one adapter for all.
+        """
+        self.routes.check_generates_here("generate_batch", adapter_names)
+        return self.model.generate_batch(*args, **kwargs)  # type: ignore[operator]
+
+    def init_continuous_batching(
+        self, *args: Any, adapter_names: None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's, whose manager generates as `generate_batch` does."""
+        self.routes.check_generates_here("continuous batching", adapter_names)
+        return self.model.init_continuous_batching(*args, **kwargs)  # type: ignore[operator]
+
+    def continuous_batching_context_manager(
+        self, *args: Any, adapter_names: None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's, whose manager generates as `generate_batch` does."""
+        self.routes.check_generates_here("continuous batching", adapter_names)
+        return self.model.continuous_batching_context_manager(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
     def route(self, names: Names, token_index: Tensor | None = None) -> Iterator[None]:
@@ -362,6 +487,18 @@ class IA3Model(nn.Module):
         self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)  # type: ignore[operator]
         self._adapters.base.checkpointing_enabled(activation_checkpointing_kwargs)
 
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Have the embeddings' output require gradients, which reentrant checkpointing needs.
+
+        Enabling checkpointing does so by itself; `model` is ignored, it is the base model.
+        """
+        self._adapters.base.checkpointing_enabled(None)
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base model's dtype; `None` where it has no such attribute."""
+        return getattr(self.model, "dtype", None)
+
     @property
     def base_model(self) -> IA3Model:
         """This model: PEFT keeps its tuner in a wrapper's `base_model`."""
@@ -377,7 +514,8 @@ class IA3Model(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-        tell_trainer(IA3Model)
+        offer_advice()
+        tell_others(IA3Model)
         return getattr(self.model, name)
 
     # -- merging ----------------------------------------------------------------------------------
@@ -407,10 +545,11 @@ class IA3Model(nn.Module):
 
     def merge_and_unload(
         self,
+        progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: str | Sequence[str] | None = None,
+        *,
         dequantise: bool = False,
-        progressbar: bool = False,
     ) -> nn.Module:
         """Merge adapters for good, as `merge_adapter` does, and return the plain base model.
 
@@ -418,11 +557,11 @@ class IA3Model(nn.Module):
         active adapter's copy, or the named one's.
 
         Args:
+            progressbar: ignored: merging is over before one could be read.
             safe_merge: refuse a result that is not finite.
             adapter_names: the active adapters if not given.
             dequantise: where a quantized weight cannot take a vector exactly, put an ordinary
                 linear layer in its place.
-            progressbar: taken for PEFT's sake; merging is over before one could be read.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -432,7 +571,7 @@ class IA3Model(nn.Module):
             >>> merged is base, [name for name in merged.state_dict() if "ia3_l" in name]
             (True, [])
         """
-        with LOCK:
+        with LOCK, torch.inference_mode(False):
             self._adapters.merge_for_good(adapter_names, safe_merge, dequantise)
             return self.unload()
 
@@ -452,41 +591,64 @@ class IA3Model(nn.Module):
         save_directory: str | Path,
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
         *,
         adapter_name: str | None = None,
-        is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
-        save_embedding_layers: bool | str = "auto",
+        **further: Any,
     ) -> None:
         """Write adapters' `adapter_config.json` and `adapter_model.safetensors`, atomically.
+
+        A model card goes with them; of one that is there, what its author wrote is kept
+        (`create_or_update_model_card`).
 
         Args:
             save_directory: made if absent. As PEFT does, the adapter `"default"` goes into the
                 folder itself, others into a folder of their name inside it.
             safe_serialization: only True: pickled files can run code when they are read.
             selected_adapters: all adapters if not given.
-            adapter_name: this adapter alone, into the folder itself.
+            save_embedding_layers: whether the base model's embeddings and output layer are saved
+                too; `"auto"`: where the vocabulary was resized since the model was made or loaded.
             is_main_process: False writes nothing, for all processes but one of a parallel run.
-            state_dict: this model's, where its values had to be gathered from several processes.
-            save_embedding_layers: not True: name the embeddings in `modules_to_save` instead.
+            path_initial_model_for_weight_conversion: not taken: it is of LoRA, whose initial values
+                change the base model.
+            adapter_name: this adapter alone, into the folder itself.
+            state_dict: this model's, gathered from several processes, for the main one alone.
+                Without it, vectors that FSDP 2 has spread over processes are gathered: all of these
+                have to call this.
+            further: ignored: what transformers' `save_pretrained` takes besides (`max_shard_size`,
+                `save_function`, ...) in silence, as an adapter is one small file; others with a
+                warning.
 
         Raises:
-            IA3Error: an adapter is unknown, there is none, or an option cannot be had.
+            IA3Error: an adapter is unknown, there is none, a vector is not finite, or an option
+                cannot be had; or FSDP 1 has the vectors in pieces, and there is no `state_dict`.
             OSError: the disk is full or may not be written; what was there before stays.
         """
-        if save_embedding_layers is True:
-            raise IA3Error(
-                "save_embedding_layers=True: embeddings are saved where they are trained, by "
-                "naming them in modules_to_save"
-            )
-        if safe_serialization is not True:
-            raise IA3Error(
-                f"safe_serialization is {safe_serialization!r}, expected True: a pickle could run "
-                "code when it is read, so that only safetensors files are written"
-            )
+        warn_ignored(further, saving.IGNORED_WHEN_SAVED)
+        saving.check_form(safe_serialization, path_initial_model_for_weight_conversion)
         folders = saving.folders_of(self._adapters, save_directory, selected_adapters, adapter_name)
-        if is_main_process:
-            saving.save(self._adapters, folders, state_dict)
+        saving.save(
+            self._adapters,
+            folders,
+            Path(save_directory),
+            state_dict,
+            save_embedding_layers,
+            is_main_process,
+        )
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write a folder's model card (`README.md`), or complete the head of the one there.
+
+        Its text stays. The head gets the library, the tags and, where it says none, the task and
+        the base model's name on the hub; a folder of this machine is not named.
+
+        Raises:
+            OSError: the disk is full or may not be written.
+        """
+        saving.write_card(self._adapters, Path(output_dir))
 
     def adapter(self, adapter_name: str) -> Adapter:
         """An adapter as it is saved; its tensors may share the model's memory."""
@@ -500,11 +662,13 @@ class IA3Model(nn.Module):
         adapter_name: str = DEFAULT_ADAPTER,
         is_trainable: bool = False,
         config: IA3Config | None = None,
-        *,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
-        torch_device: str | None = None,
-        **hub: Unpack[HubOptions],
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        ignore_mismatched_sizes: bool = False,
+        **further: Any,
     ) -> IA3Model:
         """Load an adapter, written by this library or by PEFT, onto a base model.
 
@@ -515,9 +679,17 @@ class IA3Model(nn.Module):
             is_trainable: its vectors require gradients. Otherwise the model is put into evaluation
                 mode, as PEFT does.
             config: instead of the adapter's own.
-            autocast_adapter_dtype, low_cpu_mem_usage, torch_device: taken for PEFT's sake; vectors
-                are always float32, made once, and go to where their modules are.
-            hub: `revision`, `subfolder`, `token`, `cache_dir`, ...
+            autocast_adapter_dtype: as in `add_adapter`.
+            ephemeral_gpu_offload, low_cpu_mem_usage: ignored: vectors are small, and made once.
+            key_mapping: regular expressions -> what takes their place in the adapter's names, the
+                first that is found in a name. Names that transformers has changed since the adapter
+                was saved are known without it.
+            ignore_mismatched_sizes: leave what is of another size in the file as it begins, with a
+                warning that names it, and do not raise.
+            further: `revision`, `subfolder`, `token`, `cache_dir`, ... say where on the hub it is.
+                What places a base model (`device_map`, `max_memory`, `offload_folder`, `dtype`,
+                `torch_device`, ...) is ignored: that one stays where it is, accelerate's hooks on
+                it too, and vectors go to where their modules are.
 
         Returns:
             The class that the adapter's task type asks for, as `get_peft_model` does.
@@ -536,8 +708,16 @@ class IA3Model(nn.Module):
             >>> type(again).__name__, again.active_adapters, again.training
             ('PeftModelForCausalLM', ['default'], False)
         """
-        adapter = saving.read(model_id, config, is_trainable, **hub)
-        self = cls.from_adapter(model, adapter, adapter_name, source=str(model_id))
+        adapter = saving.read(model_id, config, is_trainable, key_mapping, further)
+        if ignore_mismatched_sizes:
+            saving.leave_out_other_sizes(Adapters(model, Merge(model)), adapter, adapter_name)
+        self = cls.from_adapter(
+            model,
+            adapter,
+            adapter_name,
+            source=str(model_id),
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
         return self if is_trainable else self.eval()
 
     def load_adapter(
@@ -545,52 +725,83 @@ class IA3Model(nn.Module):
         model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
-        *,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
         torch_device: str | None = None,
-        **hub: Unpack[HubOptions],
-    ) -> None:
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        ignore_mismatched_sizes: bool = False,
+        **further: Any,
+    ) -> LoadedKeys:
         """Load a further adapter, not yet active; as `from_pretrained` otherwise.
 
         Under the name of one that is there, its values are loaded into that one, in place: an
-        optimizer that holds its parameters goes on with them.
+        optimizer that holds its parameters goes on with them. A new one that `is_trainable` has
+        gradients at once, active or not.
+
+        Returns:
+            `missing_keys` and `unexpected_keys`, as `load_state_dict` does. Only what
+            `ignore_mismatched_sizes` left out is missing; anything else that does not fit raises.
         """
-        adapter = saving.read(model_id, None, is_trainable, **hub)
+        check_string(adapter_name)
+        missing: list[str] = []
+        adapter = saving.read(model_id, None, is_trainable, key_mapping, further)
+        if ignore_mismatched_sizes:
+            missing = saving.leave_out_other_sizes(self._adapters, adapter, adapter_name)
         with naming(str(model_id)):
             if adapter_name in self.peft_config:
                 self._adapters.load_into(adapter_name, adapter)
             else:
-                self._add(adapter_name, adapter.config, adapter)
+                self._add(adapter_name, adapter.config, adapter, autocast_adapter_dtype)
+                if is_trainable:
+                    self.set_requires_grad(adapter_name)
         modules = [self, *self._adapters.contents().modules.values()]
         if not is_trainable and any(module.training for module in modules):
             self.eval()
+        return LoadedKeys(missing, [])
 
     def push_to_hub(
         self,
         repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
-        **commit: Any,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: Sequence[str] | None = None,
     ) -> str:
-        """Upload what `save_pretrained` writes, with a model card, and return the address.
+        """Upload what `save_pretrained` writes, and return the address.
 
         Args:
-            repo_id: the repository on the hub; made, perhaps `private`, if absent.
-            commit: `revision`, `commit_message`, `create_pr`: as `HfApi.upload_folder` takes them.
+            repo_id: the repository on the hub; made, perhaps `private`, if absent. A model card
+                that it has stays as it is.
+            commit_message, commit_description, create_pr: of the commit.
+            private: who may see a repository that is made.
+            token: of the account; the one that is logged in if not given.
+            revision: the branch, made if absent.
+            max_shard_size: ignored: an adapter is one small file.
+            tags: further ones for the model card.
         """
-        return saving.push(self._adapters, repo_id, private, token, commit)
+        commit: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
+        commit["commit_message"] = commit_message or "Upload (IA)³ adapter"
+        commit["commit_description"] = commit_description
+        return saving.push(self._adapters, repo_id, private, token, tags or (), commit)
 
 
 def _stored(config: IA3Config, vectors: Mapping[str, Tensor] | None) -> Adapter | None:
-    return None if vectors is None else Adapter(config, dict(vectors))
+    if vectors is None:
+        return None
+    check_finite(vectors)
+    return Adapter(config, own_names(vectors))
 
 
-def value_count(parameter: nn.Parameter) -> int:
-    """The number of values a parameter holds, whatever they are packed into."""
-    # bitsandbytes packs two 4-bit values into a byte of storage.
-    packed = type(parameter).__name__ == "Params4bit"
-    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
+def in_order(model: Any, config: Any) -> tuple[Any, Any]:
+    """A model and a config that came in either order."""
+    return (config, model) if isinstance(config, nn.Module) else (model, config)
 
 
 def get_peft_model(
@@ -607,8 +818,7 @@ def get_peft_model(
     Args:
         model, peft_config, adapter_name: as for `IA3Model`.
         mixed: only False: there is one kind of adapter here.
-        autocast_adapter_dtype, low_cpu_mem_usage: taken for PEFT's sake; vectors are always float32
-            and made once.
+        autocast_adapter_dtype, low_cpu_mem_usage: as in `IA3Model.add_adapter`.
         revision: the base model's revision on the hub, for the config.
 
     Returns:
@@ -625,14 +835,14 @@ def get_peft_model(
         >>> model.get_nb_trainable_parameters()  # two layers of keys, values and inner activations
         (22272, 8378432)
     """
-    if isinstance(model, IA3Config) and isinstance(peft_config, nn.Module):
-        model, peft_config = peft_config, model
+    model, peft_config = in_order(model, peft_config)
+    check_config(peft_config)
     if mixed:
         raise IA3Error("mixed=True: there is only one kind of adapter here")
     if revision is not None:
         peft_config = dataclasses.replace(peft_config, revision=revision)
     kind = MODEL_CLASSES.get(peft_config.task_type, IA3Model)
-    return kind(model, peft_config, adapter_name)
+    return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
 class PeftModelForCausalLM(IA3Model, task=TaskType.CAUSAL_LM):
@@ -657,3 +867,8 @@ class PeftModelForQuestionAnswering(IA3Model, task=TaskType.QUESTION_ANS):
 
 class PeftModelForFeatureExtraction(IA3Model, task=TaskType.FEATURE_EXTRACTION):
     """A model whose hidden states are wanted, with adapters."""
+
+
+# PEFT's ways to find a class.
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = MODEL_CLASSES
+PEFT_TYPE_TO_TUNER_MAPPING = {PeftType.IA3: IA3Model}

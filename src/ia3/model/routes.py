@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from ..adapter.files import Adapter
+from ..core.reached import unwatch
 from ..core.route import BASE, LOCK, Names, Route, current_route, entered
+from ..core.saved_modules import find
 from ..core.sites import Site, displace
 from ..errors import IA3Error, did_you_mean
-from .adapters import Adapters, with_head
+from .adapters import Adapters
+from .embeddings import own_values
 from .gather import RowSource, check_mixable, make_route, read_names
+from .heads import with_head
 
 
 class Routes:
@@ -56,10 +61,15 @@ class Routes:
         route.check(args, kwargs)
         given = next((c for c in (*args[1:2], kwargs.get("generation_config")) if c), None)
         configs = (given, model.generation_config)
-        times = [
+        beams, sequences = (
             next((t for t in (kwargs.get(name), *(getattr(c, name, 0) for c in configs)) if t), 1)
             for name in ("num_beams", "num_return_sequences")
-        ]
+        )
+        repeats = {1, max(beams, sequences)}
+        if any(kind.__name__ == "WhisperGenerationMixin" for kind in type(model).__mro__):
+            # It repeats its input for the sequences, and those for the beams. Once each would be a
+            # part of that: it generates those rows again that came out badly.
+            repeats = {sequences, sequences * beams}
         # A compiled step would break at every site.
         if given is None:
             kwargs.setdefault("disable_compile", True)
@@ -67,8 +77,17 @@ class Routes:
             given = copy.deepcopy(given)
             given.disable_compile = True
             args, kwargs = args[:1], {**kwargs, "generation_config": given}
-        with entered(route.repeated({1, max(times)})):
+        with entered(route.repeated(repeats)):
             return model.generate(*args, **kwargs)
+
+    def check_generates_here(self, what: str, names: Names | None) -> None:
+        """Raise `IA3Error` where rows that are to be generated in another thread have names."""
+        if names is not None or current_route(self) is not None:
+            raise IA3Error(
+                f"{what} cannot be routed: it packs all rows into one sequence, in a thread of its "
+                "own; use generate with adapter_names, or call it for one active adapter after the "
+                "other"
+            )
 
     def _route(self, names: Names, token_index: Tensor | None = None) -> Route:
         adapters, bank = self._adapters, self.bank
@@ -77,10 +96,10 @@ class Routes:
         different, index = read_names(names, token_index)
         for name in different:
             if name != BASE and name not in adapters.configs and (bank is None or name not in bank):
-                where = "" if bank is None else f" nor in its bank of {len(bank)}"
+                where = "" if bank is None else f", nor in its bank of {len(bank)}"
                 known = [*adapters.configs, *(bank.names() if bank is not None else ())]
                 raise IA3Error(
-                    f"no adapter {name!r} on this model, which has {sorted(adapters.configs)},"
+                    f"no adapter {name!r} on this model, which has {sorted(adapters.configs)}"
                     f"{where}; {BASE!r} is the base model{did_you_mean(name, known)}"
                 )
         config = getattr(self.model, "config", None)
@@ -112,7 +131,7 @@ class Routes:
             if any(route.values(site) is not None for site in lost):
                 raise IA3Error("the model that was routed has lost adapters since")
             adapters.check_loaded()
-            adapters.route_opened()
+            adapters.route_opened(route)
 
     def close(self) -> None:
         """Undo `open`."""
@@ -137,12 +156,22 @@ class Routes:
                 site.banked = False
                 if not site.vectors:
                     displace(module)
+            unwatch(self.model)
+
+    def named_as_here(self, adapter: Adapter) -> Adapter:
+        """An adapter by the names that the model's modules have now."""
+        return self._adapters.named_as_here(adapter)
 
     def sites_for_bank(self, name: str, adapter: Adapter) -> dict[str, Site]:
         """Module name -> the site for each vector of a bank's adapter, placed now if it is new."""
         adapters = self._adapters
         _, targets = adapters.fit(name, adapter.config, adapter)
-        copied = [*with_head(self.model, adapter.config), *adapter.copies]
+        names = with_head(self.model, adapter.config, stored=True)
+        # Embeddings that are the model's are no copies.
+        copied = [
+            *find(self.model, names, names),
+            *chain(*own_values(adapter.copies, (), self.model)),
+        ]
         check_mixable(name, copied, [(target.name, target.side) for target in targets])
         with LOCK:
             sites = adapters.place(targets)

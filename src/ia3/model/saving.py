@@ -2,50 +2,112 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..adapter.card import card_file
 from ..adapter.files import Adapter, adapter_files, read_adapter
 from ..adapter.fingerprint import fingerprint
-from ..errors import IA3Error
+from ..adapter.layout import KEY_PREFIX, KEY_SUFFIX
+from ..core.names import own_modules, own_names
+from ..core.spread import gathered
+from ..errors import IA3Error, naming, warn_caller
 from ..files.atomic import check_folder, write_files
-from ..files.hub import HubOptions, adapter_folder
+from ..files.hub import adapter_folder, hub_options, upload
 from ..targets.config import IA3Config
-from .adapters import Adapters
+from ..targets.resolve import leave_out, names_chosen, resolve
+from .adapters import Adapters, check_config
+from .embeddings import embeddings_of, were_resized
 
 # PEFT's folder for the adapter of this name is the one given, for others one inside it.
 DEFAULT_ADAPTER = "default"
+# What PEFT takes with an adapter and this library need not know: how a base model is placed, which
+# is left as it is, and which of two files is read.
+IGNORED = {
+    *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"),
+    *("torch_dtype", "dtype", "use_safetensors", "trust_remote_code"),
+}
+# Of transformers' `save_pretrained`: an adapter is one small file.
+IGNORED_WHEN_SAVED = {
+    *("max_shard_size", "save_function", "save_original_format", "save_peft_format", "token"),
+    "variant",
+}
 
 
 def save(
-    adapters: Adapters, folders: Mapping[str, Path], state_dict: Mapping[str, Tensor] | None = None
+    adapters: Adapters,
+    folders: Mapping[str, Path],
+    root: Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+    embeddings: bool | str = "auto",
+    is_main_process: bool = True,
 ) -> None:
-    """Write adapters' two files each, all of them or, where a folder cannot be written, none."""
-    written = to_save(adapters, list(folders), state_dict)
-    files = {name: adapter_files(adapter) for name, adapter in written.items()}
-    for folder in folders.values():
+    """Write adapters' two files each, and a card into `root`.
+
+    All of them are written or, where a folder cannot be, none. A process that is not the main one
+    only takes part in gathering what has none in `state_dict`.
+    """
+    if not is_main_process and state_dict is not None:
+        return
+    written = to_save(adapters, list(folders), state_dict, embeddings)
+    if not is_main_process:
+        return
+    files = {root: _card(adapters, root, list(folders))}
+    for name, adapter in written.items():
+        folder = folders[name]
+        with naming(f"adapter {name!r}"):
+            files[folder] = files.get(folder, {}) | adapter_files(adapter)
+    for folder in files:
         check_folder(folder)
-    for name, folder in folders.items():
-        write_files(folder, files[name])
+    for folder, inside in files.items():
+        write_files(folder, inside)
+
+
+def write_card(adapters: Adapters, folder: Path) -> None:
+    """Write a folder's model card, or complete the head of the one there."""
+    write_files(folder, _card(adapters, folder, list(adapters.configs)))
+
+
+def _card(
+    adapters: Adapters, folder: Path | None, names: Sequence[str], tags: Iterable[str] = ()
+) -> dict[str, bytes]:
+    model = adapters.model
+    tags = {*tags, *(getattr(model, "model_tags", None) or ())}
+    if isinstance(model, PreTrainedModel):
+        tags.add("transformers")
+    config = adapters.configs[names[0]] if names else IA3Config()
+    return card_file(folder, config, tags)
 
 
 def to_save(
-    adapters: Adapters, names: Sequence[str], state_dict: Mapping[str, Tensor] | None = None
+    adapters: Adapters,
+    names: Sequence[str],
+    state_dict: Mapping[str, Tensor] | None = None,
+    embeddings: bool | str = "auto",
 ) -> dict[str, Adapter]:
     """Adapters as they are saved: for inference, and with their base model's fingerprint.
 
-    The values of a `state_dict`, an `IA3Model`'s, go before those on the model.
+    The values of a `state_dict`, an `IA3Model`'s, go before those on the model. The base model's
+    `embeddings` are among an adapter's values, `"auto"` only if they were resized.
     """
     adapters.check_known(names)
-    base = fingerprint(adapters.model, adapters.merged_modules())
-    found = {name: adapters.stored(name, state_dict) for name in names}
+    values = None
+    if state_dict is not None:
+        values = {key.removeprefix("model."): v for key, v in own_names(state_dict).items()}
+    base = fingerprint(adapters.model, adapters.merged_modules(), values)
+    found = {name: adapters.stored(name, values) for name in names}
     for adapter in found.values():
         config = adapter.config
         config.inference_mode = True
+        # A module may have been replaced since, a head by one of another size.
+        chosen = names_chosen(config, own_modules(adapters.contents().modules))
+        if gone := [name for name in chosen if name not in adapter.vectors]:
+            leave_out(config, gone)
         if config.task_type is None and config.auto_mapping is None:
             kind = type(adapters.model)
             config.auto_mapping = {
@@ -53,7 +115,21 @@ def to_save(
                 "parent_library": kind.__module__,
             }
         adapter.base = base
+    if embeddings is True or (embeddings == "auto" and were_resized(adapters.model)):
+        for key, value in base_embeddings(adapters, values or {}).items():
+            for adapter in found.values():
+                adapter.copies.setdefault(key, value)
     return found
+
+
+def base_embeddings(adapters: Adapters, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameter name -> value of the embeddings and output layers, not merged; `given` go first."""
+    return {
+        f"{name}.{slot}": gathered(given.get(f"{name}.{slot}", adapters.merge.original(name, slot)))
+        for name, module in embeddings_of(adapters.model).items()
+        for slot, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_floating_point()
+    }
 
 
 def folders_of(
@@ -61,9 +137,10 @@ def folders_of(
 ) -> dict[str, Path]:
     """Adapter name -> its folder, as PEFT lays them out; for `only` one, the folder itself."""
     if only is not None:
+        adapters.check_known([only])
         folders = {only: Path(folder)}
     else:
-        names = adapters.configs if selected is None else selected
+        names = adapters.configs if selected is None else adapters.named(selected)
         folders = {n: Path(folder) / ("" if n == DEFAULT_ADAPTER else n) for n in names}
     adapters.check_known(folders)
     if not folders:
@@ -71,13 +148,71 @@ def folders_of(
     return folders
 
 
+def check_form(safe_serialization: bool, initial_model: str | None) -> None:
+    """Raise `IA3Error` for what PEFT's `save_pretrained` can write and this library does not."""
+    if safe_serialization is not True:
+        raise IA3Error(
+            f"safe_serialization is {safe_serialization!r}, expected True: a pickle could run code "
+            "when it is read, so that only safetensors files are written"
+        )
+    if initial_model is not None:
+        raise IA3Error(
+            f"path_initial_model_for_weight_conversion is {initial_model!r}, expected None: (IA)³ "
+            "never changes the base model, so that there is nothing to convert"
+        )
+
+
 def read(
-    model_id: str | Path, config: IA3Config | None, is_trainable: bool, **hub: Unpack[HubOptions]
+    model_id: str | Path,
+    config: IA3Config | None,
+    is_trainable: bool,
+    key_mapping: Mapping[str, str] | None,
+    further: Mapping[str, Any],
 ) -> Adapter:
-    """An adapter from its folder or from the hub; raises as `read_adapter`."""
-    adapter = read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config)
+    """An adapter from its folder or from the hub, as `further` arguments of a call say.
+
+    Raises as `read_adapter`.
+    """
+    if config is not None:
+        check_config(config)
+    hub = hub_options(further, IGNORED)
+    adapter = read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config, key_mapping)
     adapter.config.inference_mode = not is_trainable
     return adapter
+
+
+def leave_out_other_sizes(adapters: Adapters, stored: Adapter, name: str) -> list[str]:
+    """Give a stored adapter what is on the model where its own is of another size.
+
+    It is to be put on the model, or into the adapter `name` if that is there. A warning names what
+    was left out.
+
+    Returns:
+        The keys of what was left out, in PEFT's words.
+    """
+    if name in adapters.configs:
+        here = adapters.stored(name)
+        vectors, copies = here.vectors, here.copies
+    else:
+        new = torch.ones if stored.config.init_ia3_weights else torch.randn
+        _, targets = resolve(adapters.model, stored.config, stored.frozen)
+        vectors = {target.name: new(target.activation.shape) for target in targets}
+        copies = adapters.model.state_dict()
+    kept = _of_other_size(stored.vectors, vectors)
+    kept_copies = _of_other_size(stored.copies, copies)
+    stored.vectors |= kept
+    stored.copies |= kept_copies
+    left_out = [f"{KEY_PREFIX}{module}{KEY_SUFFIX}.{name}" for module in kept]
+    left_out += [f"{KEY_PREFIX}{key}" for key in kept_copies]
+    if left_out:
+        warn_caller(f"of another size than on the model, and left as they are there: {left_out}")
+    return left_out
+
+
+def _of_other_size(given: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is here in place of the tensors that are given in another shape."""
+    names = [name for name in given if name in here and given[name].shape != here[name].shape]
+    return {name: here[name] for name in names}
 
 
 def push(
@@ -85,22 +220,13 @@ def push(
     repo_id: str,
     private: bool | None,
     token: str | bool | None,
+    tags: Collection[str],
     commit: Mapping[str, Any],
 ) -> str:
     """Upload all adapters, and a model card where the repository has none; returns the address."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as root:
-        folders = folders_of(adapters, root, None, None)
-        save(adapters, folders)
-        if not api.file_exists(repo_id, "README.md", revision=commit.get("revision")):
-            first = adapters.configs[next(iter(folders))]
-            # A folder of this machine means nothing on the hub.
-            base = first.base_model_name_or_path
-            known = [f"base_model: {base}"] if base and not Path(base).exists() else []
-            card = ["---", *known, "library_name: peft", "tags:", "- ia3", "---", ""]
-            write_files(root, {"README.md": "\n".join(card).encode()})
-        options = {"commit_message": "Upload (IA)³ adapter", **commit}
-        return str(api.upload_folder(repo_id=repo_id, folder_path=root, **options))
+    folders = folders_of(adapters, "", None, None)
+    files = _card(adapters, None, list(folders), tags)
+    for name, adapter in to_save(adapters, list(folders)).items():
+        for file, content in adapter_files(adapter).items():
+            files[(folders[name] / file).as_posix()] = content
+    return upload(repo_id, files, private=private, token=token, **commit)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import warnings
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeVar
 
 from ..errors import IA3Error, did_you_mean
 from ..files.atomic import write_files
-from ..files.hub import CONFIG_NAME, HubOptions, adapter_folder
+from ..files.foreign import no_adapter, owner_of_config
+from ..files.hub import CONFIG_NAME, adapter_folder, hub_options, upload
 from .matching import feedforward_among
 
 Entries = str | list[str] | set[str] | tuple[str, ...]
 Modules = Entries | None
+T = TypeVar("T")
 
 
 class TaskType(StrEnum):
@@ -36,14 +40,34 @@ class PeftType(StrEnum):
     IA3 = "IA3"
 
 
+OTHER_TASK = "; leave it out for another task, whose head modules_to_save can name"
+
 # Fields, the type that a file may get wrong, and what is expected; others have their own checks.
 _TYPES: list[tuple[str, Any, str]] = [
-    ("base_model_name_or_path revision", str | None, "a string"),
+    ("peft_version base_model_name_or_path revision", str | None, "a string"),
     ("inference_mode fan_in_fan_out init_ia3_weights paper_sites", bool, "True or False"),
     ("auto_mapping", dict | None, "a mapping"),
 ]
 
 
+def _naming_unknown_arguments(kind: type[T]) -> type[T]:
+    """Have a dataclass say which arguments it has, where it is given another."""
+    plain: Callable[..., None] = kind.__init__
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+
+    @functools.wraps(plain)
+    def init(self: T, *args: Any, **given: Any) -> None:
+        for name in given:
+            if name not in known:
+                hint = did_you_mean(name, known) or f"; it has {', '.join(known)}"
+                raise TypeError(f"{kind.__name__} has no argument {name!r}{hint}")
+        plain(self, *args, **given)
+
+    kind.__init__ = init  # type: ignore[method-assign, assignment]
+    return kind
+
+
+@_naming_unknown_arguments
 @dataclass
 class IA3Config:
     """Which activations of a model get a learned vector, in the fields of PEFT's `IA3Config`.
@@ -58,6 +82,9 @@ class IA3Config:
     Args:
         task_type: a `TaskType` or its name, e.g. `"CAUSAL_LM"`: which class `get_peft_model`
             returns. For sequence and token classification the classifier is trained and saved too.
+        peft_type: always `"IA3"`.
+        auto_mapping: PEFT's hint for finding the base model's class.
+        peft_version: of the PEFT that wrote the adapter; `None` where this library did.
         base_model_name_or_path: the base model's name or folder; filled in from the model.
         revision: the base model's revision on the hub.
         inference_mode: the adapter's vectors do not require gradients.
@@ -71,8 +98,6 @@ class IA3Config:
         fan_in_fan_out: the weight is stored `[in, out]`; recorded for PEFT, found from the module.
         modules_to_save: further modules to train and save in full, by the ends of their names.
         init_ia3_weights: start from ones, which change nothing; else from a normal distribution.
-        auto_mapping: PEFT's hint for finding the base model's class.
-        peft_type: always `"IA3"`.
         paper_sites: choose the activations of the paper (section 3.3) on any architecture: keys,
             values and the feed-forward inner activation. PEFT's defaults rescale the queries of
             several architectures, and all of a fused q-k-v projection, whose query part stays one
@@ -98,7 +123,11 @@ class IA3Config:
         {'model.layers.0.self_attn.v_proj': (8, 1), 'model.layers.0.mlp.down_proj': (1, 32)}
     """
 
+    # In PEFT's order, and then this library's own.
     task_type: str | None = None
+    peft_type: str = "IA3"
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
@@ -108,8 +137,6 @@ class IA3Config:
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
-    auto_mapping: dict[str, Any] | None = None
-    peft_type: str = "IA3"
     paper_sites: bool = False
     unknown: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -124,7 +151,7 @@ class IA3Config:
         if self.task_type is not None:
             known, given = list(TaskType), self.task_type
             if given not in known:
-                hint = did_you_mean(str(given), known)
+                hint = did_you_mean(str(given), known) or OTHER_TASK
                 message = f"task_type is {given!r}, expected one of {', '.join(known)}{hint}"
                 raise IA3Error(message)
             self.task_type = TaskType(given)
@@ -148,16 +175,20 @@ class IA3Config:
 
     # The Trainer asks every config of PEFT's.
     is_prompt_learning = False
+    is_adaption_prompt = False
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they stand in `adapter_config.json`, sets as sorted lists.
 
-        `paper_sites` is among them only while it has not been resolved into modules.
+        `paper_sites` is among them only while it has not been resolved into modules, and
+        `peft_version` only where it is known.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
         values |= self.unknown
         if not self.paper_sites:
             del values["paper_sites"]
+        if self.peft_version is None:
+            del values["peft_version"]
         return {
             key: sorted(value) if isinstance(value, set) else value
             for key, value in sorted(values.items())
@@ -176,12 +207,15 @@ class IA3Config:
         """
         peft_type = values.get("peft_type", "IA3")
         if peft_type != "IA3":  # its own keys are not worth a warning
-            raise IA3Error(f"{source}: peft_type is {peft_type!r}, expected 'IA3'")
+            raise IA3Error(
+                f"{source}: peft_type is {peft_type!r}, expected 'IA3': it is another kind of "
+                "adapter, which peft loads"
+            )
         known = {f.name for f in fields(cls)} - {"unknown"}
         unknown = {key: value for key, value in values.items() if key not in known}
-        if surprising := sorted(unknown.keys() - {"peft_version"}):
+        if unknown:
             warnings.warn(
-                f"{source}: unknown keys {surprising} are kept and not used", stacklevel=2
+                f"{source}: unknown keys {sorted(unknown)} are kept and not used", stacklevel=2
             )
         values = {key: value for key, value in values.items() if key in known}
         both = ("target_modules", "feedforward_modules")
@@ -198,38 +232,120 @@ class IA3Config:
         """Read an `adapter_config.json`.
 
         Raises:
-            IA3Error: the file is not JSON, or not the config of an (IA)³ adapter.
+            IA3Error: the file is not JSON, or not the config of an (IA)³ adapter; the message says
+                whose it is, where that can be told.
         """
-        try:
-            values = json.loads(Path(path).read_bytes().decode("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise IA3Error(f"{path} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise IA3Error(f"{path} holds {type(values).__name__}, expected a JSON object")
+        values = cls.from_json_file(path)
+        if "peft_type" not in values:  # PEFT always writes it
+            whose = owner_of_config(values)
+            raise IA3Error(
+                f"{path} has no peft_type, expected 'IA3': "
+                + (f"it is {whose}" if whose else "it is no config of PEFT's")
+            )
         return cls.from_dict(values, source=str(path))
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `adapter_config.json` into a folder.
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path, **ignored: Any) -> dict[str, Any]:
+        """What an `adapter_config.json` holds, as plain data; `from_json` makes a config of it.
+
+        Raises:
+            IA3Error: the file is not a JSON object.
+        """
+        try:
+            values = json.loads(Path(path_json_file).read_bytes().decode("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise IA3Error(f"{path_json_file} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            kind = type(values).__name__
+            raise IA3Error(f"{path_json_file} holds {kind}, expected a JSON object")
+        return values
+
+    @classmethod
+    def from_peft_type(cls, **values: Any) -> IA3Config:
+        """`from_dict` with keywords: PEFT's way to choose a class by `peft_type`.
+
+        Raises:
+            IA3Error: a value makes no sense, or `peft_type` is another kind of adapter.
+        """
+        return cls.from_dict(values)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        auto_mapping_dict: dict[str, Any] | None = None,
+        **ignored: Any,
+    ) -> None:
+        """Write `adapter_config.json` into a folder, with another `auto_mapping` if given.
+
+        What else PEFT's takes is for its `push_to_hub`, and ignored.
 
         Raises:
             OSError: the disk is full or may not be written.
         """
-        write_files(save_directory, {CONFIG_NAME: self.to_json().encode()})
+        mapping = self.auto_mapping if auto_mapping_dict is None else auto_mapping_dict
+        text = replace(self, auto_mapping=mapping).to_json()
+        write_files(save_directory, {CONFIG_NAME: text.encode()})
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, **hub: Unpack[HubOptions]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        **further: Any,
     ) -> IA3Config:
         """Read an adapter's config from its folder or from the hub.
+
+        Args:
+            pretrained_model_name_or_path: the adapter's folder, or its id on the hub.
+            subfolder: where in it the adapter lies.
+            further: `revision`, `token`, `cache_dir`, ...; others are ignored with a warning, as
+                no field of the config can be set here.
 
         Raises:
             FileNotFoundError: there is none.
             IA3Error: it is not the config of an (IA)³ adapter.
         """
+        hub = hub_options({**further, "subfolder": subfolder})
         folder = adapter_folder(pretrained_model_name_or_path, [CONFIG_NAME], **hub)
         if not (folder / CONFIG_NAME).is_file():
-            raise FileNotFoundError(f"no adapter in {folder}: {CONFIG_NAME} is not there")
+            raise no_adapter(folder)
         return cls.from_json(folder / CONFIG_NAME)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: Sequence[str] | None = None,
+    ) -> str:
+        """Upload `adapter_config.json` and return the address; as `IA3Model.push_to_hub`.
+
+        `max_shard_size` and `tags` are ignored: the one file is small, and has no card.
+        """
+        commit: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
+        commit["commit_message"] = commit_message or "Upload (IA)³ config"
+        commit["commit_description"] = commit_description
+        files = {CONFIG_NAME: self.to_json().encode()}
+        return upload(repo_id, files, private=private, token=token, **commit)
+
+
+# PEFT's way to find a config's class; there is one kind of adapter here.
+PEFT_TYPE_TO_CONFIG_MAPPING = {PeftType.IA3: IA3Config}
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> IA3Config:
+    """A config from a dictionary of its fields.
+
+    Raises:
+        IA3Error: a value makes no sense, or `peft_type` is another kind of adapter.
+    """
+    return IA3Config.from_dict(config_dict)
 
 
 def _as_set(modules: Modules, field_name: str) -> str | set[str] | None:

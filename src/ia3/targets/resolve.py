@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,13 +14,35 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..core.activations import SUPPORTED, Activation, Side, activation_of, linear_features
-from ..core.names import Frozen, Target, base_modules, model_type_of, own_modules
-from ..errors import IA3Error, did_you_mean
+from ..core.activations import (
+    SUPPORTED,
+    Activation,
+    Side,
+    activation_of,
+    is_read,
+    linear_features,
+    refuse_lazy,
+)
+from ..core.names import (
+    Frozen,
+    Target,
+    base_modules,
+    model_type_of,
+    module_at,
+    modules_of,
+    own_modules,
+    own_name,
+    starred,
+    unwrapped,
+)
+from ..core.reached import is_unreached
+from ..core.tried import gives_channels
+from ..errors import IA3Error, NoMatchingPeftModuleError, did_you_mean, warn_caller
 from .architectures import ARCHITECTURES
 from .config import Entries, IA3Config, TaskType
 from .matching import feedforward_among, matches, matches_feedforward, names_or_suffixes
-from .structure import block_lists, feedforward_targets, paper_targets
+from .notes import notes
+from .structure import block_lists, feedforward_targets, layer_names, linear_layers, paper_targets
 
 
 def resolve(
@@ -40,16 +62,19 @@ def resolve(
         A copy of the config with its modules named in the forms PEFT reads, and the targets in the
         model's order.
     """
+    model, config = unwrapped(model), _by_own_names(config)
+    refuse_lazy(model)
     entries, feedforward, sites = _choice(model, config)
-    modules_of: dict[str, Any] = {"target_modules": entries, "feedforward_modules": feedforward}
+    chosen: dict[str, Any] = {"target_modules": entries, "feedforward_modules": feedforward}
     unknown = dict(config.unknown)
-    resolved = dataclasses.replace(config, **modules_of, paper_sites=False, unknown=unknown)
+    resolved = dataclasses.replace(config, **chosen, paper_sites=False, unknown=unknown)
     if resolved.base_model_name_or_path is None:
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         resolved.base_model_name_or_path = name or None
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     if frozen is None:
         _check_entries(resolved, own_modules(modules), model)
+    _leave_out_unused(resolved, modules, stored=frozen is not None)
     why = {site.name: site.why for site in sites}
     ranges = {**(frozen or {}), **{site.name: site.frozen for site in sites if site.frozen}}
     targets = []
@@ -66,9 +91,42 @@ def resolve(
     return resolved, targets
 
 
+def _by_own_names(config: IA3Config) -> IA3Config:
+    """The config with the entries of its lists as they are without wrappers around modules."""
+    fields = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save")
+    lists = {field: getattr(config, field) for field in fields}
+    named: dict[str, Any] = {
+        field: list(map(own_name, entries))
+        for field, entries in lists.items()
+        if entries is not None and not isinstance(entries, str)
+    }
+    return dataclasses.replace(config, **named)
+
+
+def names_chosen(config: IA3Config, names: Iterable[str]) -> list[str]:
+    """Those of a model's modules, by name, that a resolved config rescales."""
+    # Saved whole, they need no vector; PEFT's rule.
+    saved = [f".{entry}." for entry in config.modules_to_save or ()]
+    return [
+        name
+        for name in names
+        if matches(name, config.target_modules or ())
+        and not matches(name, config.exclude_modules or ())
+        and not any(entry in f".{name}." for entry in saved)
+    ]
+
+
+def leave_out(config: IA3Config, names: Iterable[str]) -> None:
+    """Have a config's `exclude_modules` match these very modules too: as an expression."""
+    given = config.exclude_modules or ()
+    entries = [f"(?:.*\\.)?{re.escape(entry)}" for entry in sorted(given)]
+    before = [f"(?:{given})"] if isinstance(given, str) else entries
+    config.exclude_modules = "|".join([*before, *map(re.escape, names)])
+
+
 def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
     """The names of all linear layers in a model's uppermost `count` blocks."""
-    lists, kind = block_lists(model), type(model).__name__
+    lists, kind = block_lists(model), type(unwrapped(model)).__name__
     if len(lists) != 1:
         there = f"has blocks in {', '.join(lists)}" if lists else "has no list of blocks"
         raise IA3Error(
@@ -83,18 +141,24 @@ def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
     return [
         f"{name}.{index}.{part}"
         for index in range(size - count, size)
-        for part, module in blocks[index].named_modules()
-        if linear_features(module)
+        for part in linear_layers(blocks[index])
     ]
 
 
 def check_vectors(
-    vectors: Mapping[str, Tensor], targets: Sequence[Target], model_name: str
+    vectors: Mapping[str, Tensor], targets: Sequence[Target], model: nn.Module
 ) -> None:
-    """Raise `IA3Error` unless an adapter's vectors, by module name, are those of its targets."""
+    """Raise `IA3Error` unless an adapter's vectors, by module name, are those of its targets.
+
+    PEFT's may have more, on modules that are never called: they never had an effect.
+    """
+    model_name = type(model).__name__
     expected = {target.name: target for target in targets}
     missing = sorted(expected.keys() - vectors.keys())
     extra = sorted(vectors.keys() - expected.keys())
+    if extra:
+        without = {name for name, module in modules_of(model).items() if is_read(module)}
+        extra = [name for name in extra if name not in without]
     if missing or extra:
         which = f"has no vector for {missing[0]!r}" if missing else f"has a vector for {extra[0]!r}"
         raise IA3Error(
@@ -117,7 +181,9 @@ def explain(model: nn.Module, config: IA3Config | None = None) -> None:
     Modules that differ only in the number of their layer share a line, with a `*` for the number.
     The columns are the module's name; its side that is rescaled (`output`, `input`, or `inner` of
     experts); how many such modules there are; how many values the vector of one has; and why it was
-    chosen. The last line is the size of the whole adapter in float32.
+    chosen, or that the model never calls it, so that a vector there has no effect. Below them is
+    the size of the whole adapter in float32, and notes on what the config's names may not have been
+    meant to name.
 
     Args:
         model: the base model, which is not changed; it may be on the meta device.
@@ -140,7 +206,15 @@ def explain(model: nn.Module, config: IA3Config | None = None) -> None:
         model.layers.*.mlp.down_proj     input       2      32  PEFT's default 'down_proj'
         6 modules, 96 values, 384 bytes
     """
-    _, targets = resolve(model, config or IA3Config())
+    config = config or IA3Config()
+    _, targets = resolve(model, config)
+    targets = [
+        dataclasses.replace(t, why=f"{t.why}; never called: no effect")
+        if is_unreached(model, t.name)
+        else t
+        for t in targets
+    ]
+    model = unwrapped(model)
     model_type = model_type_of(model)
     print(type(model).__name__ + (f" ({model_type})" if model_type != "None" else ""))
     rows = [("module", "side", "times", "values", "why"), *_rows(targets)]
@@ -152,23 +226,21 @@ def explain(model: nn.Module, config: IA3Config | None = None) -> None:
     frozen = sum(end - start for target in targets for start, end in target.frozen)
     stay = f", {frozen:,} of them stay one" if frozen else ""
     print(f"{modules}, {total:,} values, {4 * total:,} bytes{stay}")
+    for note in notes(model, config, {target.name: target.side for target in targets}):
+        print(f"note: {note}")
 
 
 def _rows(targets: list[Target]) -> list[tuple[str, ...]]:
     alike: dict[object, list[Target]] = defaultdict(list)
     for target in targets:
         shape = target.activation.shape
-        alike[_starred(target), target.side, shape, target.frozen, target.why].append(target)
+        alike[starred(target.name), target.side, shape, target.frozen, target.why].append(target)
     rows: list[tuple[str, ...]] = []
     for first, *others in alike.values():
-        name, values = _starred(first) if others else first.name, first.activation.shape
+        name, values = starred(first.name) if others else first.name, first.activation.shape
         size = f"{math.prod(values):,}"
         rows.append((name, first.side, str(1 + len(others)), size, first.why))
     return rows
-
-
-def _starred(target: Target) -> str:
-    return ".".join("*" if part.isdigit() else part for part in target.name.split("."))
 
 
 def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list[Target]]:
@@ -192,10 +264,18 @@ def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list
     elif str(entries).lower() == "all-linear":
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         if head is None and config.task_type == TaskType.SEQ_CLS:
-            # Where a sequence classifier keeps its output layer, in PEFT's order.
-            head = getattr(model, "score", None) or getattr(model, "classifier", None)
-        modules = model.named_modules()
-        linear = [name for name, m in modules if linear_features(m) and m is not head]
+            # Where a sequence classifier keeps its output layer, in PEFT's order. A compiled one
+            # has no truth value.
+            heads = (getattr(model, name, None) for name in ("score", "classifier"))
+            head = next((module for module in heads if module is not None), None)
+        apart = set() if head is None else set(head.modules())
+        linear = [
+            name
+            for name, module in linear_layers(model).items()
+            if (features := linear_features(module))
+            and module not in apart
+            and gives_channels(module, features[1])
+        ]
         entries = names_or_suffixes(model, linear)
     if feedforward is None:
         entries, feedforward = _default_feedforward(model, entries)
@@ -218,10 +298,9 @@ def _peft_defaults(model: nn.Module) -> tuple[list[str], list[str], list[Target]
         )
     found = feedforward_targets(model)
     _, entries = _entries(model, found)
-    warnings.warn(
+    warn_caller(
         f"PEFT's default {gone} for {model_type!r} matches nothing in {type(model).__name__}; "
-        f"{entries} ({found[0].why}) is rescaled instead",
-        stacklevel=5,
+        f"{entries} ({found[0].why}) is rescaled instead"
     )
     kept = ([entry for entry in given if entry not in stale] for given in (targets, feedforward))
     return next(kept) + entries, next(kept) + entries, found
@@ -240,7 +319,7 @@ def _default_feedforward(model: nn.Module, targets: Entries) -> tuple[Entries, l
     names = [name for name in base_modules(model) if matches(name, targets)]
     if model_type_of(model) in ARCHITECTURES:
         # Experts have no module of PEFT's names.
-        experts = [name for name in names if activation_of(model.get_submodule(name), "inner")]
+        experts = [name for name in names if activation_of(module_at(model, name), "inner")]
         default = [*ARCHITECTURES[model_type_of(model)][1], *experts]
     else:
         default = []
@@ -260,13 +339,20 @@ def _check_entries(config: IA3Config, names: list[str], model: nn.Module) -> Non
         entries = getattr(config, field) or ()
         rule = matches_feedforward if field == "feedforward_modules" else matches
         if isinstance(entries, str) and not any(matches(name, entries) for name in names):
-            raise IA3Error(f"{field}: the expression {entries!r} matches no whole name in {kind}")
+            hint = ""
+            if any(rule(name, [entries]) for name in names):
+                hint = f"; did you mean the list [{entries!r}]?"
+            raise NoMatchingPeftModuleError(
+                f"{field}: the expression {entries!r} matches no whole name in {kind}{hint}"
+            )
         for entry in () if isinstance(entries, str) else sorted(entries):
             if not any(rule(name, [entry]) for name in names):
                 last_parts = {name.rsplit(".", 1)[-1] for name in names} | set(names)
                 usual = ARCHITECTURES.get(model_type_of(model), ((), ()))[0]
                 hint = did_you_mean(entry, usual) or did_you_mean(entry, sorted(last_parts))
-                raise IA3Error(f"{field}: module {entry!r} matches nothing in {kind}{hint}")
+                hint = hint or f"; its layers are called {layer_names(model)}"
+                message = f"{field}: module {entry!r} matches nothing in {kind}{hint}"
+                raise NoMatchingPeftModuleError(message)
     matched = [name for name in names if matches(name, config.target_modules or ())]
     feedforward = config.feedforward_modules
     if feedforward and not any(matches_feedforward(name, feedforward) for name in matched):
@@ -276,31 +362,56 @@ def _check_entries(config: IA3Config, names: list[str], model: nn.Module) -> Non
         )
 
 
+def _leave_out_unused(config: IA3Config, modules: Mapping[str, nn.Module], *, stored: bool) -> None:
+    """Take out of a resolved config what would have no effect, but PEFT puts vectors on.
+
+    Of a config that is not `stored` with them, this is what it names in full, as PEFT writes all
+    linear layers.
+    """
+    targets, exclude = config.target_modules, config.exclude_modules or set()
+    named = set() if isinstance(targets, str) else set(targets or ())
+    chosen = names_chosen(config, own_modules(modules))
+    unused = {n for n in chosen if is_read(modules[n]) and (stored or n in named)}
+    if not unused or isinstance(exclude, str):
+        return
+    if not stored:
+        warn_caller(
+            f"{sorted(unused)} stay as they are: nn.MultiheadAttention reads their weights and "
+            "never calls them, so that a vector there would have no effect"
+        )
+    if unused & named:
+        config.target_modules = named - unused
+    if unused - named:
+        config.exclude_modules = {*exclude, *unused - named}
+    if config.feedforward_modules and not isinstance(config.feedforward_modules, str):
+        config.feedforward_modules = set(config.feedforward_modules) - unused
+
+
 def _chosen(
     config: IA3Config, modules: Mapping[str, nn.Module], model: nn.Module
 ) -> Iterator[tuple[str, Side, Activation]]:
     """The modules that a resolved config chooses, by name, and which activation of them."""
-    # Saved whole, they need no vector; PEFT's rule.
-    saved = [f".{entry}." for entry in config.modules_to_save or ()]
-    chosen = [
-        name
-        for name in own_modules(modules)
-        if matches(name, config.target_modules or ())
-        and not matches(name, config.exclude_modules or ())
-        and not any(entry in f".{name}." for entry in saved)
-    ]
+    chosen = names_chosen(config, own_modules(modules))
     if not chosen:
-        raise IA3Error(f"no module of {type(model).__name__} is left to rescale")
+        message = f"no module of {type(model).__name__} is left to rescale"
+        raise NoMatchingPeftModuleError(message)
     for name in chosen:
         module = modules[name]
         side: Side = "output"
         if matches_feedforward(name, config.feedforward_modules or ()):
             side = "inner" if activation_of(module, "inner") else "input"
         activation = activation_of(module, side)
+        if activation and side == "output" and not gives_channels(module, activation.dim):
+            raise IA3Error(
+                f"module {name!r} is a {type(module).__name__}, whose output cannot be rescaled: "
+                f"it is not one tensor of {activation.dim} channels; leave it out of target_modules"
+            )
         if activation is None:
             hint = ""
             if activation_of(module, "inner"):
                 hint = "; experts have an inner activation: name them in feedforward_modules too"
+            elif inside := _inside(name, module, side):
+                hint = f"; it is a container, name what is in it: {', '.join(inside)}"
             elif isinstance(module, nn.Linear):
                 hint = "; nn.MultiheadAttention reads its weight without calling it"
             raise IA3Error(
@@ -308,6 +419,14 @@ def _chosen(
                 f"expected {SUPPORTED}{hint}"
             )
         yield name, side, activation
+
+
+def _inside(name: str, container: nn.Module, side: Side) -> list[str]:
+    """The ends of the names of what a container holds that can be rescaled, a few of them."""
+    last = name.rpartition(".")[2]
+    held = (part for part, m in container.named_modules() if part and activation_of(m, side))
+    names = [*dict.fromkeys(starred(f"{last}.{part}") for part in held)]
+    return [*names[:6], "..."] if len(names) > 6 else names
 
 
 def _why(config: IA3Config, resolved: IA3Config, name: str, side: Side) -> str:

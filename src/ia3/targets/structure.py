@@ -9,13 +9,15 @@ a site too many or too few a model trains and scores almost as well, and no one 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
-from ..core.activations import Side, activation_of
+from ..core.activations import Side, activation_of, is_wrapper, linear_features
 from ..core.experts import is_experts
-from ..core.names import Frozen, Target
+from ..core.names import Frozen, Target, modules_of, own_modules
 from ..errors import IA3Error
 from .fused_projections import fused_queries
 
@@ -36,10 +38,11 @@ def paper_targets(model: nn.Module) -> list[Target]:
     targets = [target for name in tree.attentions for target in _keys_and_values(tree, name)]
     _refuse_unknown_attention(tree)
     if not targets:
+        found = layer_names(model)
         raise _left_to_caller(
             "no attention with query, key and value projections was found in "
             f"{type(model).__name__}, and the paper's sites are theirs (a recurrent or state-space "
-            "model has none)"
+            "model has none)" + (f"; its layers are called {found}" if found else "")
         )
     return tree.in_order([*targets, *_feedforward(tree)])
 
@@ -48,6 +51,67 @@ def feedforward_targets(model: nn.Module) -> list[Target]:
     """Those of `paper_targets` that are feed-forward inner activations; an error if none is."""
     tree = _Tree(model)
     return tree.in_order(_feedforward(tree))
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a model by name; not those within a wrapper of PEFT's, which is one."""
+    inner, modules = _within_wrappers(model), modules_of(model).items()
+    return {name: m for name, m in modules if m not in inner and linear_features(m)}
+
+
+def _within_wrappers(model: nn.Module) -> set[nn.Module]:
+    parts = [m.modules() for m in model.modules() if is_wrapper(m)]
+    return {part for inside in parts for part in list(inside)[1:]}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What modules of a model are, by name, as far as that could be told.
+
+    `down_of` is up projection -> its feed-forward layer's down projection. `attention` is all that
+    is within an attention, of which `keys_and_values` are projected to these.
+    """
+
+    down_of: dict[str, str]
+    attention: set[str]
+    keys_and_values: set[str]
+
+
+def parts_of(model: nn.Module) -> Parts:
+    """The parts of a model; no error where some of them cannot be told."""
+    tree = _Tree(model)
+    called = {name for name, module in tree.modules.items() if _is_called_attention(module)}
+    around = called | tree.attentions.keys()
+    attention = {name for name in tree.modules if not around.isdisjoint(_above(name))}
+    down_of: dict[str, str] = {}
+    with suppress(IA3Error):
+        for down in (target.name for target in _feedforward(tree) if target.side == "input"):
+            layer = _above(down).index(tree.layer(down) or "")
+            for above in _above(down)[: layer + 1]:
+                others = [up for up in tree.projections(above) if up not in {down, *attention}]
+                ups = [up for up in others if _undoes(tree, down, up)]
+                if ups:
+                    down_of |= dict.fromkeys(ups, down)
+                    break
+    roles = {name: role for parts in tree.attentions.values() for name, role in parts.items()}
+    # Of a module that two share, there is only the first name.
+    projections = {
+        tree.projection(name)
+        for name, role in roles.items()
+        if role != "query" and name in tree.modules
+    }
+    return Parts(down_of, attention, {name for name in projections if name})
+
+
+def layer_names(model: nn.Module, most: int = 12) -> str:
+    """What the layers in a model's blocks are called, for a message: `"q_proj, k_proj, …"`."""
+    modules = modules_of(model)
+    names = [name for name in own_modules(modules) if _is_projection(modules[name])]
+    in_blocks = [name for name in names if any(map(str.isdigit, name.split(".")))]
+    # A layer's last part, and the one before it where that is a number.
+    ends = (re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", name) for name in in_blocks or names)
+    known = list(dict.fromkeys(end.group() for end in ends if end is not None))
+    return ", ".join(known[:most]) + (", …" if len(known) > most else "")
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -119,7 +183,9 @@ class _Tree:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules = dict(model.named_modules())
+        # A layer of PEFT's other adapters is one projection, with what it holds.
+        inner = _within_wrappers(model)
+        self.modules = {name: m for name, m in modules_of(model).items() if m not in inner}
         # Name of an attention -> its children's full names and roles.
         self.attentions = {
             name: roles
@@ -151,11 +217,9 @@ class _Tree:
 
     def projections(self, name: str) -> list[str]:
         """All modules within this one, and itself, whose output can be rescaled."""
-        return [
-            f"{name}.{child}" if child else name
-            for child, module in self.modules[name].named_modules()
-            if _is_projection(module)
-        ]
+        parts = modules_of(self.modules[name]).items()
+        names = {f"{name}.{child}" if child else name: part for child, part in parts}
+        return [part for part, m in names.items() if part in self.modules and _is_projection(m)]
 
     def layer(self, name: str) -> str | None:
         """The layer, with an attention, that a module is part of.
@@ -314,7 +378,32 @@ def _feedforward(tree: _Tree) -> list[Target]:
             targets.append(tree.target(down, "input", _INNER))
     if not targets:
         raise _left_to_caller(f"no feed-forward layer was found in {type(tree.model).__name__}")
+    _refuse_unknown_feedforward(tree, {target.name for target in targets})
     return targets
+
+
+def _refuse_unknown_feedforward(tree: _Tree, found: set[str]) -> None:
+    """No block may widen and narrow beside its attention where no feed-forward layer was found.
+
+    Blocks that compute both at once project from attention and inner activation together.
+    """
+    for block in tree.holders:
+        in_list = block and _above(block)[0] in tree.stacks
+        if not in_list or any(name.startswith(f"{block}.") for name in found):
+            continue
+        beside = [
+            name
+            for name in tree.projections(block)
+            if linear_features(tree.modules[name])
+            and not any(above in tree.attentions for above in _above(name))
+            and not _NO_LAYERS.search(name.removeprefix(block).lower())
+        ]
+        sizes = [(tree.dim(name, "input"), tree.dim(name, "output")) for name in beside]
+        if any(a < b for a, b in sizes) and any(a > b for a, b in sizes):
+            raise _left_to_caller(
+                f"the feed-forward layer of block {block!r} "
+                f"({type(tree.modules[block]).__name__}) could not be told from its layers {beside}"
+            )
 
 
 def _down_projection(tree: _Tree, name: str) -> str | None:
@@ -338,12 +427,12 @@ def _plain_down_projection(tree: _Tree, name: str) -> str | None:
     """The last of a module's children, if by their sizes all are one feed-forward layer."""
     if any(above in tree.attentions for above in (name, *_above(name))):
         return None
-    children = [child for child in tree.children(name) if _is_projection(tree.modules[child])]
-    inside = [other for other in tree.projections(name) if other != name]
-    if len(children) < 2 or inside != children:
+    # An activation may have the up projection within it.
+    parts = [found for child in tree.children(name) if (found := tree.projections(child))]
+    if len(parts) < 2 or any(len(found) > 1 for found in parts):
         return None
-    *ups, down = children
-    if isinstance(tree.modules[down], nn.Conv2d | nn.Conv3d):
+    *ups, down = (found for (found,) in parts)
+    if down not in tree.children(name) or isinstance(tree.modules[down], nn.Conv2d | nn.Conv3d):
         return None  # of images, not of tokens
     widens = tree.dim(down, "input") > tree.dim(down, "output")
     return down if widens and all(_undoes(tree, down, up) for up in ups) else None

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from ..adapter.files import Adapter
 from ..base.loading import BaseModel
-from ..model.ia3_model import IA3Model
+from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..targets.config import IA3Config, TaskType
 from ..targets.resolve import linear_in_upper_blocks
 
@@ -46,7 +46,7 @@ def temporary_adapter(
     with base.lock:
         modes = [(module, module.training) for module in base.model.modules()]
         if isinstance(adapter, IA3Config):
-            ia3_model = IA3Model(base.model, adapter)
+            ia3_model = IA3Model._of_own_choice(base.model, adapter, DEFAULT_ADAPTER)
         else:
             ia3_model = IA3Model.from_adapter(base.model, adapter, source=source)
         try:

@@ -3,13 +3,19 @@
 from functools import cache
 
 import jinja2
+import numpy as np
 import pytest
 from hypothesis import assume, given, strategies as st
 from support.paths import DATA, needs_data
+from support.tfew import tiny_llama, word_tokenizer
 
+from ia3.base.loading import BaseModel
 from ia3.errors import IA3Error
 from ia3.files.tables import Row, read_table
+from ia3.tfew import evaluate
+from ia3.tfew.prompts.encoding import Encoder
 from ia3.tfew.prompts.promptsource import PromptTemplate, read_promptsource
+from ia3.tfew.prompts.tasks import Task
 from ia3.tfew.prompts.templates import Template
 
 # promptsource's files, and the T-Few authors' samples with the fields they name.
@@ -176,6 +182,50 @@ def test_an_unknown_label_has_no_answer_and_an_unlabelled_example_needs_none():
     assert (rendered.prompt, rendered.choices, rendered.answer) == ("Is it?", ("no", "yes"), None)
     with pytest.raises(IA3Error, match=r"fields \['q'\], not 'label'"):
         template.render({"q": "Is it?"})
+
+
+@pytest.mark.parametrize(
+    ("target", "field", "known"),
+    [
+        ("{{ answer_choices[label] }}", -1, 1),
+        ("{{ answer_choices[label] }}", None, 1),
+        ("{{ answer_choices[label] }}", np.int64(-1), np.int64(1)),
+        ("{{ answer_choices[label | int] }}", "-1", "1"),
+        ("{{ answer_choices[label | int] }}", "", "1"),
+        ("{{ answer_choices[label | int] }}", None, "1"),
+        ("{{ answer_choices[label | int - 1] }}", " ", "2"),
+        ("{{ answer_choices[label - 1] }}", 0, 2),
+        ('{{ ["no", "yes"][label] }}', -1, 1),
+        ('{{ ("no", "yes")[label] }}', -100, 1),
+        ("{{ answer_choices[{'a': 0, 'b': 1}.get(label)] }}", "", "b"),
+        ("{{ 'AB'[label] and answer_choices[label] }}", -1, 1),
+    ],
+)
+def test_an_unknown_label_is_never_the_last_choice_nor_the_first(target, field, known):
+    template = of("{{ q }} ||| " + target)
+    rendered = template.render({"q": "Is it?", "label": field})
+    assert (rendered.prompt, rendered.choices, rendered.answer) == ("Is it?", ("no", "yes"), None)
+    assert template.render({"q": "Is it?", "label": known}).answer == 1
+    row = {"q": "Is it?", "label": field}
+    task = Task("letters", [template], [{"q": "Is it?", "label": known}, row], [row])
+    base = BaseModel(tiny_llama(), word_tokenizer(["Is", "it", "no", "yes"]), "tiny")
+    with pytest.raises(IA3Error, match=r"'asked' renders no target for .*'Is it\?'.* labelled"):
+        task.training_examples(Encoder(base, chat=False))
+    with pytest.raises(IA3Error, match=r"'asked' renders no target"):
+        evaluate(base, task)
+
+
+def test_a_prompt_that_depends_on_an_unknown_label_is_an_error():
+    template = of("{{ q }} {{ answer_choices[label] }}? ||| {{ answer_choices[label] }}")
+    with pytest.raises(IA3Error, match=r"'asked': the item -1 .* unknown label.*'Is it\?'"):
+        template.render({"q": "Is it?", "label": -1})
+
+
+def test_a_minus_that_the_template_writes_counts_from_the_end():
+    template = of("{{ words[-1] }} {{ words[-back] }} {{ -5 }} ||| {{ answer_choices[-2] }}")
+    rendered = template.render({"words": ["a", "b", "c"], "back": 2})
+    assert (rendered.prompt, rendered.answer) == ("c b -5", 0)
+    assert Template("{{ age | int }}").render({"age": ""}, []) == "0"
 
 
 DRAWS = "{% set i = range(40) | choice %}{{ text }} {{ i }}? ||| {{ answer_choices[i] }}"

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from ia3.errors import IA3Error
 from ia3.tfew.scoring.vocabulary import POSITIONS, is_plain, token_log_probs
 
 
@@ -75,3 +76,11 @@ def test_what_is_more_than_a_linear_layer_is_not_plain():
         pass
 
     assert not is_plain(Scaled(4, 6).requires_grad_(False))
+
+
+def test_second_derivatives_are_refused():
+    """They would need what is not kept; a wrong value would not be noticed."""
+    head, hidden, prediction, token = made(3, 4, torch.float64)
+    values = token_log_probs(head, hidden.requires_grad_(), prediction, token)
+    with pytest.raises(IA3Error, match="no second derivatives"):
+        torch.autograd.grad(values.square().sum(), hidden, create_graph=True)

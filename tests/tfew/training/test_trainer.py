@@ -34,6 +34,7 @@ from ia3.tfew import (
 from ia3.tfew.prompts.encoding import EncodedExample
 from ia3.tfew.scoring.choices import choice_scores, token_scores
 from ia3.tfew.training.losses import token_loss
+from ia3.tfew.training.trainer import DivergedError
 
 # Its steps depend on the random state.
 DROPOUT = SHARING["gpt2"]
@@ -183,6 +184,14 @@ def test_anything_elses_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoint-500").mkdir()
     with pytest.raises(IA3Error, match="checkpoint-500 is no checkpoint of a T-Few run"):
         trained(checkpoints=tmp_path)
+
+
+def test_vectors_that_diverged_leave_no_checkpoint(tmp_path):
+    """They are infinite after the last step, whose loss was finite."""
+    recipe = replace(SHORT, steps=1, warmup_ratio=0, learning_rate=1e45)
+    with pytest.raises(DivergedError, match=r"step 1: the vector of .* is not finite"):
+        trained(recipe, checkpoints=tmp_path)
+    assert not [*tmp_path.glob("checkpoint-*")]
 
 
 def test_the_random_state_is_neither_used_nor_changed(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import IA3Error, naming
 from ...files.yaml import read_yaml
-from .templates import SEPARATOR, Template
+from .templates import SEPARATOR, Template, UnknownLabelError
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class PromptTemplate:
 
         Returns:
             `None` where the prompt is empty: the template asks nothing of this example. The answer
-            is `None` where the target is empty, as in promptsource's files for an unknown label.
+            is `None` where the target is empty, as in promptsource's files for an unknown label,
+            or takes the choice by a label that is unknown: below 0, blank or `None`.
 
         Raises:
             IA3Error: a field is missing, the choices are unusable, or the target is none of them.
@@ -79,7 +80,11 @@ class PromptTemplate:
             if not labelled:
                 prompt = self.prompt.render(example, choices)
                 return Rendered(prompt, choices, None) if prompt else None
-            parts = self.prompt.parts(example, choices)
+            try:
+                parts = self.prompt.parts(example, choices)
+            except UnknownLabelError:
+                # Unless the prompt itself depends on the label.
+                parts = [self.prompt.render(example, choices), ""]
         except IA3Error as error:
             raise IA3Error(f"{error}, for {described(example)}") from error
         if not parts[0]:

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 from ...errors import IA3Error, MissingExtraError, did_you_mean
@@ -20,6 +21,7 @@ try:
         pass_context,
     )
     from jinja2.exceptions import SecurityError
+    from jinja2.filters import do_int
     from jinja2.runtime import Context
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 except ImportError as error:
@@ -39,8 +41,21 @@ _PADDING_METHODS = ("center", "expandtabs", "format", "format_map", "ljust", "rj
 _PADDING_FILTERS = ("center", "format", "indent", "wordwrap")
 
 
+class UnknownLabelError(IA3Error):
+    """A template takes an item by the label of an example that has none."""
+
+
+class _FromTheEnd(int):
+    """A number with the minus that a template wrote: its author counts from the end."""
+
+
+class _Blank(int):
+    """The number 0 that a blank text becomes."""
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**", "%", "+"))
+    intercepted_unops = frozenset("-")
 
     def __init__(self) -> None:
         # Not optimised: the compiler would compute constants without the bounds.
@@ -51,11 +66,26 @@ class _Environment(ImmutableSandboxedEnvironment):
         # What promptsource adds to Jinja.
         self.filters["choice"] = _choice
         self.filters["most_frequent"] = _most_frequent
+        self.filters["int"] = _int
         self.globals["zip"] = zip
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         pads = isinstance(obj, str) and attr in _PADDING_METHODS
         return not pads and super().is_safe_attribute(obj, attr, value)
+
+    def call_unop(self, context: Any, operator: str, arg: Any) -> Any:
+        result = super().call_unop(context, operator, arg)
+        return _FromTheEnd(result) if type(result) is int else result
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        # Data sets write -1, nothing or a blank for a label that is not known. Python would take
+        # the last item, or the first one, for the answer.
+        unknown = argument is None or isinstance(argument, _Blank)
+        if isinstance(argument, Integral) and not isinstance(argument, _FromTheEnd):
+            unknown = unknown or argument < 0
+        if unknown and isinstance(obj, list | tuple | str):
+            raise UnknownLabelError(f"the item {argument!r} is asked for, as of an unknown label")
+        return super().getitem(obj, argument)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         sizes = [len(x) if isinstance(x, str | list | tuple) else abs(x) for x in (left, right)]
@@ -79,6 +109,12 @@ def _choice(context: Context, items: Sequence[Any]) -> Any:
         for name, value in context[ALL_FIELDS].items()
     }
     return random.Random(repr(sorted(fields.items()))).choice(items)
+
+
+def _int(value: Any, default: int = 0, base: int = 10) -> int:
+    blank = value is None or (isinstance(value, str) and not value.strip())
+    number: int = do_int(value, default, base)
+    return _Blank(number) if blank else number
 
 
 def _most_frequent(items: Sequence[Any]) -> list[Any]:
@@ -150,7 +186,10 @@ class Template:
         return prompt.strip() if SEPARATOR in self.source else prompt.rstrip()
 
     def parts(self, example: Mapping[str, Any], answer_choices: Sequence[str]) -> list[str]:
-        """The prompt and the target, split at the template's `|||`; raises as `render` does."""
+        """The prompt and the target, split at the template's `|||`; raises as `render` does.
+
+        An `UnknownLabelError` where an item is taken by a label that is below 0, blank or `None`.
+        """
         with self._explained(example):
             rendered: str = self._compiled.render(_context(example, answer_choices))
         return [part.strip() for part in rendered.split(_RENDERED_SEPARATOR)]
@@ -167,6 +206,8 @@ class Template:
                 f"template {self.name!r}: {error.message}; the example has the fields "
                 f"{sorted(example)}{lacking}{hint}"
             ) from error
+        except UnknownLabelError as error:
+            raise UnknownLabelError(f"template {self.name!r}: {error}") from error
         except SecurityError as error:
             raise IA3Error(f"template {self.name!r} is refused: {error}") from error
         except Exception as error:

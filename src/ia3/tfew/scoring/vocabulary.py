@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
+
+from ...errors import IA3Error
 
 # So many positions are projected at a time: of a vocabulary of 50,000 tokens 12 MB in float32,
 # which most processors' caches hold.
@@ -75,8 +76,12 @@ class _TokenLogProbs(torch.autograd.Function):
         return scored
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        if torch.is_grad_enabled():
+            raise IA3Error(
+                "scores of choices have no second derivatives (create_graph=True): take the "
+                "model's logits and their log_softmax instead"
+            )
         expected, weight, prediction, token = ctx.saved_tensors
         (grad,) = grads
         of_position = grad.new_zeros(len(expected)).index_add_(0, prediction, grad)

@@ -175,11 +175,7 @@ def train(
         if on_step is not None:
             trainer.add_callback(_OnStep(trainer.history, on_step))
         trainer.train(resume_from_checkpoint=checkpoints is not None)
-    for name in ia3_model.active_adapters:
-        for module, vector in ia3_model.vectors(name).items():
-            if not torch.isfinite(vector).all():
-                what = f"the vector of {module!r} is not finite"
-                raise DivergedError(trainer.history[-1].step, what)
+    trainer.check_finite()
     return trainer.history
 
 
@@ -348,6 +344,14 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             self.history.append(step)
         return terms[0]
 
+    def check_finite(self) -> None:
+        """Raise `DivergedError` where a vector is not finite any more."""
+        for name in self.model.active_adapters:
+            for module, vector in self.model.vectors(name).items():
+                if not torch.isfinite(vector).all():
+                    what = f"the vector of {module!r} is not finite"
+                    raise DivergedError(self.history[-1].step, what)
+
     # -- checkpoints ------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -375,6 +379,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place, and rename it into it."""
+        self.check_finite()
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
