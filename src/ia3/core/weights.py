@@ -126,7 +126,7 @@ def _products(module: nn.Module, name: str, vectors: Mapping[Side, Tensor]) -> d
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise IA3Error(f"cannot merge into {name!r}: max_norm would undo the vector")
     for side, vector in vectors.items():
-        if not scales_with_weight(module, side, len(vector), partial(_scaled, module)):
+        if not scales_with_weight(module, side, vector, partial(_scaled, module)):
             raise IA3Error(
                 f"cannot merge into {name!r}: in the forward of a {type(module).__name__} a scaled "
                 f"weight does not scale its {side}; keep the adapter on the model"
