@@ -223,6 +223,23 @@ def test_nothing_is_left_on_a_model_that_was_called_or_unloaded():
     assert {type(module._parameters) for module in base.modules()} == {dict}
 
 
+def test_nothing_is_left_on_a_model_whose_first_call_was_interrupted():
+    base = network(Reader, Reader)
+    before = snapshot(base)
+    model = IA3Model(base, IA3Config(target_modules=["out"], feedforward_modules=[]))
+
+    def interrupt(*call):
+        raise KeyboardInterrupt
+
+    handle = base.get_submodule("layers.1.out").register_forward_pre_hook(interrupt, prepend=True)
+    with pytest.raises(KeyboardInterrupt):
+        answer(model, VALUES)
+    handle.remove()
+    model.unload()
+    assert_unchanged(base, before)
+    assert {type(module._parameters) for module in base.modules()} == {dict}
+
+
 # -- what is none of this --------------------------------------------------------------------------
 
 
