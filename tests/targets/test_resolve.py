@@ -79,6 +79,19 @@ def test_all_linear_leaves_out_a_classifier():
     assert "classifier" not in found
 
 
+def test_all_linear_of_a_classifier_that_has_a_method_called_score():
+    class Scoring(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.classifier = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def score(self):
+            """As scikit-learn's estimators have one."""
+
+    config = {"target_modules": "all-linear", "feedforward_modules": [], "task_type": "SEQ_CLS"}
+    assert ours(Scoring(), **config) == {"body": (4, 1)}
+
+
 def test_defaults_are_pefts():
     targets = of_peft.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
     feedforward = of_peft.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
