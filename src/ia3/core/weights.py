@@ -69,7 +69,12 @@ def write(module: nn.Module, slot: str, value: Any) -> None:
     else:
         parameter = module.get_parameter(slot)
         # The model may have been moved or cast since the value was read.
-        parameter.data = value.to(parameter.device, parameter.dtype)
+        value = value.to(parameter.device, parameter.dtype)
+        if parameter.is_inference() and not value.is_inference():
+            # What was made in inference mode computes there with such data alone.
+            with torch.inference_mode():
+                value = value.clone()
+        parameter.data = value
         if slot == "weight" and hasattr(getattr(module, "state", None), "reset_grads"):
             # bitsandbytes computes with a quantized copy that it keeps of an ordinary weight.
             module.state.reset_grads()  # type: ignore[operator, union-attr]
