@@ -168,8 +168,8 @@ def keep(module: nn.Module, adapter: str, shared: Collection[int] = ()) -> None:
     assert copies is not None
     twin = copies[adapter]
     for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-        path, _, last = name.rpartition(".")
-        owner, value = module.get_submodule(path), tensor.detach().clone()
+        path, _, last = own_name(name).rpartition(".")
+        owner, value = module_at(module, path), tensor.detach().clone()
         parameter = owner._parameters.get(last)
         if parameter is None:
             owner._buffers[last] = value

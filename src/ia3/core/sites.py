@@ -174,15 +174,25 @@ class Site(nn.Module):
         With `routed`, a route may be on: there are hooks even without vectors, which ask for it.
         Hooks that are no longer wanted stay until `settle`.
         """
+        here = self._multiplying(adapters)
+        # Not setattr: nn.Module's looks for parameters first.
+        self.__dict__.update(active=here, _routed=routed)
+        if self._is_wanted():
+            self.hook(module)
+
+    def check(self, module: nn.Module, adapters: tuple[str, ...]) -> None:
+        """Raise `IA3Error` where `activate` would."""
+        if self.side == "inner" and not self._removers and self._multiplying(adapters):
+            experts.check_forward(module)
+
+    def _multiplying(self, adapters: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the adapters whose vectors are here and not in the weights."""
         here = tuple(name for name in adapters if name in self)
         if self.merged:
             # What is merged takes the place of what is active, or is part of it.
             among = set(self.merged) <= set(here)
             here = tuple(name for name in here if name not in self.merged) if among else ()
-        # Not setattr: nn.Module's looks for parameters first.
-        self.__dict__.update(active=here, _routed=routed)
-        if self._is_wanted():
-            self.hook(module)
+        return here
 
     def hook(self, module: nn.Module) -> None:
         """Put the hooks there that multiply, if they are not."""

@@ -427,9 +427,9 @@ class Adapters:
                 self.merge.undo()
             if any(map(self.copies_of, active)):
                 self.check_unrouted("set_adapter of an adapter with modules_to_save")
-            trained = () if inference_mode else active
-            self._train(trained, {*self.active, *active}, leaving)
+            trained, changed = () if inference_mode else active, {*self.active, *active}
             self.activate(active)
+            self._train(trained, changed, leaving)
 
     def _train(self, trained: Collection[str], changed: set[str], leaving: str | None) -> None:
         """Have the vectors and copies of these adapters alone require gradients.
@@ -465,12 +465,16 @@ class Adapters:
         """Have these adapters multiply from the next call on; for `None`, those that did.
 
         What is merged, fused or routed decides where hooks are needed: call this after its changes.
+        Where it raises `IA3Error`, nothing has changed.
         """
         with LOCK:
-            self.active = self.active if names is None else names
-            active = self.active if self.enabled else ()
+            names, contents = self.active if names is None else names, self.contents()
+            active = names if self.enabled else ()
+            for _, module, site in contents.sites:
+                site.check(module, active)
+            self.active = names
             self._routes = [route for route in self._routes if route() is not None]
-            contents, routed = self.contents(), len(self._routes) > 0
+            routed = len(self._routes) > 0
             watch(self.model, routed)
             bind()
             if not self.unloaded and patched(self.model, OneCall) is None:
@@ -500,8 +504,12 @@ class Adapters:
                 what = f"disabling adapters (rows of the base model are named {BASE!r})"
                 self.check_unrouted(what)
                 self.merge.undo()
-            self.enabled = enabled
-            self.activate()
+            before, self.enabled = self.enabled, enabled
+            try:
+                self.activate()
+            except BaseException:
+                self.enabled = before
+                raise
 
     # -- merging ----------------------------------------------------------------------------------
 
