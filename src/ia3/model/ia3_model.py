@@ -156,7 +156,8 @@ class IA3Model(AsPeftModel):
         memo[id(self)] = twin
         # All of it has the same adapters active, and can be trained.
         with LOCK, torch.inference_mode(False):
-            twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[no-untyped-call]
+            # Without what compile() has made of the original's call.
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         return twin
 
     def _tell_notes(self, name: str, config: IA3Config) -> None:
