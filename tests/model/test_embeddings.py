@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 from support.snapshots import assert_unchanged, snapshot
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import ia3
 from ia3 import AdapterBank, IA3Config, IA3Error, PeftModel, get_peft_model
@@ -143,6 +144,22 @@ def test_a_model_that_was_never_loaded_knows_too(tmp_path):
     keys = {key for key in tensors_in(tmp_path) if "ia3_l" not in key}
     beside = ("model.embed_tokens.weight", "lm_head.weight")
     assert keys == {f"base_model.model.{name}" for name in beside}
+
+
+@EVERY_MODEL
+def test_new_rows_within_wrappers_are_saved_and_read(kind, base, tmp_path):
+    def wrapped(model):
+        inner = model.model if isinstance(model, Around) else model
+        embeddings = inner.get_input_embeddings()
+        owner = next(m for m in inner.modules() if embeddings in m._modules.values())
+        name = next(name for name, m in owner._modules.items() if m is embeddings)
+        setattr(owner, name, checkpoint_wrapper(embeddings))
+        return model
+
+    expected = disturbed(get_peft_model(wrapped(base(kind)), IA3Config()))
+    expected.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(wrapped(base(kind, seed=1)), tmp_path / "adapter")
+    assert torch.equal(result(again), result(expected))
 
 
 @EVERY_MODEL
@@ -351,8 +368,11 @@ def test_what_adapters_hold_is_not_resized_under_them(config, module, around, ba
         each = each.model if isinstance(each, Around) else each
         with pytest.raises(IA3Error, match=rf"'{module}'.*64 tokens.*unload\(\), resize"):
             each.resize_token_embeddings(NEW)
+        with pytest.raises(IA3Error, match="64 tokens"):
+            each.resize_token_embeddings(TOKENS, pad_to_multiple_of=48)
         each.resize_token_embeddings()
         each.resize_token_embeddings(TOKENS)
+        each.resize_token_embeddings(TOKENS - 2, pad_to_multiple_of=32)
     assert_unchanged(model, before)
     model.unload()
     inner.resize_token_embeddings(NEW)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.names import ATTRIBUTE, modules_of
+from ..core.names import ATTRIBUTE, modules_of, unwrapped
 from ..core.sites import Site
 from ..errors import IA3Error
 
@@ -41,7 +42,7 @@ def _embeddings(model: PreTrainedModel) -> Iterator[nn.Module]:
         with suppress(AttributeError, NotImplementedError):  # not every model has both
             module = getattr(model, get)()
             if isinstance(module, nn.Module):
-                yield module
+                yield unwrapped(module)
 
 
 def were_resized(model: nn.Module) -> bool:
@@ -147,15 +148,15 @@ class GuardedResize:
         **options: Any,
     ) -> Any:
         """As transformers has it; an `IA3Error` where an adapter's part would keep its size."""
-        asked = new_num_tokens is not None or pad_to_multiple_of is not None
-        embeddings = self.model.get_input_embeddings()
+        embeddings = unwrapped(self.model.get_input_embeddings())
         for name, module in embeddings_of(self.model).items():
             on = module._modules.get(ATTRIBUTE)
             # Embeddings get another weight, in place of an output layer comes another module.
-            if not asked or on is None or (module is embeddings and isinstance(on, Site)):
+            if on is None or (module is embeddings and isinstance(on, Site)):
                 continue
             tokens = len(module.get_parameter("weight"))
-            if new_num_tokens != tokens:
+            asked, step = new_num_tokens or tokens, pad_to_multiple_of or 1
+            if ceil(asked / step) * step != tokens:
                 raise IA3Error(
                     f"{RESIZE}: adapters have a vector on {name!r} or a copy of it, for its "
                     f"{tokens} tokens (modules_to_save): unload(), resize, and adapt it again"
