@@ -338,6 +338,51 @@ def test_other_weights_under_a_vector_that_is_in_use_are_refused(base, tmp_path)
     assert_unchanged(model, before)
 
 
+@pytest.fixture
+def rescaled_heads(base, tmp_path):
+    """The folders of two adapters that rescale the output layer, one with weights of its own."""
+    config = IA3Config(target_modules=["lm_head", "v_proj"], feedforward_modules=[])
+    for name, seed in (("own", 1), ("plain", 0)):
+        model = base(seed=seed)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.copy_(base().get_input_embeddings().weight)
+        model = disturbed(get_peft_model(model, config))
+        model.save_pretrained(tmp_path / name, save_embedding_layers=name == "own")
+    return tmp_path / "own", tmp_path / "plain"
+
+
+def test_weights_under_a_vector_stay_with_their_adapter(rescaled_heads, base, tmp_path):
+    own, plain = rescaled_heads
+    model = PeftModel.from_pretrained(base(), own)
+    expected = result(model)
+    model.save_pretrained(tmp_path / "again", save_embedding_layers=False)
+    assert torch.equal(result(PeftModel.from_pretrained(base(), tmp_path / "again")), expected)
+    with pytest.raises(IA3Error, match=r"other weights of 'lm_head'.*other adapters"):
+        model.load_adapter(plain, "second")
+    # A new one is for the weights that are there, and keeps them.
+    config = IA3Config(target_modules=["lm_head"], feedforward_modules=[])
+    model.add_adapter("new", config)
+    model.set_adapter("new")
+    expected = result(model)
+    model.delete_adapter("default")
+    assert torch.equal(result(model), expected)
+    assert "lm_head.weight" in model.adapter("new").copies
+
+
+def test_weights_under_a_vector_go_with_their_adapter(rescaled_heads, base):
+    own, plain = rescaled_heads
+    unadapted, expected = result(base()), result(PeftModel.from_pretrained(base(), plain))
+    model = PeftModel.from_pretrained(base(), own)
+    model.load_adapter(plain, "default")
+    assert torch.equal(result(model), expected)
+    model.load_adapter(own, "default")
+    model.delete_adapter("default")
+    assert torch.equal(result(model), unadapted)
+    model.load_adapter(plain, "default")
+    model.set_adapter("default")
+    assert torch.equal(result(model), expected)
+
+
 def test_combinations_have_the_rows_of_all(base, tmp_path):
     model = disturbed(get_peft_model(base(), IA3Config()))
     model.add_adapter("other", IA3Config())

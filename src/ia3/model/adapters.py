@@ -127,6 +127,11 @@ class Adapters:
             for key, held in own_names(twin.state_dict(keep_vars=True)).items():
                 value = given(f"{module}.{end}.{key}", held)
                 copies[f"{module}.{key}"] = gathered(held) if value is None else value
+        rescaled = {module for module, _ in having}
+        for module, slot in self.base.replaced:
+            key = f"{module}.{slot}"
+            if module in rescaled:
+                copies[key] = gathered((values or {}).get(key, self.merge.original(module, slot)))
         frozen = {module: site.frozen[name] for module, site in having if name in site.frozen}
         return Adapter(dataclasses.replace(self.configs[name]), vectors, copies, frozen)
 
@@ -232,9 +237,7 @@ class Adapters:
             _check_can_be_copied(saved, self.contents())
             own: Mapping[str, Mapping[str, Tensor]] = {}
             if stored is not None:
-                copied, own = own_values(stored.copies, saved, self.model)
-                saved_modules.check(copied, saved, self.model)
-                self._check_own(name, own, targets)
+                own = self._own_values(name, stored, saved, targets)
             warn_of_untrained(self.model, self._fresh, name, config, saved, stored=old)
             if not config.inference_mode and any_spread(self.model):
                 warn_caller(
@@ -290,16 +293,29 @@ class Adapters:
                 vector = stored.vectors[target.name].to(device, dtype, copy=True)
             sites[target.name].add(name, vector, target.frozen, follows=not wide)
 
-    def _check_own(self, name: str, own: Collection[str], targets: Sequence[Target]) -> None:
-        """Embeddings that an adapter came with can be put on the model."""
-        contents, rescaled = self.contents(), {target.name for target in targets}.intersection(own)
+    def _own_values(
+        self, name: str, stored: Adapter, saved: Sequence[str], targets: Sequence[Target]
+    ) -> dict[str, dict[str, Tensor]]:
+        """The embeddings that a stored adapter needs: slot -> value, by module.
+
+        Raises where these, or its copies of the `saved` modules, cannot be put on the model.
+        """
+        copied, own = own_values(stored.copies, saved, self.model)
+        saved_modules.check(copied, saved, self.model)
+        rescaled = {target.name for target in targets}
+        # Without values of its own it needs the base's, where another one's are now.
+        for (module, slot), value in self.base.replaced.items():
+            if module in rescaled and f"{module}.{slot}" not in stored.copies:
+                own.setdefault(module, {})[slot] = value
+        contents, rescaled = self.contents(), rescaled.intersection(own)
         _check_can_be_copied([module for module in own if module not in rescaled], contents)
         others = [m for m, _, s in contents.sites if m in rescaled and s.vectors.keys() - {name}]
         if others:
             raise IA3Error(
-                f"the adapter came with other weights of {others[0]!r} than the model has, and "
-                "other adapters on this model rescale it: unload() first"
+                f"the adapter needs other weights of {others[0]!r} than the model has, and other "
+                "adapters on this model rescale it: unload() first"
             )
+        return own
 
     def _take_own(self, name: str, own: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Have an adapter compute with the embeddings that it came with: slot -> value, by module.
@@ -331,9 +347,7 @@ class Adapters:
             saved = [
                 m for m, _, c in self.contents().copies if m in copies and name not in c.frozen
             ]
-            copied, own = own_values(stored.copies, saved, self.model)
-            saved_modules.check(copied, saved, self.model)
-            self._check_own(name, own, targets)
+            own = self._own_values(name, stored, saved, targets)
             for module, site in having:
                 here, there = site.frozen.get(name, ()), stored.frozen.get(module, ())
                 if here != there:
@@ -376,6 +390,9 @@ class Adapters:
         contents = self.contents()
         for _, _, site in contents.sites:
             site.remove(name)
+        for module_name, _, site in contents.sites:
+            if not site.vectors:
+                self.base.put_back(module_name)
         empty = [m for _, m, site in contents.sites if not site.vectors and not site.banked]
         for module in empty:
             displace(module)
