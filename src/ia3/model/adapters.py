@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -379,7 +378,7 @@ class Adapters:
             first = next((other for other in self.configs if other != name), None)
             # Before its vectors go: calls of other threads ask for those of the active ones.
             if self.active and not remaining and first is not None:
-                warnings.warn(f"adapter {name!r} was active; {first!r} is active now", stacklevel=3)
+                warn_caller(f"adapter {name!r} was active; {first!r} is active now")
                 self.switch(first, leaving=name)
             else:
                 self.activate(remaining)
@@ -440,7 +439,7 @@ class Adapters:
             active = self.named(names)
             self._check_one_copy(active)
             if self.merge.adapters:
-                warnings.warn("adapters are merged; they are unmerged first", stacklevel=3)
+                warn_caller("adapters are merged; they are unmerged first")
                 self.merge.undo()
             if any(map(self.copies_of, active)):
                 self.check_unrouted("set_adapter of an adapter with modules_to_save")
@@ -532,7 +531,7 @@ class Adapters:
         self.check_unrouted("merging")
         merged = self.merge.adapters
         if merged and not set(names) - merged:
-            warnings.warn(f"adapters {sorted(merged)} are merged already", stacklevel=4)
+            warn_caller(f"adapters {sorted(merged)} are merged already")
             return
         # In the order in which they would multiply, unmerged.
         order = dict.fromkeys([*self.active, *self.configs])

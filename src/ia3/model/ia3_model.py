@@ -711,7 +711,8 @@ class IA3Model(AsPeftModel):
         """
         adapter = saving.read(model_id, config, is_trainable, key_mapping, further)
         if ignore_mismatched_sizes:
-            saving.leave_out_other_sizes(Adapters(model, Merge(model)), adapter, adapter_name)
+            adapters = Adapters(model, Merge(model))
+            adapter, _ = saving.without_other_sizes(adapters, adapter, adapter_name)
         self = cls.from_adapter(
             model,
             adapter,
@@ -749,7 +750,7 @@ class IA3Model(AsPeftModel):
         missing: list[str] = []
         adapter = saving.read(model_id, None, is_trainable, key_mapping, further)
         if ignore_mismatched_sizes:
-            missing = saving.leave_out_other_sizes(self._adapters, adapter, adapter_name)
+            adapter, missing = saving.without_other_sizes(self._adapters, adapter, adapter_name)
         with naming(str(model_id)):
             if adapter_name in self.peft_config:
                 self._adapters.load_into(adapter_name, adapter)
