@@ -28,6 +28,8 @@ MODELS = {
     "tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
+    # It scales its output where both are tied.
+    "umt5": lambda: hf.UMT5ForConditionalGeneration(hf.UMT5Config(**T5)),
     "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**BERT)),
     "bert in a module": lambda: Around(hf.BertForMaskedLM(hf.BertConfig(**BERT))),
 }

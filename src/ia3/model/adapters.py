@@ -563,10 +563,12 @@ class Adapters:
         except BaseException:
             self.merge.requantise(replaced)
             raise
-        shared = saved_modules.shared_parameters(self.model)
-        for _, module, copies in self.contents().copies:
-            for name in set(chosen).intersection(copies.adapters):
-                saved_modules.keep(module, name, shared)
+        twins = {
+            module: copies[name]
+            for _, module, copies in self.contents().copies
+            for name in set(chosen).intersection(copies.adapters)
+        }
+        saved_modules.keep_all(self.model, twins)
         self.merge.keep()
         self.base.keep_replaced()
         # The output layer may have weights of its own now.
