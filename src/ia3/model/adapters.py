@@ -119,6 +119,8 @@ class Adapters:
             return gathered(values[key]) if values is not None and key in values else None
 
         vectors, copies = {}, {}
+        for _, site in having:
+            site.spread_again()
         for module, site in having:
             value = given(f"{module}.{end}", site[name])
             vectors[module] = site.whole(name) if value is None else value
@@ -307,6 +309,8 @@ class Adapters:
             if module in rescaled and f"{module}.{slot}" not in stored.copies:
                 own.setdefault(module, {})[slot] = value
         contents, rescaled = self.contents(), rescaled.intersection(own)
+        for module in own:
+            _check_unspread(module, contents)
         _check_can_be_copied([module for module in own if module not in rescaled], contents)
         others = [m for m, _, s in contents.sites if m in rescaled and s.vectors.keys() - {name}]
         if others:
@@ -356,6 +360,7 @@ class Adapters:
                     )
             with torch.no_grad():
                 for module, site in having:
+                    site.spread_again()
                     site[name].copy_(spread_like(stored.vectors[module], site[name]))
             for module in saved:
                 saved_modules.load(copies[module], module, stored.copies)
@@ -369,7 +374,7 @@ class Adapters:
             self.check_unrouted("delete_adapter")
             self.check_known([name])
             self._check_unmerged(name)
-            if any(is_spread(site[name]) for _, site in self.sites_of(name)):
+            if any(any_spread(site) for _, site in self.sites_of(name)):
                 raise IA3Error(
                     f"adapter {name!r} is spread over processes by FSDP, which would put its "
                     "vectors back: set_adapter() to another instead"
@@ -649,12 +654,8 @@ def check_name(name: str) -> None:
 def _check_can_be_copied(saved: Sequence[str], contents: Contents) -> None:
     for name in saved:
         _check_outside_copies(name, contents)
+        _check_unspread(name, contents)
         module = contents.modules[name]
-        if any_spread(module):
-            raise IA3Error(
-                f"modules_to_save: {name!r} is spread over processes already: put the adapter on "
-                "before FSDP"
-            )
         for part_name, part in own_names(dict(module.named_modules(prefix=name))).items():
             if site_of(part) is not None or (part is not module and saved_module_of(part)):
                 raise IA3Error(
@@ -665,6 +666,14 @@ def _check_can_be_copied(saved: Sequence[str], contents: Contents) -> None:
                 raise IA3Error(
                     f"modules_to_save: {part_name!r} in {name!r} is fused: unfuse_mlp() first"
                 )
+
+
+def _check_unspread(name: str, contents: Contents) -> None:
+    if any_spread(contents.modules[name]):
+        raise IA3Error(
+            f"{name!r} is spread over processes already, and the adapter has weights of its own "
+            "for it: put the adapter on before FSDP"
+        )
 
 
 def _check_outside_copies(name: str, contents: Contents) -> None:

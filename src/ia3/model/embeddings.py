@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..core.names import ATTRIBUTE, modules_of, unwrapped
 from ..core.sites import Site
+from ..core.spread import gathered
 from ..errors import IA3Error
 
 # What transformers calls the number of tokens, in configs and in the modules that embed them.
@@ -130,7 +131,7 @@ def _same(value: Tensor, parameter: Tensor) -> bool:
     """Whether both are the same numbers, one of them perhaps rounded."""
     if parameter.is_meta:
         return False
-    here = parameter.detach().to(value.device)
+    here = gathered(parameter).to(value.device)
     return torch.equal(value.to(here.dtype), here) or torch.equal(here.to(value.dtype), value)
 
 
