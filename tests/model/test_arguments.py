@@ -212,6 +212,11 @@ def test_what_is_of_another_size_is_left_as_it_begins(classified):
     close(loaded[1], loaded[0])
     with pytest.raises(IA3Error, match=r"'score.weight' is \[3, 16\], expected \[5, 16\]"):
         PeftModel.from_pretrained(classifier(5), classified)
+    base = classifier(5)
+    base.score = torch.compile(base.score, backend="eager")
+    with pytest.warns(UserWarning, match="score"):
+        model = PeftModel.from_pretrained(base, classified, ignore_mismatched_sizes=True)
+    close(logits(model, **IDS), loaded[1])
 
 
 def test_vectors_of_another_size_are_left_and_reported(classified):

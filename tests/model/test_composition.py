@@ -61,6 +61,17 @@ def _saved(model):
 COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _saved]
 
 
+def test_a_copy_of_a_compiled_model_calls_itself():
+    model = adapted("llama")
+    model.compile(backend="eager")
+    expected = logits("llama", model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits("llama", twin), expected)
+    randomize(vectors(twin, "default"), seed=1)
+    assert relative(logits("llama", twin), expected) > 1e-3
+    assert torch.equal(logits("llama", model), expected)
+
+
 @EVERY_MODEL
 @pytest.mark.parametrize("copied", COPIES)
 def test_copies_are_whole_and_independent(kind, copied):

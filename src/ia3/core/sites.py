@@ -159,6 +159,13 @@ class Site(nn.Module):
         self.check_whole(adapter)
         return gathered(self.vector(adapter))
 
+    def spread_again(self) -> None:
+        """Have FSDP 2 hold vectors as `DTensor`s, before they are kept or written.
+
+        Since a call it may hold them whole, in memory that it frees and forgets.
+        """
+        self.state_dict()  # FSDP's hook before it does so
+
     def check_whole(self, adapter: str) -> None:
         """Raise `IA3Error` where FSDP 1 has a vector in pieces, which it alone can gather."""
         if not self.is_whole(adapter):

@@ -156,7 +156,8 @@ class IA3Model(AsPeftModel):
         memo[id(self)] = twin
         # All of it has the same adapters active, and can be trained.
         with LOCK, torch.inference_mode(False):
-            twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[no-untyped-call]
+            # Without what compile() has made of the original's call.
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         return twin
 
     def _tell_notes(self, name: str, config: IA3Config) -> None:
@@ -710,7 +711,8 @@ class IA3Model(AsPeftModel):
         """
         adapter = saving.read(model_id, config, is_trainable, key_mapping, further)
         if ignore_mismatched_sizes:
-            saving.leave_out_other_sizes(Adapters(model, Merge(model)), adapter, adapter_name)
+            adapters = Adapters(model, Merge(model))
+            adapter, _ = saving.without_other_sizes(adapters, adapter, adapter_name)
         self = cls.from_adapter(
             model,
             adapter,
@@ -748,7 +750,7 @@ class IA3Model(AsPeftModel):
         missing: list[str] = []
         adapter = saving.read(model_id, None, is_trainable, key_mapping, further)
         if ignore_mismatched_sizes:
-            missing = saving.leave_out_other_sizes(self._adapters, adapter, adapter_name)
+            adapter, missing = saving.without_other_sizes(self._adapters, adapter, adapter_name)
         with naming(str(model_id)):
             if adapter_name in self.peft_config:
                 self._adapters.load_into(adapter_name, adapter)

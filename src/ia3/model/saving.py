@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,15 +182,18 @@ def read(
     return adapter
 
 
-def leave_out_other_sizes(adapters: Adapters, stored: Adapter, name: str) -> list[str]:
-    """Give a stored adapter what is on the model where its own is of another size.
+def without_other_sizes(
+    adapters: Adapters, stored: Adapter, name: str
+) -> tuple[Adapter, list[str]]:
+    """A stored adapter with what is on the model where its own is of another size.
 
     It is to be put on the model, or into the adapter `name` if that is there. A warning names what
     was left out.
 
     Returns:
-        The keys of what was left out, in PEFT's words.
+        The adapter, and the keys of what was left out, in PEFT's words.
     """
+    stored = adapters.named_as_here(stored)
     if name in adapters.configs:
         here = adapters.stored(name)
         vectors, copies = here.vectors, here.copies
@@ -197,16 +201,15 @@ def leave_out_other_sizes(adapters: Adapters, stored: Adapter, name: str) -> lis
         new = torch.ones if stored.config.init_ia3_weights else torch.randn
         _, targets = resolve(adapters.model, stored.config, stored.frozen)
         vectors = {target.name: new(target.activation.shape) for target in targets}
-        copies = adapters.model.state_dict()
+        copies = own_names(adapters.model.state_dict())
     kept = _of_other_size(stored.vectors, vectors)
     kept_copies = _of_other_size(stored.copies, copies)
-    stored.vectors |= kept
-    stored.copies |= kept_copies
+    stored = replace(stored, vectors=stored.vectors | kept, copies=stored.copies | kept_copies)
     left_out = [f"{KEY_PREFIX}{module}{KEY_SUFFIX}.{name}" for module in kept]
     left_out += [f"{KEY_PREFIX}{key}" for key in kept_copies]
     if left_out:
         warn_caller(f"of another size than on the model, and left as they are there: {left_out}")
-    return left_out
+    return stored, left_out
 
 
 def _of_other_size(given: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> dict[str, Tensor]:
