@@ -175,10 +175,6 @@ class Site(nn.Module):
         Hooks that are no longer wanted stay until `settle`.
         """
         here = tuple(name for name in adapters if name in self)
-        if self.merged:
-            # What is merged takes the place of what is active, or is part of it.
-            among = set(self.merged) <= set(here)
-            here = tuple(name for name in here if name not in self.merged) if among else ()
         # Not setattr: nn.Module's looks for parameters first.
         self.__dict__.update(active=here, _routed=routed)
         if self._is_wanted():

@@ -469,6 +469,10 @@ class Adapters:
         with LOCK:
             self.active = self.active if names is None else names
             active = self.active if self.enabled else ()
+            merged = self.merge.adapters
+            if not merged <= {*active}:  # then it takes the place of what is active
+                active = tuple(name for name in self.configs if name in merged)
+            multiplied = tuple(name for name in active if name not in merged)
             self._routes = [route for route in self._routes if route() is not None]
             contents, routed = self.contents(), len(self._routes) > 0
             watch(self.model, routed)
@@ -486,11 +490,11 @@ class Adapters:
                 fused = [contents.modules[name] for name in self._fused if name in contents.modules]
                 mark_sites([site for _, _, site in contents.sites], fused)
             for _, module, site in contents.sites:
-                site.activate(module, active, routed)
+                site.activate(module, multiplied, routed)
             for _, _, copies in contents.copies:
                 copies.active = next((name for name in active if name in copies), None)
             now = {place: place.active for _, place in places if place.active}
-            self.calls.change(State(now, places, frozenset(self.merge.adapters)))
+            self.calls.change(State(now, places, frozenset(merged)))
             self.calls.settle()
 
     def enable(self, enabled: bool) -> None:
