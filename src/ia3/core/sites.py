@@ -193,13 +193,8 @@ class Site(nn.Module):
             experts.check_forward(module)
 
     def _multiplying(self, adapters: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of the adapters whose vectors are here and not in the weights."""
-        here = tuple(name for name in adapters if name in self)
-        if self.merged:
-            # What is merged takes the place of what is active, or is part of it.
-            among = set(self.merged) <= set(here)
-            here = tuple(name for name in here if name not in self.merged) if among else ()
-        return here
+        """Those of the adapters whose vectors are here."""
+        return tuple(name for name in adapters if name in self)
 
     def hook(self, module: nn.Module) -> None:
         """Put the hooks there that multiply, if they are not."""

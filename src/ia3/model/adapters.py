@@ -490,9 +490,12 @@ class Adapters:
         """
         with LOCK:
             names, contents = self.active if names is None else names, self.contents()
-            active = names if self.enabled else ()
+            active, merged = names if self.enabled else (), self.merge.adapters
+            if not merged <= {*active}:  # then it takes the place of what is active
+                active = tuple(name for name in self.configs if name in merged)
+            multiplied = tuple(name for name in active if name not in merged)
             for _, module, site in contents.sites:
-                site.check(module, active)
+                site.check(module, multiplied)
             self.active = names
             self._routes = [route for route in self._routes if route() is not None]
             routed = len(self._routes) > 0
@@ -511,11 +514,11 @@ class Adapters:
                 fused = [contents.modules[name] for name in self._fused if name in contents.modules]
                 mark_sites([site for _, _, site in contents.sites], fused)
             for _, module, site in contents.sites:
-                site.activate(module, active, routed)
+                site.activate(module, multiplied, routed)
             for _, _, copies in contents.copies:
                 copies.active = next((name for name in active if name in copies), None)
             now = {place: place.active for _, place in places if place.active}
-            self.calls.change(State(now, places, frozenset(self.merge.adapters)))
+            self.calls.change(State(now, places, frozenset(merged)))
             self.calls.settle()
 
     def enable(self, enabled: bool) -> None:

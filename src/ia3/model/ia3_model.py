@@ -234,8 +234,9 @@ class IA3Model(AsPeftModel):
             combination_type, density, majority_sign_method: see `ia3.combine`, which also says what
                 is refused.
         """
-        self._adapters.check_known(adapters)
-        stored = [(name, self._adapters.stored(name)) for name in adapters]
+        with LOCK:
+            self._adapters.check_known(adapters)
+            stored = [(name, self._adapters.stored(name)) for name in adapters]
         combined = combine(stored, weights, combination_type, density, majority_sign_method)
         self._add(adapter_name, combined.config, combined)
 
@@ -630,11 +631,11 @@ class IA3Model(AsPeftModel):
         """
         warn_ignored(further, saving.IGNORED_WHEN_SAVED)
         saving.check_form(safe_serialization, path_initial_model_for_weight_conversion)
-        folders = saving.folders_of(self._adapters, save_directory, selected_adapters, adapter_name)
         saving.save(
             self._adapters,
-            folders,
             Path(save_directory),
+            selected_adapters,
+            adapter_name,
             state_dict,
             save_embedding_layers,
             is_main_process,
@@ -653,7 +654,8 @@ class IA3Model(AsPeftModel):
 
     def adapter(self, adapter_name: str) -> Adapter:
         """An adapter as it is saved; its tensors may share the model's memory."""
-        return saving.to_save(self._adapters, [adapter_name])[adapter_name]
+        with LOCK:
+            return saving.to_save(self._adapters, [adapter_name])[adapter_name]
 
     @classmethod
     def from_pretrained(

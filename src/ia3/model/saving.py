@@ -16,6 +16,7 @@ from ..adapter.files import Adapter, adapter_files, read_adapter
 from ..adapter.fingerprint import fingerprint
 from ..adapter.layout import KEY_PREFIX, KEY_SUFFIX
 from ..core.names import own_modules, own_names
+from ..core.route import LOCK
 from ..core.spread import gathered
 from ..errors import IA3Error, naming, warn_caller
 from ..files.atomic import check_folder, write_files
@@ -42,27 +43,31 @@ IGNORED_WHEN_SAVED = {
 
 def save(
     adapters: Adapters,
-    folders: Mapping[str, Path],
     root: Path,
+    selected: Sequence[str] | None = None,
+    only: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     embeddings: bool | str = "auto",
     is_main_process: bool = True,
 ) -> None:
-    """Write adapters' two files each, and a card into `root`.
+    """Write adapters' two files each, into folders as by `folders_of`, and a card into `root`.
 
     All of them are written or, where a folder cannot be, none. A process that is not the main one
     only takes part in gathering what has none in `state_dict`.
     """
-    if not is_main_process and state_dict is not None:
-        return
-    written = to_save(adapters, list(folders), state_dict, embeddings)
-    if not is_main_process:
-        return
-    files = {root: _card(adapters, root, list(folders))}
-    for name, adapter in written.items():
-        folder = folders[name]
-        with naming(f"adapter {name!r}"):
-            files[folder] = files.get(folder, {}) | adapter_files(adapter)
+    # Other threads may delete adapters, or load others' values into them.
+    with LOCK:
+        folders = folders_of(adapters, root, selected, only)
+        if not is_main_process and state_dict is not None:
+            return
+        written = to_save(adapters, list(folders), state_dict, embeddings)
+        if not is_main_process:
+            return
+        files = {root: _card(adapters, root, list(folders))}
+        for name, adapter in written.items():
+            folder = folders[name]
+            with naming(f"adapter {name!r}"):
+                files[folder] = files.get(folder, {}) | adapter_files(adapter)
     for folder in files:
         check_folder(folder)
     for folder, inside in files.items():
@@ -227,9 +232,10 @@ def push(
     commit: Mapping[str, Any],
 ) -> str:
     """Upload all adapters, and a model card where the repository has none; returns the address."""
-    folders = folders_of(adapters, "", None, None)
-    files = _card(adapters, None, list(folders), tags)
-    for name, adapter in to_save(adapters, list(folders)).items():
-        for file, content in adapter_files(adapter).items():
-            files[(folders[name] / file).as_posix()] = content
+    with LOCK:  # as in `save`
+        folders = folders_of(adapters, "", None, None)
+        files = _card(adapters, None, list(folders), tags)
+        for name, adapter in to_save(adapters, list(folders)).items():
+            for file, content in adapter_files(adapter).items():
+                files[(folders[name] / file).as_posix()] = content
     return upload(repo_id, files, private=private, token=token, **commit)
