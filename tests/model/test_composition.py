@@ -185,6 +185,22 @@ def test_what_was_made_in_inference_mode_trains(kind, config, how, tmp_path):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
 
 
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("llama", {}), ("llama", COPY), ("mixtral", EXPERTS)],
+    ids=["vectors", "copies", "experts"],
+)
+def test_a_base_model_that_was_made_in_inference_mode_is_merged(kind, config):
+    with torch.inference_mode():
+        model = ia3.get_peft_model(build(kind), ia3.IA3Config(**config, init_ia3_weights=False))
+        expected = loss_of(kind, model)
+        model.merge_adapter()
+        assert torch.allclose(loss_of(kind, model), expected)
+        model.unmerge_adapter()
+        assert torch.equal(loss_of(kind, model), expected)
+        assert torch.allclose(loss_of(kind, model.merge_and_unload()), expected)
+
+
 @EVERY_MODEL
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("first", ["adapter", "checkpointing"])

@@ -256,10 +256,10 @@ class Adapters:
                         saved_modules.load(copies[name], module_name, stored.copies)
                 self._take_own(name, own)
                 self.configs[name] = resolved
-            except BaseException:  # memory may run out
+                tell(self.contents().sites)
+            except BaseException:  # memory may run out, and a warning be an error
                 self._take_off(name)
                 raise
-            tell(self.contents().sites)
 
     def place(self, targets: Sequence[Target]) -> dict[str, Site]:
         """Module name -> the site there, placed now where there is none."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -39,7 +40,9 @@ class FrozenBase:
         # They may have come into wrappers, or out of them, since.
         parameters = own_names(dict(self.model.named_parameters()))
         for name in self._trained & parameters.keys():
-            parameters[name].requires_grad_(trained)
+            # What was made in inference mode may be told only there.
+            with torch.inference_mode(parameters[name].is_inference()):
+                parameters[name].requires_grad_(trained)
 
     def checkpointing_enabled(self, options: Mapping[str, Any] | None) -> None:
         """Have the embeddings' output require gradients where checkpointing is reentrant.
