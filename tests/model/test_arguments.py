@@ -269,3 +269,8 @@ def test_a_model_unloaded_by_hand_takes_an_adapter_again(make_model):
     model._ia3_model.delete_adapter("default")
     ia3.inject_adapter_in_model(IA3Config(), base, "other")
     assert ia3.get_model_status(base).available_adapters == ["other"]
+
+
+def test_a_mapping_without_the_adapters_name_is_refused():
+    with pytest.raises(IA3Error, match=r"peft_config has \['a'\], expected 'default' in it"):
+        ia3.IA3Model(classifier(3), {"a": IA3Config()})

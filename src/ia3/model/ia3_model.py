@@ -88,6 +88,8 @@ class IA3Model(AsPeftModel):
         vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
         model, peft_config = in_order(model, peft_config)
+        if isinstance(peft_config, Mapping) and adapter_name not in peft_config:
+            raise IA3Error(f"peft_config has {[*peft_config]}, expected {adapter_name!r} in it")
         config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
         check_config(config)
         if config.task_type is None and self.task is not None:
