@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ia3 import IA3Config, IA3Error, IA3Model
+from ia3.adapter.files import read_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -65,6 +66,14 @@ def write_pickle(folder, content, size=None):
     (folder / WEIGHTS).unlink()
     torch.save(content, folder / PICKLED)
     (folder / PICKLED).write_bytes((folder / PICKLED).read_bytes()[:size])
+
+
+def test_what_a_wrapper_of_the_whole_model_put_into_names_is_taken_out(adapter):
+    stored = load_file(adapter / WEIGHTS) | {"base_model.model.lm_head.weight": torch.ones(2, 2)}
+    save_file({f"_orig_mod.{key}": v for key, v in stored.items()}, adapter / WEIGHTS)
+    read = read_adapter(adapter)
+    assert {f"base_model.model.{name}.ia3_l" for name in read.vectors} < stored.keys()
+    assert read.copies.keys() == {"lm_head.weight"}
 
 
 # What the config's file holds, or keys that are changed in it -> the message.

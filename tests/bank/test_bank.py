@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,7 +17,7 @@ from support.pairs import logits, randomize, vectors
 
 import ia3
 from ia3 import AdapterBank, IA3Error
-from ia3.bank.bank import Refreshed
+from ia3.bank.bank import Refreshed, _after_fork, _before_fork
 
 BASE = "__base__"
 WEIGHTS = "adapter_model.safetensors"
@@ -482,3 +483,31 @@ def test_many_threads_share_a_small_bank(written):
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(run, range(60)))
     assert len(resident(bank)) == 4
+
+
+def test_threads_that_fork_at_once_wait_for_each_other():
+    class SlowLock:
+        """Whoever releases it goes on when another has it."""
+
+        def __init__(self):
+            self.lock = threading.RLock()
+
+        def acquire(self):
+            return self.lock.acquire(timeout=10)
+
+        def release(self):
+            self.lock.release()
+            time.sleep(0.05)
+
+    bank = AdapterBank(build("llama"))
+    bank._lock = SlowLock()
+
+    def fork():
+        _before_fork()
+        time.sleep(0.3)
+        _after_fork()
+
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(fork) for _ in range(2)]:
+            each.result()
+    assert bank._lock.acquire()

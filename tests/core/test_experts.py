@@ -18,6 +18,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Exper
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import ia3
@@ -493,6 +494,31 @@ def test_a_model_whose_forward_cannot_be_copied_is_left_unchanged():
     with pytest.raises(IA3Error, match="was replaced by"):
         IA3Model(model, ia3.IA3Config(target_modules=["experts"], feedforward_modules=["experts"]))
     assert_unchanged(model, before)
+
+
+def test_a_forward_replaced_while_no_adapter_multiplies_changes_nothing():
+    model = IA3Model(make_model("mixtral"), ia3.IA3Config(paper_sites=True))
+    model.add_adapter("other", ia3.IA3Config(paper_sites=True))
+    with torch.no_grad():
+        for name in model.peft_config:
+            for vector in model.vectors(name).values():
+                vector.normal_()
+    with model.disable_adapter():
+        expected = model(IDS).logits
+        block = blocks_of(model)[1]
+        block.forward = lambda *args: MixtralExperts.forward(block, *args)
+        with pytest.raises(IA3Error, match="was replaced by"):
+            model.enable_adapter_layers()
+        assert not model.has_active_enabled_adapter
+        assert torch.equal(model(IDS).logits, expected)
+        del block.forward
+    model.set_adapter([])
+    block.forward = lambda *args: MixtralExperts.forward(block, *args)
+    with pytest.raises(IA3Error, match="was replaced by"):
+        model.set_adapter("other")
+    assert model.active_adapters == []
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(IDS).logits, expected)
 
 
 class TransposedExperts(nn.Module):

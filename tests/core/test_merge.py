@@ -423,6 +423,20 @@ def test_unloading(three, inputs, active, merged, names, result):
     assert not any("ia3" in key for key in base.state_dict())
 
 
+@pytest.mark.parametrize("active", ["a", "ab", "c"])
+@pytest.mark.parametrize("merged", ["b", "c", "bc"])
+def test_what_is_merged_takes_the_place_of_what_is_active_at_every_module(
+    three, inputs, active, merged
+):
+    """Also where what is merged has no vector."""
+    three.set_adapter(list(active))
+    among = set(merged) <= set(active)
+    expected = unmerged(three, list(active if among else merged), inputs)
+    three.merge_adapter(list(merged))
+    assert relative(logits(three, **inputs), expected) < 1e-6
+    assert relative(logits(three.merge_and_unload(), **inputs), expected) < 1e-6
+
+
 def test_one_name_is_no_list_of_letters(tiny_llama, inputs):
     model = IA3Model(tiny_llama, IA3Config(), "first")
     model.add_adapter("second", IA3Config())

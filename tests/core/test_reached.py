@@ -223,6 +223,33 @@ def test_nothing_is_left_on_a_model_that_was_called_or_unloaded():
     assert {type(module._parameters) for module in base.modules()} == {dict}
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_nothing_is_left_on_a_model_where_warnings_are_errors():
+    base, _ = wavlm()
+    before = snapshot(base)
+    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    with pytest.raises(UserWarning, match=WARNING):
+        IA3Model(base, config)
+    assert_unchanged(base, before)
+
+
+def test_nothing_is_left_on_a_model_whose_first_call_was_interrupted():
+    base = network(Reader, Reader)
+    before = snapshot(base)
+    model = IA3Model(base, IA3Config(target_modules=["out"], feedforward_modules=[]))
+
+    def interrupt(*call):
+        raise KeyboardInterrupt
+
+    handle = base.get_submodule("layers.1.out").register_forward_pre_hook(interrupt, prepend=True)
+    with pytest.raises(KeyboardInterrupt):
+        answer(model, VALUES)
+    handle.remove()
+    model.unload()
+    assert_unchanged(base, before)
+    assert {type(module._parameters) for module in base.modules()} == {dict}
+
+
 # -- what is none of this --------------------------------------------------------------------------
 
 

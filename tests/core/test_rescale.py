@@ -191,6 +191,13 @@ def test_output_changed_afterwards_raises():
         result.sum().backward()
 
 
+def test_a_second_backward_pass_is_said_to_be_one():
+    result = rescale(seeded(3, 4), seeded(4, seed=1).requires_grad_(), in_place=True).sum()
+    result.backward()
+    with pytest.raises(RuntimeError, match=r"^Trying to backward through the graph"):
+        result.backward()
+
+
 @pytest.mark.parametrize("form", [{"keep_result": True}, {"in_place": True}], ids=str)
 def test_keeping_the_result_saves_no_second_copy(form):
     """A linear layer reading y′ keeps it anyway: with the operation itself, one tensor in all."""

@@ -194,6 +194,22 @@ def test_a_head_and_an_adapter_without_one_are_active_together():
     assert torch.equal(result(model), result(make()))
 
 
+def test_a_merged_adapter_has_its_own_head():
+    model = adapted(seed=1)
+    model.add_adapter("other", IA3Config(task_type="SEQ_CLS"))
+    model.set_adapter("other")
+    disturb(model, 2)
+    expected = result(model)
+    model.set_adapter("default")
+    before = result(model)
+    model.merge_adapter("other")
+    assert torch.allclose(result(model), expected, atol=1e-6)
+    model.unmerge_adapter()
+    assert torch.equal(result(model), before)
+    model.merge_adapter("other")
+    assert torch.allclose(result(model.merge_and_unload()), expected, atol=1e-6)
+
+
 def test_deleting_an_adapter_deletes_its_head():
     base = make()
     before = snapshot(base)

@@ -33,6 +33,16 @@ class Rectified(nn.Linear):
         return super().forward(x).relu()
 
 
+class Dropping(nn.Linear):
+    def forward(self, x):
+        return super().forward(functional.dropout(x, 0.5, self.training))
+
+
+class Pooling(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).mean((2, 3))
+
+
 class WithBias(nn.Linear):
     """What is added is not scaled."""
 
@@ -64,6 +74,8 @@ LAYERS = {
     "normalised weight": (lambda: Normalised(6, 4), True, ""),
     "a bias of its own": (lambda: WithBias(6, 4), True, "input"),
     "not linear": (lambda: Rectified(6, 4), True, "output input"),  # the vectors are positive
+    "with dropout": (lambda: Dropping(6, 4), True, "output input"),
+    "pooled": (lambda: Pooling(6, 4, 3), False, ""),
     "more outputs": (lambda: IdeficsDecoupledLinear(6, 4, 2), False, ""),
     "a router's pair": (router, False, ""),
     "output and scale": (lambda: QuantLinear(6, 4), False, ""),
@@ -118,9 +130,20 @@ def test_merged_is_adapted_or_refused(kind, side, dtype):
         return
     given = torch.tensor([[0, 2, 5]]) if "embedding" in kind else torch.randn(2, 6, 6).to(dtype)
     run = partial(layer, given, 1) if isinstance(layer, WithArgument) else partial(layer, given)
+    model.merge_adapter()  # in training mode
+    model.unmerge_adapter()
+    layer.eval()
     expected = run()
     model.merge_adapter()
     assert relative(run(), expected) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_a_negative_vector_is_no_factor_of_a_rectified_output():
+    model = adapted(made("not linear"), target_modules=["layer"], feedforward_modules=[])
+    with torch.no_grad():
+        vectors(model)["layer"][1] = -0.5
+    with pytest.raises(IA3Error, match="a scaled weight does not scale its output"):
+        model.merge_adapter()
 
 
 def test_trying_changes_nothing():

@@ -212,6 +212,11 @@ def test_what_is_of_another_size_is_left_as_it_begins(classified):
     close(loaded[1], loaded[0])
     with pytest.raises(IA3Error, match=r"'score.weight' is \[3, 16\], expected \[5, 16\]"):
         PeftModel.from_pretrained(classifier(5), classified)
+    base = classifier(5)
+    base.score = torch.compile(base.score, backend="eager")
+    with pytest.warns(UserWarning, match="score"):
+        model = PeftModel.from_pretrained(base, classified, ignore_mismatched_sizes=True)
+    close(logits(model, **IDS), loaded[1])
 
 
 def test_vectors_of_another_size_are_left_and_reported(classified):
@@ -264,3 +269,8 @@ def test_a_model_unloaded_by_hand_takes_an_adapter_again(make_model):
     model._ia3_model.delete_adapter("default")
     ia3.inject_adapter_in_model(IA3Config(), base, "other")
     assert ia3.get_model_status(base).available_adapters == ["other"]
+
+
+def test_a_mapping_without_the_adapters_name_is_refused():
+    with pytest.raises(IA3Error, match=r"peft_config has \['a'\], expected 'default' in it"):
+        ia3.IA3Model(classifier(3), {"a": IA3Config()})

@@ -61,6 +61,17 @@ def _saved(model):
 COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _saved]
 
 
+def test_a_copy_of_a_compiled_model_calls_itself():
+    model = adapted("llama")
+    model.compile(backend="eager")
+    expected = logits("llama", model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits("llama", twin), expected)
+    randomize(vectors(twin, "default"), seed=1)
+    assert relative(logits("llama", twin), expected) > 1e-3
+    assert torch.equal(logits("llama", model), expected)
+
+
 @EVERY_MODEL
 @pytest.mark.parametrize("copied", COPIES)
 def test_copies_are_whole_and_independent(kind, copied):
@@ -172,6 +183,22 @@ def test_what_was_made_in_inference_mode_trains(kind, config, how, tmp_path):
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("llama", {}), ("llama", COPY), ("mixtral", EXPERTS)],
+    ids=["vectors", "copies", "experts"],
+)
+def test_a_base_model_that_was_made_in_inference_mode_is_merged(kind, config):
+    with torch.inference_mode():
+        model = ia3.get_peft_model(build(kind), ia3.IA3Config(**config, init_ia3_weights=False))
+        expected = loss_of(kind, model)
+        model.merge_adapter()
+        assert torch.allclose(loss_of(kind, model), expected)
+        model.unmerge_adapter()
+        assert torch.equal(loss_of(kind, model), expected)
+        assert torch.allclose(loss_of(kind, model.merge_and_unload()), expected)
 
 
 @EVERY_MODEL

@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 from support.snapshots import assert_unchanged, snapshot
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import ia3
 from ia3 import AdapterBank, IA3Config, IA3Error, PeftModel, get_peft_model
@@ -27,6 +28,8 @@ MODELS = {
     "tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
+    # It scales its output where both are tied.
+    "umt5": lambda: hf.UMT5ForConditionalGeneration(hf.UMT5Config(**T5)),
     "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**BERT)),
     "bert in a module": lambda: Around(hf.BertForMaskedLM(hf.BertConfig(**BERT))),
 }
@@ -143,6 +146,22 @@ def test_a_model_that_was_never_loaded_knows_too(tmp_path):
     keys = {key for key in tensors_in(tmp_path) if "ia3_l" not in key}
     beside = ("model.embed_tokens.weight", "lm_head.weight")
     assert keys == {f"base_model.model.{name}" for name in beside}
+
+
+@EVERY_MODEL
+def test_new_rows_within_wrappers_are_saved_and_read(kind, base, tmp_path):
+    def wrapped(model):
+        inner = model.model if isinstance(model, Around) else model
+        embeddings = inner.get_input_embeddings()
+        owner = next(m for m in inner.modules() if embeddings in m._modules.values())
+        name = next(name for name, m in owner._modules.items() if m is embeddings)
+        setattr(owner, name, checkpoint_wrapper(embeddings))
+        return model
+
+    expected = disturbed(get_peft_model(wrapped(base(kind)), IA3Config()))
+    expected.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(wrapped(base(kind, seed=1)), tmp_path / "adapter")
+    assert torch.equal(result(again), result(expected))
 
 
 @EVERY_MODEL
@@ -321,6 +340,51 @@ def test_other_weights_under_a_vector_that_is_in_use_are_refused(base, tmp_path)
     assert_unchanged(model, before)
 
 
+@pytest.fixture
+def rescaled_heads(base, tmp_path):
+    """The folders of two adapters that rescale the output layer, one with weights of its own."""
+    config = IA3Config(target_modules=["lm_head", "v_proj"], feedforward_modules=[])
+    for name, seed in (("own", 1), ("plain", 0)):
+        model = base(seed=seed)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.copy_(base().get_input_embeddings().weight)
+        model = disturbed(get_peft_model(model, config))
+        model.save_pretrained(tmp_path / name, save_embedding_layers=name == "own")
+    return tmp_path / "own", tmp_path / "plain"
+
+
+def test_weights_under_a_vector_stay_with_their_adapter(rescaled_heads, base, tmp_path):
+    own, plain = rescaled_heads
+    model = PeftModel.from_pretrained(base(), own)
+    expected = result(model)
+    model.save_pretrained(tmp_path / "again", save_embedding_layers=False)
+    assert torch.equal(result(PeftModel.from_pretrained(base(), tmp_path / "again")), expected)
+    with pytest.raises(IA3Error, match=r"other weights of 'lm_head'.*other adapters"):
+        model.load_adapter(plain, "second")
+    # A new one is for the weights that are there, and keeps them.
+    config = IA3Config(target_modules=["lm_head"], feedforward_modules=[])
+    model.add_adapter("new", config)
+    model.set_adapter("new")
+    expected = result(model)
+    model.delete_adapter("default")
+    assert torch.equal(result(model), expected)
+    assert "lm_head.weight" in model.adapter("new").copies
+
+
+def test_weights_under_a_vector_go_with_their_adapter(rescaled_heads, base):
+    own, plain = rescaled_heads
+    unadapted, expected = result(base()), result(PeftModel.from_pretrained(base(), plain))
+    model = PeftModel.from_pretrained(base(), own)
+    model.load_adapter(plain, "default")
+    assert torch.equal(result(model), expected)
+    model.load_adapter(own, "default")
+    model.delete_adapter("default")
+    assert torch.equal(result(model), unadapted)
+    model.load_adapter(plain, "default")
+    model.set_adapter("default")
+    assert torch.equal(result(model), expected)
+
+
 def test_combinations_have_the_rows_of_all(base, tmp_path):
     model = disturbed(get_peft_model(base(), IA3Config()))
     model.add_adapter("other", IA3Config())
@@ -351,8 +415,11 @@ def test_what_adapters_hold_is_not_resized_under_them(config, module, around, ba
         each = each.model if isinstance(each, Around) else each
         with pytest.raises(IA3Error, match=rf"'{module}'.*64 tokens.*unload\(\), resize"):
             each.resize_token_embeddings(NEW)
+        with pytest.raises(IA3Error, match="64 tokens"):
+            each.resize_token_embeddings(TOKENS, pad_to_multiple_of=48)
         each.resize_token_embeddings()
         each.resize_token_embeddings(TOKENS)
+        each.resize_token_embeddings(TOKENS - 2, pad_to_multiple_of=32)
     assert_unchanged(model, before)
     model.unload()
     inner.resize_token_embeddings(NEW)

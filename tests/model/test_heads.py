@@ -221,8 +221,13 @@ NO_HEAD = {
 @pytest.mark.parametrize("kind", NO_HEAD)
 def test_without_a_head_vectors_alone_train_and_a_warning_says_so(kind):
     base = NO_HEAD[kind]()
-    with pytest.warns(UserWarning, match="SEQ_CLS trains a head, and .* has none"):
-        model = get_peft_model(base, IA3Config(task_type="SEQ_CLS"))
+    config, sentence = IA3Config(task_type="SEQ_CLS"), "SEQ_CLS trains a head, and .* has none"
+    with pytest.warns(UserWarning, match=sentence):
+        model = get_peft_model(base, config)
+    with pytest.warns(UserWarning, match=sentence) as said:
+        model.add_adapter("more", config)
+    assert [each.filename for each in said] == [__file__]
+    model.delete_adapter("more")
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"model.{n}.ia3_l.default" for n in model.vectors("default")}
     theirs = peft.get_peft_model(NO_HEAD[kind](), peft.IA3Config(task_type="SEQ_CLS"))

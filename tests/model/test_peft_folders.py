@@ -262,6 +262,33 @@ def test_adapters_from_before_modules_were_renamed_load(older, tmp_path):
     model.save_pretrained(tmp_path / "again", adapter_name="second")
     theirs = peft.PeftModel.from_pretrained(make_renamed(kind), tmp_path / "again")
     torch.testing.assert_close(result(theirs, inputs), expected, rtol=1e-5, atol=1e-6)
+    again = PeftModel.from_pretrained(make_renamed(kind), folder, ignore_mismatched_sizes=True)
+    torch.testing.assert_close(result(again, inputs), expected, rtol=1e-5, atol=1e-6)
+
+
+class Headed(torch.nn.Module):
+    """A model of transformers with a head of another's beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = make_renamed("LLaVA")
+        self.head = torch.nn.Linear(TEXT["vocab_size"], 3)
+
+    def forward(self, **inputs):
+        return (self.head(self.body(**inputs).logits),)
+
+
+def test_what_is_beside_the_renamed_model_keeps_its_name(tmp_path):
+    torch.manual_seed(0)
+    base = Headed().eval()
+    model = get_peft_model(base, IA3Config(**K_V_DOWN, modules_to_save=["head"]))
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    expected = result(model, PROMPT)
+    new, old = "body.model.language_model", "body.language_model.model"
+    edit(tmp_path, lambda tensors: {k.replace(new, old): v for k, v in tensors.items()})
+    again = PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert torch.equal(result(again, PROMPT), expected)
 
 
 def test_they_go_into_a_bank(tmp_path):

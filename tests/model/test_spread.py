@@ -182,6 +182,19 @@ def check_routed(model, plain):
 def fsdp2_in_other_ways(folder):
     plain = two_adapters()
     check_routed(shard(two_adapters()), plain)
+    # As one unit, which is left whole after a call without gradients.
+    model, trained = shard(adapted("llama"), ()), adapted("llama")
+    close(logits(model), logits(trained))
+    model.save_pretrained(folder / "whole")
+    check_saved(folder / "whole", trained)
+    train(model, own_row())
+    logits(model)
+    refused(model.merge_adapter, "spread over processes")
+    model.add_adapter("other", IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    refused(partial(model.delete_adapter, "default"), "FSDP, which would put its vectors back")
+    model.load_adapter(folder / "whole", "default")
+    model.reshard()
+    close(logits(model), logits(trained))
     # Every linear layer for itself.
     expected = logits(plain)
     close(logits(shard(copy.deepcopy(plain), nn.Linear)), expected)

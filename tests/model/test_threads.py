@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,22 @@ def test_adapters_that_come_and_go_are_found_whole():
     model.delete_adapter("wide")
     meanwhile(come_and_go, 200, lambda: (model.set_adapter("narrow"), model.vectors("narrow")))
     assert not [name for name, _ in model.unload().named_parameters() if ".ia3_l." in name]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_adapters_that_come_and_go_are_saved_whole_or_not_at_all(tmp_path):
+    model = wide_and_narrow()
+
+    def come_and_go():
+        model.add_adapter("third", WIDE)
+        model.delete_adapter("third")
+
+    def save():
+        model.save_pretrained(tmp_path)
+        for folder in filter(Path.is_dir, tmp_path.iterdir()):
+            IA3Model.from_pretrained(tiny_llama(), folder)
+
+    meanwhile(save, 60, come_and_go)
 
 
 def elsewhere(action):

@@ -233,6 +233,23 @@ def test_trained_and_routed_as_a_plain_model(make_model, around, wrapper, wrappe
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("wrapper", [checkpoint_wrapper, compiled])
+def test_a_saved_module_takes_its_copys_values_within_wrappers(wrapper):
+    """Of the module and its copy, only the former was wrapped since."""
+    head = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    base = nn.ModuleDict({"layer": nn.Linear(8, 8), "head": head})
+    config = IA3Config(target_modules=["layer"], feedforward_modules=[], modules_to_save=["head"])
+    model = IA3Model(base, config)
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.normal_()
+    values = torch.randn(2, 8)
+    expected = head(values)
+    head[0] = wrapper(head[0])
+    model.merge_and_unload()
+    assert torch.equal(head(values), expected)
+
+
 def test_what_peft_saved_of_a_wrapped_model_is_loaded(make_model, tmp_path):
     theirs = peft.get_peft_model(around_blocks(make_model("llama"), compiled), peft.IA3Config())
     randomize(vectors(theirs))

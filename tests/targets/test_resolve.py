@@ -1,5 +1,6 @@
 """Which modules a config chooses: PEFT's rules, and errors that say what to change."""
 
+import dataclasses
 import warnings
 
 import peft
@@ -69,14 +70,43 @@ def test_same_modules_and_shapes_as_peft(make_model, kind, config):
     assert ours(make_model(kind), **config) == expected
 
 
-def test_all_linear_leaves_out_a_classifier():
+def classifier():
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_labels": 3}
-    config = BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    config = BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)
+    return BertForSequenceClassification(config)
+
+
+def test_all_linear_leaves_out_a_classifier():
     choice = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
-    found = ours(BertForSequenceClassification(config), **choice)
+    found = ours(classifier(), **choice)
     # PEFT trains the classifier itself in full; what it rescales is the same.
-    assert found == theirs(BertForSequenceClassification(config), **choice)
+    assert found == theirs(classifier(), **choice)
     assert "classifier" not in found
+
+
+def test_all_linear_of_a_classifier_that_has_a_method_called_score():
+    class Scoring(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.classifier = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def score(self):
+            """As scikit-learn's estimators have one."""
+
+    config = {"target_modules": "all-linear", "feedforward_modules": [], "task_type": "SEQ_CLS"}
+    assert ours(Scoring(), **config) == {"body": (4, 1)}
+
+
+def test_modules_are_not_looked_for_in_the_copies_of_another_adapter():
+    """Whose names are no module's of the base model."""
+    layer, config = "encoder.layer.1", IA3Config(paper_sites=True)
+    expected = vectors(IA3Model(classifier(), config)).keys()
+    saved = IA3Config(target_modules=["pooler.dense"], modules_to_save=[layer])
+    model = IA3Model(classifier(), saved)
+    with pytest.raises(IA3Error, match=rf"is part of '.*{layer}', which another adapter on this"):
+        model.add_adapter("other", config)
+    model.add_adapter("other", dataclasses.replace(config, exclude_modules=rf".*{layer}\..*"))
+    assert {name for name in expected if layer not in name} == model.vectors("other").keys()
 
 
 def test_defaults_are_pefts():

@@ -162,10 +162,11 @@ def name_tensors(
     """What a file's tensors are: (key -> a vector's module, key -> a parameter of the model)."""
     vectors, copies = {}, {}
     for key in keys:
-        name = own_name(key).removeprefix(KEY_PREFIX)
+        own = own_name(key)
+        name = own.removeprefix(KEY_PREFIX)
         if name.endswith(KEY_SUFFIX):
             vectors[key] = name.removesuffix(KEY_SUFFIX)
-        elif config.modules_to_save or key.startswith(KEY_PREFIX):
+        elif config.modules_to_save or own.startswith(KEY_PREFIX):
             copies[key] = name.replace(f".{BASE_LAYER}.", ".")
         else:
             raise IA3Error(

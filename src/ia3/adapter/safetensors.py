@@ -90,8 +90,10 @@ def write(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     data: list[Any] = []
     end = 0
     for key in sorted(tensors, key=lambda key: ([*DTYPES].index(dtypes[key]), key)):
+        # A copy: numpy pins the memory that it sees, and FSDP frees that of its parameters.
+        copied = tensors[key].detach().to("cpu", copy=True)
         # As bytes, because numpy lacks some dtypes.
-        values = tensors[key].detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        values = copied.reshape(-1).view(torch.uint8).numpy()
         shape, start, end = list(tensors[key].shape), end, end + values.nbytes
         header[key] = {"dtype": DTYPES[dtypes[key]], "shape": shape, "data_offsets": [start, end]}
         data.append(values)

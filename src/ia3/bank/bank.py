@@ -27,19 +27,19 @@ from ..model.ia3_model import IA3Model, check_name
 BASE_SLOT = 0
 
 _banks: weakref.WeakSet[AdapterBank] = weakref.WeakSet()
-_held_by_fork: list[threading.RLock] = []
+_held_by_fork = threading.local()
 
 
 def _before_fork() -> None:
     """Wait for other threads' work on a bank: its half would be found in the new process."""
-    for bank in list(_banks):
-        bank._lock.acquire()
-        _held_by_fork.append(bank._lock)
+    _held_by_fork.locks = [bank._lock for bank in list(_banks)]
+    for lock in _held_by_fork.locks:
+        lock.acquire()
 
 
 def _after_fork() -> None:
-    while _held_by_fork:
-        _held_by_fork.pop().release()
+    for lock in _held_by_fork.locks:
+        lock.release()
 
 
 if hasattr(os, "register_at_fork"):

@@ -102,7 +102,7 @@ def unwatch(model: nn.Module) -> None:
             if any(_hooks(child, _Called) for child, _ in _below(module)):
                 looking = True
             else:
-                hook.remove()
+                hook.remove(module)
     for hook in [*unwrapped(model)._forward_hooks.values()]:
         if isinstance(hook, _Tell) and not looking:
             hook.remove()
@@ -114,14 +114,20 @@ def _hooks(module: nn.Module, kind: type) -> list[Any]:
 
 def _below(module: nn.Module) -> Iterator[tuple[nn.Module, Site]]:
     """The modules with a site that this one may call, and the sites."""
-    for name, child in module._modules.items():
-        if child is None or name == ATTRIBUTE:
-            continue
+    for child in _callees(module):
         site = site_of(child)
         if site is not None:
             yield child, site
+
+
+def _callees(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that this one may call."""
+    for name, child in module._modules.items():
+        if child is None or name == ATTRIBUTE:
+            continue
+        yield child
         if isinstance(child, CONTAINERS):
-            yield from _below(child)
+            yield from _callees(child)
 
 
 class _Called:
@@ -150,9 +156,11 @@ class _Watch:
             module.register_forward_hook(self.left, always_call=True),
         ]
 
-    def remove(self) -> None:
+    def remove(self, module: nn.Module) -> None:
         for handle in self.handles:
             handle.remove()
+        # A forward that was interrupted has not put them back.
+        _put_back(module)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
@@ -178,16 +186,21 @@ class _Watch:
                 # With the hook on it, a call would have been noticed.
                 if isinstance(reads, _Noticing) and reads.read and _hooks(child, _Called):
                     site.reached = False
-            self.remove()
+            self.remove(module)
 
     def left(self, module: nn.Module, args: Any, output: Any) -> None:
         """The hook after any forward."""
         if self.is_looking():
             self.thread = None
-            for child, _ in _below(module):
-                parameters: Any = child._parameters
-                if isinstance(parameters, _Noticing):
-                    child._parameters = parameters.own
+            _put_back(module)
+
+
+def _put_back(module: nn.Module) -> None:
+    """Give the modules below their own dicts of parameters again."""
+    for child in _callees(module):
+        parameters: Any = child._parameters
+        if isinstance(parameters, _Noticing):
+            child._parameters = parameters.own
 
 
 class _Noticing(MutableMapping[str, Any]):

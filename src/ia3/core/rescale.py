@@ -66,6 +66,8 @@ class _KeepResult(torch.autograd.Function):
         try:
             scaled, divisor, vector, place = ctx.saved_tensors
         except RuntimeError as error:
+            if "inplace" not in str(error):  # a graph that has been freed, memory that has run out
+                raise
             raise IA3Error(
                 f"a rescaled activation, or the vector, was written over before the backward pass "
                 f"that needs it: where the model does so, use_plain_product() on the IA3Model "

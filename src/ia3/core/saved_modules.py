@@ -7,17 +7,17 @@ as `ia3_l`, and calls of the module go to the active adapter's copy.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import IA3Error, did_you_mean
 from .activations import device_of
 from .calls import Calls, seen
-from .names import ATTRIBUTE, base_modules, module_at, own_name, own_names
+from .names import ATTRIBUTE, base_modules, module_at, modules_of, own_name, own_names
 from .patch import SLOTS, patch, patched, refuse_replica
 from .spread import spread_like
 from .weights import write
@@ -156,24 +156,48 @@ def detach(module: nn.Module) -> None:
         del module._modules[ATTRIBUTE]
 
 
-def shared_parameters(model: nn.Module) -> set[int]:
-    """The ids of the parameters that several modules have."""
-    counts = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    return {identity for identity, count in counts.items() if count > 1}
+def keep_all(model: nn.Module, twins: Mapping[nn.Module, nn.Module]) -> None:
+    """Give modules of a model the values of their copies, but not others that share theirs."""
+    parts = {
+        part: module_at(twin, path)
+        for module, twin in twins.items()
+        for path, part in modules_of(module).items()
+        if ATTRIBUTE not in path.split(".")
+    }
+    # A parameter -> what it becomes in each of the modules that have it.
+    becomes: dict[nn.Parameter, list[Tensor | None]] = {}
+    for module in model.modules():
+        for slot, parameter in module._parameters.items():
+            if parameter is not None:
+                value = parts.get(module, module)._parameters.get(slot)
+                becomes.setdefault(parameter, []).append(value)
+    apart = {id(parameter) for parameter, values in becomes.items() if not _are_same(values)}
+    for module, twin in twins.items():
+        _keep(module, twin, apart)
 
 
-def keep(module: nn.Module, adapter: str, shared: Collection[int] = ()) -> None:
-    """Give the module itself the values of an adapter's copy, but not modules that share them."""
-    copies = saved_module_of(module)
-    assert copies is not None
-    twin = copies[adapter]
-    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-        path, _, last = name.rpartition(".")
-        owner, value = module.get_submodule(path), tensor.detach().clone()
+def _are_same(values: Sequence[Tensor | None]) -> bool:
+    first = values[0]
+    return all(
+        value is first
+        or (
+            value is not None
+            and first is not None
+            and not (value.is_meta or first.is_meta)
+            and torch.equal(value.to(first.device), first)
+        )
+        for value in values
+    )
+
+
+def _keep(module: nn.Module, twin: nn.Module, apart: Collection[int]) -> None:
+    for name, tensor in [*twin.named_parameters(remove_duplicate=False), *twin.named_buffers()]:
+        path, _, last = own_name(name).rpartition(".")
+        owner, value = module_at(module, path), tensor.detach().clone()
         parameter = owner._parameters.get(last)
         if parameter is None:
             owner._buffers[last] = value
-        elif id(parameter) in shared and not parameter.is_meta:
+        elif id(parameter) in apart and not parameter.is_meta:
             owner._parameters[last] = nn.Parameter(value, requires_grad=False)
         else:
             write(owner, last, value)

@@ -159,6 +159,13 @@ class Site(nn.Module):
         self.check_whole(adapter)
         return gathered(self.vector(adapter))
 
+    def spread_again(self) -> None:
+        """Have FSDP 2 hold vectors as `DTensor`s, before they are kept or written.
+
+        Since a call it may hold them whole, in memory that it frees and forgets.
+        """
+        self.state_dict()  # FSDP's hook before it does so
+
     def check_whole(self, adapter: str) -> None:
         """Raise `IA3Error` where FSDP 1 has a vector in pieces, which it alone can gather."""
         if not self.is_whole(adapter):
@@ -174,15 +181,20 @@ class Site(nn.Module):
         With `routed`, a route may be on: there are hooks even without vectors, which ask for it.
         Hooks that are no longer wanted stay until `settle`.
         """
-        here = tuple(name for name in adapters if name in self)
-        if self.merged:
-            # What is merged takes the place of what is active, or is part of it.
-            among = set(self.merged) <= set(here)
-            here = tuple(name for name in here if name not in self.merged) if among else ()
+        here = self._multiplying(adapters)
         # Not setattr: nn.Module's looks for parameters first.
         self.__dict__.update(active=here, _routed=routed)
         if self._is_wanted():
             self.hook(module)
+
+    def check(self, module: nn.Module, adapters: tuple[str, ...]) -> None:
+        """Raise `IA3Error` where `activate` would."""
+        if self.side == "inner" and not self._removers and self._multiplying(adapters):
+            experts.check_forward(module)
+
+    def _multiplying(self, adapters: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the adapters whose vectors are here."""
+        return tuple(name for name in adapters if name in self)
 
     def hook(self, module: nn.Module) -> None:
         """Put the hooks there that multiply, if they are not."""

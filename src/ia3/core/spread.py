@@ -20,8 +20,15 @@ def is_spread(tensor: Tensor) -> bool:
 
 
 def any_spread(module: nn.Module) -> bool:
-    """Whether any parameter of a module, or of one within it, is spread over processes."""
-    return any(map(is_spread, module.parameters()))
+    """Whether any parameter of a module, or of one within it, is spread over processes.
+
+    Also where FSDP 2 has left it whole after a call.
+    """
+    return any(map(is_spread, module.parameters())) or any(
+        "_fully_shard" in getattr(hook, "__module__", "")
+        for each in module.modules()
+        for hook in each._state_dict_pre_hooks.values()
+    )
 
 
 def gathered(tensor: Tensor) -> Tensor:

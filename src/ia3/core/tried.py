@@ -33,20 +33,21 @@ def gives_channels(module: nn.Module, dim: int) -> bool:
         found = type(module).forward(twin, _input(module, torch.device("meta")))
     except Exception:  # of a forward that this library knows nothing about
         return True
-    return isinstance(found, Tensor) and found.shape[_axis(module)] == dim
+    axis = _axis(module)
+    return isinstance(found, Tensor) and found.dim() >= -axis and found.shape[axis] == dim
 
 
 @torch.no_grad()
 def scales_with_weight(
     module: nn.Module,
     side: Side,
-    dim: int,
+    vector: Tensor,
     scaled: Callable[[Mapping[Side, Tensor]], Mapping[str, Tensor]],
 ) -> bool:
-    """Whether weights scaled by a vector compute the scaled activation.
+    """Whether weights scaled by a vector compute the scaled activation, in evaluation.
 
     Args:
-        side, dim: the vector's side of the module, and how many values it has.
+        side, vector: the side of the module that the vector is on, and its values, `[dim]`.
         scaled: the module's weights times vectors `[dim]` on its sides, by name.
     """
     if not _can_be_tried(module):
@@ -55,16 +56,18 @@ def scales_with_weight(
     if any(True for part in parts for _ in part.parameters()):
         return False  # these are not scaled
     weight = module.get_parameter("weight")
-    # Far from one, so that what goes wrong is no matter of rounding.
-    vector = torch.arange(dim, device=weight.device).cos().exp2().to(weight.dtype)
-    across = vector.view(-1, *[1] * (-1 - _axis(module)))
+    # Far from one, so that what goes wrong is no matter of rounding, and of the vector's own signs:
+    # a ReLU lets positive factors through.
+    sizes = torch.arange(len(vector), device=weight.device).cos().exp2()
+    tried = sizes.copysign(vector.to(weight.device)).to(weight.dtype)
+    across = tried.view(-1, *[1] * (-1 - _axis(module)))
     given = _input(module, weight.device)
     try:
         forward, twin = type(module).forward, _copy(module, _but_buffers)
         expected = forward(twin, given * across if side == "input" else given)
         expected = expected * across if side == "output" else expected
         twin = _copy(module, _but_buffers)
-        twin._parameters |= scaled({side: vector})  # type: ignore[arg-type]
+        twin._parameters |= scaled({side: tried})  # type: ignore[arg-type]
         found = forward(twin, given)
         return bool((found - expected).norm() <= 0.05 * expected.norm())
     except Exception:  # as above
@@ -81,9 +84,12 @@ def _can_be_tried(module: nn.Module) -> bool:
 
 
 def _copy(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of a module and of all within it, each tensor changed, with all else shared."""
+    """A copy of a module and of all within it, each tensor changed, with all else shared.
+
+    It is in evaluation mode: no two calls of a dropout give the same.
+    """
     twin = type(module).__new__(type(module))
-    twin.__dict__.update(module.__dict__)
+    twin.__dict__.update(module.__dict__, training=False)
     for names in ("_parameters", "_buffers"):
         own = module.__dict__[names].items()
         twin.__dict__[names] = {n: None if t is None else change(t) for n, t in own}

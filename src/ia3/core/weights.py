@@ -69,7 +69,12 @@ def write(module: nn.Module, slot: str, value: Any) -> None:
     else:
         parameter = module.get_parameter(slot)
         # The model may have been moved or cast since the value was read.
-        parameter.data = value.to(parameter.device, parameter.dtype)
+        value = value.to(parameter.device, parameter.dtype)
+        if parameter.is_inference() and not value.is_inference():
+            # What was made in inference mode computes there with such data alone.
+            with torch.inference_mode():
+                value = value.clone()
+        parameter.data = value
         if slot == "weight" and hasattr(getattr(module, "state", None), "reset_grads"):
             # bitsandbytes computes with a quantized copy that it keeps of an ordinary weight.
             module.state.reset_grads()  # type: ignore[operator, union-attr]
@@ -126,7 +131,7 @@ def _products(module: nn.Module, name: str, vectors: Mapping[Side, Tensor]) -> d
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise IA3Error(f"cannot merge into {name!r}: max_norm would undo the vector")
     for side, vector in vectors.items():
-        if not scales_with_weight(module, side, len(vector), partial(_scaled, module)):
+        if not scales_with_weight(module, side, vector, partial(_scaled, module)):
             raise IA3Error(
                 f"cannot merge into {name!r}: in the forward of a {type(module).__name__} a scaled "
                 f"weight does not scale its {side}; keep the adapter on the model"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -120,6 +119,8 @@ class Adapters:
             return gathered(values[key]) if values is not None and key in values else None
 
         vectors, copies = {}, {}
+        for _, site in having:
+            site.spread_again()
         for module, site in having:
             value = given(f"{module}.{end}", site[name])
             vectors[module] = site.whole(name) if value is None else value
@@ -127,6 +128,11 @@ class Adapters:
             for key, held in own_names(twin.state_dict(keep_vars=True)).items():
                 value = given(f"{module}.{end}.{key}", held)
                 copies[f"{module}.{key}"] = gathered(held) if value is None else value
+        rescaled = {module for module, _ in having}
+        for module, slot in self.base.replaced:
+            key = f"{module}.{slot}"
+            if module in rescaled:
+                copies[key] = gathered((values or {}).get(key, self.merge.original(module, slot)))
         frozen = {module: site.frozen[name] for module, site in having if name in site.frozen}
         return Adapter(dataclasses.replace(self.configs[name]), vectors, copies, frozen)
 
@@ -232,9 +238,7 @@ class Adapters:
             _check_can_be_copied(saved, self.contents())
             own: Mapping[str, Mapping[str, Tensor]] = {}
             if stored is not None:
-                copied, own = own_values(stored.copies, saved, self.model)
-                saved_modules.check(copied, saved, self.model)
-                self._check_own(name, own, targets)
+                own = self._own_values(name, stored, saved, targets)
             warn_of_untrained(self.model, self._fresh, name, config, saved, stored=old)
             if not config.inference_mode and any_spread(self.model):
                 warn_caller(
@@ -252,10 +256,10 @@ class Adapters:
                         saved_modules.load(copies[name], module_name, stored.copies)
                 self._take_own(name, own)
                 self.configs[name] = resolved
-            except BaseException:  # memory may run out
+                tell(self.contents().sites)
+            except BaseException:  # memory may run out, and a warning be an error
                 self._take_off(name)
                 raise
-            tell(self.contents().sites)
 
     def place(self, targets: Sequence[Target]) -> dict[str, Site]:
         """Module name -> the site there, placed now where there is none."""
@@ -290,16 +294,31 @@ class Adapters:
                 vector = stored.vectors[target.name].to(device, dtype, copy=True)
             sites[target.name].add(name, vector, target.frozen, follows=not wide)
 
-    def _check_own(self, name: str, own: Collection[str], targets: Sequence[Target]) -> None:
-        """Embeddings that an adapter came with can be put on the model."""
-        contents, rescaled = self.contents(), {target.name for target in targets}.intersection(own)
+    def _own_values(
+        self, name: str, stored: Adapter, saved: Sequence[str], targets: Sequence[Target]
+    ) -> dict[str, dict[str, Tensor]]:
+        """The embeddings that a stored adapter needs: slot -> value, by module.
+
+        Raises where these, or its copies of the `saved` modules, cannot be put on the model.
+        """
+        copied, own = own_values(stored.copies, saved, self.model)
+        saved_modules.check(copied, saved, self.model)
+        rescaled = {target.name for target in targets}
+        # Without values of its own it needs the base's, where another one's are now.
+        for (module, slot), value in self.base.replaced.items():
+            if module in rescaled and f"{module}.{slot}" not in stored.copies:
+                own.setdefault(module, {})[slot] = value
+        contents, rescaled = self.contents(), rescaled.intersection(own)
+        for module in own:
+            _check_unspread(module, contents)
         _check_can_be_copied([module for module in own if module not in rescaled], contents)
         others = [m for m, _, s in contents.sites if m in rescaled and s.vectors.keys() - {name}]
         if others:
             raise IA3Error(
-                f"the adapter came with other weights of {others[0]!r} than the model has, and "
-                "other adapters on this model rescale it: unload() first"
+                f"the adapter needs other weights of {others[0]!r} than the model has, and other "
+                "adapters on this model rescale it: unload() first"
             )
+        return own
 
     def _take_own(self, name: str, own: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Have an adapter compute with the embeddings that it came with: slot -> value, by module.
@@ -331,9 +350,7 @@ class Adapters:
             saved = [
                 m for m, _, c in self.contents().copies if m in copies and name not in c.frozen
             ]
-            copied, own = own_values(stored.copies, saved, self.model)
-            saved_modules.check(copied, saved, self.model)
-            self._check_own(name, own, targets)
+            own = self._own_values(name, stored, saved, targets)
             for module, site in having:
                 here, there = site.frozen.get(name, ()), stored.frozen.get(module, ())
                 if here != there:
@@ -343,6 +360,7 @@ class Adapters:
                     )
             with torch.no_grad():
                 for module, site in having:
+                    site.spread_again()
                     site[name].copy_(spread_like(stored.vectors[module], site[name]))
             for module in saved:
                 saved_modules.load(copies[module], module, stored.copies)
@@ -356,7 +374,7 @@ class Adapters:
             self.check_unrouted("delete_adapter")
             self.check_known([name])
             self._check_unmerged(name)
-            if any(is_spread(site[name]) for _, site in self.sites_of(name)):
+            if any(any_spread(site) for _, site in self.sites_of(name)):
                 raise IA3Error(
                     f"adapter {name!r} is spread over processes by FSDP, which would put its "
                     "vectors back: set_adapter() to another instead"
@@ -365,7 +383,7 @@ class Adapters:
             first = next((other for other in self.configs if other != name), None)
             # Before its vectors go: calls of other threads ask for those of the active ones.
             if self.active and not remaining and first is not None:
-                warnings.warn(f"adapter {name!r} was active; {first!r} is active now", stacklevel=3)
+                warn_caller(f"adapter {name!r} was active; {first!r} is active now")
                 self.switch(first, leaving=name)
             else:
                 self.activate(remaining)
@@ -376,6 +394,9 @@ class Adapters:
         contents = self.contents()
         for _, _, site in contents.sites:
             site.remove(name)
+        for module_name, _, site in contents.sites:
+            if not site.vectors:
+                self.base.put_back(module_name)
         empty = [m for _, m, site in contents.sites if not site.vectors and not site.banked]
         for module in empty:
             displace(module)
@@ -423,13 +444,13 @@ class Adapters:
             active = self.named(names)
             self._check_one_copy(active)
             if self.merge.adapters:
-                warnings.warn("adapters are merged; they are unmerged first", stacklevel=3)
+                warn_caller("adapters are merged; they are unmerged first")
                 self.merge.undo()
             if any(map(self.copies_of, active)):
                 self.check_unrouted("set_adapter of an adapter with modules_to_save")
-            trained = () if inference_mode else active
-            self._train(trained, {*self.active, *active}, leaving)
+            trained, changed = () if inference_mode else active, {*self.active, *active}
             self.activate(active)
+            self._train(trained, changed, leaving)
 
     def _train(self, trained: Collection[str], changed: set[str], leaving: str | None) -> None:
         """Have the vectors and copies of these adapters alone require gradients.
@@ -465,12 +486,19 @@ class Adapters:
         """Have these adapters multiply from the next call on; for `None`, those that did.
 
         What is merged, fused or routed decides where hooks are needed: call this after its changes.
+        Where it raises `IA3Error`, nothing has changed.
         """
         with LOCK:
-            self.active = self.active if names is None else names
-            active = self.active if self.enabled else ()
+            names, contents = self.active if names is None else names, self.contents()
+            active, merged = names if self.enabled else (), self.merge.adapters
+            if not merged <= {*active}:  # then it takes the place of what is active
+                active = tuple(name for name in self.configs if name in merged)
+            multiplied = tuple(name for name in active if name not in merged)
+            for _, module, site in contents.sites:
+                site.check(module, multiplied)
+            self.active = names
             self._routes = [route for route in self._routes if route() is not None]
-            contents, routed = self.contents(), len(self._routes) > 0
+            routed = len(self._routes) > 0
             watch(self.model, routed)
             bind()
             if not self.unloaded and patched(self.model, OneCall) is None:
@@ -486,11 +514,11 @@ class Adapters:
                 fused = [contents.modules[name] for name in self._fused if name in contents.modules]
                 mark_sites([site for _, _, site in contents.sites], fused)
             for _, module, site in contents.sites:
-                site.activate(module, active, routed)
+                site.activate(module, multiplied, routed)
             for _, _, copies in contents.copies:
                 copies.active = next((name for name in active if name in copies), None)
             now = {place: place.active for _, place in places if place.active}
-            self.calls.change(State(now, places, frozenset(self.merge.adapters)))
+            self.calls.change(State(now, places, frozenset(merged)))
             self.calls.settle()
 
     def enable(self, enabled: bool) -> None:
@@ -500,8 +528,12 @@ class Adapters:
                 what = f"disabling adapters (rows of the base model are named {BASE!r})"
                 self.check_unrouted(what)
                 self.merge.undo()
-            self.enabled = enabled
-            self.activate()
+            before, self.enabled = self.enabled, enabled
+            try:
+                self.activate()
+            except BaseException:
+                self.enabled = before
+                raise
 
     # -- merging ----------------------------------------------------------------------------------
 
@@ -515,7 +547,7 @@ class Adapters:
         self.check_unrouted("merging")
         merged = self.merge.adapters
         if merged and not set(names) - merged:
-            warnings.warn(f"adapters {sorted(merged)} are merged already", stacklevel=4)
+            warn_caller(f"adapters {sorted(merged)} are merged already")
             return
         # In the order in which they would multiply, unmerged.
         order = dict.fromkeys([*self.active, *self.configs])
@@ -547,10 +579,12 @@ class Adapters:
         except BaseException:
             self.merge.requantise(replaced)
             raise
-        shared = saved_modules.shared_parameters(self.model)
-        for _, module, copies in self.contents().copies:
-            for name in set(chosen).intersection(copies.adapters):
-                saved_modules.keep(module, name, shared)
+        twins = {
+            module: copies[name]
+            for _, module, copies in self.contents().copies
+            for name in set(chosen).intersection(copies.adapters)
+        }
+        saved_modules.keep_all(self.model, twins)
         self.merge.keep()
         self.base.keep_replaced()
         # The output layer may have weights of its own now.
@@ -631,12 +665,8 @@ def check_name(name: str) -> None:
 def _check_can_be_copied(saved: Sequence[str], contents: Contents) -> None:
     for name in saved:
         _check_outside_copies(name, contents)
+        _check_unspread(name, contents)
         module = contents.modules[name]
-        if any_spread(module):
-            raise IA3Error(
-                f"modules_to_save: {name!r} is spread over processes already: put the adapter on "
-                "before FSDP"
-            )
         for part_name, part in own_names(dict(module.named_modules(prefix=name))).items():
             if site_of(part) is not None or (part is not module and saved_module_of(part)):
                 raise IA3Error(
@@ -647,6 +677,14 @@ def _check_can_be_copied(saved: Sequence[str], contents: Contents) -> None:
                 raise IA3Error(
                     f"modules_to_save: {part_name!r} in {name!r} is fused: unfuse_mlp() first"
                 )
+
+
+def _check_unspread(name: str, contents: Contents) -> None:
+    if any_spread(contents.modules[name]):
+        raise IA3Error(
+            f"{name!r} is spread over processes already, and the adapter has weights of its own "
+            "for it: put the adapter on before FSDP"
+        )
 
 
 def _check_outside_copies(name: str, contents: Contents) -> None:

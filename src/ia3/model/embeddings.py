@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.names import ATTRIBUTE, modules_of
+from ..core.names import ATTRIBUTE, modules_of, unwrapped
 from ..core.sites import Site
+from ..core.spread import gathered
 from ..errors import IA3Error
 
 # What transformers calls the number of tokens, in configs and in the modules that embed them.
@@ -41,7 +43,7 @@ def _embeddings(model: PreTrainedModel) -> Iterator[nn.Module]:
         with suppress(AttributeError, NotImplementedError):  # not every model has both
             module = getattr(model, get)()
             if isinstance(module, nn.Module):
-                yield module
+                yield unwrapped(module)
 
 
 def were_resized(model: nn.Module) -> bool:
@@ -129,7 +131,7 @@ def _same(value: Tensor, parameter: Tensor) -> bool:
     """Whether both are the same numbers, one of them perhaps rounded."""
     if parameter.is_meta:
         return False
-    here = parameter.detach().to(value.device)
+    here = gathered(parameter).to(value.device)
     return torch.equal(value.to(here.dtype), here) or torch.equal(here.to(value.dtype), value)
 
 
@@ -147,15 +149,15 @@ class GuardedResize:
         **options: Any,
     ) -> Any:
         """As transformers has it; an `IA3Error` where an adapter's part would keep its size."""
-        asked = new_num_tokens is not None or pad_to_multiple_of is not None
-        embeddings = self.model.get_input_embeddings()
+        embeddings = unwrapped(self.model.get_input_embeddings())
         for name, module in embeddings_of(self.model).items():
             on = module._modules.get(ATTRIBUTE)
             # Embeddings get another weight, in place of an output layer comes another module.
-            if not asked or on is None or (module is embeddings and isinstance(on, Site)):
+            if on is None or (module is embeddings and isinstance(on, Site)):
                 continue
             tokens = len(module.get_parameter("weight"))
-            if new_num_tokens != tokens:
+            asked, step = new_num_tokens or tokens, pad_to_multiple_of or 1
+            if ceil(asked / step) * step != tokens:
                 raise IA3Error(
                     f"{RESIZE}: adapters have a vector on {name!r} or a copy of it, for its "
                     f"{tokens} tokens (modules_to_save): unload(), resize, and adapt it again"

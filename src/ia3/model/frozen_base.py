@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,7 +24,7 @@ class FrozenBase:
         self._ignored = getattr(model, "_keys_to_ignore_on_save", None)
         self._requires_input_grads = False
         # (module, slot) -> the base's own value, where an adapter came with another.
-        self._replaced: dict[tuple[str, str], Any] = {}
+        self.replaced: dict[tuple[str, str], Any] = {}
 
     def freeze(self) -> None:
         """Stop the base's parameters training, and hide adapters from its `save_pretrained`."""
@@ -39,7 +40,9 @@ class FrozenBase:
         # They may have come into wrappers, or out of them, since.
         parameters = own_names(dict(self.model.named_parameters()))
         for name in self._trained & parameters.keys():
-            parameters[name].requires_grad_(trained)
+            # What was made in inference mode may be told only there.
+            with torch.inference_mode(parameters[name].is_inference()):
+                parameters[name].requires_grad_(trained)
 
     def checkpointing_enabled(self, options: Mapping[str, Any] | None) -> None:
         """Have the embeddings' output require gradients where checkpointing is reentrant.
@@ -54,19 +57,26 @@ class FrozenBase:
             self._requires_input_grads = True
 
     def replace(self, name: str, values: Mapping[str, Any]) -> None:
-        """Have the module `name` hold an adapter's values: slot -> value."""
+        """Have the module `name` hold an adapter's values, or the base's own: slot -> value."""
         module = module_at(self.model, name)
         for slot, value in values.items():
-            self._replaced.setdefault((name, slot), weights.read(module, slot))
+            own = self.replaced.setdefault((name, slot), weights.read(module, slot))
             weights.write(module, slot, value)
+            if value is own:
+                del self.replaced[name, slot]
+
+    def put_back(self, name: str) -> None:
+        """Have the module `name` hold the base's own values again."""
+        own = {slot: value for (module, slot), value in self.replaced.items() if module == name}
+        self.replace(name, own)
 
     def keep_replaced(self) -> None:
         """Let the base's own values go: what has replaced them stays."""
-        self._replaced = {}
+        self.replaced = {}
 
     def give_back(self) -> None:
         """Undo `freeze` and `replace`. Parameters that are no longer there are passed over."""
-        for (name, slot), value in self._replaced.items():
+        for (name, slot), value in self.replaced.items():
             weights.write(module_at(self.model, name), slot, value)
         self.keep_replaced()
         for inner in pretrained_in(self.model):

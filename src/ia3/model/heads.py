@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..core.names import module_at, modules_of, own_modules, own_name
 from ..core.saved_modules import has_parameters
-from ..errors import IA3Error
+from ..errors import IA3Error, warn_caller
 from ..targets.config import IA3Config, TaskType
 from ..targets.resolve import resolve
 from .embeddings import embeddings_of, pretrained_in
@@ -78,11 +77,10 @@ def warn_of_untrained(
     """
     kind = type(model).__name__
     if config.task_type in HEADS and not saved and not stored:
-        warnings.warn(
+        warn_caller(
             f"task_type {config.task_type} trains a head, and {kind} has none that is known as one "
             f"({' or '.join(ends_of_heads(config))}): only vectors train. Name it in "
             "modules_to_save, or for a language model give its own task_type",
-            stacklevel=6,
         )
     if fresh is None:
         known = saved and config.task_type in HEADS and not stored
@@ -95,11 +93,10 @@ def warn_of_untrained(
     left = [f for f in fresh if not any(f"{f}.".startswith(f"{s}.") for s in saved)]
     if left:
         what = ", ".join(map(repr, left[:4])) + (f" and {len(left) - 4} more" * (len(left) > 4))
-        warnings.warn(
+        warn_caller(
             f"{what} of {kind}: in no checkpoint, but initialised here, and neither trained nor "
             f"saved with adapter {name!r}. Name it in modules_to_save, or it will have other "
             "values where the base model is loaded again",
-            stacklevel=6,
         )
 
 

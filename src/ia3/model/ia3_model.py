@@ -88,6 +88,8 @@ class IA3Model(AsPeftModel):
         vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
         model, peft_config = in_order(model, peft_config)
+        if isinstance(peft_config, Mapping) and adapter_name not in peft_config:
+            raise IA3Error(f"peft_config has {[*peft_config]}, expected {adapter_name!r} in it")
         config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
         check_config(config)
         if config.task_type is None and self.task is not None:
@@ -156,7 +158,8 @@ class IA3Model(AsPeftModel):
         memo[id(self)] = twin
         # All of it has the same adapters active, and can be trained.
         with LOCK, torch.inference_mode(False):
-            twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[no-untyped-call]
+            # Without what compile() has made of the original's call.
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         return twin
 
     def _tell_notes(self, name: str, config: IA3Config) -> None:
@@ -233,8 +236,9 @@ class IA3Model(AsPeftModel):
             combination_type, density, majority_sign_method: see `ia3.combine`, which also says what
                 is refused.
         """
-        self._adapters.check_known(adapters)
-        stored = [(name, self._adapters.stored(name)) for name in adapters]
+        with LOCK:
+            self._adapters.check_known(adapters)
+            stored = [(name, self._adapters.stored(name)) for name in adapters]
         combined = combine(stored, weights, combination_type, density, majority_sign_method)
         self._add(adapter_name, combined.config, combined)
 
@@ -629,11 +633,11 @@ class IA3Model(AsPeftModel):
         """
         warn_ignored(further, saving.IGNORED_WHEN_SAVED)
         saving.check_form(safe_serialization, path_initial_model_for_weight_conversion)
-        folders = saving.folders_of(self._adapters, save_directory, selected_adapters, adapter_name)
         saving.save(
             self._adapters,
-            folders,
             Path(save_directory),
+            selected_adapters,
+            adapter_name,
             state_dict,
             save_embedding_layers,
             is_main_process,
@@ -652,7 +656,8 @@ class IA3Model(AsPeftModel):
 
     def adapter(self, adapter_name: str) -> Adapter:
         """An adapter as it is saved; its tensors may share the model's memory."""
-        return saving.to_save(self._adapters, [adapter_name])[adapter_name]
+        with LOCK:
+            return saving.to_save(self._adapters, [adapter_name])[adapter_name]
 
     @classmethod
     def from_pretrained(
@@ -710,7 +715,8 @@ class IA3Model(AsPeftModel):
         """
         adapter = saving.read(model_id, config, is_trainable, key_mapping, further)
         if ignore_mismatched_sizes:
-            saving.leave_out_other_sizes(Adapters(model, Merge(model)), adapter, adapter_name)
+            adapters = Adapters(model, Merge(model))
+            adapter, _ = saving.without_other_sizes(adapters, adapter, adapter_name)
         self = cls.from_adapter(
             model,
             adapter,
@@ -748,7 +754,7 @@ class IA3Model(AsPeftModel):
         missing: list[str] = []
         adapter = saving.read(model_id, None, is_trainable, key_mapping, further)
         if ignore_mismatched_sizes:
-            missing = saving.leave_out_other_sizes(self._adapters, adapter, adapter_name)
+            adapter, missing = saving.without_other_sizes(self._adapters, adapter, adapter_name)
         with naming(str(model_id)):
             if adapter_name in self.peft_config:
                 self._adapters.load_into(adapter_name, adapter)

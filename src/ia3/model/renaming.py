@@ -25,12 +25,15 @@ def as_named_in(model: nn.Module, modules: Collection[str], adapter: Adapter) ->
         return adapter
     place = next(name for name, module in modules_of(model).items() if module is inner)
     prefix = f"{place}.".removeprefix(".")
-    now = _renaming(inner)
-    names = {name: prefix + now(name.removeprefix(prefix)) for name in adapter.copies}
-    for name in gone:
-        # The patterns are for parameters.
-        new = now(f"{name.removeprefix(prefix)}.weight").removesuffix(".weight")
-        names[name] = prefix + new
+    renaming = _renaming(inner)
+
+    def now(name: str) -> str:
+        inside = name.startswith(prefix)
+        return prefix + renaming(name.removeprefix(prefix)) if inside else name
+
+    names = {name: now(name) for name in adapter.copies}
+    # The patterns are for parameters.
+    names |= {name: now(f"{name}.weight").removesuffix(".weight") for name in gone}
     return renamed(adapter, names) if all(names[name] in modules for name in gone) else adapter
 
 

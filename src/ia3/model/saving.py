@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..adapter.files import Adapter, adapter_files, read_adapter
 from ..adapter.fingerprint import fingerprint
 from ..adapter.layout import KEY_PREFIX, KEY_SUFFIX
 from ..core.names import own_modules, own_names
+from ..core.route import LOCK
 from ..core.spread import gathered
 from ..errors import IA3Error, naming, warn_caller
 from ..files.atomic import check_folder, write_files
@@ -41,27 +43,31 @@ IGNORED_WHEN_SAVED = {
 
 def save(
     adapters: Adapters,
-    folders: Mapping[str, Path],
     root: Path,
+    selected: Sequence[str] | None = None,
+    only: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     embeddings: bool | str = "auto",
     is_main_process: bool = True,
 ) -> None:
-    """Write adapters' two files each, and a card into `root`.
+    """Write adapters' two files each, into folders as by `folders_of`, and a card into `root`.
 
     All of them are written or, where a folder cannot be, none. A process that is not the main one
     only takes part in gathering what has none in `state_dict`.
     """
-    if not is_main_process and state_dict is not None:
-        return
-    written = to_save(adapters, list(folders), state_dict, embeddings)
-    if not is_main_process:
-        return
-    files = {root: _card(adapters, root, list(folders))}
-    for name, adapter in written.items():
-        folder = folders[name]
-        with naming(f"adapter {name!r}"):
-            files[folder] = files.get(folder, {}) | adapter_files(adapter)
+    # Other threads may delete adapters, or load others' values into them.
+    with LOCK:
+        folders = folders_of(adapters, root, selected, only)
+        if not is_main_process and state_dict is not None:
+            return
+        written = to_save(adapters, list(folders), state_dict, embeddings)
+        if not is_main_process:
+            return
+        files = {root: _card(adapters, root, list(folders))}
+        for name, adapter in written.items():
+            folder = folders[name]
+            with naming(f"adapter {name!r}"):
+                files[folder] = files.get(folder, {}) | adapter_files(adapter)
     for folder in files:
         check_folder(folder)
     for folder, inside in files.items():
@@ -181,15 +187,18 @@ def read(
     return adapter
 
 
-def leave_out_other_sizes(adapters: Adapters, stored: Adapter, name: str) -> list[str]:
-    """Give a stored adapter what is on the model where its own is of another size.
+def without_other_sizes(
+    adapters: Adapters, stored: Adapter, name: str
+) -> tuple[Adapter, list[str]]:
+    """A stored adapter with what is on the model where its own is of another size.
 
     It is to be put on the model, or into the adapter `name` if that is there. A warning names what
     was left out.
 
     Returns:
-        The keys of what was left out, in PEFT's words.
+        The adapter, and the keys of what was left out, in PEFT's words.
     """
+    stored = adapters.named_as_here(stored)
     if name in adapters.configs:
         here = adapters.stored(name)
         vectors, copies = here.vectors, here.copies
@@ -197,16 +206,15 @@ def leave_out_other_sizes(adapters: Adapters, stored: Adapter, name: str) -> lis
         new = torch.ones if stored.config.init_ia3_weights else torch.randn
         _, targets = resolve(adapters.model, stored.config, stored.frozen)
         vectors = {target.name: new(target.activation.shape) for target in targets}
-        copies = adapters.model.state_dict()
+        copies = own_names(adapters.model.state_dict())
     kept = _of_other_size(stored.vectors, vectors)
     kept_copies = _of_other_size(stored.copies, copies)
-    stored.vectors |= kept
-    stored.copies |= kept_copies
+    stored = replace(stored, vectors=stored.vectors | kept, copies=stored.copies | kept_copies)
     left_out = [f"{KEY_PREFIX}{module}{KEY_SUFFIX}.{name}" for module in kept]
     left_out += [f"{KEY_PREFIX}{key}" for key in kept_copies]
     if left_out:
         warn_caller(f"of another size than on the model, and left as they are there: {left_out}")
-    return left_out
+    return stored, left_out
 
 
 def _of_other_size(given: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -224,9 +232,10 @@ def push(
     commit: Mapping[str, Any],
 ) -> str:
     """Upload all adapters, and a model card where the repository has none; returns the address."""
-    folders = folders_of(adapters, "", None, None)
-    files = _card(adapters, None, list(folders), tags)
-    for name, adapter in to_save(adapters, list(folders)).items():
-        for file, content in adapter_files(adapter).items():
-            files[(folders[name] / file).as_posix()] = content
+    with LOCK:  # as in `save`
+        folders = folders_of(adapters, "", None, None)
+        files = _card(adapters, None, list(folders), tags)
+        for name, adapter in to_save(adapters, list(folders)).items():
+            for file, content in adapter_files(adapter).items():
+                files[(folders[name] / file).as_posix()] = content
     return upload(repo_id, files, private=private, token=token, **commit)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..core.names import modules_of
+from ..core.names import base_modules
 from ..errors import IA3Error
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def names_or_suffixes(
     No entry ends, dot or not, a name in `apart_from`: the outputs' names, where the entries are for
     `feedforward_modules`. Raises `IA3Error` if a name is no module's, or ends another's.
     """
-    everywhere = Counter(end for name in modules_of(model) for end in _ends(name))
+    everywhere = Counter(end for name in base_modules(model) for end in _ends(name))
     wanted = Counter(end for name in set(names) for end in _ends(name))
 
     def names_no_other(end: str) -> bool:

@@ -264,10 +264,10 @@ def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list
     elif str(entries).lower() == "all-linear":
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         if head is None and config.task_type == TaskType.SEQ_CLS:
-            # Where a sequence classifier keeps its output layer, in PEFT's order. A compiled one
-            # has no truth value.
+            # Where a sequence classifier keeps its output layer, in PEFT's order. A model may have
+            # a method of that name.
             heads = (getattr(model, name, None) for name in ("score", "classifier"))
-            head = next((module for module in heads if module is not None), None)
+            head = next((module for module in heads if isinstance(module, nn.Module)), None)
         apart = set() if head is None else set(head.modules())
         linear = [
             name

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.activations import Side, activation_of, is_wrapper, linear_features
 from ..core.experts import is_experts
-from ..core.names import Frozen, Target, modules_of, own_modules
+from ..core.names import ATTRIBUTE, Frozen, Target, modules_of, own_modules
 from ..errors import IA3Error
 from .fused_projections import fused_queries
 
@@ -55,8 +55,13 @@ def feedforward_targets(model: nn.Module) -> list[Target]:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of a model by name; not those within a wrapper of PEFT's, which is one."""
+    return {name: m for name, m in _modules_of(model).items() if linear_features(m)}
+
+
+def _modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's modules by name, without adapters' copies; of a wrapper of PEFT's, itself alone."""
     inner, modules = _within_wrappers(model), modules_of(model).items()
-    return {name: m for name, m in modules if m not in inner and linear_features(m)}
+    return {n: m for n, m in modules if m not in inner and ATTRIBUTE not in n.split(".")}
 
 
 def _within_wrappers(model: nn.Module) -> set[nn.Module]:
@@ -184,8 +189,7 @@ class _Tree:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         # A layer of PEFT's other adapters is one projection, with what it holds.
-        inner = _within_wrappers(model)
-        self.modules = {name: m for name, m in modules_of(model).items() if m not in inner}
+        self.modules = _modules_of(model)
         # Name of an attention -> its children's full names and roles.
         self.attentions = {
             name: roles
