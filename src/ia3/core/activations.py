@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -57,9 +58,9 @@ def activation_of(module: nn.Module, side: Side) -> Activation | None:
     return Activation(dim, (dim, 1) if side == "output" else (1, dim), (dim,))
 
 
-def refuse_lazy(model: nn.Module) -> None:
-    """Raise `IA3Error` where a module has no weights before its first call."""
-    for name, module in model.named_modules():
+def refuse_lazy(modules: Mapping[str, nn.Module]) -> None:
+    """Raise `IA3Error` where one of a model's modules has no weights before its first call."""
+    for name, module in modules.items():
         lazy: Any = module
         if isinstance(module, LazyModuleMixin) and lazy.has_uninitialized_params():
             raise IA3Error(

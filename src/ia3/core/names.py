@@ -53,6 +53,9 @@ def own_names(values: Mapping[str, T]) -> dict[str, T]:
 
     A wrapper has the name of what it wraps, which comes after it and takes its place.
     """
+    together = " ".join(values)
+    if not any(wrapped in together for wrapped in WRAPPED):
+        return dict(values)
     return {own_name(name): value for name, value in values.items()}
 
 

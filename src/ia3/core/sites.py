@@ -164,7 +164,8 @@ class Site(nn.Module):
 
         Since a call it may hold them whole, in memory that it frees and forgets.
         """
-        self.state_dict()  # FSDP's hook before it does so
+        if self._state_dict_pre_hooks:
+            self.state_dict()  # FSDP's hook before it does so
 
     def check_whole(self, adapter: str) -> None:
         """Raise `IA3Error` where FSDP 1 has a vector in pieces, which it alone can gather."""

@@ -63,7 +63,8 @@ def resolve(
         model's order.
     """
     model, config = unwrapped(model), _by_own_names(config)
-    refuse_lazy(model)
+    modules = modules_of(model)
+    refuse_lazy(modules)
     entries, feedforward, sites = _choice(model, config)
     chosen: dict[str, Any] = {"target_modules": entries, "feedforward_modules": feedforward}
     unknown = dict(config.unknown)
@@ -71,7 +72,6 @@ def resolve(
     if resolved.base_model_name_or_path is None:
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         resolved.base_model_name_or_path = name or None
-    modules = modules_of(model)
     if frozen is None:
         _check_entries(resolved, own_modules(modules), model)
     _leave_out_unused(resolved, modules, stored=frozen is not None)
@@ -370,8 +370,8 @@ def _leave_out_unused(config: IA3Config, modules: Mapping[str, nn.Module], *, st
     """
     targets, exclude = config.target_modules, config.exclude_modules or set()
     named = set() if isinstance(targets, str) else set(targets or ())
-    chosen = names_chosen(config, own_modules(modules))
-    unused = {n for n in chosen if is_read(modules[n]) and (stored or n in named)}
+    read = [name for name in own_modules(modules) if is_read(modules[name])]
+    unused = {name for name in names_chosen(config, read) if stored or name in named}
     if not unused or isinstance(exclude, str):
         return
     if not stored:
