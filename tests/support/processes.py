@@ -25,3 +25,5 @@ def _run(rank: int, count: int, folder: Path, work: Callable[[Path], None]) -> N
         work(folder)
     finally:
         distributed.destroy_process_group()
+    # Threads that are left would end with the interpreter, which aborts the process now and then.
+    os._exit(0)
