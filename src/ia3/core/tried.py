@@ -20,7 +20,6 @@ _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, Conv1D)
 _PLAIN = {(kind.forward, getattr(kind, "_conv_forward", None)) for kind in _KINDS}
 
 
-@torch.no_grad()
 def gives_channels(module: nn.Module, dim: int) -> bool:
     """Whether a module gives one tensor with `dim` channels where a vector multiplies them.
 
@@ -29,8 +28,10 @@ def gives_channels(module: nn.Module, dim: int) -> bool:
     if not _can_be_tried(module):
         return True
     try:
-        twin = _copy(module, lambda tensor: torch.empty_like(tensor, device="meta"))
-        found = type(module).forward(twin, _input(module, torch.device("meta")))
+        # Not a decorator: most modules are not tried, and each load of an adapter asks of all.
+        with torch.no_grad():
+            twin = _copy(module, lambda tensor: torch.empty_like(tensor, device="meta"))
+            found = type(module).forward(twin, _input(module, torch.device("meta")))
     except Exception:  # of a forward that this library knows nothing about
         return True
     axis = _axis(module)

@@ -391,7 +391,8 @@ def _refuse_unknown_feedforward(tree: _Tree, found: set[str]) -> None:
 
     Blocks that compute both at once project from attention and inner activation together.
     """
-    for block in tree.holders:
+    # The innermost first: it is the one to name, and a set has another order in each process.
+    for block in sorted(tree.holders, key=lambda name: (-name.count("."), name)):
         in_list = block and _above(block)[0] in tree.stacks
         if not in_list or any(name.startswith(f"{block}.") for name in found):
             continue
