@@ -31,6 +31,12 @@ def pretrained_in(model: nn.Module) -> Iterator[PreTrainedModel]:
             yield from pretrained_in(child)
 
 
+def prefix_of(inner: nn.Module, model: nn.Module) -> str:
+    """What the names of an inner model's modules begin with in the model around it."""
+    name = next(name for name, module in modules_of(model).items() if module is inner)
+    return f"{name}.".removeprefix(".")
+
+
 def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
     """The embeddings of tokens and the output layers in a model, by name."""
     names = {module: name for name, module in modules_of(model).items()}

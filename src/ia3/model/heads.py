@@ -15,7 +15,7 @@ from ..core.saved_modules import has_parameters
 from ..errors import IA3Error, warn_caller
 from ..targets.config import IA3Config, TaskType
 from ..targets.resolve import resolve
-from .embeddings import embeddings_of, pretrained_in
+from .embeddings import embeddings_of, prefix_of, pretrained_in
 
 # The ends of the names of the heads that PEFT trains, by task.
 HEADS: dict[str | None, tuple[str, ...]] = {
@@ -120,9 +120,8 @@ def _beside_body(model: nn.Module) -> list[str]:
     body = _body(inner[0]) if len(inner) == 1 else []
     if not body:
         return []
-    prefix = next(f"{name}." for name, m in modules_of(model).items() if m is inner[0])
-    beside = [name for name in _with_parameters(inner[0]) if name not in body]
-    return [f"{prefix}{name}".removeprefix(".") for name in beside]
+    prefix = prefix_of(inner[0], model)
+    return [f"{prefix}{name}" for name in _with_parameters(inner[0]) if name not in body]
 
 
 def _body(model: PreTrainedModel) -> list[str]:

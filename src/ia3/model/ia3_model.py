@@ -792,10 +792,17 @@ class IA3Model(AsPeftModel):
             max_shard_size: ignored: an adapter is one small file.
             tags: further ones for the model card.
         """
-        commit: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
-        commit["commit_message"] = commit_message or "Upload (IA)³ adapter"
-        commit["commit_description"] = commit_description
-        return saving.push(self._adapters, repo_id, private, token, tags or (), commit)
+        return saving.push(
+            self._adapters,
+            repo_id,
+            tags or (),
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or "Upload (IA)³ adapter",
+            commit_description=commit_description,
+        )
 
 
 def _stored(config: IA3Config, vectors: Mapping[str, Tensor] | None) -> Adapter | None:

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from ..adapter.files import Adapter, renamed
 from ..adapter.layout import mapped
-from ..core.names import modules_of
-from .embeddings import pretrained_in
+from .embeddings import prefix_of, pretrained_in
 
 
 def as_named_in(model: nn.Module, modules: Collection[str], adapter: Adapter) -> Adapter:
@@ -23,9 +22,7 @@ def as_named_in(model: nn.Module, modules: Collection[str], adapter: Adapter) ->
     inner = next(pretrained_in(model), None) if gone else None
     if inner is None:
         return adapter
-    place = next(name for name, module in modules_of(model).items() if module is inner)
-    prefix = f"{place}.".removeprefix(".")
-    renaming = _renaming(inner)
+    prefix, renaming = prefix_of(inner, model), _renaming(inner)
 
     def now(name: str) -> str:
         inside = name.startswith(prefix)

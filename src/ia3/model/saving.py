@@ -223,19 +223,15 @@ def _of_other_size(given: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> d
     return {name: here[name] for name in names}
 
 
-def push(
-    adapters: Adapters,
-    repo_id: str,
-    private: bool | None,
-    token: str | bool | None,
-    tags: Collection[str],
-    commit: Mapping[str, Any],
-) -> str:
-    """Upload all adapters, and a model card where the repository has none; returns the address."""
+def push(adapters: Adapters, repo_id: str, tags: Collection[str], **options: Any) -> str:
+    """Upload all adapters, and a model card where the repository has none; returns the address.
+
+    The `options` are `upload`'s.
+    """
     with LOCK:  # as in `save`
         folders = folders_of(adapters, "", None, None)
         files = _card(adapters, None, list(folders), tags)
         for name, adapter in to_save(adapters, list(folders)).items():
             for file, content in adapter_files(adapter).items():
                 files[(folders[name] / file).as_posix()] = content
-    return upload(repo_id, files, private=private, token=token, **commit)
+    return upload(repo_id, files, **options)

@@ -328,11 +328,16 @@ class IA3Config:
 
         `max_shard_size` and `tags` are ignored: the one file is small, and has no card.
         """
-        commit: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
-        commit["commit_message"] = commit_message or "Upload (IA)³ config"
-        commit["commit_description"] = commit_description
-        files = {CONFIG_NAME: self.to_json().encode()}
-        return upload(repo_id, files, private=private, token=token, **commit)
+        return upload(
+            repo_id,
+            {CONFIG_NAME: self.to_json().encode()},
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or "Upload (IA)³ config",
+            commit_description=commit_description,
+        )
 
 
 # PEFT's way to find a config's class; there is one kind of adapter here.
