@@ -28,9 +28,14 @@ if TYPE_CHECKING:
         get_model_status as get_model_status,
     )
     from .errors import (
+        BrokenFileError as BrokenFileError,
         IA3Error as IA3Error,
+        InvalidTypeError as InvalidTypeError,
         MissingExtraError as MissingExtraError,
+        MissingFileError as MissingFileError,
         NoMatchingPeftModuleError as NoMatchingPeftModuleError,
+        StateError as StateError,
+        UnknownNameError as UnknownNameError,
     )
     from .experiments.in_context import InContextClassifier as InContextClassifier
     from .model.auto import (
@@ -88,7 +93,10 @@ _NAMES = {
     "compat.precision": ["cast_mixed_precision_params"],
     "compat.state_dicts": ["inject_adapter_in_model", "load_peft_weights", *_STATE_DICTS],
     "compat.status": ["get_layer_status", "get_model_status"],
-    "errors": ["IA3Error", "MissingExtraError", "NoMatchingPeftModuleError"],
+    "errors": [
+        *("BrokenFileError", "IA3Error", "InvalidTypeError", "MissingExtraError"),
+        *("MissingFileError", "NoMatchingPeftModuleError", "StateError", "UnknownNameError"),
+    ],
     "experiments.in_context": ["InContextClassifier"],
     "model.auto": ["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS)],
     "model.ia3_model": [

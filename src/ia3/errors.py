@@ -1,4 +1,8 @@
-"""The one exception type for mistakes a caller can mend."""
+"""What this package raises: one base class, and a kind for each thing that a caller may do next.
+
+A kind derives also from what PEFT, scikit-learn or Python raise there, so that code written for
+them catches it. A disk that is full or may not be written stays an `OSError`.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,34 @@ class IA3Error(ValueError):
     """Bad input: the message names the value, what was expected and the likely fix."""
 
 
+class BrokenFileError(IA3Error):
+    """A file's content is not what it has to be: cut short, damaged, malformed or refused."""
+
+
+class MissingFileError(IA3Error, FileNotFoundError):
+    """A file or folder is not there."""
+
+
+class UnknownNameError(IA3Error, KeyError):
+    """No adapter, row or task has this name."""
+
+    # A KeyError would show its message in quotes.
+    __str__ = Exception.__str__
+
+
+class InvalidTypeError(IA3Error, TypeError):
+    """An argument is of another type than expected, or there is no such argument."""
+
+
+class StateError(IA3Error, RuntimeError):
+    """The call makes sense, but not now: adapters are merged, a route is on, ..."""
+
+
 class NoMatchingPeftModuleError(IA3Error):
     """An entry of a config matches no module of the model."""
 
 
-class MissingExtraError(ImportError):
+class MissingExtraError(IA3Error, ImportError):
     """An optional dependency is absent: the message names the extra that brings it."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
@@ -38,11 +65,11 @@ def naming(where: str) -> Iterator[None]:
     """Within the context, a missing file's error and an `IA3Error` begin with where they are."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{where}: {error}") from error
     except IA3Error as error:
         error.args = (f"{where}: {error}",)  # it stays of its kind
         raise
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{where}: {error}") from error
 
 
 def warn_caller(message: str, between: Sequence[str] = ()) -> None:

@@ -119,7 +119,7 @@ HEADERS: list[tuple[dict[str, str], str]] = [
     ({"ia3_frozen": frozen([3])}, "'ia3_frozen' is malformed"),
     ({"ia3_frozen": frozen([0.5, 2.5])}, "'ia3_frozen' is malformed.*whole numbers"),
     ({"ia3_frozen": '{"lm_head": [[0, 1]]}'}, "'ia3_frozen' names 'lm_head', which has no vector"),
-    ({"ia3_base_model": "llama"}, "fingerprint is malformed"),
+    ({"ia3_base_model": "llama"}, "fingerprint is not JSON"),
     ({"ia3_base_model": '{"model_type": "llama"}'}, "fingerprint is malformed.*samples"),
     ({"ia3_base_model": '{"model_type": null, "samples": {}}'}, "malformed.*model_type is None"),
     ({"ia3_base_model": '{"model_type": "a", "samples": {"a": [[2], ["x"]]}}'}, "malformed.*'x'"),

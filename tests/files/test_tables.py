@@ -102,7 +102,7 @@ BAD_JSONL = {
     "\n\n": "a.jsonl is empty",
     '{"text": "a", "label": "b"}\n\n{"txt": "a", "label": "b"}\n': "line 3: no column 'text' among "
     "['txt', 'label']; did you mean 'txt'?",
-    '{"text": "a"}\n{"text": }\n': "line 2: not JSON: Expecting value",
+    '{"text": "a"}\n{"text": }\n': "line 2 is not JSON: Expecting value",
     '{"text": "a", "label": NaN}\n': "line 1: NaN is not JSON",
     '[{"text": "a"}]\n': 'line 1: [{"text": "a"}], expected one object a line',
     "[" * 100_000 + "\n": "line 1: ",

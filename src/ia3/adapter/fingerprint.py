@@ -7,10 +7,11 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from ..core.names import ATTRIBUTE, model_type_of, module_at, modules_of, own_name
-from ..errors import IA3Error
+from ..errors import BrokenFileError
+from ..files.json import parse_object
 
 # torch is imported where a model is looked at: fingerprints are compared without.
 if TYPE_CHECKING:
@@ -36,9 +37,10 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Fingerprint:
-        """Read it back; an `IA3Error` where it is malformed."""
+        """Read it back; a `BrokenFileError` where it is malformed."""
+        where = f"{source}: the base model's fingerprint"
+        read = parse_object(text, where)
         try:
-            read: Any = json.loads(text)
             samples = {
                 own_name(name): ([int(size) for size in shape], [float(value) for value in values])
                 for name, (shape, values) in read["samples"].items()
@@ -47,8 +49,7 @@ class Fingerprint:
                 raise TypeError(f"model_type is {read['model_type']!r}")
             return cls(read["model_type"], samples)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            message = f"{source}: the base model's fingerprint is malformed: {error}"
-            raise IA3Error(message) from error
+            raise BrokenFileError(f"{where} is malformed: {error}") from error
 
     def difference(self, model: nn.Module, merged: Collection[str] = ()) -> str | None:
         """In words, how a model differs from the one this was taken of; `None` where it does not.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.names import ATTRIBUTE, own_name
-from ..errors import IA3Error, naming
+from ..errors import IA3Error, MissingFileError, naming
 from ..files.foreign import no_adapter
 from ..files.hub import CONFIG_NAME
 from ..targets.config import IA3Config
@@ -153,7 +153,7 @@ def weights_file(folder: Path) -> Path:
     for name in (WEIGHTS_NAME, PICKLED_NAME):
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"no adapter in {folder}: {WEIGHTS_NAME} is not there")
+    raise MissingFileError(f"no adapter in {folder}: {WEIGHTS_NAME} is not there")
 
 
 def name_tensors(

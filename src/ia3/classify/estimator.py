@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..adapter.files import Adapter, adapter_files, check_finite, read_adapter
 from ..base.loading import EMBEDDED_MODEL
-from ..errors import IA3Error, naming
+from ..errors import IA3Error, MissingFileError, naming
 from ..files.atomic import write_files
 from ..files.hub import adapter_folder
 from ..tfew.prompts.encoding import Encoder, TrainingExample
@@ -272,7 +272,7 @@ class FewShotClassifier(RankingClassifier):
         """
         path = Path(folder) / TASK_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"no classifier in {folder}: {TASK_NAME} is not there")
+            raise MissingFileError(f"no classifier in {folder}: {TASK_NAME} is not there")
         task, settings = _read_task_file(path)
         if model is None and not task.get("model"):
             raise IA3Error(f"{path} names no model: give the one it was fitted on as model=")

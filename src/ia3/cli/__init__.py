@@ -6,7 +6,7 @@ import sys
 import warnings
 from typing import Any
 
-from ..errors import IA3Error, MissingExtraError
+from ..errors import IA3Error
 
 try:
     import typer
@@ -46,7 +46,7 @@ def main() -> None:
     warnings.showwarning = _show_warning
     try:
         app()
-    except (IA3Error, MissingExtraError, OSError) as error:
+    except (IA3Error, OSError) as error:
         say(reason(error), "error:", "bold red")
         sys.exit(1)
     except KeyboardInterrupt:

@@ -46,7 +46,7 @@ def fit_many(
     for name, task in tasks.items():
         try:
             texts, labels, choices = _read(task)
-        except (IA3Error, FileNotFoundError) as error:
+        except IA3Error as error:
             failures[name] = error
             continue
         data[name] = texts, labels

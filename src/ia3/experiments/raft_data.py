@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, MissingFileError, did_you_mean
 from ..files.rows import read_rows
 from ..files.tables import Row
 from ..tfew.prompts.promptsource import PromptTemplate
@@ -67,7 +67,7 @@ def read_raft(folder: str | Path, tasks: Sequence[str] = ()) -> list[RaftTask]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder {folder} with the tasks of RAFT does not exist")
+        raise MissingFileError(f"folder {folder} with the tasks of RAFT does not exist")
     there = [name for name in sorted(RAFT_TASKS) if (folder / name).is_dir()]
     if not there:
         raise IA3Error(
@@ -112,7 +112,7 @@ def _read_task(folder: Path) -> RaftTask:
 
 def _read_names(path: Path) -> tuple[list[str], list[str]]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: it names a RAFT task's labels")
+        raise MissingFileError(f"{path} does not exist: it names a RAFT task's labels")
     try:
         content = json.loads(path.read_text("utf-8"))
         return content["data_columns"], content["label_columns"][LABEL]
@@ -132,7 +132,7 @@ def public_labels(task: RaftTask, folder: str | Path) -> list[str | None]:
     """
     paths = [Path(folder) / name for name in ("test.csv", "train.csv")]
     if not any(path.is_file() for path in paths):
-        raise FileNotFoundError(f"neither {paths[0]} nor {paths[1]} exists: they are Banking77's")
+        raise MissingFileError(f"neither {paths[0]} nor {paths[1]} exists: they are Banking77's")
     names = {_letters(label): label for label in task.labels}
     found: defaultdict[str, set[str]] = defaultdict(set)
     for path in paths:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import MissingFileError
 from .hub import CONFIG_NAME
 
 # Keys that stand in another library's adapter_config.json, and whose it is then.
@@ -37,11 +38,11 @@ def owner_of_config(values: Mapping[str, Any]) -> str | None:
     return next((whose for keys, whose in _KEYS.items() if values.keys() >= {*keys}), None)
 
 
-def no_adapter(folder: Path) -> FileNotFoundError:
+def no_adapter(folder: Path) -> MissingFileError:
     """The error for a folder without an adapter_config.json; it says what the folder holds."""
     inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
     whose = next((whose for name, whose in _FILES.items() if (folder / name).is_file()), None)
     held = f"; it holds {whose}" if whose else ""
     if inside:
         held += f"; there are adapters in its folders {inside[:5]}: name one of them"
-    return FileNotFoundError(f"no adapter in {folder}: {CONFIG_NAME} is not there{held}")
+    return MissingFileError(f"no adapter in {folder}: {CONFIG_NAME} is not there{held}")

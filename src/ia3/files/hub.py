@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
-from ..errors import warn_ignored
+from ..errors import MissingFileError, warn_ignored
 
 CONFIG_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
@@ -104,9 +104,9 @@ def adapter_folder(
         return folder
     found = folder / subfolder
     if not found.resolve().is_relative_to(folder.resolve()):
-        raise FileNotFoundError(f"subfolder {subfolder!r} leads out of {folder}")
+        raise MissingFileError(f"subfolder {subfolder!r} leads out of {folder}")
     if not found.is_dir():
-        raise FileNotFoundError(f"no adapter at {model_id}: it has no subfolder {subfolder!r}")
+        raise MissingFileError(f"no adapter at {model_id}: it has no subfolder {subfolder!r}")
     return found
 
 
@@ -126,8 +126,8 @@ def _snapshot(model_id: str, patterns: list[str], hub: HubOptions) -> Path:
         return Path(snapshot_download(model_id, allow_patterns=patterns, **options))
     except HFValidationError as error:
         message = f"no adapter at {model_id!r}: no such folder, and not a hub id"
-        raise FileNotFoundError(message) from error
+        raise MissingFileError(message) from error
     except (LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no adapter at {model_id!r}: no such folder, and not to be had from the hub: {error}"
         ) from error

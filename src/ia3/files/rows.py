@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import IA3Error, MissingExtraError
+from ..errors import IA3Error, MissingExtraError, MissingFileError
 from .tables import DELIMITERS, Row, check_rows, read_table
 
 _PARQUET = ".parquet"
@@ -64,7 +64,7 @@ def source_of(folder: Path, named: str) -> str | Path:
     if path.exists():
         return path
     if path.suffix.lower() in (*DELIMITERS, _PARQUET) or not _HUB_NAME.fullmatch(named):
-        raise FileNotFoundError(f"{path} does not exist")
+        raise MissingFileError(f"{path} does not exist")
     return named
 
 
@@ -75,7 +75,7 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     except ImportError as error:
         raise MissingExtraError("pyarrow", "datasets", f"reading {path}") from error
     if not path.is_file():
-        raise FileNotFoundError(f"data file {path} does not exist")
+        raise MissingFileError(f"data file {path} does not exist")
     try:
         return list(parquet.read_table(path).to_pylist())
     except (pyarrow.ArrowException, OSError) as error:

@@ -10,10 +10,11 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, MissingFileError, did_you_mean
 from .atomic import write_file, write_stdout
+from .json import parse_json
 
 # What separates the values in files of a suffix; JSON Lines need nothing.
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}
@@ -41,7 +42,7 @@ def read_table(path: str | Path) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         kind = "is not a file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"data file {path} {kind}")
+        raise MissingFileError(f"data file {path} {kind}")
     delimiter = delimiter_of(path)
     text = _decoded(path)
     rows = list(_jsonl_rows(path, text) if delimiter is None else _csv_rows(path, text, delimiter))
@@ -155,23 +156,10 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line, parse_constant=_refuse_constant)
-            # Half of a surrogate pair can be escaped in JSON, but is no text.
-            json.dumps(row, ensure_ascii=False).encode()
-        except json.JSONDecodeError as error:
-            raise IA3Error(f"{where}: not JSON: {error.msg} (column {error.colno})") from error
-        except UnicodeEncodeError as error:
-            raise IA3Error(f"{where}: half a surrogate pair, which is no character") from error
-        except (ValueError, RecursionError) as error:
-            raise IA3Error(f"{where}: {error}") from error
+        row = parse_json(line, where)
         if not isinstance(row, dict):
             raise IA3Error(f"{where}: {_shown(row)}, expected one object a line")
         yield Row(row, where)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON: write null, or a number")
 
 
 def _check_column(source: str | Path, rows: Sequence[Row], column: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import IA3Error
+from ..errors import IA3Error, MissingFileError
 
 # A larger file is data, not settings.
 LARGEST = 1 << 20
@@ -24,7 +24,7 @@ def read_yaml(path: Path, what: str, *, as_text: bool = False, tags: Sequence[st
     """
     if not path.is_file():
         kind = "is not a file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"{path} {kind}, expected {what}")
+        raise MissingFileError(f"{path} {kind}, expected {what}")
     if path.stat().st_size > LARGEST:
         raise IA3Error(f"{path} is larger than {LARGEST} bytes, expected {what}")
 

@@ -12,10 +12,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, InvalidTypeError, did_you_mean
 from ..files.atomic import write_files
 from ..files.foreign import no_adapter, owner_of_config
 from ..files.hub import CONFIG_NAME, adapter_folder, hub_options, upload
+from ..files.json import parse_object
 from .matching import feedforward_among
 
 Entries = str | list[str] | set[str] | tuple[str, ...]
@@ -60,7 +61,7 @@ def _naming_unknown_arguments(kind: type[T]) -> type[T]:
         for name in given:
             if name not in known:
                 hint = did_you_mean(name, known) or f"; it has {', '.join(known)}"
-                raise TypeError(f"{kind.__name__} has no argument {name!r}{hint}")
+                raise InvalidTypeError(f"{kind.__name__} has no argument {name!r}{hint}")
         plain(self, *args, **given)
 
     kind.__init__ = init  # type: ignore[method-assign, assignment]
@@ -251,14 +252,7 @@ class IA3Config:
         Raises:
             IA3Error: the file is not a JSON object.
         """
-        try:
-            values = json.loads(Path(path_json_file).read_bytes().decode("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise IA3Error(f"{path_json_file} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            kind = type(values).__name__
-            raise IA3Error(f"{path_json_file} holds {kind}, expected a JSON object")
-        return values
+        return parse_object(Path(path_json_file).read_bytes(), str(path_json_file))
 
     @classmethod
     def from_peft_type(cls, **values: Any) -> IA3Config:
