@@ -12,6 +12,7 @@ SOURCE = REPOSITORY / "src" / "ia3"
 # From the ground up.
 LAYERS = [
     "errors",
+    "arguments",
     "files",
     "base",
     "core",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .base.loading import load_base_model as load_base_model
     from .classify.estimator import FewShotClassifier as FewShotClassifier
     from .classify.fit_many import FittedTasks as FittedTasks, fit_many as fit_many
+    from .classify.ranking import NotFittedError as NotFittedError
     from .compat.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from .compat.mixed import PeftMixedModel as PeftMixedModel
     from .compat.precision import cast_mixed_precision_params as cast_mixed_precision_params
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
         BrokenFileError as BrokenFileError,
         IA3Error as IA3Error,
         InvalidTypeError as InvalidTypeError,
+        MismatchError as MismatchError,
         MissingExtraError as MissingExtraError,
         MissingFileError as MissingFileError,
         NoMatchingPeftModuleError as NoMatchingPeftModuleError,
+        NotAFolderError as NotAFolderError,
         StateError as StateError,
         UnknownNameError as UnknownNameError,
     )
@@ -88,14 +91,16 @@ _NAMES = {
     "base.loading": ["load_base_model"],
     "classify.estimator": ["FewShotClassifier"],
     "classify.fit_many": ["FittedTasks", "fit_many"],
+    "classify.ranking": ["NotFittedError"],
     "compat.kbit": ["prepare_model_for_kbit_training"],
     "compat.mixed": ["PeftMixedModel"],
     "compat.precision": ["cast_mixed_precision_params"],
     "compat.state_dicts": ["inject_adapter_in_model", "load_peft_weights", *_STATE_DICTS],
     "compat.status": ["get_layer_status", "get_model_status"],
     "errors": [
-        *("BrokenFileError", "IA3Error", "InvalidTypeError", "MissingExtraError"),
-        *("MissingFileError", "NoMatchingPeftModuleError", "StateError", "UnknownNameError"),
+        *("BrokenFileError", "IA3Error", "InvalidTypeError", "MismatchError"),
+        *("MissingExtraError", "MissingFileError", "NoMatchingPeftModuleError", "StateError"),
+        *("NotAFolderError", "UnknownNameError"),
     ],
     "experiments.in_context": ["InContextClassifier"],
     "model.auto": ["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS)],

@@ -7,10 +7,16 @@ them catches it. A disk that is full or may not be written stays an `OSError`.
 from __future__ import annotations
 
 import difflib
+import reprlib
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
+
+# Names that a message may suggest.
+LONGEST_COMPARED = 100
+MOST_COMPARED = 1000
 
 
 class IA3Error(ValueError):
@@ -25,8 +31,12 @@ class MissingFileError(IA3Error, FileNotFoundError):
     """A file or folder is not there."""
 
 
+class NotAFolderError(IA3Error, NotADirectoryError):
+    """A file is where a folder was to be written."""
+
+
 class UnknownNameError(IA3Error, KeyError):
-    """No adapter, row or task has this name."""
+    """No adapter, row, task or kind of adapter has this name."""
 
     # A KeyError would show its message in quotes.
     __str__ = Exception.__str__
@@ -38,6 +48,10 @@ class InvalidTypeError(IA3Error, TypeError):
 
 class StateError(IA3Error, RuntimeError):
     """The call makes sense, but not now: adapters are merged, a route is on, ..."""
+
+
+class MismatchError(IA3Error, RuntimeError):
+    """Tensors do not fit the model: their names or shapes are others."""
 
 
 class NoMatchingPeftModuleError(IA3Error):
@@ -54,9 +68,34 @@ class MissingExtraError(IA3Error, ImportError):
         )
 
 
+def shown(value: object, longest: int = 200) -> str:
+    """A value for a message, whatever it is: it may be long, hold itself or be nested without end.
+
+    Python refuses to write a number of 5,000 digits.
+    """
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # of any class, with a `__repr__` of its own
+        if isinstance(value, int):
+            return f"an integer of {value.bit_length()} bits"
+        return f"a {type(value).__name__}"
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 4
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 20
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """`"; did you mean 'wo'?"` for the nearest known name, or an empty string."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    # Comparing takes the product of two lengths: names from files may be long, and many.
+    asked = name if isinstance(name, str) else shown(name)
+    if len(asked) > LONGEST_COMPARED:
+        return ""
+    short = [each for each in islice(known, MOST_COMPARED) if len(each) <= LONGEST_COMPARED]
+    close = difflib.get_close_matches(asked, short, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
@@ -78,7 +117,7 @@ def warn_caller(message: str, between: Sequence[str] = ()) -> None:
     frame, level = sys._getframe(), 1
     while frame.f_back is not None:
         package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package != own and package not in between:
+        if package not in (own, "contextlib", *between):
             break
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)

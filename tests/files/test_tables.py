@@ -2,13 +2,16 @@
 
 import csv
 import json
+import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from ia3.errors import IA3Error
+from ia3.errors import BrokenFileError, IA3Error
 from ia3.files.rows import read_rows
 from ia3.files.tables import Row, fields_of, read_table, write_table
 
@@ -102,6 +105,8 @@ BAD_JSONL = {
     "\n\n": "a.jsonl is empty",
     '{"text": "a", "label": "b"}\n\n{"txt": "a", "label": "b"}\n': "line 3: no column 'text' among "
     "['txt', 'label']; did you mean 'txt'?",
+    '{"text": "\0", "label": 1}\n': "line 1: a NUL byte",
+    '{"text": "a", "label": 1e999}\n': "line 1: 1e999 is larger",
     '{"text": "a"}\n{"text": }\n': "line 2 is not JSON: Expecting value",
     '{"text": "a", "label": NaN}\n': "line 1: NaN is not JSON",
     '[{"text": "a"}]\n': 'line 1: [{"text": "a"}], expected one object a line',
@@ -176,3 +181,92 @@ def test_unknown_suffix_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(IA3Error, match=r"ends in '\.txt'"):
         write_table(ROWS, tmp_path / "a.txt", as_json=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_hundred_thousand_columns_and_fields_of_megabytes(written: Any) -> None:
+    """Each column was looked for among all of them."""
+    columns = [f"c{number}" for number in range(100_000)]
+    content = ",".join(columns) + "\n" + ",".join(["a"] * len(columns)) + "\n"
+    start = time.process_time()
+    (row,) = read_table(written("a.csv", content))
+    assert len(row) == len(columns)
+    with pytest.raises(BrokenFileError, match="the column 'c5' is there more than once"):
+        read_table(written("b.csv", f"c5,{content}"))
+    with pytest.raises(IA3Error, match="no column 'd' among") as caught:
+        read_rows(written("a.csv", content), text=["d"])
+    assert len(str(caught.value)) < 600
+    large = "x" * 3_000_000
+    assert values(read_table(written("a.csv", f"text\n{large}\n"))) == [[large]]
+    with pytest.raises(BrokenFileError) as caught:
+        read_rows(written("a.jsonl", json.dumps({"text": [large]})), text=["text"])
+    assert len(str(caught.value)) < 400
+    assert time.process_time() - start < 20
+
+
+def test_threads_that_read_long_fields_at_once(written: Any) -> None:
+    """The csv module's limit for fields is one for the whole process."""
+    limit, failed = csv.field_size_limit(), []
+    long = written("long.csv", "text\n" + "word " * 40_000 + "\n")
+    short = written("short.csv", "text\na\n")
+
+    def read(path: Path, times: int) -> None:
+        try:
+            for _ in range(times):
+                read_table(path)
+        except IA3Error as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=read, args=each) for each in [(long, 30), (short, 300)] * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert csv.field_size_limit() == limit
+
+
+PIECES = [
+    b"text",
+    b"label",
+    b",",
+    b"\t",
+    b'"',
+    b"\n",
+    b"\r",
+    b"\0",
+    b"\xff",
+    b"\xed\xa0\x80",
+    b"\xef\xbb\xbf",
+]
+PIECES += [
+    b"{",
+    b"}",
+    b"[",
+    b":",
+    b'"text": "a"',
+    b"1",
+    b"1e999",
+    b"NaN",
+    b"\\ud800",
+    b"null",
+    b" ",
+    b"\\",
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
+@given(content=st.lists(st.sampled_from(PIECES) | st.binary(max_size=2), max_size=25).map(b"".join))
+@settings(
+    deadline=None,
+    max_examples=150,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_any_bytes_are_rows_or_an_error_of_ours(written: Any, name: str, content: bytes) -> None:
+    path = written(name, content)
+    try:
+        for row in read_rows(path, text=["text"], label="label"):
+            assert json.dumps(row).encode()
+    except IA3Error as error:
+        assert str(error).startswith((str(path), f"data file {path}"))  # noqa: PT017

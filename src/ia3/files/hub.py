@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
-from ..errors import MissingFileError, warn_ignored
+from ..arguments import flag, instance, path_of
+from ..errors import IA3Error, InvalidTypeError, MissingFileError, shown, warn_ignored
 
 CONFIG_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
@@ -62,6 +63,7 @@ def hub_id(name: str | None) -> str | None:
 def upload(
     repo_id: str,
     files: Mapping[str, bytes],
+    message: str,
     *,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -70,12 +72,21 @@ def upload(
     """Commit files, by their paths in a repository, and return the address.
 
     The repository is made, perhaps `private`, if absent, and the branch that `commit` names as
-    `revision`. A card that is there stays as it is. `commit` is for `HfApi.create_commit`.
+    `revision`. A card that is there stays as it is. `commit` is for `HfApi.create_commit`, the
+    `message` for one that has none.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HFValidationError
 
+    instance("repo_id", repo_id, str, "a repository's name")
+    _check_texts(repo_id=repo_id, token=token, **commit)
+    commit["commit_message"] = commit.get("commit_message") or message
+    private = None if private is None else flag("private", private)
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    except HFValidationError as error:
+        raise IA3Error(f"repo_id is {shown(repo_id)}, expected one of the hub: {error}") from error
     branch = commit.get("revision")
     if branch is not None and not branch.startswith("refs/pr"):
         api.create_branch(repo_id, branch=branch, exist_ok=True)
@@ -88,6 +99,21 @@ def upload(
     return str(api.create_commit(repo_id, operations, **commit))
 
 
+def _check_texts(**given: object) -> None:
+    for name, value in given.items():
+        if not isinstance(value, str | bool | None):
+            raise InvalidTypeError(f"{name} is {shown(value)}, expected a text")
+        if isinstance(value, str) and not _is_text(value):
+            raise IA3Error(f"{name} is {shown(value)}, which is no text: it has half a character")
+    if isinstance(given["token"], str) and not given["token"].isascii():
+        raise IA3Error("token has characters that none of the hub's has")
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be encoded: half of a surrogate pair cannot."""
+    return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def adapter_folder(
     model_id: str | Path, patterns: Sequence[str], **hub: Unpack[HubOptions]
 ) -> Path:
@@ -96,7 +122,9 @@ def adapter_folder(
     `subfolder` is where in the folder or repository the adapter lies; the other options are
     huggingface_hub's. A `FileNotFoundError` where there is no such folder and none on the hub.
     """
-    folder, subfolder = Path(model_id), hub.pop("subfolder", None)
+    folder, subfolder = path_of("the adapter's folder", model_id), hub.pop("subfolder", None)
+    if subfolder is not None:
+        path_of("subfolder", subfolder)
     if not folder.is_dir():
         inside = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
         folder = _snapshot(str(model_id), inside, hub)

@@ -6,10 +6,11 @@ import json
 import math
 from typing import Any, NoReturn
 
-from ..errors import BrokenFileError
+from ..errors import BrokenFileError, IA3Error
 
 # Nobody writes deeper ones; code that walks the data has a stack of its own.
 DEEPEST = 100
+_CHECKED = {str, list, dict}
 
 
 def parse_json(content: str | bytes, where: str) -> Any:
@@ -46,6 +47,19 @@ def parse_object(content: str | bytes, where: str) -> dict[str, Any]:
     return value
 
 
+def check_plain(value: Any, what: str) -> None:
+    """Raise `IA3Error` for what JSON cannot hold, or would be refused when it is read again."""
+    if value is None or (isinstance(value, str) and value.isascii()):
+        return
+    try:
+        json.dumps(value, allow_nan=False)
+        _check(value, DEEPEST)
+    except RecursionError as error:
+        raise IA3Error(f"{what} is nested deeper than {DEEPEST} times") from error
+    except (TypeError, ValueError) as error:
+        raise IA3Error(f"{what} cannot be written as JSON: {error}") from error
+
+
 def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON: write null, or a number")
 
@@ -58,16 +72,20 @@ def _finite(text: str) -> float:
 
 
 def _check(value: Any, depth: int) -> None:
-    if isinstance(value, str):
+    # Most of what there is are numbers, which are passed over without a call.
+    kind = type(value)
+    if kind is str:
         if not value.isascii():
             try:
                 value.encode()
             except UnicodeEncodeError as error:
                 raise ValueError("half a surrogate pair, which is no character") from error
-    elif isinstance(value, list | dict):
+    elif kind is list or kind is dict:
         if not depth:
             raise RecursionError
+        if kind is dict:
+            _check([*value], depth)
+            value = value.values()
         for item in value:
-            _check(item, depth - 1)
-        for item in value.values() if isinstance(value, dict) else ():
-            _check(item, depth - 1)
+            if type(item) in _CHECKED:
+                _check(item, depth - 1)

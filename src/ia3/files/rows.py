@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import IA3Error, MissingExtraError, MissingFileError
+from ..arguments import instance, listed, path_of
+from ..errors import BrokenFileError, IA3Error, MissingExtraError, MissingFileError, shown
 from .tables import DELIMITERS, Row, check_rows, read_table
 
 _PARQUET = ".parquet"
@@ -33,12 +35,18 @@ def read_rows(
         label: a column that every row must have, with a label; labels are of one type.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        IA3Error: the file or folder is broken or empty, lacks a column or value, or the data set or
-            split is unknown.
+        InvalidTypeError: an argument is of another type.
+        MissingFileError: there is no such file.
+        BrokenFileError: the file or folder is broken or empty, or lacks a value.
+        IA3Error: there is no such column, data set or split.
         MissingExtraError: the package that reads the source is not installed.
     """
-    path = Path(source)
+    path = path_of("source", source)
+    instance("split", split, str, "a text")
+    instance("label", label, (str, type(None)), "a column's name")
+    instance("subset", subset, (str, type(None)), "a text")
+    for column in listed("text", text, "a list of columns"):
+        instance("a column of text", column, str, "a column's name")
     if path.suffix.lower() != _PARQUET and (path.is_file() or path.suffix.lower() in DELIMITERS):
         rows = read_table(path)
     else:
@@ -49,7 +57,7 @@ def read_rows(
         else:
             values = _hub_rows(str(source), split, subset)
         if not values:
-            raise IA3Error(f"{source} has no rows")
+            raise BrokenFileError(f"{source} has no rows")
         rows = [Row(row, f"{source}, row {number}") for number, row in enumerate(values)]
     check_rows(source, rows, text, label)
     return rows
@@ -59,12 +67,15 @@ def source_of(folder: Path, named: str) -> str | Path:
     """The source that a file in this folder names: a path relative to it, or a hub name.
 
     A hub name has no suffix of a data file and at most one slash.
+
+    Raises:
+        MissingFileError: it is neither.
     """
     path = folder / named
-    if path.exists():
+    if os.path.exists(path):  # of a name that is too long, `path.exists` raises
         return path
     if path.suffix.lower() in (*DELIMITERS, _PARQUET) or not _HUB_NAME.fullmatch(named):
-        raise MissingFileError(f"{path} does not exist")
+        raise MissingFileError(f"{folder / shown(named)[1:-1]} does not exist")
     return named
 
 
@@ -78,8 +89,8 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
         raise MissingFileError(f"data file {path} does not exist")
     try:
         return list(parquet.read_table(path).to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
-        raise IA3Error(f"{path} is not a Parquet file: {error}") from error
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise BrokenFileError(f"{path} is not a Parquet file: {error}") from error
 
 
 def _folder_rows(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -89,13 +100,14 @@ def _folder_rows(folder: Path, split: str) -> list[dict[str, Any]]:
         raise MissingExtraError("datasets", "datasets", f"reading {folder}") from error
     try:
         loaded = load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise IA3Error(f"{folder} is not a folder of the datasets library: {error}") from error
-    if isinstance(loaded, DatasetDict):
-        if split not in loaded:
-            raise IA3Error(f"{folder} has no split {split!r}, only {', '.join(loaded)}")
-        loaded = loaded[split]
-    return list(loaded)
+        if isinstance(loaded, DatasetDict) and split in loaded:
+            loaded = loaded[split]
+        if not isinstance(loaded, DatasetDict):
+            return list(loaded)
+    except Exception as error:  # a broken one can raise anything
+        broken = f"{folder} is not a folder of the datasets library: {error}"
+        raise BrokenFileError(broken) from error
+    raise IA3Error(f"{folder} has no split {split!r}, only {', '.join(loaded)}")
 
 
 def _hub_rows(name: str, split: str, subset: str | None) -> list[dict[str, Any]]:
@@ -106,7 +118,7 @@ def _hub_rows(name: str, split: str, subset: str | None) -> list[dict[str, Any]]
         raise MissingExtraError("datasets", "datasets", purpose) from error
     try:
         return list(load_dataset(name, subset, split=split))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what is broken, absent or offline can raise anything
         raise IA3Error(
             f"no data {name!r} (subset {subset!r}, split {split!r}): it is neither a file, nor a "
             f"folder, nor can it be had from the hub: {error}"

@@ -7,17 +7,23 @@ import csv
 import io
 import json
 import math
+import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import IA3Error, MissingFileError, did_you_mean
+from ..errors import BrokenFileError, IA3Error, MissingFileError, did_you_mean, shown
 from .atomic import write_file, write_stdout
 from .json import parse_json
 
 # What separates the values in files of a suffix; JSON Lines need nothing.
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None}
+
+
+# The longest field that the csv module takes is one number for the whole process.
+_CSV = threading.Lock()
 
 
 class Row(dict[str, Any]):
@@ -38,16 +44,26 @@ def delimiter_of(path: Path) -> str | None:
 
 
 def read_table(path: str | Path) -> list[Row]:
-    """The rows of a UTF-8 file, by its suffix; values are strings from CSV and TSV."""
+    """The rows of a UTF-8 file, by its suffix; values are strings from CSV and TSV.
+
+    Raises:
+        MissingFileError: there is no such file.
+        BrokenFileError: it is empty, or not of the form that its suffix says.
+        IA3Error: it has another suffix.
+    """
     path = Path(path)
     if not path.is_file():
         kind = "is not a file" if path.exists() else "does not exist"
         raise MissingFileError(f"data file {path} {kind}")
     delimiter = delimiter_of(path)
     text = _decoded(path)
-    rows = list(_jsonl_rows(path, text) if delimiter is None else _csv_rows(path, text, delimiter))
+    if delimiter is None:
+        rows = list(_jsonl_rows(path, text))
+    else:
+        with _CSV:
+            rows = list(_csv_rows(path, text, delimiter))
     if not rows:
-        raise IA3Error(f"data file {path} {'has no rows' if text.strip() else 'is empty'}")
+        raise BrokenFileError(f"data file {path} {'has no rows' if text.strip() else 'is empty'}")
     return rows
 
 
@@ -59,9 +75,11 @@ def check_rows(
         _check_column(source, rows, column)
     for row in rows:
         for column in text:
-            if not isinstance(row[column], str | int | float):
+            if not isinstance(_finite(row[column]), str | int | float):
                 shown = _shown(row[column])
-                raise IA3Error(f"{row.where}: the text {column!r} is {shown}, expected a string")
+                raise BrokenFileError(
+                    f"{row.where}: the text {column!r} is {shown}, expected a string"
+                )
         if label is not None:
             _check_label(row, label, type(rows[0][label]))
     empty = [row for row in rows if text and not any(str(row[c]).strip() for c in text)]
@@ -101,24 +119,26 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path | None, *, as_json
 def _decoded(path: Path) -> str:
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise IA3Error(f"{path} is UTF-16: save it as UTF-8 (iconv -f utf-16 -t utf-8)")
+        raise BrokenFileError(f"{path} is UTF-16: save it as UTF-8 (iconv -f utf-16 -t utf-8)")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         # The positions are those in the object: a byte order mark is not in it.
         line = error.object[: error.start].count(b"\n") + 1
-        raise IA3Error(
+        raise BrokenFileError(
             f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the "
             "file as UTF-8 (for example: iconv -f latin1 -t utf-8)"
         ) from error
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise IA3Error(f"{path}, line {line}: a NUL byte; the file is damaged, or is not UTF-8")
+        raise BrokenFileError(
+            f"{path}, line {line}: a NUL byte; the file is damaged, or is not UTF-8"
+        )
     return text
 
 
 def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
-    # The limit, 128 KiB a value, is not the file's fault; it is one for the whole process.
+    # The limit, 128 KiB a value, is not the file's fault.
     limit = csv.field_size_limit(max(len(text), 1))
     # Only \n, \r and \r\n end lines; str.splitlines would end them at U+2028 and others too.
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -132,21 +152,22 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
                 continue
             if header is None:
                 header = values
-                for column in header:
-                    if header.count(column) > 1:
-                        raise IA3Error(f"{where}: the column {column!r} is there more than once")
+                column, times = Counter(header).most_common(1)[0]
+                if times > 1:
+                    twice = f"the column {shown(column)} is there more than once"
+                    raise BrokenFileError(f"{where}: {twice}")
             elif len(values) == len(header):
                 yield Row(dict(zip(header, values, strict=True)), where)
             else:
                 quotes = f"; a text that holds {delimiter!r} needs double quotes around it"
-                raise IA3Error(
+                raise BrokenFileError(
                     f"{where}: {len(values)} values, expected {len(header)} as in the header"
                     f"{quotes if len(values) > len(header) else ''}"
                 )
     except csv.Error as error:
         unclosed = str(error) == "unexpected end of data"
         problem = "a double quote opens a value and none closes it" if unclosed else error
-        raise IA3Error(f"{path}, line {start}: {problem}") from error
+        raise BrokenFileError(f"{path}, line {start}: {problem}") from error
     finally:
         csv.field_size_limit(limit)
 
@@ -158,7 +179,7 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
         where = f"{path}, line {number}"
         row = parse_json(line, where)
         if not isinstance(row, dict):
-            raise IA3Error(f"{where}: {_shown(row)}, expected one object a line")
+            raise BrokenFileError(f"{where}: {_shown(row)}, expected one object a line")
         yield Row(row, where)
 
 
@@ -174,18 +195,18 @@ def _check_column(source: str | Path, rows: Sequence[Row], column: str) -> None:
     for other in (",", ";", "\t"):
         if delimiter not in (None, other) and len(columns) == 1 and other in columns[0]:
             hint = f"; the file looks separated by {other!r}, expected {delimiter!r}"
-    raise IA3Error(f"{where}: no column {column!r} among {columns}{hint}")
+    raise IA3Error(f"{where}: no column {column!r} among {shown(columns)}{hint}")
 
 
 def _check_label(row: Row, column: str, kind: type) -> None:
     value = row[column]
     named = f"{row.where}: the label {column!r} is"
     if not isinstance(value, str | int):
-        raise IA3Error(f"{named} {_shown(value)}, expected a string or an integer")
+        raise BrokenFileError(f"{named} {_shown(value)}, expected a string or an integer")
     if not str(value).strip():
-        raise IA3Error(f"{named} empty")
+        raise BrokenFileError(f"{named} empty")
     if type(value) is not kind:
-        raise IA3Error(
+        raise BrokenFileError(
             f"{row.where}: the label {_shown(value)} is of another type than the first row's: "
             "write all as strings, or all as integers"
         )
