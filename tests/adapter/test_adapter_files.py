@@ -58,8 +58,16 @@ def edit_weights(folder, changes=(), **header):
     path = folder / WEIGHTS
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
+    del metadata["ia3_sha256"]
     tensors = {**load_file(path), **dict(changes)}
     save_file({k: v for k, v in tensors.items() if v is not None}, path, {**metadata, **header})
+
+
+def as_peft_writes_it(folder, *gone):
+    """The files without copies in the header, and without these."""
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, {"format": "pt"})
+    for name in gone:
+        (folder / name).unlink()
 
 
 def write_pickle(folder, content, size=None):
@@ -104,7 +112,8 @@ TENSORS: list[tuple[str, Tensor | None, str]] = [
     (K_PROJ, torch.ones(17, 1), r"'model.layers.0.self_attn.k_proj' is \[17, 1\].* \[16, 1\]"),
     (K_PROJ, torch.ones(16), r"'model.layers.0.self_attn.k_proj' is \[16\].*expected \[16, 1\]"),
     (DOWN_PROJ, torch.ones(48, 1), r"is \[48, 1\] .*expected \[1, 48\] .*input side"),
-    (K_PROJ, torch.ones(16, 1).char(), r"is \[16, 1\] torch.int8, expected \[16, 1\]"),
+    (K_PROJ, torch.ones(16, 1).char(), "k_proj.ia3_l' is I8, expected floating-point"),
+    (K_PROJ, torch.ones(16, 1).to(torch.float8_e5m2), "k_proj.ia3_l' is F8_E5M2, expected floatin"),
     ("lm_head.lora_A.weight", torch.ones(2, 2), r"'lm_head.lora_A.weight' is not an \(IA\)³ vec"),
 ]
 
@@ -115,9 +124,18 @@ def frozen(*ranges: object) -> str:
 
 # What the header says -> the message.
 HEADERS: list[tuple[dict[str, str], str]] = [
-    ({"ia3_frozen": "[["}, "'ia3_frozen' is malformed"),
+    ({"ia3_frozen": "[["}, "'ia3_frozen' is not JSON"),
     ({"ia3_frozen": frozen([3])}, "'ia3_frozen' is malformed"),
-    ({"ia3_frozen": frozen([0.5, 2.5])}, "'ia3_frozen' is malformed.*whole numbers"),
+    ({"ia3_frozen": frozen([0.5, 2.5])}, "'ia3_frozen' is malformed.*no range"),
+    ({"ia3_frozen": frozen([True, 2])}, "'ia3_frozen' is malformed.*no range"),
+    ({"ia3_frozen": frozen([-3, 2])}, "'ia3_frozen' is malformed.*no range"),
+    ({"ia3_frozen": frozen([2, 2])}, "'ia3_frozen' is malformed.*no range"),
+    ({"ia3_frozen": frozen([4, 5], [0, 3])}, "'ia3_frozen' is malformed.*no range"),
+    ({"ia3_frozen": frozen([0, 1, 2])}, "'ia3_frozen' is malformed.*no range"),
+    ({"ia3_frozen": '{"a": 3}'}, "'ia3_frozen' is malformed.*3 is no range"),
+    ({"ia3_frozen": '{"a": [[0, ' + "9" * 5000 + "]]}"}, "'ia3_frozen'.*digits"),
+    ({"ia3_frozen": "[" * 5000}, "'ia3_frozen'.*nested deeper"),
+    ({"ia3_frozen": "[]"}, "'ia3_frozen'.*expected a JSON object"),
     ({"ia3_frozen": '{"lm_head": [[0, 1]]}'}, "'ia3_frozen' names 'lm_head', which has no vector"),
     ({"ia3_base_model": "llama"}, "fingerprint is not JSON"),
     ({"ia3_base_model": '{"model_type": "llama"}'}, "fingerprint is malformed.*samples"),
@@ -143,15 +161,15 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (lambda to: with_head(to, HEAD, torch.ones(5, 16)), r"'lm_head.weight' is \[5, 16\].*expected"),
     (lambda to: with_head(to, f"{HEAD[:-6]}bias", torch.ones(3)), "holds 'lm_head.bias' .*1 not"),
     (lambda to: edit_weights(to, ia3_frozen=frozen([8, 17])), "values 8 to 17.* its output has 16"),
-    (lambda to: edit_weights(to, ia3_frozen=frozen([5, 2])), "values 5 to 2.* its output has 16"),
-    (lambda to: edit_weights(to, ia3_frozen=frozen([-2, 2])), "values -2 to 2"),
+    (lambda to: edit_weights(to, ia3_frozen=frozen([5, 2])), r"\[5, 2\] is no range of values"),
+    (lambda to: edit_weights(to, ia3_frozen=frozen([-2, 2])), r"\[-2, 2\] is no range of values"),
     (lambda to: (to / WEIGHTS).write_bytes(b""), f"{WEIGHTS} is not a whole safetensors file"),
     (lambda to: write_pickle(to, VECTOR, -100), f"{PICKLED} is not a whole file of tensors alone"),
     (lambda to: write_pickle(to, [torch.ones(1)]), f"{PICKLED}.* named tensors"),
     (lambda to: write_pickle(to, {"a": 1}), f"{PICKLED}.* named tensors"),
     (lambda to: adapted(build("gpt2")).save_pretrained(to), "LlamaForCausalLM"),
     (lambda to: adapted(build("t5")).save_pretrained(to), "LlamaForCausalLM"),
-    (lambda to: (to / CONFIG).unlink(), f"{CONFIG} is not there"),
+    (lambda to: as_peft_writes_it(to, CONFIG), f"{CONFIG} is not there"),
     (lambda to: (to / WEIGHTS).unlink(), f"{WEIGHTS} is not there"),
 ]
 

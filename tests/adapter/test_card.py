@@ -94,7 +94,14 @@ def test_a_text_without_a_head_gets_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"---\ntags: [a\n---\n# Mine\n", b"\xff\xfe no text", b"---\n- a list\n---\n"]
+    "content",
+    [
+        *(b"---\ntags: [a\n---\n# Mine\n", b"\xff\xfe no text", b"---\n- a list\n---\n"),
+        # What the reader of YAML, the hub's reader and the completion do not expect.
+        *(b"---\ntags: [[1], {a: 2}]\n---\n", b"---\ntags: 5\n---\n", b"---\nto_dict: 3\n---\n"),
+        *(b"---\na: !!float\n---\n", b"---\n!!timestamp\n---\n", b"---\na: 2001-99-99\n---\n"),
+        b"---\nlanguage: " + b"[" * 900 + b"]" * 900 + b"\n---\n",
+    ],
 )
 def test_a_card_that_cannot_be_read_is_left_alone(tiny_llama, tmp_path, content):
     (tmp_path / "README.md").write_bytes(content)

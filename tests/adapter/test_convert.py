@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from ia3 import IA3Config, IA3Error, IA3Model
 from ia3.adapter.convert import convert_tfew_authors, structure_of
+from ia3.errors import BrokenFileError
 from ia3.targets.structure import paper_targets
 
 T03B = SHARED / "golden" / "t03b_ia3_finish.pt"
@@ -105,7 +106,7 @@ def test_a_converted_adapter_computes_what_the_authors_did(place, tiny_t5, make_
     assert config.inference_mode
     with safe_open(weights, framework="pt") as file:
         # The base model's values are not there to be looked at.
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata().keys() == {"format", "ia3_config", "ia3_sha256"}
 
     theirs = make_model("t5")
     for name, vector in expected.items():
@@ -125,14 +126,24 @@ def test_a_converted_adapter_computes_what_the_authors_did(place, tiny_t5, make_
 def test_a_folder_is_replaced_only_when_told(place):
     out = place.folder / "adapter"
     out.mkdir()
+    (out / "mine").write_bytes(b"")
     command = ("convert", "finish.pt", "--model", "only-config", "--out", "adapter")
     assert_refused(place.run(*command), "adapter exists already")
-    assert not list(out.iterdir())
-    done = place.run(*command, "--force")
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    # What a killed command left is nothing to lose.
+    (out / "mine").rename(out / ".ia3-0123456789ab")
+    done = place.run(*command)
     # Keys and values of 6 attentions, 32 each, and the inner activations of 4 layers, 48 each.
     assert done.returncode == 0
     assert done.stderr.startswith("16 vectors of 576 values; ")
-    assert len(list(out.iterdir())) == 2
+    assert {path.name for path in out.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert_refused(place.run(*command), "adapter exists already")
+    (out / "ia3_task.json").write_text("another adapter's")
+    assert place.run(*command, "--force").returncode == 0
+    assert not (out / "ia3_task.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -192,3 +203,40 @@ def test_files_that_are_none(their_file, tiny_t5):
         their_file.write_bytes(content)
         with pytest.raises(IA3Error, match=r"finish.pt is not a whole file of tensors alone"):
             convert_tfew_authors(their_file, tiny_t5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (KEY, lambda v: v.to_sparse(), "sparse"),
+        (KEY, lambda v: v.to(torch.complex64), "ComplexFloatStorage"),
+        (KEY, lambda v: v.int(), "int32"),
+        (
+            KEY,
+            lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
+            "qint8|not a whole file",
+        ),
+        (KEY, lambda v: v.to(torch.float8_e8m0fnu), "_rebuild_tensor_v3"),
+        (KEY, lambda v: v.tolist(), "a list"),
+        (3, lambda v: v, "3 is not an"),
+        (b"a", lambda v: v, "keys that are no names"),
+        ("k" * 100_000, lambda v: v, "'kkk.*is not an"),
+    ],
+)
+def test_values_that_are_no_vectors_are_a_broken_file(tiny_t5, tmp_path, key, value, message):
+    vectors = vectors_of(tiny_t5)
+    torch.save(vectors | {key: value(vectors[KEY])}, tmp_path / "finish.pt")
+    with pytest.raises(BrokenFileError, match=f"finish.pt.*({message})") as caught:
+        convert_tfew_authors(tmp_path / "finish.pt", tiny_t5)
+    assert len(str(caught.value)) < 600
+
+
+def test_float8_vectors_and_empty_ones(tiny_t5, tmp_path):
+    vectors = vectors_of(tiny_t5)
+    for value, message in (
+        (vectors[KEY].to(torch.float8_e4m3fn), "made by .*expected a plain tensor"),
+        (torch.ones(0, 1), r"is \[0, 1\], expected"),
+    ):
+        torch.save(vectors | {KEY: value}, tmp_path / "finish.pt")
+        with pytest.raises(IA3Error, match=f"finish.pt.*{message}"):
+            convert_tfew_authors(tmp_path / "finish.pt", tiny_t5)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel
+from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.pairs import adapted
@@ -24,6 +25,7 @@ from transformers import (
 
 from ia3 import IA3Config, IA3Model
 from ia3.adapter.fingerprint import Fingerprint, fingerprint
+from ia3.errors import BrokenFileError
 
 WEIGHTS = "adapter_model.safetensors"
 SIZES: dict[str, Any] = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48}
@@ -229,3 +231,45 @@ def test_fingerprints_are_compared_where_both_looked() -> None:
     assert said == "the values of 'embed' are not the same in both"
     said = one.difference_from(seen("gpt2", embed=([4, 2], [1.0, -2.0])))
     assert said == "one's model type is 'llama', the other's 'gpt2'"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+SAMPLES = st.dictionaries(st.text(max_size=9), st.tuples(JSON, JSON) | JSON, max_size=3) | JSON
+
+
+@given(st.fixed_dictionaries({"samples": SAMPLES}, optional={"model_type": JSON}) | JSON)
+@settings(deadline=None, max_examples=300, derandomize=True)
+def test_any_header_is_a_fingerprint_that_can_be_compared_or_an_error(read):
+    try:
+        found = Fingerprint.from_json(json.dumps(read), "a file")
+    except BrokenFileError as error:
+        assert str(error).startswith("a file: the base model's fingerprint")  # noqa: PT017
+        return
+    assert found.difference_from(found) is None or found.samples
+    assert Fingerprint.from_json(found.to_json(), "a file") == found
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "[[2], [true]]", "[[true], [1.0]]", "[[-2], [1.0]]", "[[2.0], [1.0]]", "[2, [1.0]]",
+        "[[2], [1.0], 3]", "[[2], [1e999]]", "[[2], [NaN]]", '["ab", "12"]', "[[[2]], [1.0]]",
+        f"[[2], [1{'0' * 400}]]", f"[[2], [{'9' * 5000}]]", f"[{[1] * 1000}, [1.0]]",
+        f"[[2], {[1.0] * 100_000}]", "null", "{}",
+    ],
+)  # fmt: skip
+def test_numbers_of_another_kind_are_refused(entry):
+    with pytest.raises(BrokenFileError, match="fingerprint") as caught:
+        Fingerprint.from_json(f'{{"model_type": "a", "samples": {{"w": {entry}}}}}', "a file")
+    assert len(str(caught.value)) < 400
+
+
+def test_whole_and_negative_numbers_are_values():
+    text = '{"model_type": "a", "samples": {"w": [[2], [1, -2, 0.5]]}}'
+    assert Fingerprint.from_json(text, "a file").samples == {"w": ([2], [1.0, -2.0, 0.5])}

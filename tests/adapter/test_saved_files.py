@@ -1,6 +1,13 @@
-"""Folders that version 0.1.0 wrote load with the same bits and the same predictions."""
+"""Folders of each form that was ever written load with the same bits and the same predictions.
 
+`saved-0.1.0` is from before the header held copies of the files beside it.
+"""
+
+import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +18,10 @@ from support.tfew import word_tokenizer
 from torch import Tensor, nn
 
 from ia3 import FewShotClassifier, IA3Model
-from ia3.adapter.files import Adapter, adapter_files, read_adapter
+from ia3.adapter.files import Adapter, adapter_files, read_adapter, write_saved
 
-SAVED = TESTS / "fixtures" / "saved-0.1.0"
+OLDEST, *FORMS = [TESTS / "fixtures" / form for form in ("saved-0.1.0", "saved-with-copies")]
+ALL = pytest.mark.parametrize("saved", [OLDEST, *FORMS], ids=lambda folder: folder.name)
 IDS = torch.arange(24).reshape(2, 12)
 BLOCK = ("mlp.down_proj", "self_attn.k_proj", "self_attn.v_proj")
 LLAMA = [f"model.layers.{i}.{name}" for i in range(2) for name in BLOCK]
@@ -50,10 +58,11 @@ def assert_vectors(adapter: Adapter, expected: Mapping[str, Tensor]) -> None:
         assert torch.equal(adapter.vectors[name].flatten(), vector)
 
 
+@ALL
 @torch.no_grad()
-def test_an_adapter_with_a_copy_of_a_module() -> None:
+def test_an_adapter_with_a_copy_of_a_module(saved: Path) -> None:
     vectors, head = vectors_of(LLAMA, 1), formula_vector(0, 64 * 16).reshape(64, 16) / 2
-    model = IA3Model.from_pretrained(formula_llama(), SAVED / "llama").eval()
+    model = IA3Model.from_pretrained(formula_llama(), saved / "llama").eval()
     adapter = model.adapter("default")
     assert_vectors(adapter, vectors)
     assert adapter.copies.keys() == {"lm_head.weight"}
@@ -63,13 +72,14 @@ def test_an_adapter_with_a_copy_of_a_module() -> None:
     assert relative(model(IDS).logits, expected(IDS).logits) < 1e-5
 
 
+@ALL
 @torch.no_grad()
-def test_an_adapter_with_values_that_stay_one() -> None:
+def test_an_adapter_with_values_that_stay_one(saved: Path) -> None:
     """The 16 values of the queries in the fused projection."""
     vectors = vectors_of(GPT2, 0)
     for name in GPT2[::2]:
         vectors[name][:16] = 1
-    model = IA3Model.from_pretrained(formula_gpt2(), SAVED / "gpt2").eval()
+    model = IA3Model.from_pretrained(formula_gpt2(), saved / "gpt2").eval()
     adapter = model.adapter("default")
     assert_vectors(adapter, vectors)
     assert adapter.frozen == dict.fromkeys(GPT2[::2], ((0, 16),))
@@ -77,11 +87,12 @@ def test_an_adapter_with_values_that_stay_one() -> None:
     assert relative(model(IDS).logits, expected(IDS).logits) < 1e-5
 
 
+@ALL
 @torch.no_grad()
-def test_a_classifier() -> None:
+def test_a_classifier(saved: Path) -> None:
     tokenizer = word_tokenizer(WORDS)
     classifier = FewShotClassifier.load(
-        SAVED / "classifier", model=formula_llama(), tokenizer=tokenizer
+        saved / "classifier", model=formula_llama(), tokenizer=tokenizer
     )
     assert_vectors(classifier.adapter_, vectors_of(LLAMA, 0))
     base = scale_weights(formula_llama(), vectors_of(LLAMA, 0))
@@ -100,6 +111,34 @@ def test_a_classifier() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "classifier"])
-def test_writing_it_again_gives_the_same_bytes(name: str) -> None:
-    for file, content in adapter_files(read_adapter(SAVED / name)).items():
-        assert content == (SAVED / name / file).read_bytes()
+def test_writing_it_again_gives_the_same_bytes_under_a_header_that_says_more(name: str) -> None:
+    files = adapter_files(read_adapter(OLDEST / name))
+    assert files["adapter_config.json"] == (OLDEST / name / "adapter_config.json").read_bytes()
+    before = (OLDEST / name / "adapter_model.safetensors").read_bytes()
+    (old, old_values), (new, values) = map(parts, (before, files["adapter_model.safetensors"]))
+    assert values == old_values
+    said = new["__metadata__"]
+    assert said.pop("ia3_sha256") == hashlib.sha256(values).hexdigest()
+    assert said.pop("ia3_config").encode() == files["adapter_config.json"]
+    assert (new, list(new)) == (old, list(old))
+    assert adapter_files(read_adapter(OLDEST / name)) == files
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "classifier"])
+def test_the_last_form_is_written_again_byte_for_byte(name: str, tmp_path: Path) -> None:
+    saved = FORMS[-1] / name
+    if name == "classifier":
+        model = formula_llama()
+        model.config._name_or_path = "tiny-llama"
+        loaded = FewShotClassifier.load(saved, model=model, tokenizer=word_tokenizer(WORDS))
+        loaded.save(tmp_path / name)
+    else:
+        write_saved(tmp_path / name, adapter_files(read_adapter(saved)))
+    written = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    assert written == {path.name: path.read_bytes() for path in saved.iterdir()}
+
+
+def parts(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """A safetensors file's header, and its values."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), content[start:]

@@ -15,8 +15,9 @@ import peft
 import pytest
 import torch
 from peft.utils import constants as of_peft
-from support.families import FAMILIES, Choice, Inputs, build
+from support.families import FAMILIES, Choice, Family, Inputs, build
 from support.pairs import randomize, relative, vectors
+from support.versions import since
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -24,8 +25,14 @@ import ia3
 from ia3 import IA3Config, IA3Error
 from ia3.targets.resolve import resolve
 
+
+def named_so(family: Family) -> pytest.MarkDecorator:
+    return since("transformers", family.since, "its modules have other names")
+
+
+NAMES = [pytest.param(name, marks=named_so(family)) for name, family in FAMILIES.items()]
 LISTS = [
-    pytest.param(name, choice, id=f"{name}: {choice.targets[:40]}")
+    pytest.param(name, choice, id=f"{name}: {choice.targets[:40]}", marks=named_so(family))
     for name, family in FAMILIES.items()
     for choice in family.choices
 ]
@@ -106,7 +113,7 @@ def test_users_own_lists(name: str, choice: Choice, tmp_path: Any) -> None:
     check(base, inputs, IA3Config(**choice.config()), tmp_path, choice)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_papers_sites(name: str, tmp_path: Any) -> None:
     family, base = FAMILIES[name], build(name)
     if family.refused:
@@ -123,7 +130,7 @@ def test_the_papers_sites(name: str, tmp_path: Any) -> None:
     check(base, family.inputs, IA3Config(paper_sites=True), tmp_path, choice)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_defaults_are_pefts_or_the_papers_sites(name: str) -> None:
     family, base = FAMILIES[name], build(name)
     model_type = getattr(getattr(base, "config", None), "model_type", None)

@@ -243,3 +243,10 @@ def test_two_sets_of_adapters_on_one_model(tiny_llama):
     with pytest.raises(IA3Error, match=r"has adapters already.*add_adapter"):
         IA3Model(tiny_llama, IA3Config())
     assert_unchanged(tiny_llama, before)
+
+
+@pytest.mark.parametrize("targets", ["", []])
+def test_feedforward_modules_without_any_target_are_an_error(tiny_llama, targets):
+    config = IA3Config(target_modules=targets, feedforward_modules=".*down_proj")
+    with pytest.raises(IA3Error, match="match none of the targets: they must be among"):
+        IA3Model(tiny_llama, config)

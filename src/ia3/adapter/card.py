@@ -10,7 +10,8 @@ from ..base.embedded import EMBEDDED_MODEL
 from ..files.hub import CARD_NAME, hub_id
 from ..targets.config import IA3Config, TaskType
 
-HEADLESS = "---\n\n---\n"
+# Not empty: older versions of huggingface_hub look on for its end in the text below.
+HEADLESS = "---\nlibrary_name: peft\n---\n"
 TEXT = """
 # (IA)³ adapter
 
@@ -44,9 +45,6 @@ def card_file(folder: Path | None, config: IA3Config, tags: Iterable[str] = ()) 
 
 def model_card(before: str | None, config: IA3Config, tags: Iterable[str] = ()) -> str:
     """A card, or `before` with what its head lacks; a `ValueError` where that cannot be read."""
-    import yaml
-    from huggingface_hub import ModelCard
-
     name = config.base_model_name_or_path
     base = None if name == EMBEDDED_MODEL else hub_id(name)
     if before is None:
@@ -55,9 +53,15 @@ def model_card(before: str | None, config: IA3Config, tags: Iterable[str] = ()) 
     elif not before.lstrip().startswith("---"):
         before = HEADLESS + before
     try:
-        card = ModelCard(before)
-    except (yaml.YAMLError, TypeError) as error:
+        return _completed(before, base, config, tags)
+    except Exception as error:  # a head of another form fails anywhere in the hub's reader
         raise ValueError(f"the head of the model card cannot be read: {error}") from error
+
+
+def _completed(before: str, base: str | None, config: IA3Config, tags: Iterable[str]) -> str:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(before)
     head, said = card.data, card.data.to_dict()
     there = [head.tags] if isinstance(head.tags, str) else head.tags or []
     ours = {"ia3", *tags} | ({f"base_model:adapter:{base}"} if base else set())

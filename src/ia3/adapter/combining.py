@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import IA3Error, did_you_mean, naming
+from ..arguments import listed
+from ..errors import IA3Error, InvalidTypeError, did_you_mean, naming, shown
 from ..targets.config import IA3Config
-from ..targets.matching import matches_feedforward
+from ..targets.matching import rule, saved_with
 from .files import Adapter, check_finite
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ CombinationType = Literal["linear", "average", "geometric_mean", "task_arithmeti
 MajoritySign = Literal["total", "frequency"]
 # Yadav et al. keep the largest fifth where there is nothing to choose by.
 TIES_DENSITY = 0.2
+PAIRS = "a list of pairs (name, adapter)"
 
 
 def combine(
@@ -74,6 +76,7 @@ def combine(
         the shapes of the given ones. Values stay one where they do in all that have the vector.
 
     Raises:
+        InvalidTypeError: an argument is of another type.
         IA3Error: they are of different base models, have vectors of different shapes or sides, or
             copies of the same module (`modules_to_save`); their configs do not name their modules;
             the weights are not finite, or add up to 0 or less where they divide by their sum; a
@@ -81,6 +84,9 @@ def combine(
             type.
     """
     check_combination(combination_type, density, majority_sign_method)
+    for pair in listed("adapters", adapters, PAIRS):
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Adapter):
+            raise InvalidTypeError(f"adapters holds {shown(pair)}, expected {PAIRS}")
     weights = _checked_weights(weights, len(adapters), combination_type)
     for called, adapter in adapters:
         with naming(called):
@@ -199,9 +205,10 @@ def _ranges(stay: Tensor) -> Frozen:
 def _checked_weights(given: Any, count: int, combination_type: str) -> list[float]:
     try:
         weights = [float(weight) for weight in given]
-    except (TypeError, ValueError) as error:
-        raise IA3Error(
-            f"the weights are {given!r}, expected a list of finite numbers, one for each adapter"
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise InvalidTypeError(
+            f"the weights are {shown(given)}, expected a list of finite numbers, one for each "
+            "adapter"
         ) from error
     if not weights or count != len(weights):
         raise IA3Error(f"{len(weights)} weights for {count} adapters: expected one each")
@@ -220,21 +227,21 @@ def check_combination(
 ) -> None:
     """Raise `IA3Error` where a combination's options make no sense."""
     types, methods = get_args(CombinationType), get_args(MajoritySign)
-    if combination_type not in types:
+    if not isinstance(combination_type, str) or combination_type not in types:
         raise IA3Error(
-            f"no combination_type {combination_type!r}: expected one of {', '.join(types)}"
-            f"{did_you_mean(str(combination_type), types)}"
+            f"no combination_type {shown(combination_type)}: expected one of {', '.join(types)}"
+            f"{did_you_mean(combination_type, types)}"
         )
-    if majority_sign_method not in methods:
+    if not isinstance(majority_sign_method, str) or majority_sign_method not in methods:
         raise IA3Error(
-            f"majority_sign_method is {majority_sign_method!r}, expected one of "
+            f"majority_sign_method is {shown(majority_sign_method)}, expected one of "
             f"{', '.join(methods)}"
         )
     if combination_type != "ties" and (density is not None or majority_sign_method != "total"):
         option = "majority_sign_method" if density is None else "density"
         raise IA3Error(f"{option} belongs to 'ties', and says nothing for {combination_type!r}")
     if density is not None and (not isinstance(density, int | float) or not 0 < density <= 1):
-        raise IA3Error(f"density is {density!r}, expected a share above 0, and 1 at most")
+        raise IA3Error(f"density is {shown(density)}, expected a share above 0, and 1 at most")
 
 
 def _common_base(adapters: Sequence[tuple[str, Adapter]]) -> Any:
@@ -280,9 +287,10 @@ def _sites(adapters: Sequence[tuple[str, Adapter]]) -> tuple[dict[str, tuple[int
                 f"{called}: its config does not name its modules (target_modules and "
                 "feedforward_modules): load it onto its model and save it, which fills them in"
             )
-        others = sorted(saved.difference(adapter.config.modules_to_save or ()))
+        is_input = rule("feedforward_modules", feedforward)
+        others = saved_with(saved.difference(adapter.config.modules_to_save or ()))
         for name, vector in adapter.vectors.items():
-            side = "input" if matches_feedforward(name, feedforward) else "output"
+            side = "input" if is_input(name) else "output"
             site = (tuple(vector.shape), side)
             known = sites.setdefault(name, site)
             if site != known:
@@ -292,10 +300,9 @@ def _sites(adapters: Sequence[tuple[str, Adapter]]) -> tuple[dict[str, tuple[int
                     f"{one} in one and {other} in the other"
                 )
             first.setdefault(name, called)
-            inside = [entry for entry in others if f".{entry}." in f".{name}."]
-            if inside:
+            if inside := others(name):
                 raise IA3Error(
-                    f"{called} has a vector at {name!r}, which is part of {inside[0]!r} in the "
+                    f"{called} has a vector at {name!r}, which is part of {inside!r} in the "
                     "modules_to_save of another: they cannot be on one model"
                 )
     shapes = {name: shape for name, (shape, _) in sites.items()}

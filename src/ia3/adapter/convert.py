@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..base.loading import first_line, read_model_config
 from ..core.activations import activation_of
 from ..core.names import modules_of
-from ..errors import IA3Error, did_you_mean, naming
+from ..errors import BrokenFileError, IA3Error, did_you_mean, shown
 from ..targets.config import IA3Config
 from ..targets.matching import names_or_suffixes
 from ..targets.structure import paper_targets
 from .files import check_finite
-from .pickled import unpickle_tensors
+from .pickled import check_archive, unpickle_tensors
 
 SUFFIX = ".multi_lora_b"
 
@@ -27,7 +27,11 @@ def convert_tfew_authors(path: str | Path, model: nn.Module) -> tuple[IA3Config,
     other half is not scaled, so that it is just as well on the product, the input of `wo`. Nothing
     but tensors is unpickled: a file cannot run code. The model, a T5 v1.1 with gated layers, may be
     on the meta device. The vectors are float32, on the CPU: `[dim, 1]` on the outputs of `k` and
-    `v`, `[1, dim]` on the input of `wo`. An `IA3Error` where they do not fit the model.
+    `v`, `[1, dim]` on the input of `wo`.
+
+    Raises:
+        BrokenFileError: the file holds something else than (IA)³ vectors.
+        IA3Error: they do not fit the model.
     """
     vectors = _read(Path(path))
     kind = type(model).__name__
@@ -45,8 +49,8 @@ def convert_tfew_authors(path: str | Path, model: nn.Module) -> tuple[IA3Config,
         sites[theirs] = target
     for name in sorted(vectors.keys() - sites.keys()):
         raise IA3Error(
-            f"{path}: tensor {name + SUFFIX!r} has no site in {kind}, which has {len(sites)} where "
-            f"the file has {len(vectors)}{did_you_mean(name, sites)}"
+            f"{path}: tensor {shown(name + SUFFIX)} has no site in {kind}, which has "
+            f"{len(sites)} where the file has {len(vectors)}{did_you_mean(name, sites)}"
         )
     converted = {}
     for theirs, target in sites.items():
@@ -88,7 +92,7 @@ def structure_of(name: str | Path) -> nn.Module:
         )
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForSeq2SeqLM.from_config(config)
+            model: nn.Module = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=False)
             return model
     except Exception as error:  # numbers that do not go together fail anywhere
         raise IA3Error(
@@ -99,19 +103,23 @@ def structure_of(name: str | Path) -> nn.Module:
 def _read(path: Path) -> dict[str, Tensor]:
     """The vectors in the authors' file, without the ending of their names."""
     expected = f"expected vectors named like 'encoder.block.0.layer.0.SelfAttention.k{SUFFIX}'"
-    tensors = unpickle_tensors(path, expected)
+    check_archive(path, expected)
+    tensors = unpickle_tensors(path.read_bytes(), path, expected)
     if not isinstance(tensors, dict) or not tensors:
-        raise IA3Error(f"{path} holds {_described(tensors)}, {expected}")
+        raise BrokenFileError(f"{path} holds {_described(tensors)}, {expected}")
     for key, tensor in tensors.items():
         if not (isinstance(key, str) and key.endswith(SUFFIX)):
-            raise IA3Error(f"{path}: {key!r} is not an (IA)³ vector, {expected}")
+            raise BrokenFileError(f"{path}: {shown(key)} is not an (IA)³ vector, {expected}")
         if not (isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.is_floating_point()):
-            raise IA3Error(
-                f"{path}: {key!r} is {_described(tensor)}, expected floating-point values [dim, 1]"
+            raise BrokenFileError(
+                f"{path}: {shown(key)} is {_described(tensor)}, expected floating-point values "
+                "[dim, 1]"
             )
     vectors = {key.removesuffix(SUFFIX): tensor for key, tensor in tensors.items()}
-    with naming(str(path)):
+    try:
         check_finite(vectors)
+    except IA3Error as error:
+        raise BrokenFileError(f"{path}: {error}") from error
     return vectors
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..arguments import instance
 from ..core.names import Frozen
-from ..errors import naming
+from ..errors import BrokenFileError, InvalidTypeError, naming, shown
+from ..files.atomic import write_files
 from ..files.hub import CONFIG_NAME
+from ..files.saved import COPIED, PICKLED_NAME, WEIGHTS_NAME, SavedFolder, completed, copies
 from ..targets.config import IA3Config
-from ..targets.matching import matches, matches_feedforward
+from ..targets.matching import Matching
 from . import layout, safetensors
 from .fingerprint import Fingerprint
 from .pickled import read_pickled
@@ -32,6 +36,7 @@ class Adapter:
             module (`modules_to_save`), or of embeddings that were resized before it was trained.
         frozen: module name -> the ranges of its vector that stay one.
         base: the model it was trained on; `None` where the file does not say.
+        unread: reads it, where its tensors are on the meta device until its file is read.
     """
 
     config: IA3Config
@@ -39,23 +44,73 @@ class Adapter:
     copies: dict[str, Tensor] = field(default_factory=dict)
     frozen: dict[str, Frozen] = field(default_factory=dict)
     base: Fingerprint | None = None
+    unread: Callable[[], Adapter] | None = field(default=None, repr=False, compare=False)
+
+    def whole(self) -> Adapter:
+        """The adapter with its values; raises `IA3Error` where its file is broken."""
+        return self if self.unread is None else self.unread()
+
+
+# Where state dicts hold more than tensors: extra state of any module, and quantized layers.
+_NOT_TENSORS = {"_extra_state", "_packed_params"}
+
+
+def named_tensors(name: str, values: object) -> dict[str, Tensor]:
+    """An argument that is a state dict, or vectors by module; raises `InvalidTypeError`."""
+    expected = "a mapping from names to tensors"
+    given = instance(name, values, Mapping, expected)
+    for key, value in given.items():
+        fits = isinstance(key, str) and (
+            isinstance(value, Tensor) or not _NOT_TENSORS.isdisjoint(key.split("."))
+        )
+        if not fits:
+            what = f"{shown(key)}: {type(value).__name__}"
+            raise InvalidTypeError(f"{name} holds {what}, expected {expected}")
+    return dict(given)
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `InvalidTypeError` for what is no tensor of plain numbers with values of its own."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            problem = f"a {type(tensor).__name__}"
+        elif tensor.layout is not torch.strided:
+            problem = "sparse"
+        elif tensor.device.type == "meta":
+            problem = "on the meta device, without values"
+        elif tensor.is_quantized or tensor.is_complex() or tensor.dtype in _NO_NUMBERS:
+            problem = f"{tensor.dtype}"
+        else:
+            continue
+        raise InvalidTypeError(f"{name!r} is {problem}, expected a tensor of plain numbers")
+
+
+# Two values in a byte, and powers of two without a zero.
+_NO_NUMBERS = {
+    getattr(torch, name, None) for name in ("float4_e2m1fn_x2", "float8_e8m0fnu", "bits8")
+}
 
 
 def check_finite(vectors: Mapping[str, Tensor]) -> None:
-    """Raise `IA3Error` where a vector, by module name, holds NaN or infinity."""
-    flat = [vector.detach().cpu().reshape(-1) for vector in vectors.values()]
-    # All at once: an adapter has a hundred vectors, and is loaded in three milliseconds. In the
-    # precision that they are kept in, which a wider file may exceed.
-    if not flat or torch.cat(flat).float().isfinite().all():
+    """Raise `IA3Error` where a vector, by module name, holds NaN or infinity, or no numbers."""
+    check_tensors(vectors)
+    # In the precision that they are kept in, which a wider file may exceed.
+    flat = [vector.detach().cpu().reshape(-1).float() for vector in vectors.values()]
+    # All at once: an adapter has a hundred vectors, and is loaded in three milliseconds.
+    if not flat or torch.cat(flat).isfinite().all():
         return
     for name, values in zip(vectors, flat, strict=True):
-        broken = values[~values.float().isfinite()]
+        broken = values[~values.isfinite()]
         if len(broken):
             raise layout.not_finite(name, broken.tolist(), len(values))
 
 
-def adapter_files(adapter: Adapter) -> dict[str, bytes]:
-    """The contents of an adapter's files, by file name.
+def adapter_files(
+    adapter: Adapter, texts: Callable[[str], Mapping[str, str]] = lambda digest: {}
+) -> dict[str, bytes]:
+    """The contents of an adapter's files, by file name; `write_saved` writes them.
+
+    `texts` gives further files that belong to its values, by the SHA-256 of these.
 
     An `IA3Error` where a vector is not finite: a training that diverged leaves no good adapter, and
     the file could not be read again.
@@ -74,10 +129,38 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
         metadata[layout.FROZEN_KEY] = json.dumps(adapter.frozen)
     if adapter.base is not None:
         metadata[layout.BASE_KEY] = adapter.base.to_json()
-    return {
-        layout.WEIGHTS_NAME: safetensors.write(tensors, metadata),
-        CONFIG_NAME: adapter.config.to_json().encode(),
-    }
+    beside = {CONFIG_NAME: adapter.config.to_json()}
+
+    def copied(digest: str) -> dict[str, str]:
+        beside.update(texts(digest))
+        return {COPIED[name]: text for name, text in beside.items()}
+
+    weights = safetensors.write(tensors, metadata, copied)
+    return {WEIGHTS_NAME: weights, **{name: text.encode() for name, text in beside.items()}}
+
+
+def write_saved(folder: str | Path, files: Mapping[str, bytes]) -> None:
+    """Write an adapter's files, of `adapter_files`, and others into a folder, made if absent.
+
+    What belongs to the values that were there before goes with them. Killed at any moment, it
+    leaves the adapter that was there or the new one.
+
+    Raises:
+        OSError: the disk is full or may not be written; what was there before stays.
+    """
+    gone = dict.fromkeys((*COPIED, PICKLED_NAME))
+    write_files(folder, {**gone, **files}, WEIGHTS_NAME, COPIED, _completed)
+
+
+def _completed(folder: Path) -> bytes | None:
+    """As `completed`; of a folder with a pickled file alone, the safetensors file in its place."""
+    if (folder / WEIGHTS_NAME).exists() or not (folder / PICKLED_NAME).exists():
+        return completed(folder)
+    try:
+        with SavedFolder(folder) as saved:
+            return safetensors.write(read_pickled(saved), {"format": "pt", **copies(folder)})
+    except (BrokenFileError, OSError):
+        return None  # nothing is lost
 
 
 def read_adapter(
@@ -91,25 +174,59 @@ def read_adapter(
     takes their place, renames modules; the first that is found in a name counts.
     An `IA3Error` where a file is broken, or a vector is not finite.
     """
-    folder = Path(folder)
-    config = layout.read_config(folder) if config is None else replace(config)
-    path = layout.weights_file(folder)
-    pickled = path.name == layout.PICKLED_NAME
-    tensors, metadata = (read_pickled(path), {}) if pickled else safetensors.read_tensors(path)
+    with layout.open_folder(folder) as saved:
+        return unread_adapter(saved, config, key_mapping).whole()
+
+
+def unread_adapter(
+    saved: SavedFolder,
+    config: IA3Config | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+) -> Adapter:
+    """As `read_adapter`, of an open folder: its values are not read yet, but by `whole`."""
+    if key_mapping is not None:
+        instance("key_mapping", key_mapping, Mapping, "a mapping from expressions to texts")
+    config = layout.read_config(saved) if config is None else replace(config)
+    path, metadata = saved.path, {}
+    tensors: Mapping[str, Tensor]
+    if saved.pickled:
+        # Nothing but itself says what is in it.
+        tensors = read_pickled(saved)
+    else:
+        header = saved.header
+        metadata = header.metadata
+        tensors = {key: _promised(s, header.dtypes[key]) for key, s in header.shapes.items()}
     named, copied = layout.name_tensors(tensors, config, path)
-    vectors = {name: tensors[key] for key, name in named.items()}
-    with naming(str(path)):
-        check_finite(vectors)
-    copies = {name: tensors[key] for key, name in copied.items()}
-    frozen, base = layout.read_metadata(metadata, vectors, path)
-    adapter = Adapter(config, vectors, copies, frozen, base)
+    if not saved.pickled:
+        layout.check_floating(header.dtypes, named, path)
+    frozen, base = layout.read_metadata(metadata, named.values(), path)
+
+    def adapter_of(tensors: Mapping[str, Tensor], read: bool = True) -> Adapter:
+        vectors = {name: tensors[key] for key, name in named.items()}
+        if read:
+            with naming(str(path)):
+                check_finite(vectors)
+        copies = {name: tensors[key] for key, name in copied.items()}
+        unread = None if read else lambda: adapter_of(safetensors.read_tensors(saved))
+        return Adapter(config, vectors, copies, frozen, base, unread)
+
+    adapter = adapter_of(tensors, saved.pickled)
     if not key_mapping:
         return adapter
-    names = {name: layout.mapped(name, key_mapping) for name in copies}
-    for name in vectors:
+    names = {name: layout.mapped(name, key_mapping) for name in adapter.copies}
+    for name in adapter.vectors:
         new = layout.mapped(f"{name}{layout.KEY_SUFFIX}", key_mapping)
         names[name] = new.removesuffix(layout.KEY_SUFFIX)
     return renamed(adapter, names)
+
+
+_DTYPES = {name: getattr(torch, dtype) for dtype, name in safetensors.DTYPES.items()}
+
+
+@lru_cache(1000)
+def _promised(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """A tensor without values, as a header describes it."""
+    return torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
 
 
 def renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
@@ -122,11 +239,12 @@ def renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
         return names.get(name, name)
 
     config, vectors = adapter.config, {new(name): v for name, v in adapter.vectors.items()}
-    targets, feedforward = config.target_modules, config.feedforward_modules or ()
-    inputs = {name for name in adapter.vectors if matches_feedforward(name, feedforward)}
+    matching = Matching()
+    is_target = matching.rule("target_modules", config.target_modules)
+    is_input = matching.rule("feedforward_modules", config.feedforward_modules)
+    inputs = set(filter(is_input, adapter.vectors))
     if any(
-        not matches(new(name), targets or ())
-        or matches_feedforward(new(name), feedforward) != (name in inputs)
+        not is_target(new(name)) or is_input(new(name)) != (name in inputs)
         for name in adapter.vectors
     ):
         config = replace(
@@ -140,4 +258,6 @@ def renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
         config = replace(config, modules_to_save=sorted(ends))
     copies = {new(name): value for name, value in adapter.copies.items()}
     frozen = {new(name): ranges for name, ranges in adapter.frozen.items()}
-    return replace(adapter, config=config, vectors=vectors, copies=copies, frozen=frozen)
+    read = adapter.unread
+    unread = None if read is None else lambda: renamed(read(), names)
+    return Adapter(config, vectors, copies, frozen, adapter.base, unread)

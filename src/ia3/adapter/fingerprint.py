@@ -7,10 +7,10 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..core.names import ATTRIBUTE, model_type_of, module_at, modules_of, own_name
-from ..errors import BrokenFileError
+from ..errors import BrokenFileError, shown
 from ..files.json import parse_object
 
 # torch is imported where a model is looked at: fingerprints are compared without.
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 TOLERANCE = 0.05
 PARAMETERS = 8
 VALUES = 8
+# More than there are of either.
+MOST_NUMBERS = 64
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,24 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Fingerprint:
-        """Read it back; a `BrokenFileError` where it is malformed."""
+        """Read it back.
+
+        Raises:
+            BrokenFileError: it is malformed.
+        """
         where = f"{source}: the base model's fingerprint"
         read = parse_object(text, where)
         try:
             samples = {
-                own_name(name): ([int(size) for size in shape], [float(value) for value in values])
+                own_name(name): (_numbers(shape, int), list(map(float, _numbers(values, float))))
                 for name, (shape, values) in read["samples"].items()
             }
             if not isinstance(read["model_type"], str):
-                raise TypeError(f"model_type is {read['model_type']!r}")
+                raise TypeError(f"model_type is {shown(read['model_type'])}")
             return cls(read["model_type"], samples)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except KeyError as error:
+            raise BrokenFileError(f"{where} is malformed: it has no {error}") from error
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise BrokenFileError(f"{where} is malformed: {error}") from error
 
     def difference(self, model: nn.Module, merged: Collection[str] = ()) -> str | None:
@@ -135,6 +143,16 @@ def _telling(
         if _can_be_sampled(parameter) and (parameter.dim() > 1 or len(set(_sample(parameter))) > 1)
     )
     return list(islice(telling, PARAMETERS))
+
+
+def _numbers(given: Any, kind: type[int] | type[float]) -> list[Any]:
+    """A list of numbers from JSON, a bool not among them; whole ones are sizes."""
+    expected = "sizes" if kind is int else "numbers"
+    least = 0 if kind is int else -math.inf
+    numbers: list[Any] = given if isinstance(given, list) and len(given) <= MOST_NUMBERS else [None]
+    if all(type(number) in (int, kind) and float(number) >= least for number in numbers):
+        return numbers
+    raise TypeError(f"{shown(given)} is no list of {expected}")
 
 
 def _is_the_base_models(module: str, merged: Collection[str]) -> bool:

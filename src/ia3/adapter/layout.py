@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.names import ATTRIBUTE, own_name
-from ..errors import IA3Error, MissingFileError, naming
-from ..files.foreign import no_adapter
+from ..errors import BrokenFileError, IA3Error, MissingFileError, StateError, naming, shown
 from ..files.hub import CONFIG_NAME
-from ..targets.config import IA3Config
+from ..files.json import parse_object
+from ..files.saved import WEIGHTS_NAME, SavedFolder, holds_config_copy
+from ..targets.config import IA3Config, config_from_text
 from .fingerprint import Fingerprint
-from .safetensors import read_floats, read_header
+from .safetensors import read_floats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
     from ..core.names import Frozen
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-# What PEFT wrote before safetensors; read, never written.
-PICKLED_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 KEY_SUFFIX = f".{ATTRIBUTE}"
 
@@ -35,6 +32,11 @@ KEY_SUFFIX = f".{ATTRIBUTE}"
 # of a saved embedding's, which it may write a second and a third time.
 BASE_LAYER = "base_layer"
 AGAIN = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
+# A tensor's name is a tenth of it. Looking for a module takes the square of its name's length.
+LONGEST_KEY = 2000
+
+# What vectors are made of; copies of modules may hold anything.
+FLOATS = ("F64", "F32", "BF16", "F16")
 
 # What PEFT's config cannot say stands in the header of the safetensors file, which PEFT ignores.
 FROZEN_KEY = "ia3_frozen"
@@ -75,44 +77,70 @@ class Outline:
 
 
 def find_adapters(root: str | Path) -> Iterator[Path]:
-    """The folders with an `adapter_config.json`, from `root` down, by name, without hidden ones."""
+    """The folders of adapters, from `root` down, by name, without hidden ones."""
     os.listdir(root)  # raises where `root` cannot be read
     for folder, inside, files in os.walk(root):
         inside[:] = sorted(name for name in inside if not name.startswith("."))
-        if CONFIG_NAME in files:
+        if CONFIG_NAME in files or (
+            WEIGHTS_NAME in files and holds_config_copy(Path(folder, WEIGHTS_NAME))
+        ):
             yield Path(folder)
+
+
+def open_folder(folder: str | Path) -> SavedFolder:
+    """An adapter's folder, opened.
+
+    A `FileNotFoundError` where it holds none; an `IA3Error` where that can be told to be another
+    library's.
+    """
+    try:
+        return SavedFolder(folder)
+    except MissingFileError:
+        path = Path(folder) / CONFIG_NAME
+        if path.is_file():
+            IA3Config.from_json(path)
+        raise
+
+
+def read_config(saved: SavedFolder) -> IA3Config:
+    """The config in an adapter's folder; raises as `IA3Config.from_json`."""
+    return config_from_text(*saved.config_text())
 
 
 def read_outline(folder: str | Path) -> Outline:
     """An adapter's outline: its config, and what its other file's header says."""
     folder = Path(folder)
-    config = read_config(folder)
-    path = weights_file(folder)
-    seen = path.stat()
-    metadata: dict[str, str] = {}
-    if path.name == PICKLED_NAME:
-        tensors = {key: values.shape for key, values in _read_pickled(path).items()}
-    else:
-        tensors, metadata = read_header(path)
-    names, copies = name_tensors(tensors, config, path)
-    shapes = {name: tensors[key] for key, name in names.items()}
-    frozen, base = read_metadata(metadata, shapes, path)
-    copied = list(copies.values())
-    return Outline(folder, config, shapes, copied, frozen, base, seen.st_size, seen.st_mtime)
+    with open_folder(folder) as saved:
+        config = read_config(saved)
+        metadata: dict[str, str] = {}
+        if saved.pickled:
+            tensors = {key: values.shape for key, values in _read_pickled(saved).items()}
+        else:
+            tensors, metadata = saved.header.shapes, saved.header.metadata
+        names, copies = name_tensors(tensors, config, saved.path)
+        shapes = {name: tensors[key] for key, name in names.items()}
+        frozen, base = read_metadata(metadata, shapes, saved.path)
+        size, modified = saved.seen.st_size, saved.seen.st_mtime
+    return Outline(folder, config, shapes, list(copies.values()), frozen, base, size, modified)
 
 
 def read_vectors(outline: Outline) -> dict[str, NDArray[np.float32]]:
     """Module name -> its vector, of the shape in the outline; frozen values are one.
 
-    An `IA3Error` where one is not finite.
+    An `IA3Error` where one is not finite, or the file has been replaced by another adapter's.
     """
     import numpy as np
 
-    path = weights_file(outline.folder)
-    pickled = path.name == PICKLED_NAME
-    tensors = _read_pickled(path) if pickled else read_floats(path, KEY_SUFFIX)
+    with open_folder(outline.folder) as saved:
+        path = saved.path
+        if not saved.pickled:
+            names, _ = name_tensors(saved.header.shapes, outline.config, path)
+            check_floating(saved.header.dtypes, names, path)
+        tensors = _read_pickled(saved) if saved.pickled else read_floats(saved, KEY_SUFFIX)
     names, _ = name_tensors(tensors, outline.config, path)
     vectors = {name: tensors[key] for key, name in names.items()}
+    if {name: vector.shape for name, vector in vectors.items()} != outline.shapes:
+        raise StateError(f"{path} is another adapter's than it was a moment ago: read it again")
     for name, vector in vectors.items():
         if not np.isfinite(vector).all():
             with naming(str(path)):
@@ -133,27 +161,21 @@ def not_finite(name: str, broken: Sequence[float], size: int) -> IA3Error:
     )
 
 
-def _read_pickled(path: Path) -> dict[str, NDArray[np.float32]]:
+def _read_pickled(saved: SavedFolder) -> dict[str, NDArray[np.float32]]:
     # Brings torch, which the other form is read without.
     from .pickled import read_pickled
 
-    return {key: tensor.float().numpy() for key, tensor in read_pickled(path).items()}
+    return {key: tensor.float().numpy() for key, tensor in read_pickled(saved).items()}
 
 
-def read_config(folder: str | Path) -> IA3Config:
-    """The folder's `adapter_config.json`; a `FileNotFoundError` where there is none."""
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        raise no_adapter(Path(folder))
-    return IA3Config.from_json(path)
-
-
-def weights_file(folder: Path) -> Path:
-    """The file with the values; a `FileNotFoundError` where there is none."""
-    for name in (WEIGHTS_NAME, PICKLED_NAME):
-        if (folder / name).is_file():
-            return folder / name
-    raise MissingFileError(f"no adapter in {folder}: {WEIGHTS_NAME} is not there")
+def check_floating(dtypes: Mapping[str, str], vectors: Iterable[str], path: Path) -> None:
+    """Raise `BrokenFileError` unless a file's vectors, by key, are of floating-point values."""
+    for key in vectors:
+        if dtypes[key] not in FLOATS:
+            raise BrokenFileError(
+                f"{path}: tensor {key!r} is {dtypes[key]}, expected floating-point values "
+                f"({', '.join(FLOATS)})"
+            )
 
 
 def name_tensors(
@@ -163,6 +185,8 @@ def name_tensors(
     vectors, copies = {}, {}
     for key in keys:
         own = own_name(key)
+        if len(key) > LONGEST_KEY:
+            raise BrokenFileError(f"{path}: a tensor's name has {len(key):,} characters")
         name = own.removeprefix(KEY_PREFIX)
         if name.endswith(KEY_SUFFIX):
             vectors[key] = name.removesuffix(KEY_SUFFIX)
@@ -174,7 +198,11 @@ def name_tensors(
                 f"'{KEY_PREFIX}<module>{KEY_SUFFIX}'"
             )
     once = set(copies.values())
-    again = [key for key, name in copies.items() if AGAIN.sub("", name) in once - {name}]
+    again = {
+        key
+        for key, name in copies.items()
+        if (short := AGAIN.sub("", name)) != name and short in once
+    }
     return vectors, {key: name for key, name in copies.items() if key not in again}
 
 
@@ -183,7 +211,7 @@ def mapped(name: str, key_mapping: Mapping[str, str]) -> str:
     for pattern, replacement in key_mapping.items():
         try:
             new, count = re.subn(pattern, replacement, name)
-        except re.error as error:
+        except (re.error, IndexError, TypeError) as error:  # IndexError: no group of that name
             message = f"key_mapping {{{pattern!r}: {replacement!r}}} is malformed: {error}"
             raise IA3Error(message) from error
         if count:
@@ -194,20 +222,28 @@ def mapped(name: str, key_mapping: Mapping[str, str]) -> str:
 def read_metadata(
     metadata: Mapping[str, str], vectors: Iterable[str], path: Path
 ) -> tuple[dict[str, Frozen], Fingerprint | None]:
-    """What a header says beyond PEFT's: (the ranges that stay one, the base model)."""
+    """What a header says beyond PEFT's: (the ranges that stay one, the base model).
+
+    Raises:
+        BrokenFileError: it is malformed, or has ranges for what has no vector.
+    """
     where = f"{path}: the header's {FROZEN_KEY!r}"
-    try:
-        read: Any = json.loads(metadata.get(FROZEN_KEY, "{}"))
-        frozen = {
-            own_name(name): tuple((start, end) for start, end in ranges)
-            for name, ranges in read.items()
-        }
-        if not all(type(n) is int for ranges in frozen.values() for both in ranges for n in both):
-            raise TypeError("expected whole numbers")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise IA3Error(f"{where} is malformed: {error}") from error
+    read = parse_object(metadata.get(FROZEN_KEY, "{}"), where)
+    frozen = {own_name(name): _ranges(ranges, where) for name, ranges in read.items()}
     without = sorted(frozen.keys() - set(vectors))
     if without:
-        raise IA3Error(f"{where} names {without[0]!r}, which has no vector")
+        raise BrokenFileError(f"{where} names {shown(without[0])}, which has no vector")
     text = metadata.get(BASE_KEY)
     return frozen, None if text is None else Fingerprint.from_json(text, str(path))
+
+
+def _ranges(given: Any, where: str) -> Frozen:
+    """Half-open ranges from JSON, ascending."""
+    ranges = given if isinstance(given, list) else [given]
+    end = 0
+    for both in ranges:
+        whole = isinstance(both, list) and len(both) == 2 and all(type(n) is int for n in both)
+        if not whole or not end <= both[0] < both[1]:
+            raise BrokenFileError(f"{where} is malformed: {shown(both)} is no range of values")
+        end = both[1]
+    return tuple((start, end) for start, end in ranges)

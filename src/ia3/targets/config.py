@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import IA3Error, InvalidTypeError, did_you_mean
+from ..arguments import folder_of, path_of
+from ..errors import (
+    BrokenFileError,
+    IA3Error,
+    InvalidTypeError,
+    MissingFileError,
+    UnknownNameError,
+    did_you_mean,
+    naming,
+    shown,
+)
 from ..files.atomic import write_files
 from ..files.foreign import no_adapter, owner_of_config
 from ..files.hub import CONFIG_NAME, adapter_folder, hub_options, upload
-from ..files.json import parse_object
-from .matching import feedforward_among
+from ..files.json import check_plain, parse_object
+from ..files.saved import SavedFolder
+from .matching import LONGEST_NAME, compiled, feedforward_among
 
 Entries = str | list[str] | set[str] | tuple[str, ...]
 Modules = Entries | None
@@ -43,11 +54,18 @@ class PeftType(StrEnum):
 
 OTHER_TASK = "; leave it out for another task, whose head modules_to_save can name"
 
+# A config of ten thousand names has a tenth of the first; the second is a path's. Each entry of
+# `modules_to_save` is looked for among all modules, and each that is found is copied.
+LARGEST = 1 << 24
+LONGEST_TEXT = 4096
+MOST_SAVED = 1000
+
 # Fields, the type that a file may get wrong, and what is expected; others have their own checks.
 _TYPES: list[tuple[str, Any, str]] = [
     ("peft_version base_model_name_or_path revision", str | None, "a string"),
     ("inference_mode fan_in_fan_out init_ia3_weights paper_sites", bool, "True or False"),
     ("auto_mapping", dict | None, "a mapping"),
+    ("unknown", dict, "a mapping"),
 ]
 
 
@@ -106,9 +124,11 @@ class IA3Config:
         unknown: keys of a file that are none of these fields; kept and written back.
 
     Raises:
-        IA3Error: a field has a value of another kind, `feedforward_modules` names modules that are
-            not among `target_modules`, or `paper_sites` comes with modules. Names that match no
-            module are an error when the config meets a model.
+        InvalidTypeError: a field has a value of another type, or there is no such field.
+        IA3Error: a value is none of the known ones, an expression is malformed,
+            `feedforward_modules` names modules that are not among `target_modules`, or
+            `paper_sites` comes with modules. Names that match no module are an error when the
+            config meets a model.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -144,23 +164,33 @@ class IA3Config:
     def __post_init__(self) -> None:
         for names, kinds, expected in _TYPES:
             for name in names.split():
-                if not isinstance(getattr(self, name), kinds):
-                    raise IA3Error(f"{name} is {getattr(self, name)!r}, expected {expected}")
+                value = getattr(self, name)
+                if not isinstance(value, kinds):
+                    raise InvalidTypeError(f"{name} is {shown(value)}, expected {expected}")
+                if isinstance(value, str):
+                    _check_text(value, name, LONGEST_TEXT)
+        for name in ("auto_mapping", "unknown"):
+            check_plain(getattr(self, name), name)
         if self.peft_type != "IA3":
-            raise IA3Error(f"peft_type is {self.peft_type!r}, expected 'IA3'")
+            raise IA3Error(f"peft_type is {shown(self.peft_type)}, expected 'IA3'")
         self.peft_type = PeftType.IA3
         if self.task_type is not None:
             known, given = list(TaskType), self.task_type
             if given not in known:
-                hint = did_you_mean(str(given), known) or OTHER_TASK
-                message = f"task_type is {given!r}, expected one of {', '.join(known)}{hint}"
+                hint = did_you_mean(given, known) or OTHER_TASK
+                message = f"task_type is {shown(given)}, expected one of {', '.join(known)}{hint}"
                 raise IA3Error(message)
             self.task_type = TaskType(given)
         saved = self.modules_to_save
         if saved is not None:
             listed = isinstance(saved, list | tuple | set)
             if not listed or not all(isinstance(name, str) and name for name in saved):
-                raise IA3Error(f"modules_to_save is {saved!r}, expected a list of names")
+                is_given = f"modules_to_save is {shown(saved)}"
+                raise InvalidTypeError(f"{is_given}, expected a list of names")
+            for name in saved:
+                _check_text(name, "modules_to_save: a name", LONGEST_NAME)
+            if len(saved) > MOST_SAVED:
+                raise IA3Error(f"modules_to_save has {len(saved)} names, at most {MOST_SAVED}")
             self.modules_to_save = sorted(saved) if isinstance(saved, set) else list(saved)
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):
             setattr(self, name, _as_set(getattr(self, name), name))
@@ -170,8 +200,8 @@ class IA3Config:
             raise IA3Error(f"paper_sites=True chooses {both} itself: leave them out")
         if isinstance(targets, set) and isinstance(feedforward, set) and not feedforward <= targets:
             raise IA3Error(
-                f"feedforward_modules {sorted(feedforward - targets)} are not among "
-                f"target_modules {sorted(targets)}: add them there too"
+                f"feedforward_modules {shown(sorted(feedforward - targets))} are not among "
+                f"target_modules {shown(sorted(targets))}: add them there too"
             )
 
     # The Trainer asks every config of PEFT's.
@@ -204,62 +234,74 @@ class IA3Config:
         """Build from the keys of an `adapter_config.json`; unknown keys are kept and named.
 
         Raises:
-            IA3Error: a value makes no sense, or it is not the config of an (IA)³ adapter.
+            InvalidTypeError: it is no mapping of names to values, or a value is of another type.
+            UnknownNameError: it is the config of another kind of adapter.
+            IA3Error: a value makes no sense.
         """
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+            expected = "expected a mapping of the fields' names to values"
+            raise InvalidTypeError(f"{source} is {shown(values)}, {expected}")
         peft_type = values.get("peft_type", "IA3")
+        if not isinstance(peft_type, str):
+            raise InvalidTypeError(f"{source}: peft_type is {shown(peft_type)}, expected 'IA3'")
         if peft_type != "IA3":  # its own keys are not worth a warning
-            raise IA3Error(
-                f"{source}: peft_type is {peft_type!r}, expected 'IA3': it is another kind of "
+            raise UnknownNameError(
+                f"{source}: peft_type is {shown(peft_type)}, expected 'IA3': it is another kind of "
                 "adapter, which peft loads"
             )
         known = {f.name for f in fields(cls)} - {"unknown"}
         unknown = {key: value for key, value in values.items() if key not in known}
         if unknown:
             warnings.warn(
-                f"{source}: unknown keys {sorted(unknown)} are kept and not used", stacklevel=2
+                f"{source}: unknown keys {shown(sorted(unknown))} are kept and not used",
+                stacklevel=2,
             )
         values = {key: value for key, value in values.items() if key in known}
         both = ("target_modules", "feedforward_modules")
-        try:
+        with naming(source):
             targets, feedforward = (_as_set(values.get(name), name) for name in both)
             if isinstance(targets, set) and isinstance(feedforward, set):
                 values |= zip(both, feedforward_among(targets, feedforward), strict=True)
             return cls(**values, unknown=unknown)
-        except IA3Error as error:
-            raise IA3Error(f"{source}: {error}") from error
 
     @classmethod
     def from_json(cls, path: str | Path) -> IA3Config:
         """Read an `adapter_config.json`.
 
         Raises:
-            IA3Error: the file is not JSON, or not the config of an (IA)³ adapter; the message says
+            InvalidTypeError: the path, or a value in the file, is of another type.
+            UnknownNameError: it is the config of another kind of adapter.
+            MissingFileError: it is not there.
+            BrokenFileError: the file is not a JSON object, or no config of PEFT's; the message says
                 whose it is, where that can be told.
+            IA3Error: a value makes no sense.
+            OSError: it cannot be read.
         """
-        values = cls.from_json_file(path)
-        if "peft_type" not in values:  # PEFT always writes it
-            whose = owner_of_config(values)
-            raise IA3Error(
-                f"{path} has no peft_type, expected 'IA3': "
-                + (f"it is {whose}" if whose else "it is no config of PEFT's")
-            )
-        return cls.from_dict(values, source=str(path))
+        path = path_of("path", path)
+        return config_from_text(_content(path), str(path))
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path, **ignored: Any) -> dict[str, Any]:
         """What an `adapter_config.json` holds, as plain data; `from_json` makes a config of it.
 
         Raises:
-            IA3Error: the file is not a JSON object.
+            InvalidTypeError: an argument is of another type.
+            MissingFileError: there is no such file.
+            BrokenFileError: the file is not a JSON object, or of more than 16 MiB.
+            IA3Error: the path is malformed.
+            OSError: it cannot be read.
         """
-        return parse_object(Path(path_json_file).read_bytes(), str(path_json_file))
+        path = path_of("path_json_file", path_json_file)
+        return parse_object(_content(path), str(path))
 
     @classmethod
     def from_peft_type(cls, **values: Any) -> IA3Config:
         """`from_dict` with keywords: PEFT's way to choose a class by `peft_type`.
 
         Raises:
-            IA3Error: a value makes no sense, or `peft_type` is another kind of adapter.
+            InvalidTypeError: a value is of another type.
+            UnknownNameError: `peft_type` is another kind of adapter.
+            IA3Error: a value makes no sense.
         """
         return cls.from_dict(values)
 
@@ -274,11 +316,15 @@ class IA3Config:
         What else PEFT's takes is for its `push_to_hub`, and ignored.
 
         Raises:
+            InvalidTypeError: an argument is of another type.
+            NotAFolderError: there is a file of that name.
+            IA3Error: the folder's name is malformed.
             OSError: the disk is full or may not be written.
         """
         mapping = self.auto_mapping if auto_mapping_dict is None else auto_mapping_dict
         text = replace(self, auto_mapping=mapping).to_json()
-        write_files(save_directory, {CONFIG_NAME: text.encode()})
+        folder = folder_of("save_directory", save_directory)
+        write_files(folder, {CONFIG_NAME: text.encode()})
 
     @classmethod
     def from_pretrained(
@@ -296,14 +342,22 @@ class IA3Config:
                 no field of the config can be set here.
 
         Raises:
-            FileNotFoundError: there is none.
-            IA3Error: it is not the config of an (IA)³ adapter.
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: it is the config of another kind of adapter.
+            MissingFileError: there is none.
+            BrokenFileError: the file is not a JSON object.
+            IA3Error: a value makes no sense.
         """
         hub = hub_options({**further, "subfolder": subfolder})
         folder = adapter_folder(pretrained_model_name_or_path, [CONFIG_NAME], **hub)
-        if not (folder / CONFIG_NAME).is_file():
-            raise no_adapter(folder)
-        return cls.from_json(folder / CONFIG_NAME)
+        with suppress(FileNotFoundError):
+            if (folder / CONFIG_NAME).is_file():
+                return cls.from_json(folder / CONFIG_NAME)
+        try:
+            with SavedFolder(folder) as saved:
+                return config_from_text(*saved.config_text())
+        except FileNotFoundError:
+            raise no_adapter(folder) from None
 
     def push_to_hub(
         self,
@@ -321,17 +375,45 @@ class IA3Config:
         """Upload `adapter_config.json` and return the address; as `IA3Model.push_to_hub`.
 
         `max_shard_size` and `tags` are ignored: the one file is small, and has no card.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            IA3Error: the hub has no such names.
+            OSError: the hub cannot be reached, or refuses it.
         """
         return upload(
             repo_id,
             {CONFIG_NAME: self.to_json().encode()},
+            "Upload (IA)³ config",
             private=private,
             token=token,
             revision=revision,
             create_pr=create_pr,
-            commit_message=commit_message or "Upload (IA)³ config",
+            commit_message=commit_message,
             commit_description=commit_description,
         )
+
+
+def config_from_text(text: str | bytes, where: str) -> IA3Config:
+    """A config from the text of an `adapter_config.json`; `where` it is from begins messages.
+
+    Raises:
+        UnknownNameError: it is the config of another kind of adapter.
+        BrokenFileError: it is not a JSON object, no config of PEFT's, or a value makes no sense.
+    """
+    values = parse_object(text, where)
+    if "peft_type" not in values:  # PEFT always writes it
+        whose = owner_of_config(values)
+        raise BrokenFileError(
+            f"{where} has no peft_type, expected 'IA3': "
+            + (f"it is {whose}" if whose else "it is no config of PEFT's")
+        )
+    try:
+        return IA3Config.from_dict(values, source=where)
+    except UnknownNameError:
+        raise
+    except IA3Error as error:
+        raise BrokenFileError(str(error)) from error
 
 
 # PEFT's way to find a config's class; there is one kind of adapter here.
@@ -342,21 +424,42 @@ def get_peft_config(config_dict: dict[str, Any]) -> IA3Config:
     """A config from a dictionary of its fields.
 
     Raises:
-        IA3Error: a value makes no sense, or `peft_type` is another kind of adapter.
+        InvalidTypeError: it is no mapping, or a value is of another type.
+        UnknownNameError: `peft_type` is another kind of adapter.
+        IA3Error: a value makes no sense.
     """
     return IA3Config.from_dict(config_dict)
 
 
+def _content(path: Path) -> bytes:
+    if not path.is_file():
+        kind = "is not a file" if path.exists() else "does not exist"
+        raise MissingFileError(f"{path} {kind}, expected an {CONFIG_NAME}")
+    if path.stat().st_size > LARGEST:
+        raise BrokenFileError(f"{path} is larger than {LARGEST} bytes, expected a config")
+    return path.read_bytes()
+
+
 def _as_set(modules: Modules, field_name: str) -> str | set[str] | None:
+    if isinstance(modules, str):
+        if modules:
+            _check_text(modules, field_name, len(modules))
+            compiled(field_name, modules)
+        return modules
+    if modules is None:
+        return None
     if isinstance(modules, list | tuple | set) and all(isinstance(m, str) for m in modules):
+        for name in modules:
+            _check_text(name, f"{field_name}: a name", LONGEST_NAME)
         return set(modules)
-    if modules is not None and not isinstance(modules, str):
-        raise IA3Error(
-            f"{field_name} is {modules!r}, expected a list of names or a regular expression"
-        )
-    try:
-        re.compile(modules or "")
-    except re.error as error:
-        message = f"{field_name} {modules!r} is not a regular expression: {error}"
-        raise IA3Error(message) from error
-    return modules
+    expected = "expected a list of names or a regular expression"
+    raise InvalidTypeError(f"{field_name} is {shown(modules)}, {expected}")
+
+
+def _check_text(text: str, what: str, longest: int) -> None:
+    """Raise `IA3Error` for what names nothing, and what a file would not give back."""
+    if len(text) > longest:
+        raise IA3Error(f"{what} has {len(text):,} characters, expected {longest:,} at most")
+    if "\0" in text:
+        raise IA3Error(f"{what} is {shown(text)}, which has a NUL character in it")
+    check_plain(text, what)

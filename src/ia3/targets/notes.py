@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..core.activations import Side
 from ..core.mlp import Mlp, read_mlp
 from ..core.names import module_at, starred
-from .matching import matches, matches_feedforward
+from .matching import ends, rule, without_a_match
 from .structure import Parts, parts_of
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def notes(model: nn.Module, config: IA3Config, sides: Mapping[str, Side]) -> lis
 def _inputs(parts: Parts, told: Iterable[str], sides: Mapping[str, Side]) -> Iterator[str]:
     """Modules whose input is rescaled, and is no inner activation; `told` are entries of theirs."""
     said: dict[str, list[str]] = {}
+    told_already = rule("target_modules", told)
     for name in (name for name, side in sides.items() if side == "input"):
         if name in parts.down_of:
             down = parts.down_of[name]
@@ -54,7 +55,7 @@ def _inputs(parts: Parts, told: Iterable[str], sides: Mapping[str, Side]) -> Ite
                 "a projection to keys or values is rescaled on its input, and these are not; leave "
                 "it out of feedforward_modules"
             )
-        elif name in parts.attention and not matches(name, told):
+        elif name in parts.attention and not told_already(name):
             sentence = (
                 "a part of an attention is rescaled on its input, which is no inner activation of "
                 "a feed-forward layer"
@@ -71,10 +72,15 @@ def _for_both(
 ) -> Iterator[tuple[str, str]]:
     """Entries of the lists that name modules of attention and of feed-forward layers alike."""
     feedforward = {*parts.down_of, *parts.down_of.values()} - parts.attention
+    # The first module of each kind, by what an entry for it may be.
+    firsts: dict[str, dict[str, str]] = {}
+    for kind, modules in (("attention", parts.attention), ("other", feedforward)):
+        for name in filter(modules.__contains__, sides):
+            for end in ends(name):
+                firsts.setdefault(end, {}).setdefault(kind, name)
     for entry in sorted({*_listed(config.target_modules), *_listed(config.feedforward_modules)}):
-        named = [name for name in sides if matches(name, [entry])]
-        attention = next((name for name in named if name in parts.attention), None)
-        other = next((name for name in named if name in feedforward), None)
+        named = firsts.get(entry, {})
+        attention, other = named.get("attention"), named.get("other")
         if attention and other:
             yield (
                 entry,
@@ -88,12 +94,12 @@ def _outside_the_targets(config: IA3Config, sides: Mapping[str, Side]) -> Iterat
     if not isinstance(config.target_modules, str) or config.exclude_modules is not None:
         # Of two lists this is an error of the config's, and what is left out may be meant to be.
         return
-    for entry in sorted(_listed(config.feedforward_modules)):
-        if not any(matches_feedforward(name, [entry]) for name in sides):
-            yield (
-                f"{entry!r} of feedforward_modules is among none of the targets, and nothing of it "
-                "is rescaled: name it in target_modules too"
-            )
+    field = "feedforward_modules"
+    for entry in without_a_match(field, _listed(config.feedforward_modules), sides):
+        yield (
+            f"{entry!r} of {field} is among none of the targets, and nothing of it is rescaled: "
+            "name it in target_modules too"
+        )
 
 
 def _twice(model: nn.Module, parts: Parts, sides: Mapping[str, Side]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..arguments import instance
 from ..core.activations import (
     SUPPORTED,
     Activation,
@@ -37,10 +38,24 @@ from ..core.names import (
 )
 from ..core.reached import is_unreached
 from ..core.tried import gives_channels
-from ..errors import IA3Error, NoMatchingPeftModuleError, did_you_mean, warn_caller
+from ..errors import (
+    IA3Error,
+    MismatchError,
+    NoMatchingPeftModuleError,
+    did_you_mean,
+    shown,
+    warn_caller,
+)
 from .architectures import ARCHITECTURES
 from .config import Entries, IA3Config, TaskType
-from .matching import feedforward_among, matches, matches_feedforward, names_or_suffixes
+from .matching import (
+    Listed,
+    Matching,
+    feedforward_among,
+    names_or_suffixes,
+    saved_with,
+    without_a_match,
+)
 from .notes import notes
 from .structure import block_lists, feedforward_targets, layer_names, linear_layers, paper_targets
 
@@ -63,9 +78,9 @@ def resolve(
         model's order.
     """
     model, config = unwrapped(model), _by_own_names(config)
-    modules = modules_of(model)
+    modules, matching = modules_of(model), Matching()
     refuse_lazy(modules)
-    entries, feedforward, sites = _choice(model, config)
+    entries, feedforward, sites = _choice(model, config, matching)
     chosen: dict[str, Any] = {"target_modules": entries, "feedforward_modules": feedforward}
     unknown = dict(config.unknown)
     resolved = dataclasses.replace(config, **chosen, paper_sites=False, unknown=unknown)
@@ -73,18 +88,18 @@ def resolve(
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         resolved.base_model_name_or_path = name or None
     if frozen is None:
-        _check_entries(resolved, own_modules(modules), model)
-    _leave_out_unused(resolved, modules, stored=frozen is not None)
-    why = {site.name: site.why for site in sites}
+        _check_entries(resolved, own_modules(modules), model, matching)
+    _leave_out_unused(resolved, modules, matching, stored=frozen is not None)
+    found, why = {site.name: site.why for site in sites}, _reasons(config, resolved)
     ranges = {**(frozen or {}), **{site.name: site.frozen for site in sites if site.frozen}}
     targets = []
-    for name, side, activation in _chosen(resolved, modules, model):
+    for name, side, activation in _chosen(resolved, modules, model, matching):
         stay, dim = ranges.get(name, ()), activation.dim
         for start, end in stay:
             if not 0 <= start < end <= dim:
                 which = f"values {start} to {end} are to stay one"
                 raise IA3Error(f"module {name!r}: {which}, but its {side} has {dim}")
-        reason = why.get(name) or _why(config, resolved, name, side)
+        reason = found.get(name) or why(name, side)
         targets.append(Target(name, side, activation, stay, reason))
     # PEFT warns where its loading has to mend this.
     resolved.fan_in_fan_out = any(isinstance(modules[t.name], Conv1D) for t in targets)
@@ -103,17 +118,16 @@ def _by_own_names(config: IA3Config) -> IA3Config:
     return dataclasses.replace(config, **named)
 
 
-def names_chosen(config: IA3Config, names: Iterable[str]) -> list[str]:
+def names_chosen(
+    config: IA3Config, names: Iterable[str], matching: Matching | None = None
+) -> list[str]:
     """Those of a model's modules, by name, that a resolved config rescales."""
+    matching = matching or Matching()
+    targeted = matching.rule("target_modules", config.target_modules)
+    excluded = matching.rule("exclude_modules", config.exclude_modules)
     # Saved whole, they need no vector; PEFT's rule.
-    saved = [f".{entry}." for entry in config.modules_to_save or ()]
-    return [
-        name
-        for name in names
-        if matches(name, config.target_modules or ())
-        and not matches(name, config.exclude_modules or ())
-        and not any(entry in f".{name}." for entry in saved)
-    ]
+    saved = saved_with(config.modules_to_save)
+    return [n for n in names if targeted(n) and not excluded(n) and saved(n) is None]
 
 
 def leave_out(config: IA3Config, names: Iterable[str]) -> None:
@@ -148,7 +162,7 @@ def linear_in_upper_blocks(model: nn.Module, count: int) -> list[str]:
 def check_vectors(
     vectors: Mapping[str, Tensor], targets: Sequence[Target], model: nn.Module
 ) -> None:
-    """Raise `IA3Error` unless an adapter's vectors, by module name, are those of its targets.
+    """Raise `MismatchError` unless an adapter's vectors, by module name, are those of its targets.
 
     PEFT's may have more, on modules that are never called: they never had an effect.
     """
@@ -161,14 +175,14 @@ def check_vectors(
         extra = [name for name in extra if name not in without]
     if missing or extra:
         which = f"has no vector for {missing[0]!r}" if missing else f"has a vector for {extra[0]!r}"
-        raise IA3Error(
+        raise MismatchError(
             f"the adapter does not fit {model_name}: it {which} ({len(missing)} missing, "
             f"{len(extra)} not expected); is this the model it was trained on?"
         )
     for name, target in expected.items():
         shape = target.activation.shape
         if tuple(vectors[name].shape) != shape or not vectors[name].is_floating_point():
-            raise IA3Error(
+            raise MismatchError(
                 f"the adapter does not fit {model_name}: vector {name!r} is "
                 f"{list(vectors[name].shape)} {vectors[name].dtype}, expected {list(shape)} "
                 f"({math.prod(shape)} values on the {target.side} side)"
@@ -190,8 +204,9 @@ def explain(model: nn.Module, config: IA3Config | None = None) -> None:
         config: what to rescale; `IA3Config()`, the defaults for the architecture, if not given.
 
     Raises:
-        IA3Error: the config does not fit the model: a name matches nothing, a module cannot be
-            rescaled, or there are no defaults for such a model.
+        InvalidTypeError: an argument is of another type.
+        NoMatchingPeftModuleError: a name in the config matches no module.
+        IA3Error: a module cannot be rescaled, or there are no defaults for such a model.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -206,7 +221,9 @@ def explain(model: nn.Module, config: IA3Config | None = None) -> None:
         model.layers.*.mlp.down_proj     input       2      32  PEFT's default 'down_proj'
         6 modules, 96 values, 384 bytes
     """
-    config = config or IA3Config()
+    instance("model", model, nn.Module, "a torch.nn.Module")
+    config = IA3Config() if config is None else config
+    instance("config", config, IA3Config, "an ia3.IA3Config")
     _, targets = resolve(model, config)
     targets = [
         dataclasses.replace(t, why=f"{t.why}; never called: no effect")
@@ -243,7 +260,9 @@ def _rows(targets: list[Target]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list[Target]]:
+def _choice(
+    model: nn.Module, config: IA3Config, matching: Matching
+) -> tuple[Entries, Entries, list[Target]]:
     """`target_modules`, `feedforward_modules`, and those targets that were found by structure."""
     entries, feedforward = config.target_modules, config.feedforward_modules
     sites: list[Target] = []
@@ -278,7 +297,7 @@ def _choice(model: nn.Module, config: IA3Config) -> tuple[Entries, Entries, list
         ]
         entries = names_or_suffixes(model, linear)
     if feedforward is None:
-        entries, feedforward = _default_feedforward(model, entries)
+        entries, feedforward = _default_feedforward(model, entries, matching)
     return entries, feedforward, sites
 
 
@@ -286,8 +305,7 @@ def _peft_defaults(model: nn.Module) -> tuple[list[str], list[str], list[Target]
     """PEFT's targets and feed-forward modules, and what stands in for those that match nothing."""
     model_type = model_type_of(model)
     targets, feedforward = (list(modules) for modules in ARCHITECTURES[model_type])
-    names = base_modules(model)
-    stale = [entry for entry in targets if not any(matches(name, [entry]) for name in names)]
+    stale = without_a_match("target_modules", targets, base_modules(model))
     if not stale:
         return targets, feedforward, []
     gone = [entry for entry in stale if entry in feedforward]
@@ -314,9 +332,11 @@ def _entries(model: nn.Module, found: Iterable[Target]) -> tuple[list[str], list
     return names_or_suffixes(model, outputs) + feedforward, feedforward
 
 
-def _default_feedforward(model: nn.Module, targets: Entries) -> tuple[Entries, list[str]]:
+def _default_feedforward(
+    model: nn.Module, targets: Entries, matching: Matching
+) -> tuple[Entries, list[str]]:
     """The targets, and those of them that are a feed-forward's down projection."""
-    names = [name for name in base_modules(model) if matches(name, targets)]
+    names = list(filter(matching.rule("target_modules", targets), base_modules(model)))
     if model_type_of(model) in ARCHITECTURES:
         # Experts have no module of PEFT's names.
         experts = [name for name in names if activation_of(module_at(model, name), "inner")]
@@ -324,45 +344,50 @@ def _default_feedforward(model: nn.Module, targets: Entries) -> tuple[Entries, l
     else:
         default = []
         with suppress(IA3Error):
-            default = [site.name for site in feedforward_targets(model) if site.name in names]
+            among = set(names)
+            default = [site.name for site in feedforward_targets(model) if site.name in among]
     if not isinstance(targets, str):
         return feedforward_among(targets, default)
-    return targets, [
-        entry for entry in default if any(matches_feedforward(name, [entry]) for name in names)
-    ]
+    unmatched = without_a_match("feedforward_modules", default, names)
+    return targets, [entry for entry in default if entry not in unmatched]
 
 
-def _check_entries(config: IA3Config, names: list[str], model: nn.Module) -> None:
+def _check_entries(
+    config: IA3Config, names: list[str], model: nn.Module, matching: Matching
+) -> None:
     """Every entry must match a module: a silent mismatch would train less than was asked for."""
     kind = type(model).__name__
     for field in ("target_modules", "exclude_modules", "feedforward_modules"):
         entries = getattr(config, field) or ()
-        rule = matches_feedforward if field == "feedforward_modules" else matches
-        if isinstance(entries, str) and not any(matches(name, entries) for name in names):
-            hint = ""
-            if any(rule(name, [entries]) for name in names):
-                hint = f"; did you mean the list [{entries!r}]?"
+        if isinstance(entries, str):
+            if any(map(matching.rule(field, entries), names)):
+                continue
+            listed = not without_a_match(field, [entries], names)
+            hint = f"; did you mean the list [{shown(entries)}]?" if listed else ""
             raise NoMatchingPeftModuleError(
-                f"{field}: the expression {entries!r} matches no whole name in {kind}{hint}"
+                f"{field}: the expression {shown(entries)} matches no whole name in {kind}{hint}"
             )
-        for entry in () if isinstance(entries, str) else sorted(entries):
-            if not any(rule(name, [entry]) for name in names):
-                last_parts = {name.rsplit(".", 1)[-1] for name in names} | set(names)
-                usual = ARCHITECTURES.get(model_type_of(model), ((), ()))[0]
-                hint = did_you_mean(entry, usual) or did_you_mean(entry, sorted(last_parts))
-                hint = hint or f"; its layers are called {layer_names(model)}"
-                message = f"{field}: module {entry!r} matches nothing in {kind}{hint}"
-                raise NoMatchingPeftModuleError(message)
-    matched = [name for name in names if matches(name, config.target_modules or ())]
+        for entry in without_a_match(field, entries, names):
+            last_parts = {name.rsplit(".", 1)[-1] for name in names}
+            usual = ARCHITECTURES.get(model_type_of(model), ((), ()))[0]
+            known = [*sorted(last_parts), *sorted(names)]
+            hint = did_you_mean(entry, usual) or did_you_mean(entry, known)
+            hint = hint or f"; its layers are called {layer_names(model)}"
+            message = f"{field}: module {entry!r} matches nothing in {kind}{hint}"
+            raise NoMatchingPeftModuleError(message)
+    matched = list(filter(matching.rule("target_modules", config.target_modules), names))
     feedforward = config.feedforward_modules
-    if feedforward and not any(matches_feedforward(name, feedforward) for name in matched):
+    if feedforward and not any(map(matching.rule("feedforward_modules", feedforward), matched)):
+        first = f", of which {matched[0]!r} is the first" if matched else ""
         raise IA3Error(
-            f"feedforward_modules {feedforward!r} match none of the targets, of which "
-            f"{matched[0]!r} is the first: they must be among target_modules"
+            f"feedforward_modules {shown(feedforward)} match none of the targets{first}: they must "
+            "be among target_modules"
         )
 
 
-def _leave_out_unused(config: IA3Config, modules: Mapping[str, nn.Module], *, stored: bool) -> None:
+def _leave_out_unused(
+    config: IA3Config, modules: Mapping[str, nn.Module], matching: Matching, *, stored: bool
+) -> None:
     """Take out of a resolved config what would have no effect, but PEFT puts vectors on.
 
     Of a config that is not `stored` with them, this is what it names in full, as PEFT writes all
@@ -371,7 +396,7 @@ def _leave_out_unused(config: IA3Config, modules: Mapping[str, nn.Module], *, st
     targets, exclude = config.target_modules, config.exclude_modules or set()
     named = set() if isinstance(targets, str) else set(targets or ())
     read = [name for name in own_modules(modules) if is_read(modules[name])]
-    unused = {name for name in names_chosen(config, read) if stored or name in named}
+    unused = {name for name in names_chosen(config, read, matching) if stored or name in named}
     if not unused or isinstance(exclude, str):
         return
     if not stored:
@@ -388,17 +413,18 @@ def _leave_out_unused(config: IA3Config, modules: Mapping[str, nn.Module], *, st
 
 
 def _chosen(
-    config: IA3Config, modules: Mapping[str, nn.Module], model: nn.Module
+    config: IA3Config, modules: Mapping[str, nn.Module], model: nn.Module, matching: Matching
 ) -> Iterator[tuple[str, Side, Activation]]:
     """The modules that a resolved config chooses, by name, and which activation of them."""
-    chosen = names_chosen(config, own_modules(modules))
+    chosen = names_chosen(config, own_modules(modules), matching)
+    feedforward = matching.rule("feedforward_modules", config.feedforward_modules)
     if not chosen:
         message = f"no module of {type(model).__name__} is left to rescale"
         raise NoMatchingPeftModuleError(message)
     for name in chosen:
         module = modules[name]
         side: Side = "output"
-        if matches_feedforward(name, config.feedforward_modules or ()):
+        if feedforward(name):
             side = "inner" if activation_of(module, "inner") else "input"
         activation = activation_of(module, side)
         if activation and side == "output" and not gives_channels(module, activation.dim):
@@ -429,14 +455,18 @@ def _inside(name: str, container: nn.Module, side: Side) -> list[str]:
     return [*names[:6], "..."] if len(names) > 6 else names
 
 
-def _why(config: IA3Config, resolved: IA3Config, name: str, side: Side) -> str:
-    """Which of the resolved config's entries names a target."""
+def _reasons(config: IA3Config, resolved: IA3Config) -> Callable[[str, Side], str]:
+    """Of a target's name and side, which of the resolved config's entries names it."""
     if str(config.target_modules).lower() == "all-linear":
-        return "linear layer"
-    modules, rule = resolved.target_modules, matches
-    if side != "output":
-        modules, rule = resolved.feedforward_modules, matches_feedforward
-    if isinstance(modules, str):
-        return f"matches {modules!r}"
-    entry = next(entry for entry in sorted(modules or ()) if rule(name, [entry]))
-    return f"PEFT's default {entry!r}" if config.target_modules is None else f"named by {entry!r}"
+        return lambda name, side: "linear layer"
+    whose = "PEFT's default" if config.target_modules is None else "named by"
+
+    def reasons(field: str) -> Callable[[str], str]:
+        modules = getattr(resolved, field)
+        if isinstance(modules, str):
+            return lambda name: f"matches {shown(modules)}"
+        entries = Listed(field, modules or ())
+        return lambda name: f"{whose} {entries.naming(name)!r}"
+
+    outputs, inputs = reasons("target_modules"), reasons("feedforward_modules")
+    return lambda name, side: outputs(name) if side == "output" else inputs(name)
