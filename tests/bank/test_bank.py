@@ -250,12 +250,13 @@ def test_bad_names_and_sources_change_nothing(written, tmp_path, capacity):
     os.truncate(short / WEIGHTS, 1000)
     no_config = Path(shutil.copytree(written["a3"], tmp_path / "no_config"))
     (no_config / "adapter_config.json").unlink()
+    save_file(load_file(no_config / WEIGHTS), no_config / WEIGHTS)  # nor a copy of it
     file = written["a3"] / WEIGHTS
     bad = [
         ("a1", written["a1"], IA3Error, "exists already"),
         ("own", written["a1"], IA3Error, "exists already"),
         ("a.b", written["a1"], IA3Error, "no dot"),
-        ("new", tmp_path / "none", FileNotFoundError, f"none: {WEIGHTS} is not there"),
+        ("new", tmp_path / "none", FileNotFoundError, "none: adapter_config.json is not there"),
         ("new", no_config, FileNotFoundError, "no_config: adapter_config.json is not there"),
         ("new", file, IA3Error, f"{WEIGHTS} is not a folder: expected the one that"),
         ("new", None, IA3Error, r"source is None \(NoneType\), expected an adapter's folder"),
@@ -288,6 +289,9 @@ def test_bad_arguments_are_refused(written):
     base = build("llama")
     with pytest.raises(RuntimeError, match="nowhere"):
         AdapterBank(base, device="nowhere")
+    # A number is one of torch's, too, which there may not be here.
+    with pytest.raises(RuntimeError, match="device -1 is unknown"):
+        AdapterBank(base, device=-1)
     assert all(parameter.requires_grad for parameter in base.parameters())
     for call in (bank.pin, bank.unpin, bank.remove, lambda name: bank.refresh([name])):
         with pytest.raises(IA3Error, match="no adapter 'a11' in this bank of 1; did you mean 'a1'"):

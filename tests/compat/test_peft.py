@@ -730,3 +730,15 @@ def test_vectors_that_never_had_an_effect_are_left_out(targets, tmp_path):
     new = adapt(Attention(), **modules)
     merged = copy.deepcopy(new).merge_and_unload()
     torch.testing.assert_close(merged(x), new(x), rtol=1e-5, atol=1e-6)
+
+
+def test_an_expression_that_takes_res_matcher_forever_takes_a_moment(installed, make_model):
+    """PEFT asks Python's `re` again for each module that this library has matched."""
+    slow = r"(?:[\w.]+)+!"
+    modules = {"target_modules": ["k_proj"], "feedforward_modules": slow, "exclude_modules": slow}
+    model = peft.get_peft_model(make_model("llama"), peft.IA3Config(**modules))
+    assert len(layers(model)) == 2
+    longer = modules | {"exclude_modules": r"(?:[\w.]|[\w.][\w.]|[\w.]{3})+[^\w.]"}
+    base = make_model("llama")
+    with pytest.raises(IA3Error, match=r"exclude_modules: the expression .* takes longer"):
+        peft.get_peft_model(base, peft.IA3Config(**longer))

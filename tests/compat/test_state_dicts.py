@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 import ia3
 from ia3 import IA3Config, IA3Error
 from ia3.core.route import LOCK
+from ia3.errors import InvalidTypeError
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 
@@ -269,3 +270,63 @@ def test_two_threads_inject_into_one_model(make_model):
             thread.join()
         assert not errors
         assert ia3.get_model_status(model).available_adapters == ["one", "two"]
+
+
+SPOILED = {
+    "sparse": lambda value: value.to_sparse(),
+    "complex64": lambda value: value.to(torch.complex64),
+    "meta device": lambda value: value.to("meta"),
+    "qint8": lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
+    "float8_e8m0fnu": lambda value: value.to(torch.float8_e8m0fnu),
+}
+
+
+@pytest.mark.parametrize("problem", SPOILED)
+def test_tensors_of_another_kind_are_named_and_nothing_is_loaded(make_model, problem):
+    model = ia3.inject_adapter_in_model(IA3Config(), make_model("llama"))
+    before = ia3.get_peft_model_state_dict(model)
+    before = {key: tensor.clone() for key, tensor in before.items()}
+    *_, last = sorted(before)
+    given = {key: torch.full_like(tensor, 2) for key, tensor in before.items()}
+    given[last] = SPOILED[problem](given[last])
+    with pytest.raises(InvalidTypeError, match=f"'{last}' is .*{problem}"):
+        ia3.set_peft_model_state_dict(model, given)
+    with pytest.raises(InvalidTypeError, match=f"'{last}' is .*{problem}"):
+        ia3.inject_adapter_in_model(IA3Config(), make_model("llama"), state_dict=given)
+    assert_same(ia3.get_peft_model_state_dict(model), before)
+
+
+def test_state_dicts_that_are_none(make_model):
+    model = ia3.inject_adapter_in_model(IA3Config(), make_model("llama"))
+    for given in ([1], None, "a", {1: torch.ones(1)}, {b"a": torch.ones(1)}):
+        with pytest.raises(InvalidTypeError, match="expected a mapping from names to tensors"):
+            ia3.set_peft_model_state_dict(model, given)
+    with pytest.raises(InvalidTypeError, match="expected a mapping"):
+        ia3.inject_adapter_in_model(IA3Config(), make_model("llama"), state_dict={1: 2})
+    with pytest.raises(InvalidTypeError, match="expected a mapping"):
+        ia3.get_peft_model_state_dict(model, {1: 2})
+    with pytest.raises(IA3Error, match="state_dict has no 'model"):
+        ia3.get_peft_model_state_dict(model, {})
+
+
+class WithMore(torch.nn.Linear):
+    def get_extra_state(self):
+        return {"more": 1}
+
+    def set_extra_state(self, state):
+        self.more = state
+
+
+def test_state_dicts_may_hold_what_is_no_tensor(make_model, tmp_path):
+    base = make_model("llama")
+    base.more = WithMore(2, 2)
+    model = ia3.get_peft_model(base, IA3Config())
+    state = model.state_dict()
+    assert state["model.more._extra_state"] == {"more": 1}
+    # As the Trainer does it.
+    model.save_pretrained(tmp_path, state_dict=state)
+    given = ia3.get_peft_model_state_dict(model, state)
+    assert ia3.load_peft_weights(tmp_path, device="cpu").keys() == given.keys()
+    ia3.set_peft_model_state_dict(model, {**given, "more._extra_state": {}})
+    ia3.set_base_model_state_dict(model, base.state_dict() | {"more._extra_state": 7})
+    assert base.more.more == 7

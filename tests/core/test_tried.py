@@ -16,7 +16,6 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.models.gemma4.modeling_gemma4 import Gemma4AudioCausalConv1d
 from transformers.models.ibert.quant_modules import QuantLinear
 from transformers.models.idefics.modeling_idefics import IdeficsDecoupledLinear
-from transformers.models.inkling.modeling_inkling import InklingNormedEmbedding
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 from ia3 import IA3Config, IA3Error, IA3Model
@@ -59,6 +58,13 @@ class WithArgument(nn.Linear):
         return super().forward(x * by)
 
 
+class NormedEmbedding(nn.Embedding):
+    """As Inkling's."""
+
+    def forward(self, ids):
+        return functional.rms_norm(super().forward(ids), (self.embedding_dim,))
+
+
 def router():
     return Llama4Router(hf.Llama4TextConfig(hidden_size=6, num_local_experts=4))
 
@@ -69,7 +75,7 @@ LAYERS = {
     "another product": (lambda: FalconLinear(6, 4), True, "output input"),
     "causal convolution": (lambda: Gemma4AudioCausalConv1d(6, 4, 3), True, "output input"),
     "scaled embedding": (lambda: Gemma3TextScaledWordEmbedding(6, 4, 0, 3.0), True, "output"),
-    "normed embedding": (lambda: InklingNormedEmbedding(6, 4, 0, 1e-6), True, ""),
+    "normed embedding": (lambda: NormedEmbedding(6, 4), True, ""),
     "standardised weight": (lambda: WeightStandardizedConv2d(6, 4, 3), True, ""),
     "normalised weight": (lambda: Normalised(6, 4), True, ""),
     "a bias of its own": (lambda: WithBias(6, 4), True, "input"),

@@ -16,24 +16,41 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapter.files import Adapter, check_finite, read_adapter
-from ..adapter.layout import WEIGHTS_NAME, weights_file
+from ..adapter.files import Adapter, check_finite, unread_adapter
+from ..adapter.layout import open_folder
+from ..arguments import flag, instance, listed, path_of, whole
+from ..base.loading import device_named
 from ..core.activations import device_of
-from ..core.route import BASE
+from ..core.route import BASE, changing
 from ..core.sites import Site
-from ..errors import IA3Error, did_you_mean, naming
-from ..model.ia3_model import IA3Model, check_name
+from ..errors import (
+    IA3Error,
+    InvalidTypeError,
+    StateError,
+    UnknownNameError,
+    did_you_mean,
+    naming,
+    shown,
+)
+from ..files.saved import WEIGHTS_NAME, weights_file
+from ..model.adapters import check_name, check_string
+from ..model.ia3_model import IA3Model
 
 BASE_SLOT = 0
+# A free slot takes eight bytes of a list.
+MOST = 2**31
 
 _banks: weakref.WeakSet[AdapterBank] = weakref.WeakSet()
+# Held while there is another bank: a fork goes through them.
+_making = threading.Lock()
 _held_by_fork = threading.local()
 
 
 def _before_fork() -> None:
     """Wait for other threads' work on a bank: its half would be found in the new process."""
-    _held_by_fork.locks = [bank._lock for bank in list(_banks)]
-    for lock in _held_by_fork.locks:
+    _making.acquire()
+    _held_by_fork.locks = [*(bank._lock for bank in list(_banks)), _making]
+    for lock in _held_by_fork.locks[:-1]:
         lock.acquire()
 
 
@@ -86,6 +103,15 @@ class _Entry:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What an adapter's files hold: its row, `[columns]`, on the CPU; the rest is an `_Entry`'s."""
+
+    row: Tensor
+    sites: Mapping[str, Site]
+    stamp: tuple[int, int, int] | None
+
+
 class AdapterBank:
     """Adapters of one model for mixed batches: `model(..., adapter_names=[...])`.
 
@@ -118,22 +144,24 @@ class AdapterBank:
             adapter has none. Rows that were never used take no memory on a CPU.
 
     Raises:
-        IA3Error: the capacity is below 1, `dtype` is not a floating one, or the model has a bank.
+        InvalidTypeError: an argument is of another type.
+        StateError: the model has a bank, or there is no such device.
+        IA3Error: the capacity is below 1 or above 2**31.
     """
 
     def __init__(
         self,
         model: nn.Module,
         capacity: int = 1024,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if type(capacity) is not int or capacity < 1:
-            raise IA3Error(f"capacity is {capacity!r}, expected a whole number, at least 1")
+        instance("model", model, nn.Module, "a torch.nn.Module")
+        whole("capacity", capacity, 1, MOST)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise IA3Error(f"dtype is {dtype!r}, expected a floating dtype")
+            raise InvalidTypeError(f"dtype is {shown(dtype)}, expected a floating dtype")
         # Before the model is frozen: there may be no such device.
-        self.device = device_of(model) if device is None else torch.device(device)
+        self.device = device_of(model) if device is None else device_named(device)
         self.model = model if isinstance(model, IA3Model) else IA3Model.without_adapters(model)
         self.capacity = capacity
         self.values = torch.ones(capacity + 1, 0, dtype=dtype, device=self.device)
@@ -147,7 +175,8 @@ class AdapterBank:
         # Most adapters of a bank have the same config and shapes, and so the same sites.
         self._fitting: dict[str, dict[str, Site]] = {}
         self.model.routes.attach(self)
-        _banks.add(self)
+        with _making:
+            _banks.add(self)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -170,30 +199,42 @@ class AdapterBank:
             pinned: it stays resident.
 
         Raises:
-            FileNotFoundError: there is no adapter in the folder.
-            IA3Error: the name is taken or malformed; the source is of another kind, broken, or does
-                not fit the model; it has copies of modules (`modules_to_save`) or rescales experts;
-                or it is to be pinned and all slots are. The bank is then unchanged.
+            InvalidTypeError: an argument is of another type.
+            StateError: the bank was closed, or the adapter is to be pinned and all slots are.
+            MissingFileError: there is no adapter in the folder.
+            IA3Error: the name is taken or malformed; the source is broken, or does not fit the
+                model; it has copies of modules (`modules_to_save`) or rescales experts. The bank is
+                then unchanged.
         """
         with self._lock:
             self._check_open()
             check_name(name)
             if name in self._entries or name in self.model.peft_config:
                 raise IA3Error(f"adapter {name!r} exists already: remove it or choose another")
-            entry = _Entry(_checked_source(source))
+            entry, pinned = _Entry(_checked_source(source)), flag("pinned", pinned)
             if pinned:
                 self._check_room(name)
-            row = self._read(name, entry)
-            if self._free or pinned:
-                self._place(name, entry, row)
-                if not pinned:
-                    self._recent[name] = None
-            entry.pinned = pinned
-            self._entries[name] = entry
+            found = self._read(name, entry)
+            entry.sites, entry.stamp = found.sites, found.stamp
+            with changing():
+                if name in self.model.peft_config:  # since it was looked for above
+                    raise IA3Error(f"adapter {name!r} exists already: remove it or choose another")
+                if self._free or pinned:
+                    self._place(name, entry, found)
+                    if not pinned:
+                        self._recent[name] = None
+                entry.pinned = pinned
+                self._entries[name] = entry
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. Calls that are routed to it go on with its values."""
-        with self._lock:
+        """Forget an adapter. Calls that are routed to it go on with its values.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+            StateError: the bank was closed.
+        """
+        with self._lock, changing():
             self._evict(name, self._entry(name))
             del self._entries[name]
 
@@ -210,7 +251,11 @@ class AdapterBank:
     def pin(self, name: str) -> None:
         """Have an adapter stay resident; it is loaded if it is not.
 
-        An `IA3Error` says that it is unknown or cannot be loaded, or that all slots are pinned.
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+            StateError: it cannot be loaded, all slots are pinned, or the bank was closed.
+            IA3Error: it does not fit the model any more.
         """
         with self._lock:
             entry = self._entry(name)
@@ -219,7 +264,13 @@ class AdapterBank:
             self._recent.pop(name, None)
 
     def unpin(self, name: str) -> None:
-        """Undo `pin`."""
+        """Undo `pin`.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+            StateError: the bank was closed.
+        """
         with self._lock:
             entry = self._entry(name)
             if entry.pinned:
@@ -231,14 +282,20 @@ class AdapterBank:
     def refresh(self, names: Sequence[str] | None = None) -> Refreshed:
         """Load adapters anew whose files were replaced (by a rename, as `save_pretrained` does).
 
-        All are looked at, or those `names`; an unknown one is an `IA3Error`. A call sees the old
+        All are looked at, or those `names`. A call sees the old
         values of an adapter or the new ones. An adapter whose file is broken cannot be used until
         it has been replaced and refreshed; a pinned one keeps its slot meanwhile. One whose file is
         gone can be used for as long as it is resident.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+            StateError: the bank was closed.
         """
         found = Refreshed([], {})
         with self._lock:
-            entries = [(n, self._entry(n)) for n in (self._entries if names is None else names)]
+            asked = self._entries if names is None else listed("names", names, "a list of names")
+            entries = [(name, self._entry(name)) for name in asked]
         for name, entry in entries:
             # One at a time: calls go on meanwhile.
             with self._lock:
@@ -250,7 +307,11 @@ class AdapterBank:
         return found
 
     def close(self) -> None:
-        """Detach the bank from its model; an `IA3Error` where a route of the model is on."""
+        """Detach the bank from its model.
+
+        Raises:
+            StateError: a route of the model is on.
+        """
         with self._lock:
             if self.model.routes.bank is self:
                 self.model.routes.detach()
@@ -262,14 +323,28 @@ class AdapterBank:
         """Site -> values, `[rows, dim]`, in the bank's dtype and on its device.
 
         `index`, `[rows]`, says which of the adapters, or `BASE`, each row has. Sites are those
-        where one of them has a vector. What is not resident is loaded. An `IA3Error` says that an
-        adapter is unknown or cannot be loaded, or that there is no room for all.
+        where one of them has a vector. What is not resident is loaded.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+            StateError: an adapter cannot be loaded, there is no room for all, or the bank was
+                closed.
+            IA3Error: `index` does not count in `names`.
         """
         with self._lock:
-            own = list(dict.fromkeys(name for name in names if name != BASE))
+            named = listed("names", names, "a list of names")
+            for name in named:
+                check_string(name)
+            own = list(dict.fromkeys(name for name in named if name != BASE))
             self._make_resident(own)
-            slots = [BASE_SLOT if name == BASE else self._entries[name].slot for name in names]
-            rows = torch.tensor([slots[place] for place in index], device=self.device)
+            slots = [BASE_SLOT if name == BASE else self._entries[name].slot for name in named]
+            try:
+                rows = torch.tensor([slots[place] for place in index], dtype=torch.int64)
+            except (TypeError, IndexError) as error:
+                expected = f"a list of numbers from 0 to {len(slots) - 1}"
+                raise IA3Error(f"index is {shown(index)}, expected {expected}") from error
+            rows = rows.to(self.device)
             with torch.inference_mode(False), torch.no_grad():
                 values = self.values.index_select(0, rows)
                 sizes = [site.activation.dim for site in self._columns]
@@ -281,7 +356,7 @@ class AdapterBank:
         for name in names:
             entry = self._entry(name)
             if entry.error is not None:
-                raise IA3Error(f"adapter {name!r} cannot be used: {entry.error}")
+                raise StateError(f"adapter {name!r} cannot be used: {entry.error}")
             if name in self._recent:
                 self._recent.move_to_end(name)
         for name in names:
@@ -289,14 +364,15 @@ class AdapterBank:
             if entry.slot is not None:
                 continue
             try:
-                row = self._read(name, entry)
+                found = self._read(name, entry)
             except (IA3Error, OSError) as error:
                 entry.error = str(error)
-                raise IA3Error(f"adapter {name!r} cannot be used: {error}") from error
-            self._place(name, entry, row, names)
-            self._recent[name] = None
+                raise StateError(f"adapter {name!r} cannot be used: {error}") from error
+            with changing():
+                self._place(name, entry, found, names)
+                self._recent[name] = None
 
-    def _place(self, name: str, entry: _Entry, row: Tensor, keep: Sequence[str] = ()) -> None:
+    def _place(self, name: str, entry: _Entry, found: _Found, keep: Sequence[str] = ()) -> None:
         """Put an adapter's row into its slot; it gets one if it has none."""
         if entry.slot is None:
             self._check_room(name, keep)
@@ -305,14 +381,15 @@ class AdapterBank:
                 self._evict(oldest, self._entries[oldest])
             entry.slot = self._free.pop()
         with torch.inference_mode(False), torch.no_grad():
-            self.values[entry.slot] = row.to(self.values.device)
+            self.values[entry.slot] = found.row.to(self.values.device)
+        entry.sites, entry.stamp = found.sites, found.stamp
 
     def _check_room(self, name: str, keep: Sequence[str] = ()) -> None:
         # All of a batch were moved to the end.
         oldest = next(iter(self._recent), None)
         if not self._free and (oldest is None or oldest in keep):
             pinned = self.capacity - len(self._recent)
-            raise IA3Error(
+            raise StateError(
                 f"no room for adapter {name!r}: of {self.capacity} slots {pinned} are pinned "
                 f"and {len(self._recent.keys() & keep)} are of the same batch; make a bank of "
                 "more capacity, unpin some or split the batch"
@@ -329,29 +406,33 @@ class AdapterBank:
         if isinstance(entry.source, Adapter):
             return False
         try:
-            if entry.error is None and _stamp(entry.source) == entry.stamp:
+            if entry.error is None and _stamp(weights_file(entry.source).stat()) == entry.stamp:
                 return False
-            row = self._read(name, entry)
+            found = self._read(name, entry)
         except (IA3Error, OSError) as error:
             if entry.slot is None or not isinstance(error, FileNotFoundError):
                 entry.error = str(error)
                 if not entry.pinned:
                     self._evict(name, entry)
             raise
-        entry.error = None
-        if entry.slot is not None:
-            self._place(name, entry, row)
+        with changing():
+            entry.error = None
+            entry.sites, entry.stamp = found.sites, found.stamp
+            if entry.slot is not None:
+                self._place(name, entry, found)
         return True
 
-    def _read(self, name: str, entry: _Entry) -> Tensor:
+    def _read(self, name: str, entry: _Entry) -> _Found:
         """An adapter as a row, `[columns]`, on the CPU, checked against the model."""
-        adapter, stamp = entry.source, None
-        if isinstance(adapter, Path):
-            # Before the file is read: what replaces it meanwhile is found by the next refresh.
-            stamp = _stamp(adapter)
-            adapter = read_adapter(adapter)
+        if isinstance(entry.source, Adapter):
+            return self._row(name, entry.source, None)
+        with open_folder(entry.source) as saved:
+            return self._row(name, unread_adapter(saved), _stamp(saved.seen))
+
+    def _row(self, name: str, adapter: Adapter, stamp: tuple[int, int, int] | None) -> _Found:
         adapter = self.model.routes.named_as_here(adapter)
         sites = self._sites_of(name, adapter)
+        adapter = adapter.whole()
         with torch.inference_mode(False), torch.no_grad():
             row = torch.ones(self.values.shape[1], dtype=self.values.dtype)
             for module, site in sites.items():
@@ -363,8 +444,7 @@ class AdapterBank:
             with naming(f"adapter {name!r}"):
                 check_finite(adapter.vectors)
                 raise IA3Error(f"it has values beyond {row.dtype}, the bank's dtype")
-        entry.sites, entry.stamp = sites, stamp
-        return row
+        return _Found(row, sites, stamp)
 
     def _sites_of(self, name: str, adapter: Adapter) -> Mapping[str, Site]:
         """Module name -> site, for each vector of an adapter, with columns for all of them."""
@@ -399,16 +479,17 @@ class AdapterBank:
 
     def _entry(self, name: str) -> _Entry:
         self._check_open()
+        check_string(name)
         if name not in self._entries:
-            raise IA3Error(
+            raise UnknownNameError(
                 f"no adapter {name!r} in this bank of {len(self._entries)}"
-                f"{did_you_mean(str(name), self._entries)}"
+                f"{did_you_mean(name, self._entries)}"
             )
         return self._entries[name]
 
     def _check_open(self) -> None:
         if self.model.routes.bank is not self:
-            raise IA3Error("this bank was closed, or its model unloaded: make a new one")
+            raise StateError("this bank was closed, or its model unloaded: make a new one")
 
 
 def _checked_source(source: str | Path | Adapter) -> Path | Adapter:
@@ -418,14 +499,15 @@ def _checked_source(source: str | Path | Adapter) -> Path | Adapter:
         return replace(source, vectors=vectors)
     if not isinstance(source, str | os.PathLike):
         kind = type(source).__name__
-        raise IA3Error(f"source is {source!r} ({kind}), expected an adapter's folder or an Adapter")
-    folder = Path(source).absolute()
+        raise InvalidTypeError(
+            f"source is {shown(source)} ({kind}), expected an adapter's folder or an Adapter"
+        )
+    folder = path_of("source", source).absolute()
     if folder.is_file():
         raise IA3Error(f"{folder} is not a folder: expected the one that {WEIGHTS_NAME} is in")
     return folder
 
 
-def _stamp(folder: Path) -> tuple[int, int, int]:
+def _stamp(seen: os.stat_result) -> tuple[int, int, int]:
     """What tells one version of a folder's values from another."""
-    seen = weights_file(folder).stat()
     return seen.st_ino, seen.st_size, seen.st_mtime_ns

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -35,16 +34,14 @@ def embedded_model_folder() -> Path:
         raise MissingExtraError("gguf", "smollm2", f"converting {EMBEDDED_MODEL!r}")
     gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = new_folder_beside(folder)
-    try:
+    with new_folder_beside(folder) as staging:
         _convert(gguf, staging)
-        staging.rename(folder)
-    except OSError:
-        # Another process may have finished the same conversion meanwhile: its result is as good.
-        if not (folder / "config.json").is_file():
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            staging.rename(folder)
+        except OSError:
+            # Another process may have finished the same conversion meanwhile: it is as good.
+            if not (folder / "config.json").is_file():
+                raise
     return folder
 
 

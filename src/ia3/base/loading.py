@@ -7,12 +7,13 @@ import threading
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..errors import IA3Error
+from ..errors import IA3Error, InvalidTypeError, StateError, shown
 from .embedded import (
     EMBEDDED_MODEL as EMBEDDED_MODEL,
     embedded_model_folder as embedded_model_folder,
@@ -100,12 +101,20 @@ def load_base_model(
         dtype: `"auto"` (the checkpoint's own on a GPU, float32 on a CPU), or torch's name of one.
 
     Raises:
-        IA3Error: the name, device or dtype means nothing, or the model cannot rank answers.
+        InvalidTypeError: an argument is of another type.
+        StateError: there is no such device.
         MissingExtraError: the embedded model's package is not installed.
+        IA3Error: the name or dtype means nothing, the model cannot be loaded or cannot rank
+            answers, or it or its tokenizer brings code of its own: none is run, whoever named it.
     """
     if isinstance(model, nn.Module):
         return _wrap_loaded(model, tokenizer)
+    if not isinstance(model, str | os.PathLike):
+        expected = "a model's name, folder or hub id, or a loaded model"
+        raise InvalidTypeError(f"model is {shown(model)}, expected {expected}")
     torch_device = device_named(device)
+    if not isinstance(dtype, str):
+        raise InvalidTypeError(f"dtype is {shown(dtype)}, expected 'auto', 'float32', ...")
     torch_dtype = getattr(torch, dtype, None)
     if dtype == "auto":
         torch_dtype = torch.float32 if torch_device.type == "cpu" else "auto"
@@ -128,8 +137,9 @@ def read_model_config(folder: str, name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        refuse_own_code(error, name)
         raise IA3Error(
             f"no model {name!r}: it is neither {EMBEDDED_MODEL!r}, nor a folder with a "
             f"transformers model, nor an id that the hub knows; where it lies elsewhere now, say "
@@ -150,9 +160,17 @@ def _load(folder: str, name: str, tokenizer: Any, device: torch.device, dtype: A
     config = read_model_config(folder, name)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
-        model = kind.from_pretrained(folder, dtype=dtype)
+        model = kind.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         tokenizer = tokenizer or load_tokenizer(folder)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (UnpicklingError, EOFError) as error:
+        # transformers reads a pickle as `weights_only`: nothing in it is called but what makes
+        # tensors. What torch says of others is how to run them all the same.
+        raise IA3Error(
+            f"the model {name!r} cannot be loaded: its weights are a pickle that is damaged, or "
+            "holds more than tensors"
+        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        refuse_own_code(error, name)
         raise IA3Error(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
     try:
         model.eval().to(device)
@@ -164,17 +182,33 @@ def _load(folder: str, name: str, tokenizer: Any, device: torch.device, dtype: A
     return BaseModel(model, tokenizer, name)
 
 
-def load_tokenizer(folder: str | Path, **options: Any) -> Any:
-    """A tokenizer by transformers; an `IA3Error` where a package that reads it is missing.
+def refuse_own_code(error: Exception, name: str) -> None:
+    """Raise an `IA3Error` where the error is transformers' for code that it was not to run.
 
-    transformers says then that tiktoken is missing, which reads files of another kind.
+    Unless it is told, transformers asks at the terminal whether to run a model's code.
+    """
+    if "trust_remote_code" in str(error):
+        raise IA3Error(
+            f"{name!r} brings code of its own, which is not run here: look at it, and if you trust "
+            "it, load model and tokenizer with transformers and trust_remote_code=True, and give "
+            "them as model= and tokenizer="
+        ) from error
+
+
+def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """A tokenizer by transformers.
+
+    Raises:
+        IA3Error: it brings code of its own that is not trusted, or a package that reads it is
+            missing. transformers says then that tiktoken is, which reads files of another kind.
     """
     from transformers import AutoTokenizer
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ImportError, ValueError) as error:
+        refuse_own_code(error, str(folder))
         packages = {"protobuf": is_protobuf_available, "sentencepiece": is_sentencepiece_available}
         missing = " ".join(name for name, is_there in packages.items() if not is_there())
         if not missing or "tiktoken" not in str(error).lower():
@@ -208,16 +242,18 @@ def _wrap_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) ->
         return base
 
 
-def device_named(name: str) -> torch.device:
-    """The device of torch's name, or for `"auto"` the best there is."""
+def device_named(name: str | int | torch.device) -> torch.device:
+    """The device of torch's name or number, or for `"auto"` the best there is."""
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
     expected = "expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ..."
+    if isinstance(name, bool) or not isinstance(name, str | int | torch.device):
+        raise InvalidTypeError(f"device is {shown(name)}, {expected}")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise IA3Error(f"device {name!r} is unknown: {expected}") from error
+    except (RuntimeError, ValueError) as error:
+        raise StateError(f"device {shown(name)} is unknown: {expected}") from error
     if device.type == "meta":
         raise IA3Error(f"device {name!r} computes nothing: {expected}")
     return device

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..arguments import flag, instance
+
 # Methods whose kernels want the other parameters in the dtype that the model was loaded in.
 KEEP_DTYPE = ("gptq", "aqlm", "eetq", "hqq", "torchao")
+KWARGS = "gradient_checkpointing_kwargs"
 
 
 def prepare_model_for_kbit_training(
@@ -32,7 +36,15 @@ def prepare_model_for_kbit_training(
 
     Returns:
         The same model.
+
+    Raises:
+        InvalidTypeError: an argument is of another type.
     """
+    instance("model", model, nn.Module, "a torch.nn.Module")
+    checkpointing = flag("use_gradient_checkpointing", use_gradient_checkpointing)
+    clear = flag("auto_clear_cache", auto_clear_cache)
+    given = gradient_checkpointing_kwargs
+    options = {} if given is None else dict(instance(KWARGS, given, Mapping, "a mapping"))
     method = getattr(model, "quantization_method", None)
     keeps_dtype = method in KEEP_DTYPE or getattr(model, "hqq_quantized", False)
     quantized = keeps_dtype or any(
@@ -45,10 +57,9 @@ def prepare_model_for_kbit_training(
         plain = type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor
         if half and plain and not keeps_dtype:
             parameter.data = parameter.data.to(torch.float32)
-    if auto_clear_cache and torch.cuda.is_available():
+    if clear and torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if use_gradient_checkpointing and quantized:
-        options = gradient_checkpointing_kwargs or {}
+    if checkpointing and quantized:
         if options.get("use_reentrant", True):
             model.enable_input_require_grads()  # type: ignore[operator]
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]

@@ -29,9 +29,10 @@ from ..core.merge import Merge
 from ..core.names import ATTRIBUTE, Target, module_at, own_name
 from ..core.rescale import rescale
 from ..core.sites import Site, check_free
-from ..errors import IA3Error
+from ..errors import IA3Error, StateError
 from ..targets.config import IA3Config
-from ..targets.resolve import resolve
+from ..targets.matching import rule
+from ..targets.resolve import names_chosen, resolve
 
 # What layers call the numbers of their inputs and outputs.
 SIZES = (
@@ -120,7 +121,7 @@ class Layer(nn.Module, stock.IA3Layer):
         if not adapters:
             return
         if self.merged and self._alone is None:
-            raise IA3Error(
+            raise StateError(
                 "cannot merge one layer alone while the model's adapters are merged: "
                 "unmerge_adapter() of the model first"
             )
@@ -219,10 +220,17 @@ class IA3Model(StockModel):
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        # PEFT's way with expressions may take forever where this library's took a moment.
+        if isinstance(peft_config.target_modules, str) or isinstance(
+            peft_config.exclude_modules, str
+        ):
+            return bool(names_chosen(peft_config, [own_name(key)]))
         return StockModel._check_target_module_exists(peft_config, own_name(key))
 
     @staticmethod
     def _check_target_module_feedforward(ia3_config: Any, key: str) -> bool:
+        if isinstance(ia3_config.feedforward_modules, str):
+            return rule("feedforward_modules", ia3_config.feedforward_modules)(own_name(key))
         return bool(StockModel._check_target_module_feedforward(ia3_config, own_name(key)))
 
     @staticmethod

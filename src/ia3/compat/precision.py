@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..arguments import instance
 from ..core.inventory import contents
 from ..core.route import LOCK
-from ..errors import IA3Error
+from ..errors import InvalidTypeError, shown
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
@@ -21,10 +22,11 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
         dtype: `torch.float16` or `torch.bfloat16`.
 
     Raises:
-        IA3Error: the dtype is not a floating one.
+        InvalidTypeError: it is no module, or the dtype is not a floating one.
     """
+    instance("model", model, nn.Module, "a torch.nn.Module")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise IA3Error(f"dtype is {dtype!r}, expected torch.float16 or torch.bfloat16")
+        raise InvalidTypeError(f"dtype is {shown(dtype)}, expected torch.float16 or torch.bfloat16")
     with LOCK:
         vectors = {id(v) for _, _, site in contents(model).sites for v in site.vectors.values()}
         for parameter in model.parameters():

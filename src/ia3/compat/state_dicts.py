@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import safetensors
-from ..adapter.files import check_finite
-from ..adapter.layout import BASE_LAYER, KEY_PREFIX, KEY_SUFFIX, PICKLED_NAME, mapped, weights_file
+from ..adapter.files import check_finite, check_tensors, named_tensors
+from ..adapter.layout import BASE_LAYER, KEY_PREFIX, KEY_SUFFIX, mapped, open_folder
 from ..adapter.pickled import read_pickled
+from ..arguments import flag, instance
 from ..base.loading import device_named
 from ..core.inventory import contents
 from ..core.names import ATTRIBUTE, own_names, unwrapped
-from ..core.route import LOCK
+from ..core.route import LOCK, changing
 from ..core.spread import spread_like
-from ..errors import IA3Error
+from ..errors import IA3Error, MismatchError, StateError, UnknownNameError
 from ..files.hub import adapter_folder, hub_options
 from ..model.adapters import check_config, check_string
 from ..model.embeddings import embeddings_of, were_resized
@@ -47,12 +48,17 @@ def inject_adapter_in_model(
             are not loaded (`set_peft_model_state_dict` does that).
 
     Raises:
-        IA3Error: the config does not fit the model, which is then unchanged.
+        InvalidTypeError: an argument is of another type.
+        NoMatchingPeftModuleError: a name in the config matches no module.
+        IA3Error: the name is taken or malformed, the state dict has no vector, or the config does
+            not fit. Whatever is raised, the model is unchanged.
     """
     check_config(peft_config)
+    instance("model", model, nn.Module, "a torch.nn.Module")
     if state_dict is not None:
+        state_dict = named_tensors("state_dict", state_dict)
         peft_config = _config_for(peft_config, state_dict)
-    with LOCK:
+    with changing():
         handle = model.__dict__.get(HANDLE)
         on = contents(model)
         if handle is None or not (on.sites or on.copies):  # unloaded by hand since
@@ -91,14 +97,24 @@ def get_peft_model_state_dict(
         parameters of copies of modules (`modules_to_save`).
 
     Raises:
-        IA3Error: the model has no such adapter.
+        InvalidTypeError: an argument is of another type.
+        UnknownNameError: there is no adapter of that name.
+        MismatchError: the `state_dict` lacks a tensor of it.
     """
     base, prefix = _base_and_prefix(model)
+    if state_dict is not None:
+        state_dict = named_tensors("state_dict", state_dict)
     before = "" if state_dict is None else "model." * bool(prefix)
-    values = own_names(base.state_dict() if state_dict is None else state_dict)
-    keys = _keys(base, adapter_name)
+    with LOCK:
+        values = own_names(base.state_dict() if state_dict is None else state_dict)
+        keys = _keys(base, adapter_name)
     if save_embedding_layers is True or (save_embedding_layers == "auto" and were_resized(base)):
         keys = _embedding_keys(base, keys.values()) | keys
+    lacking = next((name for name in keys if f"{before}{name}" not in values), None)
+    if lacking is not None:
+        raise MismatchError(
+            f"state_dict has no {f'{before}{lacking}'!r}: expected all of the model's, gathered"
+        )
     return {f"{prefix}{key}": values[f"{before}{name}"] for name, key in keys.items()}
 
 
@@ -123,11 +139,16 @@ def set_peft_model_state_dict(
         vector's key ends in the adapter's name. The base model's own keys are not missed.
 
     Raises:
-        IA3Error: the model has no such adapter, or it is merged, a shape does not fit, or a vector
-            is not finite; nothing is loaded then.
+        InvalidTypeError: an argument is of another type, or a tensor that would be loaded is
+            sparse, complex, quantized or on the meta device.
+        UnknownNameError: there is no adapter of that name.
+        StateError: it is merged.
+        MismatchError: a shape does not fit.
+        IA3Error: a vector is not finite. Whatever is raised, nothing is loaded.
     """
     base, prefix = _base_and_prefix(model)
-    named = own_names(peft_model_state_dict)
+    named = own_names(named_tensors("peft_model_state_dict", peft_model_state_dict))
+    ignore_mismatched_sizes = flag("ignore_mismatched_sizes", ignore_mismatched_sizes)
     given = {key.removeprefix(KEY_PREFIX): value for key, value in named.items()}
     ending = f".{ATTRIBUTE}"
     with LOCK, torch.no_grad():
@@ -135,12 +156,13 @@ def set_peft_model_state_dict(
         embeddings = {key: name for name, key in _embedding_keys(base, own).items()}
         keys = own | {key: name for key, name in embeddings.items() if key in given}
         if any(adapter_name in site.merged for _, _, site in contents(base).sites):
-            raise IA3Error(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
+            raise StateError(f"adapter {adapter_name!r} is merged: unmerge_adapter() first")
         slots = own_names(base.state_dict(keep_vars=True))
+        check_tensors({key: given[key] for key in sorted(given.keys() & keys.keys())})
         for key in sorted(given.keys() & keys.keys()):
             found, expected = given[key].shape, slots[keys[key]].shape
             if found != expected and not ignore_mismatched_sizes:
-                raise IA3Error(f"{prefix}{key} is {list(found)}, expected {list(expected)}")
+                raise MismatchError(f"{prefix}{key} is {list(found)}, expected {list(expected)}")
             if found != expected:
                 del given[key]
         loaded = sorted(key for key in given.keys() & keys.keys() if key.endswith(ending))
@@ -157,7 +179,7 @@ def set_peft_model_state_dict(
 
 def load_peft_weights(
     model_id: str | Path,
-    device: str | torch.device | None = None,
+    device: str | int | torch.device | None = None,
     key_mapping: Mapping[str, str] | None = None,
     **hub: Any,
 ) -> dict[str, Tensor]:
@@ -174,13 +196,18 @@ def load_peft_weights(
         Key -> tensor, of the file's dtype: `set_peft_model_state_dict` takes them.
 
     Raises:
-        FileNotFoundError: there is no adapter.
-        IA3Error: its file is broken.
+        InvalidTypeError: an argument is of another type.
+        StateError: there is no such device.
+        MissingFileError: there is no adapter.
+        BrokenFileError: its file is broken.
+        IA3Error: a name or an expression is malformed.
     """
+    if key_mapping is not None:
+        instance("key_mapping", key_mapping, Mapping, "a mapping from expressions to texts")
     folder = adapter_folder(model_id, ["adapter_*"], **hub_options(hub))
-    path = weights_file(folder)
-    tensors = read_pickled(path) if path.name == PICKLED_NAME else safetensors.read_tensors(path)[0]
-    place = device_named("auto") if device is None else device
+    with open_folder(folder) as saved:
+        tensors = read_pickled(saved) if saved.pickled else safetensors.read_tensors(saved)
+    place = device_named("auto" if device is None else device)
     return {_renamed(key, key_mapping or {}): value.to(place) for key, value in tensors.items()}
 
 
@@ -197,6 +224,9 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         Name -> tensor, in the model's memory.
+
+    Raises:
+        InvalidTypeError: it is no module.
     """
     base, _ = _base_and_prefix(model)
     values = own_names(base.state_dict())
@@ -215,16 +245,27 @@ def set_base_model_state_dict(
 
     Returns:
         `missing_keys` and `unexpected_keys`, as `load_state_dict` does.
+
+    Raises:
+        InvalidTypeError: an argument is of another type.
+        StateError: adapters are merged into what is to be loaded.
+        MismatchError: keys or shapes are not the model's.
     """
     base, _ = _base_and_prefix(model)
-    return base.load_state_dict(state_dict, strict=strict)
+    values, strict = named_tensors("state_dict", state_dict), flag("strict", strict)
+    try:
+        return base.load_state_dict(values, strict=strict)
+    except IA3Error:
+        raise
+    except RuntimeError as error:
+        raise MismatchError(f"the state_dict does not fit: {error}") from error
 
 
 def _base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
     """The base model, and what its adapters' keys begin with."""
     if isinstance(model, IA3Model):
         return model.model, KEY_PREFIX
-    inside = unwrapped(model)
+    inside = unwrapped(instance("model", model, nn.Module, "a torch.nn.Module"))
     return (inside.model, KEY_PREFIX) if isinstance(inside, IA3Model) else (inside, "")
 
 
@@ -243,7 +284,7 @@ def _keys(base: nn.Module, adapter_name: str) -> dict[str, str]:
         for key in own_names(copies[adapter_name].state_dict())
     }
     if not keys:
-        raise IA3Error(f"no adapter {adapter_name!r} on this {type(base).__name__}")
+        raise UnknownNameError(f"no adapter {adapter_name!r} on this {type(base).__name__}")
     return keys
 
 
@@ -262,6 +303,7 @@ def _embedding_keys(base: nn.Module, keys: Collection[str]) -> dict[str, str]:
 def _config_for(config: IA3Config, state_dict: Mapping[str, Tensor]) -> IA3Config:
     """The config with the modules that a state dict has vectors for."""
     suffix = f".{ATTRIBUTE}"
+    check_tensors({key: value for key, value in state_dict.items() if key.endswith(suffix)})
     shapes = {
         key.removeprefix(KEY_PREFIX).removesuffix(suffix): value.shape
         for key, value in own_names(state_dict).items()

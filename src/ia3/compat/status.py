@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..errors import IA3Error
+from ..arguments import instance
+from ..errors import StateError
 from ..model import status
 from ..model.ia3_model import IA3Model
 from ..model.status import TunerLayerStatus, TunerModelStatus
@@ -18,14 +19,20 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         model: an `IA3Model`, or a model with injected adapters; compiled or within another.
 
     Raises:
-        IA3Error: there is no adapter.
+        InvalidTypeError: it is no module.
+        StateError: there is no adapter.
     """
     face, before = _face(model)
     return status.of_layers(face._adapters, before)
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """What is on a model as a whole; as `get_layer_status` otherwise."""
+    """What is on a model as a whole; as `get_layer_status` otherwise.
+
+    Raises:
+        InvalidTypeError: it is no module.
+        StateError: there is no adapter.
+    """
     face, _ = _face(model)
     injected = face.model.__dict__.get(HANDLE) is face
     return status.of_model(face._adapters, None if injected else face)
@@ -33,10 +40,10 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 def _face(model: nn.Module) -> tuple[IA3Model, str]:
     """The `IA3Model` in a model, and what its base model's names begin with there."""
-    for name, module in model.named_modules():
+    for name, module in instance("model", model, nn.Module, "a torch.nn.Module").named_modules():
         before = f"{name}." if name else ""
         if isinstance(module, IA3Model):
             return module, f"{before}model."
         if HANDLE in module.__dict__:
             return module.__dict__[HANDLE], before
-    raise IA3Error(f"no adapter on this {type(model).__name__}: add one first")
+    raise StateError(f"no adapter on this {type(model).__name__}: add one first")

@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import IA3Error
+from ..errors import StateError
 from .experts import experts_shape, is_experts
 
 # "inner": within a module of experts, whose inner activation is no submodule's input or output.
@@ -63,7 +63,7 @@ def refuse_lazy(modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         lazy: Any = module
         if isinstance(module, LazyModuleMixin) and lazy.has_uninitialized_params():
-            raise IA3Error(
+            raise StateError(
                 f"module {name!r} is a {type(module).__name__}, whose size is not known before its "
                 "first call: call the model once, then put adapters on it"
             )

@@ -2,14 +2,18 @@
 
 `Adapters` says with `Calls.change` what is active from now on. A call reads that once, when it is
 opened. What sites and copies of modules hold of it themselves (`active`) is right as long as
-nothing has changed in a call; from then on they ask `seen`, until no call is open.
+nothing has changed in a call; from then on they ask `seen`, until no call is open. What is deleted
+or written over meanwhile is `kept` for the calls that began with it. What cannot be kept, as
+weights that are merged, is changed while no call is running: see `alone`.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from ..errors import IA3Error
+from ..errors import StateError
 from .names import ATTRIBUTE
 
 SINCE = (
@@ -33,6 +37,52 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release
     )
+
+
+@contextmanager
+def changing() -> Iterator[None]:
+    """Hold the lock for a change that Ctrl-C does not break off: it interrupts after it.
+
+    So a handler's exception leaves the model from before or after the change. The lock is free by
+    then: a handler may wait for other threads.
+    """
+    handler: Any = None
+    put_off = _PutOff()
+    try:
+        with LOCK:
+            handler = signal.getsignal(signal.SIGINT)
+            if not callable(handler) or isinstance(handler, _PutOff) or not put_off.takes_over():
+                yield
+                return
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGINT, handler)
+    finally:
+        if put_off.signals:
+            handler(*put_off.signals[0])
+
+
+class _PutOff:
+    """A signal handler that only takes down what has come."""
+
+    def __init__(self) -> None:
+        self.signals: list[tuple[int, Any]] = []
+
+    def takes_over(self) -> bool:
+        """Have Ctrl-C come here, if it comes to this thread: to the first interpreter's main one.
+
+        A program that embeds Python may have imported `threading`, which names a main thread too,
+        in another.
+        """
+        try:
+            signal.signal(signal.SIGINT, self)
+        except ValueError:
+            return False
+        return True
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.signals.append((number, frame))
 
 
 @runtime_checkable
@@ -51,11 +101,13 @@ class Place(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What is active at the places of a model; never changed, but another one put in its place."""
+    """What is active at the places of a model; another one is put in its place for a change."""
 
     active: Mapping[Any, Any] = field(default_factory=dict)
     places: Sequence[tuple[nn.Module, Any]] = ()
     merged: frozenset[str] = frozenset()
+    # (place, adapter) -> what it was there, where it is another by now, or gone.
+    kept: dict[tuple[Any, str], Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -80,10 +132,19 @@ class Calls:
         self.disturbed = False
         # Adding and discarding are atomic, so that calls wait for no lock.
         self._open: set[_Call] = set()
+        # Whether calls that begin now wait for the lock.
+        self._closed = False
+        # What waits for calls to end, and these.
+        self._later: list[tuple[set[_Call], Callable[[], None]]] = []
+        _all.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # Of a copy no call is open. It may be of one layer, which is not to take the model along.
         return {**vars(Calls()), "now": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _all.add(self)
 
     @contextmanager
     def opened(self, model: nn.Module) -> Iterator[None]:
@@ -93,12 +154,58 @@ class Calls:
             yield
             return
         call = _Call({}, before)
-        # First: from now on no hooks are taken away.
-        self._open.add(call)
-        call.states.update(before.states if before else {})
-        call.states[self] = self.now or self._found(model)
-        with _entered(call):
+        with _entered(call, (self,)):
+            # First: from now on no hooks are taken away.
+            self._open.add(call)
+            if self._closed:
+                self._open.discard(call)
+                with LOCK:
+                    self._open.add(call)
+            call.states.update(before.states if before else {})
+            call.states[self] = self.now or self._found(model)
             yield
+
+    def is_called_elsewhere(self) -> bool:
+        """Whether another thread or task is in a call."""
+        return not self._open <= _own()
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Within the context no call begins, but in this thread; the caller holds the lock."""
+        before, self._closed = self._closed, True
+        try:
+            yield
+        finally:
+            self._closed = before
+
+    @contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Within the context no call is running but this thread's; the caller holds the lock.
+
+        It is not waited for: who runs one may be waiting for this thread.
+
+        Raises:
+            StateError: there is one.
+        """
+        with self.closed():
+            if self.is_called_elsewhere():
+                raise StateError(
+                    f"{what}: another thread or task is calling this model, and would compute with "
+                    "a part of the change; do it when no call is running"
+                )
+            yield
+
+    def keep(self, values: Mapping[tuple[Any, str], Any]) -> None:
+        """Have calls that are open go on with these: (place, adapter) -> what it is there now.
+
+        Call it before these are changed or removed.
+        """
+        self.disturbed = True
+        states = {id(call.states.get(self)): call.states.get(self) for call in list(self._open)}
+        for state in (*states.values(), self.now):
+            if state is not None:
+                for key, value in values.items():
+                    state.kept.setdefault(key, value)
 
     def _found(self, model: nn.Module) -> State:
         with LOCK:
@@ -123,15 +230,35 @@ class Calls:
 
     def settle(self) -> None:
         """Have the places hold nothing but what is active, unless a call is open."""
+        self._do_due()
         if not self._open:
             self.disturbed = False
             for _, place in self.now.places if self.now else ():
                 place.settle()
 
+    def later(self, action: Callable[[], None]) -> None:
+        """Do it when the calls that other threads are in have ended; the caller holds the lock."""
+        calls = self._open - _own()
+        if calls:
+            self.disturbed = True
+            self._later.append((calls, action))
+        else:
+            action()
+
+    def _do_due(self) -> None:
+        # Not when no call is open: where calls overlap without end, that is never.
+        waiting, self._later = self._later, []
+        for calls, action in waiting:
+            if calls & self._open:
+                self._later.append((calls, action))
+            else:
+                action()
+
     def leave(self, call: _Call) -> None:
         self._open.discard(call)
         # Not waited for: who holds the lock may be waiting for this call. The next change settles.
-        if self.disturbed and not self._open and LOCK.acquire(blocking=False):
+        due = self._later or (self.disturbed and not self._open)
+        if due and LOCK.acquire(blocking=False):
             try:
                 self.settle()
             finally:
@@ -148,9 +275,9 @@ class Calls:
                 names = (active,) if isinstance(active, str) else active
                 gone = [name for name in names if place not in here or name not in place]
                 if gone:
-                    raise IA3Error(f"adapter {gone[0]!r} was deleted or unloaded {SINCE}")
+                    raise StateError(f"adapter {gone[0]!r} was deleted or unloaded {SINCE}")
             if self.now is None or state.merged != self.now.merged:
-                raise IA3Error(f"adapters were merged or unmerged {SINCE}")
+                raise StateError(f"adapters were merged or unmerged {SINCE}")
             self.disturbed = True
             for module, place in state.places:
                 if state.active.get(place):
@@ -163,16 +290,26 @@ def _current() -> _Call | None:
     return call if call is not None and call.is_open else None
 
 
+def _own() -> set[_Call]:
+    """The calls that this thread or task is in."""
+    own, call = set(), _current()
+    while call is not None:
+        own.add(call)
+        call = call.before
+    return own
+
+
 @contextmanager
-def _entered(call: _Call) -> Iterator[None]:
+def _entered(call: _Call, of: Iterable[Calls]) -> Iterator[None]:
+    """Within the context this is the current call; afterwards it is open `of` no model."""
     before = _CURRENT.get()
-    _CURRENT.set(call)
     try:
+        _CURRENT.set(call)
         yield
     finally:
         call.is_open = False
         _CURRENT.set(before)
-        for calls in call.states:
+        for calls in of:
             calls.leave(call)
 
 
@@ -190,14 +327,9 @@ def seeing(states: Mapping[Calls, State]) -> Iterator[None]:
         return
     before = _current()
     call = _Call({**(before.states if before else {}), **states}, before)
-    try:
+    with _entered(call, states):
         for calls, state in states.items():
             calls.enter_again(call, state)
-    except BaseException:
-        for calls in states:
-            calls.leave(call)
-        raise
-    with _entered(call):
         yield
 
 
@@ -207,3 +339,23 @@ def seen(place: Place) -> Any:
     state = None if call is None else call.states.get(place._calls)
     # What was put on the model since is nothing to an older call.
     return place.active if state is None else state.active.get(place)
+
+
+def kept(place: Place, adapter: str) -> Any:
+    """What an adapter was at a place when this call began, if it has changed since, or `None`."""
+    call = None if torch.compiler.is_compiling() else _current()
+    state = None if call is None else call.states.get(place._calls)
+    return None if state is None else state.kept.get((place, adapter))
+
+
+def _forget_threads() -> None:
+    """Have only the calls open that go on in a process that was forked off."""
+    own = _own()
+    for calls in list(_all):
+        calls._open &= own
+        calls._closed = False
+
+
+_all: weakref.WeakSet[Calls] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -32,10 +32,13 @@ class OutputHook:
         self._handle = module.register_forward_hook(self)
 
     @classmethod
-    def on(cls, module: nn.Module) -> OutputHook:
-        """The module's hook, registered now if it has none."""
-        registered = module._forward_hooks.values()
-        return next((hook for hook in registered if isinstance(hook, cls)), None) or cls(module)
+    def on(cls, module: nn.Module, free: Literal["own", "carried"]) -> OutputHook:
+        """The module's hook that has no such site yet, registered now if there is none.
+
+        One that was taken off may still be there for the calls that are running.
+        """
+        own = [hook for hook in module._forward_hooks.values() if isinstance(hook, cls)]
+        return next((hook for hook in own if getattr(hook, free) is None), None) or cls(module)
 
     def remove(self, site: Multiplier) -> None:
         """Multiply by a site no longer; the hook goes with the last one."""

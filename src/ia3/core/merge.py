@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import IA3Error
+from ..errors import IA3Error, StateError
 from . import quantized, weights
 from .activations import Side
 from .inventory import sites
@@ -47,7 +47,7 @@ class Merge:
         `safe` refuses a result that is not finite. Nothing has changed where it raises.
         """
         if any_spread(self.model):
-            raise IA3Error(
+            raise StateError(
                 f"cannot merge {list(adapters)}: the model's weights are spread over processes "
                 "(FSDP or tensor parallelism); save the adapter, and merge it into a model that is "
                 "not"
@@ -197,7 +197,7 @@ class Merge:
             now = self._module(name)._parameters.get(slot)
             before = self._originals[name, slot]
             if now is not None and now.shape != before.shape:
-                raise IA3Error(
+                raise StateError(
                     f"{name}.{slot} was {list(before.shape)} when adapters were merged into it and "
                     f"is {list(now.shape)} now, so that they cannot be unmerged: "
                     "merge_and_unload() keeps them merged"
@@ -236,7 +236,7 @@ class _Guard:
                 for slot in guard.slots:
                     key = own_name(f"{prefix}{name}.{slot}" if name else prefix + slot)
                     if key in given:
-                        raise IA3Error(
+                        raise StateError(
                             f"cannot load {key!r}: adapters are merged into it, and unmerging them "
                             "would bring the former weight back; unmerge_adapter() first"
                         )

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ class _Called:
         # What is compiled would have the hooks in it for good.
         if not torch.compiler.is_compiling():
             self.site.reached = True
-            self.remove()
+            _remove(self.remove)
 
 
 class _Watch:
@@ -158,7 +159,7 @@ class _Watch:
 
     def remove(self, module: nn.Module) -> None:
         for handle in self.handles:
-            handle.remove()
+            _remove(handle.remove)
         # A forward that was interrupted has not put them back.
         _put_back(module)
 
@@ -170,8 +171,9 @@ class _Watch:
         self.thread = threading.get_ident()
         for child, _ in _below(module):
             # What is compiled, or keeps its parameters in a way of its own, is left alone.
-            if type(child._parameters) is dict and child._compiled_call_impl is None:
-                child._parameters = _Noticing(child._parameters)  # type: ignore[assignment]
+            own = child._parameters
+            if type(own) is dict and child._compiled_call_impl is None:
+                child._parameters = _Noticing(own)  # type: ignore[assignment]
 
     def is_looking(self) -> bool:
         """Whether this thread's call is looked at."""
@@ -193,6 +195,12 @@ class _Watch:
         if self.is_looking():
             self.thread = None
             _put_back(module)
+
+
+def _remove(remove: Callable[[], None]) -> None:
+    """Take a hook off, which another thread's call may be doing too."""
+    with suppress(KeyError):
+        remove()
 
 
 def _put_back(module: nn.Module) -> None:
@@ -241,5 +249,5 @@ class _Tell:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.remove()
+            _remove(self.remove)
             tell(sites(module))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import IA3Error
+from ..errors import StateError
 
 # Entries of a vector nearer to zero cannot be divided out of y′ again. In the training forward this
 # replaces them: y · 1e-20 vanishes beside anything it is added to, and the gradient stays exact.
@@ -68,7 +68,7 @@ class _KeepResult(torch.autograd.Function):
         except RuntimeError as error:
             if "inplace" not in str(error):  # a graph that has been freed, memory that has run out
                 raise
-            raise IA3Error(
+            raise StateError(
                 f"a rescaled activation, or the vector, was written over before the backward pass "
                 f"that needs it: where the model does so, use_plain_product() on the IA3Model "
                 f"keeps another activation ({error})"

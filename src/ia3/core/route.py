@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from ..errors import IA3Error
+from ..errors import IA3Error, StateError
 from .activations import Activation
-from .calls import LOCK as LOCK, Calls, State, seeing, states_now
+from .calls import LOCK as LOCK, Calls, State, changing as changing, seeing, states_now
 from .patch import patch
 
 # The name of the base model among adapters' names.
@@ -39,13 +39,15 @@ class Place(Hashable, Protocol):
 class Host(Protocol):
     """The model that a route is of; `open` and `close` are called as it is entered and left.
 
+    `frame` is the same for both, and `close` may come without `open`.
+
     `open` raises `IA3Error` where the model cannot be routed as it is now.
     """
 
     model: nn.Module
 
-    def open(self, route: Route) -> None: ...
-    def close(self) -> None: ...
+    def open(self, route: Route, frame: object) -> None: ...
+    def close(self, frame: object) -> None: ...
     def owns(self, site: Any) -> bool: ...
 
 
@@ -100,7 +102,7 @@ class Route:
     def factor(self, site: Place, activation: Tensor) -> Tensor | None:
         """What to multiply an activation by, shaped for `rescale`; `None` for nothing."""
         if torch.compiler.is_compiling() or torch._C._is_tracing():
-            raise IA3Error(
+            raise StateError(
                 "a routed model is being traced: the graph would keep this call's adapters; "
                 "leave the route first"
             )
@@ -186,11 +188,11 @@ def _routes() -> Mapping[Place, Route]:
 
 @contextmanager
 def _under(routes: Mapping[Place, Route]) -> Iterator[None]:
+    frame = _Frame(routes, _CURRENT.get())
     with ExitStack() as stack:
         for route in set(routes.values()):
-            route.host.open(route)
-            stack.callback(route.host.close)
-        frame = _Frame(routes, _CURRENT.get())
+            stack.callback(route.host.close, frame)
+            route.host.open(route, frame)
         _CURRENT.set(frame)
         try:
             yield
@@ -204,11 +206,21 @@ def _under(routes: Mapping[Place, Route]) -> Iterator[None]:
                 _CURRENT.set(before)
             frame.is_lost = not in_order
         if not in_order:
-            raise IA3Error(
+            raise StateError(
                 "a route was left in another order, or by another thread or task, than it was "
                 "entered, so that calls in between may have had another one: do not yield "
                 "within route(), give adapter_names to each call instead"
             )
+
+
+def frames_here() -> set[object]:
+    """What this thread or task has entered."""
+    found: set[object] = set()
+    frame = _CURRENT.get()
+    while frame is not None:
+        found.add(frame)
+        frame = frame.before
+    return found
 
 
 def current_route(host: Host) -> Route | None:
@@ -229,7 +241,7 @@ def factor_of(site: Place, activation: Tensor) -> Tensor | None:
     """`Route.factor` of a site that is routed."""
     frame = _CURRENT.get()
     if frame is not None and not frame.is_open:
-        raise IA3Error(
+        raise StateError(
             "this task was started within a route that has been left since: call the whole model, "
             "which has the route again for the length of the call, or enter a route here"
         )

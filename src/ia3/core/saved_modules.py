@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, MismatchError, StateError, did_you_mean
 from .activations import device_of
-from .calls import Calls, seen
+from .calls import Calls, kept, seen
 from .names import ATTRIBUTE, base_modules, module_at, modules_of, own_name, own_names
 from .patch import SLOTS, patch, patched, refuse_replica
 from .spread import spread_like
@@ -79,6 +79,21 @@ class SavedModule(nn.Module):
         # Not add_module: it refuses names that are also attributes of this class.
         self._modules[adapter] = twin.requires_grad_(False)
 
+    def active_copy(self) -> nn.Module | None:
+        """The copy that calls go to now; `None` for the module itself."""
+        active = self.active
+        twin = None if active is None else self._modules.get(active)
+        # Asked last: nothing changes before it says so.
+        if not self._calls.disturbed:
+            return twin
+        active = seen(self)
+        if active is None:
+            return None
+        twin = kept(self, active) or self._modules.get(active)
+        if twin is None:
+            raise StateError(f"adapter {active!r} was deleted while this was computed with it")
+        return twin
+
     def hook(self, module: nn.Module) -> None:
         """Nothing: the module's forward asks at each call."""
 
@@ -122,10 +137,12 @@ def find(
             raise IA3Error(f"modules_to_save: module {matching[0]!r} has no parameters to train")
         found.update(dict.fromkeys(trained))
     for name in found:
-        module = module_at(model, name)
-        inside = next((other for other in found if other.startswith(f"{name}.")), None)
-        if inside is not None:
-            raise IA3Error(f"modules_to_save: {inside!r} is part of {name!r}, which is saved whole")
+        module, above = module_at(model, name), name.rpartition(".")[0]
+        while above:
+            if above in found:
+                problem = f"{name!r} is part of {above!r}, which is saved whole"
+                raise IA3Error(f"modules_to_save: {problem}")
+            above = above.rpartition(".")[0]
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
             raise IA3Error(
                 f"modules_to_save: {name!r} is a {type(module).__name__}, which is never called: "
@@ -145,14 +162,17 @@ def attach(module: nn.Module) -> SavedModule:
     if copies is None:
         copies = SavedModule()
         module.add_module(ATTRIBUTE, copies)
-        _ToActiveCopy(module)
+        _ToActiveCopy(module, copies)
     return copies
 
 
 def detach(module: nn.Module) -> None:
     """Take the copies off a module, which is then what it was before `attach`."""
-    if saved_module_of(module) is not None:
-        _unpatch(module)
+    copies, forward = saved_module_of(module), patched(module, _ToActiveCopy)
+    if copies is not None:
+        if forward is not None:
+            # Calls that are running may go to a copy.
+            copies._calls.later(forward.remove)
         del module._modules[ATTRIBUTE]
 
 
@@ -216,13 +236,13 @@ def check(values: Mapping[str, Tensor], saved: Sequence[str], model: nn.Module) 
     extra = sorted(values.keys() - expected.keys())
     if missing or extra:
         which = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}"
-        raise IA3Error(
+        raise MismatchError(
             f"the adapter does not fit {kind}: of its modules_to_save it {which} "
             f"({len(missing)} missing, {len(extra)} not expected)"
         )
     for key, value in expected.items():
         if values[key].shape != value.shape:
-            raise IA3Error(
+            raise MismatchError(
                 f"the adapter does not fit {kind}: {key!r} is {list(values[key].shape)}, expected "
                 f"{list(value.shape)}"
             )
@@ -245,18 +265,13 @@ def allow_plain_checkpoint(module: nn.Module, incompatible_keys: Any) -> None:
 class _ToActiveCopy:
     """The forward of a module with copies: calls go to the active adapter's, if there is one."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, copies: SavedModule) -> None:
+        self.copies = copies
         self.patch = patch(module, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        copies = saved_module_of(self.module)
-        active = None if copies is None else copies.active
-        if copies is not None and copies._calls.disturbed:
-            active = seen(copies)
-        if copies is None or active is None:
-            return self.patch.below(*args, **kwargs)
-        return copies[active](*args, **kwargs)
+        twin = self.copies.active_copy()
+        return (self.patch.below if twin is None else twin)(*args, **kwargs)
 
 
 def _unpatch(module: nn.Module) -> None:

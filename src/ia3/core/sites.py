@@ -7,23 +7,23 @@ one per adapter, so that they move, save and train with the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import IA3Error
+from ..errors import IA3Error, StateError
 from . import experts
 from .activations import Activation, Side
-from .calls import Calls, seen
+from .calls import Calls, kept, seen
 from .hooks import InputHook, OutputHook
 from .mlp import Carrier, carrier_of
 from .names import ATTRIBUTE, Frozen, Target
 from .patch import refuse_replica
 from .route import factor_of, is_routed
 from .saved_modules import allow_plain_checkpoint, saved_module_of
-from .spread import gathered, refuse_tensor_parallel, spread_like
+from .spread import gathered, is_spread, refuse_tensor_parallel, spread_like
 
 
 class Site(nn.Module):
@@ -138,7 +138,9 @@ class Site(nn.Module):
         """An adapter's vector, `Activation.shape`, its frozen values one."""
         vector: Any = self._parameters.get(adapter)
         if vector is None:
-            vector = self.__dict__[adapter]  # as in `_held`
+            vector = self.__dict__.get(adapter)  # as in `_held`
+        if vector is None:
+            return self._kept(adapter)
         if vector.is_meta and hasattr(self, "_hf_hook"):
             # accelerate brings a module's tensors for its forward, and a site has none.
             hook: Any = self._hf_hook
@@ -149,6 +151,41 @@ class Site(nn.Module):
             # Not the gradient alone: weight decay would move the values too.
             vector = vector.masked_fill(spread_like(mask, vector), 1.0)
         return vector  # type: ignore[no-any-return]
+
+    def _kept(self, adapter: str) -> Tensor:
+        """The vector of an adapter that was deleted, or written over, since this call began."""
+        vector: Tensor | None = kept(self, adapter)
+        if vector is None:
+            raise StateError(f"adapter {adapter!r} was deleted while this was computed with it")
+        written_over = vector.is_leaf and not isinstance(vector, nn.Parameter)
+        if written_over and vector.requires_grad and torch.is_grad_enabled():
+            raise StateError(
+                f"other values were loaded into adapter {adapter!r} in the middle of a call that "
+                "trains it: do that between two steps"
+            )
+        return vector
+
+    def former(self, adapter: str) -> Tensor:
+        """A copy of a vector that is to be written over, for calls that began with it."""
+        return self.vector(adapter).detach().clone().requires_grad_(self[adapter].requires_grad)
+
+    def write(self, adapter: str, values: Tensor, *, in_place: bool = True) -> None:
+        """Give an adapter other values, in the same parameter.
+
+        Where a call may be reading them, not `in_place`: its memory stays as it is.
+        """
+        self.spread_again()
+        vector = self[adapter]
+        values = spread_like(values, vector)
+        # Of a GPU's memory torch always says that it is shared.
+        shared = vector.is_cpu and vector.is_shared()  # type: ignore[no-untyped-call]
+        if in_place or is_spread(vector) or shared:
+            with torch.no_grad():
+                vector.copy_(values)
+        else:
+            vector.data = values.to(vector.device, vector.dtype, copy=True)
+            # As in place: a backward pass that is to come would compute with these values.
+            torch.autograd.graph.increment_version(vector)
 
     def is_whole(self, adapter: str) -> bool:
         """Whether a vector is here or a `DTensor`, and not the piece that FSDP 1 has of it."""
@@ -170,7 +207,7 @@ class Site(nn.Module):
     def check_whole(self, adapter: str) -> None:
         """Raise `IA3Error` where FSDP 1 has a vector in pieces, which it alone can gather."""
         if not self.is_whole(adapter):
-            raise IA3Error(
+            raise StateError(
                 f"the vectors of adapter {adapter!r} are in pieces, one a process (FSDP 1): give "
                 "the gathered state_dict=, or do this within "
                 "FullyShardedDataParallel.summon_full_params(model)"
@@ -219,13 +256,13 @@ class Site(nn.Module):
         if self.side == "inner":
             return (experts.attach(module, self._inner_factor).remove,)
         if self.side == "output":
-            output = OutputHook.on(module)
+            output = OutputHook.on(module, "own")
             output.own = self
             return (partial(output.remove, self),)
         remove_input = InputHook(module, self).remove
         if self._carrier is None:
             return (remove_input,)
-        output = OutputHook.on(self._carrier.module)
+        output = OutputHook.on(self._carrier.module, "carried")
         output.carried = self
         return remove_input, partial(output.remove, self)
 
@@ -251,17 +288,39 @@ class Site(nn.Module):
         """What an activation here is multiplied by now; `None` for nothing."""
         if self._routed and is_routed(self):
             return factor_of(self, activation)  # type: ignore[no-any-return]
-        active = self.active
-        # Asked last: `active` does not change before it says so.
-        if self._calls.disturbed:
-            active = seen(self)
-        return self.product(active) if active else None
+        calls, active = self._calls, self.active
+        if not calls.disturbed:
+            product = self.product(active) if active else None
+            # Asked last: nothing changes before it says so.
+            if not calls.disturbed:
+                return product
+        return self._seen_product()
 
     def _inner_factor(self) -> Tensor | None:
-        active = self.active
-        if self._calls.disturbed:
-            active = seen(self)
-        return self.product(active) if active and not (self._routed and is_routed(self)) else None
+        if self._routed and is_routed(self):
+            return None
+        calls, active = self._calls, self.active
+        if not calls.disturbed:
+            product = self.product(active) if active else None
+            if not calls.disturbed:  # as in `factor`
+                return product
+        return self._seen_product()
+
+    def _seen_product(self) -> Tensor | None:
+        """The product of what this call began with."""
+        names = seen(self)
+        if not names:
+            return None
+        product = reduce(torch.mul, map(self.seen_vector, names))
+        return product.reshape(self.activation.factor_shape)
+
+    def seen_vector(self, adapter: str) -> Tensor:
+        """An adapter's vector, `Activation.shape`, as this call began with it."""
+        vector = self.vector(adapter)
+        # In this order, and as a view: other values get other memory.
+        vector = vector.view_as(vector)
+        changed = self._calls.disturbed and kept(self, adapter) is not None
+        return self._kept(adapter) if changed else vector
 
 
 def site_of(module: nn.Module) -> Site | None:
@@ -305,7 +364,8 @@ def displace(module: nn.Module) -> None:
     site = site_of(module)
     if site is not None:
         site.activate(module, ())
-        site.settle()
+        # Calls that are running may be computing with it.
+        site._calls.later(site.settle)
         del module._modules[ATTRIBUTE]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import IA3Error
+from ..errors import StateError
 
 
 def is_spread(tensor: Tensor) -> bool:
@@ -57,7 +57,7 @@ def refuse_tensor_parallel(module: nn.Module, name: str) -> None:
     # transformers and torch each leave their own mark; FSDP's modules have none.
     marks = module.__dict__.keys() & {"_is_hooked", "_distribute_module_applied"}
     if marks and any(_is_sharded(p) for p in module.parameters()):
-        raise IA3Error(
+        raise StateError(
             f"module {name!r} is spread over processes by tensor parallelism, each of which sees a "
             "part of its activation: load the base model without tp_plan; FSDP and device_map work"
         )

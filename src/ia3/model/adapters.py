@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import os
 import re
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapter.files import Adapter
+from ..arguments import flag, instance, listed
 from ..core import saved_modules
 from ..core.activations import device_of, dtype_of
 from ..core.calls import Calls, State
@@ -22,12 +26,20 @@ from ..core.merge import Merge
 from ..core.names import ATTRIBUTE, Target, modules_of, own_names, unwrapped
 from ..core.patch import patched
 from ..core.reached import tell, unwatch, watch as watch_calls
-from ..core.route import BASE, LOCK, OneCall, Route, bind, watch
+from ..core.route import BASE, LOCK, OneCall, Route, bind, changing, frames_here, watch
 from ..core.saved_modules import SavedModule, saved_module_of
 from ..core.sites import Site, check_free, displace, place, site_of
-from ..core.spread import any_spread, gathered, is_spread, spread_like
+from ..core.spread import any_spread, gathered, is_spread
 from ..core.weights import write
-from ..errors import IA3Error, did_you_mean, warn_caller
+from ..errors import (
+    IA3Error,
+    InvalidTypeError,
+    StateError,
+    UnknownNameError,
+    did_you_mean,
+    shown,
+    warn_caller,
+)
 from ..targets.config import IA3Config
 from ..targets.notes import notes
 from ..targets.resolve import check_vectors, resolve
@@ -50,10 +62,10 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module, merge: Merge) -> None:
-        model = unwrapped(model)
+        model = unwrapped(instance("the model", model, nn.Module, "a torch.nn.Module"))
         on = next((name for name, m in modules_of(model).items() if ATTRIBUTE in m._modules), None)
         if on is not None:
-            raise IA3Error(
+            raise StateError(
                 f"{type(model).__name__} has adapters already (at {on!r}): use add_adapter on "
                 "its IA3Model, or unload() that first"
             )
@@ -67,7 +79,11 @@ class Adapters:
         self._fresh = fresh_modules(model)
         self._inventory = Inventory(model)
         self.calls = Calls()
-        self._open_routes = 0
+        # How many are in `disabled`, and what they will find again.
+        self._disabling, self._enabled_before = 0, True
+        # What threads and tasks have entered.
+        self._open_routes: set[object] = set()
+        _all.add(self)
         # Those that a thread or task may still be in: it keeps one that was left elsewhere.
         self._routes: list[weakref.ref[Route]] = []
         self._fused: list[str] = []
@@ -76,8 +92,12 @@ class Adapters:
         self._notes: dict[str, list[str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is not routed.
-        return {**vars(self), "_open_routes": 0, "_routes": []}
+        # A copy is not routed, and nobody is in `disabled` with it.
+        return {**vars(self), "_open_routes": set(), "_routes": [], "_disabling": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _all.add(self)
 
     def contents(self) -> Contents:
         """The model's modules, sites and copies as they are now."""
@@ -112,7 +132,7 @@ class Adapters:
 
         def given(key: str, held: Tensor) -> Tensor | None:
             if values is not None and key not in values and is_spread(held):
-                raise IA3Error(
+                raise StateError(
                     f"adapter {name!r} is spread over processes, and the state_dict has no "
                     f"{key!r}: save the gathered one, by the main process alone"
                 )
@@ -142,54 +162,55 @@ class Adapters:
 
     def active_config(self) -> IA3Config:
         """The (first) active adapter's config; raises `IA3Error` where none is active."""
-        self.check_loaded()
-        if not self.active:
-            what = "set_adapter()" if self.configs else "add_adapter() and set_adapter()"
-            there = sorted(self.configs)
-            raise IA3Error(f"no adapter is active on this model, which has {there}: {what} first")
-        return self.configs[self.active[0]]
+        with LOCK:
+            self.check_loaded()
+            if not self.active:
+                what = "set_adapter()" if self.configs else "add_adapter() and set_adapter()"
+                there = sorted(self.configs)
+                raise StateError(
+                    f"no adapter is active on this model, which has {there}: {what} first"
+                )
+            return self.configs[self.active[0]]
 
     def named(self, names: str | Sequence[str]) -> tuple[str, ...]:
         """The names of adapters that there are, each once."""
-        names = (names,) if isinstance(names, str) else names
-        self.check_known(names)
-        return tuple(dict.fromkeys(names))
+        given = [names] if isinstance(names, str) else listed("adapters", names, "a list of names")
+        self.check_known(given)
+        return tuple(dict.fromkeys(given))
 
     # -- checks: each raises IA3Error -------------------------------------------------------------
 
     def check_known(self, names: Collection[str]) -> None:
-        if isinstance(names, str) or not isinstance(names, Iterable):
-            raise IA3Error(f"adapters are {names!r}, expected a list of names")
-        for name in names:
+        for name in listed("adapters", names, "a list of names"):
             check_string(name)
             if name not in self.configs:
-                raise IA3Error(
+                raise UnknownNameError(
                     f"no adapter {name!r} on this model, which has {sorted(self.configs)}"
                     f"{did_you_mean(name, self.configs)}"
                 )
 
     def check_loaded(self) -> None:
         if self.unloaded:
-            raise IA3Error("this model was unloaded: make a new one")
+            raise StateError("this model was unloaded: make a new one")
 
     def check_enabled(self, before: str) -> None:
         if not self.enabled:
-            raise IA3Error(f"adapters are disabled: enable_adapter_layers() before {before}")
+            raise StateError(f"adapters are disabled: enable_adapter_layers() before {before}")
 
     def check_unrouted(self, what: str) -> None:
         """No route of the model is on. The caller holds the lock."""
         if self._open_routes:
-            raise IA3Error(f"{what}: a route of this model is on, leave it first")
+            raise StateError(f"{what}: a route of this model is on, leave it first")
 
     def _check_unmerged(self, name: str) -> None:
         if name in self.merge.adapters:
-            raise IA3Error(f"adapter {name!r} is merged: unmerge_adapter() first")
+            raise StateError(f"adapter {name!r} is merged: unmerge_adapter() first")
 
     def _check_one_copy(self, names: Collection[str]) -> None:
         for module, _, copies in self.contents().copies:
             having = sorted(set(names).intersection(copies.adapters))
             if len(having) > 1:
-                raise IA3Error(
+                raise StateError(
                     f"adapters {having} each have a copy of {module!r} (modules_to_save): only one "
                     "of them can be active"
                 )
@@ -220,10 +241,11 @@ class Adapters:
         They are `wide`, which is float32 or more, or have the dtypes of their modules.
         """
         # What is made in inference mode could never train.
-        with LOCK, torch.inference_mode(False):
+        with changing(), torch.inference_mode(False):
             self.check_loaded()
             check_config(config)
             check_name(name)
+            wide = flag("autocast_adapter_dtype", wide)
             if name in self.configs:
                 raise IA3Error(f"adapter {name!r} exists already: delete it or choose another")
             old = stored is not None
@@ -238,6 +260,7 @@ class Adapters:
             _check_can_be_copied(saved, self.contents())
             own: Mapping[str, Mapping[str, Tensor]] = {}
             if stored is not None:
+                stored = self._whole(stored, saved)
                 own = self._own_values(name, stored, saved, targets)
             warn_of_untrained(self.model, self._fresh, name, config, saved, stored=old)
             if not config.inference_mode and any_spread(self.model):
@@ -294,6 +317,16 @@ class Adapters:
                 vector = stored.vectors[target.name].to(device, dtype, copy=True)
             sites[target.name].add(name, vector, target.frozen, follows=not wide)
 
+    def _whole(self, stored: Adapter, saved: Sequence[str]) -> Adapter:
+        """A stored adapter with its values, whose vectors have been checked.
+
+        Raises where its copies do not fit the model, before it reads values that are not read yet.
+        """
+        if stored.unread is not None and stored.copies:
+            copied, _ = own_values(stored.copies, saved, self.model)
+            saved_modules.check(copied, saved, self.model)
+        return stored.whole()
+
     def _own_values(
         self, name: str, stored: Adapter, saved: Sequence[str], targets: Sequence[Target]
     ) -> dict[str, dict[str, Tensor]]:
@@ -338,8 +371,12 @@ class Adapters:
                 write(copies[name], slot, value)
 
     def load_into(self, name: str, stored: Adapter) -> None:
-        """Give an adapter that is there the values of a stored one, in place."""
-        with LOCK:
+        """Give an adapter that is there the values of a stored one, in place.
+
+        Calls of other threads go on with those they began with.
+        """
+        # Else what is copied for these could not be saved for a backward pass.
+        with changing(), torch.inference_mode(False):
             self._check_unmerged(name)
             stored = self.named_as_here(stored)
             having, copies = self.sites_of(name), self.copies_of(name)
@@ -350,6 +387,7 @@ class Adapters:
             saved = [
                 m for m, _, c in self.contents().copies if m in copies and name not in c.frozen
             ]
+            stored = self._whole(stored, saved)
             own = self._own_values(name, stored, saved, targets)
             for module, site in having:
                 here, there = site.frozen.get(name, ()), stored.frozen.get(module, ())
@@ -358,32 +396,51 @@ class Adapters:
                         f"the adapter does not fit {name!r}: other values of its vectors stay one: "
                         f"of {module!r} {list(there)}, expected {list(here)}"
                     )
-            with torch.no_grad():
+            with self.calls.closed():
+                called = self.calls.is_called_elsewhere()
+                if called:
+                    former: dict[tuple[Any, str], Any] = {
+                        (site, name): site.former(name) for _, site in having
+                    }
+                    for _, _, held in self.contents().copies:
+                        if name in held:
+                            former[held, name] = copy.deepcopy(held[name])
+                    self.calls.keep(former)
                 for module, site in having:
-                    site.spread_again()
-                    site[name].copy_(spread_like(stored.vectors[module], site[name]))
-            for module in saved:
-                saved_modules.load(copies[module], module, stored.copies)
-            self._drop_copies(name, copies.keys() - set(saved))
-            self._take_own(name, own)
-            self.activate()
+                    site.write(name, stored.vectors[module], in_place=not called)
+                for module in saved:
+                    saved_modules.load(copies[module], module, stored.copies)
+                self._drop_copies(name, copies.keys() - set(saved))
+                self._take_own(name, own)
+                self.activate()
 
     def remove(self, name: str) -> None:
-        """Remove an adapter. If no other is active then, the first that is left becomes so."""
-        with LOCK:
+        """Remove an adapter. If no other is active then, the first that is left becomes so.
+
+        Calls of other threads go on with its values.
+        """
+        with changing():
             self.check_unrouted("delete_adapter")
             self.check_known([name])
             self._check_unmerged(name)
             if any(any_spread(site) for _, site in self.sites_of(name)):
-                raise IA3Error(
+                raise StateError(
                     f"adapter {name!r} is spread over processes by FSDP, which would put its "
                     "vectors back: set_adapter() to another instead"
                 )
             remaining = tuple(other for other in self.active if other != name)
             first = next((other for other in self.configs if other != name), None)
-            # Before its vectors go: calls of other threads ask for those of the active ones.
             if self.active and not remaining and first is not None:
                 warn_caller(f"adapter {name!r} was active; {first!r} is active now")
+            # Before its vectors go: calls of other threads ask for those of the active ones.
+            going: dict[tuple[Any, str], Any] = {
+                (site, name): site.vector(name) for _, site in self.sites_of(name)
+            }
+            for _, _, held in self.contents().copies:
+                if name in held:
+                    going[held, name] = held[name]
+            self.calls.keep(going)
+            if self.active and not remaining and first is not None:
                 self.switch(first, leaving=name)
             else:
                 self.activate(remaining)
@@ -413,7 +470,7 @@ class Adapters:
 
     def unload(self) -> None:
         """Take everything off the model, which is then what it was."""
-        with LOCK:
+        with changing():
             self.unfuse()
             self.unmerge()
             contents = self.contents()
@@ -440,16 +497,17 @@ class Adapters:
         self, names: str | Sequence[str], inference_mode: bool = False, leaving: str | None = None
     ) -> None:
         """Make these adapters the active ones, and unless in inference mode those that train."""
-        with LOCK:
+        inference_mode = flag("inference_mode", inference_mode)
+        with changing():
             active = self.named(names)
             self._check_one_copy(active)
-            if self.merge.adapters:
-                warn_caller("adapters are merged; they are unmerged first")
-                self.merge.undo()
             if any(map(self.copies_of, active)):
                 self.check_unrouted("set_adapter of an adapter with modules_to_save")
+            if self.merge.adapters:
+                warn_caller("adapters are merged; they are unmerged first")
             trained, changed = () if inference_mode else active, {*self.active, *active}
-            self.activate(active)
+            with self._unmerged("set_adapter"):
+                self.activate(active)
             self._train(trained, changed, leaving)
 
     def _train(self, trained: Collection[str], changed: set[str], leaving: str | None) -> None:
@@ -472,7 +530,8 @@ class Adapters:
 
     def require_grad(self, names: str | Sequence[str], required: bool) -> None:
         """Have the vectors and copies of these adapters train or not; others stay as they are."""
-        with LOCK:
+        required = flag("requires_grad", required)
+        with changing():
             for name in self.named(names):
                 for _, site in self.sites_of(name):
                     site[name].requires_grad = required
@@ -488,7 +547,7 @@ class Adapters:
         What is merged, fused or routed decides where hooks are needed: call this after its changes.
         Where it raises `IA3Error`, nothing has changed.
         """
-        with LOCK:
+        with changing():
             names, contents = self.active if names is None else names, self.contents()
             active, merged = names if self.enabled else (), self.merge.adapters
             if not merged <= {*active}:  # then it takes the place of what is active
@@ -523,23 +582,44 @@ class Adapters:
 
     def enable(self, enabled: bool) -> None:
         """Have the active adapters multiply, or none, which unmerges those that are merged."""
-        with LOCK:
+        with changing():
             if not enabled:
                 what = f"disabling adapters (rows of the base model are named {BASE!r})"
                 self.check_unrouted(what)
-                self.merge.undo()
             before, self.enabled = self.enabled, enabled
             try:
-                self.activate()
+                with nullcontext() if enabled else self._unmerged("disabling adapters"):
+                    self.activate()
             except BaseException:
                 self.enabled = before
                 raise
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the context adapters are disabled, until the last thread has left such a one."""
+        entered = False
+        try:
+            with changing():
+                before = self.enabled
+                self.enable(False)
+                if not self._disabling:
+                    self._enabled_before = before
+                self._disabling += 1
+                entered = True
+            yield
+        finally:
+            if entered:
+                with changing():
+                    self._disabling -= 1
+                    if not self._disabling:
+                        self.enable(self._enabled_before)
 
     # -- merging ----------------------------------------------------------------------------------
 
     def merge_in(self, names: str | Sequence[str] | None, safe: bool) -> None:
         """Merge adapters, the active ones for `None`, beside those that are merged already."""
-        with LOCK, torch.inference_mode(False):
+        safe = flag("safe_merge", safe)
+        with changing(), torch.inference_mode(False):
             self.check_enabled("merging them")
             self._merge(self.active if names is None else self.named(names), safe)
 
@@ -551,18 +631,26 @@ class Adapters:
             return
         # In the order in which they would multiply, unmerged.
         order = dict.fromkeys([*self.active, *self.configs])
-        self.merge.make(tuple(name for name in order if name in merged.union(names)), safe)
-        self.activate()
+        with self.calls.alone("merging"):
+            self.merge.make(tuple(name for name in order if name in merged.union(names)), safe)
+            self.activate()
+
+    @contextmanager
+    def _unmerged(self, what: str) -> Iterator[None]:
+        """Put the original weights back for what is done within, and for good."""
+        with self.calls.alone(what) if self.merge.adapters else nullcontext():
+            self.merge.undo()
+            yield
 
     def unmerge(self) -> None:
-        with LOCK:
-            self.merge.undo()
+        with changing(), self._unmerged("unmerging"):
             self.activate()
 
     def merge_for_good(
         self, names: str | Sequence[str] | None, safe: bool, dequantise: bool
     ) -> None:
         """As `IA3Model.merge_and_unload`, but for unloading; the caller holds the lock."""
+        safe, dequantise = flag("safe_merge", safe), flag("dequantise", dequantise)
         self.check_unrouted("merging")
         merged = self.merge.adapters
         chosen = self.active if names is None else self.named(names)
@@ -599,59 +687,75 @@ class Adapters:
 
     # -- how they multiply ------------------------------------------------------------------------
 
-    def route_opened(self, route: Route) -> None:
+    def route_opened(self, route: Route, frame: object) -> None:
         """Have the hooks there that ask for a route. Until it is gone nothing removes them."""
-        with LOCK:
-            self._open_routes += 1
+        with changing():
+            self._open_routes.add(frame)
             self._routes.append(weakref.ref(route))
             try:
                 watch(self.model, True)
                 if not all(site.routed for _, _, site in self.contents().sites):
                     self.activate()
             except BaseException:
-                self._open_routes -= 1
+                self._open_routes.discard(frame)
                 raise
 
-    def route_closed(self) -> None:
+    def route_closed(self, frame: object) -> None:
         """Undo `route_opened`; the hooks stay until the next change."""
-        with LOCK:
-            self._open_routes -= 1
+        # Without the lock: waiting for it could be interrupted, and the route would be on for ever.
+        self._open_routes.discard(frame)
 
     def use_plain_product(self, plain: bool) -> None:
-        with LOCK:
+        plain = flag("plain", plain)
+        with changing(), self.calls.alone("use_plain_product"):
             self._plain = plain
             for _, _, site in self.contents().sites:
                 site.in_place = not plain
 
     def fuse(self) -> int:
-        with LOCK:
+        with changing():
             self.check_loaded()
-            self._fused = fuse(self.model)
-            self.activate()
+            with self.calls.alone("fuse_mlp"):
+                self._fused = fuse(self.model)
+                self.activate()
             return len(self._fused)
 
     def unfuse(self) -> None:
-        with LOCK:
+        with changing():
             if self._fused:
-                self._fused = []
-                unfuse(self.model)
-                self.activate()
+                with self.calls.alone("unfuse_mlp"):
+                    self._fused = []
+                    unfuse(self.model)
+                    self.activate()
+
+
+def _forget_threads() -> None:
+    """Have only the routes on that go on in a process that was forked off."""
+    here = frames_here()
+    for adapters in list(_all):
+        adapters._open_routes &= here
+
+
+_all: weakref.WeakSet[Adapters] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 def check_config(config: Any) -> None:
     if not isinstance(config, IA3Config):
         kind = f"{type(config).__module__}.{type(config).__name__}"
-        raise IA3Error(f"the config is a {kind}, expected an ia3.IA3Config")
+        raise InvalidTypeError(f"the config is a {kind}, expected an ia3.IA3Config")
 
 
 def check_string(name: object) -> None:
     if not isinstance(name, str):
-        raise IA3Error(f"adapter name {name!r} is {type(name).__name__}, expected a string")
+        kind = type(name).__name__
+        raise InvalidTypeError(f"adapter name {shown(name)} is {kind}, expected a string")
 
 
 def check_name(name: str) -> None:
     check_string(name)
-    if not re.fullmatch(r"[^./\\\s\x00]+", name):
+    if not re.fullmatch(r"[^./\\\s\x00\ud800-\udfff]+", name):
         raise IA3Error(f"adapter name {name!r} must have no dot, slash or white space")
     if name == BASE:
         raise IA3Error(f"adapter name {BASE!r} means the base model: choose another")
@@ -674,14 +778,14 @@ def _check_can_be_copied(saved: Sequence[str], contents: Contents) -> None:
                     f"{part_name!r}, which is part of {name!r}"
                 )
             if is_fused(part):
-                raise IA3Error(
+                raise StateError(
                     f"modules_to_save: {part_name!r} in {name!r} is fused: unfuse_mlp() first"
                 )
 
 
 def _check_unspread(name: str, contents: Contents) -> None:
     if any_spread(contents.modules[name]):
-        raise IA3Error(
+        raise StateError(
             f"{name!r} is spread over processes already, and the adapter has weights of its own "
             "for it: put the adapter on before FSDP"
         )

@@ -10,10 +10,12 @@ from typing import Any
 import transformers
 from torch import nn
 
+from ..arguments import listed
 from ..base.loading import load_tokenizer
-from ..errors import IA3Error
+from ..errors import IA3Error, StateError
 from ..files.hub import CONFIG_NAME, adapter_folder
 from ..targets.config import IA3Config, TaskType
+from .adapters import check_config
 from .ia3_model import MODEL_CLASSES, IA3Model
 from .saving import DEFAULT_ADAPTER
 
@@ -27,7 +29,11 @@ TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model", "chat_temp
 
 
 class AutoPeftModel:
-    """An adapter together with its base model, whose name and class its config says."""
+    """An adapter together with its base model, whose name and class its config says.
+
+    Raises:
+        StateError: always: `from_pretrained` makes one.
+    """
 
     task_type: TaskType | None = None
 
@@ -36,7 +42,8 @@ class AutoPeftModel:
         cls.task_type = task or cls.task_type
 
     def __init__(self) -> None:
-        raise IA3Error(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained()")
+        kind = type(self).__name__
+        raise StateError(f"{kind} is made by {kind}.from_pretrained()")
 
     @classmethod
     def from_pretrained(
@@ -65,15 +72,22 @@ class AutoPeftModel:
                 `key_mapping` and `ignore_mismatched_sizes`.
 
         Raises:
-            FileNotFoundError: there is no adapter.
-            IA3Error: its config names no base model, or one of another task.
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: it is another kind of adapter.
+            MissingFileError: there is no adapter.
+            BrokenFileError: a file of the adapter is broken.
+            MismatchError: the adapter does not fit its base model.
+            IA3Error: its config names no base model, or one of another task; or the base model or
+                the tokenizer brings code of its own, and `trust_remote_code` is not given.
             OSError: the base model is not to be had.
         """
         hub: Any = {key: base_options[key] for key in FOR_BOTH if key in base_options}
         hub |= {"revision": revision, "subfolder": subfolder}
         files = ["adapter_*", *TOKENIZER_FILES]
         folder = adapter_folder(pretrained_model_name_or_path, files, **hub)
-        config = config or IA3Config.from_pretrained(folder)
+        if config is None:
+            config = IA3Config.from_pretrained(folder)
+        check_config(config)
         if config.base_model_name_or_path is None:
             raise IA3Error(
                 f"{folder / CONFIG_NAME} names no base model: load it yourself, then "
@@ -84,19 +98,31 @@ class AutoPeftModel:
                 f"{pretrained_model_name_or_path} is an adapter for {config.task_type}, expected "
                 f"{cls.task_type.value}: use AutoPeftModel"
             )
-        allowed = LIBRARIES if import_allowlist is None else import_allowlist
-        base = _base_class(cls.task_type, config, allowed).from_pretrained(
-            config.base_model_name_or_path, revision=config.revision, **base_options
-        )
+        allowed = LIBRARIES
+        if import_allowlist is not None:
+            allowed = (*listed("import_allowlist", import_allowlist, "a list of libraries"),)
+        kind = _base_class(cls.task_type, config, allowed)
+        name, trusted = config.base_model_name_or_path, base_options.get("trust_remote_code", False)
+        if kind.__module__.startswith("transformers."):
+            # Unless it is told, transformers asks at the terminal.
+            base_options = {**base_options, "trust_remote_code": trusted}
+        try:
+            base = kind.from_pretrained(name, revision=config.revision, **base_options)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise IA3Error(
+                f"the base model {name!r}, which the adapter names, brings code of its own: look "
+                "at it, and if you trust it, say trust_remote_code=True"
+            ) from error
         if (folder / "tokenizer_config.json").is_file():
-            trusted = base_options.get("trust_remote_code", False)
             tokens = load_tokenizer(folder, trust_remote_code=trusted)
             if len(tokens) > base.get_input_embeddings().weight.shape[0]:
                 base.resize_token_embeddings(len(tokens))
-        kind = MODEL_CLASSES.get(cls.task_type, IA3Model)
+        face = MODEL_CLASSES.get(cls.task_type, IA3Model)
         options: Any = {key: base_options[key] for key in SHARED if key in base_options}
         options["autocast_adapter_dtype"] = autocast_adapter_dtype
-        return kind.from_pretrained(base, folder, adapter_name, is_trainable, config, **options)
+        return face.from_pretrained(base, folder, adapter_name, is_trainable, config, **options)
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel, task=TaskType.CAUSAL_LM):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..core.names import ATTRIBUTE, modules_of, unwrapped
 from ..core.sites import Site
 from ..core.spread import gathered
-from ..errors import IA3Error
+from ..errors import MismatchError, StateError
 
 # What transformers calls the number of tokens, in configs and in the modules that embed them.
 VOCABULARY = "vocab_size"
@@ -123,7 +123,7 @@ def own_values(
             if value is None or parameter is None:
                 continue
             if value.shape != parameter.shape:
-                raise IA3Error(
+                raise MismatchError(
                     f"the adapter does not fit {type(model).__name__}: {key!r} is "
                     f"{list(value.shape)}, expected {list(parameter.shape)}; its base model had "
                     f"{len(value)} tokens: {RESIZE}({len(value)}) first"
@@ -135,7 +135,7 @@ def own_values(
 
 def _same(value: Tensor, parameter: Tensor) -> bool:
     """Whether both are the same numbers, one of them perhaps rounded."""
-    if parameter.is_meta:
+    if parameter.is_meta or value.is_meta:
         return False
     here = gathered(parameter).to(value.device)
     return torch.equal(value.to(here.dtype), here) or torch.equal(here.to(value.dtype), value)
@@ -164,7 +164,7 @@ class GuardedResize:
             tokens = len(module.get_parameter("weight"))
             asked, step = new_num_tokens or tokens, pad_to_multiple_of or 1
             if ceil(asked / step) * step != tokens:
-                raise IA3Error(
+                raise StateError(
                     f"{RESIZE}: adapters have a vector on {name!r} or a copy of it, for its "
                     f"{tokens} tokens (modules_to_save): unload(), resize, and adapt it again"
                 )

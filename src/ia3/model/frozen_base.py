@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
 from ..core import weights
@@ -40,6 +41,8 @@ class FrozenBase:
         # They may have come into wrappers, or out of them, since.
         parameters = own_names(dict(self.model.named_parameters()))
         for name in self._trained & parameters.keys():
+            if is_lazy(parameters[name]):  # adapters are refused until it has a size
+                continue
             # What was made in inference mode may be told only there.
             with torch.inference_mode(parameters[name].is_inference()):
                 parameters[name].requires_grad_(trained)

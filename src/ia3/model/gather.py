@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..arguments import instance
 from ..core.activations import Side
 from ..core.route import BASE, LOCK, Host, Names, Route
 from ..core.sites import Site
 from ..core.spread import is_spread
-from ..errors import IA3Error
+from ..errors import IA3Error, InvalidTypeError, StateError, shown
 from .adapters import Adapters
 
 
@@ -50,7 +51,7 @@ def make_route(
             return Route(host, sites, gathered.get, index, gathered=by_row)
         for name in own:
             if name not in model.configs:
-                raise IA3Error(f"adapter {name!r} was deleted while it was asked for")
+                raise StateError(f"adapter {name!r} was deleted while it was asked for")
             copied = [module for module, _, copies in contents.copies if name in copies]
             having = [(module, site.side) for site, module in sites.items() if name in site]
             check_mixable(name, copied, having)
@@ -76,8 +77,8 @@ def _stacked_vectors(
         having = had.get(site, [])
         gone = next((name for name in having if name not in site), None)
         if gone is not None:
-            raise IA3Error(f"adapter {gone!r} was deleted while a call with it was running")
-        rows = {name: _wide(site.vector(name)).reshape(-1) for name in having}
+            raise StateError(f"adapter {gone!r} was deleted while a call with it was running")
+        rows = {name: _wide(site.seen_vector(name)).reshape(-1) for name in having}
         like = next(iter(rows.values()), gathered.get(site))
         if like is None:
             return None
@@ -116,11 +117,15 @@ def read_names(names: Names, token_index: Tensor | None = None) -> tuple[list[st
     These are `[rows]` or `[batch, seq]`, int64. For tokens, `names` are lists of the same length,
     or what `token_index` counts in.
     """
-    if isinstance(names, str) or not isinstance(names, Sequence) or len(names) == 0:
-        raise IA3Error(f"adapter_names is {names!r}, expected a list with one name a row")
+    expected = "a list with one name a row"
+    if isinstance(names, str | bytes) or not isinstance(names, Sequence):
+        raise InvalidTypeError(f"adapter_names is {shown(names)}, expected {expected}")
+    if len(names) == 0:
+        raise IA3Error(f"adapter_names is {names!r}, expected {expected}")
     flat: list[Any] = list(names)
     expected = "names, or a list of names a row"
     if token_index is not None:
+        instance("token_index", token_index, Tensor, "[batch, seq] torch.int64")
         if token_index.dim() != 2 or token_index.dtype != torch.int64 or token_index.numel() == 0:
             raise IA3Error(
                 f"token_index is {list(token_index.shape)} {token_index.dtype}, expected "
@@ -148,7 +153,7 @@ def read_names(names: Names, token_index: Tensor | None = None) -> tuple[list[st
     for name in flat:
         if not isinstance(name, str):
             base = f" ({BASE!r} is the base model)" if name is None else ""
-            raise IA3Error(f"adapter_names holds {name!r}, expected {expected}{base}")
+            raise InvalidTypeError(f"adapter_names holds {shown(name)}, expected {expected}{base}")
     places: dict[str, int] = {}
     index = torch.tensor([places.setdefault(name, len(places)) for name in flat])
     if token_index is not None:

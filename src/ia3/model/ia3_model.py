@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys as LoadedKeys
 
 from ..adapter.combining import CombinationType, MajoritySign, combine
-from ..adapter.files import Adapter, check_finite
+from ..adapter.files import Adapter, check_finite, named_tensors
+from ..arguments import flag, folder_of, instance, listed
 from ..core.merge import Merge
 from ..core.names import own_names
-from ..core.route import LOCK, Names
-from ..errors import IA3Error, naming, warn_caller, warn_ignored
+from ..core.route import LOCK, Names, changing
+from ..errors import IA3Error, UnknownNameError, naming, warn_caller, warn_ignored
 from ..targets.config import IA3Config, PeftType, TaskType
 from . import saving, status
 from .adapters import Adapters, check_config, check_name as check_name, check_string
@@ -33,6 +34,7 @@ from .status import TunerLayerStatus, TunerModelStatus
 from .trainers import AsPeftModel, tell_others
 
 # Task -> the class of its models: those at the end of this file.
+CHECKPOINTING = "what checkpointing is enabled with"
 MODEL_CLASSES: dict[str | None, type[IA3Model]] = {}
 
 
@@ -47,7 +49,8 @@ class IA3Model(AsPeftModel):
 
     Several threads may call the model, and change its adapters meanwhile: each change is made under
     one lock, a call sees the adapters from before or after it, and a change that raises is undone.
-    Merging, deleting, fusing and `use_plain_product` want no calls of the model meanwhile.
+    Merging, unloading, fusing and `use_plain_product` raise a `StateError` while another thread is
+    in a call, and calls that begin meanwhile wait for them. Ctrl-C interrupts after a change.
     What is refused raises `IA3Error`, an adapter's name that is unknown in any method.
 
     Args:
@@ -59,7 +62,13 @@ class IA3Model(AsPeftModel):
         vectors: its vectors, as in `add_adapter`; ones where not given.
 
     Raises:
-        IA3Error: the config or the vectors do not fit the model, which is then unchanged.
+        InvalidTypeError: an argument is of another type.
+        UnknownNameError: `peft_config` is a mapping without `adapter_name`.
+        StateError: the model has adapters already.
+        NoMatchingPeftModuleError: a name in the config matches no module.
+        MismatchError: the vectors are not those of the modules.
+        IA3Error: the adapter's name is malformed, or the config does not fit. Whatever is raised,
+            the model is unchanged.
     """
 
     # The Trainer trains a quantized model only if it has adapters, and asks for this.
@@ -88,8 +97,11 @@ class IA3Model(AsPeftModel):
         vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
         model, peft_config = in_order(model, peft_config)
+        check_string(adapter_name)
         if isinstance(peft_config, Mapping) and adapter_name not in peft_config:
-            raise IA3Error(f"peft_config has {[*peft_config]}, expected {adapter_name!r} in it")
+            raise UnknownNameError(
+                f"peft_config has {[*peft_config]}, expected {adapter_name!r} in it"
+            )
         config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
         check_config(config)
         if config.task_type is None and self.task is not None:
@@ -114,13 +126,20 @@ class IA3Model(AsPeftModel):
         `autocast_adapter_dtype` is as in `add_adapter`.
 
         Raises:
-            IA3Error: the adapter does not fit the model, which is then unchanged.
+            InvalidTypeError: an argument is of another type.
+            StateError: the model has adapters already.
+            NoMatchingPeftModuleError: no module is left to rescale.
+            MismatchError: the values are not those of the modules.
+            IA3Error: the adapter's name is malformed, or its config does not fit. Whatever is
+                raised, the model is unchanged.
         """
+        instance("adapter", adapter, Adapter, "an Adapter, as IA3Model.adapter gives it")
         kind = MODEL_CLASSES.get(adapter.config.task_type, cls) if cls is IA3Model else cls
         self = kind.__new__(kind)
         self._begin(model)
         with naming(source):
-            check_finite(adapter.vectors)
+            if adapter.unread is None:
+                check_finite(adapter.vectors)
             self._add_first(adapter_name, adapter.config, adapter, autocast_adapter_dtype)
         return self
 
@@ -134,7 +153,12 @@ class IA3Model(AsPeftModel):
 
     @classmethod
     def without_adapters(cls, model: nn.Module) -> IA3Model:
-        """A base model with no adapter yet, its parameters frozen."""
+        """A base model with no adapter yet, its parameters frozen.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            StateError: the model has adapters already.
+        """
         self = cls.__new__(cls)
         self._begin(model)
         self._adapters.base.freeze()
@@ -149,9 +173,14 @@ class IA3Model(AsPeftModel):
         tell_others(IA3Model)
 
     def _add_first(self, name: str, config: IA3Config, stored: Adapter | None, wide: bool) -> None:
-        self._adapters.add(name, config, stored, wide)
-        self._adapters.base.freeze()
-        self.set_adapter(name, inference_mode=config.inference_mode)
+        try:
+            with changing():
+                self._adapters.add(name, config, stored, wide)
+                self._adapters.base.freeze()
+                self.set_adapter(name, inference_mode=config.inference_mode)
+        except BaseException:  # nobody gets the model, to take it off
+            self._unload()
+            raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IA3Model:
         twin = type(self).__new__(type(self))
@@ -210,8 +239,12 @@ class IA3Model(AsPeftModel):
                 FSDP 1 flattens together must have one dtype; half precision hardly trains.
 
         Raises:
-            IA3Error: the name is taken or malformed, or the config or the vectors do not fit the
-                model, which is then unchanged.
+            InvalidTypeError: an argument is of another type.
+            StateError: the model was unloaded.
+            NoMatchingPeftModuleError: a name in the config matches no module.
+            MismatchError: the vectors are not those of the modules.
+            IA3Error: the name is taken or malformed, or the config does not fit. Whatever is
+                raised, the model is unchanged.
         """
         stored = _stored(peft_config, vectors)
         self._add(adapter_name, peft_config, stored, autocast_adapter_dtype)
@@ -235,25 +268,52 @@ class IA3Model(AsPeftModel):
             adapter_name: the new name.
             combination_type, density, majority_sign_method: see `ia3.combine`, which also says what
                 is refused.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+            StateError: the model was unloaded.
+            IA3Error: the new name is taken or malformed, or see `ia3.combine`.
         """
         with LOCK:
-            self._adapters.check_known(adapters)
-            stored = [(name, self._adapters.stored(name)) for name in adapters]
+            names = listed("adapters", adapters, "a list of names")
+            self._adapters.check_known(names)
+            stored = [(name, self._adapters.stored(name)) for name in names]
         combined = combine(stored, weights, combination_type, density, majority_sign_method)
         self._add(adapter_name, combined.config, combined)
 
     def _add(self, name: str, config: IA3Config, stored: Adapter | None, wide: bool = True) -> None:
-        # Before the model's lock is held: the bank has one of its own.
-        if self.routes.bank is not None and name in self.routes.bank:
-            raise IA3Error(
-                f"the model's bank has an adapter {name!r} already: remove it or choose another"
-            )
-        self._adapters.add(name, config, stored, wide)
+        with changing():
+            if self.routes.bank is not None and name in self.routes.bank:
+                raise IA3Error(
+                    f"the model's bank has an adapter {name!r} already: remove it or choose another"
+                )
+            self._adapters.add(name, config, stored, wide)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As `nn.Module`'s, while no other thread adds or deletes adapters."""
+        with LOCK:
+            return super().state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> IA3Model:
+        """As `nn.Module`'s, while no other thread adds or deletes adapters.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+        """
+        instance("mode", mode, bool, "True or False")
+        with LOCK:
+            return super().train(mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, neither merged nor routed. No other thread may be in a call with it.
+        """Remove an adapter, neither merged nor routed. Calls with it that are running end with it.
 
         If no other is active then, the first that is left becomes so.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+            StateError: it is merged, a route is on, or FSDP has spread it.
         """
         self._adapters.remove(adapter_name)
 
@@ -263,7 +323,9 @@ class IA3Model(AsPeftModel):
         Only they require gradients, or none do in `inference_mode`.
 
         Raises:
-            IA3Error: a name is unknown, or two have a copy of one module (`modules_to_save`).
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+            StateError: two have a copy of one module (`modules_to_save`), or a route is on.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -293,7 +355,7 @@ class IA3Model(AsPeftModel):
         """The (first) active adapter's config.
 
         Raises:
-            IA3Error: no adapter is active.
+            StateError: no adapter is active, or the model was unloaded.
         """
         return self._adapters.active_config()
 
@@ -308,35 +370,58 @@ class IA3Model(AsPeftModel):
         """Have these adapters train or not, active or not; the others stay as they are.
 
         `set_adapter` says anew which of them do.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
         """
         self._adapters.require_grad(adapter_names, requires_grad)
 
     def disable_adapter_layers(self) -> None:
-        """Compute as the base model does, unmerged and unrouted, until `enable_adapter_layers`."""
+        """Compute as the base model does, unmerged and unrouted, until `enable_adapter_layers`.
+
+        Raises:
+            StateError: a route is on.
+        """
         self._adapters.enable(False)
 
     def enable_adapter_layers(self) -> None:
-        """Undo `disable_adapter_layers`."""
+        """Undo `disable_adapter_layers`.
+
+        Raises:
+            StateError: what is merged cannot be unmerged.
+        """
         self._adapters.enable(True)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """As `disable_adapter_layers`, within the context."""
-        enabled = self._adapters.enabled
-        self._adapters.enable(False)
-        try:
+        """As `disable_adapter_layers`, within the context: for all threads that call the model.
+
+        Where several are in one, adapters are enabled again when the last one has left.
+
+        Raises:
+            StateError: a route is on.
+        """
+        with self._adapters.disabled():
             yield
-        finally:
-            self._adapters.enable(enabled)
 
     def vectors(self, adapter_name: str) -> dict[str, Tensor]:
-        """Module name -> the vector that trains, of its shape and dtype in `add_adapter`."""
-        self._adapters.check_known([adapter_name])
-        return {name: site[adapter_name] for name, site in self._adapters.sites_of(adapter_name)}
+        """Module name -> the vector that trains, of its shape and dtype in `add_adapter`.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+        """
+        with LOCK:
+            self._adapters.check_known([adapter_name])
+            return {
+                name: site[adapter_name] for name, site in self._adapters.sites_of(adapter_name)
+            }
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(values that require gradients, all values)."""
-        return status.value_counts(self)
+        with LOCK:
+            return status.value_counts(self)
 
     def print_trainable_parameters(self) -> None:
         """Print both numbers and their ratio, in PEFT's words."""
@@ -348,7 +433,7 @@ class IA3Model(AsPeftModel):
         """What is on each module that an adapter has a vector for or a copy of; see its class.
 
         Raises:
-            IA3Error: there is no adapter.
+            StateError: there is no adapter.
         """
         return status.of_layers(self._adapters, "model.")
 
@@ -356,7 +441,7 @@ class IA3Model(AsPeftModel):
         """What is on the model as a whole; see its class.
 
         Raises:
-            IA3Error: there is no adapter.
+            StateError: there is no adapter.
         """
         return status.of_model(self._adapters, self)
 
@@ -372,6 +457,12 @@ class IA3Model(AsPeftModel):
         Args:
             adapter_names: instead of these, one name a row of the batch, or lists with one a
                 token; raises as `route`.
+
+        Raises:
+            InvalidTypeError: `adapter_names` are no list of names.
+            UnknownNameError: there is no adapter of that name.
+            StateError: as of `route`.
+            IA3Error: as of `route`; what the base model raises besides is its own.
         """
         if adapter_names is None:
             return self.model(*args, **kwargs)
@@ -389,6 +480,13 @@ class IA3Model(AsPeftModel):
         Args:
             adapter_names: instead of these, one name a row of the input, also for its beams and
                 returned sequences; raises as `route`.
+
+        Raises:
+            InvalidTypeError: `adapter_names` are no list of names.
+            UnknownNameError: there is no adapter of that name.
+            StateError: as of `route`.
+            IA3Error: as of `route`, or tokens are named; what the base model raises besides is its
+                own.
         """
         with self._adapters.calls.opened(self.model):
             return self.routes.generate(adapter_names, args, kwargs)
@@ -405,14 +503,22 @@ class IA3Model(AsPeftModel):
     def init_continuous_batching(
         self, *args: Any, adapter_names: None = None, **kwargs: Any
     ) -> Any:
-        """The base model's, whose manager generates as `generate_batch` does."""
+        """The base model's, whose manager generates as `generate_batch` does.
+
+        Raises:
+            IA3Error: as of `generate_batch`.
+        """
         self.routes.check_generates_here("continuous batching", adapter_names)
         return self.model.init_continuous_batching(*args, **kwargs)  # type: ignore[operator]
 
     def continuous_batching_context_manager(
         self, *args: Any, adapter_names: None = None, **kwargs: Any
     ) -> Any:
-        """The base model's, whose manager generates as `generate_batch` does."""
+        """The base model's, whose manager generates as `generate_batch` does.
+
+        Raises:
+            IA3Error: as of `generate_batch`.
+        """
         self.routes.check_generates_here("continuous batching", adapter_names)
         return self.model.continuous_batching_context_manager(*args, **kwargs)  # type: ignore[operator]
 
@@ -432,9 +538,12 @@ class IA3Model(AsPeftModel):
             token_index: `[batch, seq]`, int64: the tokens' names, as places in `names`.
 
         Raises:
-            IA3Error: a name is unknown, or its adapter has copies of modules (`modules_to_save`)
-                or rescales experts; adapters are merged or disabled; or, in a call, the batch has
-                not as many rows or tokens as were named.
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+            StateError: adapters are merged or disabled, the model was unloaded, another adapter's
+                copy of a module is active, or a context within this one is still open.
+            IA3Error: an adapter has copies of modules (`modules_to_save`) or rescales experts; or,
+                in a call, the batch has not as many rows or tokens as were named.
 
         Example:
             >>> import torch
@@ -458,6 +567,9 @@ class IA3Model(AsPeftModel):
         activation, and those of a gated MLP's down projection on the up projection's output, so
         that no copy of an activation is kept for the gradients. In bfloat16 a vector's gradient
         then comes from a rounded result.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
         """
         self._adapters.use_plain_product(plain)
 
@@ -466,28 +578,41 @@ class IA3Model(AsPeftModel):
 
         In each of them, act(gate(x)) ⊙ up(x) ⊙ vector becomes one operation that keeps gate and up,
         but not act(gate). Results differ in their last bits. Other layers are left alone, and those
-        that are put on the model later. No other thread may be calling the model.
+        that are put on the model later.
 
         Raises:
+            StateError: the model was unloaded, or another thread is calling it.
             IA3Error: none can be fused; the message names one and says why.
         """
         return self._adapters.fuse()
 
     def unfuse_mlp(self) -> None:
-        """Undo `fuse_mlp`; no other thread may be calling the model."""
+        """Undo `fuse_mlp`; a `StateError` while another thread is calling the model."""
         self._adapters.unfuse()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Recompute activations in the backward pass, as the base model does it."""
+        """Recompute activations in the backward pass, as the base model does it.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+        """
+        if gradient_checkpointing_kwargs is not None:
+            instance(CHECKPOINTING, gradient_checkpointing_kwargs, Mapping, "a mapping")
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)  # type: ignore[operator]
         self._adapters.base.checkpointing_enabled(gradient_checkpointing_kwargs)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """The newer name of `gradient_checkpointing_enable` in transformers."""
+        """The newer name of `gradient_checkpointing_enable` in transformers.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+        """
+        if activation_checkpointing_kwargs is not None:
+            instance(CHECKPOINTING, activation_checkpointing_kwargs, Mapping, "a mapping")
         self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)  # type: ignore[operator]
         self._adapters.base.checkpointing_enabled(activation_checkpointing_kwargs)
 
@@ -538,13 +663,22 @@ class IA3Model(AsPeftModel):
             safe_merge: refuse a result that is not finite.
 
         Raises:
-            IA3Error: adapters are disabled, or a weight cannot take the vector exactly or is shared
-                with a module that would change too; the model is then unchanged.
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+            StateError: adapters are disabled, a route is on, weights are spread over processes, or
+                another thread is calling the model.
+            IA3Error: a weight cannot take the vector exactly or is shared with a module that would
+                change too, or a result is not finite. Whatever is raised, the model is unchanged.
         """
         self._adapters.merge_in(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Put the original weights back, bit for bit."""
+        """Put the original weights back, bit for bit.
+
+        Raises:
+            StateError: a merged weight was replaced by one of another shape since, or another
+                thread is calling the model.
+        """
         self._adapters.unmerge()
 
     def merge_and_unload(
@@ -567,6 +701,12 @@ class IA3Model(AsPeftModel):
             dequantise: where a quantized weight cannot take a vector exactly, put an ordinary
                 linear layer in its place.
 
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+            StateError: a route is on, or weights are spread over processes.
+            IA3Error: as of `merge_adapter`.
+
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> from ia3 import IA3Config, get_peft_model
@@ -575,13 +715,23 @@ class IA3Model(AsPeftModel):
             >>> merged is base, [name for name in merged.state_dict() if "ia3_l" in name]
             (True, [])
         """
-        with LOCK, torch.inference_mode(False):
+        with changing(), torch.inference_mode(False), self._adapters.calls.alone("merging"):
             self._adapters.merge_for_good(adapter_names, safe_merge, dequantise)
             return self.unload()
 
     def unload(self) -> nn.Module:
-        """Take everything off, unrouted, and return the very model that was passed in."""
-        with LOCK:
+        """Take everything off, unrouted, and return the very model that was passed in.
+
+        Raises:
+            StateError: a route of the model is on, another thread is calling the model, or what is
+                merged cannot be unmerged.
+        """
+        with changing(), self._adapters.calls.alone("unload"):
+            return self._unload()
+
+    def _unload(self) -> nn.Module:
+        """As `unload`, whoever is calling the model."""
+        with changing():
             if not self._adapters.unloaded:
                 self._adapters.check_unrouted("unload")
                 self.routes.detach()
@@ -627,20 +777,25 @@ class IA3Model(AsPeftModel):
                 warning.
 
         Raises:
-            IA3Error: an adapter is unknown, there is none, a vector is not finite, or an option
-                cannot be had; or FSDP 1 has the vectors in pieces, and there is no `state_dict`.
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+            StateError: there is no adapter, or FSDP 1 has the vectors in pieces and there is no
+                `state_dict`.
+            NotAFolderError: there is a file of that name.
+            IA3Error: a vector is not finite, the folder's name is malformed, or an option cannot be
+                had.
             OSError: the disk is full or may not be written; what was there before stays.
         """
         warn_ignored(further, saving.IGNORED_WHEN_SAVED)
         saving.check_form(safe_serialization, path_initial_model_for_weight_conversion)
         saving.save(
             self._adapters,
-            Path(save_directory),
+            folder_of("save_directory", save_directory),
             selected_adapters,
             adapter_name,
             state_dict,
             save_embedding_layers,
-            is_main_process,
+            flag("is_main_process", is_main_process),
         )
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
@@ -650,12 +805,21 @@ class IA3Model(AsPeftModel):
         the base model's name on the hub; a folder of this machine is not named.
 
         Raises:
+            InvalidTypeError: an argument is of another type.
+            NotAFolderError: there is a file of that name.
+            IA3Error: the folder's name is malformed.
             OSError: the disk is full or may not be written.
         """
-        saving.write_card(self._adapters, Path(output_dir))
+        saving.write_card(self._adapters, folder_of("output_dir", output_dir))
 
     def adapter(self, adapter_name: str) -> Adapter:
-        """An adapter as it is saved; its tensors may share the model's memory."""
+        """An adapter as it is saved; its tensors may share the model's memory.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+            StateError: FSDP 1 has the vectors in pieces.
+        """
         with LOCK:
             return saving.to_save(self._adapters, [adapter_name])[adapter_name]
 
@@ -700,8 +864,15 @@ class IA3Model(AsPeftModel):
             The class that the adapter's task type asks for, as `get_peft_model` does.
 
         Raises:
-            FileNotFoundError: there is no adapter.
-            IA3Error: its files are broken or do not fit the model, which is then unchanged.
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: it is another kind of adapter.
+            StateError: the model has adapters already.
+            MissingFileError: there is no adapter.
+            BrokenFileError: one of its files is broken.
+            NoMatchingPeftModuleError: no module is left to rescale.
+            MismatchError: its values are not those of the modules.
+            IA3Error: a name is malformed, or its config does not fit. Whatever is raised, the model
+                is unchanged.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -713,17 +884,18 @@ class IA3Model(AsPeftModel):
             >>> type(again).__name__, again.active_adapters, again.training
             ('PeftModelForCausalLM', ['default'], False)
         """
-        adapter = saving.read(model_id, config, is_trainable, key_mapping, further)
-        if ignore_mismatched_sizes:
-            adapters = Adapters(model, Merge(model))
-            adapter, _ = saving.without_other_sizes(adapters, adapter, adapter_name)
-        self = cls.from_adapter(
-            model,
-            adapter,
-            adapter_name,
-            source=str(model_id),
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )
+        is_trainable = flag("is_trainable", is_trainable)
+        with saving.opened(model_id, config, is_trainable, key_mapping, further) as adapter:
+            if flag("ignore_mismatched_sizes", ignore_mismatched_sizes):
+                adapters = Adapters(model, Merge(model))
+                adapter, _ = saving.without_other_sizes(adapters, adapter, adapter_name)
+            self = cls.from_adapter(
+                model,
+                adapter,
+                adapter_name,
+                source=str(model_id),
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )
         return self if is_trainable else self.eval()
 
     def load_adapter(
@@ -743,25 +915,38 @@ class IA3Model(AsPeftModel):
         """Load a further adapter, not yet active; as `from_pretrained` otherwise.
 
         Under the name of one that is there, its values are loaded into that one, in place: an
-        optimizer that holds its parameters goes on with them. A new one that `is_trainable` has
+        optimizer that holds its parameters goes on with them, and a call that is running in
+        another thread ends with the former ones. A new one that `is_trainable` has
         gradients at once, active or not.
 
         Returns:
             `missing_keys` and `unexpected_keys`, as `load_state_dict` does. Only what
             `ignore_mismatched_sizes` left out is missing; anything else that does not fit raises.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: it is another kind of adapter.
+            StateError: the model was unloaded, or the adapter of this name is merged.
+            MissingFileError: there is no adapter.
+            BrokenFileError: one of its files is broken.
+            NoMatchingPeftModuleError: no module is left to rescale.
+            MismatchError: its values are not those of the modules.
+            IA3Error: a name is taken or malformed, or its config does not fit. Whatever is raised,
+                the model is unchanged.
         """
         check_string(adapter_name)
         missing: list[str] = []
-        adapter = saving.read(model_id, None, is_trainable, key_mapping, further)
-        if ignore_mismatched_sizes:
-            adapter, missing = saving.without_other_sizes(self._adapters, adapter, adapter_name)
-        with naming(str(model_id)):
-            if adapter_name in self.peft_config:
-                self._adapters.load_into(adapter_name, adapter)
-            else:
-                self._add(adapter_name, adapter.config, adapter, autocast_adapter_dtype)
-                if is_trainable:
-                    self.set_requires_grad(adapter_name)
+        is_trainable = flag("is_trainable", is_trainable)
+        with saving.opened(model_id, None, is_trainable, key_mapping, further) as adapter:
+            if flag("ignore_mismatched_sizes", ignore_mismatched_sizes):
+                adapter, missing = saving.without_other_sizes(self._adapters, adapter, adapter_name)
+            with naming(str(model_id)), changing():
+                if adapter_name in self.peft_config:
+                    self._adapters.load_into(adapter_name, adapter)
+                else:
+                    self._add(adapter_name, adapter.config, adapter, autocast_adapter_dtype)
+                    if is_trainable:
+                        self.set_requires_grad(adapter_name)
         modules = [self, *self._adapters.contents().modules.values()]
         if not is_trainable and any(module.training for module in modules):
             self.eval()
@@ -791,16 +976,23 @@ class IA3Model(AsPeftModel):
             revision: the branch, made if absent.
             max_shard_size: ignored: an adapter is one small file.
             tags: further ones for the model card.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            StateError: there is no adapter.
+            IA3Error: the hub has no such names, or a vector is not finite.
+            OSError: the hub cannot be reached, or refuses it.
         """
+        expected, tags = "a list of texts", () if tags is None else tags
         return saving.push(
             self._adapters,
             repo_id,
-            tags or (),
+            [instance("a tag", tag, str, "a text") for tag in listed("tags", tags, expected)],
             private=private,
             token=token,
             revision=revision,
             create_pr=create_pr,
-            commit_message=commit_message or "Upload (IA)³ adapter",
+            commit_message=commit_message,
             commit_description=commit_description,
         )
 
@@ -808,8 +1000,9 @@ class IA3Model(AsPeftModel):
 def _stored(config: IA3Config, vectors: Mapping[str, Tensor] | None) -> Adapter | None:
     if vectors is None:
         return None
-    check_finite(vectors)
-    return Adapter(config, own_names(vectors))
+    given = named_tensors("vectors", vectors)
+    check_finite(given)
+    return Adapter(config, own_names(given))
 
 
 def in_order(model: Any, config: Any) -> tuple[Any, Any]:
@@ -838,7 +1031,11 @@ def get_peft_model(
         The `PeftModelFor…` of the config's task type, or an `IA3Model` where it has none.
 
     Raises:
-        IA3Error: the config does not fit the model, which is then unchanged.
+        InvalidTypeError: an argument is of another type.
+        StateError: the model has adapters already.
+        NoMatchingPeftModuleError: a name in the config matches no module.
+        IA3Error: the adapter's name is malformed, `mixed` is true, or the config does not fit.
+            Whatever is raised, the model is unchanged.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -850,7 +1047,7 @@ def get_peft_model(
     """
     model, peft_config = in_order(model, peft_config)
     check_config(peft_config)
-    if mixed:
+    if flag("mixed", mixed):
         raise IA3Error("mixed=True: there is only one kind of adapter here")
     if revision is not None:
         peft_config = dataclasses.replace(peft_config, revision=revision)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..adapter.files import Adapter
 from ..core.reached import unwatch
-from ..core.route import BASE, LOCK, Names, Route, current_route, entered
+from ..core.route import BASE, Names, Route, changing, current_route, entered
 from ..core.saved_modules import find
 from ..core.sites import Site, displace
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, StateError, UnknownNameError, did_you_mean
 from .adapters import Adapters
 from .embeddings import own_values
 from .gather import RowSource, check_mixable, make_route, read_names
@@ -98,7 +98,7 @@ class Routes:
             if name != BASE and name not in adapters.configs and (bank is None or name not in bank):
                 where = "" if bank is None else f", nor in its bank of {len(bank)}"
                 known = [*adapters.configs, *(bank.names() if bank is not None else ())]
-                raise IA3Error(
+                raise UnknownNameError(
                     f"no adapter {name!r} on this model, which has {sorted(adapters.configs)}"
                     f"{where}; {BASE!r} is the base model{did_you_mean(name, known)}"
                 )
@@ -110,32 +110,32 @@ class Routes:
             )
         return make_route(self, adapters, bank, different, index)
 
-    def open(self, route: Route) -> None:
+    def open(self, route: Route, frame: object) -> None:
         """As `Host.open`: the hooks that ask for a route are there from now on."""
         adapters = self._adapters
-        with LOCK:
+        with changing():
             if merged := adapters.merge.adapters:
-                raise IA3Error(
+                raise StateError(
                     f"adapters {sorted(merged)} are merged, in all rows: unmerge_adapter() before "
                     "routing"
                 )
             contents = adapters.contents()
             for name, _, copies in contents.copies:
                 if copies.active is not None:
-                    raise IA3Error(
+                    raise StateError(
                         f"adapter {copies.active!r} is active, whose copy of {name!r} "
                         "(modules_to_save) all rows would go through: set_adapter() to another "
                         "before routing"
                     )
             lost = route.sites.keys() - {site for _, _, site in contents.sites}
             if any(route.values(site) is not None for site in lost):
-                raise IA3Error("the model that was routed has lost adapters since")
+                raise StateError("the model that was routed has lost adapters since")
             adapters.check_loaded()
-            adapters.route_opened(route)
+            adapters.route_opened(route, frame)
 
-    def close(self) -> None:
+    def close(self, frame: object) -> None:
         """Undo `open`."""
-        self._adapters.route_closed()
+        self._adapters.route_closed(frame)
 
     def owns(self, site: Any) -> bool:
         """Whether a site is on this model now."""
@@ -144,12 +144,12 @@ class Routes:
     def attach(self, bank: RowSource) -> None:
         self._adapters.check_loaded()
         if self.bank is not None:
-            raise IA3Error("the model has a bank already: close() that first")
+            raise StateError("the model has a bank already: close() that first")
         self.bank = bank
 
     def detach(self) -> None:
         """Undo `attach`, and take off the sites that only the bank needed; not while routed."""
-        with LOCK:
+        with changing():
             self._adapters.check_unrouted("detaching the bank")
             self.bank = None
             for _, module, site in self._adapters.contents().sites:
@@ -166,6 +166,7 @@ class Routes:
         """Module name -> the site for each vector of a bank's adapter, placed now if it is new."""
         adapters = self._adapters
         _, targets = adapters.fit(name, adapter.config, adapter)
+        adapter = adapter.whole()
         names = with_head(self.model, adapter.config, stored=True)
         # Embeddings that are the model's are no copies.
         copied = [
@@ -173,7 +174,7 @@ class Routes:
             *chain(*own_values(adapter.copies, (), self.model)),
         ]
         check_mixable(name, copied, [(target.name, target.side) for target in targets])
-        with LOCK:
+        with changing():
             sites = adapters.place(targets)
             for site in sites.values():
                 site.banked = True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapter.card import card_file
-from ..adapter.files import Adapter, adapter_files, read_adapter
+from ..adapter.files import Adapter, adapter_files, named_tensors, unread_adapter, write_saved
 from ..adapter.fingerprint import fingerprint
-from ..adapter.layout import KEY_PREFIX, KEY_SUFFIX
+from ..adapter.layout import KEY_PREFIX, KEY_SUFFIX, open_folder
 from ..core.names import own_modules, own_names
 from ..core.route import LOCK
 from ..core.spread import gathered
-from ..errors import IA3Error, naming, warn_caller
+from ..errors import IA3Error, StateError, naming, shown, warn_caller
 from ..files.atomic import check_folder, write_files
 from ..files.hub import adapter_folder, hub_options, upload
+from ..files.saved import WEIGHTS_NAME
 from ..targets.config import IA3Config
 from ..targets.resolve import leave_out, names_chosen, resolve
 from .adapters import Adapters, check_config
@@ -55,6 +57,8 @@ def save(
     All of them are written or, where a folder cannot be, none. A process that is not the main one
     only takes part in gathering what has none in `state_dict`.
     """
+    if state_dict is not None:
+        state_dict = named_tensors("state_dict", state_dict)
     # Other threads may delete adapters, or load others' values into them.
     with LOCK:
         folders = folders_of(adapters, root, selected, only)
@@ -71,7 +75,8 @@ def save(
     for folder in files:
         check_folder(folder)
     for folder, inside in files.items():
-        write_files(folder, inside)
+        write = write_saved if WEIGHTS_NAME in inside else write_files
+        write(folder, inside)
 
 
 def write_card(adapters: Adapters, folder: Path) -> None:
@@ -150,7 +155,7 @@ def folders_of(
         folders = {n: Path(folder) / ("" if n == DEFAULT_ADAPTER else n) for n in names}
     adapters.check_known(folders)
     if not folders:
-        raise IA3Error("there is no adapter to save")
+        raise StateError("there is no adapter to save")
     return folders
 
 
@@ -158,33 +163,35 @@ def check_form(safe_serialization: bool, initial_model: str | None) -> None:
     """Raise `IA3Error` for what PEFT's `save_pretrained` can write and this library does not."""
     if safe_serialization is not True:
         raise IA3Error(
-            f"safe_serialization is {safe_serialization!r}, expected True: a pickle could run code "
-            "when it is read, so that only safetensors files are written"
+            f"safe_serialization is {shown(safe_serialization)}, expected True: a pickle could run "
+            "code when it is read, so that only safetensors files are written"
         )
     if initial_model is not None:
         raise IA3Error(
-            f"path_initial_model_for_weight_conversion is {initial_model!r}, expected None: (IA)³ "
-            "never changes the base model, so that there is nothing to convert"
+            f"path_initial_model_for_weight_conversion is {shown(initial_model)}, expected None: "
+            "(IA)³ never changes the base model, so that there is nothing to convert"
         )
 
 
-def read(
+@contextmanager
+def opened(
     model_id: str | Path,
     config: IA3Config | None,
     is_trainable: bool,
     key_mapping: Mapping[str, str] | None,
     further: Mapping[str, Any],
-) -> Adapter:
+) -> Iterator[Adapter]:
     """An adapter from its folder or from the hub, as `further` arguments of a call say.
 
-    Raises as `read_adapter`.
+    Its values are not read yet, but by `whole` within the context. Raises as `read_adapter`.
     """
     if config is not None:
         check_config(config)
     hub = hub_options(further, IGNORED)
-    adapter = read_adapter(adapter_folder(model_id, ["adapter_*"], **hub), config, key_mapping)
-    adapter.config.inference_mode = not is_trainable
-    return adapter
+    with open_folder(adapter_folder(model_id, ["adapter_*"], **hub)) as saved:
+        adapter = unread_adapter(saved, config, key_mapping)
+        adapter.config.inference_mode = not is_trainable
+        yield adapter
 
 
 def without_other_sizes(
@@ -198,7 +205,7 @@ def without_other_sizes(
     Returns:
         The adapter, and the keys of what was left out, in PEFT's words.
     """
-    stored = adapters.named_as_here(stored)
+    stored = adapters.named_as_here(stored.whole())
     if name in adapters.configs:
         here = adapters.stored(name)
         vectors, copies = here.vectors, here.copies
@@ -234,4 +241,4 @@ def push(adapters: Adapters, repo_id: str, tags: Collection[str], **options: Any
         for name, adapter in to_save(adapters, list(folders)).items():
             for file, content in adapter_files(adapter).items():
                 files[(folders[name] / file).as_posix()] = content
-    return upload(repo_id, files, **options)
+    return upload(repo_id, files, "Upload (IA)³ adapter", **options)

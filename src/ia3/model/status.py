@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core.quantized import method_of
 from ..core.route import LOCK
-from ..errors import IA3Error
+from ..errors import StateError
 from .adapters import Adapters
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ def of_layers(adapters: Adapters, before: str = "") -> list[TunerLayerStatus]:
         }
         # A site may be there for a bank alone.
         if not any(holding.values()):
-            raise IA3Error(f"no adapter on this {type(adapters.model).__name__}: add one first")
+            raise StateError(f"no adapter on this {type(adapters.model).__name__}: add one first")
         merged = {name: list(site.merged) for name, _, site in contents.sites}
         copied = {name for name, _, _ in contents.copies}
         return [
