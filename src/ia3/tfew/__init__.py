@@ -12,6 +12,10 @@ if TYPE_CHECKING:
         PromptTemplate as PromptTemplate,
         read_promptsource as read_promptsource,
     )
+    from .prompts.sandbox import (
+        TemplateError as TemplateError,
+        UnknownLabelError as UnknownLabelError,
+    )
     from .prompts.tasks import (
         HELD_OUT_TASKS as HELD_OUT_TASKS,
         RAFT_TASKS as RAFT_TASKS,
@@ -43,6 +47,7 @@ _NAMES = {
     ".prompts.encoding": "Encoder TrainingExample",
     ".prompts.promptsource": "PromptTemplate read_promptsource",
     ".prompts.tasks": "HELD_OUT_TASKS RAFT_TASKS SEEDS Task few_shot load_templates",
+    ".prompts.sandbox": "TemplateError UnknownLabelError",
     ".scoring.evaluation": "Evaluation Spread evaluate predict_choices spread",
     ".training.losses": "TFewLoss tfew_loss",
     ".training.trainer": "DivergedError TFewConfig TFewTrainer TrainingStep train "

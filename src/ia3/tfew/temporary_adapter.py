@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import nn
+
 from ..adapter.files import Adapter
 from ..base.loading import BaseModel
+from ..core.route import changing
 from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..targets.config import IA3Config, TaskType
 from ..targets.resolve import linear_in_upper_blocks
@@ -44,14 +49,56 @@ def temporary_adapter(
     before, the training and evaluation modes of its modules included.
     """
     with base.lock:
-        modes = [(module, module.training) for module in base.model.modules()]
-        if isinstance(adapter, IA3Config):
-            ia3_model = IA3Model._of_own_choice(base.model, adapter, DEFAULT_ADAPTER)
-        else:
-            ia3_model = IA3Model.from_adapter(base.model, adapter, source=source)
+        left = _carried.get(base.model)
+        if left is not None and left.process != os.getpid():
+            left.put_back()
+        found = _Found(base.model)
         try:
+            with changing():
+                if isinstance(adapter, IA3Config):
+                    ia3_model = IA3Model._of_own_choice(base.model, adapter, DEFAULT_ADAPTER)
+                else:
+                    ia3_model = IA3Model.from_adapter(base.model, adapter, source=source)
+                found.ia3_model, _carried[base.model] = ia3_model, found
             yield ia3_model
         finally:
-            ia3_model.unload()
-            for module, training in modes:
+            found.put_back()
+
+
+class _Found:
+    """A base model as it was before it carried an adapter.
+
+    A process that is forked off meanwhile has the adapter, and no thread that would take it off:
+    the next one that puts an adapter on does so.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.process = os.getpid()
+        self.ia3_model: IA3Model | None = None
+        self._model = model
+        self._modes = [(module, module.training) for module in model.modules()]
+        # Where answers are scored, the output layer's input is caught.
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        self._head = nn.Module() if head is None else head
+        self._forward = vars(self._head).get("forward")
+        self._hooks = dict(self._head._forward_pre_hooks)
+
+    def put_back(self) -> None:
+        """Have the model be so again."""
+        with changing():
+            if self.ia3_model is not None:
+                self.ia3_model._unload()
+                _carried.pop(self._model, None)
+            for module, training in self._modes:
                 module.training = training
+            if self.process == os.getpid():
+                return
+            vars(self._head).pop("forward", None)
+            if self._forward is not None:
+                vars(self._head)["forward"] = self._forward
+            self._head._forward_pre_hooks.clear()
+            self._head._forward_pre_hooks.update(self._hooks)
+
+
+# By model, while it carries an adapter.
+_carried: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()

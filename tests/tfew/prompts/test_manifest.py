@@ -217,7 +217,7 @@ def test_a_structure_of_many_references_is_refused_in_few_words(folder):
     lines += [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 13)]
     bomb = "\n".join(f"      {line}" for line in lines)
     text = f"tasks:\n  a:\n    template: x\n    data: tickets.csv\n    choices:\n{bomb}\n"
-    with pytest.raises(IA3Error, match="the words of 'l0' are a list") as caught:
+    with pytest.raises(IA3Error, match="its references repeat more than") as caught:
         read(folder, text)
     assert len(str(caught.value)) < 1000
 

@@ -1,16 +1,19 @@
 """promptsource's files, read and rendered as promptsource does, with errors where it has none."""
 
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import jinja2
 import numpy as np
 import pytest
-from hypothesis import assume, given, strategies as st
+import yaml
+from hypothesis import assume, given, settings, strategies as st
 from support.paths import DATA, needs_data
 from support.tfew import tiny_llama, word_tokenizer
 
 from ia3.base.loading import BaseModel
-from ia3.errors import IA3Error
+from ia3.errors import BrokenFileError, IA3Error
 from ia3.files.tables import Row, read_table
 from ia3.tfew import evaluate
 from ia3.tfew.prompts.encoding import Encoder
@@ -287,3 +290,50 @@ def test_a_long_example_is_cut_in_the_message():
     with pytest.raises(IA3Error, match="Is it") as caught:
         of("{{ q }} ||| maybe").render({"q": "Is it? " * 10_000})
     assert len(str(caught.value)) < 1000
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text("a{|}% ", max_size=6),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text("ab"), inner, max_size=2),
+    max_leaves=4,
+)
+ENTRY = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": ANYTHING | st.just("a"),
+        "jinja": ANYTHING | st.just("{{ a }} ||| b"),
+        "answer_choices": ANYTHING | st.just("a ||| b"),
+        "metadata": ANYTHING | st.fixed_dictionaries({"original_task": ANYTHING}),
+    },
+)
+
+
+@given(st.dictionaries(st.integers() | st.text("ab"), ENTRY | ANYTHING, max_size=3) | ANYTHING)
+@settings(deadline=None, max_examples=150, derandomize=True)
+def test_any_fields_are_templates_or_an_error_that_names_the_file(entries):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "templates.yaml"
+        path.write_text(yaml.safe_dump({"templates": entries}))
+        try:
+            templates = read_promptsource(path)
+        except IA3Error as error:
+            assert str(error).startswith(str(path))  # noqa: PT017
+            assert len(str(error)) < 1000  # noqa: PT017
+            return
+        assert all(template.name for template in templates)
+
+
+@pytest.mark.parametrize("field", ["name", "jinja", "answer_choices", "metadata"])
+def test_long_and_wrong_fields_are_cut_in_messages(tmp_path, field):
+    entry = {"name": "a", "jinja": "{{ a }} ||| b", field: [["x"] * 2000]}
+    (tmp_path / "templates.yaml").write_text(yaml.safe_dump({"templates": {"k" * 9000: entry}}))
+    with pytest.raises(BrokenFileError, match=f"{field}.* is ") as caught:
+        read_promptsource(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_ten_thousand_choices():
+    template = of("{{ q }} ||| c1", " ||| ".join(f"c{number}" for number in range(10_000)))
+    assert template.render({"q": "Is it?"}).answer == 1

@@ -23,10 +23,10 @@ from transformers import GPT2Config
 
 from ia3 import FewShotClassifier
 from ia3.adapter.files import read_adapter
-from ia3.adapter.layout import WEIGHTS_NAME
 from ia3.base.loading import BaseModel, load_base_model
 from ia3.cli import main
 from ia3.errors import IA3Error
+from ia3.files.saved import WEIGHTS_NAME
 from ia3.tfew import TFewConfig
 from ia3.tfew.prompts.encoding import Encoder
 from ia3.tfew.prompts.manifest import read_manifest

@@ -1,18 +1,23 @@
 """The T-Few trainer: breaks, parts of a step, narrow numbers, and where the vectors begin."""
 
+import json
+import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.disks import full_disk
+from support.kills import calls_of, ended, killed_before, result_of, started
 from support.scoring import LLAMA, NOT_SHARING, SHARING, tokens_seen
 from support.tfew import (
     VOCABULARY,
-    child_environment,
     random_base,
     random_model,
     tiny_llama,
@@ -23,7 +28,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from ia3 import FewShotClassifier, IA3Config, IA3Model
 from ia3.base.loading import BaseModel
-from ia3.errors import IA3Error
+from ia3.errors import BrokenFileError, IA3Error, StateError
 from ia3.tfew import (
     TFewConfig,
     TFewTrainer,
@@ -33,6 +38,7 @@ from ia3.tfew import (
 )
 from ia3.tfew.prompts.encoding import EncodedExample
 from ia3.tfew.scoring.choices import choice_scores, token_scores
+from ia3.tfew.training import trainer
 from ia3.tfew.training.losses import token_loss
 from ia3.tfew.training.trainer import DivergedError
 
@@ -89,26 +95,22 @@ def assert_same(found, expected):
 
 # -- breaks ----------------------------------------------------------------------------------------
 
-CHILD = """
-import os, signal, sys
-import ia3.tfew.training.trainer as trainer
-from test_trainer import trained
 
 class Dies(trainer.TFewTrainer):
-    # In the middle of a checkpoint: the adapter is written, the rest is not.
+    """In the middle of a checkpoint: the adapter is written, the rest is not."""
+
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.state.global_step == 6:
             os.kill(os.getpid(), signal.SIGKILL)
         super()._save_optimizer_and_scheduler(output_dir)
 
-trainer.TFewTrainer = Dies
-trained(checkpoints=sys.argv[1], save_steps=3)
-"""
-
 
 def test_killed_while_writing_a_checkpoint_and_resumed_ends_with_the_same_bits(tmp_path):
-    command = [sys.executable, "-c", CHILD, str(tmp_path)]
-    assert subprocess.run(command, env=child_environment()).returncode == -signal.SIGKILL
+    def dies():
+        trainer.TFewTrainer = Dies
+        trained(checkpoints=tmp_path, save_steps=3)
+
+    assert ended(started(dies)) == -signal.SIGKILL
     names = [path.name for path in tmp_path.iterdir()]
     assert [name for name in names if name.startswith("checkpoint")] == ["checkpoint-3"]
     assert len(names) == 2  # and what was begun
@@ -116,6 +118,148 @@ def test_killed_while_writing_a_checkpoint_and_resumed_ends_with_the_same_bits(t
     assert_same(trained(checkpoints=tmp_path, save_steps=3, on_step=after.append), trained())
     assert [step.step for step in after] == list(range(4, 11))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+
+
+def test_killed_between_two_calls_that_change_files_and_resumed(tmp_path):
+    """Here at some places, one after the other; among them where old checkpoints are removed."""
+    recipe = replace(RECIPE, steps=3)
+    saving = {"save_steps": 1, "save_total_limit": 1}
+    work = partial(trained, recipe, checkpoints=tmp_path, **saving)
+    calls = calls_of(work)
+    shutil.rmtree(tmp_path)
+    kills = sum(killed_before(call, work) for call in range(calls // 5, calls // 2, calls // 11))
+    assert kills > 1
+    assert_same(result_of(work), trained(recipe))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_killed_before_the_older_checkpoint_is_removed(tmp_path):
+    trained(SHORT, checkpoints=tmp_path)
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-1")
+    trained(SHORT, checkpoints=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_one_run_at_a_time_has_a_folder(tmp_path):
+    refused = []
+
+    def another(step):
+        with pytest.raises(StateError, match="another process trains with these checkpoints"):
+            trained(SHORT, checkpoints=tmp_path)
+        refused.append(step.step)
+
+    dead = tmp_path / ".checkpoint.ia3-0123456789ab"
+    (dead / "checkpoint-1").mkdir(parents=True)
+    trained(SHORT, checkpoints=tmp_path, save_steps=1, on_step=another)
+    assert refused == [1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+class Saves(TrainerCallback):
+    """Has a checkpoint written after the first step, and puts files of its own into it."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step == 1
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (folder / "notes.txt").write_text("of a callback")
+        kwargs["model"].save_pretrained(folder)
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_a_callback_may_save_and_write_into_a_checkpoint(tmp_path, strategy):
+    def work():
+        settings = {"save_strategy": strategy, "callbacks": [Saves()]}
+        return trained(SHORT, checkpoints=tmp_path, **settings)
+
+    first = work()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert_same(work(), first)
+
+
+@pytest.mark.parametrize("limit", [1000, 9000])  # of the adapter's file, of torch's
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, limit):
+    trained(SHORT, checkpoints=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    longer = partial(trained, SHORT, checkpoints=tmp_path, save_steps=1)
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "kept")
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with full_disk(limit), pytest.raises(OSError) as raised:
+        longer()
+    assert raised.value.filename == str(tmp_path / "checkpoint-1")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    (tmp_path / "kept").rename(tmp_path / "checkpoint-2")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    trained(SHORT, checkpoints=folder)
+    return folder / "checkpoint-2"
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
+
+
+@pytest.mark.parametrize("change", [half, flipped, lambda content: b"", None])
+def test_a_damaged_checkpoint_is_refused_by_its_files_name(checkpoint, tmp_path, change):
+    for path in checkpoint.iterdir():
+        if path.name in ("README.md", "ia3_run.json"):
+            continue
+        shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+        damaged = tmp_path / "checkpoint-2" / path.name
+        if change is None:
+            damaged.unlink()
+        else:
+            damaged.write_bytes(change(path.read_bytes()))
+        with pytest.raises(BrokenFileError, match=rf"{path.name} is not as it was written"):
+            trained(SHORT, checkpoints=tmp_path)
+        shutil.rmtree(tmp_path / "checkpoint-2")
+
+
+RUN_FILES: dict[str, Callable[[dict], object]] = {
+    "cut": lambda run: json.dumps(run)[:-20],
+    "empty": lambda run: "",
+    "list": lambda run: "[]",
+    "deep": lambda run: "[" * 5000,
+    "long number": lambda run: json.dumps(run).replace('"steps": 2', '"steps": 2' + "0" * 5000),
+    "no run": lambda run: {**run, "run": 3},
+    "no hashes": lambda run: {**run, "files": []},
+    "other hash": lambda run: {**run, "files": {"optimizer.pt": {}}},
+    "no history": lambda run: {"run": run["run"]},
+    "history": lambda run: {**run, "history": {"step": 1}},
+    "step": lambda run: {**run, "history": [3]},
+    "lacking": lambda run: {**run, "history": [{"step": 1}]},
+    "text": lambda run: {**run, "history": [{**run["history"][0], "loss": "0.5"}]},
+    "boolean": lambda run: {**run, "history": [{**run["history"][0], "step": True}]},
+    "fraction": lambda run: {**run, "history": [{**run["history"][0], "step": 1.5}]},
+}
+
+
+@pytest.mark.parametrize("change", RUN_FILES.values(), ids=RUN_FILES)
+def test_a_broken_run_file_is_refused(checkpoint, tmp_path, change):
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    path = tmp_path / "checkpoint-2" / "ia3_run.json"
+    broken = change(json.loads(path.read_text()))
+    path.write_text(broken if isinstance(broken, str) else json.dumps(broken))
+    with pytest.raises(BrokenFileError, match="to go on from the one before it"):
+        trained(SHORT, checkpoints=tmp_path)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_hashes(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    path = tmp_path / "checkpoint-2" / "ia3_run.json"
+    run = json.loads(path.read_text())
+    assert run.pop("files")
+    path.write_text(json.dumps(run))
+    assert_same(trained(SHORT, checkpoints=tmp_path), trained(SHORT))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from ...arguments import flag, instance, listed, whole
 from ...base.loading import BaseModel
 from ...errors import IA3Error
 from .templates import Template
@@ -32,6 +33,12 @@ class TrainingExample:
     label: int
 
 
+def _words(choices: Sequence[str]) -> list[str]:
+    expected = "a list of words"
+    words = listed("answer_choices", choices, expected)
+    return [instance("an answer choice", word, str, "words") for word in words]
+
+
 class Encoder:
     """Renders and tokenises examples for one model.
 
@@ -42,6 +49,7 @@ class Encoder:
         max_prompt_tokens: a longer prompt is cut as one is that exceeds the model's context.
 
     Raises:
+        InvalidTypeError: an argument is of another type.
         IA3Error: `max_prompt_tokens` is below 1, or the tokenizer has no chat template.
     """
 
@@ -53,11 +61,13 @@ class Encoder:
         chat: bool,
         max_prompt_tokens: int | None = None,
     ) -> None:
+        instance("base", base, BaseModel, "a BaseModel, as load_base_model gives it")
+        chat = flag("chat", chat)
         if chat and not base.tokenizer.chat_template:
             raise IA3Error(f"the tokenizer of {base.name!r} has no chat template: use chat=False")
-        if max_prompt_tokens is not None and max_prompt_tokens < 1:
-            raise IA3Error(f"max_prompt_tokens is {max_prompt_tokens}, expected at least 1")
-        self.answer_choices = list(answer_choices)
+        if max_prompt_tokens is not None:
+            whole("max_prompt_tokens", max_prompt_tokens, 1, expected="at least 1")
+        self.answer_choices = _words(answer_choices)
         self.truncated = 0
         self._tokenizer = base.tokenizer
         self._chat = chat
@@ -80,10 +90,14 @@ class Encoder:
         choices, by default the encoder's, are never cut.
 
         Raises:
-            IA3Error: the template does not render, does not fit even with empty fields, there is no
+            InvalidTypeError: an argument is of another type.
+            TemplateError: the template does not render.
+            IA3Error: it does not fit even with empty fields, there is no
                 choice to rank, two choices are the same tokens, or one has none.
         """
-        words = tuple(self.answer_choices if answer_choices is None else answer_choices)
+        instance("template", template, Template, "a Template")
+        instance("example", example, Mapping, "a mapping from field names to values")
+        words = tuple(self.answer_choices if answer_choices is None else _words(answer_choices))
         if not words:
             raise IA3Error(f"template {template.name!r} has no answer choices to rank")
         text = self._prompt_text(example, template, words)

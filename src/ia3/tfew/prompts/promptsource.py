@@ -8,7 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ...errors import IA3Error, naming
+from ...arguments import flag, instance, path_of
+from ...errors import BrokenFileError, IA3Error, naming, shown
 from ...files.yaml import read_yaml
 from .templates import SEPARATOR, Template, UnknownLabelError
 
@@ -43,8 +44,10 @@ class PromptTemplate:
         """The answer choices of one example.
 
         Raises:
+            InvalidTypeError: it is no mapping.
             IA3Error: there are none, one is empty, two are equal, or they do not render.
         """
+        instance("example", example, Mapping, "a mapping from field names to values")
         if self.choices is None:
             raise self._error("has no answer choices, so there is nothing to rank", example)
         try:
@@ -53,11 +56,13 @@ class PromptTemplate:
             raise IA3Error(f"{error}, in its answer choices for {described(example)}") from error
         if not any(choices):
             raise self._error("renders no answer choices", example)
+        seen: set[str] = set()
         for index, choice in enumerate(choices):
             if not choice:
                 raise self._error(f"renders an empty choice (number {index + 1})", example)
-            if choice in choices[:index]:
-                raise self._error(f"renders the choice {choice!r} twice", example)
+            if choice in seen:
+                raise self._error(f"renders the choice {shown(choice)} twice", example)
+            seen.add(choice)
         return choices
 
     def render(self, example: Mapping[str, Any], *, labelled: bool = True) -> Rendered | None:
@@ -73,8 +78,10 @@ class PromptTemplate:
             or takes the choice by a label that is unknown: below 0, blank or `None`.
 
         Raises:
+            InvalidTypeError: an argument is of another type.
             IA3Error: a field is missing, the choices are unusable, or the target is none of them.
         """
+        labelled = flag("labelled", labelled)
         choices = self.choices_of(example)
         try:
             if not labelled:
@@ -94,8 +101,8 @@ class PromptTemplate:
             raise self._error(problem, example)
         prompt, target = parts
         if target and target not in choices:
-            problem = f"renders the target {target!r}, which is not among the choices"
-            raise self._error(f"{problem} {list(choices)}", example)
+            problem = f"renders the target {shown(target)}, which is not among the choices"
+            raise self._error(f"{problem} {shown(list(choices))}", example)
         return Rendered(prompt, choices, choices.index(target) if target else None)
 
     def _error(self, problem: str, example: Mapping[str, Any]) -> IA3Error:
@@ -114,42 +121,51 @@ def read_promptsource(path: str | Path) -> list[PromptTemplate]:
         Sorted by name, which is the order the T-Few authors number them in.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        IA3Error: it is not YAML of this format, or a template is not Jinja.
+        InvalidTypeError: an argument is of another type.
+        MissingFileError: there is no such file.
+        BrokenFileError: it is not YAML of this format.
+        IA3Error: a template is not Jinja.
     """
-    path = Path(path)
+    path = path_of("path", path)
     path = path / "templates.yaml" if path.is_dir() else path
     content = read_yaml(path, "a file of templates", tags=("!Template", "!TemplateMetadata"))
     entries = content.get("templates") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not entries:
-        raise IA3Error(f"{path} has no templates, expected a mapping under 'templates'")
+        raise BrokenFileError(f"{path} has no templates, expected a mapping under 'templates'")
     with naming(str(path)):
         templates = sorted((_template(*item) for item in entries.items()), key=lambda t: t.name)
         for one, following in pairwise(templates):
             if one.name == following.name:
-                raise IA3Error(f"there are two templates of the name {one.name!r}")
+                twice = f"there are two templates of the name {shown(one.name)}"
+                raise BrokenFileError(twice)
     return templates
 
 
 def _template(key: Any, entry: Any) -> PromptTemplate:
     if not isinstance(entry, dict):
-        raise IA3Error(f"template {key!r} is {type(entry).__name__}, expected a mapping")
+        raise BrokenFileError(
+            f"template {shown(key)} is {type(entry).__name__}, expected a mapping"
+        )
     name = entry.get("name")
     if not isinstance(name, str) or not name:
-        raise IA3Error(f"the name of template {key!r} is {name!r}, expected a text")
+        raise BrokenFileError(
+            f"the name of template {shown(key)} is {shown(name)}, expected a text"
+        )
     jinja, choices = entry.get("jinja"), entry.get("answer_choices")
     if not isinstance(jinja, str):
-        raise IA3Error(f"jinja of template {name!r} is {jinja!r}, expected a text")
+        raise BrokenFileError(f"jinja of template {shown(name)} is {shown(jinja)}, expected a text")
     if SEPARATOR not in jinja:
-        raise IA3Error(f"template {name!r} has no '{SEPARATOR}' before its target")
+        raise BrokenFileError(f"template {shown(name)} has no '{SEPARATOR}' before its target")
     if not isinstance(choices, str | None):
-        raise IA3Error(
-            f"answer_choices of template {name!r} is {choices!r}, expected a text with "
-            f"'{SEPARATOR}' between the choices (put it in quotes)"
+        raise BrokenFileError(
+            f"answer_choices of template {shown(name)} is {shown(choices)}, expected a "
+            f"text with '{SEPARATOR}' between the choices (put it in quotes)"
         )
     metadata = entry.get("metadata") or {}
     if not isinstance(metadata, dict):
-        raise IA3Error(f"metadata of template {name!r} is {metadata!r}, expected a mapping")
+        raise BrokenFileError(
+            f"metadata of template {shown(name)} is {shown(metadata)}, expected a mapping"
+        )
     return PromptTemplate(
         name,
         Template(jinja, name),

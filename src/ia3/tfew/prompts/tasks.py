@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ...errors import IA3Error, did_you_mean, naming
+from ...arguments import instance, listed, whole
+from ...errors import IA3Error, UnknownNameError, did_you_mean, naming
 from .encoding import EncodedExample, Encoder, TrainingExample
 from .promptsource import PromptTemplate, described, read_promptsource
 
@@ -30,6 +31,9 @@ RAFT_TASKS = (
 )
 
 
+ROWS = "a list of mappings from field names to values"
+
+
 @dataclass(frozen=True)
 class Task:
     """A data set and the ways to ask for its labels.
@@ -42,6 +46,10 @@ class Task:
             takes those whose `original_task` is true.
         train: field name -> value, for each example.
         test: in the same fields.
+
+    Raises:
+        InvalidTypeError: an argument is of another type.
+        IA3Error: there are no templates.
     """
 
     name: str
@@ -50,6 +58,12 @@ class Task:
     test: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
+        instance("the task's name", self.name, str, "a text")
+        for template in listed("templates", self.templates, "a list of templates"):
+            instance("a template", template, PromptTemplate, "a PromptTemplate")
+        for name in ("train", "test"):
+            for row in listed(name, getattr(self, name), ROWS):
+                instance(f"a row of {name}", row, Mapping, ROWS)
         if not self.templates:
             raise IA3Error(f"task {self.name!r} has no templates")
 
@@ -59,9 +73,11 @@ class Task:
         The right choice is put first everywhere, so that the examples' `label` is 0.
 
         Raises:
+            InvalidTypeError: an argument is of another type.
             IA3Error: an example has no answer, no template asks anything of it, or see
                 `PromptTemplate.render` and `Encoder.encode`.
         """
+        instance("encoder", encoder, Encoder, "an Encoder")
         examples = []
         with naming(f"task {self.name!r}"):
             for number, row in enumerate(self.train):
@@ -104,12 +120,13 @@ def load_templates(task: str) -> list[PromptTemplate]:
     The fields are named as the task's data has them.
 
     Raises:
-        IA3Error: there is no such task.
+        InvalidTypeError: an argument is of another type.
+        UnknownNameError: there is no such task.
     """
     known = (*HELD_OUT_TASKS, *RAFT_TASKS)
-    if task not in known:
+    if instance("task", task, str, "a task's name") not in known:
         expected = f"expected one of {', '.join(known)}{did_you_mean(task, known)}"
-        raise IA3Error(f"no templates for a task {task!r}: {expected}")
+        raise UnknownNameError(f"no templates for a task {task!r}: {expected}")
     # ANLI is one task in three rounds of data, and so has one file of templates.
     name = "anli" if task.startswith("anli-") else task
     return read_promptsource(Path(__file__).parent / "template_files" / f"{name}.yaml")
@@ -119,11 +136,12 @@ def few_shot(rows: Sequence[_Row], k: int, seed: int) -> list[_Row]:
     """A sample of `k` rows, whatever their labels: with `SEEDS`, the T-Few authors' own.
 
     Raises:
+        InvalidTypeError: an argument is of another type.
         IA3Error: there are fewer rows, or the seed is not one.
     """
-    if not 1 <= k <= len(rows):
+    rows = listed("rows", rows, "a list of rows")
+    if not 1 <= whole("k", k) <= len(rows):
         raise IA3Error(f"a sample of {k} rows of {len(rows)}, expected 1 to {len(rows)}")
-    if not 0 <= seed < 2**32:
-        raise IA3Error(f"seed is {seed}, expected 0 to 2**32 - 1")
+    whole("seed", seed, 0, 2**32 - 1, "0 to 2**32 - 1")
     order = np.random.RandomState(seed).permutation(len(rows))
     return [rows[i] for i in order[:k]]

@@ -1,128 +1,43 @@
-"""Prompts from fields: Jinja in its sandbox."""
+"""Prompts from fields: Jinja in its sandbox, on a budget."""
 
 from __future__ import annotations
 
-import random
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
+from itertools import islice
 from typing import Any
 
-from ...errors import IA3Error, MissingExtraError, did_you_mean
+from ...errors import MissingExtraError, did_you_mean
+from .sandbox import (
+    ALL_FIELDS,
+    Sandbox,
+    TemplateError as TemplateError,
+    UnknownLabelError as UnknownLabelError,
+    a_budget,
+)
 
 try:
-    from jinja2 import (
-        StrictUndefined,
-        TemplateSyntaxError,
-        UndefinedError,
-        meta,
-        nodes,
-        pass_context,
-    )
+    from jinja2 import TemplateSyntaxError, UndefinedError, nodes
     from jinja2.exceptions import SecurityError
-    from jinja2.filters import do_int
-    from jinja2.runtime import Context
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.meta import TrackingCodeGenerator
 except ImportError as error:
     raise MissingExtraError("jinja2", "tfew", "rendering prompt templates") from error
 
 ANSWER_CHOICES = "answer_choices"
-ALL_FIELDS = "fields"
 SEPARATOR = "|||"
 
-# Stands for the separator while a template renders, so that three bars in a field separate nothing.
-_RENDERED_SEPARATOR = f"\0{SEPARATOR}\0"
+# Stands for the separator while a template renders. No text has half a surrogate pair, so that
+# nothing in a field separates.
+_RENDERED_SEPARATOR = f"\ud800{SEPARATOR}"
 
-# Templates come with adapters from anywhere, and `'a' * 10**10` would take the machine's memory.
-# The environment bounds the plain ways to make something that large, or leaves them out.
-_LARGEST = 100_000
-_PADDING_METHODS = ("center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill")
-_PADDING_FILTERS = ("center", "format", "indent", "wordwrap")
+# A thousand tokens of code take some 30 ms to compile; text between them costs little, but one long
+# token may take 200 times its length in memory.
+_LONGEST_SOURCE = 300_000
+_MOST_TOKENS = 20_000
+# Of one task: each is compiled, and asked with. promptsource's tasks have a dozen.
+MOST_TEMPLATES = 1000
 
-
-class UnknownLabelError(IA3Error):
-    """A template takes an item by the label of an example that has none."""
-
-
-class _FromTheEnd(int):
-    """A number with the minus that a template wrote: its author counts from the end."""
-
-
-class _Blank(int):
-    """The number 0 that a blank text becomes."""
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(("*", "**", "%", "+"))
-    intercepted_unops = frozenset("-")
-
-    def __init__(self) -> None:
-        # Not optimised: the compiler would compute constants without the bounds.
-        super().__init__(undefined=StrictUndefined, autoescape=False, optimized=False)
-        del self.globals["lipsum"]
-        for name in _PADDING_FILTERS:
-            del self.filters[name]
-        # What promptsource adds to Jinja.
-        self.filters["choice"] = _choice
-        self.filters["most_frequent"] = _most_frequent
-        self.filters["int"] = _int
-        self.globals["zip"] = zip
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        pads = isinstance(obj, str) and attr in _PADDING_METHODS
-        return not pads and super().is_safe_attribute(obj, attr, value)
-
-    def call_unop(self, context: Any, operator: str, arg: Any) -> Any:
-        result = super().call_unop(context, operator, arg)
-        return _FromTheEnd(result) if type(result) is int else result
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        # Data sets write -1, nothing or a blank for a label that is not known. Python would take
-        # the last item, or the first one, for the answer.
-        unknown = argument is None or isinstance(argument, _Blank)
-        if isinstance(argument, Integral) and not isinstance(argument, _FromTheEnd):
-            unknown = unknown or argument < 0
-        if unknown and isinstance(obj, list | tuple | str):
-            raise UnknownLabelError(f"the item {argument!r} is asked for, as of an unknown label")
-        return super().getitem(obj, argument)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(x) if isinstance(x, str | list | tuple) else abs(x) for x in (left, right)]
-        text = isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple)
-        if (
-            operator == "**"
-            or (operator == "%" and text)
-            or (operator == "*" and sizes[0] * sizes[1] > _LARGEST)
-            or (operator == "+" and text and sum(sizes) > _LARGEST)
-        ):
-            raise SecurityError(f"{operator!r} could make too much")
-        return super().call_binop(context, operator, left, right)
-
-
-@pass_context
-def _choice(context: Context, items: Sequence[Any]) -> Any:
-    """One of the items, for one example always the same, so that prompt and target agree."""
-    # By a field's beginning: its end may be cut to fit the model.
-    fields = {
-        name: value[:8] if isinstance(value, str) else value
-        for name, value in context[ALL_FIELDS].items()
-    }
-    return random.Random(repr(sorted(fields.items()))).choice(items)
-
-
-def _int(value: Any, default: int = 0, base: int = 10) -> int:
-    blank = value is None or (isinstance(value, str) and not value.strip())
-    number: int = do_int(value, default, base)
-    return _Blank(number) if blank else number
-
-
-def _most_frequent(items: Sequence[Any]) -> list[Any]:
-    counts = Counter(items)
-    return [item for item, count in counts.items() if count == max(counts.values())]
-
-
-_environment = _Environment()
+_environment = Sandbox()
 
 
 class Template:
@@ -137,23 +52,22 @@ class Template:
         name: for messages; by default the source.
 
     Raises:
-        IA3Error: the source is not Jinja.
+        TemplateError: the source is not Jinja, or too long.
     """
 
     def __init__(self, source: str, name: str | None = None) -> None:
         self.source = source
         self.name = name or source
-        try:
-            rendering = source.replace(SEPARATOR, _RENDERED_SEPARATOR)
-            self._compiled = _environment.from_string(rendering)
+        with self._explained():
+            self._check_length()
+            self._compiled = _environment.from_string(
+                source.replace(SEPARATOR, _RENDERED_SEPARATOR)
+            )
             parsed = _environment.parse(source)
-        except TemplateSyntaxError as error:
-            raise IA3Error(
-                f"template {self.name!r}: {error.message} (line {error.lineno})"
-            ) from error
-        except RecursionError as error:
-            raise IA3Error(f"template {self.name[:80]!r}... is nested too deep") from error
-        variables = meta.find_undeclared_variables(parsed) - _environment.globals.keys()
+            tracking = TrackingCodeGenerator(_environment)
+            tracking.optimizer = None  # it would compute constants
+            tracking.visit(parsed)
+        variables = tracking.undeclared_identifiers - _environment.globals.keys()
         lookups = [
             item.arg.value
             for item in parsed.find_all(nodes.Getitem)
@@ -174,15 +88,17 @@ class Template:
         """The prompt for one example. A target is not rendered: its fields may be missing.
 
         Raises:
-            IA3Error: the template names a field the example lacks, or reaches for Python internals.
+            TemplateError: the template names a field the example lacks, reaches for Python
+                internals, or takes more than its budget.
         """
-        prompt = ""
-        with self._explained(example):
+        rendered = []
+        with self._explained(example), a_budget():
             for text in self._compiled.generate(_context(example, answer_choices)):
                 before, separator, _ = text.partition(_RENDERED_SEPARATOR)
-                prompt += before
+                rendered.append(before)
                 if separator:
                     break
+            prompt = _whole("".join(rendered))
         return prompt.strip() if SEPARATOR in self.source else prompt.rstrip()
 
     def parts(self, example: Mapping[str, Any], answer_choices: Sequence[str]) -> list[str]:
@@ -190,28 +106,57 @@ class Template:
 
         An `UnknownLabelError` where an item is taken by a label that is below 0, blank or `None`.
         """
-        with self._explained(example):
+        with self._explained(example), a_budget():
             rendered: str = self._compiled.render(_context(example, answer_choices))
-        return [part.strip() for part in rendered.split(_RENDERED_SEPARATOR)]
+            return [_whole(part).strip() for part in rendered.split(_RENDERED_SEPARATOR)]
+
+    def _check_length(self) -> None:
+        if len(self.source) > _LONGEST_SOURCE:
+            raise TemplateError(
+                f"it has {len(self.source):,} characters, expected at most {_LONGEST_SOURCE:,}"
+            )
+        tokens = _environment.lex(self.source)
+        if next(islice(tokens, _MOST_TOKENS, None), None):
+            raise TemplateError(f"it has more than {_MOST_TOKENS:,} tokens of code")
 
     @contextmanager
-    def _explained(self, example: Mapping[str, Any]) -> Iterator[None]:
+    def _explained(self, example: Mapping[str, Any] | None = None) -> Iterator[None]:
+        """Errors name the template, and the example's fields where one is missing."""
+        name = repr(self.name if len(self.name) <= 300 else f"{self.name[:297]}...")
         try:
             yield
         except UndefinedError as error:
+            example = example or {}
             missing = sorted(self._variables - example.keys() - {ANSWER_CHOICES, ALL_FIELDS})
             lacking = f", not {', '.join(map(repr, missing))}" if missing else ""
             hint = did_you_mean(missing[0], example) if missing else ""
-            raise IA3Error(
-                f"template {self.name!r}: {error.message}; the example has the fields "
+            raise TemplateError(
+                f"template {name}: {error.message}; the example has the fields "
                 f"{sorted(example)}{lacking}{hint}"
             ) from error
-        except UnknownLabelError as error:
-            raise UnknownLabelError(f"template {self.name!r}: {error}") from error
+        except TemplateError as error:
+            raise type(error)(f"template {name}: {error}") from error
+        except TemplateSyntaxError as error:
+            raise TemplateError(
+                f"template {name}: {error.message} (line {error.lineno})"
+            ) from error
         except SecurityError as error:
-            raise IA3Error(f"template {self.name!r} is refused: {error}") from error
+            raise TemplateError(f"template {name} is refused: {error}") from error
+        except RecursionError as error:
+            raise TemplateError(f"template {name} is nested too deep, or calls itself") from error
         except Exception as error:
-            raise IA3Error(f"template {self.name!r}: {type(error).__name__}: {error}") from error
+            # A value of the template may be in the message.
+            problem = f"{type(error).__name__}: {error}"[:1000]
+            raise TemplateError(f"template {name}: {problem}") from error
+
+
+def _whole(rendered: str) -> str:
+    try:
+        rendered.encode()
+    except UnicodeEncodeError as error:
+        # An escape in a literal makes one, and no tokenizer takes it.
+        raise TemplateError("it renders half a surrogate pair, which is no character") from error
+    return rendered
 
 
 def _context(example: Mapping[str, Any], answer_choices: Sequence[str]) -> dict[str, Any]:

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ...arguments import check_callable, flag, instance, listed, number, whole
 from ...base.loading import BaseModel
 from ...errors import IA3Error
 from ..prompts.encoding import EncodedExample, Encoder
 from ..prompts.tasks import Task, encode_labelled
 from .choices import MAX_TOKENS
 from .prefix import ranking_scores
+
+BASE = "a BaseModel, as load_base_model gives it"
+ENCODED = "a list of EncodedExample, as Encoder.encode gives them"
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,13 @@ def spread(scores: Sequence[float]) -> Spread:
     """The median and the quartiles, linear between two scores.
 
     Raises:
+        InvalidTypeError: one is no number.
         IA3Error: there is no score.
     """
-    if not scores:
+    given = [number("a score", score, "a number") for score in listed("scores", scores, "a list")]
+    if not given:
         raise IA3Error("no scores to take the median of")
-    lower, median, upper = np.percentile(scores, [25, 50, 75])
+    lower, median, upper = np.percentile(given, [25, 50, 75])
     return Spread(float(median), float(lower), float(upper))
 
 
@@ -71,12 +77,16 @@ def evaluate(
         max_tokens: computed in one forward pass, unless one example alone is longer.
 
     Raises:
+        InvalidTypeError: an argument is of another type.
         IA3Error: there are no test examples, one has no answer, a template asks nothing of any of
             them, or the model's scores are not finite.
     """
+    instance("base", base, BaseModel, BASE)
+    instance("task", task, Task, "a Task")
+    whole("max_tokens", max_tokens, 1)
     if not task.test:
         raise IA3Error(f"task {task.name!r} has no test examples to evaluate")
-    encoder = Encoder(base, chat=chat)
+    encoder = Encoder(base, chat=flag("chat", chat))
     scores = []
     for template in task.templates:
         rendered = [encode_labelled(encoder, template, row) for row in task.test]
@@ -104,8 +114,14 @@ def predict_choices(
         progress: called with the number of examples done since the last call.
 
     Raises:
-        IA3Error: the model's scores are not finite.
+        InvalidTypeError: an argument is of another type.
+        IA3Error: `max_tokens` is below 1, or the model's scores are not finite.
     """
+    instance("base", base, BaseModel, BASE)
+    whole("max_tokens", max_tokens, 1)
+    check_callable("progress", progress)
+    for example in listed("examples", examples, ENCODED):
+        instance("an example", example, EncodedExample, ENCODED)
     predicted = [0] * len(examples)
     for count in sorted({len(example.choices) for example in examples}):
         rows = [i for i, example in enumerate(examples) if len(example.choices) == count]

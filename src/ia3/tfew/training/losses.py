@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from ...arguments import LARGEST, instance, number, whole
 from ...errors import IA3Error
 from ..scoring.answer_tokens import TokenScores
 
@@ -64,10 +65,15 @@ def tfew_loss(
         Scalars, float32 (float64 for float64 logits). `unlikelihood` is 0 where nothing is wrong.
 
     Raises:
+        InvalidTypeError: an argument is of another type.
         IA3Error: shapes or dtypes do not fit together, a label or a target is out of range, a label
             points at a choice with no token, or not exactly one of `pad_token_id` and `target_mask`
             is given.
     """
+    for name, tensor in (("logits", logits), ("target_ids", target_ids), ("labels", labels)):
+        instance(name, tensor, Tensor, "a tensor")
+    weights = {"lm": lm, "length_norm": length_norm, "unlikelihood": unlikelihood}
+    weights = {name: number(name, weight, "a number") for name, weight in weights.items()}
     if logits.dim() != 4 or not logits.is_floating_point():
         raise IA3Error(
             f"logits are {_described(logits)}, expected floating [batch, choices, length, "
@@ -94,7 +100,7 @@ def tfew_loss(
     scored = rows.gather(1, tokens[:, None])[:, 0] - rows.logsumexp(-1)
     log_probs = scored.new_zeros(mask.shape).masked_scatter(mask, scored)
     scores, labels = TokenScores(log_probs, mask), labels.to(mask.device, torch.int64)
-    return token_loss(scores, labels, lm=lm, length_norm=length_norm, unlikelihood=unlikelihood)
+    return token_loss(scores, labels, counts=None, **weights)
 
 
 def token_loss(
@@ -136,7 +142,8 @@ def _target_mask(
         both = "neither" if pad_token_id is None else "both"
         raise IA3Error(f"expected one of pad_token_id and target_mask, {both} given")
     if target_mask is None:
-        return torch.ne(target_ids, pad_token_id)  # type: ignore[arg-type]
+        return torch.ne(target_ids, whole("pad_token_id", pad_token_id, -LARGEST))
+    instance("target_mask", target_mask, Tensor, "a tensor")
     if target_mask.shape != target_ids.shape:
         raise IA3Error(
             f"target_mask is {_described(target_mask)}, expected {list(target_ids.shape)}, as "

@@ -7,6 +7,7 @@ goes on from a checkpoint to the same bits.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -15,9 +16,10 @@ import os
 import random
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,23 @@ from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     TrainOutput,
     get_last_checkpoint,
-    rotate_checkpoints,
+    sort_checkpoints,
 )
 
 from ...adapter.fingerprint import Fingerprint, fingerprint
+from ...arguments import check_callable, instance, listed, number, path_of, whole
 from ...base.loading import BaseModel
-from ...errors import IA3Error, MissingExtraError
+from ...errors import (
+    BrokenFileError,
+    IA3Error,
+    InvalidTypeError,
+    MissingExtraError,
+    StateError,
+    shown,
+)
 from ...files.atomic import check_folder, new_folder_beside
+from ...files.hub import CARD_NAME
+from ...files.json import parse_object
 from ...model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..prompts.encoding import EncodedExample, TrainingExample
 from ..scoring.choices import MAX_TOKENS, example_batches, token_scores
@@ -45,11 +57,13 @@ from .losses import Counts, token_loss
 if importlib.util.find_spec("accelerate") is None:
     raise MissingExtraError("accelerate", "tfew", "training")
 
-# In a checkpoint, beside the Trainer's own files: what identifies the run, and its steps so far.
+# In a checkpoint, beside the Trainer's own files: what identifies the run, its steps so far, and
+# hashes of the other files.
 RUN_NAME = "ia3_run.json"
 CHECKPOINT_STEPS = 25
 # Compared by digests, which error messages do not show.
 DIGESTS = ("examples", "base model", "first vectors")
+EXAMPLES = "a list of TrainingExample, as Task.training_examples gives them"
 _TERMS = ("lm", "length_norm", "unlikelihood")
 
 
@@ -70,6 +84,7 @@ class TFewConfig:
             but for rounding. Lower it where memory runs out.
 
     Raises:
+        InvalidTypeError: a value is of another type.
         IA3Error: a value is out of its range.
     """
 
@@ -86,17 +101,21 @@ class TFewConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise IA3Error(f"{name} is {getattr(self, name)}, expected at least 1")
-        if not 0 < self.learning_rate < math.inf:
-            raise IA3Error(f"learning_rate is {self.learning_rate}, expected a number above 0")
-        if not 0 <= self.warmup_ratio < 1:
-            raise IA3Error(f"warmup_ratio is {self.warmup_ratio}, expected 0 to less than 1")
-        if not 0 <= self.seed < 2**32:
-            raise IA3Error(f"seed is {self.seed}, expected 0 to 2**32 - 1")
+            whole(name, getattr(self, name), 1, expected="at least 1")
+        expected = "a number above 0"
+        if not 0 < number("learning_rate", self.learning_rate, expected) < math.inf:
+            raise IA3Error(f"learning_rate is {self.learning_rate}, expected {expected}")
+        expected = "0 to less than 1"
+        if not 0 <= number("warmup_ratio", self.warmup_ratio, expected) < 1:
+            raise IA3Error(f"warmup_ratio is {self.warmup_ratio}, expected {expected}")
+        expected = "a number, at least 0"
+        if not number("max_grad_norm", self.max_grad_norm, expected) >= 0:
+            raise IA3Error(f"max_grad_norm is {self.max_grad_norm}, expected {expected}")
+        whole("seed", self.seed, 0, 2**32 - 1, "0 to 2**32 - 1")
         for name, weight in self.weights.items():
-            if not 0 <= weight < math.inf:
-                raise IA3Error(f"{name} is {weight}, expected 0 or a number above 0")
+            expected = "0 or a number above 0"
+            if not 0 <= number(name, weight, expected) < math.inf:
+                raise IA3Error(f"{name} is {weight}, expected {expected}")
         if not any(self.weights.values()):
             raise IA3Error(f"{', '.join(_TERMS)} are all 0: there is no loss to train with")
 
@@ -119,7 +138,7 @@ class TrainingStep:
 
 
 class DivergedError(IA3Error):
-    """The loss or a vector is not finite any more, as of the optimizer step `step`."""
+    """The loss, a gradient or a vector is not finite any more, as of the optimizer step `step`."""
 
     def __init__(self, step: int, what: str) -> None:
         advice = "lower the learning rate, or look for texts that are empty or out of place"
@@ -153,6 +172,7 @@ def train(
         checkpoints: a folder for checkpoints, every 25 steps (`save_steps`) and at the end, of
             which the last one stays. If it has a checkpoint of the same run, training goes on from
             there, and ends with the vectors of a run without a break: on a CPU, to the last bit.
+            One run at a time has a folder.
         callbacks: the Trainer's.
         arguments: as `training_arguments` takes them.
 
@@ -160,12 +180,17 @@ def train(
         One record a step, those before the checkpoint included.
 
     Raises:
-        DivergedError: the loss is not finite, and the vectors are those before that step; or a
-            vector is not finite at the end.
+        InvalidTypeError: an argument is of another type.
+        DivergedError: the loss, a gradient or an update is not finite; the vectors are those before
+            that step.
         IA3Error: the checkpoint is another run's, or an argument does not fit.
+        BrokenFileError: a file of the checkpoint is damaged.
+        StateError: another process trains with these checkpoints.
         OSError: a checkpoint cannot be written; the one before it stays.
     """
+    check_callable("on_step", on_step)
     if checkpoints is not None:
+        checkpoints = path_of("checkpoints", checkpoints)
         check_folder(checkpoints)
         saving = {"save_strategy": "steps", "save_steps": CHECKPOINT_STEPS, "save_total_limit": 1}
         arguments = {**saving, **arguments}
@@ -192,9 +217,12 @@ def training_arguments(
             `batch_size` examples together), `logging_steps=10`, `save_steps=100`, `report_to=...`
 
     Raises:
+        InvalidTypeError: an argument is of another type.
         IA3Error: the model is on a GPU that the Trainer would not train on, or
             `gradient_accumulation_steps` does not divide the batch size.
     """
+    _check(base, config)
+    folder = path_of("folder", folder)
     if base.device.type == "cuda" and base.device.index not in (None, 0):
         raise IA3Error(
             f"training on {base.device} is not supported: choose the GPU with CUDA_VISIBLE_DEVICES"
@@ -228,6 +256,11 @@ def training_arguments(
     return settings
 
 
+def _check(base: BaseModel, config: TFewConfig) -> None:
+    instance("base", base, BaseModel, "a BaseModel, as load_base_model gives it")
+    instance("config", config, TFewConfig, "a TFewConfig")
+
+
 class TFewTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer with T-Few's loss, optimizer and schedule.
 
@@ -239,6 +272,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
     one `TrainingStep` a step.
 
     Raises:
+        InvalidTypeError: an argument is of another type.
         IA3Error: there are no examples, or several processes train.
     """
 
@@ -251,6 +285,17 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        _check(base, config)
+        instance("ia3_model", ia3_model, IA3Model, "an IA3Model")
+        instance("arguments", arguments, TrainingArguments, "those of training_arguments()")
+        for callback in listed("callbacks", callbacks, "a list of callbacks"):
+            known = isinstance(callback, TrainerCallback)
+            if not known and not (
+                isinstance(callback, type) and issubclass(callback, TrainerCallback)
+            ):
+                raise InvalidTypeError(f"callbacks holds {shown(callback)}, expected the Trainer's")
+        for example in listed("examples", examples, EXAMPLES):
+            instance("an example", example, TrainingExample, EXAMPLES)
         if not examples:
             raise IA3Error("there are no examples to train on: expected at least one")
         if arguments.world_size > 1:
@@ -269,6 +314,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         )
         # It would print what `on_step` reports.
         self.remove_callback(PrinterCallback)
+        self.add_callback(_LastGood(self))
         self.history: list[TrainingStep] = []
         self._base = base
         self._config = config
@@ -278,6 +324,8 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         self._terms = torch.zeros(4)
         self._parts_left = 0
         self._staging: Path | None = None
+        # While a checkpoint is written: the folder that the Trainer is to write it into.
+        self._writes_into: Path | None = None
 
     # -- a step -----------------------------------------------------------------------------------
 
@@ -340,9 +388,43 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             number = self.state.global_step + 1
             step = TrainingStep(number, self.args.max_steps, *self._terms.tolist())
             if not math.isfinite(step.loss):
-                raise DivergedError(number, f"the loss is {step.loss}")
+                raise self._diverged(number, f"the loss is {step.loss}")
+            self._check_gradients(number)
             self.history.append(step)
         return terms[0]
+
+    def _trained_values(self) -> list[tuple[str, nn.Parameter]]:
+        """What the optimizer changes, each with its name for messages."""
+        named = {
+            id(vector): f"the vector of {module!r}"
+            for name in self.model.active_adapters
+            for module, vector in self.model.vectors(name).items()
+        }
+        return [
+            (named.get(id(value), repr(name)), value)
+            for name, value in self.model.named_parameters()
+            if value.requires_grad
+        ]
+
+    def _check_gradients(self, step: int) -> None:
+        """Before they are clipped: one that is not finite would make all of them so."""
+        if self.accelerator.scaler is not None:
+            return  # it leaves out such a step itself, and lowers its scale
+        groups = self.optimizer.param_groups
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if math.isfinite(norm):
+            return
+        what = f"the gradients' norm is {float(norm)}"
+        for name, value in self._trained_values():
+            if value.grad is not None and not value.grad.isfinite().all():
+                what = f"the gradient of {name} is not finite"
+                break
+        raise self._diverged(step, what)
+
+    def _diverged(self, step: int, what: str) -> DivergedError:
+        self.model.zero_grad()  # nothing of this step is left for another one
+        return DivergedError(step, what)
 
     def check_finite(self) -> None:
         """Raise `DivergedError` where a vector is not finite any more."""
@@ -358,16 +440,34 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         """Train, or go on from a checkpoint of this run: a folder, or `True` for any last one.
 
         Raises:
-            DivergedError: the loss is not finite. The vectors are then those before that step.
+            DivergedError: the loss, a gradient or an update is not finite. The vectors are then
+                those before that step.
             IA3Error: the checkpoint is another run's.
+            BrokenFileError: a file of the checkpoint is damaged.
+            StateError: another process writes its checkpoints into the folder.
         """
-        folder = Path(self.args.output_dir)
-        # Left by a run that was killed while it wrote a checkpoint.
-        for left in folder.glob(f".{PREFIX_CHECKPOINT_DIR}.*"):
-            shutil.rmtree(left, ignore_errors=True)
+        with ExitStack() as self._until_end:
+            self._staging = None
+            if self.args.save_strategy != "no":
+                self._staged()
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _staged(self) -> Path:
+        """The hidden folder of this run, which is there where a checkpoint may be written."""
+        if self._staging is None:  # or a callback wants one, whatever the arguments say
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._staging = self._until_end.enter_context(_staging_folder(folder))
+        return self._staging
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> Any:
         last = resume_from_checkpoint
         if last is True:
-            last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+            folder = self.args.output_dir
+            last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+            if last and self.args.save_strategy != "no":
+                # Killed after a checkpoint was written, a run has left the ones before it.
+                self._remove_old()
         if last and len(self._steps_in(Path(last))) >= self.args.max_steps:
             # The Trainer would go on to the end of the epoch.
             self._load_from_checkpoint(last)
@@ -375,30 +475,49 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         return super().train(resume_from_checkpoint=last, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or super()._get_output_dir(trial))
+        return str(self._writes_into or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place, and rename it into it."""
         self.check_finite()
-        folder = Path(self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._staging = new_folder_beside(folder / PREFIX_CHECKPOINT_DIR)
+        staging = self._staged()
+        written, place = staging / name, Path(self.args.output_dir) / name
+        self._writes_into = staging
         try:
             super()._save_checkpoint(model, trial)
-            written = self._staging / name
             run = {"run": self._run, "history": [asdict(step) for step in self.history]}
-            (written / RUN_NAME).write_text(json.dumps(run), "utf-8")
-            for path in filter(Path.is_file, written.rglob("*")):
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            # A checkpoint of the same step holds the same.
-            shutil.rmtree(folder / name, ignore_errors=True)
-            written.rename(folder / name)
+            content = json.dumps({**run, "files": _hashes(written)})
+            (written / RUN_NAME).write_text(content, "utf-8")
+            _sync(written)
+            if place.exists():
+                self._remove(place)
+            written.rename(place)
+            _sync(place.parent, inside=False)
+        except OSError as error:
+            # The caller does not know the temporary folder's name.
+            raise OSError(error.errno, error.strerror, str(place)) from error
+        except RuntimeError as error:
+            if not _is_of_torchs_writer(error):
+                raise
+            # It does not tell why it could not write.
+            raise OSError(errno.EIO, "torch could not write it", str(place)) from error
         finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
-        rotate_checkpoints(str(folder), save_total_limit=self.args.save_total_limit)
+            self._writes_into = None
+            shutil.rmtree(written, ignore_errors=True)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        limit = self.args.save_total_limit
+        if limit is not None and limit > 0:
+            for old in sort_checkpoints(self.args.output_dir)[:-limit]:
+                self._remove(Path(old))
+
+    def _remove(self, checkpoint: Path) -> None:
+        """Remove a checkpoint; a kill leaves no part of it under its name."""
+        aside = self._staged() / uuid.uuid4().hex
+        checkpoint.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.history[:] = self._steps_in(Path(resume_from_checkpoint))
@@ -407,20 +526,62 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             self.model.load_adapter(folder, name, is_trainable=True)
 
     def _steps_in(self, checkpoint: Path) -> list[TrainingStep]:
-        """The steps before a checkpoint of this run."""
+        """The steps before a checkpoint, which is found to be whole, and of this run."""
         path = checkpoint / RUN_NAME
         if not path.is_file():
             problem = f"no checkpoint of a T-Few run: it has no {RUN_NAME}; give another folder"
             raise IA3Error(f"{checkpoint} is {problem}")
-        read = json.loads(path.read_text("utf-8"))
+        advice = f"remove {checkpoint} to go on from the one before it, or to begin anew"
+        try:
+            read = parse_object(path.read_bytes(), str(path))
+            run, hashes = read.get("run", {}), read.get("files", {})
+            if not isinstance(run, dict) or not isinstance(hashes, dict):
+                raise BrokenFileError(f"{path}: 'run' and 'files' are to be objects")
+            steps = steps_of(read.get("history"), f"{path}: 'history'")
+        except BrokenFileError as error:
+            raise BrokenFileError(f"{error}; {advice}") from error
         for name, value in self._run.items():
-            there = read["run"].get(name)
-            if there != value:
-                what = f"{name}={there!r}, this one {value!r}"
+            had = run.get(name)
+            if had != value:
+                what = f"{name}={had!r}, this one {value!r}"
                 what = f"other {name}" if name in DIGESTS else what
                 advice = "give another folder, or remove this one to begin anew"
                 raise IA3Error(f"{checkpoint} is another run's: it had {what}; {advice}")
-        return [TrainingStep(**step) for step in read["history"]]
+        # Earlier versions wrote no hashes, and a callback may have put files of its own here.
+        there = _hashes(checkpoint) if hashes else {}
+        for name in sorted(hashes):
+            if hashes[name] != there.get(name):
+                problem = "is not as it was written: it is damaged, gone or another"
+                raise BrokenFileError(f"{checkpoint / name} {problem}; {advice}")
+        return steps
+
+
+class _LastGood(TrainerCallback):  # type: ignore[misc]
+    """Takes an update back after which a value is not finite."""
+
+    def __init__(self, trainer: TFewTrainer) -> None:
+        self._trainer = trainer
+        self._trained: list[tuple[str, nn.Parameter]] = []
+        self._before: list[Tensor] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trained = self._trainer._trained_values()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._before = [value.detach().clone() for _, value in self._trained]
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        values = [value.detach() for _, value in self._trained]
+        # Not kept over the next step, as they take memory where whole modules are trained.
+        before_step, self._before = self._before, []
+        # The largest value, as one number: it is not finite where any is not.
+        if math.isfinite(nn.utils.get_total_norm(values, norm_type=math.inf)):
+            return
+        name = next(name for name, value in self._trained if not value.isfinite().all())
+        for value, before in zip(values, before_step, strict=True):
+            value.copy_(before)
+        self._trainer.history.pop()
+        raise self._trainer._diverged(state.global_step + 1, f"{name} is not finite any more")
 
 
 @dataclass
@@ -433,6 +594,78 @@ class _OnStep(TrainerCallback):  # type: ignore[misc]
             self.on_step(self.history[-1])
         except StopTraining:
             control.should_training_stop = True
+
+
+def steps_of(history: Any, where: str) -> list[TrainingStep]:
+    """What a run's `history` in a file says, a list of `TrainingStep`s as JSON has them.
+
+    Raises:
+        BrokenFileError: it is something else; the message begins with `where`.
+    """
+    kinds = {field.name: field.type for field in fields(TrainingStep)}
+    if not isinstance(history, list):
+        raise BrokenFileError(f"{where} is a {type(history).__name__}, expected a list of steps")
+    for place, step in enumerate(history, 1):
+        if not isinstance(step, dict) or step.keys() != kinds.keys():
+            raise BrokenFileError(f"{where}: step {place} has not {', '.join(kinds)} and no other")
+        for name, kind in kinds.items():
+            value = step[name]
+            expected = (int,) if kind == "int" else (int, float)
+            if isinstance(value, bool) or not isinstance(value, expected):
+                raise BrokenFileError(f"{where}: step {place} has {name}={value!r}, no {kind}")
+    return [TrainingStep(**step) for step in history]
+
+
+@contextmanager
+def _staging_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder in one of checkpoints, held by its lock; those of dead processes are removed.
+
+    Not the folder of checkpoints itself is held: a callback may save into it.
+
+    Raises:
+        StateError: there is one of a living process.
+    """
+    with ExitStack() as held:
+        try:
+            beside = new_folder_beside(folder / PREFIX_CHECKPOINT_DIR, alone=True)
+            own = held.enter_context(beside)
+        except BlockingIOError as error:
+            problem = "another process trains with these checkpoints"
+            raise StateError(f"{folder}: {problem}; wait for its end, or give another") from error
+        yield own
+
+
+def _is_of_torchs_writer(error: RuntimeError) -> bool:
+    """Whether `torch.save` raised this: its messages are those of the C++ library."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return (
+        traceback is not None and traceback.tb_frame.f_globals["__name__"] == torch.save.__module__
+    )
+
+
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    """Name -> SHA-256 of each file that resuming reads; a person may edit the card."""
+    hashes = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name not in (RUN_NAME, CARD_NAME):
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
+            hashes[path.relative_to(checkpoint).as_posix()] = digest.hexdigest()
+    return hashes
+
+
+def _sync(folder: Path, *, inside: bool = True) -> None:
+    """Have a folder's names on the disk, and all that is in it."""
+    for path in (folder, *(folder.rglob("*") if inside else ())):
+        if os.name == "nt" and path.is_dir():
+            continue  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def described_run(
