@@ -425,7 +425,11 @@ def test_unusable_texts_and_labels(make):
         ("one text", ["billing"], "one str"),
         (TEXTS, [*LABELS[:-1], None], "label 5 is None"),
         (TEXTS, [*LABELS[:-1], float("nan")], "label 5 is nan"),
-        (TEXTS, [*LABELS[:-1], 3], "mix strings and numbers"),
+        (
+            TEXTS,
+            [*LABELS[:-1], 3],
+            "label 5 is 3, but label 0 is 'billing': expected labels of one kind",
+        ),
         (TEXTS, ["a_b", "a b"] * 3, "the same tokens"),
     ]:
         with pytest.raises(IA3Error, match=message):

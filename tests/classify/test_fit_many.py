@@ -2,22 +2,26 @@
 
 import gc
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from support.kills import calls_of, ended, killed_before, started
 from support.pairs import same_vectors
 from support.tfew import child_environment, hook_count, state_bits, tiny_llama, word_tokenizer
 
 from ia3 import FewShotClassifier, IA3Config, IA3Error, IA3Model, fit_many
-from ia3.adapter.files import Adapter, adapter_files
-from ia3.adapter.layout import WEIGHTS_NAME
+from ia3.adapter.files import Adapter, adapter_files, write_saved
 from ia3.classify.estimator import PreparedTask
 from ia3.classify.fit_many import RECORDS_NAME
+from ia3.errors import BrokenFileError
 from ia3.files.atomic import write_files
+from ia3.files.saved import WEIGHTS_NAME
 from ia3.tfew import DivergedError, TrainingStep
 
 BILLS = (
@@ -151,7 +155,7 @@ def test_tasks_fail_alone(tmp_path):
         "no_words": "'delivery'",
         "rate": "learning_rate is -1",
         "template": "who",
-        "word": "'str'",
+        "word": "steps is '3' (str), expected a whole number",
         "blocked": "NotADirectoryError",
     }.items():
         assert message in str(fitted.failures[name])
@@ -165,7 +169,7 @@ def test_data_of_no_use_fails_alone():
     bad = {
         "no_texts": ((None, labels), "texts is None (NoneType), expected a list of texts"),
         "no_labels": ((texts, None), "labels is None (NoneType), expected a list of labels"),
-        "one_label_in_an_array": ((texts, np.array(5)), "labels is 5"),
+        "one_label_in_an_array": ((texts, np.array(5)), "labels is array(5)"),
         "letters": ((texts, "abcab"), "labels is one str"),
         "nothing": (None, "the data is a NoneType, expected a pair of texts and labels"),
         "three": ((*BILLS, 1), "the data is a tuple"),
@@ -193,6 +197,7 @@ def test_warnings_name_the_task():
         ({"a/b": BILLS}, None, "'a/b'"),
         ({"..": BILLS}, None, "'..'"),
         ({3: BILLS}, None, "3"),
+        ({"\udcff": BILLS}, None, "expected a text"),
         ({"moods": BILLS}, {"mood": tiny_classifier()}, "'moods'; did you mean 'mood'"),
         ({"a": BILLS}, dict.fromkeys("ab", tiny_classifier()), "no task for classifier 'b'"),
         (
@@ -303,7 +308,69 @@ def test_what_was_written_over_is_trained_again(tmp_path):
     assert fitted_again(tmp_path) == {"first", "second"}
 
 
-def test_a_record_that_is_none_is_refused(tmp_path):
-    (tmp_path / RECORDS_NAME).write_text('{"task": "a", "digest": "0", "history": [{}]}\n')
-    with pytest.raises(IA3Error, match=r"line 1: not a task that was fitted"):
+def test_several_processes_fit_into_one_folder(tmp_path):
+    """The same tasks, and one that has other settings in one of them."""
+    rates = {"a": (3e-2, 3e-2), "b": (3e-2, 1e-2)}
+
+    def fit(number):
+        settings = {
+            name: tiny_classifier(steps=2, learning_rate=of[number]) for name, of in rates.items()
+        }
+        return fit_many(dict.fromkeys(rates, BILLS), settings, out=tmp_path).classifiers
+
+    processes = [started(partial(fit, number)) for number in (0, 1)]
+    assert [ended(process) for process in processes] == [0, 0]
+    for number in (0, 1):
+        for name, of in rates.items():
+            expected = tiny_classifier(steps=2, learning_rate=of[number]).fit(*BILLS)
+            assert_same(fit(number)[name], expected)
+            saved = FewShotClassifier.load(tmp_path / name, model=MODEL, tokenizer=TOKENIZER)
+            assert same_vectors(saved, expected)
+    assert {path.name for path in tmp_path.iterdir()} == {*rates, RECORDS_NAME}
+
+
+def test_what_another_process_has_saved_over_it_is_trained_again(tmp_path, monkeypatch):
+    """In the moment between a classifier and its record."""
+    task, settings = {"a": BILLS}, tiny_classifier(steps=2)
+    other = tiny_classifier(steps=2, learning_rate=1e-2).fit(*BILLS)
+
+    def write_and_write_over(folder, files):
+        write_saved(folder, files)
+        other.save(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ia3.classify.fit_many.write_saved", write_and_write_over)
+        fit_many(task, settings, out=tmp_path)
+    assert_same(fit_many(task, settings, out=tmp_path).classifiers["a"], settings.fit(*BILLS))
+    saved = FewShotClassifier.load(tmp_path / "a", model=MODEL, tokenizer=TOKENIZER)
+    assert same_vectors(saved, settings)
+
+
+def test_killed_while_it_saves_over_an_older_fit(tmp_path):
+    """In some gaps between two calls; what is then in the folder is whole, or fitted again."""
+    expected = tiny_classifier(steps=1).fit(*BILLS)
+
+    def fit(steps):
+        settings = tiny_classifier(steps=steps)
+        return fit_many({"a": BILLS}, settings, out=tmp_path).classifiers["a"]
+
+    fit(0)
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    calls = calls_of(partial(fit, 1))
+    for call in range(calls // 6, calls + 1, calls // 6):
+        shutil.rmtree(tmp_path)
+        for path, content in before.items():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_bytes(content)
+        killed_before(call, partial(fit, 1))
+        assert_same(fit(1), expected)
+        saved = FewShotClassifier.load(tmp_path / "a", model=MODEL, tokenizer=TOKENIZER)
+        assert same_vectors(saved, expected)
+        assert saved.settings_ == expected.settings_
+
+
+@pytest.mark.parametrize("history", ["[{}]", "3", "{}", '[{"step": 1}]', "[3]", "null"])
+def test_a_record_that_is_none_is_refused(tmp_path, history):
+    (tmp_path / RECORDS_NAME).write_text(f'{{"task": "a", "digest": "0", "history": {history}}}\n')
+    with pytest.raises(BrokenFileError, match=r"line 1: not a task that was fitted"):
         fit_many({"a": BILLS}, tiny_classifier(), out=tmp_path)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from ia3 import IA3Error
 from ia3.base.loading import EMBEDDED_MODEL
-from ia3.classify.many_manifest import TaskToFit, read_many_manifest
+from ia3.classify.many_manifest import KEYS, TaskToFit, read_many_manifest
+from ia3.errors import BrokenFileError, IA3Error
 
 
 @pytest.fixture
@@ -65,6 +67,21 @@ def test_a_model_may_lie_beside_the_manifest(written, tmp_path):
         ("tasks: {a: {data: a.csv, k: 3}}", "task 'a': unknown key 'k'"),
         ("tasks: {a: {data: a.csv, steps: many}}", "steps is 'many', expected a whole number"),
         ("tasks: {a: {data: a.csv, learning_rate: fast}}", "learning_rate is 'fast'"),
+        *(
+            (f"tasks: {{a: {{data: a.csv, learning_rate: {rate}}}}}", "task 'a': learning_rate is ")
+            for rate in ("nan", "inf", "-1", "0", "1e999", "1e-999", "-inf", "[1]", "{a: 1}", "１")
+        ),
+        *(
+            (f"tasks: {{a: {{data: a.csv, seed: {seed}}}}}", "task 'a': seed is ")
+            for seed in ("-1", "4294967296", "1.5", "9" * 5000, "1_0", "٣", "[1]")
+        ),
+        ("tasks: {a: {data: a.csv, steps: 10000001}}", "task 'a': steps is 10000001, expected 1"),
+        ("tasks: {a: {data: a.csv, steps: -3}}", "task 'a': steps is '-3', expected a whole"),
+        ("tasks: {a: {data: [a.csv]}}", "task 'a': data is a list, expected a text"),
+        ("tasks: {a: {data: {b: c}}}", "task 'a': data is a mapping, expected a text"),
+        ("tasks: {a: [b]}", "task 'a' is a list"),
+        ("tasks: {[a]: {data: b}}", "is not YAML"),
+        ('tasks: {a: {data: "a\\0"}}', "a NUL character"),
         ("tasks: {a: {data: a.csv, chat: 1}}", "chat is '1', expected true or false"),
         ("tasks: {a: {data: a.csv, text: []}}", "text is a list, expected a text or a list"),
         ("tasks: {a: {data: a.csv, choices: [x]}}", "choices is a list"),
@@ -73,5 +90,40 @@ def test_a_model_may_lie_beside_the_manifest(written, tmp_path):
     ],
 )
 def test_mistakes_are_named(written, content, message):
-    with pytest.raises(IA3Error, match=f"tasks.yaml.*{message}"):
+    with pytest.raises(BrokenFileError, match=f"tasks.yaml.*{message}") as caught:
         read_many_manifest(written(content))
+    assert len(str(caught.value)) < 600
+
+
+def test_names_that_are_too_long_for_a_file(written):
+    long = "a" * 5000
+    content = f"model: {long}\ntasks: {{a: {{data: {long}, init_from: {long}}}}}"
+    model, tasks = read_many_manifest(written(content))
+    assert model == tasks["a"].data == tasks["a"].settings["init_from"] == long
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text("ab"), inner, max_size=2),
+    max_leaves=4,
+)
+ENTRY = st.fixed_dictionaries({"data": ANYTHING}, optional=dict.fromkeys(KEYS[1:], ANYTHING))
+TASKS = st.dictionaries(st.text("ab/.", min_size=1), ENTRY | ANYTHING, max_size=2)
+
+
+@given(st.fixed_dictionaries({"tasks": TASKS}, optional={"model": ANYTHING, "defaults": ENTRY}))
+@settings(
+    deadline=None,
+    max_examples=100,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_any_keys_are_tasks_or_an_error_that_names_the_file(written, content):
+    path = written(yaml.safe_dump(content, allow_unicode=True))
+    try:
+        _, tasks = read_many_manifest(path)
+    except IA3Error as error:
+        assert str(error).startswith(str(path))  # noqa: PT017
+        assert len(str(error)) < 1500  # noqa: PT017
+        return
+    assert all(task.settings.get("learning_rate", 1) > 0 for task in tasks.values())

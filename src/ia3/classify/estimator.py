@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..adapter.files import Adapter, adapter_files, check_finite, read_adapter
+from ..adapter.files import (
+    Adapter,
+    adapter_files,
+    check_finite,
+    read_adapter,
+    unread_adapter,
+    write_saved,
+)
+from ..adapter.layout import open_folder
+from ..arguments import LARGEST, check_callable, folder_of, path_of, whole
 from ..base.loading import EMBEDDED_MODEL
-from ..errors import IA3Error, MissingFileError, naming
-from ..files.atomic import write_files
+from ..core.route import changing
+from ..errors import BrokenFileError, IA3Error, InvalidTypeError, MissingFileError, naming, shown
 from ..files.hub import adapter_folder
+from ..files.saved import TASK_NAME
 from ..tfew.prompts.encoding import Encoder, TrainingExample
-from ..tfew.prompts.labels import Text
+from ..tfew.prompts.labels import Text, check_text
 from ..tfew.prompts.templates import Template
 from ..tfew.scoring.choices import MAX_TOKENS
 from ..tfew.scoring.prefix import ranking_scores
 from ..tfew.temporary_adapter import all_linear, temporary_adapter
 from .ranking import LabelledTexts, RankingClassifier, encode_all
+from .task_file import TASK_FORMAT, TaskFile
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -30,10 +42,15 @@ if TYPE_CHECKING:
 
     from ..tfew.training.trainer import TFewConfig, TrainingStep
 
-TASK_NAME = "ia3_task.json"
-TASK_FORMAT = 1
 LISTS = ("labels", "choices", "templates", "fields")
-SETTINGS = ("chat", "steps", "learning_rate", "seed", "upper_blocks")
+# What a fit depends on besides its data: what is expected, its types, and Python's own one.
+SETTINGS: dict[str, tuple[str, Any, Callable[[Any], Any]]] = {
+    "chat": ("True or False", bool | np.bool_, bool),
+    "steps": ("a whole number", Integral, int),
+    "learning_rate": ("a number", Real, float),
+    "seed": ("a whole number", Integral, int),
+    "upper_blocks": ("a whole number or None", Integral, int),
+}
 
 
 @dataclass(frozen=True)
@@ -144,38 +161,63 @@ class FewShotClassifier(RankingClassifier):
         """Train on labelled texts.
 
         Args:
-            texts: strings, or mappings from field names to values, `[examples]`.
-            labels: strings, integers or booleans, `[examples]`.
+            texts: strings, or mappings from field names to values, `[examples]`. What a template
+                reads is text, a finite number, a date, or lists and mappings of these.
+            labels: strings, integers of 64 bits or booleans, all of one kind, `[examples]`.
             on_step: called after every optimizer step.
             checkpoints: a folder in which the training is kept as it goes. The same call after a
                 break goes on from there, and ends as it would have without it.
 
         Raises:
-            IA3Error: the data, a template or the choices are unusable (the message says which),
+            InvalidTypeError: an argument, a setting, a text or a label is of another type.
+            StateError: there is no such device.
+            MissingFileError: there is no adapter at `init_from`.
+            DivergedError: the loss, a gradient or an update is not finite. What was fitted before
+                stays.
+            IA3Error: the data, a template or the choices are unusable (the message says which, and
+                the row),
                 `init_from` does not fit the model, the model has not so many blocks, or the
                 checkpoints are those of another run.
-            FileNotFoundError: there is no adapter at `init_from`.
-            DivergedError: the loss is not finite. What was fitted before stays.
+            OSError: a checkpoint cannot be written.
         """
+        check_callable("on_step", on_step)
+        if checkpoints is not None:
+            path_of("checkpoints", checkpoints)
         self._train(self._prepare(self._read_task(texts, labels)), on_step, checkpoints)
         return self
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings of a fit, as Python's own numbers; a grid's may be numpy's."""
+        settings: dict[str, Any] = {}
+        for name, (expected, kinds, plain) in SETTINGS.items():
+            value = getattr(self, name)
+            if name == "upper_blocks" and value is None:
+                settings[name] = None
+                continue
+            if not isinstance(value, kinds) or (plain is not bool and isinstance(value, bool)):
+                what = f"{name} is {shown(value)} ({type(value).__name__})"
+                raise InvalidTypeError(f"{what}, expected {expected}")
+            settings[name] = plain(value)
+        return settings
 
     def _prepare(self, data: LabelledTexts) -> PreparedTask:
         """Check the settings and encode the examples, before the model changes."""
         # Imported here, as prediction needs no Trainer, whose import takes seconds.
         from ..tfew.training.trainer import TFewConfig
 
-        if self.steps < 0:
-            raise IA3Error(f"steps is {self.steps}, expected at least 0")
+        settings = self._settings()
+        whole("steps", settings["steps"], 0, expected="at least 0")
+        if settings["upper_blocks"] is not None:
+            whole("upper_blocks", settings["upper_blocks"], -LARGEST)
         if self.upper_blocks is not None and self.init_from is not None:
             raise IA3Error(
                 f"upper_blocks is {self.upper_blocks}, and init_from brings the sites of its "
                 "adapter: give one of them"
             )
         # The untuned model takes no step; its other settings are checked all the same.
-        own = {name: getattr(self, name) for name in ("learning_rate", "seed", "max_tokens")}
-        recipe = TFewConfig(steps=max(self.steps, 1), **own)
-        encoder = Encoder(self.base, data.choices, chat=self.chat)
+        own = {name: settings[name] for name in ("learning_rate", "seed")}
+        recipe = TFewConfig(steps=max(settings["steps"], 1), max_tokens=self.max_tokens, **own)
+        encoder = Encoder(self.base, data.choices, chat=settings["chat"])
         encoded = encode_all(encoder, data.examples, data.templates)
         answers = map(data.classes.index, data.labels)
         examples = [TrainingExample(*pair) for pair in zip(encoded, answers, strict=True)]
@@ -204,13 +246,14 @@ class FewShotClassifier(RankingClassifier):
             if self.steps > 0:
                 history = train(base, model, *data, on_step, checkpoints=checkpoints)
             adapter = model.adapter("default")
-        self._keep_fit(task.data, adapter, history)
+            with changing():
+                self._keep_fit(task.data, adapter, history)
 
     def _keep_fit(self, data: LabelledTexts, adapter: Adapter, history: list[TrainingStep]) -> None:
         adapter.vectors = {name: v.cpu().clone() for name, v in adapter.vectors.items()}
         sources = [template.source for template in data.templates]
         self._keep_task(data.classes, data.choices, sources, list(data.examples[0]))
-        self.settings_ = {name: getattr(self, name) for name in SETTINGS}
+        self.settings_ = self._settings()
         self.adapter_ = adapter
         self.history_ = history
 
@@ -230,23 +273,39 @@ class FewShotClassifier(RankingClassifier):
     def save(self, folder: str | Path) -> None:
         """Write the adapter in PEFT's two files, and the task beside them, atomically.
 
+        Killed at any moment, it leaves the classifier that was there or this one.
+
         Raises:
             NotFittedError: `fit` was not called.
+            InvalidTypeError: an argument is of another type.
+            NotAFolderError: there is a file of that name.
+            IA3Error: the folder's name is malformed, the model's name cannot be written (a folder
+                whose name is not UTF-8), or a vector is not finite.
             OSError: the disk is full or may not be written; what was there before stays.
         """
+        write_saved(folder_of("folder", folder), self._files())
+
+    def _files(self) -> dict[str, bytes]:
+        """What `save` writes, by file name."""
         self._check_fitted()
-        task = {
-            "format": TASK_FORMAT,
-            "model": self.base.name,
-            "templates": self.templates_,
-            "fields": self.fields_,
-            "labels": self.classes_.tolist(),
-            "choices": self.choices_,
-            **self.settings_,
-        }
-        files = adapter_files(self.adapter_)
-        files[TASK_NAME] = (json.dumps(task, indent=2, ensure_ascii=False) + "\n").encode()
-        write_files(folder, files)
+        check_text(self.base.name, "the model's name")
+        with self.base.lock:  # another thread that fits this classifier has it
+            adapter = self.adapter_
+            task = TaskFile(
+                format=TASK_FORMAT,
+                model=self.base.name,
+                templates=self.templates_,
+                fields=self.fields_,
+                labels=self.classes_.tolist(),
+                choices=self.choices_,
+                **self.settings_,
+            )
+
+        def with_task(digest: str) -> dict[str, str]:
+            # The hash tells where another program has replaced the vectors since.
+            return {TASK_NAME: task.model_copy(update={"vectors": digest}).to_json()}
+
+        return adapter_files(adapter, with_task)
 
     @classmethod
     def load(
@@ -267,45 +326,37 @@ class FewShotClassifier(RankingClassifier):
             device, dtype, tokenizer, max_tokens: as in the constructor.
 
         Raises:
-            FileNotFoundError: the folder or one of its three files is not there.
-            IA3Error: a file is broken.
+            InvalidTypeError: an argument is of another type.
+            MissingFileError: the folder or one of its three files is not there.
+            BrokenFileError: a file is damaged, a value in one is of another type or range, or
+                another program has replaced the vectors.
+            IA3Error: the task file names no model, and none is given.
         """
-        path = Path(folder) / TASK_NAME
-        if not path.is_file():
-            raise MissingFileError(f"no classifier in {folder}: {TASK_NAME} is not there")
-        task, settings = _read_task_file(path)
-        if model is None and not task.get("model"):
-            raise IA3Error(f"{path} names no model: give the one it was fitted on as model=")
-        choices = dict(zip(task["labels"], task["choices"], strict=True))
+        path = path_of("folder", folder) / TASK_NAME
+        with naming(f"no classifier in {folder}"):
+            saved_folder = open_folder(folder)
+        with saved_folder as saved:
+            text = saved.text(TASK_NAME)
+            if text is None:
+                raise MissingFileError(f"no classifier in {folder}: {TASK_NAME} is not there")
+            task = TaskFile.from_json(text, str(path))
+            adapter = unread_adapter(saved).whole()
+            if task.vectors not in (None, saved.digest):
+                raise BrokenFileError(
+                    f"{path} is of other vectors than {saved.path.name} beside it has, which "
+                    "another program has replaced: fit and save the classifier again; or, if it "
+                    f"is meant to have these vectors, remove 'vectors' from {TASK_NAME}"
+                )
+        if model is None:
+            if not task.model:
+                raise IA3Error(f"{path} names no model: give the one it was fitted on as model=")
+            model = task.model
+        choices = dict(zip(task.labels, task.choices, strict=True))
+        settings = {name: getattr(task, name) for name in SETTINGS}
         given = {**settings, "device": device, "dtype": dtype, "tokenizer": tokenizer}
-        model = task["model"] if model is None else model
-        classifier = cls(model, task["templates"], choices, max_tokens=max_tokens, **given)
-        classifier.adapter_ = read_adapter(folder)
-        classifier._keep_task(*(task[name] for name in LISTS))
+        classifier = cls(model, task.templates, choices, max_tokens=max_tokens, **given)
+        classifier.adapter_ = adapter
+        classifier._keep_task(*(getattr(task, name) for name in LISTS))
         classifier.settings_ = settings
         classifier.history_ = []
         return classifier
-
-
-def _read_task_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `save` wrote beside the adapter, checked, and the settings in it."""
-    try:
-        task = json.loads(path.read_text("utf-8"))
-        if task["format"] != TASK_FORMAT:
-            raise IA3Error(
-                f"{path} has format {task['format']!r}, expected {TASK_FORMAT}: it was "
-                "written by another version of ia3"
-            )
-        words = [*task["choices"], *task["templates"], *task["fields"]]
-        texts = all(isinstance(word, str) for word in words)
-        if not texts or not all(isinstance(task[name], list) for name in LISTS):
-            raise TypeError("choices, templates and fields are lists of strings")
-        if len(task["labels"]) != len(task["choices"]):
-            raise ValueError("there are not as many labels as choices")
-        task.setdefault("upper_blocks", None)  # files of earlier versions have none
-        return task, {name: task[name] for name in SETTINGS}
-    except IA3Error:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise IA3Error(f"{path} is not a saved classifier: {what}") from error

@@ -11,18 +11,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter.files import Adapter, read_adapter
+from ..adapter.files import Adapter, read_adapter, write_saved
 from ..adapter.fingerprint import Fingerprint, fingerprint
-from ..adapter.layout import WEIGHTS_NAME
+from ..arguments import check_callable, instance, path_of, whole
 from ..base.loading import BaseModel
-from ..errors import IA3Error, did_you_mean, naming
+from ..errors import (
+    BrokenFileError,
+    IA3Error,
+    InvalidTypeError,
+    UnknownNameError,
+    did_you_mean,
+    naming,
+)
 from ..files.atomic import check_folder
 from ..files.hub import CONFIG_NAME
 from ..files.records import append_record, read_records
+from ..files.saved import TASK_NAME, WEIGHTS_NAME
 from ..model.ia3_model import check_name
 from ..tfew.prompts.labels import Text
-from ..tfew.training.trainer import StopTraining, TrainingStep, described_run
-from .estimator import TASK_NAME, FewShotClassifier, PreparedTask
+from ..tfew.training.trainer import StopTraining, TrainingStep, described_run, steps_of
+from .estimator import FewShotClassifier, PreparedTask
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -32,6 +40,7 @@ RECORDS_NAME = "ia3_many.jsonl"
 # The files of a saved classifier.
 FILES = (WEIGHTS_NAME, CONFIG_NAME, TASK_NAME)
 
+KIND = "a FewShotClassifier"
 OnStep = Callable[[str, TrainingStep], bool | None]
 
 
@@ -69,14 +78,17 @@ def fit_many(
             classifiers stay unfitted. All have one base model.
         out: a folder in which each classifier is saved under its task's name as soon as it is
             fitted. The same call after a break trains only the tasks that are not there yet, have
-            other data or settings now, or whose files were changed since.
+            other data or settings now, or whose files were changed since. Several processes may
+            fit into one folder; what two of them fit, both of them train.
         on_step: called with the task's name after every step. Where it returns true, the training
             of that task ends with this step.
         max_tokens: the most tokens computed at once, 1 or more, in place of the classifiers' own.
 
     Raises:
-        IA3Error: there are no tasks, a name is malformed, the classifiers are not those of the
-            tasks or have several base models, or `max_tokens` is below 1. Nothing is then done.
+        InvalidTypeError: an argument is of another type.
+        UnknownNameError: the classifiers are not those of the tasks.
+        IA3Error: there are no tasks, a name is malformed, the classifiers have several base models,
+            or `max_tokens` is below 1. Nothing is then done.
         OSError: a classifier cannot be saved; those before it stay.
 
     Example:
@@ -89,9 +101,10 @@ def fit_many(
         >>> list(fitted.classifiers), fitted.failures
         (['queue', 'mood'], {})
     """
+    check_callable("on_step", on_step)
     classifiers = _classifiers(tasks, classifier, max_tokens)
     model = fingerprint(_one_base(classifiers).model)
-    folder = None if out is None else _Folder(Path(out))
+    folder = None if out is None else _Folder(path_of("out", out))
     fitted: dict[str, FewShotClassifier] = {}
     failures: dict[str, IA3Error] = {}
     for name, data in tasks.items():
@@ -116,12 +129,14 @@ def _fit(
         with _warnings_name(name):
             if not isinstance(data, Sequence) or isinstance(data, str) or len(data) != 2:
                 kind = type(data).__name__
-                raise IA3Error(f"the data is a {kind}, expected a pair of texts and labels")
+                raise InvalidTypeError(f"the data is a {kind}, expected a pair of texts and labels")
             task = classifier._prepare(classifier._read_task(*data))
         if folder is not None:
             check_folder(folder.path / name)
+    except IA3Error:
+        raise
     except (OSError, TypeError) as error:
-        # A file is missing, or a setting is of another type: `steps="3"`.
+        # A file is missing, or a setting is of another type: `max_tokens="3"`.
         raise IA3Error(f"{type(error).__name__}: {error}") from error
     digest = _digest(classifier, task, model)
     finished = None if folder is None else folder.read(name, digest)
@@ -144,30 +159,39 @@ def _classifiers(
     max_tokens: int | None,
 ) -> dict[str, FewShotClassifier]:
     """An unfitted classifier for each task."""
-    if not tasks:
+    if not instance("tasks", tasks, Mapping, "a mapping from names to texts and labels"):
         raise IA3Error("there are no tasks: expected at least one")
     for name in tasks:
-        if not isinstance(name, str):
-            raise IA3Error(f"a task's name is {name!r}, expected a text")
+        if not isinstance(name, str) or not _can_be_written(name):
+            raise InvalidTypeError(f"a task's name is {name!r}, expected a text")
         with naming("a task is saved under its name"):
             check_name(name)
-    if max_tokens is not None and max_tokens < 1:
-        raise IA3Error(f"max_tokens is {max_tokens}, expected at least 1")
+    if max_tokens is not None:
+        whole("max_tokens", max_tokens, 1, expected="at least 1")
     if not isinstance(given, Mapping):
         given = dict.fromkeys(tasks, FewShotClassifier() if given is None else given)
     for name in tasks:
         if name not in given:
             hint = did_you_mean(name, map(str, given))
-            raise IA3Error(f"there is no classifier for task {name!r}{hint}")
+            raise UnknownNameError(f"there is no classifier for task {name!r}{hint}")
     for name in given:
         if name not in tasks:
             hint = did_you_mean(str(name), tasks)
-            raise IA3Error(f"there is no task for classifier {name!r}{hint}")
+            raise UnknownNameError(f"there is no task for classifier {name!r}{hint}")
+        instance(f"the classifier of task {name!r}", given[name], FewShotClassifier, KIND)
     classifiers = {name: given[name].__sklearn_clone__() for name in tasks}
     if max_tokens is not None:
         for classifier in classifiers.values():
             classifier.max_tokens = max_tokens
     return classifiers
+
+
+def _can_be_written(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    return True
 
 
 def _one_base(classifiers: Mapping[str, FewShotClassifier]) -> BaseModel:
@@ -216,14 +240,16 @@ class _Folder:
             adapter = read_adapter(self.path / task)
         except (FileNotFoundError, NotADirectoryError, IA3Error):
             return None
-        return adapter, [TrainingStep(**step) for step in record["history"]]
+        return adapter, steps_of(record["history"], "a record")
 
     def write(self, task: str, digest: str, classifier: FewShotClassifier) -> None:
-        classifier.save(self.path / task)
+        files = classifier._files()
+        write_saved(self.path / task, files)
         record = {
             "task": task,
             "digest": digest,
-            "files": self._hashes(task),
+            # Of what was written: another process may have saved over it since.
+            "files": {name: hashlib.sha256(files[name]).hexdigest() for name in FILES},
             "history": [asdict(step) for step in classifier.history_],
         }
         append_record(self.path / RECORDS_NAME, record)
@@ -235,8 +261,8 @@ class _Folder:
 
 def _is_record(record: dict[str, Any]) -> bool:
     try:
-        [TrainingStep(**step) for step in record["history"]]
-    except (KeyError, TypeError):
+        steps_of(record.get("history"), "a record")
+    except BrokenFileError:
         return False
     return isinstance(record.get("task"), str) and isinstance(record.get("digest"), str)
 
@@ -248,13 +274,11 @@ def _digest(classifier: FewShotClassifier, task: PreparedTask, model: Fingerprin
     first = [] if start is None else [dict(sorted({**start.copies, **start.vectors}.items()))]
     run = {
         **described_run(model, first, task.examples, task.recipe),
-        "steps": classifier.steps,
+        **classifier._settings(),
         "frozen": {} if start is None else start.frozen,
         "labels": task.data.classes,
         "choices": task.data.choices,
         "templates": [template.source for template in task.data.templates],
         "fields": list(task.data.examples[0]),
-        "chat": classifier.chat,
-        "upper_blocks": classifier.upper_blocks,
     }
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..base.loading import EMBEDDED_MODEL
-from ..errors import IA3Error, naming
+from ..errors import BrokenFileError, naming
 from ..tfew.prompts.manifest import (
     check_keys,
     choices_of,
+    in_words,
+    positive_number,
     read_manifest_file,
-    shown,
     tasks_in,
     text_of,
     texts_of,
     whole_number,
 )
 
+# The paper's take a thousand.
+MOST_STEPS = 10_000_000
 TOP_KEYS = ("model", "defaults", "tasks")
 KEYS = (
     *("data", "split", "subset", "text", "label", "template", "choices"),
@@ -48,7 +52,11 @@ def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
     """The model that a manifest names, and its tasks by name. No data is read yet.
 
     docs/tfew.md has an example and all keys. A key under `defaults` holds for each task that does
-    not have it. Paths are relative to the manifest. An error names the task and the key.
+    not have it. Paths are relative to the manifest.
+
+    Raises:
+        MissingFileError: there is no such file.
+        BrokenFileError: it is no manifest; the message names the task and the key.
     """
     path = Path(path)
     content = read_manifest_file(path, TOP_KEYS)
@@ -56,11 +64,11 @@ def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
         model = text_of(content, "model") or EMBEDDED_MODEL
         defaults = content.get("defaults", {})
         if not isinstance(defaults, dict):
-            raise IA3Error(f"defaults is {shown(defaults)}, expected a mapping")
+            raise BrokenFileError(f"defaults is {in_words(defaults)}, expected a mapping")
         with naming("defaults"):
             check_keys(defaults, KEYS)
     # A folder beside the manifest comes before a name on the hub.
-    if (path.parent / model).is_dir():
+    if os.path.isdir(path.parent / model):  # of a name that is too long, `is_dir` raises
         model = str(path.parent / model)
     tasks = {}
     for name, entry in tasks_in(path, content).items():
@@ -73,21 +81,17 @@ def _task(folder: Path, entry: Mapping[str, Any]) -> TaskToFit:
     check_keys(entry, KEYS)
     data, init_from = text_of(entry, "data"), text_of(entry, "init_from")
     if data is None:
-        raise IA3Error("there is no 'data', expected a file, a folder or a name of the hub")
-    if init_from is not None and (folder / init_from).exists():
+        raise BrokenFileError("there is no 'data', expected a file, a folder or a name of the hub")
+    if init_from is not None and os.path.exists(folder / init_from):
         init_from = str(folder / init_from)
-    rate, chat = text_of(entry, "learning_rate"), text_of(entry, "chat")
+    chat = text_of(entry, "chat")
     if chat not in (None, "true", "false"):
-        raise IA3Error(f"chat is {shown(chat)}, expected true or false")
-    try:
-        learning_rate = None if rate is None else float(rate)
-    except ValueError as error:
-        raise IA3Error(f"learning_rate is {shown(rate)}, expected a number") from error
+        raise BrokenFileError(f"chat is {in_words(chat)}, expected true or false")
     settings = {
         "template": texts_of(entry, "template"),
-        "steps": whole_number(entry, "steps"),
-        "seed": whole_number(entry, "seed"),
-        "learning_rate": learning_rate,
+        "steps": whole_number(entry, "steps", MOST_STEPS),
+        "seed": whole_number(entry, "seed", 2**32 - 1),
+        "learning_rate": positive_number(entry, "learning_rate"),
         "chat": None if chat is None else chat == "true",
         "init_from": init_from,
     }

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
+from ..arguments import check_callable, instance
 from ..base.loading import BaseModel, load_base_model
-from ..errors import IA3Error, MissingExtraError, did_you_mean
+from ..errors import IA3Error, InvalidTypeError, MissingExtraError, StateError, did_you_mean, shown
 from ..tfew.prompts.encoding import EncodedExample, Encoder, warn_of_cut_texts
-from ..tfew.prompts.labels import Label, Text, readable
-from ..tfew.prompts.templates import Template
+from ..tfew.prompts.labels import Label, Text, check_text, readable
+from ..tfew.prompts.templates import MOST_TEMPLATES, Template
+from .inputs import check_fields, examples_of, labels_of
 
 try:
     import numpy as np
+    from sklearn import exceptions
     from sklearn.base import BaseEstimator, ClassifierMixin
-    from sklearn.utils.validation import check_is_fitted
 except ImportError as error:
     raise MissingExtraError("scikit-learn", "tfew", "classifying texts") from error
 
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from transformers import PreTrainedTokenizerBase
 
-TEXT = "text"
+
+class NotFittedError(StateError, exceptions.NotFittedError):  # type: ignore[misc]
+    """The classifier was not fitted: call `fit` first. It is scikit-learn's error too."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,13 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     @property
     def base(self) -> BaseModel:
-        """The model and its tokenizer, loaded when first used, shared with others of its name."""
+        """The model and its tokenizer, loaded when first used, shared with others of its name.
+
+        Raises:
+            InvalidTypeError: a setting is of another type.
+            StateError: there is no such device.
+            IA3Error: the model is unknown, cannot be loaded, or cannot rank answers.
+        """
         # The cache of loaded models is weak: this reference keeps the model in memory.
         self._base = load_base_model(
             self.model, tokenizer=self.tokenizer, device=self.device, dtype=self.dtype
@@ -82,34 +92,51 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Raises:
             NotFittedError: `fit` was not called.
-            IA3Error: a text is neither a string nor a mapping, lacks a field, or the model's scores
-                of it are not finite.
+            InvalidTypeError: a text is neither a string nor a mapping, or an argument is of another
+                type.
+            IA3Error: there is no text, one lacks a field or has one that is no text, finite number
+                or date, or the model's scores of it are not finite.
         """
         self._check_fitted()
-        examples = _examples(texts)
-        for row, example in enumerate(examples):
-            missing = [name for name in self.fields_ if name not in example]
-            if missing:
-                raise IA3Error(
-                    f"text {row} has no field {missing[0]!r}: it has {list(example)}, the "
-                    f"classifier was fitted on {self.fields_}"
-                )
-        probabilities: NDArray[np.float64] = self._probabilities(examples, progress).numpy()
-        for row in np.flatnonzero(~np.isfinite(probabilities).all(1))[:1]:
+        check_callable("progress", progress)
+        examples = examples_of(texts)
+        with self.base.lock:  # another thread that fits this classifier has it
+            check_fields(examples, self.fields_, [Template(source) for source in self.templates_])
+            found: NDArray[np.float64] = self._probabilities(examples, progress).numpy()
+        for row in np.flatnonzero(~np.isfinite(found).all(1))[:1]:
             raise IA3Error(
                 f"the model's scores of text {row} are not finite: its weights or the trained "
                 "vectors are broken, or its dtype is too narrow"
             )
-        return probabilities
+        return found
 
     def predict(
         self, texts: Sequence[Text], *, progress: Callable[[int], None] | None = None
     ) -> NDArray[Any]:
-        """The most probable label of each text, `[examples]`. Raises as `predict_proba` does."""
-        return self.classes_at(self.predict_proba(texts, progress=progress))
+        """The most probable label of each text, `[examples]`.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            InvalidTypeError: as of `predict_proba`.
+            IA3Error: as of `predict_proba`.
+        """
+        self._check_fitted()
+        with self.base.lock:  # the labels are those of the same fit
+            return self.classes_at(self.predict_proba(texts, progress=progress))
 
     def classes_at(self, probabilities: NDArray[np.float64]) -> NDArray[Any]:
-        """The most probable labels, `[examples]`, by what `predict_proba` returned."""
+        """The most probable labels, `[examples]`, by what `predict_proba` returned.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            InvalidTypeError: it is not an array.
+            IA3Error: its shape is another.
+        """
+        self._check_fitted()
+        expected = f"[examples, {len(self.classes_)}], as predict_proba returns it"
+        instance("probabilities", probabilities, np.ndarray, expected)
+        if probabilities.ndim != 2 or probabilities.shape[1] != len(self.classes_):
+            raise IA3Error(f"probabilities are {list(probabilities.shape)}, expected {expected}")
         most_probable: NDArray[Any] = self.classes_[probabilities.argmax(1)]
         return most_probable
 
@@ -120,16 +147,26 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Raises:
             NotFittedError: `fit` was not called.
-            IA3Error: a label is not among `classes_`.
+            InvalidTypeError: a text or a label is of another type.
+            IA3Error: a label is not among `classes_`, there are not as many as texts, or
+                `sample_weight` does not fit; or as of `predict_proba`.
         """
         self._check_fitted()
         known = self.classes_.tolist()
-        for row, label in enumerate(_labels(labels, len(texts))):
-            if label not in known:
+        examples, (given, _) = examples_of(texts), labels_of(labels)
+        _check_count(examples, given)
+        for row, label in enumerate(given):
+            # True is 1, but no label among integers.
+            if label not in known or type(label) is not type(known[0]):
                 hint = did_you_mean(str(label), map(str, known))
                 message = f"label {label!r} (row {row}) is not among the choices {known}{hint}"
                 raise IA3Error(message)
-        return float(super().score(texts, labels, sample_weight))
+        try:
+            return float(super().score(examples, given, sample_weight))
+        except IA3Error:
+            raise
+        except (TypeError, ValueError) as error:
+            raise IA3Error(f"sample_weight is {shown(sample_weight)}: {error}") from error
 
     def __sklearn_clone__(self) -> Self:
         # scikit-learn would copy a loaded model, weights and all.
@@ -147,20 +184,26 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return state
 
     def _check_fitted(self) -> None:
-        check_is_fitted(self, "classes_")
+        if not hasattr(self, "classes_"):
+            kind = type(self).__name__
+            raise NotFittedError(f"this {kind} instance is not fitted yet: call fit first")
 
     def _read_task(self, texts: Sequence[Text], labels: ArrayLike) -> LabelledTexts:
-        examples = _examples(texts)
-        targets = _labels(labels, len(examples))
-        # Numbers before strings.
-        classes = sorted({*targets, *(self.choices or {})}, key=lambda c: (isinstance(c, str), c))
+        examples = examples_of(texts)
+        choices = {} if self.choices is None else self.choices
+        if not isinstance(choices, Mapping):
+            kind = type(choices).__name__
+            raise InvalidTypeError(f"choices is a {kind}, expected a mapping from labels to words")
+        targets, named = labels_of(labels, choices)
+        _check_count(examples, targets)
+        classes = sorted({*targets, *named})
         if len(classes) < 2:
             found = f"all labels are {classes[0]!r}"
             raise IA3Error(f"{found}: name at least two, in labels or in choices")
-        if isinstance(classes[-1], str) != isinstance(classes[0], str):
-            raise IA3Error(f"the labels {classes} mix strings and numbers: expected one kind")
-        answers = _answer_choices(classes, self.choices)
+        words = dict(zip(named, choices.values(), strict=True))
+        answers = _answer_choices(classes, None if self.choices is None else words)
         templates = _templates(self.template, examples[0])
+        check_fields(examples, list(examples[0]), templates)
         for template in templates:
             template.render(examples[0], answers)
         return LabelledTexts(examples, targets, classes, answers, templates)
@@ -177,49 +220,9 @@ class RankingClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def _examples(texts: Sequence[Text]) -> list[Mapping[str, Any]]:
-    """Every text as a mapping from field names to values."""
-    if isinstance(texts, str | Mapping):
-        raise IA3Error(f"texts is one {type(texts).__name__}, expected a list of texts")
-    if hasattr(texts, "to_dict") and hasattr(texts, "columns"):
-        texts = texts.to_dict("records")
-    examples: list[Mapping[str, Any]] = []
-    for row, text in enumerate(_listed("texts", texts)):
-        if isinstance(text, str):
-            examples.append({TEXT: str(text)})
-        elif isinstance(text, Mapping):
-            examples.append(text)
-        else:
-            raise IA3Error(
-                f"text {row} is {text!r} ({type(text).__name__}), expected a string or a mapping "
-                "from field names to values"
-            )
-    if not examples:
-        raise IA3Error("there are no texts: expected at least one")
-    return examples
-
-
-def _labels(labels: ArrayLike, count: int) -> list[Label]:
-    if isinstance(labels, str | Mapping):
-        raise IA3Error(f"labels is one {type(labels).__name__}, expected a list of labels")
-    plain = _listed("labels", np.asarray(labels).tolist() if hasattr(labels, "dtype") else labels)
-    plain = [label.item() if isinstance(label, np.generic) else label for label in plain]
-    if len(plain) != count:
-        raise IA3Error(f"there are {count} texts and {len(plain)} labels: expected one each")
-    for row, label in enumerate(plain):
-        if not isinstance(label, str | int | bool):
-            raise IA3Error(
-                f"label {row} is {label!r} ({type(label).__name__}), expected a string or integer"
-            )
-    return plain
-
-
-def _listed(name: str, given: Any) -> list[Any]:
-    try:
-        return list(given)
-    except TypeError as error:
-        what = f"{name} is {given!r} ({type(given).__name__})"
-        raise IA3Error(f"{what}, expected a list of {name}") from error
+def _check_count(texts: Sequence[Any], labels: Sequence[Label]) -> None:
+    if len(texts) != len(labels):
+        raise IA3Error(f"there are {len(texts)} texts and {len(labels)} labels: expected one each")
 
 
 def _answer_choices(classes: Sequence[Label], choices: Mapping[Any, str] | None) -> list[str]:
@@ -240,12 +243,15 @@ def _answer_choices(classes: Sequence[Label], choices: Mapping[Any, str] | None)
         )
     for label in classes:
         if not isinstance(choices[label], str) or not choices[label].strip():
-            raise IA3Error(f"choices[{label!r}] is {choices[label]!r}, expected words")
+            raise IA3Error(f"choices[{label!r}] is {shown(choices[label])}, expected words")
+        check_text(choices[label], f"choices[{label!r}]")
     return [choices[label] for label in classes]
 
 
 def _templates(template: str | Sequence[str] | None, example: Mapping[str, Any]) -> list[Template]:
     """The prompts; where none is given, the fields and a word that asks for the label."""
+    if not example:
+        raise IA3Error("text 0 has no fields: expected at least one")
     if template is None and len(example) == 1:
         template = f"{{{{ fields[{next(iter(example))!r}] }}}}\nCategory:"
     elif template is None:
@@ -255,7 +261,14 @@ def _templates(template: str | Sequence[str] | None, example: Mapping[str, Any])
     sources = [template] if isinstance(template, str) else list(template)
     if not sources:
         raise IA3Error("template is an empty list: expected at least one template")
-    return [Template(source) for source in sources]
+    if len(sources) > MOST_TEMPLATES:
+        raise IA3Error(f"{len(sources):,} templates, expected at most {MOST_TEMPLATES:,}")
+    for source in sources:
+        if not isinstance(source, str):
+            kind = type(source).__name__
+            raise InvalidTypeError(f"a template is {shown(source)} ({kind}), expected a text")
+        check_text(source, "a template")
+    return [Template(str(source)) for source in sources]
 
 
 def encode_all(

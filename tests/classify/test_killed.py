@@ -1,0 +1,127 @@
+"""Killed between any two calls that change files, a folder holds the old state or the new one."""
+
+import itertools
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from classify.test_fit_many import BILLS, MODEL, MOODS, TOKENIZER, moods, tiny_classifier
+from support.kills import ended, killed_before, started
+from support.tfew import tiny_llama
+
+from ia3 import FewShotClassifier, IA3Config, IA3Model
+from ia3.adapter.files import Adapter, read_adapter
+
+
+def classifier(make: Callable[..., FewShotClassifier], data: Any, seed: int) -> FewShotClassifier:
+    """Labels, words, settings and vectors of its own."""
+    fitted = make(steps=0, seed=seed).fit(*data)
+    generator = torch.Generator().manual_seed(seed)
+    for vector in fitted.adapter_.vectors.values():
+        vector.copy_(torch.rand(vector.shape, generator=generator) + 0.5)
+    return fitted
+
+
+def in_adapter(adapter: Adapter) -> Any:
+    values = {name: vector.flatten().tolist() for name, vector in adapter.vectors.items()}
+    return adapter.config.to_json(), values
+
+
+def in_classifier(folder: Path) -> Any:
+    """All that predictions depend on; `None` where there is no classifier."""
+    try:
+        loaded = FewShotClassifier.load(folder, model=MODEL, tokenizer=TOKENIZER)
+    except FileNotFoundError:
+        return None
+    said = loaded.classes_.tolist(), loaded.choices_, loaded.templates_, loaded.fields_
+    return said, loaded.settings_, in_adapter(loaded.adapter_)
+
+
+def state(folder: Path) -> Any:
+    return in_classifier(folder), in_adapter(read_adapter(folder))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def check_all_gaps(folder: Path, before: Callable[[Path], object], save: Callable[[Path], object]):
+    """After each kill the old or the new state; the next save leaves nothing else behind."""
+    above = folder.parent
+    before(folder)
+    old = state(folder)
+    save(folder)
+    new, clean = state(folder), names(above)
+    assert old != new
+    seen = [old]
+    for call in itertools.count(1):
+        shutil.rmtree(folder)
+        before(folder)
+        if not killed_before(call, partial(save, folder)):
+            break
+        seen.append(state(folder))
+        assert seen[-1] in (old, new), f"before call {call}"
+        save(folder)
+        assert state(folder) == new
+        assert names(above) == clean
+    # Old up to a moment, and new from then on.
+    kept = seen.count(old)
+    assert 1 < kept < len(seen)
+    assert seen == [old] * kept + [new] * (len(seen) - kept)
+
+
+def test_saving_over_another_classifier(tmp_path):
+    old, new = classifier(tiny_classifier, BILLS, 1), classifier(moods, MOODS, 2)
+    check_all_gaps(tmp_path / "folder", old.save, new.save)
+
+
+def test_saving_an_adapter_of_other_sites_over_a_classifier(tmp_path):
+    old = classifier(tiny_classifier, BILLS, 1)
+    model = IA3Model(tiny_llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    check_all_gaps(tmp_path / "folder", old.save, model.save_pretrained)
+
+
+def test_a_reader_beside_a_writer_loads_whole_classifiers(tmp_path):
+    both = [classifier(tiny_classifier, BILLS, 1), classifier(moods, MOODS, 2)]
+    whole = []
+    for each in both:
+        each.save(tmp_path)
+        whole.append(in_classifier(tmp_path))
+
+    def write() -> None:
+        while True:
+            for each in both:
+                each.save(tmp_path)
+
+    writer = started(write)
+    try:
+        for _ in range(100):
+            assert in_classifier(tmp_path) in whole
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        assert ended(writer) == -signal.SIGKILL
+
+
+def test_of_several_writers_one_wins_whole(tmp_path):
+    each = [
+        classifier(moods if n % 2 else tiny_classifier, MOODS if n % 2 else BILLS, n)
+        for n in range(3)
+    ]
+    whole = []
+    for number, one in enumerate(each):
+        one.save(tmp_path / f"{number}")
+        whole.append(state(tmp_path / f"{number}"))
+
+    def write(one: FewShotClassifier) -> None:
+        for _ in range(8):
+            one.save(tmp_path / "above" / "folder")
+
+    assert [ended(w) for w in [started(partial(write, one)) for one in each]] == [0, 0, 0]
+    assert state(tmp_path / "above" / "folder") in whole
+    assert names(tmp_path / "above" / "folder") == names(tmp_path / "0")
+    assert names(tmp_path / "above") == ["folder", *(f"folder/{n}" for n in names(tmp_path / "0"))]
