@@ -47,13 +47,15 @@ def write_adapters(model: nn.Module, root: Path, count: int) -> list[Path]:
     config = (root / "template" / "adapter_config.json").read_bytes()
     content = (root / "template" / FILE).read_bytes()
     begin = 8 + int.from_bytes(content[:8], "little")
+    # As another program would leave it out; so the header keeps its length.
+    head = content[:begin].replace(b"ia3_sha256", b"not_sha256")
     generator = torch.Generator().manual_seed(0)
     folders = []
     for number in range(count):
         folder = root / f"adapter{number}"
         folder.mkdir()
         values = 1 + 0.1 * torch.randn((len(content) - begin) // 4, generator=generator)
-        (folder / FILE).write_bytes(content[:begin] + values.numpy().tobytes())
+        (folder / FILE).write_bytes(head + values.numpy().tobytes())
         (folder / "adapter_config.json").write_bytes(config)
         folders.append(folder)
     return folders

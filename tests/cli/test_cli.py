@@ -312,6 +312,8 @@ def test_data_in_parquet_and_in_folders_of_datasets(fitted, model_place):
 
 def test_refused_before_any_model(place):
     (place.folder / "folder").mkdir()
+    (place.folder / "folder" / "mine").write_bytes(b"")
+    (place.folder / "nowhere").symlink_to("no/such/folder")
     files = {
         "file": "old",
         "a.csv": "text,prediction\na,b\n",
@@ -331,6 +333,7 @@ def test_refused_before_any_model(place):
     unfit = ("fit", "--out", "x", "--model", "none", "--data")
     refusals = {
         (*fit, "folder"): "folder exists already: choose another --out, or",
+        (*fit, "nowhere"): "nowhere: this link leads to nothing that exists",
         (*fit, "file", "--force"): "file: Not a directory",
         (*fit, "file/x"): "file: Not a directory",
         (*fit, "x", "--checkpoints", "file/x"): "file: Not a directory",
@@ -343,7 +346,7 @@ def test_refused_before_any_model(place):
         (*unfit, "d.csv"): "did you mean 'labels'?",
         (*unfit, "[b]:boom:.csv"): "[b]:boom:.csv is empty",
         (*unfit, "e.csv"): "e.csv, line 3: byte 0xe9 is not UTF-8",
-        (*unfit, "f.jsonl"): "f.jsonl, line 2: not JSON",
+        (*unfit, "f.jsonl"): "f.jsonl, line 2 is not JSON",
     }
     for done, message in zip(place.run_all(*refusals), refusals.values(), strict=True):
         assert_refused(done, message)
@@ -390,7 +393,7 @@ def test_refused_with_one_line(fitted):
         (*fit, "--template", "{{ txt }}"): "'txt' is undefined; the example has the fields",
         (*fit, "--template", "{{ text.__class__.__mro__ }}"): "is refused: access to attribute",
         (*fit, "--label", "same"): "all labels are 'x'",
-        ("predict", model, "--data", "a.csv"): "ia3_task.json is not there",
+        ("predict", model, "--data", "a.csv"): "it holds a whole model without an adapter",
         ("evaluate", "my-adapter", "--data", "b.jsonl"): "b.jsonl, line 3: the label 'slwo' is not "
         "among the choices ['fast', 'slow']; did you mean 'slow'?",
     }

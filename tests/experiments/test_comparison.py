@@ -7,7 +7,7 @@ import sys
 import warnings
 import xml.etree.ElementTree as ET
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, strategies as st
@@ -18,7 +18,7 @@ from support.tfew import tiny_llama, tiny_t5, word_tokenizer
 
 from ia3.adapter.files import adapter_files
 from ia3.classify.estimator import FewShotClassifier
-from ia3.errors import IA3Error
+from ia3.errors import BrokenFileError, IA3Error
 from ia3.experiments.comparison import Run, Sample, Settings, compare, draw_samples, summaries
 from ia3.experiments.in_context import InContextClassifier
 from ia3.experiments.setfit import SetFit
@@ -384,10 +384,14 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(tmp_path):
         with pytest.raises(IA3Error, match=re.escape(message)):
             compare(the_samples(), methods, settings_of(tiny_llama(), **changed), results=results)
         assert not results.exists()
-    results.write_text('{"method": "tfew"}\n')
-    with pytest.raises(IA3Error, match="line 1: not a run"):
-        compare(the_samples(), ["zero-shot"], settings_of(tiny_llama()), results=results)
-    assert results.read_text() == '{"method": "tfew"}\n'
+    whole = dict.fromkeys([field.name for field in fields(Run)], 1)
+    whole |= {"method": "tfew", "conditions": {}}
+    for change in ({"seed": "1"}, {"accuracy": None}, {"answers": 1.5}, {"conditions": 1}):
+        lines = json.dumps(whole) + "\n" + json.dumps({**whole, **change}) + "\n"
+        results.write_text(lines)
+        with pytest.raises(BrokenFileError, match="line 2: not a run"):
+            compare(the_samples(), ["zero-shot"], settings_of(tiny_llama()), results=results)
+        assert results.read_text() == lines
 
 
 # -- table and picture -----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from support.tfew import tiny_llama, tiny_t5, word_tokenizer
 
 from ia3 import FewShotClassifier
 from ia3.base.loading import BaseModel
-from ia3.errors import IA3Error
+from ia3.errors import BrokenFileError, IA3Error
 from ia3.experiments import raft
 from ia3.experiments.raft import RaftSettings, cross_validate, held_out, submission
 from ia3.experiments.raft_data import RaftTask, public_labels, read_raft
@@ -345,9 +345,13 @@ def test_broken_results_and_those_of_another_model_are_refused(tmp_path):
         assert kept(base_of(), task, out, "zero-shot")[0] == first
     with pytest.raises(IA3Error, match="of zero-shot have base model="):
         kept(base_of(seed=1), task, out, "zero-shot")
-    path.write_text('{"task": 1}\n')
-    with pytest.raises(IA3Error, match="line 1: not a result of RAFT"):
-        kept(base_of(), task, out, "zero-shot")
+    record = json.loads(content.splitlines()[0])
+    other = {"task": 1, "part": True, "predictions": [3], "settings": [], "ids": {}, "split": None}
+    changed = [{**record, name: value} for name, value in other.items()]
+    for broken in ({"task": 1}, {**record, "ids": record["ids"][1:]}, *changed):
+        path.write_text(json.dumps(broken) + "\n")
+        with pytest.raises(BrokenFileError, match="line 1: not a result of RAFT"):
+            kept(base_of(), task, out, "zero-shot")
 
 
 # -- Banking77's public labels ---------------------------------------------------------------------

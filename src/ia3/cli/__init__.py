@@ -26,10 +26,11 @@ except ImportError as error:
 
 app = typer.Typer(
     help="Few-shot classification with (IA)³: learned vectors on a frozen model.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+# Of typer's own copy of click or of click itself, whichever this version has.
+_UsageError: Any = typer.BadParameter.__base__
 for _command in (fit, fit_many, predict, evaluate, demo, prepare, pretrain, compare, raft, convert):
     app.command()(_command)
 app.command("list")(list_adapters)
@@ -45,7 +46,11 @@ def main() -> None:
     """
     warnings.showwarning = _show_warning
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except _UsageError as error:
+        where = f" (see '{error.ctx.command_path} --help')" if error.ctx else ""
+        say(f"{error.format_message()}{where}", "error:", "bold red")
+        sys.exit(2)
     except (IA3Error, OSError) as error:
         say(reason(error), "error:", "bold red")
         sys.exit(1)

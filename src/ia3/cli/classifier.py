@@ -56,8 +56,8 @@ def fit(
     labels = [row[label] for row in rows]
     choices = parse_choices(choice, labels)
     silence_loading()
-    from ..adapter.layout import WEIGHTS_NAME
     from ..classify.estimator import FewShotClassifier
+    from ..files.saved import WEIGHTS_NAME
 
     settings = given(steps=steps, learning_rate=learning_rate, seed=seed, max_tokens=max_tokens)
     settings |= given(chat=chat, init_from=init_from, upper_blocks=upper_blocks, choices=choices)

@@ -39,7 +39,9 @@ def compare(
     shots: Annotated[
         int | None, typer.Option(help="Examples a label in each sample; all if absent.", min=1)
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Samples, each with a seed of its own.", min=1)] = 5,
+    seeds: Annotated[
+        int, typer.Option(help="Samples, each with a seed of its own.", min=1, max=1000)
+    ] = 5,
     model: options.BaseModelName = options.DEFAULT_MODEL,
     template: options.Template = None,
     choice: options.Choices = None,

@@ -39,8 +39,8 @@ def demo(
     silence_loading()
     from sklearn.metrics import accuracy_score, confusion_matrix
 
-    from ..adapter.layout import WEIGHTS_NAME
     from ..classify.estimator import FewShotClassifier
+    from ..files.saved import WEIGHTS_NAME
     from ..report.training_report import training_report
 
     started = time.perf_counter()
@@ -123,9 +123,7 @@ def _check(
     adapter: Path, model: str, trained_on: Any, texts: list[str], expected: list[str]
 ) -> dict[str, bool]:
     """Whether each promise holds, tried on a second copy of the model."""
-    from transformers import AutoTokenizer
-
-    from ..base.loading import EMBEDDED_MODEL, embedded_model_folder
+    from ..base.loading import EMBEDDED_MODEL, embedded_model_folder, load_tokenizer
     from ..classify.estimator import FewShotClassifier
     from ..model.ia3_model import IA3Model
 
@@ -133,7 +131,7 @@ def _check(
     parameter = next(trained_on.parameters())
     fresh = type(trained_on).from_pretrained(source, dtype=parameter.dtype)
     fresh.eval().to(parameter.device)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     # The comparison with the file shows that training left the first copy's weights as they were.
     untouched = _same_bits(fresh, trained_on)
     reloaded = FewShotClassifier.load(adapter, model=fresh, tokenizer=tokenizer)

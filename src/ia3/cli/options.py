@@ -13,7 +13,8 @@ from rich.text import Text
 
 from ..base.embedded import EMBEDDED_MODEL
 from ..errors import IA3Error
-from ..files.atomic import check_folder, write_files, write_stdout
+from ..files.atomic import check_file, check_folder, holds_nothing, write_stdout
+from ..files.saved import WEIGHTS_NAME
 from ..report.console import screen, visible
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 def check_out(out: Path, force: bool, checkpoints: Path | None = None) -> None:
     """Refuse an adapter's folder that exists, unless told to replace it, or cannot be written."""
-    if out.exists() and not force:
+    # What a killed command has left is nothing to lose.
+    if not holds_nothing(out) and not force:
         raise IA3Error(f"{out} exists already: choose another --out, or give --force")
     for folder in (out, checkpoints):
         if folder is not None:
@@ -89,7 +91,7 @@ def check_files(paths: Sequence[Path | None], force: bool) -> list[Path]:
     for path in given:
         if path.exists() and not force:
             raise IA3Error(f"{path} exists already: choose another --out, or give --force")
-        check_folder(path.parent)
+        check_file(path)
     return given
 
 
@@ -114,11 +116,10 @@ def silence_loading() -> None:
 
 def write_adapter(out: Path, adapter: Adapter) -> int:
     """Write an adapter's files; returns the bytes of its vectors' file."""
-    from ..adapter.files import adapter_files
-    from ..adapter.layout import WEIGHTS_NAME
+    from ..adapter.files import adapter_files, write_saved
 
     files = adapter_files(adapter)
-    write_files(out, files)
+    write_saved(out, files)
     return len(files[WEIGHTS_NAME])
 
 

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -23,7 +24,8 @@ from ..adapter.files import adapter_files
 from ..adapter.fingerprint import fingerprint
 from ..base.loading import EMBEDDED_MODEL, BaseModel
 from ..classify.estimator import FewShotClassifier
-from ..classify.ranking import TEXT, RankingClassifier
+from ..classify.inputs import TEXT
+from ..classify.ranking import RankingClassifier
 from ..errors import IA3Error, check_methods, did_you_mean
 from ..tfew.prompts.encoding import EncodedExample, Encoder
 from ..tfew.prompts.labels import Label, Text
@@ -34,7 +36,7 @@ from ..tfew.scoring.prefix import caches_prefix
 from ..tfew.training.trainer import TFewConfig
 from .costs import Cost, answer_tokens, in_context_cost, model_size, tfew_cost, zero_shot_cost
 from .in_context import Ensemble, InContextClassifier, by_label, check_ensemble
-from .results import Results, digest
+from .results import Results, digest, is_typed
 from .setfit import SetFit, check_setfit, run_setfit
 
 if TYPE_CHECKING:
@@ -208,9 +210,11 @@ def compare(
     if results is not None and anew:
         Path(results).unlink(missing_ok=True)
     names = {field.name for field in fields(Run)}
-    stored = Results(
-        results, lambda record: {*names, "conditions"} <= record.keys(), "a run of a comparison"
-    )
+    number = (int, float)
+    of_type: dict[object, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": number}
+    kinds = {f.name: of_type.get(f.type, (*number, NoneType)) for f in fields(Run)}
+    kinds["conditions"] = (dict,)
+    stored = Results(results, lambda record: is_typed(record, kinds), "a run of a comparison")
     runs, untuned = [], []
     for sample, method in product(samples, methods):
         conditions = _conditions(method, sample, settings, base)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, zip_longest
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..base.loading import EMBEDDED_MODEL, BaseModel
 from ..classify.ranking import RankingClassifier
-from ..errors import IA3Error, did_you_mean
+from ..errors import IA3Error, InvalidTypeError, did_you_mean
 from ..tfew.prompts.encoding import EncodedExample, Encoder, context_length, warn_of_cut_texts
 from ..tfew.prompts.labels import Label, Text
 from ..tfew.prompts.templates import Template
@@ -110,11 +111,17 @@ class InContextClassifier(RankingClassifier):
             labels: strings, integers or booleans, `[examples]`.
 
         Raises:
+            InvalidTypeError: a setting, a text or a label is of another type.
+            StateError: there is no such device.
             IA3Error: the data, a template or the choices are unusable, or the demonstrations and
                 the longest of the texts exceed the model's context; the message says how many fit.
                 With `leave_out` only where none does.
         """
         check_ensemble(self.ensemble)
+        seed: Any = self.seed
+        if not isinstance(seed, Integral):
+            kind = type(seed).__name__
+            raise InvalidTypeError(f"seed is {seed!r} ({kind}), expected a whole number")
         if self.orderings < 1:
             raise IA3Error(f"orderings is {self.orderings}, expected at least 1")
         task = self._read_task(texts, labels)
@@ -158,7 +165,7 @@ class InContextClassifier(RankingClassifier):
         """The demonstrations of each member of the ensemble."""
         if self.ensemble == "one-shot":
             return [[i] for i in chosen]
-        draw = random.Random(self.seed)
+        draw = random.Random(int(self.seed))  # it may be numpy's
         members = self.orderings if self.ensemble == "orderings" else 1
         return [draw.sample(chosen, len(chosen)) for _ in range(members)]
 

@@ -13,7 +13,7 @@ import random
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -33,7 +33,7 @@ from ..tfew.temporary_adapter import all_linear, paper_sites, temporary_adapter
 from ..tfew.training.trainer import TFewConfig, TrainingStep, train
 from .in_context import BREAK, WithDemonstrations, fitting, longest_input, token_counts
 from .raft_data import ID, LABEL, PARTS, RaftTask
-from .results import Results
+from .results import Results, is_typed
 
 try:
     from sklearn.metrics import accuracy_score, f1_score
@@ -48,7 +48,15 @@ RESULTS_NAME = "results.jsonl"
 # A killed run predicts at most this many test examples a second time.
 PREDICTED_AT_ONCE = 100
 TEST = "test"
-RECORD = {"task", "method", "split", "part", "ids", "predictions", "settings"}
+RECORD: dict[str, tuple[type, ...]] = {
+    "task": (str,),
+    "method": (str,),
+    "split": (int, str),
+    "part": (int,),
+    "ids": (list,),
+    "predictions": (list,),
+    "settings": (dict,),
+}
 
 
 @dataclass(frozen=True)
@@ -350,7 +358,13 @@ def _results(folder: str | Path | None) -> Results:
     if folder is not None:
         check_folder(folder)
         folder = Path(folder) / RESULTS_NAME
-    return Results(folder, lambda record: record.keys() >= RECORD, "a result of RAFT")
+    return Results(folder, _is_result, "a result of RAFT")
+
+
+def _is_result(record: Mapping[str, Any]) -> bool:
+    if not is_typed(record, RECORD) or len(record["ids"]) != len(record["predictions"]):
+        return False
+    return all(isinstance(label, str) for label in record["predictions"])
 
 
 def _check_settings(run: _Run, method: Method) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,17 @@ class Results:
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep a record; raises as `append_record` does."""
-        self._records.append(record)
         if self.path is not None:
             append_record(self.path, record)
+        self._records.append(record)
+
+
+def is_typed(record: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> bool:
+    """Whether a record has values of these types under these names; a boolean is no number."""
+    return all(
+        name in record and isinstance(record[name], kind) and not isinstance(record[name], bool)
+        for name, kind in kinds.items()
+    )
 
 
 def digest(values: Any) -> str:
