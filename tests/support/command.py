@@ -112,7 +112,7 @@ def assert_refused(done: Done, message: str) -> None:
     """One line on standard error that says this, exit code 1, nothing on standard output."""
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
     assert done.stderr.startswith("error: ")
-    assert message in done.stderr
+    assert message in done.stderr, done.stderr
 
 
 def said(done: Done) -> Any:

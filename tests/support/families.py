@@ -58,6 +58,8 @@ class Family:
     # As of a choice.
     idle: tuple[str, ...] = ()
     peft: bool = True
+    # The version of transformers that named its modules so.
+    since: str = "5.16"
 
     def named_sites(self) -> dict[str, str]:
         """Module name -> its side, of `sites`, layers numbered `0` and `1` where it says `#`."""
@@ -307,7 +309,8 @@ FAMILIES: dict[str, Family] = {
         (BART_PAPER,),
         "\n".join(tower(f"{part}_model.encoder.layers", attention="self_attn")
             for part in ("text", "vision"))),
-    "dinov2": Family(new("Dinov2Model", VISION), IMAGES, (BART_PAPER,), tower("encoder.layer")),
+    "dinov2": Family(new("Dinov2Model", VISION), IMAGES, (BART_PAPER,), tower("encoder.layer"),
+        since="5.23"),
     "dinov3": Family(new("DINOv3ViTModel", VISION), IMAGES, (use("k_proj v_proj down_proj",
         "down_proj"),), tower("model.layer", "<mlp.down_proj")),
     "timm vit": Family(other_libraries.TimmVit, {"x": numbers(2, 3, 8, 8)},
