@@ -17,6 +17,9 @@ T = TypeVar("T")
 
 # What torch and numpy count with.
 LARGEST = 2**63 - 1
+# In bytes, on the file systems that there are; others refuse a name themselves.
+LONGEST_NAME = 255
+LONGEST_PATH = 4095
 
 
 def instance(name: str, value: object, kind: type[T] | tuple[type[T], ...], expected: str) -> T:
@@ -89,4 +92,6 @@ def path_of(name: str, value: Any) -> Path:
         raise IA3Error(f"{name} is {shown(value)}, {expected}: it is no text") from error
     if b"\0" in encoded:
         raise IA3Error(f"{name} is {shown(value)}, {expected}: it has a null byte")
+    if len(encoded) > LONGEST_PATH or max(map(len, encoded.split(b"/"))) > LONGEST_NAME:
+        raise IA3Error(f"{name} is {shown(value)}, {expected}: no file has so long a name")
     return path

@@ -147,6 +147,15 @@ def test_a_file_of_zeros_without_end_is_not_read(tmp_path: Path, beginning: byte
         tracemalloc.stop()
 
 
+def test_an_archive_of_several_parts_is_refused(tmp_path: Path) -> None:
+    """As its end says."""
+    path = tmp_path / "adapter_model.bin"
+    locator = b"PK\x06\x07" + (0).to_bytes(12, "little") + (5).to_bytes(4, "little")
+    path.write_bytes(b"PK" + locator + b"PK\x05\x06" + bytes(18))
+    with pytest.raises(BrokenFileError, match="not a whole file of tensors"):
+        read(path)
+
+
 def test_members_that_are_not_as_torch_writes_them(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
 

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.ia3 import IA3Model as PeftsTuner
+from support.versions import since
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ia3
@@ -56,6 +57,7 @@ def test_every_name_that_can_apply_is_here_or_has_a_reason_not_to_be():
     assert set(ia3.__all__) >= {name for name in peft.__all__ if hasattr(ia3, name)}
 
 
+@since("transformers", "5.23", "it has other attributes")
 @pytest.mark.parametrize("task", [None, *ia3.TaskType])
 def test_every_attribute_of_a_model_is_here_or_has_a_reason_not_to_be(make_model, task):
     modules = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from support.architectures import ARCHITECTURES, build, output
 from support.pairs import adapted_pair, assert_equal_to_peft, relative, vectors
+from support.versions import since
 from torch import nn
 from torch.nn import Conv2d, Conv3d
 from transformers.pytorch_utils import Conv1D
@@ -110,7 +111,11 @@ def test_what_takes_least_memory_is_as_exact(kind, dtype):
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
-        *product(["llama", "gpt2", "t5"], ["in place", "plain", "checkpointed", "routed"]),
+        *product(["llama", "gpt2"], ["in place", "plain", "checkpointed", "routed"]),
+        *[
+            pytest.param("t5", how, marks=since("transformers", "5.23", "T5's attention has none"))
+            for how in ("in place", "plain", "checkpointed", "routed")
+        ],
         ("llama", "fused"),
     ],
 )

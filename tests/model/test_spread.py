@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from support.processes import in_processes
+from support.versions import since
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -326,6 +327,7 @@ def tensor_parallel(folder):
         assert not [name for name, _ in model.named_modules() if "ia3_l" in name]
 
 
+@since("transformers", "5.23", "the test's way to ask for it")
 def test_tensor_parallelism_is_refused(tmp_path):
     base("llama").save_pretrained(tmp_path / "base")
     in_processes(tensor_parallel, tmp_path)

@@ -16,6 +16,7 @@ import transformers as hf
 from accelerate.utils import fsdp_utils, is_peft_model
 from safetensors.torch import load_file, save_file
 from support.pairs import randomize, vectors
+from support.versions import since
 from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.fsdp import wrap
@@ -220,6 +221,7 @@ def one_process():
     torch.distributed.destroy_process_group()
 
 
+@since("accelerate", "1.15", "it does not save what trains alone")
 @pytest.mark.parametrize(("version", "kind"), [(1, "FULL"), (1, "SHARDED"), (2, "SHARDED")])
 def test_accelerates_checkpoint_of_a_sharded_model_has_the_adapter(
     one_process, tmp_path, tiny_llama, version, kind, monkeypatch

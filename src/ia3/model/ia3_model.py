@@ -613,7 +613,10 @@ class IA3Model(AsPeftModel):
         """
         if activation_checkpointing_kwargs is not None:
             instance(CHECKPOINTING, activation_checkpointing_kwargs, Mapping, "a mapping")
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)  # type: ignore[operator]
+        name = "activation_checkpointing_enable"
+        older = self.model.gradient_checkpointing_enable
+        enable: Any = getattr(self.model, name, older)
+        enable(activation_checkpointing_kwargs, **options)
         self._adapters.base.checkpointing_enabled(activation_checkpointing_kwargs)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
