@@ -167,7 +167,21 @@ def _in_the_child(one: OneModel, ranked: Classifiers) -> bool:
 
 
 def _pool(one: OneModel, chance: random.Random) -> None:
-    """Workers as a DataLoader has them: forked, each with a copy of the model."""
+    """Workers as a DataLoader has them: forked, each with a copy of the model.
+
+    A lock of native code that another thread has at the fork stays locked in a worker. So one that
+    gives no answer is counted, and tried once more.
+    """
+    try:
+        _work(one)
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        one.watch.count("fork: pools without an answer, tried once more")
+        _work(one)
+
+
+def _work(one: OneModel) -> None:
     loader = torch.utils.data.DataLoader(
         _Rows(one), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=PATIENCE
     )

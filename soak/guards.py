@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,15 @@ class Guard:
         if self._tripped and not isinstance(result, Failure):
             result = Failure(f"{self._tripped[0]}, and went on", self._tripped[0], "")
         limit = self._memory + TIMES_ITS_SIZE * len(data)
-        if (took := self._took(limit)) > limit:
+        if self._took(limit) > limit:
+            self._take_memory()
+            # Once more: memory of the inputs before, and of the generator, may be in the peak.
             if not isinstance(result, Failure):
-                what = f"took {took >> 20} MiB for {len(data)} bytes"
-                result = Failure(what, "memory", "")
+                with suppress(IA3Error):
+                    call(data)
+                if (took := self._took(limit)) > limit:
+                    what = f"took {took >> 20} MiB for {len(data)} bytes"
+                    result = Failure(what, "memory", "")
             self._take_memory()
         return result
 
