@@ -64,7 +64,7 @@ def main() -> None:
 
 def run(seconds: float, seed: int, parts: Sequence[str]) -> dict[str, Any]:
     """Run the parts, each in a process of its own; what there is to know about the run."""
-    started = datetime.now(UTC)
+    started, commit = datetime.now(UTC), _git("rev-parse", "--short", "HEAD")
     found = {}
     for part in parts:
         # Each its own, however long the one before took to start and to end.
@@ -75,7 +75,7 @@ def run(seconds: float, seed: int, parts: Sequence[str]) -> dict[str, Any]:
     return {
         "date": started.isoformat(timespec="seconds"),
         "seed": seed,
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": commit,
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "src", "soak")),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
