@@ -60,3 +60,9 @@ def test_a_missing_package_is_named_with_its_extra(package, source, monkeypatch)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=rf"'{package}'.*ia3\[datasets\]"):
         read_rows(source)
+
+
+def test_a_name_that_no_file_can_have_is_named():
+    for name in ("9" * 300, "folder/" + "a" * 256, "a/" * 3000):
+        with pytest.raises(IA3Error, match="no file has so long a name"):
+            read_rows(name)
