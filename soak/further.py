@@ -108,7 +108,7 @@ def forks(watch: Watch, seconds: float) -> None:
             return "fork", lambda: _fork(one, ranked, watch, chance.random())
 
         def pool(chance: random.Random) -> tuple[str, Any]:
-            return "fork: a pool's workers", lambda: _pool(one, chance)
+            return "fork: a pool's workers", lambda: _pool(one)
 
         roles = {
             "route": one.route,
@@ -126,17 +126,28 @@ def forks(watch: Watch, seconds: float) -> None:
         ranked.end()
 
 
+# A lock of native code that another thread has at the fork stays locked in the new process. So one
+# that gives no answer is counted, and tried again: a lock of this project, which no thread in the
+# new process would free, is met each time.
+TRIES = 3
+SILENT = PATIENCE / (TRIES + 1)
+
+
 def _fork(one: OneModel, ranked: Classifiers, watch: Watch, chance: float) -> None:
-    sleep(chance * 0.05)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            signal.alarm(int(2 * PATIENCE))
-            code = 0 if _in_the_child(one, ranked) else 2
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for _ in range(TRIES):
+        sleep(chance * 0.05)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                signal.alarm(int(SILENT))
+                code = 0 if _in_the_child(one, ranked) else 2
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code != -signal.SIGALRM:
+            break
+        watch.count("fork: no answer, tried again")
     if code != 0:
         watch.fail(f"a forked process ended with {code}")
 
@@ -166,29 +177,32 @@ def _in_the_child(one: OneModel, ranked: Classifiers) -> bool:
     return not watch.failures and not found
 
 
-def _pool(one: OneModel, chance: random.Random) -> None:
-    """Workers as a DataLoader has them: forked, each with a copy of the model.
-
-    A lock of native code that another thread has at the fork stays locked in a worker. So one that
-    gives no answer is counted, and tried once more.
-    """
-    try:
-        _work(one)
-    except RuntimeError as error:
-        if "timed out" not in str(error):
-            raise
-        one.watch.count("fork: pools without an answer, tried once more")
-        _work(one)
+def _pool(one: OneModel) -> None:
+    """Workers as a DataLoader has them: forked, each with a copy of the model."""
+    for tries_left in reversed(range(TRIES)):
+        try:
+            _work(one)
+            return
+        except RuntimeError as error:
+            if "timed out" not in str(error) or not tries_left:
+                raise
+            one.watch.count("fork: a pool without an answer, tried again")
 
 
 def _work(one: OneModel) -> None:
+    # No tensors come back: for these the workers' own threads would be asked, without a time limit.
     loader = torch.utils.data.DataLoader(
-        _Rows(one), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=PATIENCE
+        _Rows(one),
+        batch_size=2,
+        num_workers=2,
+        multiprocessing_context="fork",
+        timeout=SILENT,
+        collate_fn=list,
     )
-    for names, rows in loader:
-        for name, row in zip(names, rows, strict=True):
+    for batch in loader:
+        for name, row in batch:
             one.watch.count("rows")
-            if not one.served.is_row(row, 0, one.served.of(name)):
+            if not one.served.is_row(torch.from_numpy(row), 0, one.served.of(name)):
                 one.watch.fail(f"a worker's row of {name!r} is another's")
 
 
@@ -199,13 +213,13 @@ class _Rows(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return 4
 
-    def __getitem__(self, index: int) -> tuple[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[str, Any]:
         name = ["resident", "other", served.BASE, "another-narrow"][index]
         with torch.no_grad():
             self.one.model.enable_adapter_layers()
             self.one.model.unmerge_adapter()
             inputs = self.one.served.inputs([0])
-            return name, self.one.model(**inputs, adapter_names=[name]).logits[0]
+            return name, self.one.model(**inputs, adapter_names=[name]).logits[0].numpy()
 
 
 # -- classifiers -----------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as read_safetensors
+from support import heads
 from support.kills import calls_of, ended, killed_after, killed_before, result_of, started
 from support.tfew import tiny_llama, word_tokenizer
 from transformers import T5Config
@@ -92,11 +93,20 @@ def in_classifier(folder: Path) -> Any:
     return said, loaded.settings_, config, bits(loaded.adapter_.vectors)
 
 
+def of_any_engine(folder: Path) -> Any:
+    """As `in_classifier`, of what is in the files; an encoder's has a head."""
+    try:
+        return heads.state(folder)
+    except FileNotFoundError:
+        return None
+
+
 def for_others(folder: Path) -> Any:
     """What the files say to a program that knows nothing of this library; those that are there."""
     found: dict[str, Any] = {}
-    if (folder / WEIGHTS_NAME).exists():
-        found["values"] = bits(read_safetensors((folder / WEIGHTS_NAME).read_bytes()))
+    for name in (WEIGHTS_NAME, heads.HEAD_NAME):
+        if (folder / name).exists():
+            found[name] = bits(read_safetensors((folder / name).read_bytes()))
     for name in (CONFIG_NAME, TASK_NAME):
         if (folder / name).exists():
             found[name] = json.loads((folder / name).read_text())
@@ -316,6 +326,22 @@ def kinds(inputs: Path) -> dict[str, Kind | Run]:
         lambda p: None, lambda p: new.save(p / "above" / "folder"), lambda p: saved(p / "above")
     )
 
+    def of_encoder(number: int) -> Callable[[Path], None]:
+        return lambda place: heads.save_encoder(folder(place), number)
+
+    def any_saved(place: Path) -> dict[str, Any]:
+        both = {"classifier": of_any_engine(folder(place)), "adapter": in_adapter(folder(place))}
+        return {"all": both, "for others": for_others(folder(place))}
+
+    found["save, encoder"] = Kind(of_encoder(1), of_encoder(2), any_saved)
+    found["save, encoder, same sites"] = Kind(of_encoder(1), of_encoder(3), any_saved)
+    found["save, encoder over language model"] = Kind(
+        lambda p: old.save(folder(p)), of_encoder(1), any_saved
+    )
+    found["save, language model over encoder"] = Kind(
+        of_encoder(1), lambda p: old.save(folder(p)), any_saved
+    )
+
     first, second = adapter(1), adapter(2, ("q_proj", "down_proj"))
     models = adapted(first), adapted(second)
     found["save_pretrained"] = Kind(
@@ -339,6 +365,9 @@ def kinds(inputs: Path) -> dict[str, Kind | Run]:
     found["save_pretrained, classifier's folder"] = Kind(
         lambda p: old.save(folder(p)), lambda p: models[1].save_pretrained(folder(p)), saved
     )
+    found["save_pretrained, encoder classifier's folder"] = Kind(
+        of_encoder(1), lambda p: models[1].save_pretrained(folder(p)), any_saved
+    )
 
     sizes = {"vocab_size": 48, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2}
     T5Config(**sizes, num_heads=2, feed_forward_proj="gated-gelu").save_pretrained(inputs / "t5")
@@ -359,9 +388,9 @@ def kinds(inputs: Path) -> dict[str, Kind | Run]:
     for number in (6, 7):
         write_files(inputs / f"{number}", adapter_files(adapter(number)))
     found["combine"] = Kind(
-        lambda p: old.save(folder(p)),
+        of_encoder(2),
         lambda p: command("combine", inputs / "6", inputs / "7", "--out", folder(p), "--force"),
-        saved,
+        any_saved,
     )
 
     bank = AdapterBank(tiny_llama(), capacity=2)
@@ -455,18 +484,33 @@ def kinds(inputs: Path) -> dict[str, Kind | Run]:
 
 def reader_beside_writer(place: Path, loads: int, counts: Counter[str]) -> None:
     """Every load is one of the two classifiers that another process saves by turns."""
-    both = [classifier(BILLS, 1), classifier(MOODS, 2)]
+    both = [classifier(BILLS, 1).save, classifier(MOODS, 2).save]
+    _beside_saves(place / "folder", both, in_classifier, loads, counts)
 
+
+def reader_beside_writer_of_encoders(place: Path, loads: int, counts: Counter[str]) -> None:
+    """The same, of classifiers on a sentence encoder."""
+    both = [partial(heads.save_encoder, number=number) for number in (1, 2)]
+    _beside_saves(place / "folder", both, of_any_engine, loads, counts)
+
+
+def _beside_saves(
+    folder: Path,
+    saves: list[Callable[[Path], object]],
+    look: Callable[[Path], Any],
+    loads: int,
+    counts: Counter[str],
+) -> None:
     def write() -> None:
         while True:
-            for each in both:
-                each.save(place / "folder")
+            for save in saves:
+                save(folder)
 
-    both[0].save(place / "folder")
-    whole = [in_classifier(place / "folder")]
-    both[1].save(place / "folder")
-    whole.append(in_classifier(place / "folder"))
-    _beside(write, lambda: in_classifier(place / "folder"), whole, loads, counts, "loads")
+    whole = []
+    for save in saves:
+        save(folder)
+        whole.append(look(folder))
+    _beside(write, lambda: look(folder), whole, loads, counts, "loads")
 
 
 def others_beside_writer(place: Path, loads: int, counts: Counter[str]) -> None:
@@ -606,6 +650,9 @@ def run(
         work = kinds(root / "inputs")
         beside: dict[str, Callable[[Path, Counter[str]], object]] = {
             "reader": lambda p, c: reader_beside_writer(p, 1000 if rounds else 100, c),
+            "reader, encoders": lambda p, c: reader_beside_writer_of_encoders(
+                p, 1000 if rounds else 100, c
+            ),
             "reader, PEFT": lambda p, c: others_beside_writer(p, 1000 if rounds else 100, c),
             "two writers": lambda p, c: several_writers(p, 2, c),
             "four writers": lambda p, c: several_writers(p, 4, c),

@@ -26,7 +26,7 @@ from ia3.core.route import BASE
 
 TOLERANCE = 2e-5
 # Without progress for so long, a thread hangs.
-PATIENCE = 30.0
+PATIENCE = 60.0
 PROMPTS = torch.tensor([[3, 9, 27, 17, 51], [4, 16, 2, 8, 32], [5, 25, 61, 49, 53]])
 NEW_TOKENS = 3
 

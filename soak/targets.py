@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -24,13 +25,23 @@ from ia3.adapter.combining import combine
 from ia3.adapter.convert import convert_tfew_authors
 from ia3.adapter.files import read_adapter
 from ia3.bank.bank import AdapterBank
-from ia3.classify.estimator import TASK_NAME, FewShotClassifier
+from ia3.classify.estimator import FewShotClassifier
+from ia3.classify.head_file import head_bytes, read_head
 from ia3.classify.many_manifest import read_many_manifest
+from ia3.classify.task_file import TaskFile
 from ia3.errors import IA3Error
 from ia3.files.hub import CARD_NAME, CONFIG_NAME
 from ia3.files.records import append_record, read_records
 from ia3.files.rows import read_rows
-from ia3.files.saved import COPIED, HASH_KEY, PICKLED_NAME, WEIGHTS_NAME, SavedFolder
+from ia3.files.saved import (
+    COPIED,
+    HASH_KEY,
+    HEAD_NAME,
+    PICKLED_NAME,
+    TASK_NAME,
+    WEIGHTS_NAME,
+    SavedFolder,
+)
 from ia3.files.tables import fields_of, read_table, write_table
 from ia3.model.ia3_model import IA3Model
 from ia3.targets.config import IA3Config
@@ -249,6 +260,7 @@ class _Adapters:
                 lambda: saved.header,
                 lambda: safetensors.read_tensors(saved),
                 lambda: safetensors.read_floats(saved, layout.KEY_SUFFIX),
+                *(lambda name=name: saved.text(name) for name in COPIED),
             )
 
     def folder(self, data: bytes) -> None:
@@ -742,7 +754,19 @@ def _of_texts(folder: Path) -> list[Target]:
 TASK_WORDS = (
     *("format", "model", "templates", "fields", "labels", "choices", "chat", "steps", "text"),
     *("learning_rate", "seed", "upper_blocks", "{{ text }}", "good", "bad", "template", "weights"),
+    *("engine", "language-model", "temperature", "threads", "selection", "head", "vectors"),
+    *("name", "accuracy", "error", "note", "0" * 64),
     *JINJA_WORDS[:20],
+)
+
+# The keys of the first format.
+ENGINELESS = (
+    *("model", "templates", "fields", "labels", "choices", "chat", "steps", "learning_rate"),
+    *("seed", "upper_blocks", "vectors"),
+)
+HEAD_WORDS = (
+    *("weight", "bias", "dtype", "shape", "data_offsets", "__metadata__", "F32", "F16", "F64"),
+    *("format", "pt", "[3,8]", "[3]", "[0,96]", "[0,12]", "[12,108]"),
 )
 
 
@@ -764,8 +788,33 @@ def _of_classifiers(folder: Path) -> list[Target]:
         found = loaded.predict_proba([dict.fromkeys(loaded.fields_, "warm day")])
         assert found.shape == (1, len(loaded.classes_))
 
-    valid = [_json(each_) for each_ in (task, numbered, named)]
-    return [Target("task file", classifier, valid, document(TASK_WORDS), TASK_WORDS, weight=2.0)]
+    def head(data: bytes) -> None:
+        header, _, values = data.partition(BETWEEN)
+        content = len(header).to_bytes(8, "little") + header + values
+        (folder / HEAD_NAME).write_bytes(content)
+        with SavedFolder(folder) as saved:
+            weight, bias = read_head(saved, 3, hashlib.sha256(content).hexdigest())
+        assert weight.shape == (3, weight.shape[1])
+        assert bias.shape == (3,)
+
+    def task_file(data: bytes) -> None:
+        read = TaskFile.from_json(data, "the task")
+        assert TaskFile.from_json(read.to_json(), "the same") == read
+
+    seen = {"engine": "encoder", "name": "tiny", "accuracy": 0.5, "error": 0.1, "note": "3 texts"}
+    older = {name: task[name] for name in task if name in ENGINELESS} | {"format": 1}
+    of_encoder = {**task, "engine": "encoder", "head": "0" * 64, "selection": [seen], "threads": 2}
+    valid = [_json(each_) for each_ in (task, numbered, named, older)]
+    parsed = [*valid, _json(of_encoder), _json({**of_encoder, "templates": [], "choices": []})]
+    heads = [head_bytes(torch.rand(3, dim), torch.rand(3)) for dim in (1, 8)]
+    apart = [BETWEEN.join(_split(content)) for content in heads]
+    on_heads = parts(document(HEAD_WORDS), text(HEAD_WORDS))
+    on_tasks = document(TASK_WORDS)
+    return [
+        Target("task file", classifier, valid, on_tasks, TASK_WORDS, weight=2.0),
+        Target("task file, parsed", task_file, parsed, on_tasks, (*TASK_WORDS, "encoder")),
+        Target("head", head, apart, on_heads, HEAD_WORDS),
+    ]
 
 
 def found_name(name: str) -> str:
