@@ -59,12 +59,17 @@ class NoMatchingPeftModuleError(IA3Error):
 
 
 class MissingExtraError(IA3Error, ImportError):
-    """An optional dependency is absent: the message names the extra that brings it."""
+    """An optional dependency is absent: the message says how to install it.
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
+    It comes with an extra, or is a package that `install` installs.
+    """
+
+    def __init__(
+        self, package: str, extra: str, purpose: str, *, install: str | None = None
+    ) -> None:
         super().__init__(
             f"{purpose} needs the package '{package}', which is not installed: "
-            f"pip install 'ia3[{extra}]'"
+            + (install or f"pip install 'ia3[{extra}]'")
         )
 
 

@@ -14,12 +14,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from sentencepiece import SentencePieceTrainer
+from support import sentences
+from support.sentences import bert
 from support.tfew import tiny_llama
+from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import is_protobuf_available
 
-from ia3 import AutoPeftModel, IA3Config, IA3Error, get_peft_model
+from ia3 import AutoPeftModel, FewShotClassifier, IA3Config, IA3Error, get_peft_model
+from ia3.base.encoders import load_encoder
 from ia3.base.loading import EMBEDDED_MODEL, embedded_model_folder, load_base_model
+from ia3.errors import InvalidTypeError
 
 PREPARE = [sys.executable, "-m", "ia3", "prepare"]
 
@@ -136,3 +141,50 @@ def test_a_missing_package_of_a_tokenizer_is_named(tmp_path, given):
         load = AutoPeftModel.from_pretrained
     with pytest.raises(IA3Error, match=f"tokenizer of '{tmp_path}'.* pip install protobuf$"):
         load(of)
+
+
+@pytest.mark.parametrize(
+    ("large", "small"),
+    [(bert, lambda: bert(vocab_size=8)), (tiny_llama, lambda: tiny_llama(vocabulary=8))],
+)
+def test_a_token_that_the_model_has_no_embedding_of_is_named(large, small):
+    says = r"the tokenizer gives the token \d+, and the model '.*' has 8: they are of two models"
+    classifier = FewShotClassifier(small(), tokenizer=sentences.tokenizer(), steps=1)
+    with pytest.raises(IA3Error, match=says):
+        classifier.fit(sentences.TEXTS, sentences.LABELS)
+    fitted = classifier.set_params(model=large()).fit(sentences.TEXTS, sentences.LABELS)
+    fitted.model = small()
+    with pytest.raises(IA3Error, match=says):
+        fitted.predict(sentences.TEXTS)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(tiny_llama())])
+def test_a_module_that_is_no_model_of_transformers_is_named(model):
+    says = f"model is a {type(model).__name__}, expected a language model or a sentence encoder"
+    with pytest.raises(InvalidTypeError, match=says):
+        FewShotClassifier(model).fit(["a", "b"], ["x", "y"])
+    with pytest.raises(InvalidTypeError, match=says):
+        load_base_model(model)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("config.json", {"hidden_size": 0}, "the model '.*' cannot be loaded: ZeroDivisionError: "),
+        ("config.json", {"hidden_act": "x"}, "the model '.*' cannot be loaded: KeyError: 'x'"),
+        ("config.json", {"model_type": []}, "config.json is broken: TypeError: unhashable"),
+        ("config.json", {"auto_map": 3}, "config.json is broken: TypeError: "),
+        ("config.json", None, "config.json is broken: TypeError: "),
+        ("tokenizer_config.json", {"extra_special_tokens": 3}, "cannot be loaded: TypeError: "),
+        ("tokenizer_config.json", None, "cannot be loaded: AttributeError: "),
+        ("tokenizer.json", None, "cannot be loaded: AttributeError: "),
+    ],
+)
+def test_whatever_a_wrong_value_raises_the_model_is_named(tmp_path, file, change, says):
+    bert().save_pretrained(tmp_path)
+    sentences.tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / file
+    content = None if change is None else {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps(content))
+    with pytest.raises(IA3Error, match=says):
+        load_encoder(tmp_path)

