@@ -25,12 +25,13 @@ from ia3.adapter.files import (
 )
 from ia3.adapter.layout import find_adapters, read_outline, read_vectors
 from ia3.errors import BrokenFileError, MissingFileError
-from ia3.files.saved import SavedFolder
+from ia3.files.saved import LARGEST_HEAD, SavedFolder, completed, copies
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 TASK = "ia3_task.json"
+HEAD = "ia3_head.safetensors"
 
 
 def numbered(number: int) -> Adapter:
@@ -201,6 +202,29 @@ def test_a_persons_card_outlives_a_kill(tmp_path: Path) -> None:
         assert card.read_text().endswith("mine")
         save(tmp_path, 1)
         card.write_text("mine")
+
+
+def test_files_that_no_header_can_hold_are_not_copied_into_it(tmp_path: Path) -> None:
+    """The adapter could not be read any more after a kill."""
+    save(tmp_path, 1)
+    without_copies(tmp_path)
+    (tmp_path / HEAD).write_bytes(b"x" * (LARGEST_HEAD + 1))
+    assert copies(tmp_path).keys() == {"ia3_config"}
+    (tmp_path / HEAD).write_bytes(b"x" * LARGEST_HEAD)
+    whole = completed(tmp_path)
+    assert whole is not None
+    (tmp_path / WEIGHTS).write_bytes(whole)
+    (tmp_path / HEAD).unlink()
+    with SavedFolder(tmp_path) as saved:
+        assert saved.text(HEAD) == b"x" * LARGEST_HEAD
+    # Beside a head of that size a config of many names has no place left.
+    without_copies(tmp_path)
+    (tmp_path / HEAD).write_bytes(b"x" * LARGEST_HEAD)
+    (tmp_path / TASK).write_bytes(b"x" * 2_000_000)
+    assert completed(tmp_path) is None
+    pickled(tmp_path)
+    save(tmp_path, 2)
+    assert state(tmp_path) == (2, "number 2", None)
 
 
 def test_pefts_save_over_ours_counts(tmp_path: Path) -> None:

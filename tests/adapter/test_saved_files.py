@@ -1,6 +1,7 @@
 """Folders of each form that was ever written load with the same bits and the same predictions.
 
-`saved-0.1.0` is from before the header held copies of the files beside it.
+`saved-0.1.0` is from before the header held copies of the files beside it, `saved-with-copies` from
+before there were classifiers on sentence encoders: adapters are as they were since.
 """
 
 import hashlib
@@ -18,15 +19,37 @@ from support.tfew import word_tokenizer
 from torch import Tensor, nn
 
 from ia3 import FewShotClassifier, IA3Model
-from ia3.adapter.files import Adapter, adapter_files, read_adapter, write_saved
+from ia3.adapter.files import (
+    Adapter,
+    adapter_files,
+    read_adapter,
+    unread_adapter,
+    write_saved,
+)
+from ia3.classify.head_file import head_bytes, read_head
+from ia3.classify.task_file import TaskFile
+from ia3.files.saved import SavedFolder
 
-OLDEST, *FORMS = [TESTS / "fixtures" / form for form in ("saved-0.1.0", "saved-with-copies")]
-ALL = pytest.mark.parametrize("saved", [OLDEST, *FORMS], ids=lambda folder: folder.name)
+FORMS = ("saved-0.1.0", "saved-with-copies", "saved-with-heads")
+OLDEST, ADAPTERS, NEWEST = [TESTS / "fixtures" / form for form in FORMS]
+ALL = pytest.mark.parametrize("saved", [OLDEST, ADAPTERS], ids=lambda folder: folder.name)
+CLASSIFIERS = pytest.mark.parametrize(
+    "saved", [OLDEST, ADAPTERS, NEWEST], ids=lambda folder: folder.name
+)
 IDS = torch.arange(24).reshape(2, 12)
 BLOCK = ("mlp.down_proj", "self_attn.k_proj", "self_attn.v_proj")
 LLAMA = [f"model.layers.{i}.{name}" for i in range(2) for name in BLOCK]
 GPT2 = [f"transformer.h.{i}.{name}" for i in range(2) for name in ("attn.c_attn", "mlp.c_proj")]
-SIZES = {"down_proj": 24, "k_proj": 16, "v_proj": 16, "c_attn": 48, "c_proj": 64}
+BERT = [f"encoder.layer.{i}.attention.self.{name}" for i in range(2) for name in ("key", "value")]
+SIZES = {
+    "key": 16,
+    "value": 16,
+    "down_proj": 24,
+    "k_proj": 16,
+    "v_proj": 16,
+    "c_attn": 48,
+    "c_proj": 64,
+}
 
 
 def vectors_of(names: list[str], first: int) -> dict[str, Tensor]:
@@ -87,7 +110,7 @@ def test_an_adapter_with_values_that_stay_one(saved: Path) -> None:
     assert relative(model(IDS).logits, expected(IDS).logits) < 1e-5
 
 
-@ALL
+@CLASSIFIERS
 @torch.no_grad()
 def test_a_classifier(saved: Path) -> None:
     tokenizer = word_tokenizer(WORDS)
@@ -124,18 +147,46 @@ def test_writing_it_again_gives_the_same_bytes_under_a_header_that_says_more(nam
     assert adapter_files(read_adapter(OLDEST / name)) == files
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "classifier"])
-def test_the_last_form_is_written_again_byte_for_byte(name: str, tmp_path: Path) -> None:
-    saved = FORMS[-1] / name
-    if name == "classifier":
-        model = formula_llama()
-        model.config._name_or_path = "tiny-llama"
-        loaded = FewShotClassifier.load(saved, model=model, tokenizer=word_tokenizer(WORDS))
-        loaded.save(tmp_path / name)
-    else:
-        write_saved(tmp_path / name, adapter_files(read_adapter(saved)))
-    written = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-    assert written == {path.name: path.read_bytes() for path in saved.iterdir()}
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_last_form_of_an_adapter_is_written_again_byte_for_byte(
+    name: str, tmp_path: Path
+) -> None:
+    write_saved(tmp_path, adapter_files(read_adapter(ADAPTERS / name)))
+    assert files_in(tmp_path) == files_in(ADAPTERS / name)
+
+
+@pytest.mark.parametrize("form", [ADAPTERS, NEWEST], ids=lambda folder: folder.name)
+def test_a_classifier_is_written_in_the_last_form_byte_for_byte(form: Path, tmp_path: Path) -> None:
+    model = formula_llama()
+    model.config._name_or_path = "tiny-llama"
+    options = {"model": model, "tokenizer": word_tokenizer(WORDS)}
+    FewShotClassifier.load(form / "classifier", **options).save(tmp_path)
+    assert files_in(tmp_path) == files_in(NEWEST / "classifier")
+
+
+def test_an_encoders_adapter_and_head(tmp_path: Path) -> None:
+    folder = NEWEST / "encoder"
+    with SavedFolder(folder) as saved:
+        task = TaskFile.from_json(saved.text("ia3_task.json"), "the task")
+        assert_vectors(unread_adapter(saved).whole(), vectors_of(BERT, 2))
+        weight, bias = read_head(saved, 3, task.head)
+        assert task.vectors == saved.digest
+    assert torch.equal(weight, formula_vector(5, 3 * 16).reshape(3, 16))
+    assert torch.equal(bias, formula_vector(6, 3))
+    assert task.labels == ["cold", "good", "warm"]
+    assert (task.engine, task.temperature, task.threads) == ("encoder", 0.75, 1)
+    assert [each.accuracy for each in task.selection] == [0.75, 0.5]
+
+    def beside(digest: str) -> dict[str, str | bytes]:
+        said = task.model_copy(update={"vectors": digest}).to_json()
+        return {"ia3_task.json": said, "ia3_head.safetensors": head_bytes(weight, bias)}
+
+    write_saved(tmp_path, adapter_files(read_adapter(folder), beside))
+    assert files_in(tmp_path) == files_in(folder)
 
 
 def parts(content: bytes) -> tuple[dict[str, Any], bytes]:

@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT's two files."""
+"""Adapters on disk: PEFT's two files, and those of a classifier that belong to its values."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from torch import Tensor
 
 from ..arguments import instance
 from ..core.names import Frozen
-from ..errors import BrokenFileError, InvalidTypeError, naming, shown
+from ..errors import IA3Error, InvalidTypeError, naming, shown
 from ..files.atomic import write_files
 from ..files.hub import CONFIG_NAME
-from ..files.saved import COPIED, PICKLED_NAME, WEIGHTS_NAME, SavedFolder, completed, copies
+from ..files.saved import (
+    COPIED,
+    PICKLED_NAME,
+    WEIGHTS_NAME,
+    SavedFolder,
+    as_copy,
+    completed,
+    copies,
+)
 from ..targets.config import IA3Config
 from ..targets.matching import Matching
 from . import layout, safetensors
@@ -106,11 +114,11 @@ def check_finite(vectors: Mapping[str, Tensor]) -> None:
 
 
 def adapter_files(
-    adapter: Adapter, texts: Callable[[str], Mapping[str, str]] = lambda digest: {}
+    adapter: Adapter, texts: Callable[[str], Mapping[str, str | bytes]] = lambda digest: {}
 ) -> dict[str, bytes]:
     """The contents of an adapter's files, by file name; `write_saved` writes them.
 
-    `texts` gives further files that belong to its values, by the SHA-256 of these.
+    `texts` gives further files that belong to its values, of `COPIED`, by the SHA-256 of these.
 
     An `IA3Error` where a vector is not finite: a training that diverged leaves no good adapter, and
     the file could not be read again.
@@ -129,14 +137,15 @@ def adapter_files(
         metadata[layout.FROZEN_KEY] = json.dumps(adapter.frozen)
     if adapter.base is not None:
         metadata[layout.BASE_KEY] = adapter.base.to_json()
-    beside = {CONFIG_NAME: adapter.config.to_json()}
+    beside = {CONFIG_NAME: adapter.config.to_json().encode()}
 
     def copied(digest: str) -> dict[str, str]:
-        beside.update(texts(digest))
-        return {COPIED[name]: text for name, text in beside.items()}
+        for name, given in texts(digest).items():
+            beside[name] = given if isinstance(given, bytes) else given.encode()
+        return {COPIED[name]: as_copy(name, content) for name, content in beside.items()}
 
     weights = safetensors.write(tensors, metadata, copied)
-    return {WEIGHTS_NAME: weights, **{name: text.encode() for name, text in beside.items()}}
+    return {WEIGHTS_NAME: weights, **beside}
 
 
 def write_saved(folder: str | Path, files: Mapping[str, bytes]) -> None:
@@ -159,8 +168,8 @@ def _completed(folder: Path) -> bytes | None:
     try:
         with SavedFolder(folder) as saved:
             return safetensors.write(read_pickled(saved), {"format": "pt", **copies(folder)})
-    except (BrokenFileError, OSError):
-        return None  # nothing is lost
+    except (IA3Error, OSError):
+        return None  # nothing is lost, or less than by a file that cannot be read
 
 
 def read_adapter(

@@ -107,9 +107,9 @@ def write(
     beginning = encoded_header({**header, "__metadata__": metadata})
     if len(beginning) > longest_header(len(beginning) + end):
         raise IA3Error(
-            f"the names of the tensors and of the config's modules take {len(beginning):,} bytes, "
-            f"which could not be read again: expected {LONGEST_HEADER:,}, or a part of "
-            f"{LARGEST_PART:.0%} of the values, at most"
+            "the names of the tensors and the copies of the files beside them take "
+            f"{len(beginning):,} bytes, which could not be read again: expected "
+            f"{LONGEST_HEADER:,}, or a part of {LARGEST_PART:.0%} of the values, at most"
         )
     return b"".join([beginning, *data])
 

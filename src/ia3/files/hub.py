@@ -127,7 +127,7 @@ def adapter_folder(
         path_of("subfolder", subfolder)
     if not folder.is_dir():
         inside = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
-        folder = _snapshot(str(model_id), inside, hub)
+        folder = snapshot("adapter", str(model_id), inside, **hub)
     if subfolder is None:
         return folder
     found = folder / subfolder
@@ -138,7 +138,13 @@ def adapter_folder(
     return found
 
 
-def _snapshot(model_id: str, patterns: list[str], hub: HubOptions) -> Path:
+def snapshot(what: str, model_id: str, patterns: Sequence[str], **hub: Unpack[HubOptions]) -> Path:
+    """The folder that files of a repository on the hub, by their patterns, are fetched into.
+
+    Raises:
+        MissingFileError: there is no such repository, or it is not to be had; the message says
+            `what` was looked for.
+    """
     from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
@@ -151,11 +157,11 @@ def _snapshot(model_id: str, patterns: list[str], hub: HubOptions) -> Path:
     local = hub.get("local_files_only", False) or is_offline_mode()
     options = {**hub, "local_files_only": local}
     try:
-        return Path(snapshot_download(model_id, allow_patterns=patterns, **options))
+        return Path(snapshot_download(model_id, allow_patterns=[*patterns], **options))
     except HFValidationError as error:
-        message = f"no adapter at {model_id!r}: no such folder, and not a hub id"
+        message = f"no {what} at {model_id!r}: no such folder, and not a hub id"
         raise MissingFileError(message) from error
     except (LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise MissingFileError(
-            f"no adapter at {model_id!r}: no such folder, and not to be had from the hub: {error}"
+            f"no {what} at {model_id!r}: no such folder, and not to be had from the hub: {error}"
         ) from error

@@ -1,14 +1,16 @@
-"""A saved adapter's folder as of one save: its file of values, and the texts beside it.
+"""A saved adapter's folder as of one save: its file of values, and the files beside it.
 
-The safetensors file counts. Its header holds copies of the texts that belong to its values, and the
+The safetensors file counts. Its header holds copies of the files that belong to its values, and the
 hash of these. It is read here without torch, and its values not before they are asked for.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,10 +28,14 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 # What PEFT wrote before safetensors; read, never written.
 PICKLED_NAME = "adapter_model.bin"
 TASK_NAME = "ia3_task.json"
+# The linear head of a classifier on a sentence encoder, which is itself a safetensors file.
+HEAD_NAME = "ia3_head.safetensors"
 
-# The texts that belong to the values, by the header's keys of their copies.
-COPIED = {CONFIG_NAME: "ia3_config", TASK_NAME: "ia3_task"}
+# The files that belong to the values, and the header's keys of their copies.
+COPIED = {CONFIG_NAME: "ia3_config", TASK_NAME: "ia3_task", HEAD_NAME: "ia3_head"}
 HASH_KEY = "ia3_sha256"
+# Its copy in the header is a third longer, and leaves a megabyte to the others.
+LARGEST_HEAD = 5_000_000
 
 # The format's names of dtypes, in the order in which the package writes them, the widest first; and
 # how many bytes a value has.
@@ -78,6 +84,31 @@ class Header:
     start: int
 
 
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What was beside an adapter's values in one save, for use after its folder was closed.
+
+    Attributes:
+        folder, path, digest: as of `SavedFolder`.
+        texts: file name -> content, or `None` where there is none.
+        places: file name -> what to call the place that the content is from.
+    """
+
+    folder: Path
+    path: Path
+    digest: str | None
+    texts: Mapping[str, bytes | None]
+    places: Mapping[str, str]
+
+    def text(self, name: str) -> bytes | None:
+        """As of `SavedFolder`."""
+        return self.texts[name]
+
+    def place(self, name: str) -> str:
+        """As of `SavedFolder`."""
+        return self.places[name]
+
+
 class SavedFolder:
     """An adapter's folder, opened: use it in a `with` statement.
 
@@ -87,6 +118,7 @@ class SavedFolder:
         path: the file with the values, `WEIGHTS_NAME` or `PICKLED_NAME`.
         pickled: whether it is the latter.
         seen: its status.
+        digest: the SHA-256 of the values, in hex, once they were read.
 
     Raises:
         FileNotFoundError: there is no adapter.
@@ -144,12 +176,32 @@ class SavedFolder:
         return read_header(self._file, self.seen.st_size, self.path)
 
     def text(self, name: str) -> bytes | None:
-        """The content of a file beside the values, or its copy; `None` where there is neither."""
+        """The content of a file beside the values, or its copy; `None` where there is neither.
+
+        Raises `BrokenFileError` where the copy is none of such a file.
+        """
         content = self._texts[name]
         if content is not None or self.pickled:
             return content
         copy = self.header.metadata.get(COPIED[name])
-        return None if copy is None else copy.encode()
+        if copy is None or name != HEAD_NAME:
+            return None if copy is None else copy.encode()
+        try:
+            return base64.b64decode(copy, validate=True)
+        except ValueError as error:
+            raise BrokenFileError(f"{self.place(name)} is not base64: {error}") from error
+
+    def place(self, name: str) -> str:
+        """What to call the place that `text` takes a file's content from."""
+        if self._texts[name] is None and not self.pickled:
+            return f"{self.path}: the header's {COPIED[name]!r}"
+        return str(self.folder / name)
+
+    def beside(self, names: Sequence[str]) -> Beside:
+        """These files beside the values; `text` says what is raised."""
+        texts = {name: self.text(name) for name in names}
+        places = {name: self.place(name) for name in names}
+        return Beside(self.folder, self.path, self.digest, texts, places)
 
     def config_text(self) -> tuple[bytes, str]:
         """The config's text, and what to call the place it is from.
@@ -159,9 +211,7 @@ class SavedFolder:
         content = self.text(CONFIG_NAME)
         if content is None:
             raise no_adapter(self.folder)
-        if self._texts[CONFIG_NAME] is None:
-            return content, f"{self.path}: the header's {COPIED[CONFIG_NAME]!r}"
-        return content, str(self.folder / CONFIG_NAME)
+        return content, self.place(CONFIG_NAME)
 
     def content(self) -> bytes:
         """The whole file of values; `digest` is then that of what follows the header.
@@ -212,9 +262,10 @@ def holds_config_copy(path: Path) -> bool:
 
 
 def completed(folder: Path) -> bytes | None:
-    """A folder's safetensors file with copies of the texts beside it; `None` where it has them.
+    """A folder's safetensors file with copies of the files beside it; `None` where it has them.
 
-    Also where there is no such file, or a broken one: then nothing is lost.
+    Also where there is no such file, or a broken one: then nothing is lost. And where it could not
+    be read any more with them: then less is.
     """
     path = folder / WEIGHTS_NAME
     try:
@@ -228,20 +279,28 @@ def completed(folder: Path) -> bytes | None:
     except (BrokenFileError, OSError):
         return None
     entries = json.loads(content[8 : header.start])
-    return encoded_header({**entries, "__metadata__": metadata}) + content[header.start :]
+    whole = encoded_header({**entries, "__metadata__": metadata}) + content[header.start :]
+    longest = longest_header(len(whole))
+    return whole if len(whole) - len(content) + header.start <= longest else None
 
 
 def copies(folder: Path) -> dict[str, str]:
-    """The texts in a folder that belong to its values, by the header's keys of their copies."""
+    """The files in a folder that belong to its values, by the header's keys of their copies."""
     found = {}
     for name, key in COPIED.items():
         content = _content_of(folder / name)
+        if content is None or (name == HEAD_NAME and len(content) > LARGEST_HEAD):
+            continue
         try:
-            if content is not None:
-                found[key] = content.decode("utf-8")
+            found[key] = as_copy(name, content)
         except UnicodeDecodeError:
             continue  # it can be read neither way
     return found
+
+
+def as_copy(name: str, content: bytes) -> str:
+    """A file's content as the header holds it."""
+    return base64.b64encode(content).decode() if name == HEAD_NAME else content.decode("utf-8")
 
 
 def encoded_header(header: dict[str, Any]) -> bytes:
@@ -259,7 +318,7 @@ def longest_header(size: int) -> int:
     return max(LONGEST_HEADER, min(int(size * LARGEST_PART), FORMATS_LONGEST))
 
 
-def read_header(file: BinaryIO, size: int, path: Path) -> Header:
+def read_header(file: BinaryIO, size: int, path: Path | str) -> Header:
     """The header at the beginning of a file of this size, which it has to describe to the byte.
 
     Raises `BrokenFileError` where it does not.
@@ -310,10 +369,13 @@ def read_header(file: BinaryIO, size: int, path: Path) -> Header:
 
 def _content_of(path: Path) -> bytes | None:
     # A pipe would be waited for.
-    with suppress(FileNotFoundError):
-        return path.read_bytes() if path.is_file() else None
+    if not path.is_file():
+        return None
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        # One byte more tells that it is too long.
+        return file.read(LARGEST_HEAD + 1 if path.name == HEAD_NAME else -1)
     return None
 
 
-def _not_whole(path: Path, reason: object) -> BrokenFileError:
+def _not_whole(path: Path | str, reason: object) -> BrokenFileError:
     return BrokenFileError(f"{path} is not a whole safetensors file: {reason}")
