@@ -30,10 +30,58 @@ def test_a_log_gets_lines_of_training(every_time, capsys):
     assert second.startswith("training 20/20 loss 1.500 ")
 
 
+def test_a_training_that_ends_early_fills_its_bar(every_time, capsys):
+    with training_bar(20) as on_step:
+        on_step(_step(7, 20))
+        on_step(_step(12, 12))
+    assert capsys.readouterr().err.splitlines()[-1].startswith("training 12/12 loss 1.500 ")
+
+
+def test_many_tasks_that_end_early_fill_their_bar(every_time, capsys):
+    with training_bar_of_many({"a": 2, "b": 20}) as on_step:
+        for number in (1, 2):
+            on_step("a", _step(number, 2))
+        on_step("b", _step(1, 20))
+        on_step("b", _step(2, 2))
+    assert "4/4 steps, 2 of 2 tasks done" in capsys.readouterr().err
+
+
 def test_a_log_gets_lines_of_many_tasks(every_time, capsys):
     with training_bar_of_many({"a": 1, "b": 2}) as on_step:
         on_step("a", _step(1, 1))
     assert "1/3 steps, 1 of 2 tasks done" in capsys.readouterr().err
+
+
+def test_a_training_that_ends_early_is_whole(every_time, capsys):
+    with training_bar(20) as on_step:
+        on_step(_step(7, 20))
+    _, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"training 7/7 loss 1.500  .* steps/s, ended before 20 .*", last)
+
+
+def test_a_training_that_fails_is_not_called_whole(every_time, capsys):
+    def diverge():
+        with training_bar(20) as on_step:
+            on_step(_step(7, 20))
+            raise ValueError("diverged")
+
+    with pytest.raises(ValueError, match="diverged"):
+        diverge()
+    assert "ended" not in capsys.readouterr().err
+
+
+def test_tasks_that_end_early_or_are_there_already_count_as_done(every_time, capsys):
+    with training_bar_of_many({"early": 4, "there": 5, "whole": 2, "last": 8}) as on_step:
+        on_step("early", _step(1, 4))
+        on_step("whole", _step(1, 2))
+        on_step("whole", _step(2, 2))
+    shown = [" ".join(line.split()[1:-1]) for line in capsys.readouterr().err.splitlines()]
+    assert shown == [
+        "1/19 steps, 0 of 4 tasks done",
+        "2/11 steps, 2 of 4 tasks done",
+        "3/11 steps, 3 of 4 tasks done",
+        "3/3 steps, 4 of 4 tasks done",
+    ]
 
 
 def test_a_log_gets_lines_of_counted_examples(every_time, capsys):

@@ -32,11 +32,10 @@ if TYPE_CHECKING:
         spread as spread,
     )
     from .training.losses import TFewLoss as TFewLoss, tfew_loss as tfew_loss
+    from .training.recipe import TFewConfig as TFewConfig
+    from .training.steps import DivergedError as DivergedError, TrainingStep as TrainingStep
     from .training.trainer import (
-        DivergedError as DivergedError,
-        TFewConfig as TFewConfig,
         TFewTrainer as TFewTrainer,
-        TrainingStep as TrainingStep,
         train as train,
         training_arguments as training_arguments,
     )
@@ -50,8 +49,9 @@ _NAMES = {
     ".prompts.sandbox": "TemplateError UnknownLabelError",
     ".scoring.evaluation": "Evaluation Spread evaluate predict_choices spread",
     ".training.losses": "TFewLoss tfew_loss",
-    ".training.trainer": "DivergedError TFewConfig TFewTrainer TrainingStep train "
-    "training_arguments",
+    ".training.steps": "DivergedError TrainingStep",
+    ".training.recipe": "TFewConfig",
+    ".training.trainer": "TFewTrainer train training_arguments",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOME)

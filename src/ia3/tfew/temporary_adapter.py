@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..adapter.files import Adapter
-from ..base.loading import BaseModel
+from ..base.loading import BaseModel, LoadedModel
 from ..core.route import changing
 from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..targets.config import IA3Config, TaskType
@@ -41,17 +41,14 @@ def _task_type(base: BaseModel) -> TaskType:
 
 @contextmanager
 def temporary_adapter(
-    base: BaseModel, adapter: Adapter | IA3Config, *, source: str = "adapter"
+    base: LoadedModel, adapter: Adapter | IA3Config, *, source: str = "adapter"
 ) -> Iterator[IA3Model]:
     """Put one adapter on the base model, or a new one, whose vectors are ones.
 
     The context holds the model's lock, so that threads take turns. On exit the model is as it was
     before, the training and evaluation modes of its modules included.
     """
-    with base.lock:
-        left = _carried.get(base.model)
-        if left is not None and left.process != os.getpid():
-            left.put_back()
+    with without_adapter(base):
         found = _Found(base.model)
         try:
             with changing():
@@ -63,6 +60,19 @@ def temporary_adapter(
             yield ia3_model
         finally:
             found.put_back()
+
+
+@contextmanager
+def without_adapter(base: LoadedModel) -> Iterator[None]:
+    """Within the context, no other thread has an adapter on the model.
+
+    Nor has it the one of a thread of the process that this one was forked off.
+    """
+    with base.lock:
+        left = _carried.get(base.model)
+        if left is not None and left.process != os.getpid():
+            left.put_back()
+        yield
 
 
 class _Found:

@@ -1,6 +1,6 @@
 """Scores of answer choices against the plain way: one whole text after the other."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -328,3 +328,36 @@ def test_what_a_model_does_to_its_logits_is_heeded(config):
     examples = random_examples([(5, [2, 1, 3]), (7, [1, 2])])
     assert_plain(base, examples, token_scores(base, examples))
     assert "forward" not in vars(base.model.get_output_embeddings())
+
+
+@pytest.mark.parametrize("max_tokens", [40, 4096])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "t5", "gemma2"])
+def test_examples_are_scored_each_with_an_adapter_of_its_own(name, max_tokens):
+    gemma2 = {**scoring.LLAMA, "num_key_value_heads": 2, "head_dim": 8}
+    base = random_base(Gemma2Config(**gemma2) if name == "gemma2" else scoring.ALL[name])
+    examples = random_examples(SHAPES)
+    names = ["first", "second", "first", "__base__", "second"]
+    model = IA3Model(base.model, IA3Config(), "first")
+    model.add_adapter("second", IA3Config())
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for vector in (*model.vectors("first").values(), *model.vectors("second").values()):
+            vector.copy_(1 + 0.3 * torch.randn(vector.shape, generator=generator))
+        of_adapters = [set() for _ in examples]
+
+        def routing(index):
+            for i in index.unique().tolist():
+                of_adapters[i].add(names[i])
+            if index.dim() == 2:
+                return model.route(names, index)
+            return model.route([names[i] for i in index])
+
+        found = choice_scores(base, examples, max_tokens=max_tokens, routing=routing)
+        for i, example in enumerate(examples):
+            with model.disable_adapter() if names[i] == "__base__" else nullcontext():
+                if names[i] != "__base__":
+                    model.set_adapter(names[i])
+                plain = torch.stack([each.mean() for each in plain_token_scores(base, example)])
+            torch.testing.assert_close(found[i, : len(plain)], plain, atol=1e-4, rtol=0)
+            assert (found[i, len(plain) :] == -torch.inf).all()
+    assert of_adapters == [{each} for each in names]

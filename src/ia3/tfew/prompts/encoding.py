@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +9,7 @@ from typing import Any
 
 from ...arguments import flag, instance, listed, whole
 from ...base.loading import BaseModel
-from ...errors import IA3Error
+from ...errors import IA3Error, warn_caller
 from .templates import Template
 
 # A choice is tokenised after so many last characters of the prompt, which decide how.
@@ -69,6 +68,7 @@ class Encoder:
             whole("max_prompt_tokens", max_prompt_tokens, 1, expected="at least 1")
         self.answer_choices = _words(answer_choices)
         self.truncated = 0
+        self.base = base
         self._tokenizer = base.tokenizer
         self._chat = chat
         self._encoder_decoder = base.is_encoder_decoder
@@ -203,8 +203,8 @@ def context_length(base: BaseModel) -> int:
     return int(min(base.tokenizer.model_max_length, 10**9))
 
 
-def warn_of_cut_texts(encoder: Encoder, prompts: int, *, stacklevel: int) -> None:
+def warn_of_cut_texts(encoder: Encoder, prompts: int) -> None:
     """One warning for all texts that an encoder has cut, if there are any."""
     if encoder.truncated:
         which = f"{encoder.truncated} of {prompts} prompts are longer than the model's context"
-        warnings.warn(f"{which}: their texts were cut at the end", stacklevel=stacklevel)
+        warn_caller(f"{which}: their texts were cut at the end")

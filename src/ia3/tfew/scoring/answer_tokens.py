@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ...base.loading import BaseModel
+from ...base.products import fast_products, plain_attention
 from ...errors import IA3Error
 from ..prompts.encoding import EncodedExample
 from .vocabulary import is_plain, token_log_probs
+
+# For a call whose rows `[rows]`, or tokens `[rows, length]`, belong to these of the examples: a
+# context in which they have the examples' adapters.
+Routing = Callable[[Tensor], AbstractContextManager[Any]]
+# Up to so many numbers of a mask `[rows, 1, length, length]`, attention with gradients is faster as
+# plain products. Their memory, times the heads, is what each layer then keeps.
+SHORT_ROWS = 100_000
 
 # Models that change their logits after the projection, such as by a soft cap.
 _change_logits: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -78,7 +86,11 @@ def answer_scores(
 
     def run() -> Any:
         cache = {} if new_cache is None else {"past_key_values": new_cache()}
-        return base.model(**inputs, **cache, use_cache=bool(cache)).logits
+        mask = inputs.get("attention_mask")
+        short = mask is not None and mask.dim() == 4 and mask.numel() <= SHORT_ROWS
+        plain = short and torch.is_grad_enabled() and base.device.type == "cpu"
+        with plain_attention() if plain else nullcontext():
+            return base.model(**inputs, **cache, use_cache=bool(cache)).logits
 
     scored = _from_hidden_states(base.model, positions, answers, run)
     if scored is None:
@@ -144,6 +156,11 @@ def _from_logits(
     return scored
 
 
+def routed(routing: Routing | None, examples: Tensor) -> AbstractContextManager[Any]:
+    """The context of a call whose rows or tokens belong to these of the examples."""
+    return nullcontext() if routing is None else routing(examples)
+
+
 @contextmanager
 def project_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
     """Within the context the output layer gets only these positions of the flattened batch."""
@@ -160,11 +177,11 @@ def project_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the context the model is in evaluation mode and records no gradients."""
+    """Within the context the model is in evaluation mode and records no gradients, and is fast."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), fast_products():
             yield
     finally:
         model.train(was_training)

@@ -14,14 +14,25 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from ...base.loading import BaseModel
 from ..prompts.encoding import EncodedExample
-from .answer_tokens import AnswerTokens, TokenScores, answer_scores, compute_dtype, padded
+from .answer_tokens import (
+    AnswerTokens,
+    Routing,
+    TokenScores,
+    answer_scores,
+    compute_dtype,
+    padded,
+    routed,
+)
 
 
-def expanded_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
+def expanded_scores(
+    base: BaseModel, examples: Sequence[EncodedExample], *, routing: Routing | None = None
+) -> TokenScores:
     """Score every choice in a row of its own, behind its prompt."""
-    ids, mask, answers, _ = _rows(base, examples, [e.prompt for e in examples])
+    ids, mask, answers, example_of = _rows(base, examples, [e.prompt for e in examples])
     inputs = {"input_ids": ids, "attention_mask": mask}
-    return answer_scores(base, examples, answers, inputs)
+    with routed(routing, example_of):
+        return answer_scores(base, examples, answers, inputs)
 
 
 def shared_keys_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> TokenScores:
@@ -30,12 +41,20 @@ def shared_keys_scores(base: BaseModel, examples: Sequence[EncodedExample]) -> T
 
 
 def encoder_decoder_scores(
-    base: BaseModel, examples: Sequence[EncodedExample], *, keys_once: bool = False
+    base: BaseModel,
+    examples: Sequence[EncodedExample],
+    *,
+    keys_once: bool = False,
+    routing: Routing | None = None,
 ) -> TokenScores:
-    """Encode every prompt once, and decode every choice in a row of its own."""
+    """Encode every prompt once, and decode every choice in a row of its own.
+
+    With `keys_once` some rows are prompts and others choices, so that there is no `routing`.
+    """
     model: Any = base.model
     prompts, seen = padded(base, [e.prompt for e in examples])
-    encoded = model.get_encoder()(input_ids=prompts, attention_mask=seen)[0]
+    with routed(routing, torch.arange(len(examples), device=base.device)):
+        encoded = model.get_encoder()(input_ids=prompts, attention_mask=seen)[0]
     start = int(model.config.decoder_start_token_id)
     ids, mask, answers, example_of = _rows(base, examples, [(start,)] * len(examples))
 
@@ -52,7 +71,8 @@ def encoder_decoder_scores(
         "decoder_input_ids": ids,
         "decoder_attention_mask": mask,
     }
-    return answer_scores(base, examples, answers, inputs, new_cache if keys_once else None)
+    with routed(routing, example_of):
+        return answer_scores(base, examples, answers, inputs, new_cache if keys_once else None)
 
 
 def _rows(

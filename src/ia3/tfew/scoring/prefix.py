@@ -91,8 +91,9 @@ def choice_scores_after(
     prefix, fewer than `max_tokens` are computed at once: its part of the mask takes memory too.
     """
     if not examples:
-        return torch.empty(0, 0)
-    results = torch.empty(len(examples), len(examples[0].choices))
+        return torch.empty(0, 0, dtype=torch.float32)
+    shape = len(examples), len(examples[0].choices)
+    results = torch.empty(shape, dtype=torch.float32)
     limit = longest_shared(base)
     shared = [prefix.shared_with([e]) if longest_sequence(e) <= limit else 0 for e in examples]
     if far := [i for i, count in enumerate(shared) if not count]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from ...base.loading import BaseModel
 from ..prompts.encoding import EncodedExample
 from .answer_tokens import TokenScores, compute_dtype, evaluating, output_layer
 
-Scorer = Callable[[BaseModel, Sequence[EncodedExample]], TokenScores]
+# Takes a `BaseModel` and a list of `EncodedExample`.
+Scorer = Callable[..., TokenScores]
 
 # How far scores may be off, as a share of what a mistake changes in them. Rounding in bfloat16 puts
 # a model of 30 blocks at 0.06, in float32 at 0.00001.

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from ...base.loading import BaseModel
 from ..prompts.encoding import EncodedExample
-from .answer_tokens import AnswerTokens, TokenScores, answer_scores, compute_dtype, pad_token
+from .answer_tokens import (
+    AnswerTokens,
+    Routing,
+    TokenScores,
+    answer_scores,
+    compute_dtype,
+    pad_token,
+    routed,
+)
 
 # A batch of up to `ONE_ROW` tokens is one row. Longer rows would spend attention on what the mask
 # hides; rows shorter than `PACKED_LENGTH` leave more padding at their ends.
@@ -27,29 +35,38 @@ PACKED_LENGTH = 192
 
 
 def shared_scores(
-    base: BaseModel, examples: Sequence[EncodedExample], *, hide_others: bool = True
+    base: BaseModel,
+    examples: Sequence[EncodedExample],
+    *,
+    hide_others: bool = True,
+    routing: Routing | None = None,
 ) -> TokenScores:
     """Score every prompt once with all its choices; what all prompts begin with, once a row.
 
-    `hide_others=False` gives the scores of a model that ignores the tree mask.
+    `hide_others=False` gives the scores of a model that ignores the tree mask. With `routing` no
+    beginning is shared: it may be another one with another adapter.
     """
-    prefix = common_prefix(examples)
+    prefix = common_prefix(examples) if routing is None else ()
     lengths = [tree_length(e) - len(prefix) for e in examples]
     packed = _packed(lengths, len(prefix))
     length = len(prefix) + max(sum(lengths[i] for i in members) for members in packed)
     answers = AnswerTokens()
-    rows = []
+    rows, example_of = [], []
     for r, members in enumerate(packed):
-        row = TreeRow(r * length, prefix)
+        row, of_row = TreeRow(r * length, prefix), [members[0]] * length
         for i in members:
+            start = len(row.ids)
             row.append(i, examples[i], len(prefix), answers)
+            of_row[start : len(row.ids)] = [i] * lengths[i]
         # At position 0 no other token sees it.
         padding = length - len(row.ids)
         row.ids += [pad_token(base)] * padding
         row.positions += [0] * padding
         rows.append(row)
+        example_of.append(of_row)
     inputs = tree_inputs(base, rows, hide_others=hide_others)
-    return answer_scores(base, examples, answers, inputs)
+    with routed(routing, torch.tensor(example_of)):
+        return answer_scores(base, examples, answers, inputs)
 
 
 class TreeRow:

@@ -19,7 +19,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,10 @@ from transformers.trainer_utils import (
 )
 
 from ...adapter.fingerprint import Fingerprint, fingerprint
-from ...arguments import check_callable, instance, listed, number, path_of, whole
+from ...arguments import check_callable, instance, listed, path_of
 from ...base.loading import BaseModel
+from ...base.products import fast_products
+from ...base.threads import Threads
 from ...errors import (
     BrokenFileError,
     IA3Error,
@@ -51,8 +53,16 @@ from ...files.hub import CARD_NAME
 from ...files.json import parse_object
 from ...model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..prompts.encoding import EncodedExample, TrainingExample
-from ..scoring.choices import MAX_TOKENS, example_batches, token_scores
+from ..scoring.choices import example_batches, token_scores
 from .losses import Counts, token_loss
+from .plateau import Plateau
+from .recipe import TFewConfig as TFewConfig
+from .steps import (
+    DivergedError as DivergedError,
+    StopTraining as StopTraining,
+    TrainingStep as TrainingStep,
+    steps_of,
+)
 
 if importlib.util.find_spec("accelerate") is None:
     raise MissingExtraError("accelerate", "tfew", "training")
@@ -64,90 +74,6 @@ CHECKPOINT_STEPS = 25
 # Compared by digests, which error messages do not show.
 DIGESTS = ("examples", "base model", "first vectors")
 EXAMPLES = "a list of TrainingExample, as Task.training_examples gives them"
-_TERMS = ("lm", "length_norm", "unlikelihood")
-
-
-@dataclass(frozen=True)
-class TFewConfig:
-    """The paper's hyper-parameters, the same for every task (section 3.5).
-
-    Args:
-        steps: optimizer steps, at least 1.
-        batch_size: examples a step, each with all its choices, at least 1.
-        learning_rate: of Adafactor, at its peak, above 0.
-        warmup_ratio: the share of the steps, 0 to less than 1, in which the rate rises linearly
-            from 0. It then falls linearly to 0.
-        max_grad_norm: gradients are clipped to this norm.
-        seed: of the order of the examples and of the templates drawn, 0 to 2**32 - 1.
-        lm, length_norm, unlikelihood: the loss terms' weights, at least 0, one of them above 0.
-        max_tokens: computed at once; a step of more is computed in parts, with the same gradients
-            but for rounding. Lower it where memory runs out.
-
-    Raises:
-        InvalidTypeError: a value is of another type.
-        IA3Error: a value is out of its range.
-    """
-
-    steps: int = 1000
-    batch_size: int = 8
-    learning_rate: float = 3e-3
-    warmup_ratio: float = 0.06
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    lm: float = 1.0
-    length_norm: float = 1.0
-    unlikelihood: float = 1.0
-    max_tokens: int = MAX_TOKENS
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "max_tokens"):
-            whole(name, getattr(self, name), 1, expected="at least 1")
-        expected = "a number above 0"
-        if not 0 < number("learning_rate", self.learning_rate, expected) < math.inf:
-            raise IA3Error(f"learning_rate is {self.learning_rate}, expected {expected}")
-        expected = "0 to less than 1"
-        if not 0 <= number("warmup_ratio", self.warmup_ratio, expected) < 1:
-            raise IA3Error(f"warmup_ratio is {self.warmup_ratio}, expected {expected}")
-        expected = "a number, at least 0"
-        if not number("max_grad_norm", self.max_grad_norm, expected) >= 0:
-            raise IA3Error(f"max_grad_norm is {self.max_grad_norm}, expected {expected}")
-        whole("seed", self.seed, 0, 2**32 - 1, "0 to 2**32 - 1")
-        for name, weight in self.weights.items():
-            expected = "0 or a number above 0"
-            if not 0 <= number(name, weight, expected) < math.inf:
-                raise IA3Error(f"{name} is {weight}, expected {expected}")
-        if not any(self.weights.values()):
-            raise IA3Error(f"{', '.join(_TERMS)} are all 0: there is no loss to train with")
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weights of the loss's terms, by name."""
-        return {name: getattr(self, name) for name in _TERMS}
-
-
-@dataclass(frozen=True)
-class TrainingStep:
-    """The loss of one optimizer step and its terms, which are not weighted."""
-
-    step: int
-    steps: int
-    loss: float
-    lm: float
-    length_norm: float
-    unlikelihood: float
-
-
-class DivergedError(IA3Error):
-    """The loss, a gradient or a vector is not finite any more, as of the optimizer step `step`."""
-
-    def __init__(self, step: int, what: str) -> None:
-        advice = "lower the learning rate, or look for texts that are empty or out of place"
-        super().__init__(f"training diverged at step {step}: {what}; {advice}")
-        self.step = step
-
-
-class StopTraining(Exception):  # noqa: N818
-    """Raised by an `on_step`: the training ends with this step, as if it were the last one."""
 
 
 def train(
@@ -159,6 +85,7 @@ def train(
     *,
     checkpoints: str | Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    threads: Threads | None = None,
     **arguments: Any,
 ) -> list[TrainingStep]:
     """Train the active adapters' vectors; the global random state is left as it was.
@@ -174,6 +101,8 @@ def train(
             there, and ends with the vectors of a run without a break: on a CPU, to the last bit.
             One run at a time has a folder.
         callbacks: the Trainer's.
+        threads: chooses the number of threads of each step on a CPU; by default torch's is left as
+            it is. A run that goes on begins with the number of the checkpoint.
         arguments: as `training_arguments` takes them.
 
     Returns:
@@ -196,7 +125,7 @@ def train(
         arguments = {**saving, **arguments}
     with tempfile.TemporaryDirectory() as nowhere, _random_state_restored():
         settings = training_arguments(base, config, checkpoints or nowhere, **arguments)
-        trainer = TFewTrainer(base, ia3_model, examples, config, settings, callbacks)
+        trainer = TFewTrainer(base, ia3_model, examples, config, settings, callbacks, threads)
         if on_step is not None:
             trainer.add_callback(_OnStep(trainer.history, on_step))
         trainer.train(resume_from_checkpoint=checkpoints is not None)
@@ -284,6 +213,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         config: TFewConfig,
         arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
+        threads: Threads | None = None,
     ) -> None:
         _check(base, config)
         instance("ia3_model", ia3_model, IA3Model, "an IA3Model")
@@ -312,6 +242,16 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             callbacks=list(callbacks),
             optimizer_cls_and_kwargs=adafactor if arguments.optim == "adafactor" else None,
         )
+        if threads is not None:
+            instance("threads", threads, Threads, "a Threads of ia3.base.threads")
+        self._threads = threads if base.device.type == "cpu" else None
+        self._plateau: Plateau | None = None
+        if config.stop_at_plateau:
+            if arguments.lr_scheduler_type != "linear":
+                problem = "has a decay of its own, and so has stop_at_plateau: expected 'linear'"
+                raise IA3Error(f"lr_scheduler_type {arguments.lr_scheduler_type.value!r} {problem}")
+            self._plateau = Plateau(arguments.max_steps)
+            self.add_callback(_AtPlateau(self._plateau))
         # It would print what `on_step` reports.
         self.remove_callback(PrinterCallback)
         self.add_callback(_LastGood(self))
@@ -321,7 +261,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         first = [ia3_model.vectors(name) for name in ia3_model.active_adapters]
         self._run = described_run(fingerprint(ia3_model.model), first, examples, config)
         # Of the current step: loss and terms of the parts so far, and how many parts are left.
-        self._terms = torch.zeros(4)
+        self._terms = torch.zeros(4, dtype=torch.float32)
         self._parts_left = 0
         self._staging: Path | None = None
         # While a checkpoint is written: the folder that the Trainer is to write it into.
@@ -340,6 +280,10 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
                 self._config.warmup_ratio * num_training_steps,
                 num_training_steps,
             )
+            if self._plateau is not None:
+                linear, plateau = self.lr_scheduler.lr_lambdas[0], self._plateau
+                shares = [lambda step: linear(step) * plateau.share_of_rate(step)]
+                self.lr_scheduler.lr_lambdas = shares * len(self.lr_scheduler.lr_lambdas)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[no-any-return]
 
@@ -356,7 +300,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         right = sum(len(e.choices[label]) for e, label in examples)
         tokens = sum(len(choice) for e, _ in examples for choice in e.choices)
         counts = Counts(len(examples), right, tokens - right)
-        self._terms = torch.zeros(4)
+        self._terms = torch.zeros(4, dtype=torch.float32)
         self._parts_left = len(parts)
         return [{"drawn": part, "counts": counts} for part in drawn], items
 
@@ -367,11 +311,19 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Compute the gradients of one part of a step, itself in parts of `max_tokens` tokens."""
+        if self._threads is None:
+            return self._gradients(model, inputs)
+        examples = [example for example, _ in inputs["drawn"]]
+        tokens = sum(len(e.prompt) + sum(map(len, e.choices)) for e in examples)
+        return self._threads.step(lambda: self._gradients(model, inputs), tokens)
+
+    @fast_products()
+    def _gradients(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         model.train()
         drawn: list[tuple[EncodedExample, int]] = inputs["drawn"]
         examples = [example for example, _ in drawn]
         max_tokens = self._config.max_tokens
-        terms = torch.zeros(4, device=self.args.device)
+        terms = torch.zeros(4, dtype=torch.float32, device=self.args.device)
         for part in example_batches(self._base, examples, max_tokens):
             # The Trainer wraps a model's forward in autocast, but not the one called here.
             with self.compute_loss_context_manager(), self.accelerator.autocast():
@@ -386,12 +338,24 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         self._parts_left -= 1
         if self._parts_left == 0:
             number = self.state.global_step + 1
-            step = TrainingStep(number, self.args.max_steps, *self._terms.tolist())
+            step = TrainingStep(number, self._last_step, *self._terms.tolist())
             if not math.isfinite(step.loss):
                 raise self._diverged(number, f"the loss is {step.loss}")
             self._check_gradients(number)
             self.history.append(step)
+            self._follow_loss()
         return terms[0]
+
+    @property
+    def _last_step(self) -> int:
+        """The last step's number, by the losses so far."""
+        return int(self.args.max_steps if self._plateau is None else self._plateau.last_step)
+
+    def _follow_loss(self) -> None:
+        if self._plateau is not None:
+            self._plateau.follow(
+                [step.loss for step in self.history], [step.length_norm for step in self.history]
+            )
 
     def _trained_values(self) -> list[tuple[str, nn.Parameter]]:
         """What the optimizer changes, each with its name for messages."""
@@ -450,6 +414,8 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             self._staging = None
             if self.args.save_strategy != "no":
                 self._staged()
+            if self._threads is not None:
+                self._until_end.enter_context(self._threads)
             return self._train(resume_from_checkpoint, **kwargs)
 
     def _staged(self) -> Path:
@@ -468,10 +434,16 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             if last and self.args.save_strategy != "no":
                 # Killed after a checkpoint was written, a run has left the ones before it.
                 self._remove_old()
-        if last and len(self._steps_in(Path(last))) >= self.args.max_steps:
-            # The Trainer would go on to the end of the epoch.
-            self._load_from_checkpoint(last)
-            return TrainOutput(self.args.max_steps, self.history[-1].loss, {})
+        if last:
+            self.history[:], threads = self._read_run(Path(last))
+            self._follow_loss()
+            if self._threads is not None and threads is not None:
+                self._threads.keep(threads)
+            done = len(self.history)
+            if done >= self._last_step:
+                # The Trainer would go on to the end of the epoch.
+                self._load_from_checkpoint(last)
+                return TrainOutput(done, self.history[-1].loss, {})
         return super().train(resume_from_checkpoint=last, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -486,7 +458,12 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         self._writes_into = staging
         try:
             super()._save_checkpoint(model, trial)
-            run = {"run": self._run, "history": [asdict(step) for step in self.history]}
+            run: dict[str, Any] = {
+                "run": self._run,
+                "history": [asdict(step) for step in self.history],
+            }
+            if self._threads is not None:
+                run["threads"] = self._threads.count
             content = json.dumps({**run, "files": _hashes(written)})
             (written / RUN_NAME).write_text(content, "utf-8")
             _sync(written)
@@ -520,13 +497,13 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         shutil.rmtree(aside, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.history[:] = self._steps_in(Path(resume_from_checkpoint))
+        self.history[:], _ = self._read_run(Path(resume_from_checkpoint))
         for name in self.model.active_adapters:
             folder = Path(resume_from_checkpoint) / ("" if name == DEFAULT_ADAPTER else name)
             self.model.load_adapter(folder, name, is_trainable=True)
 
-    def _steps_in(self, checkpoint: Path) -> list[TrainingStep]:
-        """The steps before a checkpoint, which is found to be whole, and of this run."""
+    def _read_run(self, checkpoint: Path) -> tuple[list[TrainingStep], int | None]:
+        """The steps before a checkpoint, and their threads; it is whole, and of this run."""
         path = checkpoint / RUN_NAME
         if not path.is_file():
             problem = f"no checkpoint of a T-Few run: it has no {RUN_NAME}; give another folder"
@@ -537,7 +514,11 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             run, hashes = read.get("run", {}), read.get("files", {})
             if not isinstance(run, dict) or not isinstance(hashes, dict):
                 raise BrokenFileError(f"{path}: 'run' and 'files' are to be objects")
-            steps = steps_of(read.get("history"), f"{path}: 'history'")
+            steps = steps_of(TrainingStep, read.get("history"), f"{path}: 'history'")
+            threads = read.get("threads")
+            if threads is not None and (type(threads) is not int or threads < 1):
+                expected = "expected a whole number, at least 1"
+                raise BrokenFileError(f"{path}: 'threads' is {shown(threads)}, {expected}")
         except BrokenFileError as error:
             raise BrokenFileError(f"{error}; {advice}") from error
         for name, value in self._run.items():
@@ -553,7 +534,19 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             if hashes[name] != there.get(name):
                 problem = "is not as it was written: it is damaged, gone or another"
                 raise BrokenFileError(f"{checkpoint / name} {problem}; {advice}")
-        return steps
+        return steps, threads
+
+
+@dataclass
+class _AtPlateau(TrainerCallback):  # type: ignore[misc]
+    """Ends the training after the plateau's last step, as the Trainer does after the bound's."""
+
+    plateau: Plateau
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.plateau.last_step:
+            control.should_training_stop = True
+            control.should_save = control.should_save or args.save_strategy == "steps"
 
 
 class _LastGood(TrainerCallback):  # type: ignore[misc]
@@ -594,26 +587,6 @@ class _OnStep(TrainerCallback):  # type: ignore[misc]
             self.on_step(self.history[-1])
         except StopTraining:
             control.should_training_stop = True
-
-
-def steps_of(history: Any, where: str) -> list[TrainingStep]:
-    """What a run's `history` in a file says, a list of `TrainingStep`s as JSON has them.
-
-    Raises:
-        BrokenFileError: it is something else; the message begins with `where`.
-    """
-    kinds = {field.name: field.type for field in fields(TrainingStep)}
-    if not isinstance(history, list):
-        raise BrokenFileError(f"{where} is a {type(history).__name__}, expected a list of steps")
-    for place, step in enumerate(history, 1):
-        if not isinstance(step, dict) or step.keys() != kinds.keys():
-            raise BrokenFileError(f"{where}: step {place} has not {', '.join(kinds)} and no other")
-        for name, kind in kinds.items():
-            value = step[name]
-            expected = (int,) if kind == "int" else (int, float)
-            if isinstance(value, bool) or not isinstance(value, expected):
-                raise BrokenFileError(f"{where}: step {place} has {name}={value!r}, no {kind}")
-    return [TrainingStep(**step) for step in history]
 
 
 @contextmanager
@@ -678,6 +651,8 @@ def described_run(
     recipe = asdict(config)
     # A run that lacked memory may go on in smaller parts.
     del recipe["max_tokens"]
+    if not config.stop_at_plateau:
+        del recipe["stop_at_plateau"]  # checkpoints of earlier versions have no such setting
     # An example of a mixture may stand at many places.
     different = {id(example): example for example in examples}.values()
     data = repr([astuple(example) for example in different])
