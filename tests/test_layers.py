@@ -26,6 +26,7 @@ LAYERS = [
     "tfew/scoring",
     "tfew/training",
     "tfew",
+    "sentences",
     "classify",
     "experiments",
     "report",
