@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapter.combining import combine as combine
     from .bank.bank import AdapterBank as AdapterBank
-    from .base.embedded import embedded_model_folder as embedded_model_folder
+    from .base.embedded import (
+        embedded_encoder_folder as embedded_encoder_folder,
+        embedded_model_folder as embedded_model_folder,
+    )
     from .base.loading import load_base_model as load_base_model
     from .classify.estimator import FewShotClassifier as FewShotClassifier
     from .classify.fit_many import FittedTasks as FittedTasks, fit_many as fit_many
-    from .classify.ranking import NotFittedError as NotFittedError
+    from .classify.mixed import Classified as Classified, classify as classify
+    from .classify.text_classifier import NotFittedError as NotFittedError
     from .compat.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from .compat.mixed import PeftMixedModel as PeftMixedModel
     from .compat.precision import cast_mixed_precision_params as cast_mixed_precision_params
@@ -87,11 +91,12 @@ _MAPPINGS = ("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING")
 _NAMES = {
     "adapter.combining": ["combine"],
     "bank.bank": ["AdapterBank"],
-    "base.embedded": ["embedded_model_folder"],
+    "base.embedded": ["embedded_encoder_folder", "embedded_model_folder"],
     "base.loading": ["load_base_model"],
     "classify.estimator": ["FewShotClassifier"],
     "classify.fit_many": ["FittedTasks", "fit_many"],
-    "classify.ranking": ["NotFittedError"],
+    "classify.mixed": ["Classified", "classify"],
+    "classify.text_classifier": ["NotFittedError"],
     "compat.kbit": ["prepare_model_for_kbit_training"],
     "compat.mixed": ["PeftMixedModel"],
     "compat.precision": ["cast_mixed_precision_params"],

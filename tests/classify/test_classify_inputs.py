@@ -326,6 +326,21 @@ def test_a_data_frame_is_taken_and_what_it_misses_is_refused():
 
 
 @pytest.mark.datasets
+def test_columns_and_tables_of_arrow_are_taken():
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": TEXTS, "label": ["b", "a", "b", "a"]})
+    expected = classifier().fit(TEXTS, ["b", "a", "b", "a"]).predict_proba(TEXTS)
+    for column in (lambda name: table[name], lambda name: table[name].combine_chunks()):
+        fitted = classifier().fit(column("text"), column("label"))
+        np.testing.assert_array_equal(fitted.predict_proba(column("text")), expected)
+    fitted = classifier().fit(table.select(["text"]), table["label"])
+    assert fitted.fields_ == ["text"]
+    np.testing.assert_array_equal(fitted.predict_proba(table), expected)
+    with pytest.raises(IA3Error, match="text 1 is None"):
+        classifier().fit(pyarrow.array(["a", None]), ["a", "b"])
+
+
+@pytest.mark.datasets
 def test_a_parquet_file_with_nan_as_a_text_is_refused(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -11,14 +11,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from support.heads import HEAD_NAME, save_encoder
 from support.kills import calls_of, ended, killed_before, started
 from support.pairs import same_vectors
 from support.tfew import child_environment, hook_count, state_bits, tiny_llama, word_tokenizer
 
 from ia3 import FewShotClassifier, IA3Config, IA3Error, IA3Model, fit_many
 from ia3.adapter.files import Adapter, adapter_files, write_saved
-from ia3.classify.estimator import PreparedTask
 from ia3.classify.fit_many import RECORDS_NAME
+from ia3.classify.language_model import RankingTask
 from ia3.errors import BrokenFileError
 from ia3.files.atomic import write_files
 from ia3.files.saved import WEIGHTS_NAME
@@ -117,7 +118,7 @@ def test_a_task_ends_early():
 
 def test_one_task_at_a_time_is_in_memory():
     def prepared(*_: object) -> None:
-        assert sum(type(thing) is PreparedTask for thing in gc.get_objects()) == 1
+        assert sum(type(thing) is RankingTask for thing in gc.get_objects()) == 1
 
     tasks = dict.fromkeys("abc", BILLS)
     assert fit_many(tasks, tiny_classifier(steps=1), on_step=prepared).failures == {}
@@ -203,7 +204,7 @@ def test_warnings_name_the_task():
         (
             {"a": BILLS, "b": BILLS},
             {"a": tiny_classifier(), "b": tiny_classifier(model=tiny_llama(1))},
-            "one model",
+            "one language model and one encoder",
         ),
     ],
 )
@@ -301,6 +302,10 @@ def test_what_was_written_over_is_trained_again(tmp_path):
     tiny_classifier(steps=0, template="{{ text }} :").fit(*BILLS).save(tmp_path / "untuned")
     assert fitted_again(tmp_path) == {"first"}
     assert fitted_again(tmp_path) == set()
+    save_encoder(tmp_path / "first", 1)
+    (tmp_path / "second" / HEAD_NAME).write_bytes(b"another program's")
+    assert fitted_again(tmp_path) == {"first", "second"}
+    assert not [*tmp_path.rglob(HEAD_NAME)]
     # Records of earlier versions have no hashes of files.
     records = [json.loads(line) for line in (tmp_path / RECORDS_NAME).read_text().splitlines()]
     lines = (json.dumps({k: v for k, v in record.items() if k != "files"}) for record in records)

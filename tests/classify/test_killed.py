@@ -9,8 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from classify.test_fit_many import BILLS, MODEL, MOODS, TOKENIZER, moods, tiny_classifier
+from safetensors.torch import load_file, save_file
+from support import heads
 from support.kills import ended, killed_before, started
 from support.tfew import tiny_llama
 
@@ -50,7 +53,12 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def check_all_gaps(folder: Path, before: Callable[[Path], object], save: Callable[[Path], object]):
+def check_all_gaps(
+    folder: Path,
+    before: Callable[[Path], object],
+    save: Callable[[Path], object],
+    state: Callable[[Path], object] = state,
+) -> None:
     """After each kill the old or the new state; the next save leaves nothing else behind."""
     above = folder.parent
     before(folder)
@@ -84,6 +92,64 @@ def test_saving_an_adapter_of_other_sites_over_a_classifier(tmp_path):
     old = classifier(tiny_classifier, BILLS, 1)
     model = IA3Model(tiny_llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     check_all_gaps(tmp_path / "folder", old.save, model.save_pretrained)
+
+
+def of_any_engine(folder: Path) -> Any:
+    """The state of a classifier, and of its adapter."""
+    try:
+        return heads.state(folder), in_adapter(read_adapter(folder))
+    except FileNotFoundError:
+        return None, in_adapter(read_adapter(folder))
+
+
+def encoder(number: int) -> Callable[[Path], None]:
+    return lambda folder: heads.save_encoder(folder, number)
+
+
+def test_saving_an_encoders_classifier_over_another(tmp_path):
+    check_all_gaps(tmp_path / "folder", encoder(1), encoder(2), of_any_engine)
+
+
+@pytest.mark.parametrize("to_encoder", [True, False])
+def test_saving_over_a_classifier_of_the_other_engine(tmp_path, to_encoder):
+    both = [encoder(2), classifier(tiny_classifier, BILLS, 1).save]
+    old, new = both[::-1] if to_encoder else both
+    check_all_gaps(tmp_path / "folder", old, new, of_any_engine)
+    assert (heads.HEAD_NAME in names(tmp_path / "folder")) == to_encoder
+
+
+def test_saving_an_adapter_over_an_encoders_classifier_without_copies(tmp_path):
+    """As another program writes the vectors again, without the metadata."""
+    model = IA3Model(tiny_llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+
+    def before(folder: Path) -> None:
+        heads.save_encoder(folder, 1)
+        path = folder / "adapter_model.safetensors"
+        save_file(load_file(path), path, {"format": "pt"})
+
+    check_all_gaps(tmp_path / "folder", before, model.save_pretrained, of_any_engine)
+    assert heads.HEAD_NAME not in names(tmp_path / "folder")
+
+
+def test_a_reader_beside_a_writer_of_both_engines(tmp_path):
+    each = [encoder(1), classifier(tiny_classifier, BILLS, 1).save, encoder(2), encoder(3)]
+    whole = []
+    for save in each:
+        save(tmp_path)
+        whole.append(of_any_engine(tmp_path))
+
+    def write() -> None:
+        while True:
+            for save in each:
+                save(tmp_path)
+
+    writer = started(write)
+    try:
+        for _ in range(200):
+            assert of_any_engine(tmp_path)[0] in [both[0] for both in whole]
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        assert ended(writer) == -signal.SIGKILL
 
 
 def test_a_reader_beside_a_writer_loads_whole_classifiers(tmp_path):

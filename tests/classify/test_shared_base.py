@@ -15,6 +15,7 @@ from ia3.core.names import ATTRIBUTE
 from ia3.tfew.temporary_adapter import all_linear, temporary_adapter
 
 TEXTS = ["a bill", "a parcel"]
+OLD = ["bill", "parcel"]
 
 
 @pytest.fixture
@@ -75,33 +76,45 @@ def test_a_process_that_is_forked_off_while_a_thread_predicts_predicts_and_fits(
         assert np.array_equal(other.result(), expected)
 
 
-def test_a_prediction_while_another_thread_fits_is_of_one_fit(tokenizer, monkeypatch):
+def test_a_prediction_that_another_thread_asks_for_during_a_fit_is_of_one_fit(tokenizer):
     """Not of the new labels with the old vectors."""
-    model = tiny_llama()
-    shared = classifier(model, tokenizer, steps=0).fit(TEXTS, ["bill", "parcel"])
-    keep, found = FewShotClassifier._keep_task, []
-    reader = threading.Thread(target=lambda: found.append(shared.predict(TEXTS)))
+    shared = classifier(tiny_llama(), tokenizer).fit(TEXTS, OLD)
+    old, asked = shared.predict(TEXTS).tolist(), []
+    with ThreadPoolExecutor(2) as pool:
 
-    def late(self, *given):
-        keep(self, *given)
-        reader.start()
-        reader.join(0.5)
+        def ask(_):
+            asked.append(pool.submit(shared.predict, TEXTS))
 
-    monkeypatch.setattr(FewShotClassifier, "_keep_task", late)
-    adapter = shared.adapter_
-    seen = []
-    with monkeypatch.context() as patch:
-        own = FewShotClassifier._probabilities
-        patch.setattr(
-            FewShotClassifier,
-            "_probabilities",
-            lambda self, *given: (seen.append(self.adapter_), own(self, *given))[1],
-        )
-        shared.fit(TEXTS, ["yes", "no"])
-        reader.join()
-    assert set(found[0]) <= {"yes", "no"}
-    assert seen == [shared.adapter_]
-    assert shared.adapter_ is not adapter
+        shared.fit(TEXTS, ["yes", "no"], on_step=ask)
+    new = shared.predict(TEXTS).tolist()
+    assert len(asked) == 2
+    assert all(predicted.result().tolist() in (old, new) for predicted in asked)
+
+
+def test_a_prediction_during_which_another_model_is_fitted_is_of_the_fit_that_it_began_with(
+    tokenizer,
+):
+    """Another model has another lock, so that the fit does not wait for the prediction."""
+    model, other = tiny_llama(), tiny_llama(seed=1)
+    shared = classifier(model, tokenizer).fit(TEXTS, OLD)
+    old = shared.predict_proba(TEXTS)
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(*_):
+        handle.remove()
+        inside.set()
+        assert done.wait(60)
+
+    handle = model.model.layers[1].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        predicted = pool.submit(shared.predict, TEXTS)
+        assert inside.wait(30)
+        try:
+            shared.set_params(model=other).fit(TEXTS, ["yes", "no"])
+        finally:
+            done.set()
+        assert predicted.result().tolist() == np.array(OLD)[old.argmax(1)].tolist()
+    assert set(shared.predict(TEXTS)) <= {"yes", "no"}
 
 
 def test_an_interrupt_while_an_adapter_is_put_on_for_a_call_takes_it_off_again(monkeypatch):

@@ -13,10 +13,20 @@ from ia3.errors import BrokenFileError, IA3Error
 
 SAVED = REPOSITORY / "tests" / "fixtures" / "saved-0.1.0" / "classifier" / "ia3_task.json"
 GOOD = json.loads(SAVED.read_text("utf-8"))
+SEEN = {
+    "engine": "encoder",
+    "name": "all-minilm-l6-v2",
+    "accuracy": 0.88,
+    "error": 0.04,
+    "note": "5 folds",
+}
+SECOND = {**GOOD, "format": 2, "engine": "language-model"}
+ENCODER = {**SECOND, "engine": "encoder", "templates": [], "choices": [], "head": "a1" * 32}
+ADDED = ["engine", "temperature", "threads", "selection", "head"]
 
 
-def read(**changes):
-    return TaskFile.from_json(json.dumps({**GOOD, **changes}), "a.json")
+def read(good=GOOD, **changes):
+    return TaskFile.from_json(json.dumps({**good, **changes}), "a.json")
 
 
 def test_a_file_of_an_earlier_version_is_read_and_written_as_it_was():
@@ -24,6 +34,30 @@ def test_a_file_of_an_earlier_version_is_read_and_written_as_it_was():
     assert TaskFile.from_json(text, "a.json").to_json() == text
     older = {name: value for name, value in GOOD.items() if name != "upper_blocks"}
     assert TaskFile.from_json(json.dumps(older), "a.json").upper_blocks is None
+
+
+def test_a_file_of_the_first_format_is_of_a_language_model():
+    task = read()
+    found = [getattr(task, name) for name in ADDED]
+    assert found == ["language-model", 1.0, None, None, None]
+    assert not json.loads(task.to_json()).keys() & {*ADDED}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_a_file_of_the_first_format_has_no_key_of_the_second(name):
+    value = {**ENCODER, "temperature": 1.0, "threads": None, "selection": None}[name]
+    with pytest.raises(BrokenFileError, match=f"has '{name}', which a task file of format 1 lacks"):
+        read(**{name: value})
+
+
+def test_what_is_written_says_all_but_hashes_that_are_none():
+    keys = [*GOOD, "engine", "temperature", "threads", "selection"]
+    assert list(json.loads(read(SECOND).to_json())) == keys
+    assert list(json.loads(read(ENCODER, vectors="0f" * 32).to_json())) == [
+        *keys,
+        "head",
+        "vectors",
+    ]
 
 
 def test_the_hash_of_the_vectors_is_the_last_key():
@@ -52,11 +86,36 @@ def test_what_a_file_may_hold_goes_there_and_back(changes):
 
 
 @pytest.mark.parametrize(
+    ("good", "changes"),
+    [
+        (SECOND, {}),
+        (SECOND, {"temperature": 2, "threads": 1}),
+        (SECOND, {"temperature": 1e-6, "threads": 4096, "head": None}),
+        (SECOND, {"temperature": 1e6, "selection": []}),
+        (SECOND, {"selection": [{**SEEN, "name": None}]}),
+        (SECOND, {"selection": [SEEN, {**SEEN, "engine": "language-model", "name": "größe"}]}),
+        (SECOND, {"selection": [{**SEEN, "accuracy": 0, "error": 0, "note": ""}] * 8}),
+        (SECOND, {"selection": [{**SEEN, "name": "n" * 4096, "note": "n" * 1000}]}),
+        (ENCODER, {}),
+        (ENCODER, {"templates": ["{{ text }}"], "threads": 2, "selection": [SEEN]}),
+        (ENCODER, {"choices": ["awful", "great"], "labels": [0, 1]}),
+    ],
+    ids=str,
+)
+def test_what_a_file_of_the_second_format_may_hold_goes_there_and_back(good, changes):
+    text = read(good, **changes).to_json()
+    said, given = json.loads(text), {**good, **changes}
+    assert {name: said.get(name) for name in given} == given
+    assert TaskFile.from_json(text, "b.json") == read(**given)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "has format 2, expected 1: it was written by another version of ia3"),
-        ({"format": True}, "has format True, expected 1"),
-        ({"format": 1.0}, "has format 1.0, expected 1"),
+        ({"format": 3}, "has format 3, expected 1 or 2: it was written by another version of ia3"),
+        ({"format": True}, "has format True, expected 1 or 2"),
+        ({"format": 1.0}, "has format 1.0, expected 1 or 2"),
+        ({"format": 2}, "has no 'engine', expected 'language-model' or 'encoder'"),
         ({"model": 3}, "model is 3, expected a model's name, or null"),
         ({"templates": []}, r"templates is \[\], expected a list of texts, at least one"),
         ({"templates": "{{ text }}"}, "templates is '{{ text }}', expected a list of texts"),
@@ -98,6 +157,79 @@ def test_what_a_file_may_not_hold_is_named_with_what_was_expected(changes, messa
     with pytest.raises(BrokenFileError, match=rf"^a\.json: .*{message}") as raised:
         read(**changes)
     assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("good", "changes", "message"),
+    [
+        (SECOND, {"engine": "gpt"}, "engine is 'gpt', expected 'language-model' or 'encoder'"),
+        (SECOND, {"engine": None}, "engine is None, expected 'language-model' or 'encoder'"),
+        (SECOND, {"temperature": 0}, "temperature is 0, expected a number, 1e-6 to 1e6"),
+        (SECOND, {"temperature": -1.0}, "temperature is -1.0, expected a number"),
+        (SECOND, {"temperature": 1e-320}, "temperature is 1e-320, expected a number"),
+        (SECOND, {"temperature": 1e300}, r"temperature is 1e\+300, expected a number"),
+        (SECOND, {"temperature": math.inf}, "Infinity is not JSON"),
+        (SECOND, {"temperature": None}, "temperature is None, expected a number"),
+        (SECOND, {"temperature": True}, "temperature is True, expected a number"),
+        (SECOND, {"temperature": "1"}, "temperature is '1', expected a number"),
+        (SECOND, {"threads": 0}, "threads is 0, expected a whole number, 1 to 4096, or null"),
+        (SECOND, {"threads": 2**40}, "threads is 1099511627776, expected a whole number"),
+        (SECOND, {"threads": 1.0}, "threads is 1.0, expected a whole number"),
+        (SECOND, {"threads": True}, "threads is True, expected a whole number"),
+        (SECOND, {"selection": {}}, "selection is {}, expected a list of at most 8 objects"),
+        (SECOND, {"selection": [SEEN] * 9}, r"selection is .*, expected a list of at most 8"),
+        (SECOND, {"selection": [SEEN, 3]}, r"selection\[1\] is 3; selection is to be a list of"),
+        (SECOND, {"head": "a1" * 32}, "has a head, which a language model lacks: expected null"),
+        (SECOND, {"templates": []}, r"templates is \[\], expected a list of texts, at least one"),
+        (SECOND, {"choices": []}, "has 0 choices for 2 labels: expected one each"),
+        (SECOND, {"treads": 1}, "has 'treads', which no task file has; did you mean 'threads'"),
+        (ENCODER, {"head": None}, "has no 'head', which an encoder needs: expected 64 hexa"),
+        (ENCODER, {"head": "A1" * 32}, "head is 'A1A1.*, expected 64 hexadecimal digits"),
+        (ENCODER, {"head": "a1" * 33}, "head is 'a1a1.*, expected 64 hexadecimal digits"),
+        (ENCODER, {"templates": ["a", "b"]}, "templates has 2, expected one for an encoder, or no"),
+        (ENCODER, {"templates": ["{{ text"]}, r"template 'templates\[0\]'.*line 1"),
+        (ENCODER, {"choices": ["one"]}, "has 1 choices for 2 labels: expected one each"),
+        (ENCODER, {"chat": True}, "chat is True, expected false for an encoder"),
+        (ENCODER, {"upper_blocks": 2}, "upper_blocks is 2, expected null for an encoder"),
+        (ENCODER, {"engine": "language-model"}, "templates is|has a head"),
+    ],
+    ids=str,
+)
+def test_what_a_file_of_the_second_format_may_not_hold_is_named(good, changes, message):
+    with pytest.raises(BrokenFileError, match=rf"^a\.json: .*{message}") as raised:
+        read(good, **changes)
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "gpt"}, r"engine is 'gpt', expected 'language-model' or 'encoder'"),
+        ({"name": 3}, r"name is 3, expected a text of at most 4,096 characters, or null"),
+        ({"name": "n" * 4097}, r"name is 'nnn.*, expected a text of at most 4,096"),
+        ({"accuracy": 1.01}, r"accuracy is 1.01, expected a number, 0 to 1"),
+        ({"accuracy": -0.1}, r"accuracy is -0.1, expected a number, 0 to 1"),
+        ({"accuracy": None}, r"accuracy is None, expected a number"),
+        ({"accuracy": True}, r"accuracy is True, expected a number"),
+        ({"error": -0.1}, r"error is -0.1, expected a number, at least 0"),
+        ({"error": "0"}, r"error is '0', expected a number, at least 0"),
+        ({"note": None}, r"note is None, expected a text"),
+        ({"note": "n" * 1001}, r"note is 'nnn.*, expected a text of at most 1,000"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_of_a_candidate_is_named_with_its_place(changes, message):
+    with pytest.raises(BrokenFileError, match=rf"^a\.json: selection\[1\]\.{message}"):
+        read(SECOND, selection=[SEEN, {**SEEN, **changes}])
+
+
+def test_a_key_that_a_candidate_lacks_or_has_too_many_is_named():
+    for name in SEEN:
+        rest = {key: value for key, value in SEEN.items() if key != name}
+        with pytest.raises(BrokenFileError, match=rf"selection\[0\] has no '{name}', expected"):
+            read(SECOND, selection=[rest])
+    with pytest.raises(BrokenFileError, match=r"\[0\] has 'nota', .*did you mean 'note'"):
+        read(SECOND, selection=[{**SEEN, "nota": ""}])
 
 
 @pytest.mark.parametrize("name", [name for name in GOOD if name != "upper_blocks"])

@@ -8,6 +8,7 @@ import enum
 import inspect
 import math
 import re
+import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Trainer
 
 import ia3
 import ia3.compat.peft
@@ -98,6 +99,8 @@ def public() -> Iterator[Public]:
     for module in MODULES:
         for name in getattr(module, "__all__", ["install", "uninstall"]):
             value = getattr(module, name)
+            if isinstance(value, types.ModuleType):  # the package of the same name
+                value = sys.modules[f"{value.__name__}.mixed"].classify
             if id(value) in seen or isinstance(value, dict | tuple):
                 continue
             seen.add(id(value))
@@ -209,6 +212,19 @@ class World:
         return ia3.FewShotClassifier(self._base(), tokenizer=self.tokenizer, **settings).fit(
             TEXTS, LABELS
         )
+
+    def _classifiers(self) -> ia3.AdapterBank:
+        """A bank of one classifier on an encoder."""
+        folder = self.folder / "encoder"
+        sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32}
+        config = BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=4)
+        BertModel(config).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        classifier = ia3.FewShotClassifier(str(folder), steps=0).fit(TEXTS, LABELS)
+        classifier.save(self.folder / "on_encoder")
+        bank = ia3.AdapterBank(BertModel.from_pretrained(folder))
+        bank.add("row", self.folder / "on_encoder")
+        return bank
 
     def _unfitted(self) -> ia3.FewShotClassifier:
         return self.classifier.__sklearn_clone__()
@@ -352,6 +368,8 @@ GOOD: dict[str, Callable[[World], Any]] = {
 OTHERS: dict[tuple[str, str], Callable[[World], Any]] = {
     ("ia3.combine", "adapters"): lambda w: [("one", w.adapter), ("two", w.adapter)],
     ("ia3.fit_many", "classifier"): lambda w: w.classifier,
+    ("ia3.classify", "bank"): lambda w: w.classifiers,
+    ("ia3.classify", "names"): lambda w: ["row", "row"],
     ("ia3.FewShotClassifier", "template"): lambda w: "{{ text }} Category :",
     ("IA3Model.add_adapter", "adapter_name"): lambda w: "third",
     ("IA3Model.add_weighted_adapter", "adapter_name"): lambda w: "third",
@@ -384,7 +402,7 @@ SELVES: dict[str, Callable[[World], Any]] = {
     "IA3Model": lambda w: w.adapted,
     "AdapterBank": lambda w: w.bank,
     "FewShotClassifier": lambda w: w.classifier,
-    "RankingClassifier": lambda w: w.classifier,
+    "TextClassifier": lambda w: w.classifier,
     "InContextClassifier": lambda w: w.in_context,
     "IA3Config": lambda w: ia3.IA3Config(),
     "Encoder": lambda w: w.encoder,

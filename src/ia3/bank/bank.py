@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.files import Adapter, check_finite, unread_adapter
+from ..adapter.fingerprint import Fingerprint
 from ..adapter.layout import open_folder
 from ..arguments import flag, instance, listed, path_of, whole
 from ..base.loading import device_named
@@ -32,7 +33,14 @@ from ..errors import (
     naming,
     shown,
 )
-from ..files.saved import WEIGHTS_NAME, weights_file
+from ..files.saved import (
+    HEAD_NAME,
+    TASK_NAME,
+    WEIGHTS_NAME,
+    Beside,
+    SavedFolder,
+    weights_file,
+)
 from ..model.adapters import check_name, check_string
 from ..model.ia3_model import IA3Model
 
@@ -86,19 +94,31 @@ class Refreshed:
     failed: dict[str, str]
 
 
+@dataclass(frozen=True, eq=False)
+class Version:
+    """What a classifier has beside its vectors: another object where they are read anew.
+
+    `base` is the model that it was fitted on, if its file says so.
+    """
+
+    beside: Beside
+    base: Fingerprint | None
+
+
 @dataclass
 class _Entry:
     """An adapter of the bank: its folder, or itself with values of its own.
 
     `sites` are those it rescales, by module name. `stamp` tells versions of its file apart. `slot`
-    is its row, if it is resident; a pinned one keeps it also where `error` says why it cannot be
-    used.
+    is its row, if it is resident, and `version` what a classifier has beside that; a pinned one
+    keeps them also where `error` says why it cannot be used.
     """
 
     source: Path | Adapter
     sites: Mapping[str, Site] = field(default_factory=dict)
     stamp: tuple[int, int, int] | None = None
     slot: int | None = None
+    version: Version | None = None
     pinned: bool = False
     error: str | None = None
 
@@ -109,7 +129,8 @@ class _Found:
 
     row: Tensor
     sites: Mapping[str, Site]
-    stamp: tuple[int, int, int] | None
+    stamp: tuple[int, int, int] | None = None
+    version: Version | None = None
 
 
 class AdapterBank:
@@ -173,7 +194,7 @@ class AdapterBank:
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._free = list(range(capacity, 0, -1))
         # Most adapters of a bank have the same config and shapes, and so the same sites.
-        self._fitting: dict[str, dict[str, Site]] = {}
+        self._fitting: dict[str, tuple[dict[str, Site], Fingerprint | None]] = {}
         self.model.routes.attach(self)
         with _making:
             _banks.add(self)
@@ -352,6 +373,23 @@ class AdapterBank:
             used = {site for name in own for site in self._entries[name].sites.values()}
             return {s: part for s, part in zip(self._columns, parts, strict=True) if s in used}
 
+    def versions(self, names: Sequence[str]) -> tuple[dict[Site, Tensor], Sequence[Version | None]]:
+        """The values of some adapters, site -> `[names, dim]`, and what is beside these.
+
+        The latter is `None` for what is no classifier, or was given in memory.
+
+        Raises:
+            InvalidTypeError: an argument is of another type.
+            UnknownNameError: there is no adapter of that name.
+            StateError: an adapter cannot be loaded, there is no room for all, or the bank was
+                closed.
+        """
+        with self._lock:
+            named = listed("names", names, "a list of names")
+            entries = [self._entry(name) for name in named]
+            values = self.gather(named, range(len(named)))
+            return values, [entry.version for entry in entries]
+
     def _make_resident(self, names: Sequence[str]) -> None:
         for name in names:
             entry = self._entry(name)
@@ -382,7 +420,7 @@ class AdapterBank:
             entry.slot = self._free.pop()
         with torch.inference_mode(False), torch.no_grad():
             self.values[entry.slot] = found.row.to(self.values.device)
-        entry.sites, entry.stamp = found.sites, found.stamp
+        entry.sites, entry.stamp, entry.version = found.sites, found.stamp, found.version
 
     def _check_room(self, name: str, keep: Sequence[str] = ()) -> None:
         # All of a batch were moved to the end.
@@ -398,7 +436,7 @@ class AdapterBank:
     def _evict(self, name: str, entry: _Entry) -> None:
         if entry.slot is not None:
             self._free.append(entry.slot)
-            entry.slot = None
+            entry.slot = entry.version = None
             self._recent.pop(name, None)
 
     def _refresh(self, name: str, entry: _Entry) -> bool:
@@ -427,11 +465,11 @@ class AdapterBank:
         if isinstance(entry.source, Adapter):
             return self._row(name, entry.source, None)
         with open_folder(entry.source) as saved:
-            return self._row(name, unread_adapter(saved), _stamp(saved.seen))
+            return self._row(name, unread_adapter(saved), saved)
 
-    def _row(self, name: str, adapter: Adapter, stamp: tuple[int, int, int] | None) -> _Found:
+    def _row(self, name: str, adapter: Adapter, saved: SavedFolder | None) -> _Found:
         adapter = self.model.routes.named_as_here(adapter)
-        sites = self._sites_of(name, adapter)
+        sites, base = self._sites_of(name, adapter)
         adapter = adapter.whole()
         with torch.inference_mode(False), torch.no_grad():
             row = torch.ones(self.values.shape[1], dtype=self.values.dtype)
@@ -444,10 +482,20 @@ class AdapterBank:
             with naming(f"adapter {name!r}"):
                 check_finite(adapter.vectors)
                 raise IA3Error(f"it has values beyond {row.dtype}, the bank's dtype")
-        return _Found(row, sites, stamp)
+        if saved is None:
+            return _Found(row, sites)
+        version = None
+        if saved.text(TASK_NAME) is not None:
+            version = Version(saved.beside((TASK_NAME, HEAD_NAME)), base)
+        return _Found(row, sites, _stamp(saved.seen), version)
 
-    def _sites_of(self, name: str, adapter: Adapter) -> Mapping[str, Site]:
-        """Module name -> site, for each vector of an adapter, with columns for all of them."""
+    def _sites_of(
+        self, name: str, adapter: Adapter
+    ) -> tuple[Mapping[str, Site], Fingerprint | None]:
+        """Module name -> site, for each vector of an adapter, with columns for all of them.
+
+        And the base model's fingerprint: one object for all adapters that have the same.
+        """
         shapes = [(module, vector.shape) for module, vector in adapter.vectors.items()]
         parts = (adapter.config.to_json(), adapter.base, shapes, adapter.frozen, [*adapter.copies])
         key = repr(parts)
@@ -455,7 +503,7 @@ class AdapterBank:
         if key not in self._fitting or adapter.copies:
             sites = self.model.routes.sites_for_bank(name, adapter)
             self._widen(sites.values())
-            self._fitting[key] = sites
+            self._fitting[key] = sites, adapter.base
         return self._fitting[key]
 
     def _widen(self, sites: Iterable[Site]) -> None:

@@ -1,110 +1,155 @@
-"""`FewShotClassifier`: T-Few behind scikit-learn's interface."""
+"""`FewShotClassifier`: few-shot classification of texts behind scikit-learn's interface."""
 
 from __future__ import annotations
 
+import hashlib
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from ..adapter.files import (
-    Adapter,
-    adapter_files,
-    check_finite,
-    read_adapter,
-    unread_adapter,
-    write_saved,
-)
+from ..adapter.files import Adapter, adapter_files, unread_adapter, write_saved
 from ..adapter.layout import open_folder
-from ..arguments import LARGEST, check_callable, folder_of, path_of, whole
-from ..base.loading import EMBEDDED_MODEL
-from ..core.route import changing
-from ..errors import BrokenFileError, IA3Error, InvalidTypeError, MissingFileError, naming, shown
-from ..files.hub import adapter_folder
-from ..files.saved import TASK_NAME
-from ..tfew.prompts.encoding import Encoder, TrainingExample
-from ..tfew.prompts.labels import Text, check_text
-from ..tfew.prompts.templates import Template
+from ..arguments import LARGEST, check_callable, folder_of, instance, number, path_of, whole
+from ..base.embedded import EMBEDDED_ENCODER, EMBEDDED_MODEL
+from ..base.encoders import SentenceEncoder, is_sentence_encoder, load_encoder
+from ..base.loading import BaseModel, load_base_model
+from ..base.torch_state import usual_state
+from ..errors import (
+    BrokenFileError,
+    IA3Error,
+    InvalidTypeError,
+    MissingExtraError,
+    MissingFileError,
+    StateError,
+    naming,
+    shown,
+    warn_caller,
+)
+from ..files.saved import HEAD_NAME, TASK_NAME, Beside, SavedFolder
+from ..sentences.head import Head
+from ..tfew.prompts.labels import Text, check_text, readable
 from ..tfew.scoring.choices import MAX_TOKENS
-from ..tfew.scoring.prefix import ranking_scores
-from ..tfew.temporary_adapter import all_linear, temporary_adapter
-from .ranking import LabelledTexts, RankingClassifier, encode_all
-from .task_file import TASK_FORMAT, TaskFile
+from .choosing import AutoEngine, AutoTask
+from .encoder import EncoderEngine, fields_joined
+from .engine import (
+    ENCODER,
+    LANGUAGE_MODEL,
+    Candidate,
+    Engine,
+    Fit,
+    Settings,
+    Step,
+    adapter_to_begin_with,
+)
+from .head_file import head_bytes, read_head
+from .language_model import LanguageModelEngine
+from .ranking import checked_choices
+from .task_file import MOST_THREADS, TASK_FORMAT, EngineName, TaskFile
+from .text_classifier import TextClassifier, read_labelled
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
-    from ..tfew.training.trainer import TFewConfig, TrainingStep
-
-LISTS = ("labels", "choices", "templates", "fields")
+AUTO = "auto"
 # What a fit depends on besides its data: what is expected, its types, and Python's own one.
 SETTINGS: dict[str, tuple[str, Any, Callable[[Any], Any]]] = {
     "chat": ("True or False", bool | np.bool_, bool),
     "steps": ("a whole number", Integral, int),
-    "learning_rate": ("a number", Real, float),
+    "learning_rate": ("a number or None", Real, float),
     "seed": ("a whole number", Integral, int),
     "upper_blocks": ("a whole number or None", Integral, int),
+    "threads": ("a whole number or None", Integral, int),
 }
+# Those that a task file has.
+KEPT = ("chat", "steps", "learning_rate", "seed", "upper_blocks")
+_MAY_BE_NONE = ("learning_rate", "upper_blocks", "threads")
+MODELS = (str, os.PathLike, nn.Module)
+_KINDS: dict[EngineName, str] = {ENCODER: "sentence encoder", LANGUAGE_MODEL: "language model"}
+# Of `"auto"`: the arguments, and what they are where nothing else is said.
+_ARGUMENT: dict[EngineName, str] = {ENCODER: "encoder", LANGUAGE_MODEL: "language_model"}
+_DEFAULT: dict[EngineName, str] = {ENCODER: EMBEDDED_ENCODER, LANGUAGE_MODEL: EMBEDDED_MODEL}
+_EXPECTED = "a model's name, folder or hub id, or a loaded model"
 
 
 @dataclass(frozen=True)
-class PreparedTask:
-    """What a training needs, checked: `start` is the adapter to begin with, `None` for ones."""
+class Bases:
+    """The base models that a fit may train, loaded; it chooses where there are two.
 
-    data: LabelledTexts
-    recipe: TFewConfig
-    examples: list[TrainingExample]
-    start: Adapter | None
+    `left_out` says why there is one alone where two were meant.
+    """
+
+    encoder: SentenceEncoder | None
+    language_model: BaseModel | None
+    left_out: str = ""
 
 
-class FewShotClassifier(RankingClassifier):
-    """Text classification from a few labelled examples, by ranking answer choices.
+class FewShotClassifier(TextClassifier):
+    """Text classification from a few labelled examples.
 
-    A frozen language model reads each text in a prompt. The prediction is the label whose words the
-    model finds most likely. `fit` trains (IA)³ vectors on the model by the T-Few recipe (paper
-    section 3). The model carries the adapter only during a call, so that classifiers of one model
-    share it.
+    A frozen model gets (IA)³ vectors that are trained on the examples: a language model by the
+    T-Few recipe (paper section 3), which reads a text in a prompt and ranks the labels' words, or a
+    sentence encoder, by drawing texts of one class together, with a linear head on its embeddings.
+    The model carries the adapter only during a call, so that classifiers of one model share it.
 
     Args:
-        model: `"smollm2-135m-instruct"`, a folder, a hub id, or a loaded transformers model.
-        template: a Jinja template over the fields' names, e.g. `"{{ text }}\\nCategory:"`, or a
-            list of them: training draws one for each example at each step, prediction averages over
-            all. A text that is a string has the one field `text`. By default the fields, followed
-            by `Category:`.
-        choices: label -> the words that are ranked for it. By default the label's own name made
-            readable. It may name labels that do not occur in training.
-        steps: optimizer steps, 0 or more; 0 is the untuned model.
-        seed: of the order of the examples and of the templates drawn, 0 to 2**32 - 1.
+        model: `"auto"`, which trains `encoder` or `language_model`, whichever promises more on the
+            examples; or the one to train: `"all-minilm-l6-v2"`, `"smollm2-135m-instruct"`, a
+            folder, a hub id, or a loaded model. With `"auto"`, a `template`, `choices`, `chat` or
+            `upper_blocks` means the language model.
+        template: a Jinja template over the fields' names, e.g. `"{{ text }}\\nCategory:"`. A
+            language model takes a list of them too: training draws one for each example at each
+            step, prediction averages over all. A text that is a string has the one field `text`.
+            By default a language model reads the fields, followed by `Category:`, and an encoder
+            the fields alone, joined by `". "`.
+        choices: label -> the words that a language model ranks for it. By default the label's own
+            name made readable. It may name labels that do not occur in training.
+        encoder, language_model: the two that `"auto"` chooses from, as `model`.
+        steps: the most optimizer steps, 0 or more; 0 is the untuned model. A language model's
+            training ends earlier where the loss has stopped falling; an encoder's takes 15 to 100,
+            by the number of texts.
+        seed: of all draws, 0 to 2**32 - 1.
         device: `"auto"` or torch's name of one; a loaded model stays where it is.
         dtype: `"auto"` or torch's name of a floating-point dtype; a loaded model keeps its own. The
             vectors are float32 in any case.
-        learning_rate: Adafactor's, at its peak, above 0. The paper's is 3e-3; a small model learns
-            more at this one (docs/benchmarks.md).
-        chat: put the prompt into the tokenizer's chat template.
+        learning_rate: at its peak, above 0; `None` is 1e-2 of Adafactor for a language model, and
+            2e-2 of AdamW, less for many texts, for an encoder. The paper's is 3e-3; a small model
+            learns more at this one (docs/benchmarks.md).
+        chat: put the prompt into the language model's chat template.
         tokenizer: for a loaded model whose config does not say where it came from.
         init_from: an adapter's folder or hub id, or an `Adapter`, such as another task's or one
             trained on many tasks: `fit` begins with its vectors, at its sites, instead of ones.
+            `model` names the base that it is of.
         max_tokens: the most tokens computed at once, in training and in prediction, 1 or more. What
             has more is computed in parts, with the same results but for rounding. Lower it where
             memory runs out.
         upper_blocks: rescale only this number of uppermost blocks of a decoder-only model instead
             of all. The blocks below them need no gradients.
+        threads: of a training step on a CPU; `None` takes one or all, whichever is faster.
 
     Attributes:
         classes_: the labels, `[classes]`, sorted.
-        choices_: the words ranked for each class, `[classes]`.
+        engine_: `"encoder"` or `"language-model"`.
+        model_: the name of the base model that was trained.
+        candidates_: what was seen before training, each a `Candidate`: of the frozen encoder with a
+            linear head, and of the language model where `"auto"` chose between the two.
+        choices_: the words of each class, `[classes]`.
         templates_: the templates' sources.
         fields_: the names of the examples' fields.
         settings_: `chat`, `steps`, `learning_rate`, `seed` and `upper_blocks`, as they were in
             `fit`.
         adapter_: the `Adapter`: its config, and its vectors, float32 on the CPU.
-        history_: one `TrainingStep` a step.
+        head_: an encoder's linear `Head`; `None` of a language model.
+        temperature_: scores are divided by it before the softmax.
+        threads_: how many a step took; `None` where that is not known.
+        history_: one record a step that was taken, with `step`, `steps` and `loss`.
 
     Raises:
         IA3Error: an argument is unusable. Arguments are checked in `fit`, as scikit-learn has it.
@@ -119,26 +164,42 @@ class FewShotClassifier(RankingClassifier):
         (2, 2)
     """
 
+    engine_: EngineName
+    model_: str
+    candidates_: list[Candidate]
+    choices_: list[str]
+    settings_: dict[str, Any]
+    adapter_: Adapter
+    head_: Head | None
+    temperature_: float
+    threads_: int | None
+    history_: list[Any]
+
     def __init__(
         self,
-        model: str | Path | nn.Module = EMBEDDED_MODEL,
+        model: str | Path | nn.Module = AUTO,
         template: str | Sequence[str] | None = None,
         choices: Mapping[Any, str] | None = None,
         *,
+        encoder: str | Path | nn.Module = EMBEDDED_ENCODER,
+        language_model: str | Path | nn.Module = EMBEDDED_MODEL,
         steps: int = 100,
         seed: int = 0,
         device: str = "auto",
         dtype: str = "auto",
-        learning_rate: float = 1e-2,
+        learning_rate: float | None = None,
         chat: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         init_from: str | Path | Adapter | None = None,
         max_tokens: int = MAX_TOKENS,
         upper_blocks: int | None = None,
+        threads: int | None = None,
     ) -> None:
         self.model = model
         self.template = template
         self.choices = choices
+        self.encoder = encoder
+        self.language_model = language_model
         self.steps = steps
         self.seed = seed
         self.device = device
@@ -149,13 +210,15 @@ class FewShotClassifier(RankingClassifier):
         self.init_from = init_from
         self.max_tokens = max_tokens
         self.upper_blocks = upper_blocks
+        self.threads = threads
 
+    @usual_state()
     def fit(
         self,
         texts: Sequence[Text],
         labels: ArrayLike,
         *,
-        on_step: Callable[[TrainingStep], None] | None = None,
+        on_step: Callable[[Step], None] | None = None,
         checkpoints: str | Path | None = None,
     ) -> FewShotClassifier:
         """Train on labelled texts.
@@ -170,7 +233,8 @@ class FewShotClassifier(RankingClassifier):
 
         Raises:
             InvalidTypeError: an argument, a setting, a text or a label is of another type.
-            StateError: there is no such device.
+            StateError: there is no such device, or the model was made in inference mode.
+            MissingExtraError: the model comes in a package that is not installed.
             MissingFileError: there is no adapter at `init_from`.
             DivergedError: the loss, a gradient or an update is not finite. What was fitted before
                 stays.
@@ -183,95 +247,171 @@ class FewShotClassifier(RankingClassifier):
         check_callable("on_step", on_step)
         if checkpoints is not None:
             path_of("checkpoints", checkpoints)
-        self._train(self._prepare(self._read_task(texts, labels)), on_step, checkpoints)
+        engine, task = self._prepare(texts, labels)
+        self._keep(engine.train(task, on_step, checkpoints))
         return self
 
-    def _settings(self) -> dict[str, Any]:
-        """The settings of a fit, as Python's own numbers; a grid's may be numpy's."""
+    @property
+    def base(self) -> BaseModel | SentenceEncoder:
+        """The model and its tokenizer, loaded when first used, shared with others of its name.
+
+        Raises:
+            InvalidTypeError: a setting is of another type.
+            StateError: there is no such device, or `"auto"` has not chosen yet: call `fit`.
+            IA3Error: the model is unknown, cannot be loaded, or cannot classify.
+        """
+        model, engine = self.model, getattr(self, "engine_", None)
+        if self._chooses():
+            if engine is None:
+                raise StateError(
+                    "model is 'auto', which fit chooses: call fit first, or name a model"
+                )
+            model = self.encoder if engine == ENCODER else self.language_model
+        # The cache of loaded models is weak: this reference keeps the model in memory.
+        self._base = self._load(model, engine)
+        return self._base
+
+    # -- fitting ----------------------------------------------------------------------------------
+
+    def _chooses(self) -> bool:
+        return isinstance(self.model, str) and self.model == AUTO
+
+    def _load(
+        self, model: str | Path | nn.Module, engine: EngineName | None = None
+    ) -> BaseModel | SentenceEncoder:
+        """A model for an engine, or for the one that its files say."""
+        if engine is None:
+            engine = ENCODER if is_sentence_encoder(model) else LANGUAGE_MODEL
+        load = load_encoder if engine == ENCODER else load_base_model
+        return load(model, tokenizer=self.tokenizer, device=self.device, dtype=self.dtype)
+
+    def _settings(self) -> Settings:
+        """The settings of a fit, checked, as Python's own numbers; a grid's may be numpy's."""
         settings: dict[str, Any] = {}
         for name, (expected, kinds, plain) in SETTINGS.items():
             value = getattr(self, name)
-            if name == "upper_blocks" and value is None:
+            if value is None and name in _MAY_BE_NONE:
                 settings[name] = None
                 continue
             if not isinstance(value, kinds) or (plain is not bool and isinstance(value, bool)):
                 what = f"{name} is {shown(value)} ({type(value).__name__})"
                 raise InvalidTypeError(f"{what}, expected {expected}")
-            settings[name] = plain(value)
-        return settings
-
-    def _prepare(self, data: LabelledTexts) -> PreparedTask:
-        """Check the settings and encode the examples, before the model changes."""
-        # Imported here, as prediction needs no Trainer, whose import takes seconds.
-        from ..tfew.training.trainer import TFewConfig
-
-        settings = self._settings()
+            settings[name] = number(name, value, expected) if plain is float else plain(value)
         whole("steps", settings["steps"], 0, expected="at least 0")
+        expected = "a number above 0"
+        if settings["learning_rate"] is not None and not 0 < settings["learning_rate"] < math.inf:
+            raise IA3Error(f"learning_rate is {self.learning_rate}, expected {expected}")
+        whole("seed", settings["seed"], 0, 2**32 - 1, "0 to 2**32 - 1")
         if settings["upper_blocks"] is not None:
             whole("upper_blocks", settings["upper_blocks"], -LARGEST)
-        if self.upper_blocks is not None and self.init_from is not None:
+        if settings["threads"] is not None:
+            whole("threads", settings["threads"], 1, MOST_THREADS, f"1 to {MOST_THREADS}")
+        for name in ("model", "encoder", "language_model"):
+            expected = f"'auto', {_EXPECTED}" if name == "model" else _EXPECTED
+            instance(name, getattr(self, name), MODELS, expected)
+        self._check_together()
+        most = whole("max_tokens", self.max_tokens, 1, expected="at least 1")
+        return Settings(max_tokens=most, **settings)
+
+    def _check_together(self) -> None:
+        """Raise `IA3Error` for settings of which one leaves no room for another."""
+        if self.init_from is not None and self.upper_blocks is not None:
             raise IA3Error(
                 f"upper_blocks is {self.upper_blocks}, and init_from brings the sites of its "
                 "adapter: give one of them"
             )
-        # The untuned model takes no step; its other settings are checked all the same.
-        own = {name: settings[name] for name in ("learning_rate", "seed")}
-        recipe = TFewConfig(steps=max(settings["steps"], 1), max_tokens=self.max_tokens, **own)
-        encoder = Encoder(self.base, data.choices, chat=settings["chat"])
-        encoded = encode_all(encoder, data.examples, data.templates)
-        answers = map(data.classes.index, data.labels)
-        examples = [TrainingExample(*pair) for pair in zip(encoded, answers, strict=True)]
-        start = self.init_from
-        if start is not None:
-            if not isinstance(start, Adapter):
-                start = read_adapter(adapter_folder(start, ["adapter_*"]))
-            with naming("init_from"):
-                check_finite(start.vectors)
-            # It is to be trained, and belongs to the model that it is put on.
-            config = replace(start.config, inference_mode=False, base_model_name_or_path=None)
-            start = replace(start, config=config)
-        return PreparedTask(data, recipe, examples, start)
+        for name in ("tokenizer", "init_from"):
+            if self._chooses() and getattr(self, name) is not None:
+                raise IA3Error(f"{name} is given and model is 'auto': name the model that it is of")
 
-    def _train(
-        self,
-        task: PreparedTask,
-        on_step: Callable[[TrainingStep], None] | None = None,
-        checkpoints: str | Path | None = None,
-    ) -> None:
-        from ..tfew.training.trainer import train
+    def _bases(self) -> Bases:
+        """The base models that a fit may train, loaded."""
+        if not self._chooses():
+            base = self._load(self.model)
+            return Bases(base, None) if isinstance(base, SentenceEncoder) else Bases(None, base)
+        asks = (self.template, self.choices, self.upper_blocks, self.chat or None)
+        if any(asked is not None for asked in asks):
+            return Bases(None, self._candidate(LANGUAGE_MODEL))
+        found: dict[EngineName, Any] = {}
+        missing = []
+        for engine in (ENCODER, LANGUAGE_MODEL):
+            try:
+                found[engine] = self._candidate(engine)
+            except MissingExtraError as error:
+                # Who names a model wants it.
+                if getattr(self, _ARGUMENT[engine]) != _DEFAULT[engine]:
+                    raise
+                missing.append(str(error))
+        if not found:
+            raise IA3Error(f"neither model that 'auto' chooses from is there: {'; '.join(missing)}")
+        return Bases(found.get(ENCODER), found.get(LANGUAGE_MODEL), "".join(missing))
 
-        base, history, data = self.base, [], (task.examples, task.recipe)
-        begin = task.start or all_linear(base, self.upper_blocks)
-        with temporary_adapter(base, begin, source="init_from") as model:
-            if self.steps > 0:
-                history = train(base, model, *data, on_step, checkpoints=checkpoints)
-            adapter = model.adapter("default")
-            with changing():
-                self._keep_fit(task.data, adapter, history)
+    def _candidate(self, engine: EngineName) -> Any:
+        """The encoder or the language model that `"auto"` has, loaded."""
+        name = _ARGUMENT[engine]
+        model = getattr(self, name)
+        with naming(name):
+            if is_sentence_encoder(model) != (engine == ENCODER):
+                what = f"a {type(model).__name__}" if isinstance(model, nn.Module) else shown(model)
+                other: EngineName = LANGUAGE_MODEL if engine == ENCODER else ENCODER
+                raise IA3Error(
+                    f"{what} is no {_KINDS[engine]}, it is a {_KINDS[other]}: give it as "
+                    f"{_ARGUMENT[other]}, or as model"
+                )
+            return self._load(model, engine)
 
-    def _keep_fit(self, data: LabelledTexts, adapter: Adapter, history: list[TrainingStep]) -> None:
-        adapter.vectors = {name: v.cpu().clone() for name, v in adapter.vectors.items()}
-        sources = [template.source for template in data.templates]
-        self._keep_task(data.classes, data.choices, sources, list(data.examples[0]))
-        self.settings_ = self._settings()
-        self.adapter_ = adapter
-        self.history_ = history
+    def _prepare(self, texts: Sequence[Text], labels: ArrayLike) -> tuple[Engine, Any]:
+        """The engine and the task for it: all is checked before a model changes."""
+        settings = self._settings()
+        choices = checked_choices(self.choices)
+        data, named = read_labelled(texts, labels, choices or ())
+        words = None if choices is None else dict(zip(named, choices.values(), strict=True))
+        bases = self._bases()
+        if bases.left_out:
+            warn_caller(f"model is 'auto', and one of its two is left out: {bases.left_out}")
+        if bases.encoder is not None and words is not None:
+            raise IA3Error(
+                f"choices are a language model's: {bases.encoder.name!r} is a sentence encoder; "
+                "leave them out, or name a language model"
+            )
+        start = adapter_to_begin_with(self.init_from)
+        if bases.encoder is None:
+            assert bases.language_model is not None
+            asks = LanguageModelEngine(bases.language_model, settings)
+            return asks, asks.prepare(data, self.template, words, start)
+        encoder = EncoderEngine(bases.encoder, settings)
+        task = encoder.prepare(data, self.template, start)
+        if bases.language_model is None:
+            return encoder, task
+        asks = LanguageModelEngine(bases.language_model, settings)
+        try:
+            other = asks.prepare(data, self.template, words, start, advise=False)
+        except IA3Error as error:  # an encoder reads nothing into labels, nor all choices at once
+            warn_caller(f"model is 'auto', and the language model is left out: {error}")
+            return encoder, task
+        return AutoEngine(encoder, asks), AutoTask(task, other)
+
+    def _keep(self, fit: Fit) -> None:
+        """Be fitted so, at once: a thread that predicts meanwhile sees one fit, whole."""
+        kept = {f"{name}_": value for name, value in vars(fit).items()}
+        self.__dict__.update(kept, classes_=np.array(fit.classes))
+
+    @property
+    def _fit(self) -> Fit:
+        """What it is fitted as."""
+        kept = {each.name: getattr(self, f"{each.name}_") for each in fields(Fit)}
+        return Fit(**{**kept, "classes": self.classes_.tolist()})
 
     def _probabilities(
         self, examples: list[Mapping[str, Any]], progress: Callable[[int], None] | None
     ) -> Tensor:
-        base = self.base
-        encoder = Encoder(base, self.choices_, chat=self.settings_["chat"])
-        encoded = encode_all(encoder, examples, [Template(source) for source in self.templates_])
-        with temporary_adapter(base, self.adapter_):
-            scores = [
-                ranking_scores(base, list(prompts), max_tokens=self.max_tokens, progress=progress)
-                for prompts in zip(*encoded, strict=True)
-            ]
-        return torch.stack(scores).double().softmax(-1).mean(0)
+        engine = engine_on(self.base, Settings(max_tokens=self.max_tokens, **self._fit.settings))
+        return engine.probabilities(self._fit, examples, progress)
+
+    # -- files ------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's two files, and the task beside them, atomically.
+        """Write the adapter in PEFT's two files, and the task and an encoder's head beside them.
 
         Killed at any moment, it leaves the classifier that was there or this one.
 
@@ -288,24 +428,33 @@ class FewShotClassifier(RankingClassifier):
     def _files(self) -> dict[str, bytes]:
         """What `save` writes, by file name."""
         self._check_fitted()
-        check_text(self.base.name, "the model's name")
-        with self.base.lock:  # another thread that fits this classifier has it
-            adapter = self.adapter_
-            task = TaskFile(
-                format=TASK_FORMAT,
-                model=self.base.name,
-                templates=self.templates_,
-                fields=self.fields_,
-                labels=self.classes_.tolist(),
-                choices=self.choices_,
-                **self.settings_,
-            )
+        fitted = self._as_fitted()
+        fit, name = fitted._fit, fitted.base.name
+        check_text(name, "the model's name")
+        head = None if fit.head is None else head_bytes(fit.head.weight, fit.head.bias)
+        task = TaskFile(
+            format=TASK_FORMAT,
+            engine=fit.engine,
+            model=name,
+            templates=fit.templates,
+            fields=fit.fields,
+            labels=fit.classes,
+            choices=fit.choices,
+            temperature=fit.temperature,
+            threads=fit.threads,
+            selection=fit.candidates or None,
+            head=None if head is None else hashlib.sha256(head).hexdigest(),
+            **fit.settings,
+        )
 
-        def with_task(digest: str) -> dict[str, str]:
+        def beside(digest: str) -> dict[str, str | bytes]:
             # The hash tells where another program has replaced the vectors since.
-            return {TASK_NAME: task.model_copy(update={"vectors": digest}).to_json()}
+            files: dict[str, str | bytes] = {
+                TASK_NAME: task.model_copy(update={"vectors": digest}).to_json()
+            }
+            return files if head is None else {**files, HEAD_NAME: head}
 
-        return adapter_files(adapter, with_task)
+        return adapter_files(fit.adapter, beside)
 
     @classmethod
     def load(
@@ -327,36 +476,75 @@ class FewShotClassifier(RankingClassifier):
 
         Raises:
             InvalidTypeError: an argument is of another type.
-            MissingFileError: the folder or one of its three files is not there.
+            MissingFileError: the folder or one of its files is not there.
             BrokenFileError: a file is damaged, a value in one is of another type or range, or
-                another program has replaced the vectors.
+                another program has replaced the vectors or the head.
             IA3Error: the task file names no model, and none is given.
         """
-        path = path_of("folder", folder) / TASK_NAME
-        with naming(f"no classifier in {folder}"):
-            saved_folder = open_folder(folder)
-        with saved_folder as saved:
-            text = saved.text(TASK_NAME)
-            if text is None:
-                raise MissingFileError(f"no classifier in {folder}: {TASK_NAME} is not there")
-            task = TaskFile.from_json(text, str(path))
-            adapter = unread_adapter(saved).whole()
-            if task.vectors not in (None, saved.digest):
-                raise BrokenFileError(
-                    f"{path} is of other vectors than {saved.path.name} beside it has, which "
-                    "another program has replaced: fit and save the classifier again; or, if it "
-                    f"is meant to have these vectors, remove 'vectors' from {TASK_NAME}"
-                )
+        fit = read_classifier(folder)
         if model is None:
-            if not task.model:
+            if not fit.model:
+                path = Path(folder) / TASK_NAME
                 raise IA3Error(f"{path} names no model: give the one it was fitted on as model=")
-            model = task.model
-        choices = dict(zip(task.labels, task.choices, strict=True))
-        settings = {name: getattr(task, name) for name in SETTINGS}
-        given = {**settings, "device": device, "dtype": dtype, "tokenizer": tokenizer}
-        classifier = cls(model, task.templates, choices, max_tokens=max_tokens, **given)
-        classifier.adapter_ = adapter
-        classifier._keep_task(*(getattr(task, name) for name in LISTS))
-        classifier.settings_ = settings
-        classifier.history_ = []
+            model = fit.model
+        given = {**fit.settings, "device": device, "dtype": dtype, "tokenizer": tokenizer}
+        if fit.engine == LANGUAGE_MODEL:
+            given["choices"] = dict(zip(fit.classes, fit.choices, strict=True))
+        template = fit.templates if fit.engine == LANGUAGE_MODEL else fit.templates[0]
+        classifier = cls(model, template, max_tokens=max_tokens, **given)
+        classifier._keep(fit)
         return classifier
+
+
+def engine_on(
+    base: BaseModel | SentenceEncoder, settings: Settings
+) -> EncoderEngine | LanguageModelEngine:
+    """The engine for a base model."""
+    if isinstance(base, SentenceEncoder):
+        return EncoderEngine(base, settings)
+    return LanguageModelEngine(base, settings)
+
+
+def read_classifier(folder: str | Path) -> Fit:
+    """What `FewShotClassifier.save` wrote; raises as `FewShotClassifier.load` does."""
+    path_of("folder", folder)
+    with naming(f"no classifier in {folder}"):
+        saved_folder = open_folder(folder)
+    with saved_folder as saved:
+        adapter = unread_adapter(saved).whole()
+        task, head = read_task(saved)
+    return Fit(
+        engine=task.engine,
+        model=task.model or "",
+        classes=task.labels,
+        choices=task.choices or [readable(label) for label in task.labels],
+        templates=task.templates or [fields_joined(task.fields)],
+        fields=task.fields,
+        adapter=adapter,
+        settings={name: getattr(task, name) for name in KEPT},
+        temperature=task.temperature,
+        head=head,
+        threads=task.threads,
+        candidates=task.selection or [],
+    )
+
+
+def read_task(saved: SavedFolder | Beside) -> tuple[TaskFile, Head | None]:
+    """The task of a classifier whose vectors were read, and an encoder's head.
+
+    Raises:
+        MissingFileError: there is no task, or no head where there is to be one.
+        BrokenFileError: one is damaged, or of another save than the vectors.
+    """
+    text, where = saved.text(TASK_NAME), saved.folder / TASK_NAME
+    if text is None:
+        raise MissingFileError(f"no classifier in {saved.folder}: {TASK_NAME} is not there")
+    task = TaskFile.from_json(text, str(where))
+    head = read_head(saved, len(task.labels), task.head)
+    if task.vectors not in (None, saved.digest):
+        raise BrokenFileError(
+            f"{where} is of other vectors than {saved.path.name} beside it has, which another "
+            "program has replaced: fit and save the classifier again; or, if it is meant to have "
+            f"these vectors, remove 'vectors' from {TASK_NAME}"
+        )
+    return task, None if head is None else Head(*head)

@@ -1,4 +1,4 @@
-"""`fit_many`: few-shot classifiers of many tasks on one base model, one task after the other."""
+"""`fit_many`: few-shot classifiers of many tasks on the same models, one task after the other."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter.files import Adapter, read_adapter, write_saved
-from ..adapter.fingerprint import Fingerprint, fingerprint
+from ..adapter.files import write_saved
 from ..arguments import check_callable, instance, path_of, whole
-from ..base.loading import BaseModel
+from ..base.loading import LoadedModel
+from ..base.torch_state import usual_state
 from ..errors import (
     BrokenFileError,
     IA3Error,
@@ -24,24 +24,25 @@ from ..errors import (
     naming,
 )
 from ..files.atomic import check_folder
-from ..files.hub import CONFIG_NAME
 from ..files.records import append_record, read_records
-from ..files.saved import TASK_NAME, WEIGHTS_NAME
+from ..files.saved import COPIED, WEIGHTS_NAME
 from ..model.ia3_model import check_name
+from ..sentences.checkpoint import EncoderStep
 from ..tfew.prompts.labels import Text
-from ..tfew.training.trainer import StopTraining, TrainingStep, described_run, steps_of
-from .estimator import FewShotClassifier, PreparedTask
+from ..tfew.training.steps import StopTraining, TrainingStep, steps_of
+from .engine import Fit, Step
+from .estimator import FewShotClassifier, read_classifier
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 # In `out`, beside the tasks' folders: a line for each fitted task.
 RECORDS_NAME = "ia3_many.jsonl"
-# The files of a saved classifier.
-FILES = (WEIGHTS_NAME, CONFIG_NAME, TASK_NAME)
+# The files that a saved classifier may have.
+FILES = (WEIGHTS_NAME, *COPIED)
 
 KIND = "a FewShotClassifier"
-OnStep = Callable[[str, TrainingStep], bool | None]
+OnStep = Callable[[str, Step], bool | None]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class FittedTasks:
     failures: dict[str, IA3Error]
 
 
+@usual_state()
 def fit_many(
     tasks: Mapping[str, tuple[Sequence[Text], ArrayLike]],
     classifier: FewShotClassifier | Mapping[str, FewShotClassifier] | None = None,
@@ -65,7 +67,9 @@ def fit_many(
     on_step: OnStep | None = None,
     max_tokens: int | None = None,
 ) -> FittedTasks:
-    """Fit a classifier to each of many tasks, all on one base model, one after the other.
+    """Fit a classifier to each of many tasks, one after the other.
+
+    All are on one language model, one sentence encoder, or either where each task chooses.
 
     Each classifier is the one that its own `fit` gives, to the last bit. A task with bad data, or
     whose training diverges, is reported in `failures`, and the others go on. Memory does not grow
@@ -75,7 +79,7 @@ def fit_many(
         tasks: name -> texts and labels, as `FewShotClassifier.fit` takes them. Names are those of
             adapters, without dots, slashes and white space.
         classifier: the settings of all tasks, or name -> the settings of each task; these
-            classifiers stay unfitted. All have one base model.
+            classifiers stay unfitted.
         out: a folder in which each classifier is saved under its task's name as soon as it is
             fitted. The same call after a break trains only the tasks that are not there yet, have
             other data or settings now, or whose files were changed since. Several processes may
@@ -87,8 +91,8 @@ def fit_many(
     Raises:
         InvalidTypeError: an argument is of another type.
         UnknownNameError: the classifiers are not those of the tasks.
-        IA3Error: there are no tasks, a name is malformed, the classifiers have several base models,
-            or `max_tokens` is below 1. Nothing is then done.
+        IA3Error: there are no tasks, a name is malformed, the classifiers have several language
+            models or several encoders, or `max_tokens` is below 1. Nothing is then done.
         OSError: a classifier cannot be saved; those before it stay.
 
     Example:
@@ -103,13 +107,13 @@ def fit_many(
     """
     check_callable("on_step", on_step)
     classifiers = _classifiers(tasks, classifier, max_tokens)
-    model = fingerprint(_one_base(classifiers).model)
+    _check_one_base(classifiers)
     folder = None if out is None else _Folder(path_of("out", out))
     fitted: dict[str, FewShotClassifier] = {}
     failures: dict[str, IA3Error] = {}
     for name, data in tasks.items():
         try:
-            _fit(name, data, classifiers[name], model, folder, on_step)
+            _fit(name, data, classifiers[name], folder, on_step)
             fitted[name] = classifiers[name]
         except IA3Error as error:
             failures[name] = error
@@ -120,7 +124,6 @@ def _fit(
     name: str,
     data: object,
     classifier: FewShotClassifier,
-    model: Fingerprint,
     folder: _Folder | None,
     on_step: OnStep | None,
 ) -> None:
@@ -130,7 +133,7 @@ def _fit(
             if not isinstance(data, Sequence) or isinstance(data, str) or len(data) != 2:
                 kind = type(data).__name__
                 raise InvalidTypeError(f"the data is a {kind}, expected a pair of texts and labels")
-            task = classifier._prepare(classifier._read_task(*data))
+            engine, task = classifier._prepare(*data)
         if folder is not None:
             check_folder(folder.path / name)
     except IA3Error:
@@ -138,17 +141,18 @@ def _fit(
     except (OSError, TypeError) as error:
         # A file is missing, or a setting is of another type: `max_tokens="3"`.
         raise IA3Error(f"{type(error).__name__}: {error}") from error
-    digest = _digest(classifier, task, model)
+    run = json.dumps(task.described(), sort_keys=True)
+    digest = hashlib.sha256(run.encode()).hexdigest()
     finished = None if folder is None else folder.read(name, digest)
     if finished is not None:
-        classifier._keep_fit(task.data, *finished)
+        classifier._keep(finished)
         return
 
-    def after_step(step: TrainingStep) -> None:
+    def after_step(step: Step) -> None:
         if on_step is not None and on_step(name, step):
             raise StopTraining
 
-    classifier._train(task, after_step)
+    classifier._keep(engine.train(task, after_step))
     if folder is not None:
         folder.write(name, digest, classifier)
 
@@ -194,15 +198,21 @@ def _can_be_written(name: str) -> bool:
     return True
 
 
-def _one_base(classifiers: Mapping[str, FewShotClassifier]) -> BaseModel:
-    (first, base), *others = ((name, c.base) for name, c in classifiers.items())
-    for name, other in others:
-        if other.model is not base.model:
-            raise IA3Error(
-                f"task {name!r} is of the model {other.name!r} and task {first!r} of "
-                f"{base.name!r}: expected one model, on one device and in one dtype, for all tasks"
-            )
-    return base
+def _check_one_base(classifiers: Mapping[str, FewShotClassifier]) -> None:
+    """Load the base models; raise `IA3Error` where tasks have several of one kind."""
+    known: dict[type, tuple[str, LoadedModel]] = {}
+    for name, classifier in classifiers.items():
+        bases = classifier._bases()
+        for base in (bases.encoder, bases.language_model):
+            if base is None:
+                continue
+            first, same = known.setdefault(type(base), (name, base))
+            if base.model is not same.model:
+                raise IA3Error(
+                    f"task {name!r} is of the model {base.name!r} and task {first!r} of "
+                    f"{same.name!r}: expected one language model and one encoder at most, on one "
+                    "device and in one dtype, for all tasks"
+                )
 
 
 @contextmanager
@@ -229,18 +239,18 @@ class _Folder:
         # Of several records of a task the last one counts.
         self._records = {record["task"]: record for record in records}
 
-    def read(self, task: str, digest: str) -> tuple[Adapter, list[TrainingStep]] | None:
-        """The task's adapter and history; `None` where it has to be trained."""
+    def read(self, task: str, digest: str) -> Fit | None:
+        """The task's fit with its history; `None` where it has to be trained."""
         record = self._records.get(task)
         if record is None or record["digest"] != digest:
             return None
         try:
             if self._hashes(task) != record.get("files"):
                 return None
-            adapter = read_adapter(self.path / task)
+            fit = read_classifier(self.path / task)
         except (FileNotFoundError, NotADirectoryError, IA3Error):
             return None
-        return adapter, steps_of(record["history"], "a record")
+        return replace(fit, history=_history(record))
 
     def write(self, task: str, digest: str, classifier: FewShotClassifier) -> None:
         files = classifier._files()
@@ -249,36 +259,27 @@ class _Folder:
             "task": task,
             "digest": digest,
             # Of what was written: another process may have saved over it since.
-            "files": {name: hashlib.sha256(files[name]).hexdigest() for name in FILES},
+            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
             "history": [asdict(step) for step in classifier.history_],
         }
         append_record(self.path / RECORDS_NAME, record)
 
     def _hashes(self, task: str) -> dict[str, str]:
-        files = {name: self.path / task / name for name in FILES}
-        return {name: hashlib.sha256(f.read_bytes()).hexdigest() for name, f in files.items()}
+        files = [path for name in FILES if (path := self.path / task / name).exists()]
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _is_record(record: dict[str, Any]) -> bool:
     try:
-        steps_of(record.get("history"), "a record")
+        _history(record)
     except BrokenFileError:
         return False
     return isinstance(record.get("task"), str) and isinstance(record.get("digest"), str)
 
 
-def _digest(classifier: FewShotClassifier, task: PreparedTask, model: Fingerprint) -> str:
-    """A digest of all that a classifier's vectors depend on, and of all that is saved with them."""
-    start = task.start
-    # Sorted, as an adapter from a file may have another order than the same one in memory.
-    first = [] if start is None else [dict(sorted({**start.copies, **start.vectors}.items()))]
-    run = {
-        **described_run(model, first, task.examples, task.recipe),
-        **classifier._settings(),
-        "frozen": {} if start is None else start.frozen,
-        "labels": task.data.classes,
-        "choices": task.data.choices,
-        "templates": [template.source for template in task.data.templates],
-        "fields": list(task.data.examples[0]),
-    }
-    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+def _history(record: dict[str, Any]) -> list[Any]:
+    """The steps of a record, of either engine; raises `BrokenFileError`."""
+    history = record.get("history")
+    first = history[0] if isinstance(history, list) and history else None
+    of_encoder = isinstance(first, dict) and first.keys() == {"step", "steps", "loss"}
+    return steps_of(EncoderStep if of_encoder else TrainingStep, history, "a record")

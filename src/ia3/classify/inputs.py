@@ -52,12 +52,16 @@ def examples_of(texts: Any) -> list[Mapping[str, Any]]:
 
 
 def check_fields(
-    examples: Sequence[Mapping[str, Any]], fields: Sequence[str], templates: Sequence[Template]
+    examples: Sequence[Mapping[str, Any]],
+    fields: Sequence[str],
+    templates: Sequence[Template],
+    rows: Sequence[int] | None = None,
 ) -> None:
     """Raise `IA3Error` for what a template would write as it was not meant, naming the row.
 
     A field is text, a finite number, a date, or lists and mappings of these. None would be written
     as "None", and not a number as "nan". What no template reads may be anything, or missing.
+    Messages count the examples, or name these `rows`.
     """
     for name in fields:
         if not isinstance(name, str):
@@ -66,7 +70,7 @@ def check_fields(
         check_text(name, "a field's name")
     names = {name for example in examples for name in example}
     read = {name: any(template.reads(name) for template in templates) for name in names}
-    for row, example in enumerate(examples):
+    for row, example in zip(rows or range(len(examples)), examples, strict=True):
         for name in fields:
             if name not in example and any(template.reads(name) for template in templates):
                 raise IA3Error(
@@ -108,7 +112,8 @@ def _listed(name: str, given: Any) -> list[Any]:
         kind = type(given).__name__
         raise InvalidTypeError(f"{name} is one {kind}, expected a list of {name}")
     try:
-        return list(given)
+        # Of Arrow, whose rows are no mappings, and whose items are no texts.
+        return list(given.to_pylist() if hasattr(given, "to_pylist") else given)
     except TypeError as error:
         what = f"{name} is {shown(given)} ({type(given).__name__})"
         raise InvalidTypeError(f"{what}, expected a list of {name}") from error

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base.loading import EMBEDDED_MODEL
 from ..errors import BrokenFileError, naming
 from ..tfew.prompts.manifest import (
     check_keys,
@@ -21,6 +20,7 @@ from ..tfew.prompts.manifest import (
     texts_of,
     whole_number,
 )
+from .estimator import AUTO
 
 # The paper's take a thousand.
 MOST_STEPS = 10_000_000
@@ -49,10 +49,10 @@ class TaskToFit:
 
 
 def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
-    """The model that a manifest names, and its tasks by name. No data is read yet.
+    """The model that a manifest names, or `"auto"`, and its tasks by name. No data is read yet.
 
-    docs/tfew.md has an example and all keys. A key under `defaults` holds for each task that does
-    not have it. Paths are relative to the manifest.
+    docs/few-shot.md has an example and all keys. A key under `defaults` holds for each task that
+    does not have it. Paths are relative to the manifest.
 
     Raises:
         MissingFileError: there is no such file.
@@ -61,14 +61,15 @@ def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
     path = Path(path)
     content = read_manifest_file(path, TOP_KEYS)
     with naming(str(path)):
-        model = text_of(content, "model") or EMBEDDED_MODEL
+        model = text_of(content, "model") or AUTO
         defaults = content.get("defaults", {})
         if not isinstance(defaults, dict):
             raise BrokenFileError(f"defaults is {in_words(defaults)}, expected a mapping")
         with naming("defaults"):
             check_keys(defaults, KEYS)
-    # A folder beside the manifest comes before a name on the hub.
-    if os.path.isdir(path.parent / model):  # of a name that is too long, `is_dir` raises
+    # A folder beside the manifest comes before a name on the hub. Of a name that is too long,
+    # `is_dir` raises.
+    if model != AUTO and os.path.isdir(path.parent / model):
         model = str(path.parent / model)
     tasks = {}
     for name, entry in tasks_in(path, content).items():

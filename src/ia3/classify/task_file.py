@@ -1,9 +1,12 @@
-"""The file that a classifier has beside its adapter: what is asked, and how it was trained."""
+"""The file that a classifier has beside its adapter: what is asked, and how it was trained.
+
+Format 1 is that of a language model before there were other engines; it is read as it was.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from ..errors import BrokenFileError, IA3Error, MissingExtraError, did_you_mean, shown
 from ..files.json import parse_object
@@ -23,15 +26,27 @@ try:
 except ImportError as error:
     raise MissingExtraError("pydantic", "tfew", "reading a classifier's task file") from error
 
-TASK_FORMAT = 1
+TASK_FORMAT = 2
+_FORMATS = (1, TASK_FORMAT)
+# What format 1 lacks.
+_ADDED = ("engine", "temperature", "threads", "selection", "head")
+MOST_THREADS = 4096
+# As many candidates as `selection` may have.
+MOST_CANDIDATES = 8
+# Of a candidate's model, in characters.
+LONGEST_NAME = 4096
+
+EngineName = Literal["language-model", "encoder"]
+_ENGINES = "'language-model' or 'encoder'"
+_SHA256 = "^[0-9a-f]{64}$"
 
 
 def _check_format(value: Any) -> Any:
     # The literal type would take True and 1.0 for 1.
-    if type(value) is not int or value != TASK_FORMAT:
+    if type(value) is not int or value not in _FORMATS:
         raise IA3Error(
-            f"has format {shown(value)}, expected {TASK_FORMAT}: it was written by another "
-            "version of ia3"
+            f"has format {shown(value)}, expected {' or '.join(map(str, _FORMATS))}: it was "
+            "written by another version of ia3"
         )
     return value
 
@@ -70,17 +85,49 @@ def _check_once(name: str, values: list[Any]) -> None:
         seen.add(value)
 
 
+class Candidate(BaseModel):
+    """What the choice among engines saw of one of them.
+
+    Attributes:
+        engine: which one.
+        name: its model's; `None` where it had none.
+        accuracy: on held-out examples, 0 to 1.
+        error: its standard error, at least 0.
+        note: more, in words.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    engine: EngineName = Field(description=_ENGINES)
+    name: str | None = Field(
+        max_length=LONGEST_NAME,
+        description=f"a text of at most {LONGEST_NAME:,} characters, or null",
+    )
+    accuracy: float = Field(ge=0, le=1, description="a number, 0 to 1")
+    error: float = Field(ge=0, allow_inf_nan=False, description="a number, at least 0")
+    note: str = Field(max_length=1000, description="a text of at most 1,000 characters")
+
+    def __str__(self) -> str:
+        return f"{self.engine} {100 * self.accuracy:.0f} ± {100 * self.error:.0f} ({self.note})"
+
+
 class TaskFile(BaseModel):
     """What `ia3_task.json` holds, checked: every value has its type and range.
 
     Attributes:
-        format: 1.
+        format: 2, or 1 for a file that lacks the keys from `engine` on, but for `vectors`.
         model: the base model's name, folder or hub id; `None` or empty where it had none.
-        templates: the sources of the prompts' templates, at least one.
+        templates: the sources of the prompts' templates, at least one; for an encoder the one that
+            makes the text, or none where the fields are joined.
         fields: the names of an example's fields, each once.
         labels: the classes, at least two, all strings, all integers or all booleans.
-        choices: the words ranked for each label, `[labels]`.
+        choices: the words ranked for each label, `[labels]`; an encoder needs none.
         chat, steps, learning_rate, seed, upper_blocks: the settings of the fit.
+        engine: what the adapter is on.
+        temperature: probabilities are the softmax of the scores divided by it.
+        threads: how many the training took; `None` where that is not known.
+        selection: what was seen of the engines before training; `None` where nothing was.
+        head: SHA-256, in hex, of the file of an encoder's head; a language model has none.
         vectors: SHA-256, in hex, of the values of the adapter that this task was fitted with; files
             of earlier versions have none.
     """
@@ -88,10 +135,10 @@ class TaskFile(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     # The descriptions are what messages say was expected.
-    format: Annotated[int, BeforeValidator(_check_format)] = Field(description="1")
+    format: Annotated[int, BeforeValidator(_check_format)] = Field(description="1 or 2")
     model: str | None = Field(description="a model's name, or null")
     templates: Annotated[list[str], AfterValidator(_check_templates)] = Field(
-        min_length=1, description="a list of texts, at least one"
+        description="a list of texts, at least one"
     )
     fields: Annotated[list[str], AfterValidator(_check_fields)] = Field(
         description="a list of names"
@@ -109,17 +156,58 @@ class TaskFile(BaseModel):
     upper_blocks: int | None = Field(
         default=None, ge=1, description="a whole number, at least 1, or null"
     )
+    engine: EngineName = Field(default="language-model", description=_ENGINES)
+    # Beyond these, scores would become infinite, or all of them alike.
+    temperature: float = Field(default=1.0, ge=1e-6, le=1e6, description="a number, 1e-6 to 1e6")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_THREADS,
+        description=f"a whole number, 1 to {MOST_THREADS}, or null",
+    )
+    selection: list[Candidate] | None = Field(
+        default=None,
+        max_length=MOST_CANDIDATES,
+        description=f"a list of at most {MOST_CANDIDATES} objects, or null",
+    )
+    head: str | None = Field(
+        default=None, pattern=_SHA256, description="64 hexadecimal digits, or null"
+    )
     vectors: str | None = Field(
-        default=None, pattern="^[0-9a-f]{64}$", description="64 hexadecimal digits, or null"
+        default=None, pattern=_SHA256, description="64 hexadecimal digits, or null"
     )
 
     @model_validator(mode="after")
-    def _check_pairs(self) -> Self:
-        if len(self.labels) != len(self.choices):
+    def _check_format_and_engine(self) -> Self:
+        added = [name for name in _ADDED if name in self.model_fields_set]
+        if self.format == 1 and added:
+            raise IA3Error(f"has {added[0]!r}, which a task file of format 1 lacks")
+        if self.format != 1 and "engine" not in self.model_fields_set:
+            raise IA3Error(f"has no 'engine', expected {_ENGINES}")
+        if self.engine == "encoder":
+            self._check_encoder()
+        else:
+            if not self.templates:
+                raise IA3Error("templates is [], expected a list of texts, at least one")
+            if self.head is not None:
+                raise IA3Error("has a head, which a language model lacks: expected null")
+        if len(self.choices) != len(self.labels) and (self.choices or self.engine != "encoder"):
             raise IA3Error(
                 f"has {len(self.choices)} choices for {len(self.labels)} labels: expected one each"
             )
         return self
+
+    def _check_encoder(self) -> None:
+        if len(self.templates) > 1:
+            raise IA3Error(
+                f"templates has {len(self.templates):,}, expected one for an encoder, or none"
+            )
+        if self.head is None:
+            raise IA3Error("has no 'head', which an encoder needs: expected 64 hexadecimal digits")
+        if self.chat:
+            raise IA3Error("chat is True, expected false for an encoder")
+        if self.upper_blocks is not None:
+            raise IA3Error(f"upper_blocks is {self.upper_blocks}, expected null for an encoder")
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> TaskFile:
@@ -138,8 +226,10 @@ class TaskFile(BaseModel):
             raise BrokenFileError(f"{where}: {_in_words(first)}{more}") from error
 
     def to_json(self) -> str:
-        """The file's text. Keys are in the order of the attributes; no `vectors` is no key."""
-        left_out = {"vectors"} if self.vectors is None else set()
+        """The file's text. Keys are in the order of the attributes; no hash is no key."""
+        left_out = {name for name in ("head", "vectors") if getattr(self, name) is None}
+        if self.format == 1:
+            left_out.update(_ADDED)
         return json.dumps(self.model_dump(exclude=left_out), indent=2, ensure_ascii=False) + "\n"
 
 
@@ -147,13 +237,18 @@ def _in_words(fault: Any) -> str:
     """What pydantic found, in a sentence of ours."""
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
-    name, *inside = fault["loc"]
-    known = TaskFile.model_fields
+    *above, name = fault["loc"]
+    if isinstance(name, int):
+        (of,) = above
+        expected = TaskFile.model_fields[of].description
+        return f"{of}[{name}] is {shown(fault['input'])}; {of} is to be {expected}"
+    known = Candidate.model_fields if above else TaskFile.model_fields
+    place = "{}[{}]".format(*above) if above else ""
     if name not in known:
-        return f"has {shown(name)}, which no task file has{did_you_mean(name[:60], known)}"
+        which = f"none of {above[0]} has" if above else "no task file has"
+        hint = did_you_mean(name[:60], known)
+        return f"{place} has {shown(name)}, which {which}{hint}".lstrip()
     expected = known[name].description
     if fault["type"] == "missing":
-        return f"has no {name!r}, expected {expected}"
-    path = name + "".join(f"[{step}]" for step in inside)
-    so = f"; {name} is to be {expected}" if inside else f", expected {expected}"
-    return f"{path} is {shown(fault['input'])}{so}"
+        return f"{place} has no {name!r}, expected {expected}".lstrip()
+    return f"{place}.{name} is {shown(fault['input'])}, expected {expected}".lstrip(".")

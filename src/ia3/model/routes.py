@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..adapter.files import Adapter
 from ..core.reached import unwatch
-from ..core.route import BASE, Names, Route, changing, current_route, entered
+from ..core.route import BASE, LOCK, Names, Route, changing, current_route, entered
 from ..core.saved_modules import find
 from ..core.sites import Site, displace
 from ..errors import IA3Error, StateError, UnknownNameError, did_you_mean
@@ -45,6 +45,17 @@ class Routes:
         if call is not None:
             route.check(*call)
         with entered(route):
+            yield
+
+    @contextmanager
+    def entered_with(self, values: Mapping[Site, Tensor], index: Tensor) -> Iterator[None]:
+        """As `entered`, with values that were gathered before, `[n, dim]`; `index` counts in n."""
+        adapters = self._adapters
+        adapters.check_loaded()
+        adapters.check_enabled("routing")
+        with LOCK:
+            sites = {site: module for module, _, site in adapters.contents().sites}
+        with entered(Route(self, sites, values.get, index)):
             yield
 
     def generate(self, names: Names | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

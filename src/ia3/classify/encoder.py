@@ -1,0 +1,274 @@
+"""The engine on a sentence encoder: contrastive training, and a linear head on the embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from ..adapter.files import Adapter
+from ..adapter.fingerprint import fingerprint
+from ..base.encoders import SentenceEncoder
+from ..base.threads import Threads
+from ..core.route import changing
+from ..errors import IA3Error, warn_caller
+from ..model.ia3_model import IA3Model
+from ..sentences.checkpoint import Checkpoint, EncoderStep
+from ..sentences.embedding import embeddings, tokenized
+from ..sentences.head import fit_head, held_out_scores
+from ..sentences.training import EncoderRecipe, EncoderTraining
+from ..targets.config import IA3Config, TaskType
+from ..tfew.prompts.labels import readable
+from ..tfew.prompts.templates import Template
+from ..tfew.temporary_adapter import temporary_adapter
+from .engine import ENCODER, Candidate, Fit, Settings, candidate, check_trainable, threads_of
+from .head_file import check_head_size
+from .inputs import check_fields
+from .ranking import check_has_fields, checked_templates
+from .text_classifier import LabelledTexts
+
+# Between the fields of a text that has several.
+BETWEEN = ". "
+# Texts of which it is timed how many threads they take.
+AT_ONCE = 64
+# An expression of a pooler, and of the modules in one.
+POOLER = r"(.*\.)?pooler(\..*)?"
+
+
+@dataclass(frozen=True)
+class EncoderTask:
+    """What a training needs, checked: `ids` are the texts' token ids, `[examples]`."""
+
+    data: LabelledTexts
+    template: Template
+    recipe: EncoderRecipe
+    ids: list[list[int]]
+    start: Adapter | None
+    settings: Settings
+    base: SentenceEncoder
+
+    def described(self) -> dict[str, Any]:
+        """What the vectors depend on, and what is saved with them, as values of JSON."""
+        texts = hashlib.sha256(repr(self.ids).encode())
+        start, first = self.start, hashlib.sha256()
+        tensors = {} if start is None else {**start.copies, **start.vectors}
+        for name, value in sorted(tensors.items()):
+            first.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+        return {
+            **asdict(self.recipe),
+            "engine": ENCODER,
+            "steps": self.settings.steps,
+            "base model": fingerprint(self.base.model).to_json(),
+            "embedding": self.base.described(),
+            "texts": texts.hexdigest(),
+            "labels": self.data.classes,
+            "targets": self.data.targets,
+            "first vectors": first.hexdigest(),
+            "frozen": {} if start is None else start.frozen,
+            "templates": [self.template.source],
+            "fields": list(self.data.examples[0]),
+        }
+
+
+class EncoderEngine:
+    """(IA)³ vectors on a sentence encoder, and a logistic regression on its embeddings."""
+
+    def __init__(self, base: SentenceEncoder, settings: Settings) -> None:
+        self.base = base
+        self.settings = settings
+
+    def prepare(
+        self, data: LabelledTexts, template: str | Sequence[str] | None, start: Adapter | None
+    ) -> EncoderTask:
+        """Check the settings and tokenize the texts, before the model changes."""
+        settings = self.settings
+        for name, value, default in (
+            ("chat", settings.chat, False),
+            ("upper_blocks", settings.upper_blocks, None),
+        ):
+            if value != default:
+                raise IA3Error(
+                    f"{name} is {value}, which is a language model's: {self.base.name!r} is a "
+                    "sentence encoder; leave it out, or name a language model"
+                )
+        check_trainable(settings, self.base)
+        check_head_size(len(data.classes), self.base.dimension)
+        read_in = _template(template, data.examples[0])
+        check_fields(data.examples, list(data.examples[0]), [read_in])
+        recipe = EncoderRecipe.of(len(data.examples), settings.steps, settings.seed)
+        if settings.learning_rate is not None:
+            recipe = replace(recipe, learning_rate=settings.learning_rate)
+        if start is not None:
+            config = replace(start.config, inference_mode=False, base_model_name_or_path=None)
+            start = replace(start, config=config)
+        ids = tokenized(self.base, _texts(data.examples, read_in))
+        _warn_of_cut_texts(self.base, ids)
+        return EncoderTask(data, read_in, recipe, ids, start, settings, self.base)
+
+    def train(
+        self,
+        task: EncoderTask,
+        on_step: Callable[[EncoderStep], None] | None = None,
+        checkpoints: str | Path | None = None,
+        seen: Sequence[Candidate] | None = None,
+    ) -> Fit:
+        """Train an adapter, then the head on what it embeds.
+
+        `seen` is what was seen of several engines; else it is this one, frozen.
+
+        Raises:
+            IA3Error: the embeddings are not finite.
+        """
+        base, data, history = self.base, task.data, []
+        checkpoint = None if checkpoints is None else Checkpoint(checkpoints, task.described())
+        if seen is None:
+            seen = self.seen(task)
+        recipe = task.recipe
+        if self.settings.learning_rate is None:
+            recipe = recipe.after(next(each.accuracy for each in seen if each.engine == ENCODER))
+        begin = task.start or encoder_sites(base)
+        with self._carrying(begin, "init_from") as model, self._threads() as threads:
+            if self.settings.steps > 0:
+                texts = task.ids, data.targets
+                most = self.settings.max_tokens
+                training = EncoderTraining(base, model, *texts, recipe, max_tokens=most)
+                training.run(on_step, checkpoint, threads)
+                history = training.history
+            found = self._embeddings(task.ids, model, threads)
+            adapter = model.adapter("default")
+            with changing():
+                adapter.vectors = {name: v.cpu().clone() for name, v in adapter.vectors.items()}
+        return Fit(
+            engine=ENCODER,
+            model=self.base.name,
+            classes=data.classes,
+            choices=[readable(label) for label in data.classes],
+            templates=[task.template.source],
+            fields=list(data.examples[0]),
+            adapter=adapter,
+            settings=self.settings.kept(recipe.learning_rate),
+            threads=threads.count if history else None,
+            head=fit_head(found, data.targets, len(data.classes)),
+            history=history,
+            candidates=list(seen),
+        )
+
+    def probabilities(
+        self,
+        fit: Fit,
+        examples: list[Mapping[str, Any]],
+        progress: Callable[[int], None] | None,
+    ) -> Tensor:
+        """The softmax of the head's scores over the temperature."""
+        assert fit.head is not None
+        fit.head.check_fits(self.base.dimension)
+        ids = tokenized(self.base, _texts(examples, Template(fit.templates[0])))
+        _warn_of_cut_texts(self.base, ids)
+        with self._carrying(fit.adapter) as model:
+            found = embeddings(
+                self.base, ids, model=model, max_tokens=self.settings.max_tokens, progress=progress
+            )
+        return (fit.head.scores(found) / fit.temperature).softmax(-1)
+
+    def seen(self, task: EncoderTask) -> list[Candidate]:
+        """How well a head on frozen embeddings does on training texts that it is fitted without.
+
+        With one text a class there is no such text: the label whose name is nearest counts then.
+
+        Raises:
+            IA3Error: the embeddings are not finite.
+        """
+        names = tokenized(self.base, list(map(readable, task.data.classes)))
+        # Of ones: they change no bit.
+        with self._carrying(encoder_sites(self.base)) as model, self._threads() as threads:
+            found = self._embeddings(task.ids, model, threads)
+            named = self._embeddings(names, model, threads)
+        targets, count = task.data.targets, len(task.data.classes)
+        asked, scores = held_out_scores(found, targets, count, self.settings.seed)
+        how = "frozen, held-out folds"
+        if not asked:
+            asked, scores = list(range(len(targets))), F.normalize(found) @ F.normalize(named).T
+            how = "frozen, by the labels' names"
+        answers = [targets[text] for text in asked]
+        return [candidate(ENCODER, self.base.name, scores, answers, how)]
+
+    @contextmanager
+    def _carrying(
+        self, adapter: Adapter | IA3Config, source: str = "adapter"
+    ) -> Iterator[IA3Model]:
+        """The base with an adapter, in evaluation mode: dropout would draw numbers."""
+        with temporary_adapter(self.base, adapter, source=source) as model:
+            self.base.model.eval()  # each module's mode is put back with the adapter's end
+            yield model
+
+    def _threads(self) -> Threads:
+        return threads_of(self.settings, self.base)
+
+    def _embeddings(self, ids: list[list[int]], model: nn.Module, threads: Threads) -> Tensor:
+        """Of training texts, `[texts, dim]`, checked."""
+        most, parts = self.settings.max_tokens, []
+        for start in range(0, len(ids), AT_ONCE):
+            part = ids[start : start + AT_ONCE]
+            compute = partial(embeddings, self.base, part, model=model, max_tokens=most)
+            parts.append(threads.step(compute, sum(map(len, part))))
+        found = torch.cat(parts)
+        for text in (~found.isfinite().all(1)).nonzero()[:1].flatten().tolist():
+            raise IA3Error(
+                f"the model's embedding of text {text} is not finite: its weights or the vectors "
+                "are broken, or its dtype is too narrow"
+            )
+        return found
+
+
+def encoder_sites(base: SentenceEncoder) -> IA3Config:
+    """The config that rescales every linear layer's output, or the feed-forward input.
+
+    A pooler is left out, where there is one: sentence encoders pool without it.
+    """
+    has_pooler = any(re.fullmatch(POOLER, name) for name, _ in base.model.named_modules())
+    return IA3Config(
+        task_type=TaskType.FEATURE_EXTRACTION,
+        target_modules="all-linear",
+        exclude_modules=POOLER if has_pooler else None,
+    )
+
+
+def _template(template: str | Sequence[str] | None, example: Mapping[str, Any]) -> Template:
+    """What makes a text of an example: its fields, joined, where nothing else is said."""
+    check_has_fields(example)
+    if template is None:
+        template = fields_joined(example)
+    templates = checked_templates(template)
+    if len(templates) > 1:
+        raise IA3Error(
+            f"there are {len(templates)} templates: a sentence encoder reads a text once, expected "
+            "one"
+        )
+    return templates[0]
+
+
+def fields_joined(names: Iterable[str]) -> str:
+    """The template that writes the fields, one after the other."""
+    return BETWEEN.join(f"{{{{ fields[{name!r}] }}}}" for name in names)
+
+
+def _warn_of_cut_texts(base: SentenceEncoder, ids: Sequence[Sequence[int]]) -> None:
+    full = sum(len(of_text) >= base.max_length for of_text in ids)
+    if full:
+        warn_caller(
+            f"{full} of {len(ids)} texts fill the {base.max_length} tokens that {base.name!r} "
+            "reads: what they have beyond these is not read"
+        )
+
+
+def _texts(examples: Sequence[Mapping[str, Any]], template: Template) -> list[str]:
+    return [template.render(example, []) for example in examples]
