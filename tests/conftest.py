@@ -77,3 +77,22 @@ def tiny_gpt2(make_model):
 def tiny_t5(make_model):
     """A T5 of two and two layers."""
     return make_model("t5")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, make_model):
+    """The folder of a random model with the embedded model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    from ia3.base.loading import embedded_model_folder
+
+    folder, model = tmp_path_factory.mktemp("model"), make_model("llama")
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_folder())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, name, getattr(tokenizer, name))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

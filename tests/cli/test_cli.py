@@ -19,10 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.command import IA3, SMALL_FILES_ONLY, Place, assert_refused, said
-from transformers import AutoTokenizer
 
 from ia3 import FewShotClassifier
-from ia3.base.loading import embedded_model_folder
 
 # Spreadsheets write a byte order mark and CRLF.
 TRAIN = (
@@ -35,21 +33,6 @@ TRAIN = (
 def place(tmp_path):
     """For what ends before a model is needed."""
     return Place(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory, make_model):
-    """The folder of a random model with the embedded model's tokenizer."""
-    folder, model = tmp_path_factory.mktemp("model"), make_model("llama")
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model_folder())
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.config, name, getattr(tokenizer, name))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -87,7 +70,9 @@ def test_help_loads_nothing_heavy_and_says_how_long_training_is(place):
     shown = " ".join("".join(run.stdout for run in runs).replace("│", " ").split())
     # Of `fit` and `compare`.
     assert shown.count(f"[default: {parameters['steps'].default}]") == 2
-    assert f"[default: {parameters['learning_rate'].default}]" in shown
+    assert shown.count(f"[default: {parameters['model'].default}]") >= 2  # and of `demo`
+    for name in ("encoder", "language_model"):
+        assert f"[default: {parameters[name].default}]" in shown
 
 
 @pytest.mark.parametrize(
@@ -113,7 +98,10 @@ def test_fit_json(fitted):
         *("adapter_config.json", "adapter_model.safetensors", "ia3_task.json")
     }
     assert told["classes"] == ["fast", "slow"]
-    assert (told["examples"], told["steps"]) == (4, 3)
+    assert (told["examples"], told["steps"], told["head_bytes"]) == (4, 3, 0)
+    # A language model that was named is compared with nothing.
+    assert (told["engine"], told["model"]) == ("language-model", str(place.model))
+    assert told["candidates"] == []
     assert told["adapter_bytes"] == (folder / "adapter_model.safetensors").stat().st_size
     assert place.names() == {"train.csv", "my-adapter"}
 
@@ -274,7 +262,8 @@ def test_fit_many(model_place):
     model_place.write("tasks.yaml", mended)
     pace = model_place.folder / "many" / "pace" / "adapter_model.safetensors"
     written = pace.stat().st_mtime_ns
-    done = model_place.run("fit-many", "tasks.yaml", "--out", "many")
+    # Wide enough that no name is broken.
+    done = model_place.run("fit-many", "tasks.yaml", "--out", "many", COLUMNS="120")
     assert done.returncode == 0, done.stderr
     assert all(f"many/{name}" in done.stdout for name in found)
     assert pace.stat().st_mtime_ns == written
@@ -411,7 +400,8 @@ def test_full_disk_in_fit(model_place):
     place = model_place
     command = ("--data", "train.csv", "--steps", 1, "--out")
     done = place.fit(*command, "parent/new", under=SMALL_FILES_ONLY)
-    assert_refused(done, "parent/new/adapter_model.safetensors: File too large")
+    assert re.fullmatch(r"error: parent/new/\S+: File too large\n", done.stderr), done.stderr
+    assert done.returncode == 1
     assert place.names() == {"train.csv"}
 
 

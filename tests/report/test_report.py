@@ -15,6 +15,7 @@ from support.page import Page
 
 from ia3.report.heatmap import layer_site_grid
 from ia3.report.training_report import training_report
+from ia3.sentences.checkpoint import EncoderStep
 from ia3.tfew.training.trainer import TrainingStep
 
 
@@ -134,6 +135,18 @@ def test_the_page_is_whole_and_shows_what_it_was_given():
     assert {"training step", "loss", "true label", "predicted label", "layer"} <= set(
         page.texts["text"]
     )
+
+
+def test_an_encoders_training_has_its_loss_alone():
+    ranking, contrastive = (
+        Page(report(history=steps))
+        for steps in (history(30), [EncoderStep(i + 1, 30, 3 / (i + 1)) for i in range(30)])
+    )
+    assert ranking.texts["b"] == ["total", "lm", "length norm", "unlikelihood"]
+    assert contrastive.texts["b"] == ["total"]
+    curve = next(a for tag, a in contrastive.elements if tag == "svg")
+    assert curve
+    assert contrastive.count("svg") == ranking.count("svg")
 
 
 def test_the_maps_show_the_grids_numbers():

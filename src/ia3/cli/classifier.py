@@ -14,7 +14,17 @@ from ..files.tables import delimiter_of, fields_of, write_table
 from ..report.console import counting_bar, print_confusion, results, training_bar
 from . import options
 from .labelled import check_columns, labels_among, parse_choices
-from .options import check_files, check_out, given, print_json, report, silence_loading
+from .options import (
+    candidates_line,
+    check_files,
+    check_out,
+    fitted_with,
+    given,
+    print_json,
+    report,
+    say,
+    silence_loading,
+)
 
 if TYPE_CHECKING:
     from ..classify.estimator import FewShotClassifier
@@ -29,19 +39,27 @@ def fit(
     label: options.LabelColumn = "label",
     split: options.Split = "train",
     subset: options.Subset = None,
-    model: options.BaseModelName = options.DEFAULT_MODEL,
+    model: options.FittedModel = "auto",
+    encoder: options.Encoder = options.DEFAULT_ENCODER,
+    language_model: options.LanguageModel = options.DEFAULT_MODEL,
     template: options.Template = None,
     choice: options.Choices = None,
-    steps: Annotated[int, typer.Option(help="Training steps.", min=0)] = 100,
-    learning_rate: options.LearningRate = 0.01,
+    steps: options.MostSteps = 100,
+    learning_rate: options.LearningRate = None,
     seed: options.Seed = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Use the language model's chat template.")
+    ] = False,
     init_from: Annotated[
         str | None, typer.Option(help="Adapter to begin with, a folder or hub id, instead of ones.")
     ] = None,
     upper_blocks: Annotated[
-        int | None, typer.Option(help="Rescale so many uppermost blocks: faster to train.", min=1)
+        int | None,
+        typer.Option(
+            help="Rescale so many uppermost blocks of a language model: faster to train.", min=1
+        ),
     ] = None,
+    threads: options.Threads = None,
     checkpoints: options.Checkpoints = None,
     max_tokens: options.MaxTokens = None,
     device: options.Device = "auto",
@@ -49,7 +67,10 @@ def fit(
     force: options.ReplaceAdapter = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train an adapter on labelled examples."""
+    """Train an adapter on labelled examples.
+
+    With --model auto, --template, --choice, --chat and --upper-blocks mean the language model.
+    """
     check_columns(text, label)
     check_out(out, force, checkpoints)
     rows = read_rows(data, split=split, subset=subset, text=text, label=label)
@@ -57,10 +78,11 @@ def fit(
     choices = parse_choices(choice, labels)
     silence_loading()
     from ..classify.estimator import FewShotClassifier
-    from ..files.saved import WEIGHTS_NAME
+    from ..files.saved import HEAD_NAME, WEIGHTS_NAME
 
     settings = given(steps=steps, learning_rate=learning_rate, seed=seed, max_tokens=max_tokens)
     settings |= given(chat=chat, init_from=init_from, upper_blocks=upper_blocks, choices=choices)
+    settings |= given(encoder=encoder, language_model=language_model, threads=threads)
     classifier = FewShotClassifier(
         model=model, template=template or None, device=device, dtype=dtype, **settings
     )
@@ -69,17 +91,22 @@ def fit(
         classifier.fit(fields_of(rows, text), labels, on_step=on_step, checkpoints=checkpoints)
     seconds = time.perf_counter() - started
     classifier.save(out)
-    size = (out / WEIGHTS_NAME).stat().st_size
+    size, path = (out / WEIGHTS_NAME).stat().st_size, out / HEAD_NAME
+    head = path.stat().st_size if path.exists() else 0  # a language model has none
+    if not as_json and (seen := candidates_line(classifier)):
+        say(seen)
     report(
         as_json,
         f"Trained on {len(rows)} examples of {len(classifier.classes_)} classes in "
-        f"{seconds:.0f} s; {size / 1024:.0f} KiB in {out}",
+        f"{seconds:.0f} s; {(size + head) / 1024:.0f} KiB in {out}",
         adapter=str(out),
         classes=classifier.classes_.tolist(),
         examples=len(rows),
-        steps=classifier.steps,
+        **fitted_with(classifier),
+        steps=len(classifier.history_),
         final_loss=classifier.history_[-1].loss if classifier.history_ else None,
         adapter_bytes=size,
+        head_bytes=head,
         seconds=round(seconds, 2),
     )
 

@@ -14,11 +14,12 @@ from ..files.atomic import check_folder, write_file
 from ..files.tables import read_table
 from ..report.console import counting_bar, print_confusion, screen, training_bar
 from . import options
-from .options import print_json, say, silence_loading
+from .options import candidates_line, fitted_with, print_json, say, silence_loading
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..classify.engine import Candidate
     from ..classify.estimator import FewShotClassifier
 
 EXAMPLE = "support-tickets"
@@ -29,9 +30,16 @@ PROMISES = {
 }
 
 
+# What is there without training, by engine.
+UNTRAINED = {
+    "encoder": "frozen encoder with logistic regression",
+    "language-model": "untuned language model",
+}
+
+
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ia3-demo"),
-    model: options.BaseModelName = options.DEFAULT_MODEL,
+    model: options.FittedModel = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Learn to route support tickets from 32 examples, and check what is promised."""
@@ -54,20 +62,23 @@ def demo(
         markup=False,
     )
 
-    untuned = FewShotClassifier(model, steps=0).fit(train_texts, train_labels)
-    before = _predict(untuned, test_texts, "before training")
     tuned = FewShotClassifier(model)
     with training_bar(tuned.steps) as on_step:
         tuned.fit(train_texts, train_labels, on_step=on_step)
+    if seen := candidates_line(tuned):
+        say(f"seen before training: {seen}")
+    untuned = FewShotClassifier(tuned.model_, steps=0).fit(train_texts, train_labels)
+    before = _predict(untuned, test_texts, "before training")
     after = _predict(tuned, test_texts, "after training")
 
     classes = tuned.classes_.tolist()
     answers = {"before": before, "after": after}
     accuracies = {k: float(accuracy_score(test_labels, each)) for k, each in answers.items()}
     matrices = {}
+    what = {"before": UNTRAINED[tuned.engine_], "after": f"{len(tuned.history_)} steps"}
     for when, accuracy in accuracies.items():
         matrices[when] = confusion_matrix(test_labels, answers[when], labels=classes)
-        screen.print(f"\n[bold]{when} training: {accuracy:.1%} right[/]")
+        screen.print(f"\n[bold]{when} training: {accuracy:.1%} right[/] ({what[when]})")
         print_confusion(screen, classes, matrices[when].tolist())
 
     adapter, report = out / "adapter", out / "report.html"
@@ -79,7 +90,7 @@ def demo(
         f"({model_bytes / adapter_bytes:,.0f} times as much)"
     )
 
-    checks = _check(adapter, model, tuned.base.model, test_texts, after.tolist())
+    checks = _check(adapter, tuned, test_texts, after.tolist())
     seconds = time.perf_counter() - started
     for name, promise in PROMISES.items():
         screen.print(f"{'[green]yes[/]' if checks[name] else '[red]NO[/]'}  {promise}")
@@ -87,10 +98,12 @@ def demo(
     html = training_report(
         title="Support tickets, routed after 32 examples",
         facts=[
-            ("model", model),
+            ("model", tuned.model_),
+            *((f"seen of the {each.engine}", _seen(each)) for each in tuned.candidates_),
             ("examples to learn from", str(len(training))),
             ("examples tested", str(len(test))),
-            *((f"accuracy {when}", f"{each:.1%}") for when, each in accuracies.items()),
+            (f"accuracy of the {UNTRAINED[tuned.engine_]}", f"{accuracies['before']:.1%}"),
+            ("accuracy after training", f"{accuracies['after']:.1%}"),
             ("adapter", f"{adapter_bytes / 1024:.0f} KiB"),
             ("model size", f"{model_bytes / 2**20:.0f} MiB"),
             ("seconds in all", f"{seconds:.0f}"),
@@ -107,50 +120,70 @@ def demo(
     if as_json:
         scores = {f"accuracy_{when}": accuracy for when, accuracy in accuracies.items()}
         measured = {"adapter_bytes": adapter_bytes, "seconds": round(seconds, 1)}
-        print_json(**scores, **measured, **checks, adapter=str(adapter), report=str(report))
+        files = {"adapter": str(adapter), "report": str(report)}
+        print_json(**fitted_with(tuned), **scores, **measured, **checks, **files)
     if not all(checks.values()):
         raise typer.Exit(1)
 
 
 def prepare() -> None:
-    """Convert the embedded model into the cache (IA3_HOME), once."""
-    from ..base.loading import embedded_model_folder
+    """Convert the embedded language model into the cache (IA3_HOME), once; look for the encoder."""
+    from ..base.embedded import embedded_encoder_folder, embedded_model_folder
 
-    say(f"the embedded model is in {embedded_model_folder()}")
+    for name, folder in (
+        (options.DEFAULT_MODEL, embedded_model_folder),
+        (options.DEFAULT_ENCODER, embedded_encoder_folder),
+    ):
+        say(f"the embedded model {name} is in {folder()}")
+
+
+def _seen(candidate: Candidate) -> str:
+    """What was seen of one engine before training, without its name."""
+    return str(candidate).removeprefix(f"{candidate.engine} ")
 
 
 def _check(
-    adapter: Path, model: str, trained_on: Any, texts: list[str], expected: list[str]
+    adapter: Path, trained: FewShotClassifier, texts: list[str], expected: list[str]
 ) -> dict[str, bool]:
     """Whether each promise holds, tried on a second copy of the model."""
-    from ..base.loading import EMBEDDED_MODEL, embedded_model_folder, load_tokenizer
     from ..classify.estimator import FewShotClassifier
     from ..model.ia3_model import IA3Model
 
-    source = str(embedded_model_folder()) if model == EMBEDDED_MODEL else model
-    parameter = next(trained_on.parameters())
-    fresh = type(trained_on).from_pretrained(source, dtype=parameter.dtype)
-    fresh.eval().to(parameter.device)
-    tokenizer = load_tokenizer(source)
-    # The comparison with the file shows that training left the first copy's weights as they were.
-    untouched = _same_bits(fresh, trained_on)
-    reloaded = FewShotClassifier.load(adapter, model=fresh, tokenizer=tokenizer)
+    # A model is loaded anew for a tokenizer of one's own.
+    reloaded = FewShotClassifier.load(adapter, tokenizer=trained.base.tokenizer)
     same = _predict(reloaded, texts, "reloaded").tolist() == expected
+    fresh, trained_on = reloaded.base.model, trained.base.model
+    # The comparison with the file shows that training left the first copy's weights as they were.
+    untouched = fresh is not trained_on and _same_bits(fresh, trained_on)
     IA3Model.from_pretrained(fresh, adapter).unload()
     bitwise = untouched and _same_bits(fresh, trained_on)
-    merged = IA3Model.from_pretrained(fresh, adapter).merge_and_unload(safe_merge=True)
-    plain = FewShotClassifier(
-        merged,
-        template=reloaded.templates_,
-        choices=dict(zip(reloaded.classes_.tolist(), reloaded.choices_, strict=True)),
-        steps=0,
-        tokenizer=tokenizer,
-    ).fit(texts[:1], expected[:1])
+    IA3Model.from_pretrained(fresh, adapter).merge_and_unload(safe_merge=True)
     return {
         "reloaded_equal": same,
-        "merged_equal": _predict(plain, texts, "merged").tolist() == expected,
+        "merged_equal": _merged(reloaded, adapter, texts).tolist() == expected,
         "unloaded_bitwise": bitwise,
     }
+
+
+def _merged(loaded: FewShotClassifier, adapter: Path, texts: list[str]) -> Any:
+    """What the base model of a classifier predicts, into which its adapter was merged."""
+    from ..classify.estimator import FewShotClassifier, read_classifier
+    from ..sentences.embedding import embeddings, tokenized
+
+    head = read_classifier(adapter).head
+    if head is not None:
+        base: Any = loaded.base
+        found = embeddings(base, tokenized(base, texts))
+        return loaded.classes_[head.scores(found).argmax(1).numpy()]
+    classes = loaded.classes_.tolist()
+    plain = FewShotClassifier(
+        loaded.base.model,
+        template=loaded.templates_,
+        choices=dict(zip(classes, loaded.choices_, strict=True)),
+        steps=0,
+        tokenizer=loaded.base.tokenizer,
+    )
+    return _predict(plain.fit(texts[:1], classes[:1]), texts, "merged")
 
 
 def _same_bits(one: nn.Module, other: nn.Module) -> bool:

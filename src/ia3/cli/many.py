@@ -12,7 +12,16 @@ from ..errors import IA3Error
 from ..files.atomic import check_folder
 from ..report.console import print_rows, training_bar_of_many
 from .labelled import label_named
-from .options import Device, DType, Json, MaxTokens, print_json, silence_loading
+from .options import (
+    Device,
+    DType,
+    Json,
+    MaxTokens,
+    Threads,
+    fitted_with,
+    print_json,
+    silence_loading,
+)
 
 if TYPE_CHECKING:
     from ..classify.many_manifest import TaskToFit
@@ -30,6 +39,7 @@ def fit_many(
         ),
     ],
     max_tokens: MaxTokens = None,
+    threads: Threads = None,
     device: Device = "auto",
     dtype: DType = "auto",
     as_json: Json = False,
@@ -51,7 +61,12 @@ def fit_many(
             continue
         data[name] = texts, labels
         classifiers[name] = FewShotClassifier(
-            model=model, choices=choices, device=device, dtype=dtype, **task.settings
+            model=model,
+            choices=choices,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            **task.settings,
         )
     started = time.perf_counter()
     fitted = FittedTasks({}, {})
@@ -67,17 +82,20 @@ def fit_many(
         results.append({"task": name, "examples": count})
         if name in failures:
             problem = results[-1]["error"] = str(failures[name])
-            rows.append([name, problem, "-" if count is None else str(count), "-", "-"])
+            rows.append([name, problem, "-", "-" if count is None else str(count), "-", "-"])
             continue
-        history, adapter = fitted.classifiers[name].history_, str(out / name)
+        classifier, adapter = fitted.classifiers[name], str(out / name)
+        history = classifier.history_
         loss = history[-1].loss if history else None
+        results[-1] |= fitted_with(classifier)
         results[-1] |= {"steps": len(history), "final_loss": loss, "adapter": adapter}
         shown = "-" if loss is None else f"{loss:.3f}"
-        rows.append([name, adapter, str(count), str(len(history)), shown])
+        numbers = [str(count), str(len(history)), shown]
+        rows.append([name, adapter, classifier.engine_, *numbers])
     if as_json:
         print_json(tasks=results, seconds=round(time.perf_counter() - started, 2))
     else:
-        header = ("task", "adapter, or what is wrong", "examples", "steps", "last loss")
+        header = ("task", "adapter, or what is wrong", "engine", "examples", "steps", "last loss")
         print_rows("", header, rows, names=2)
     if failures:
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from ..base.embedded import EMBEDDED_MODEL
+from ..base.embedded import EMBEDDED_ENCODER, EMBEDDED_MODEL
 from ..errors import IA3Error
 from ..files.atomic import check_file, check_folder, holds_nothing, write_stdout
 from ..files.saved import WEIGHTS_NAME
@@ -19,8 +19,10 @@ from ..report.console import screen, visible
 
 if TYPE_CHECKING:
     from ..adapter.files import Adapter
+    from ..classify.estimator import FewShotClassifier
 
 DEFAULT_MODEL = EMBEDDED_MODEL
+DEFAULT_ENCODER = EMBEDDED_ENCODER
 
 
 def positive(value: float | None) -> float | None:
@@ -41,7 +43,8 @@ TextColumns = Annotated[
 ]
 LabelColumn = Annotated[str, typer.Option("--label", help="Column with the label.")]
 Choices = Annotated[
-    list[str] | None, typer.Option(help="LABEL=WORDS to rank for a label; once a label.")
+    list[str] | None,
+    typer.Option(help="LABEL=WORDS for a language model to rank; once a label."),
 ]
 Template = Annotated[
     list[str] | None,
@@ -50,15 +53,31 @@ Template = Annotated[
         "alone is {{ text }}, whatever its name. In bash, $'...' takes \\n as a new line."
     ),
 ]
-BaseModelName = Annotated[str, typer.Option(help="Model name, folder or hub id.")]
+BaseModelName = Annotated[str, typer.Option(help="Language model's name, folder or hub id.")]
+FittedModel = Annotated[
+    str,
+    typer.Option(
+        help="Sentence encoder or language model to train: a name, folder or hub id; 'auto' takes "
+        "the one of the two that promises more on the examples."
+    ),
+]
+Encoder = Annotated[str, typer.Option(help="The sentence encoder of 'auto'.")]
+LanguageModel = Annotated[str, typer.Option(help="The language model of 'auto'.")]
 Model = Annotated[
     str | None, typer.Option(help="Model name, folder or hub id; the adapter's own by default.")
 ]
 AdapterOut = Annotated[Path, typer.Option(help="Folder for the adapter.")]
 Steps = Annotated[int, typer.Option(help="Training steps.", min=1)]
+MostSteps = Annotated[
+    int, typer.Option(help="The most training steps; 0 is the untuned model.", min=0)
+]
 LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.", callback=positive)]
 Seed = Annotated[int, typer.Option(help="Of all draws.", min=0, max=2**32 - 1)]
 BatchSize = Annotated[int, typer.Option(help="Examples a step.", min=1)]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Of a training step on a CPU; one or all, whichever is faster.", min=1),
+]
 Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', ...")]
 DType = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16', ...")]
 MaxTokens = Annotated[
@@ -147,6 +166,22 @@ def say(message: str, kind: str = "", style: str = "") -> None:
 def warn(message: str) -> None:
     """One line on standard error, marked as a warning."""
     say(message, "warning:", "yellow")
+
+
+def fitted_with(classifier: FewShotClassifier) -> dict[str, Any]:
+    """For JSON: what a classifier was trained on, and what was seen of the candidates."""
+    candidates = [candidate.model_dump() for candidate in classifier.candidates_]
+    return {
+        "engine": classifier.engine_,
+        "model": classifier.model_,
+        "candidates": candidates,
+    }
+
+
+def candidates_line(classifier: FewShotClassifier) -> str:
+    """What was seen before training, and what was then trained; empty where nothing was seen."""
+    seen = ", ".join(map(str, classifier.candidates_))
+    return seen and f"{seen}: {classifier.engine_} {classifier.model_}"
 
 
 def reason(error: Exception) -> str:

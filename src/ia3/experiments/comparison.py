@@ -22,7 +22,7 @@ from torch import nn
 
 from ..adapter.files import adapter_files
 from ..adapter.fingerprint import fingerprint
-from ..base.loading import EMBEDDED_MODEL, BaseModel
+from ..base.loading import EMBEDDED_MODEL, BaseModel, load_base_model
 from ..classify.estimator import FewShotClassifier
 from ..classify.inputs import TEXT
 from ..classify.ranking import RankingClassifier
@@ -206,7 +206,12 @@ def compare(
     """
     settings = settings or Settings()
     _check(samples, methods, settings)
-    base = FewShotClassifier(**settings.common()).base
+    base = load_base_model(
+        settings.model,
+        tokenizer=settings.tokenizer,
+        device=settings.device,
+        dtype=settings.dtype,
+    )
     if results is not None and anew:
         Path(results).unlink(missing_ok=True)
     names = {field.name for field in fields(Run)}

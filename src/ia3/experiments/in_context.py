@@ -124,34 +124,33 @@ class InContextClassifier(RankingClassifier):
             raise InvalidTypeError(f"seed is {seed!r} ({kind}), expected a whole number")
         if self.orderings < 1:
             raise IA3Error(f"orderings is {self.orderings}, expected at least 1")
-        task = self._read_task(texts, labels)
-        encoder = Encoder(self.base, task.choices, chat=self.chat)
-        words = dict(zip(task.classes, task.choices, strict=True))
-        answers = [f" {words[label]}{BREAK}" for label in task.labels]
-        shots = list(zip(task.examples, answers, strict=True))
-        written = [[t.render(e, task.choices) + a for e, a in shots] for t in task.templates]
+        data, prompts = self._read_task(texts, labels)
+        encoder = Encoder(self.base, prompts.choices, chat=self.chat)
+        words = dict(zip(data.classes, prompts.choices, strict=True))
+        answers = [f" {words[label]}{BREAK}" for label in data.labels]
+        shots = list(zip(data.examples, answers, strict=True))
+        written = [[t.render(e, prompts.choices) + a for e, a in shots] for t in prompts.templates]
         longest = [
-            longest_input(self.base, [encoder.encode(e, template) for e in task.examples])
-            for template in task.templates
+            longest_input(self.base, [encoder.encode(e, template) for e in data.examples])
+            for template in prompts.templates
         ]
-        chosen: Sequence[int] = range(len(task.examples))
+        chosen: Sequence[int] = range(len(data.examples))
         if self.leave_out:
             # A longer text is cut, so that one very long text still leaves room for demonstrations.
             longest = [min(text, context_length(self.base) // 2) for text in longest]
             # If none fits, the check below raises an error about all of them.
-            chosen = self._fitting(task.labels, written, longest) or chosen
+            chosen = self._fitting(data.labels, written, longest) or chosen
         groups = self._groups(chosen)
         demonstrations = [_joined(of_template, groups) for of_template in written]
         tokens = list(map(self._check_fit, demonstrations, written, longest))
-        sources = [template.source for template in task.templates]
-        self._keep_task(task.classes, task.choices, sources, list(task.examples[0]))
+        self._keep_task(data, prompts)
         self.demonstrations_ = demonstrations
         self.demonstration_tokens_ = tokens
         self.examples_used_ = len(chosen)
         self.settings_ = {"chat": self.chat, "calibrate": self.calibrate}
         self._content_free = {
             name: CONTENT_FREE if isinstance(value, str) else value
-            for name, value in task.examples[0].items()
+            for name, value in data.examples[0].items()
         }
         self._prefixes: dict[tuple[str, str], Prefix] = {}
         return self
@@ -234,7 +233,7 @@ class InContextClassifier(RankingClassifier):
                     # Before the softmax, so that no probability is divided by a tiny one.
                     scores -= self._scores(encoder, member, [self._content_free])
                 total += scores.softmax(-1)
-        warn_of_cut_texts(encoder, len(examples) * len(members), stacklevel=4)
+        warn_of_cut_texts(encoder, len(examples) * len(members))
         return total / len(members)
 
     def _scores(

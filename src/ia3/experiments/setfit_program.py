@@ -32,6 +32,18 @@ def main() -> None:
         Trainer,
         TrainingArguments,
     )
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        """Ends the training after `most_seconds`."""
+
+        stopped = False
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            """Called by the trainer."""
+            most = given["most_seconds"]
+            if most is not None and time.perf_counter() - started > most:
+                self.stopped = control.should_training_stop = True
 
     name = given["model"] or f"{import_module(MODEL_PACKAGE).__path__[0]}/model"
     model = SetFitModel.from_pretrained(name)
@@ -53,7 +65,8 @@ def main() -> None:
             save_strategy="no",
             show_progress_bar=False,
         )
-        trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
+        stop = Stop()
+        trainer = Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[stop])
         model.encode(given["test_texts"][:1])
         tokens.clear()
         started = time.perf_counter()
@@ -75,6 +88,7 @@ def main() -> None:
         "training_tokens": training_tokens,
         "answer_tokens": sum(tokens) / len(predicted),
         "stored_bytes": stored_bytes + len(pickle.dumps(model.model_head)),
+        "was_stopped": stop.stopped,
     }
     Path(sys.argv[2]).write_text(json.dumps(result), "utf-8")
 

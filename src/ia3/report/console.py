@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ..tfew.training.trainer import TrainingStep
+    from ..classify.engine import Step
 
 # Progress and remarks go to standard error, results to standard output.
 screen = Console(stderr=True, emoji=False)
@@ -38,28 +38,49 @@ def visible(text: str) -> str:
 
 @contextmanager
 def training_bar(steps: int) -> Iterator[Any]:
-    """A progress bar of training, with loss and rate; yields the `on_step` that moves it."""
-    words = "loss {task.fields[loss]}  {task.fields[rate]} steps/s"
-    with _bar("training", steps, words, loss="-", rate="-") as (task, update):
+    """A progress bar of training, with loss and rate; yields the `on_step` that moves it.
 
-        def on_step(step: TrainingStep) -> None:
+    There are `steps` at most: a training that ends before has a full bar too.
+    """
+    words = "loss {task.fields[loss]}  {task.fields[rate]} steps/s{task.fields[end]}"
+    with _bar("training", steps, words, loss="-", rate="-", end="") as (task, update):
+
+        def on_step(step: Step) -> None:
             rate = f"{task.speed:.2f}" if task.speed else "-"
-            update(completed=step.step, loss=f"{step.loss:.3f}", rate=rate)
+            # Where learning stops early, there are fewer steps than at first.
+            update(completed=step.step, total=step.steps, loss=f"{step.loss:.3f}", rate=rate)
 
         yield on_step
+        if 0 < task.completed < steps:
+            update(total=task.completed, end=f", ended before {steps}")
 
 
 @contextmanager
 def training_bar_of_many(steps: Mapping[str, int]) -> Iterator[Any]:
-    """A progress bar of training many tasks; `on_step` gets a task's name and its step."""
-    words = "steps, {task.fields[done]} of {task.fields[tasks]} tasks done"
-    total = sum(steps.values())
-    with _bar("training", total, words, done=0, tasks=len(steps)) as (task, update):
+    """A progress bar of training many tasks, one after the other, in the order of `steps`.
 
-        def on_step(name: str, step: TrainingStep) -> None:
-            update(advance=1, done=task.fields["done"] + (step.step == step.steps))
+    `steps` has the most steps of each; `on_step` gets a task's name and its step.
+    """
+    words = "steps, {task.fields[done]} of {task.fields[tasks]} tasks done"
+    place = {name: number for number, name in enumerate(steps)}
+    # The most steps of the tasks from each place on.
+    rest = [0]
+    for most in reversed([*steps.values()]):
+        rest.insert(0, rest[0] + most)
+    taken: dict[str, int] = {}
+    with _bar("training", rest[0], words, done=0, tasks=len(steps)) as (task, update):
+
+        def on_step(name: str, step: Step) -> None:
+            last = taken.get(name, 0)
+            taken[name] = step.step
+            completed = int(task.completed) + step.step - last
+            # A task before this one has ended, whether it took all its steps or not.
+            total = completed - step.step + step.steps + rest[place[name] + 1]
+            done = place[name] + (step.step == step.steps)
+            update(completed=completed, total=total, done=done)
 
         yield on_step
+        update(total=task.completed, done=len(steps))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from ..tfew.training.trainer import TrainingStep
+    from ..classify.engine import Step
     from .maps import SiteMap
 
 # matplotlib knows no CSS variables: each is drawn in a colour of its own, which is then replaced.
@@ -51,12 +51,15 @@ _STYLE = {
 _LONGEST_LABEL = 26
 
 
-def training_curve(history: Sequence[TrainingStep], *, name: str) -> str:
-    """The loss and its three terms over two steps or more: each faint, the running mean bold."""
+def training_curve(history: Sequence[Step], terms: Sequence[str], *, name: str) -> str:
+    """The loss's terms over two steps or more: each faint, the running mean bold.
+
+    `terms` are of `total`, `lm`, `length-norm` and `unlikelihood`; the last is drawn on top.
+    """
     steps = [record.step for record in history]
     with settings(_STYLE):
         figure, axes = _canvas(750, 290, left=46, right=12, top=10, bottom=36)
-        for term in ("unlikelihood", "length-norm", "lm", "total"):
+        for term in terms:
             field, width = ("loss", 2.4) if term == "total" else (term.replace("-", "_"), 1.6)
             values = np.array([getattr(record, field) for record in history], dtype=np.float64)
             colour = _STAND_INS[term]

@@ -15,14 +15,23 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from torch import Tensor
 
-    from ..tfew.training.trainer import TrainingStep
+    from ..classify.engine import Step
+
+# The terms of a loss -> what they mean. A language model's steps have all of them.
+_RANKING = {
+    "total": "the sum of the three, which training makes small",
+    "lm": "how unexpected the words of the right answer are",
+    "length-norm": "how far the right answer is from winning",
+    "unlikelihood": "how likely the wrong answers' words still are",
+}
+_CONTRASTIVE = {"total": "how much nearer texts of other classes are than those of the same class"}
 
 
 def training_report(
     *,
     title: str,
     facts: Sequence[tuple[str, str]],
-    history: Sequence[TrainingStep],
+    history: Sequence[Step],
     classes: Sequence[str],
     confusion_before: ArrayLike,
     confusion_after: ArrayLike,
@@ -44,22 +53,18 @@ def training_report(
     return page(title, [facts_list(facts), *sections])
 
 
-def _training(history: Sequence[TrainingStep]) -> str:
+def _training(history: Sequence[Step]) -> str:
     from . import figures
 
-    terms = (
-        ("total", "total", "the sum of the three, which training makes small"),
-        ("lm", "lm", "how unexpected the words of the right answer are"),
-        ("length-norm", "length norm", "how far the right answer is from winning"),
-        ("unlikelihood", "unlikelihood", "how likely the wrong answers' words still are"),
-    )
+    terms = _RANKING if hasattr(history[0], "lm") else _CONTRASTIVE
     key = "".join(
         f'<li><span class="line" style="background: var(--{colour})"></span>'
-        f"<span><b>{term}</b> {meaning}</span></li>"
-        for colour, term, meaning in terms
+        f"<span><b>{colour.replace('-', ' ')}</b> {meaning}</span></li>"
+        for colour, meaning in terms.items()
     )
+    # The total comes first in the key, and is drawn last.
     return f'<ul class="key">{key}</ul>' + figure(
-        figures.training_curve(history, name="curve"),
+        figures.training_curve(history, [*reversed(terms)], name="curve"),
         "Faint lines are single steps, bold ones their running mean: lines that fall and then "
         "level off have learned what they can, lines that still fall at the end would gain from "
         "more steps, and lines that climb or jump ask for a lower learning rate.",
