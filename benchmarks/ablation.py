@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from few_shot import TEMPLATES, TREC_WORDS, few_shot_split
+from few_shot_data import TASKS as FEW_SHOT_TASKS, sample_few_shot
 from reporting import add_results_option, run_missing
 
 if TYPE_CHECKING:
@@ -60,6 +60,20 @@ TEST_ROWS = 150
 # and of 1e-3, 3e-3 and 1e-2 (BitFit) on rows of SST-2's and TREC's training files.
 RATES = {"ia3": 1e-2, "lora": 5e-3, "bitfit": 3e-3}
 LORA_RANK = 4
+# What a user would write: what the text is, and words that ask for the label; written and chosen on
+# rows of the training files.
+TEMPLATES = {
+    "sst2": "Review: {{ text }}\nSentiment:",
+    "trec": "Question: {{ text }}\nThe answer is a",
+}
+TREC_WORDS = {
+    "abbreviation": "abbreviation",
+    "description": "explanation",
+    "entity": "thing",
+    "location": "place",
+    "number": "number",
+    "person": "person",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -155,11 +169,12 @@ def read(name: str, seed: int, data: Path) -> Task:
     from ia3.tfew.prompts.tasks import SEEDS, Task, few_shot, load_templates
 
     if name in ("sst2", "trec"):
-        train, whole = few_shot_split(name, seed, data)
+        whole_train, whole = FEW_SHOT_TASKS[name].read(data)
+        train = sample_few_shot(whole_train, 16, seed)
         test = random.Random(0).sample(whole, TEST_ROWS)
         words = TREC_WORDS if name == "trec" else {"negative": "negative", "positive": "positive"}
         rows = [[{"text": t, "answer": words[x]} for t, x in part] for part in (train, test)]
-        template = _template(name, TEMPLATES[name][0], "answer", list(words.values()))
+        template = _template(name, TEMPLATES[name], "answer", list(words.values()))
         return Task(name, [template], *rows)
     if name == "overruling":
         rows_read = read_rows(data / "raft" / name / "train.csv")

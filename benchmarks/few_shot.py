@@ -1,198 +1,144 @@
-"""T-Few, the untuned model and SetFit on the same few-shot splits, one after the other.
+"""This project's classifiers and what else learns from a few labelled texts, on the same samples.
 
-    python benchmarks/few_shot.py --data DIR [--seeds 5] [--results FILE]
+    python benchmarks/few_shot.py --data DIR [--mpnet DIR] [--before SRC] [--methods M ...] ...
+    python benchmarks/few_shot.py --data DIR ... --curve      64 to 1,000 examples a class
+    python benchmarks/few_shot.py --data DIR ... --times      seconds: nothing else may run
+    python benchmarks/few_shot.py --tables                    of what is stored
 
-Every run is a process of its own with the machine to itself. Results are appended to a JSON Lines
-file as they come, and runs that are in it already are not repeated; the table is printed last.
+Every run is a process of its own with one thread. Runs are kept in JSON Lines files, one a method
+and task (those that count seconds in one of their own), and are not repeated; the tables are
+printed last. Methods whose `--mpnet` or `--before` is not given are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
-import time
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reporting import add_results_option, run_missing
+from few_shot_data import CURVE_SHOTS, FOLDS, TASKS, few_shot_split, timed_split
+from few_shot_methods import METHODS, Places, is_possible, planned, run_method
+from few_shot_report import report
+from reporting import RESULTS, run_missing
 
-SETFIT_PYTHON = Path(__file__).parent.parent / ".venv-setfit" / "bin" / "python"
-METHODS = ("untuned", "tfew", "setfit")
-# Task -> the name of each label digit in its files.
-LABELS = {
-    "sst2": ("negative", "positive"),
-    "trec": ("description", "entity", "abbreviation", "person", "location", "number"),
-}
-# What a user would write: what the text is, and words that ask for the label. One template, or
-# three to draw from and to average; written and chosen on rows of the training files.
-TEMPLATES = {
-    "sst2": ["Review: {{ text }}\nSentiment:"],
-    "trec": [
-        "Question: {{ text }}\nThe answer is a",
-        "Question: {{ text }}\nType:",
-        "{{ text }}\nThis asks for a",
-    ],
-}
-TREC_WORDS = {
-    "abbreviation": "abbreviation",
-    "description": "explanation",
-    "entity": "thing",
-    "location": "place",
-    "number": "number",
-    "person": "person",
-}
-CHOICES = {"sst2": None, "trec": TREC_WORDS}
+from ia3.files.records import read_records
+
+FOLDER = RESULTS / "few_shot"
+TIMES = "times.jsonl"
+# Where there are enough texts a class, and whose seconds are compared.
+LARGE = ("sst2", "trec")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing in the results file, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with sst2/ and trec/")
-    parser.add_argument("--seeds", type=int, default=5, help="samples of each task")
-    add_results_option(parser, "few_shot.jsonl")
+    """Run what is missing, then print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="folder with sst2/, trec/, banking77/, raft/")
+    parser.add_argument("--mpnet", type=Path, help="folder of all-mpnet-base-v2")
+    parser.add_argument("--before", type=Path, help="another build's source folder (tfew-before)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(FOLDS), help="of the samples")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of finished runs")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--curve", action="store_true", help="run with more examples a class")
+    kind.add_argument("--times", action="store_true", help="run what is to be timed")
+    kind.add_argument("--tables", action="store_true", help="run nothing")
     parser.add_argument(
         "--one",
-        nargs=3,
-        metavar=("METHOD", "TASK", "SEED"),
+        nargs=4,
+        metavar=("METHOD", "TASK", "SHOTS", "SEED"),
         help="one run alone, its result printed",
     )
     given = parser.parse_args(arguments)
+    if given.data is None and not given.tables:
+        parser.error("--data is missing")
+    places = Places(given.mpnet, given.before)
     if given.one:
-        method, task, seed = given.one
-        print(json.dumps(run(method, task, int(seed), given.data)))
+        method, task, shots, seed = given.one
+        one = {"method": method, "task": task, "shots": int(shots), "seed": int(seed)}
+        print(json.dumps(run(one, given.data, places, timed=given.times)))
         return
-    keys = [
-        {"method": method, "task": task, "seed": seed}
-        for seed in range(given.seeds)
-        for task in LABELS
-        for method in METHODS
-        # The untuned model is the same whatever the seed.
-        if method != "untuned" or seed == 0
-    ]
-    print(table(run_missing(__file__, keys, given.results, ["--data", str(given.data)])))
+    if not given.tables:
+        methods = [method for method in METHODS if method in given.methods]
+        keys = keys_of([m for m in methods if is_possible(m, places)], given)
+        run_all(keys, given, places)
+    times = given.results / TIMES
+    stored = [path for path in sorted(given.results.rglob("*.jsonl")) if path != times]
+    print(report([run for path in stored for run in _read(path)], _read(times)))
 
 
-# -- the data --------------------------------------------------------------------------------------
+def keys_of(methods: Sequence[str], given: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs in their order: a sample's methods in turns, a seed on everything before the next.
 
-# A text and the name of its label.
-Example = tuple[str, str]
-
-
-def few_shot_split(task: str, seed: int, data: Path) -> tuple[list[Example], list[Example]]:
-    """Draw 16 training examples of each class with a seed; the test set stays whole."""
-    train, test = read_task(task, data)
-    return sample_few_shot(train, 16, seed), test
-
-
-def read_task(task: str, data: Path) -> tuple[list[Example], list[Example]]:
-    """The training and the test examples of a task.
-
-    SST-2 has `text<TAB>digit` a line in UTF-8, TREC `digit text` in latin-1.
+    More examples a class come first: they tell more.
     """
-    ending, encoding = ("tsv", "utf-8") if task == "sst2" else ("txt", "latin-1")
-    train, test = (
-        [
-            _example(line, task)
-            for line in (data / task / f"{part}.{ending}").read_text(encoding).split("\n")
-            if line.strip()
-        ]
-        for part in ("train", "test")
-    )
-    return train, test
-
-
-def sample_few_shot(examples: Sequence[Example], shots: int, seed: int) -> list[Example]:
-    """`shots` distinct texts of each class, shuffled together.
-
-    A text that occurs more than once counts once, with its first label. The result depends only on
-    the examples, their order, `shots` and `seed`.
-    """
-    first_label: dict[str, str] = {}
-    for text, label in examples:
-        first_label.setdefault(text, label)
-    by_class: dict[str, list[str]] = {}
-    for text, label in first_label.items():
-        by_class.setdefault(label, []).append(text)
-    draw = random.Random(seed)
-    sample = [
-        (text, label) for label in sorted(by_class) for text in draw.sample(by_class[label], shots)
-    ]
-    draw.shuffle(sample)
-    return sample
-
-
-def _example(line: str, task: str) -> Example:
-    if task == "sst2":
-        text, _, digit = line.rpartition("\t")
+    if given.curve:
+        keys = _large(methods, CURVE_SHOTS, range(1))
+    elif given.times:
+        keys = _large(methods, (16,), range(2))
     else:
-        digit, _, text = line.partition(" ")
-    return text.strip(), LABELS[task][int(digit)]
+        keys = [key for task in TASKS for m in methods for key in planned(m, task)]
+    chosen = [key for key in keys if key["task"] in given.tasks and key["seed"] in given.seeds]
+    places = [*TASKS]
+    return sorted(chosen, key=lambda k: (k["seed"], -k["shots"], places.index(k["task"])))
 
 
-# -- one run ---------------------------------------------------------------------------------------
+def run_all(keys: Sequence[dict[str, Any]], given: argparse.Namespace, places: Places) -> None:
+    """Each in a process; what failed is said and left out."""
+    options = ["--data", str(given.data), *(["--times"] if given.times else [])]
+    for name, place in vars(places).items():
+        options += [f"--{name}", str(place)] if place else []
+    for key in keys:
+        path = given.results / key["task"] / f"{key['method']}.jsonl"
+        path = given.results / TIMES if given.times else path
+        run_missing(__file__, [key], path, options, threads=1)
 
 
-def run(method: str, task: str, seed: int, data: Path) -> dict[str, Any]:
-    """Accuracy on the full test set, and seconds, of one method on one split."""
-    from ia3 import FewShotClassifier
+def run(key: dict[str, Any], data: Path, places: Places, *, timed: bool = False) -> dict[str, Any]:
+    """One method on one sample: accuracy, seconds, and which test rows were right.
 
-    train, test = few_shot_split(task, seed, data)
+    Args:
+        key: `method`, `task`, `shots` and `seed`.
+        data: the folder with the tasks.
+        places: of what methods need.
+        timed: predict 1,000 texts, and keep the machine's load instead of what each row got.
+    """
+    load = os.getloadavg()[0]
+    method, task, shots, seed = key.values()
+    train, test = (timed_split if timed else few_shot_split)(task, shots, seed, data)
     texts, labels = map(list, zip(*train, strict=True))
     test_texts, test_labels = map(list, zip(*test, strict=True))
-    if method == "setfit":
-        from ia3.experiments.setfit import SetFit, run_setfit
-
-        found = run_setfit(
-            SetFit(SETFIT_PYTHON), texts, labels, test_texts, seed=seed, use_gpu=False
-        )
-        right = sum(a == b for a, b in zip(found.predicted, test_labels, strict=True))
-        accuracy, train_seconds = right / len(test_labels), found.train_seconds
-        predict_seconds = found.answer_seconds * len(test_texts)
+    stops = shots in CURVE_SHOTS
+    found = run_method(method, texts, labels, test_texts, seed, places, stops=stops)
+    right = [a == b for a, b in zip(found.pop("predicted"), test_labels, strict=True)]
+    found |= {name: round(found[name], 2) for name in ("train_seconds", "predict_seconds")}
+    if timed:
+        found.pop("confidence", None)
+        found["load"] = round(load, 1)
     else:
-        # But for these words, the estimator's defaults whatever the task.
-        classifier = FewShotClassifier(template=TEMPLATES[task], choices=CHOICES[task], seed=seed)
-        if method == "untuned":
-            classifier.set_params(steps=0)
-        _ = classifier.base
-        started = time.perf_counter()
-        classifier.fit(texts, labels)
-        trained = time.perf_counter()
-        accuracy, train_seconds = classifier.score(test_texts, test_labels), trained - started
-        predict_seconds = time.perf_counter() - trained
-    return {
-        "method": method,
-        "task": task,
-        "seed": seed,
-        "accuracy": accuracy,
-        "train_seconds": round(train_seconds, 2),
-        "predict_seconds": round(predict_seconds, 2),
-    }
+        found["right"] = "".join("01"[each] for each in right)
+    return {**key, "accuracy": round(sum(right) / len(right), 4), **found}
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Mean accuracy, its spread over seeds and median seconds, as Markdown."""
-    lines = [
-        "| task | method | accuracy, mean | lowest to highest | seconds to train | to predict |",
-        "|---|---|---|---|---|---|",
+def _large(
+    methods: Sequence[str], shots: Sequence[int], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    return [
+        {"method": method, "task": task, "shots": number, "seed": seed}
+        for task in LARGE
+        for number in shots
+        for seed in seeds
+        for method in methods
     ]
-    for task in LABELS:
-        for method in METHODS:
-            runs = [r for r in results if (r["method"], r["task"]) == (method, task)]
-            if not runs:
-                continue
-            accuracies = [100 * r["accuracy"] for r in runs]
-            train, predict = (
-                statistics.median(r[f"{what}_seconds"] for r in runs)
-                for what in ("train", "predict")
-            )
-            lines.append(
-                f"| {task} | {method} | {statistics.mean(accuracies):.1f} | "
-                f"{min(accuracies):.1f} to {max(accuracies):.1f} | {train:.0f} | {predict:.0f} |"
-            )
-    return "\n".join(lines)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return read_records(path, lambda run: "accuracy" in run, "a run of the few-shot benchmark")
 
 
 if __name__ == "__main__":

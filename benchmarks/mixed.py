@@ -5,7 +5,8 @@
 SmolLM2-135M in float32. 32 rows over 32 adapters, of 1,000 that are resident: the forward pass and
 one decoded token, against the frozen model with the same weights in the same turn; beside it PEFT's
 LoRA with one adapter a row (`adapter_names`), and its (IA)³ one row after the other. Then adapters
-are registered from disk, as many as asked for. `--write` keeps what was measured in
+are registered from disk, as many as asked for. Last, texts of 32 classifiers on all-MiniLM-L6-v2 in
+one batch, against the same texts of one. `--write` keeps what was measured in
 `benchmarks/results/mixed.json`.
 """
 
@@ -17,7 +18,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ ROWS = 32
 RESIDENT = 1000
 LENGTH = 64
 FILE = "adapter_model.safetensors"
+ONE = "one task"
+TICKETS = [
+    "I was charged twice for the same order this month, please refund one of them.",
+    "My parcel has been lost for two weeks and nobody answers.",
+    "The invoice shows the wrong address of our company.",
+    "Where is the courier? The tracking page has not changed since Monday.",
+    "Your system declined my card, but the money is gone.",
+    "The box arrived open and half of the order is missing.",
+    "Can I pay by bank transfer next time?",
+    "Please leave the delivery with my neighbour on the second floor.",
+]
 
 
 def write_adapters(model: nn.Module, root: Path, count: int) -> list[Path]:
@@ -175,9 +187,60 @@ def _lookup(bank: Any, count: int) -> float:
     return statistics.median(times)
 
 
+def write_classifiers(model: str, root: Path, count: int) -> list[Path]:
+    """Classifiers of random vectors on an encoder, each in a folder."""
+    import ia3
+
+    classifier = ia3.FewShotClassifier(model, steps=0).fit(TICKETS, ["billing", "delivery"] * 4)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(count):
+        for vector in classifier.adapter_.vectors.values():
+            vector.copy_(1 + 0.1 * torch.randn(vector.shape, generator=generator))
+        classifier.save(root / f"classifier{number}")
+    return [root / f"classifier{number}" for number in range(count)]
+
+
+def time_classifiers(
+    model: nn.Module, folders: Sequence[Path], rows: int, repeats: int, clock: Callable[[], float]
+) -> Timings:
+    """Texts of as many classifiers as there are folders in one batch, or all of the first."""
+    import ia3
+
+    bank = ia3.AdapterBank(model, capacity=len(folders))
+    for number, folder in enumerate(folders):
+        bank.add(f"a{number}", folder)
+    texts = [f"{TICKETS[row % len(TICKETS)]} {row}" for row in range(rows)]
+    many = [f"a{row % len(folders)}" for row in range(rows)]
+    steps = {
+        "many tasks": lambda: ia3.classify(bank, texts, many),
+        ONE: lambda: ia3.classify(bank, texts, ["a0"] * rows),
+        "one task again": lambda: ia3.classify(bank, texts, ["a0"] * rows),
+    }
+    return take_turns(steps, repeats, warm_up=3, clock=clock)
+
+
 def _resident_bytes() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _classifiers(repeats: int, clock: Callable[[], float]) -> Timings:
+    from transformers import AutoModel
+
+    from ia3.base.embedded import embedded_encoder_folder
+
+    with tempfile.TemporaryDirectory() as root:
+        folders = write_classifiers("all-minilm-l6-v2", Path(root), ROWS)
+        model = AutoModel.from_pretrained(embedded_encoder_folder())
+        return time_classifiers(model, folders, ROWS, repeats, clock)
+
+
+def _in_lines(timings: Timings) -> str:
+    lines = [
+        [name, f"{1e3 * timings.median(name):.1f} ms", f"{timings.ratio(name, ONE):.3f}"]
+        for name in timings.seconds
+    ]
+    return table([f"{ROWS} texts of classifiers", "median", "to one task"], lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -186,10 +249,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapters", type=int, default=10_000, help="how many are registered")
     parser.add_argument("--resident", type=int, default=RESIDENT, help="adapters in the bank")
     parser.add_argument("--repeats", type=int, default=15, help="turns")
+    parser.add_argument(
+        "--classifiers", action="store_true", help="only these, in the processor's time"
+    )
     parser.add_argument("--write", action="store_true", help="keep the results")
     options = parser.parse_args(arguments)
     import ia3
 
+    if options.classifiers:
+        print(_in_lines(_classifiers(options.repeats, time.process_time)))
+        return
     model = ia3.load_base_model("smollm2-135m-instruct").model.requires_grad_(False).eval()
     with tempfile.TemporaryDirectory() as root:
         folders = write_adapters(model, Path(root), max(options.adapters, options.resident))
@@ -200,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = contestants(model, folders[: options.resident], ROWS)
         timings = time_batches(found, ROWS, LENGTH, options.repeats)
     alone = time_one_by_one(model, ROWS, LENGTH, max(3, options.repeats // 3))
+    of_classifiers = _classifiers(options.repeats, time.perf_counter)
     lines = [
         [what, name, f"{1e3 * each.median(name):.1f} ms", f"{each.ratio(name, 'base'):.3f}"]
         for what, each in timings.items()
@@ -210,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines.append(["the forward", "PEFT (IA)³ one by one", f"{milliseconds:.1f} ms", f"{ratio:.3f}"])
     print(table(["measured", "who", "median", "to the base model"], lines))
     print(table([*registered[0]], [[digits(v) for v in each.values()] for each in registered]))
+    print(_in_lines(of_classifiers))
     if options.write:
         batches = {
             what: {
@@ -220,6 +291,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         batches["the forward, PEFT (IA)³ one by one"] = {"PEFT": {"ratio": ratio}}
         content = {"where": circumstances(), "batches": batches, "registered": registered}
+        content["classifiers"] = {
+            name: {"seconds": of_classifiers.median(name), "ratio": of_classifiers.ratio(name, ONE)}
+            for name in of_classifiers.seconds
+        }
         write_json(RESULTS / "mixed.json", content)
 
 

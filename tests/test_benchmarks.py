@@ -1,19 +1,31 @@
 """The benchmarks' programs: what they measure by, and that they run and leave what they should."""
 
 import json
+import os
 import sys
+import time
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
-from support.paths import REPOSITORY
+from scipy import stats
+from support.paths import DATA, REPOSITORY, needs_data
 from support.tfew import word_tokenizer
 from torch import nn
+from transformers import AutoModel
 
+from ia3 import FewShotClassifier
+from ia3.base.embedded import embedded_encoder_folder
 from ia3.base.loading import BaseModel
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import curves
+import few_shot
+import few_shot_data
+import few_shot_methods
+import few_shot_report
 import gpu
 import measuring
 import mixed
@@ -176,3 +188,259 @@ def test_mixed_batches_are_timed_and_adapters_registered(tiny_llama, tmp_path):
     assert not torch.equal(bank, base)
     registered = mixed.register(tiny_llama, folders)
     assert (registered["adapters"], registered["values each"]) == (6, 2 * (16 + 16 + 48))
+
+
+# -- few_shot.py -----------------------------------------------------------------------------------
+
+TEXTS = ["a fine film", "dull and long", "a joy to watch", "I slept through it"]
+TEXTS += ["warm and funny", "a waste of time", "the best this year", "flat jokes , no plot"]
+LABELS = ["positive", "negative"] * 4
+needs_setfit = pytest.mark.skipif(
+    not few_shot_methods.SETFIT_PYTHON.exists(), reason="no .venv-setfit: make .venv-setfit/.ready"
+)
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """A data folder with an SST-2 of 40 training rows, some twice, and 6 test rows."""
+    folder = tmp_path / "data"
+    rows = [f"{text} , {n}\t{int(label == 'positive')}" for n in range(5)
+            for text, label in zip(TEXTS, LABELS, strict=True)]  # fmt: skip
+    (folder / "sst2").mkdir(parents=True)
+    (folder / "sst2" / "train.tsv").write_text("\n".join([*rows, *rows[:9], ""]), "utf-8")
+    (folder / "sst2" / "test.tsv").write_text("\n".join(rows[-6:]) + "\n", "utf-8")
+    return folder
+
+
+def test_a_sample_has_as_many_distinct_texts_of_each_class(reviews):
+    train, test = few_shot_data.TASKS["sst2"].read(reviews)
+    assert (len(train), len(test)) == (49, 6)
+    sample = few_shot_data.sample_few_shot(train, 16, seed=3)
+    assert Counter(label for _, label in sample) == {"positive": 16, "negative": 16}
+    assert len({text for text, _ in sample}) == 32
+    assert sample == few_shot_data.sample_few_shot(train, 16, seed=3)
+    assert sample != few_shot_data.sample_few_shot(train, 16, seed=4)
+    # Where a class has not so many, it has all.
+    assert len(few_shot_data.sample_few_shot(train, 64, seed=3)) == 40
+
+
+def test_every_row_is_in_one_fold_and_every_fold_has_each_class():
+    rows = [(f"text {n}", "rare" if n % 3 == 0 else "often") for n in range(50)]
+    folds = [few_shot_data.fold(rows, number) for number in range(few_shot_data.FOLDS)]
+    assert sorted(row for _, test in folds for row in test) == sorted(rows)
+    for train, test in folds:
+        assert sorted(train + test) == sorted(rows)
+        assert Counter(label for _, label in test)["rare"] in (3, 4)
+
+
+@needs_data
+@pytest.mark.parametrize("task", few_shot_data.TASKS)
+def test_every_method_has_the_same_samples_of_the_real_tasks(task):
+    shots = few_shot_data.TASKS[task].shots[0]
+    train, test = few_shot_data.few_shot_split(task, shots, 1, DATA)
+    rows = {"banking77": 300, "tickets": 200, "ade_corpus_v2": 10, "twitter_complaints": 10}
+    assert len(test) == rows.get(task, 500)
+    classes = Counter(label for _, label in train)
+    assert {label for _, label in test} <= classes.keys()
+    numbers = {"trec": 6, "banking16": 16, "banking77": 77, "tickets": 4}
+    assert len(classes) == numbers.get(task, 2)
+    if shots:
+        assert set(classes.values()) == {shots}
+        assert test == few_shot_data.few_shot_split(task, shots, 2, DATA)[1]
+    assert few_shot_data.few_shot_split(task, shots, 1, DATA) == (train, test)
+
+
+@needs_data
+def test_timed_methods_predict_a_thousand_texts_that_they_did_not_train_on():
+    train, others = few_shot_data.timed_split("trec", 16, 0, DATA)
+    assert (len(train), len(others)) == (96, 1000)
+    assert not {text for text, _ in train} & {text for text, _ in others}
+
+
+def test_finished_runs_are_kept_and_told_in_tables(tmp_path, capsys):
+    results = tmp_path / "results"
+    command = ["--data", str(tmp_path), "--results", str(results), "--methods", "tfidf"]
+    # The tickets are in this repository.
+    command += ["--tasks", "tickets", "--seeds", "1"]
+    few_shot.main(command)
+    path = results / "tickets" / "tfidf.jsonl"
+    stored = path.read_bytes()
+    (run,) = map(json.loads, stored.splitlines())
+    assert (run["shots"], run["seed"], run["threads"], len(run["right"])) == (8, 1, 1, 200)
+    assert run["accuracy"] == run["right"].count("1") / 200 > 0.4
+    printed = capsys.readouterr().out
+    assert f"| tickets | 8 | {100 * run['accuracy']:.1f} (1) |" in printed
+    few_shot.main(command)
+    assert path.read_bytes() == stored
+    assert capsys.readouterr().out == printed
+
+
+def test_what_a_method_needs_and_is_not_there_leaves_it_out():
+    places = few_shot_methods.Places()
+    left_out = {m for m in few_shot_methods.METHODS if not few_shot_methods.is_possible(m, places)}
+    assert left_out == {"tfew-before", "frozen-mpnet", "setfit-mpnet", "auto-mpnet"}
+
+
+def estimated(tmp_path, tiny_llama, source):
+    """Two classifiers' result, and the texts that they predicted."""
+    tiny_llama.save_pretrained(tmp_path / "model")
+    word_tokenizer(["positive", "negative"]).save_pretrained(tmp_path / "model")
+    settings = [{"model": str(tmp_path / "model"), "steps": steps} for steps in (0, 3)]
+    given = {"classifiers": settings, "source": str(source)}
+    given |= {"texts": TEXTS, "labels": LABELS, "test_texts": TEXTS[:3]}
+    environment = os.environ | {"PYTHONPATH": str(source)}
+    program = few_shot_methods.HERE / "few_shot_estimator.py"
+    return settings, few_shot_methods._run([sys.executable], program, given, environment)
+
+
+def test_the_estimator_gives_mean_probabilities_by_the_source_that_was_named(tmp_path, tiny_llama):
+    settings, found = estimated(tmp_path, tiny_llama, few_shot_methods.SOURCE)
+    fitted = [FewShotClassifier(**each).fit(TEXTS, LABELS) for each in settings]
+    mean = np.mean([each.predict_proba(TEXTS[:3]) for each in fitted], axis=0)
+    assert found["predicted"] == fitted[0].classes_[mean.argmax(axis=1)].tolist()
+    assert found["confidence"] == pytest.approx(1000 * mean.max(axis=1), abs=1)
+    assert found["stored_bytes"] > 1000
+    (tmp_path / "other").mkdir()
+    with pytest.raises(RuntimeError, match="ia3 is imported from"):
+        estimated(tmp_path, tiny_llama, tmp_path / "other")
+
+
+@needs_setfit
+@pytest.mark.parametrize("method", ["frozen-minilm", "setfit-minilm"])
+def test_a_rival_answers_in_its_own_environment(method, monkeypatch):
+    monkeypatch.setattr(few_shot_methods, "SETFIT_MOST_SECONDS", 0.0)
+    given = (TEXTS, LABELS, TEXTS, 0, few_shot_methods.Places())
+    found = few_shot_methods.run_method(method, *given, stops=True)
+    assert len(found["predicted"]) == len(TEXTS)
+    assert sum(a == b for a, b in zip(found["predicted"], LABELS, strict=True)) > 4
+    assert found.get("was_stopped", False) == (method == "setfit-minilm")
+    assert min(found["train_seconds"], found["predict_seconds"], found["stored_bytes"]) > 0
+
+
+def made_runs(method, task, accuracies, shots=(16,), rows=20):
+    """Runs of these accuracies, in twentieths, one a seed."""
+    return [
+        {"method": method, "task": task, "shots": number, "seed": seed, "accuracy": right / rows,
+         "right": "1" * right + "0" * (rows - right)}
+        for seed, right in enumerate(accuracies)
+        for number in shots
+    ]  # fmt: skip
+
+
+OWN_RIGHT, RIVAL_RIGHT = [18, 17, 19, 16, 18], [15, 17, 15, 14, 13]
+
+
+def test_differences_are_paired_by_seed():
+    runs = made_runs("auto", "sst2", OWN_RIGHT, shots=(8, 16))
+    runs += made_runs("tfidf", "sst2", [*RIVAL_RIGHT, 20], shots=(8, 16))
+    found = few_shot_report.difference_on("sst2", runs, "auto", "tfidf")
+    # By SciPy's paired test of the accuracies; both numbers of examples are the same here.
+    paired = stats.ttest_rel(np.array(OWN_RIGHT) * 5.0, np.array(RIVAL_RIGHT) * 5.0)
+    low, high = paired.confidence_interval(0.95)
+    assert found.mean - found.half == pytest.approx(low)
+    assert found.mean + found.half == pytest.approx(high)
+    assert few_shot_report.difference_on("trec", runs, "auto", "tfidf") is None
+    assert few_shot_report.difference(runs, "auto", "tfidf").mean == pytest.approx(found.mean)
+
+
+def test_one_sample_has_an_interval_over_its_rows():
+    runs = made_runs("auto", "sst2", [18]) + made_runs("tfidf", "sst2", [13])
+    found = few_shot_report.difference_on("sst2", runs, "auto", "tfidf")
+    rows = [100.0] * 5 + [0.0] * 15
+    low, high = stats.ttest_1samp(rows, 0).confidence_interval(0.95)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+
+
+def test_the_mean_over_tasks_has_welchs_interval():
+    first, second = [5.0, 10.0, 0.0, 20.0, 15.0], [10.0, -5.0, 5.0]
+    runs = []
+    for task, differences in (("sst2", first), ("tickets", second)):
+        runs += made_runs("auto", task, [10 + round(d / 5) for d in differences], shots=(8,))
+        runs += made_runs("tfidf", task, [10] * len(differences), shots=(8,))
+    found = few_shot_report.difference(runs, "auto", "tfidf")
+    # The sum of two means is a difference from the other's negative.
+    negative = [-each for each in second]
+    welch = stats.ttest_ind(first, negative, equal_var=False).confidence_interval(0.95)
+    half = (welch.high - welch.low) / 4
+    assert found.mean == pytest.approx((welch.high + welch.low) / 4)
+    assert found.half == pytest.approx(half)
+    assert found.tasks == ("sst2", "tickets")
+
+
+def test_methods_that_were_tested_on_other_rows_are_not_compared():
+    runs = made_runs("auto", "sst2", [18]) + made_runs("tfidf", "sst2", [13], rows=21)
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        few_shot_report.difference_on("sst2", runs, "auto", "tfidf")
+
+
+def test_calibration_error_is_of_bins_of_equal_mass():
+    # 15 bins of 4 rows, of which 3 are right.
+    confidence = [round(0.5 + n / 100, 2) for n in range(15) for _ in range(4)]
+    right = [True, True, True, False] * 15
+    expected = np.mean([abs(0.5 + n / 100 - 0.75) for n in range(15)])
+    assert few_shot_report.calibration_error(confidence, right) == pytest.approx(expected)
+    # The order of the rows makes no difference.
+    backwards = few_shot_report.calibration_error(confidence[::-1], right[::-1])
+    assert backwards == pytest.approx(expected)
+    assert few_shot_report.calibration_error([1.0, 1.0], [True, False]) == pytest.approx(0.5)
+
+
+def test_few_rows_have_a_calibration_error_by_chance():
+    few, many = ([0.8] * rows for rows in (50, 20_000))
+    assert few_shot_report.error_by_chance(few) > 0.1
+    assert few_shot_report.error_by_chance(many) < 0.02
+
+
+def test_an_aim_is_reached_missed_or_lacks_runs():
+    runs = made_runs("auto", "tickets", [18, 17, 19, 16, 18], shots=(8,))
+    times = [{"method": m, "task": "sst2", "shots": 16, "seed": seed, "load": 0.5, **figures}
+             for seed in range(2)
+             for m, figures in {
+                 "encoder": {"train_seconds": 10, "predict_seconds": 3, "stored_bytes": 5},
+                 "setfit-minilm": {"train_seconds": 90, "predict_seconds": 2, "stored_bytes": 400},
+             }.items()]  # fmt: skip
+    found = {each.what: each for each in few_shot_report.reaches(runs, times)}
+    tickets = found["auto on the tickets, 8 a class"]
+    assert (tickets.found, tickets.in_words) == ("88.0", "yes")
+    ratios = {what: each for what, each in found.items() if what.startswith("encoder by setfit")}
+    assert {what.partition(": ")[2]: (each.found, each.holds) for what, each in ratios.items()} == {
+        "time to train": ("1/9.0", True),
+        "bytes stored": ("1/80.0", False),
+        "time to predict 1,000 texts": ("1.50", False),
+    }
+    assert found["auto on sst2, against the best there"].in_words == "no runs"
+    # Another rival's single run: there is a difference, and most of what it is of is missing.
+    runs += made_runs("tfidf", "tickets", [18], shots=(8,))
+    on_tickets = few_shot_report.reaches(runs, times)[5]
+    # Four of tfidf's, and all five of each other rival's.
+    assert on_tickets.in_words == "yes, so far: 19 runs are missing"
+    assert "beside other work" not in few_shot_report.times_table(times)
+    times[0]["load"] = 2.0
+    assert "beside other work (load 2.0)" in few_shot_report.times_table(times)
+
+
+def test_a_mean_over_tasks_says_that_runs_are_missing():
+    runs = []
+    for task, about in few_shot_data.TASKS.items():
+        runs += made_runs("tfidf", task, [10] * 5, shots=about.shots)
+    assert few_shot_report.accuracy_table(runs).endswith("| mean over tasks |  | 50.0 |")
+    assert few_shot_report.accuracy_table(runs[1:]).endswith("| 50.0 so far |")
+    without = [run for run in runs if run["task"] != "banking77"]
+    assert few_shot_report.accuracy_table(without).endswith("| mean over tasks |  |  |")
+
+
+def test_more_examples_are_a_table_of_their_own():
+    runs = made_runs("setfit-minilm", "sst2", [18], shots=(16, 250))
+    runs[1] |= {"was_stopped": True, "train_seconds": 1800.0}
+    told = few_shot_report.report(runs, [])
+    accuracy, more = told.split("### More examples")
+    assert "| sst2 | 16 | 90.0 (1) |" in accuracy
+    assert "250" not in accuracy
+    assert "| sst2 | 250 | 90.0 (1800 s, stopped) |" in more
+
+
+def test_classifiers_in_one_batch_are_timed(tmp_path):
+    folders = mixed.write_classifiers("all-minilm-l6-v2", tmp_path, 2)
+    model = AutoModel.from_pretrained(embedded_encoder_folder())
+    timings = mixed.time_classifiers(model, folders, 2, 1, time.process_time)
+    assert timings.ratio("many tasks", mixed.ONE) > 0
