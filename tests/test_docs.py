@@ -8,13 +8,15 @@ import sys
 from support.paths import REPOSITORY
 from support.tfew import tiny_llama, word_tokenizer
 
-from ia3 import IA3Config, IA3Model
+from ia3 import FewShotClassifier, IA3Config, IA3Model
+from ia3.classify.engine import Candidate
 from ia3.classify.many_manifest import read_many_manifest
 from ia3.tfew import load_templates
 from ia3.tfew.prompts.manifest import read_manifest
 
 DOCS = REPOSITORY / "docs"
 PAGE = (DOCS / "tfew.md").read_text("utf-8")
+FEW_SHOT = (DOCS / "few-shot.md").read_text("utf-8")
 MIXED = (DOCS / "mixed.md").read_text("utf-8")
 ROWS = [
     {"premise": "It rained all day .", "hypothesis": "It was wet .", "label": 0},
@@ -81,8 +83,26 @@ def test_the_manifest_names_three_tasks(tmp_path):
     assert (rendered.prompt, rendered.choices[rendered.answer]) == ("twice\nCategory:", "bill")
 
 
+def test_a_classifier_chooses_is_saved_and_read_back(tmp_path):
+    *seen, trained, predicted = run(blocks("python", FEW_SHOT)[0], tmp_path).splitlines()
+    assert [line.split()[0] for line in seen] == ["encoder", "language-model"]
+    assert trained == "encoder all-minilm-l6-v2"
+    assert predicted == "['billing']"
+    section = FEW_SHOT.partition("## What is saved")[2].partition("##")[0]
+    names = re.findall(r"`(\w+\.(?:json|safetensors))`", section)
+    assert set(names) == {path.name for path in (tmp_path / "queue").iterdir()} - {"README.md"}
+
+
+def test_the_line_that_fit_prints_is_as_it_stands_there():
+    note = "frozen, held-out folds, 32 texts"
+    frozen = Candidate(engine="encoder", name=None, accuracy=0.59, error=0.09, note=note)
+    note = "untuned, calibrated, 32 texts"
+    untuned = Candidate(engine="language-model", name=None, accuracy=0.41, error=0.09, note=note)
+    assert f"    {frozen}, {untuned}: encoder all-minilm-l6-v2\n" in FEW_SHOT
+
+
 def test_many_tasks_are_fitted(tmp_path):
-    program = blocks("python")[2]
+    program = blocks("python", FEW_SHOT)[1]
     save_model(program, tmp_path)
     assert run(program, tmp_path).rstrip().endswith("'] {}")
     for name in ("queue", "mood"):
@@ -90,15 +110,30 @@ def test_many_tasks_are_fitted(tmp_path):
 
 
 def test_the_manifest_of_many_tasks_names_two(tmp_path):
-    (tmp_path / "tasks.yaml").write_text(blocks("yaml")[1])
-    _, tasks = read_many_manifest(tmp_path / "tasks.yaml")
+    (manifest,) = blocks("yaml", FEW_SHOT)
+    (tmp_path / "tasks.yaml").write_text(manifest)
+    model, tasks = read_many_manifest(tmp_path / "tasks.yaml")
+    # What the manifest says is what holds where it says nothing.
+    (tmp_path / "tasks.yaml").write_text(manifest.replace("model: auto", ""))
+    assert read_many_manifest(tmp_path / "tasks.yaml")[0] == model == "auto"
     assert [task.label for task in tasks.values()] == ["Label", "Label"]
     assert tasks["ade"].choices == {"ADE-related": "yes", "not ADE-related": "no"}
     assert tasks["organisations"].text == ["Paper title", "Organization name"]
 
 
+def test_a_bank_classifies_for_two_customers(tmp_path):
+    program, _ = blocks("python", MIXED)
+    texts = ["You charged me twice.", "Where is my parcel?"]
+    for name, labels in (("customer-a", ["ledger", "depot"]), ("customer-b", ["bill", "van"])):
+        classifier = FewShotClassifier("all-minilm-l6-v2", steps=2).fit(texts, labels)
+        classifier.save(tmp_path / "classifiers" / name)
+    found = [line.split() for line in run(program, tmp_path).splitlines()]
+    assert [label for label, _ in found] == ["ledger", "van", "bill"]
+    assert all(0.5 < float(probability) <= 1 for _, probability in found)
+
+
 def test_a_bank_generates_for_two_customers_and_the_base_model(tmp_path):
-    (program,) = blocks("python", MIXED)
+    _, program = blocks("python", MIXED)
     model = save_model(program, tmp_path)
     for name in ("customer-a", "customer-b"):
         adapted = IA3Model(model, IA3Config(init_ia3_weights=False))

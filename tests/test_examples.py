@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import os
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ ENTRY_POINTS = {
     "IA3Model.route": ia3.IA3Model.route,
     "AdapterBank": ia3.AdapterBank,
     "fit_many": ia3.fit_many,
+    "classify": import_module("ia3.classify.mixed").classify,
     "combine": ia3.combine,
     "load_base_model": ia3.load_base_model,
 }
