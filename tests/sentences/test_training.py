@@ -18,7 +18,7 @@ from torch import Tensor
 from ia3 import IA3Config, IA3Model
 from ia3.errors import BrokenFileError, IA3Error
 from ia3.sentences import training
-from ia3.sentences.checkpoint import CHECKPOINT_NAME, Checkpoint
+from ia3.sentences.checkpoint import CHECKPOINT_NAME, Checkpoint, EncoderStep
 from ia3.sentences.embedding import tokenized
 from ia3.sentences.training import (
     TEMPERATURE,
@@ -346,6 +346,22 @@ def test_a_checkpoint_of_other_sites_is_refused(tmp_path, base):
     few = IA3Model(base.model, IA3Config(target_modules=["query"], feedforward_modules=[]))
     with pytest.raises(BrokenFileError, match="another shape"):
         ready(base, few).run(None, Checkpoint(tmp_path, {}))
+
+
+def test_a_vector_without_a_gradient_is_kept_too(tmp_path):
+    """As of a module that is never called: AdamW has no moments of it."""
+    called, never = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = torch.optim.AdamW([called, never])
+    called.sum().backward()
+    optimizer.step()
+    Checkpoint(tmp_path, {}).keep(optimizer, [EncoderStep(1, 5, 0.5)])
+    others = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    fresh = torch.optim.AdamW(others)
+    assert Checkpoint(tmp_path, {}).restore(fresh) == ([EncoderStep(1, 5, 0.5)], None)
+    assert torch.equal(others[0], called)
+    assert torch.equal(others[1], never)
+    assert torch.equal(fresh.state[others[0]]["exp_avg"], optimizer.state[called]["exp_avg"])
+    assert not fresh.state[others[1]]
 
 
 def test_a_folder_that_is_a_file_is_said_before_the_first_step(tmp_path):

@@ -107,7 +107,7 @@ class Checkpoint:
                 }
                 for place, value in enumerate(trained)
             ]
-            if len(tensors) != len(trained) * (1 + len(_MOMENTS)):
+            if len(tensors) != sum(map(len, of_each)):
                 raise ValueError("other vectors")
         except (KeyError, TypeError, ValueError) as error:
             problem = "a part of the checkpoint is missing, or is of another shape"
