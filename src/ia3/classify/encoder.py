@@ -19,7 +19,6 @@ from ..adapter.files import Adapter
 from ..adapter.fingerprint import fingerprint
 from ..base.encoders import SentenceEncoder
 from ..base.threads import Threads
-from ..core.route import changing
 from ..errors import IA3Error, warn_caller
 from ..model.ia3_model import IA3Model
 from ..sentences.checkpoint import Checkpoint, EncoderStep
@@ -30,7 +29,16 @@ from ..targets.config import IA3Config, TaskType
 from ..tfew.prompts.labels import readable
 from ..tfew.prompts.templates import Template
 from ..tfew.temporary_adapter import temporary_adapter
-from .engine import ENCODER, Candidate, Fit, Settings, candidate, check_trainable, threads_of
+from .engine import (
+    ENCODER,
+    Candidate,
+    Fit,
+    Settings,
+    candidate,
+    check_trainable,
+    threads_of,
+    trained_adapter,
+)
 from .head_file import check_head_size
 from .inputs import check_fields
 from .ranking import check_has_fields, checked_templates
@@ -107,9 +115,6 @@ class EncoderEngine:
         recipe = EncoderRecipe.of(len(data.examples), settings.steps, settings.seed)
         if settings.learning_rate is not None:
             recipe = replace(recipe, learning_rate=settings.learning_rate)
-        if start is not None:
-            config = replace(start.config, inference_mode=False, base_model_name_or_path=None)
-            start = replace(start, config=config)
         ids = tokenized(self.base, _texts(data.examples, read_in))
         _warn_of_cut_texts(self.base, ids)
         return EncoderTask(data, read_in, recipe, ids, start, settings, self.base)
@@ -144,9 +149,7 @@ class EncoderEngine:
                 training.run(on_step, checkpoint, threads)
                 history = training.history
             found = self._embeddings(task.ids, model, threads)
-            adapter = model.adapter("default")
-            with changing():
-                adapter.vectors = {name: v.cpu().clone() for name, v in adapter.vectors.items()}
+            adapter = trained_adapter(model)
         return Fit(
             engine=ENCODER,
             model=self.base.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -14,13 +14,17 @@ from torch import Tensor
 from ..adapter.files import Adapter, check_finite, read_adapter
 from ..base.loading import LoadedModel
 from ..base.threads import Threads
+from ..core.route import changing
 from ..errors import StateError, naming
 from ..files.hub import adapter_folder
+from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..sentences.head import Head
 from .task_file import LONGEST_NAME, Candidate as Candidate, EngineName
 
 ENCODER: Final = "encoder"
 LANGUAGE_MODEL: Final = "language-model"
+# What each is on, in words.
+KINDS: dict[EngineName, str] = {ENCODER: "sentence encoder", LANGUAGE_MODEL: "language model"}
 
 
 class Step(Protocol):
@@ -139,11 +143,23 @@ def check_trainable(settings: Settings, base: LoadedModel) -> None:
 
 
 def adapter_to_begin_with(given: str | Path | Adapter | None) -> Adapter | None:
-    """The argument `init_from`, read; raises `IA3Error` where a vector is not finite."""
+    """The argument `init_from`, read, to be trained on the model that it is put on.
+
+    Raises `IA3Error` where a vector is not finite.
+    """
     if given is None:
         return None
     if not isinstance(given, Adapter):
         given = read_adapter(adapter_folder(given, ["adapter_*"]))
     with naming("init_from"):
         check_finite(given.vectors)
-    return given
+    config = replace(given.config, inference_mode=False, base_model_name_or_path=None)
+    return replace(given, config=config)
+
+
+def trained_adapter(model: IA3Model) -> Adapter:
+    """The adapter on a model, with vectors of its own, on the CPU."""
+    adapter = model.adapter(DEFAULT_ADAPTER)
+    with changing():
+        vectors = {name: vector.cpu().clone() for name, vector in adapter.vectors.items()}
+    return replace(adapter, vectors=vectors)

@@ -40,6 +40,7 @@ from .choosing import AutoEngine, AutoTask
 from .encoder import EncoderEngine, fields_joined
 from .engine import (
     ENCODER,
+    KINDS,
     LANGUAGE_MODEL,
     Candidate,
     Engine,
@@ -72,7 +73,6 @@ SETTINGS: dict[str, tuple[str, Any, Callable[[Any], Any]]] = {
 KEPT = ("chat", "steps", "learning_rate", "seed", "upper_blocks")
 _MAY_BE_NONE = ("learning_rate", "upper_blocks", "threads")
 MODELS = (str, os.PathLike, nn.Module)
-_KINDS: dict[EngineName, str] = {ENCODER: "sentence encoder", LANGUAGE_MODEL: "language model"}
 # Of `"auto"`: the arguments, and what they are where nothing else is said.
 _ARGUMENT: dict[EngineName, str] = {ENCODER: "encoder", LANGUAGE_MODEL: "language_model"}
 _DEFAULT: dict[EngineName, str] = {ENCODER: EMBEDDED_ENCODER, LANGUAGE_MODEL: EMBEDDED_MODEL}
@@ -355,7 +355,7 @@ class FewShotClassifier(TextClassifier):
                 what = f"a {type(model).__name__}" if isinstance(model, nn.Module) else shown(model)
                 other: EngineName = LANGUAGE_MODEL if engine == ENCODER else ENCODER
                 raise IA3Error(
-                    f"{what} is no {_KINDS[engine]}, it is a {_KINDS[other]}: give it as "
+                    f"{what} is no {KINDS[engine]}, it is a {KINDS[other]}: give it as "
                     f"{_ARGUMENT[other]}, or as model"
                 )
             return self._load(model, engine)
@@ -405,8 +405,9 @@ class FewShotClassifier(TextClassifier):
     def _probabilities(
         self, examples: list[Mapping[str, Any]], progress: Callable[[int], None] | None
     ) -> Tensor:
-        engine = engine_on(self.base, Settings(max_tokens=self.max_tokens, **self._fit.settings))
-        return engine.probabilities(self._fit, examples, progress)
+        fit = self._fit
+        engine = engine_on(self.base, Settings(max_tokens=self.max_tokens, **fit.settings))
+        return engine.probabilities(fit, examples, progress)
 
     # -- files ------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +16,6 @@ from torch import Tensor
 from ..adapter.files import Adapter
 from ..adapter.fingerprint import fingerprint
 from ..base.loading import BaseModel
-from ..core.route import changing
 from ..tfew.prompts.encoding import EncodedExample, Encoder, TrainingExample
 from ..tfew.prompts.templates import Template
 from ..tfew.scoring.choices import USUAL_TEMPERATURE
@@ -24,7 +23,7 @@ from ..tfew.scoring.prefix import ranking_scores
 from ..tfew.scoring.shared_prompt import tree_length
 from ..tfew.temporary_adapter import all_linear, temporary_adapter, without_adapter
 from ..tfew.training.recipe import TFewConfig
-from .engine import LANGUAGE_MODEL, Fit, Settings, check_trainable, threads_of
+from .engine import LANGUAGE_MODEL, Fit, Settings, check_trainable, threads_of, trained_adapter
 from .ranking import Prompts, encode_all, read_prompts
 from .text_classifier import LabelledTexts
 
@@ -109,10 +108,6 @@ class LanguageModelEngine:
         encoder = Encoder(self.base, prompts.choices, chat=settings.chat)
         encoded = encode_all(encoder, data.examples, prompts.templates)
         examples = [TrainingExample(*pair) for pair in zip(encoded, data.targets, strict=True)]
-        if start is not None:
-            # It is to be trained, and belongs to the model that it is put on.
-            config = replace(start.config, inference_mode=False, base_model_name_or_path=None)
-            start = replace(start, config=config)
         return RankingTask(data, prompts, recipe, examples, start, settings, self.base)
 
     def train(
@@ -133,9 +128,7 @@ class LanguageModelEngine:
                 history = train(
                     base, model, *data, on_step, checkpoints=checkpoints, threads=threads
                 )
-            adapter = model.adapter("default")
-            with changing():
-                adapter.vectors = {name: v.cpu().clone() for name, v in adapter.vectors.items()}
+            adapter = trained_adapter(model)
         return Fit(
             engine=LANGUAGE_MODEL,
             model=self.base.name,

@@ -18,20 +18,21 @@ from ..base.encoders import SentenceEncoder, is_sentence_encoder, load_encoder
 from ..base.loading import BaseModel, load_base_model
 from ..base.torch_state import usual_state
 from ..core.sites import Site
-from ..errors import IA3Error, MissingFileError, StateError, naming, warn_caller
+from ..errors import IA3Error, MissingFileError, StateError, naming
 from ..files.saved import TASK_NAME
 from ..model.adapters import check_string
 from ..sentences.embedding import embeddings, tokenized
 from ..sentences.head import Head
-from ..tfew.prompts.encoding import EncodedExample, Encoder
+from ..tfew.prompts.encoding import EncodedExample, Encoder, warn_of_cut_texts
 from ..tfew.prompts.labels import Label, Text
 from ..tfew.prompts.templates import Template
 from ..tfew.scoring.choices import choice_scores
 from .encoder import fields_joined
-from .engine import ENCODER, LANGUAGE_MODEL
+from .engine import ENCODER, KINDS, LANGUAGE_MODEL
 from .estimator import read_task
 from .inputs import check_fields, examples_of
-from .task_file import TaskFile
+from .task_file import EngineName, TaskFile
+from .text_classifier import not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,10 +127,7 @@ def classify(
 
 def _classified(row: int, task: _Task, probabilities: list[float]) -> Classified:
     if not math.isfinite(sum(probabilities)):
-        raise IA3Error(
-            f"the model's scores of text {row} are not finite: its weights or the trained vectors "
-            "are broken, or its dtype is too narrow"
-        )
+        raise not_finite(row)
     most, labels = max(probabilities), task.file.labels
     label = labels[probabilities.index(most)]
     return Classified(label, most, dict(zip(labels, probabilities, strict=True)))
@@ -170,11 +168,11 @@ class _Served:
 
 def _read(version: Version, base: SentenceEncoder | BaseModel) -> _Task:
     file, head = read_task(version.beside)
-    engine = ENCODER if isinstance(base, SentenceEncoder) else LANGUAGE_MODEL
+    engine: EngineName = ENCODER if isinstance(base, SentenceEncoder) else LANGUAGE_MODEL
     if file.engine != engine:
         raise IA3Error(
-            f"it is a classifier on {_KINDS[file.engine]}, and the bank's model is "
-            f"{_KINDS[engine]}: add it to a bank of {file.model or 'the model it was fitted on'!r}"
+            f"it is a classifier on a {KINDS[file.engine]}, and the bank's model is a "
+            f"{KINDS[engine]}: add it to a bank of {file.model or 'the model it was fitted on'!r}"
         )
     if version.base is not None and (other := version.base.difference(base.model)):
         raise IA3Error(f"it was fitted on another model than the bank's: {other}")
@@ -187,7 +185,6 @@ def _read(version: Version, base: SentenceEncoder | BaseModel) -> _Task:
     return _Task(file, templates, None, Head(head.weight.double(), head.bias.double()))
 
 
-_KINDS = {ENCODER: "a sentence encoder", LANGUAGE_MODEL: "a language model"}
 # By bank. A reference to the base keeps it, and with it its tokenizer, in memory.
 _of_banks: weakref.WeakKeyDictionary[AdapterBank, _Served] = weakref.WeakKeyDictionary()
 
@@ -267,11 +264,7 @@ class _Batch:
             encoder.truncated = 0
             prompts.append([encoder.encode(example, template) for template in templates])
             cut += encoder.truncated
-        if cut:
-            warn_caller(
-                f"{cut} of {sum(map(len, prompts))} prompts are longer than the model's context: "
-                "their texts were cut at the end"
-            )
+        warn_of_cut_texts(cut, sum(map(len, prompts)))
         return prompts
 
     def _routed(self, index: Tensor) -> AbstractContextManager[None]:

@@ -180,5 +180,5 @@ def encode_all(
     encoded = [tuple(encoder.encode(e, template) for template in templates) for e in examples]
     for example in (example for of_templates in encoded for example in of_templates):
         encoder.base.check_tokens((example.prompt, *example.choices))
-    warn_of_cut_texts(encoder, len(examples) * len(templates))
+    warn_of_cut_texts(encoder.truncated, len(examples) * len(templates))
     return encoded

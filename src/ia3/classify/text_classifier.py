@@ -119,10 +119,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             check_fields(examples, fitted.fields_, templates)
             found: NDArray[np.float64] = fitted._probabilities(examples, progress).numpy()
         for row in np.flatnonzero(~np.isfinite(found).all(1))[:1]:
-            raise IA3Error(
-                f"the model's scores of text {row} are not finite: its weights or the trained "
-                "vectors are broken, or its dtype is too narrow"
-            )
+            raise not_finite(row)
         return found
 
     def predict(
@@ -217,6 +214,14 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     ) -> Tensor:
         """The probability of each class, `[examples, classes]`, float64, on the CPU."""
         raise NotImplementedError
+
+
+def not_finite(row: int) -> IA3Error:
+    """What is wrong where a model's scores of a text are not finite."""
+    return IA3Error(
+        f"the model's scores of text {row} are not finite: its weights or the trained vectors are "
+        "broken, or its dtype is too narrow"
+    )
 
 
 def check_count(texts: Sequence[Any], labels: Sequence[Label]) -> None:

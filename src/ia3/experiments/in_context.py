@@ -233,7 +233,7 @@ class InContextClassifier(RankingClassifier):
                     # Before the softmax, so that no probability is divided by a tiny one.
                     scores -= self._scores(encoder, member, [self._content_free])
                 total += scores.softmax(-1)
-        warn_of_cut_texts(encoder, len(examples) * len(members))
+        warn_of_cut_texts(encoder.truncated, len(examples) * len(members))
         return total / len(members)
 
     def _scores(

@@ -203,8 +203,8 @@ def context_length(base: BaseModel) -> int:
     return int(min(base.tokenizer.model_max_length, 10**9))
 
 
-def warn_of_cut_texts(encoder: Encoder, prompts: int) -> None:
-    """One warning for all texts that an encoder has cut, if there are any."""
-    if encoder.truncated:
-        which = f"{encoder.truncated} of {prompts} prompts are longer than the model's context"
+def warn_of_cut_texts(cut: int, prompts: int) -> None:
+    """One warning for all texts that were cut (`Encoder.truncated`), if there are any."""
+    if cut:
+        which = f"{cut} of {prompts} prompts are longer than the model's context"
         warn_caller(f"{which}: their texts were cut at the end")

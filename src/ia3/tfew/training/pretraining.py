@@ -85,7 +85,7 @@ def pretrain(
         if progress is not None:
             progress(len(task.train))
     prompts = sum(len(e.encoded) for of_task in examples.values() for e in of_task)
-    warn_of_cut_texts(encoder, prompts)
+    warn_of_cut_texts(encoder.truncated, prompts)
     mixture = draw(examples, rates, config.steps * config.batch_size, config.seed)
     settings: dict[str, Any] = {"train_sampling_strategy": "sequential"}
     if checkpoints is not None:
