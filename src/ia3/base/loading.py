@@ -22,6 +22,7 @@ from .embedded import (
     EMBEDDED_MODEL as EMBEDDED_MODEL,
     embedded_model_folder as embedded_model_folder,
 )
+from .progress import working
 from .torch_state import usual_state
 
 if TYPE_CHECKING:
@@ -136,10 +137,15 @@ def load_base_model(
         expected = "a model's name, folder or hub id, or a loaded model"
         raise InvalidTypeError(f"model is {shown(model)}, expected {expected}")
     torch_device, torch_dtype = device_and_dtype(device, dtype)
-    folder = str(embedded_model_folder()) if str(model) == EMBEDDED_MODEL else str(model)
+    if str(model) == EMBEDDED_MODEL:
+        with working(f"loading {model}"):
+            folder = str(embedded_model_folder())
+    else:
+        folder = str(model)
 
     def load() -> BaseModel:
-        return _load(folder, str(model), tokenizer, torch_device, torch_dtype)
+        with working(f"loading {model}"):
+            return _load(folder, str(model), tokenizer, torch_device, torch_dtype)
 
     return load_once(BaseModel, (folder, torch_device, torch_dtype), tokenizer, load)
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from threading import Lock, local
+from threading import Condition, Lock, local
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ import torch
 # The error of a float32 product that both sum otherwise is 1e-6, that of bfloat16 1e-3.
 TOLERANCE = 1e-5
 UNSET = "none"
+# In seconds: a thread holds a setting for one pass through a model.
+LONGEST_WAIT = 60.0
 
 _matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
@@ -50,7 +52,8 @@ def plain_attention() -> Iterator[None]:
 def steady_attention() -> Iterator[None]:
     """Within the context, no other thread changes how attention is computed.
 
-    For what is computed again in a backward pass, which has to be computed as the first time.
+    For what is computed again in a backward pass, which has to be computed as the first time. It is
+    torch's fused kernel, whose memory does not grow with the square of the length.
     """
     with _fused_attention.steady():
         yield
@@ -65,14 +68,14 @@ class _Held:
         self._read, self._write, self._usual, self._held = read, write, usual, held
         self._inside = self._steady = 0
         self._own = local()  # how often this thread is inside
-        self._lock = Lock()
+        self._changed = Condition(Lock())
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the setting, unless something else than usual was set before."""
-        with self._lock:
-            usual = self._read() == self._usual and not self._steady
-            applies = self._inside > 0 or usual
+        with self._changed:
+            usual = self._inside > 0 or self._read() == self._usual
+            applies = usual and not self._steady
             if applies:
                 self._count(1)
                 self._write(self._held)
@@ -80,28 +83,26 @@ class _Held:
             yield
         finally:
             if applies:
-                with self._lock:
+                with self._changed:
                     self._count(-1)
                     # What a callback or another thread has set meanwhile stays.
                     if self._inside == 0 and self._read() == self._held:
                         self._write(self._usual)
+                    self._changed.notify_all()
 
     @contextmanager
     def steady(self) -> Iterator[None]:
-        """Keep the setting as it is now: held, if another thread holds it."""
-        with self._lock:
-            joins = self._inside > 0
-            self._steady += not joins
+        """Have no other thread hold the setting: wait until they leave, and let none enter."""
+        with self._changed:
+            self._steady += 1
+            own = getattr(self._own, "inside", 0)
+            self._changed.wait_for(lambda: self._inside <= own, LONGEST_WAIT)
         try:
-            if joins:
-                with self.held():
-                    yield
-            else:
-                yield
+            yield
         finally:
-            with self._lock:
+            with self._changed:
                 # Where a process was forked off meanwhile, it is 0 there already.
-                self._steady = max(0, self._steady - (not joins))
+                self._steady = max(0, self._steady - 1)
 
     def _count(self, change: int) -> None:
         self._inside += change
@@ -109,7 +110,7 @@ class _Held:
 
     def forget_threads(self) -> None:
         """Hold it for this thread alone, in a process that was forked off."""
-        self._lock = Lock()
+        self._changed = Condition(Lock())
         self._inside, self._steady = getattr(self._own, "inside", 0), 0
         if self._inside == 0 and self._read() == self._held:
             self._write(self._usual)
