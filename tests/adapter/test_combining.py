@@ -266,7 +266,7 @@ def test_values_that_another_adapter_has_trained_are_ones_among_others():
     ("how", "weights", "options", "message"),
     [
         ("tie", [1, 1], {}, "did you mean 'ties'"),
-        ("average", [1], {}, "1 weights for 2 adapters"),
+        ("average", [1], {}, "1 weight for 2 adapters"),
         ("average", [1, -1], {}, "add up to 0"),
         ("geometric_mean", [1, -2], {}, "add up to -1"),
         ("task_arithmetic", [1, float("nan")], {}, "expected finite numbers"),

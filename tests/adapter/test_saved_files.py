@@ -173,17 +173,17 @@ def test_an_encoders_adapter_and_head(tmp_path: Path) -> None:
     with SavedFolder(folder) as saved:
         task = TaskFile.from_json(saved.text("ia3_task.json"), "the task")
         assert_vectors(unread_adapter(saved).whole(), vectors_of(BERT, 2))
-        weight, bias = read_head(saved, 3, task.head)
+        head = read_head(saved, 3, task.head)
         assert task.vectors == saved.digest
-    assert torch.equal(weight, formula_vector(5, 3 * 16).reshape(3, 16))
-    assert torch.equal(bias, formula_vector(6, 3))
+    assert torch.equal(head.weight, formula_vector(5, 3 * 16).reshape(3, 16))
+    assert torch.equal(head.bias, formula_vector(6, 3))
     assert task.labels == ["cold", "good", "warm"]
     assert (task.engine, task.temperature, task.threads) == ("encoder", 0.75, 1)
     assert [each.accuracy for each in task.selection] == [0.75, 0.5]
 
     def beside(digest: str) -> dict[str, str | bytes]:
         said = task.model_copy(update={"vectors": digest}).to_json()
-        return {"ia3_task.json": said, "ia3_head.safetensors": head_bytes(weight, bias)}
+        return {"ia3_task.json": said, "ia3_head.safetensors": head_bytes(head.weight, head.bias)}
 
     write_saved(tmp_path, adapter_files(read_adapter(folder), beside))
     assert files_in(tmp_path) == files_in(folder)

@@ -91,7 +91,7 @@ BAD_CSV = {
     "text,label,text\na,b,c\n": "line 1: the column 'text' is there more than once",
     'text,label\n"a\nb",x\none, two,y\n': "line 4: 3 values, expected 2 as in the header; "
     "a text that holds ',' needs double quotes",
-    "text,label\na,x\nb\n": "line 3: 1 values, expected 2",
+    "text,label\na,x\nb\n": "line 3: 1 value, expected 2",
     'text,label\na,x\n"b,y\nc,x\n': "line 3: a double quote opens a value and none closes it",
     'text,label\n"a"b,x\n': "line 2: ',' expected after '\"'",
     b"text,label\na,x\ncaf\xe9,y\n": "line 3: byte 0xe9 is not UTF-8; save the file as",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,9 @@ Done = subprocess.CompletedProcess[str]
 HEAVY = ("torch", "transformers", "numpy", "sklearn", "matplotlib")
 # Files of at most 1024 bytes.
 SMALL_FILES_ONLY = ["sh", "-c", 'ulimit -f 1 && exec "$0" "$@"', str(IA3)]
+
+# A line that says how far work is; a command's ones follow the end of the one before.
+_PROGRESS = re.compile(r"(?m)(?:^|(?<=\0))[^\s\0][^\0\n]* \d:\d\d:\d\d( \d:\d\d:\d\d left)?\n")
 
 # Most of a process's time is spent on importing torch.
 _ONE_AFTER_THE_OTHER = """
@@ -58,8 +62,11 @@ class Place:
         return name
 
     def run(self, *command: Any, under: list[str] | None = None, **environment: str) -> Done:
-        """Run `ia3` with these arguments, as an argument of `under` if given."""
-        return subprocess.run(
+        """Run `ia3` with these arguments, as an argument of `under` if given.
+
+        Lines that say how far it is, which a slow machine gets, are left out.
+        """
+        done = subprocess.run(
             [*(under or [str(IA3)]), *map(str, command)],
             cwd=self.folder,
             env=self.environment | environment,
@@ -67,6 +74,8 @@ class Place:
             encoding="utf-8",
             timeout=600,
         )
+        done.stderr = _PROGRESS.sub("", done.stderr)
+        return done
 
     def run_all(self, *commands: tuple[Any, ...], **environment: str) -> list[Done]:
         """Run several commands in one process, and tell what each of them said.

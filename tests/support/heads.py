@@ -80,5 +80,5 @@ def state(folder: Path) -> dict[str, Any]:
         "task": task.to_json(),
         "config": adapter.config.to_json(),
         "vectors": {name: vector.flatten().tolist() for name, vector in adapter.vectors.items()},
-        "head": None if head is None else [part.tolist() for part in head],
+        "head": None if head is None else [head.weight.tolist(), head.bias.tolist()],
     }

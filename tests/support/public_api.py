@@ -369,6 +369,7 @@ OTHERS: dict[tuple[str, str], Callable[[World], Any]] = {
     ("ia3.combine", "adapters"): lambda w: [("one", w.adapter), ("two", w.adapter)],
     ("ia3.fit_many", "classifier"): lambda w: w.classifier,
     ("ia3.classify", "bank"): lambda w: w.classifiers,
+    ("ia3.suggest", "classifier"): lambda w: w.classifier,
     ("ia3.classify", "names"): lambda w: ["row", "row"],
     ("ia3.FewShotClassifier", "template"): lambda w: "{{ text }} Category :",
     ("IA3Model.add_adapter", "adapter_name"): lambda w: "third",

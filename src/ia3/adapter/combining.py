@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import listed
-from ..errors import IA3Error, InvalidTypeError, did_you_mean, naming, shown
+from ..errors import IA3Error, InvalidTypeError, counted, did_you_mean, naming, shown
 from ..targets.config import IA3Config
 from ..targets.matching import rule, saved_with
 from .files import Adapter, check_finite
@@ -211,7 +211,9 @@ def _checked_weights(given: Any, count: int, combination_type: str) -> list[floa
             "adapter"
         ) from error
     if not weights or count != len(weights):
-        raise IA3Error(f"{len(weights)} weights for {count} adapters: expected one each")
+        raise IA3Error(
+            f"{counted(len(weights), 'weight')} for {counted(count, 'adapter')}: expected one each"
+        )
     if not all(map(math.isfinite, weights)):
         raise IA3Error(f"the weights are {weights}, expected finite numbers")
     if combination_type in ("average", "geometric_mean") and not sum(weights) > 0:

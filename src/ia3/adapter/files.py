@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -19,11 +20,13 @@ from ..files.hub import CONFIG_NAME
 from ..files.saved import (
     COPIED,
     PICKLED_NAME,
+    REPORTS,
     WEIGHTS_NAME,
     SavedFolder,
     as_copy,
     completed,
     copies,
+    weights_file,
 )
 from ..targets.config import IA3Config
 from ..targets.matching import Matching
@@ -157,8 +160,25 @@ def write_saved(folder: str | Path, files: Mapping[str, bytes]) -> None:
     Raises:
         OSError: the disk is full or may not be written; what was there before stays.
     """
-    gone = dict.fromkeys((*COPIED, PICKLED_NAME))
-    write_files(folder, {**gone, **files}, WEIGHTS_NAME, COPIED, _completed)
+    gone = dict.fromkeys((*COPIED, *REPORTS, PICKLED_NAME))
+    belonging = (*COPIED, *REPORTS)
+    write_files(folder, {**gone, **files}, WEIGHTS_NAME, belonging, _completed)
+
+
+def write_report(folder: str | Path, name: str, page: str, seen: os.stat_result) -> bool:
+    """Write a page, of `REPORTS`, beside the values whose status was `seen` before they were read.
+
+    Where others are there by now, nothing is written: False.
+
+    Raises:
+        OSError: the disk is full or may not be written; what was there before stays.
+    """
+
+    def is_theirs() -> bool:
+        now = weights_file(Path(folder)).stat()
+        return os.path.samestat(seen, now) and seen.st_mtime_ns == now.st_mtime_ns
+
+    return write_files(folder, {name: page.encode()}, provided=is_theirs)
 
 
 def _completed(folder: Path) -> bytes | None:

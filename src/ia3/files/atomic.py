@@ -82,7 +82,8 @@ def write_files(
     counts: str | None = None,
     belonging: Collection[str] = (),
     complete: Callable[[Path], bytes | None] | None = None,
-) -> None:
+    provided: Callable[[], bool] = lambda: True,
+) -> bool:
     """Write files into a folder, made if absent, so that a failure leaves what was there before.
 
     All are written under names of their own and synced to the disk; then each is renamed into
@@ -99,12 +100,18 @@ def write_files(
         complete: called with the folder before any of these is moved away; it gives the file that
             counts as it has to be for readers to find the same without them, or `None` where it is
             so already.
+        provided: asked when no other writer is at work; where it says no, nothing is written.
+
+    Returns:
+        Whether they were written.
 
     Raises:
         OSError: the disk is full or may not be written; nothing has changed.
     """
     folder = Path(folder)
     with _writing(folder):
+        if not provided():
+            return False
         changed = {name: new for name, new in files.items() if not _holds(folder / name, new)}
         # Where only others change, they are edited beside a file that stays.
         counts = counts if counts in changed else None
@@ -141,6 +148,7 @@ def write_files(
                 with suppress(OSError):
                     path.unlink()
         _sync(folder)
+    return True
 
 
 def _holds(path: Path, content: bytes | None) -> bool:

@@ -23,6 +23,7 @@ def read_rows(
     subset: str | None = None,
     text: Sequence[str] = (),
     label: str | None = None,
+    multilabel: bool = False,
 ) -> list[Row]:
     """Examples from a file, a folder of the `datasets` library, or the hub.
 
@@ -33,6 +34,7 @@ def read_rows(
         subset: of the hub's data sets that have several.
         text: columns that every row must have, with a text; one that is empty brings a warning.
         label: a column that every row must have, with a label; labels are of one type.
+        multilabel: the column has any number of labels: a text, or a list of them.
 
     Raises:
         InvalidTypeError: an argument is of another type.
@@ -59,7 +61,7 @@ def read_rows(
         if not values:
             raise BrokenFileError(f"{source} has no rows")
         rows = [Row(row, f"{source}, row {number}") for number, row in enumerate(values)]
-    check_rows(source, rows, text, label)
+    check_rows(source, rows, text, label, multilabel=multilabel)
     return rows
 
 

@@ -31,6 +31,11 @@ TASK_NAME = "ia3_task.json"
 # The linear head of a classifier on a sentence encoder, which is itself a safetensors file.
 HEAD_NAME = "ia3_head.safetensors"
 
+# Pages for people, of what a training and an evaluation found: no reader needs them.
+FIT_REPORT_NAME = "ia3_report.html"
+EVALUATION_NAME = "ia3_evaluation.html"
+REPORTS = (FIT_REPORT_NAME, EVALUATION_NAME)
+
 # The files that belong to the values, and the header's keys of their copies.
 COPIED = {CONFIG_NAME: "ia3_config", TASK_NAME: "ia3_task", HEAD_NAME: "ia3_head"}
 HASH_KEY = "ia3_sha256"

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import BrokenFileError, IA3Error, MissingFileError, did_you_mean, shown
+from ..errors import BrokenFileError, IA3Error, MissingFileError, counted, did_you_mean, shown
 from .atomic import write_file, write_stdout
 from .json import parse_json
 
@@ -68,7 +68,12 @@ def read_table(path: str | Path) -> list[Row]:
 
 
 def check_rows(
-    source: str | Path, rows: Sequence[Row], text: Sequence[str], label: str | None
+    source: str | Path,
+    rows: Sequence[Row],
+    text: Sequence[str],
+    label: str | None,
+    *,
+    multilabel: bool = False,
 ) -> None:
     """Refuse rows that lack a text or a label, as `read_rows` says; `source` is for messages."""
     for column in (*text, *(() if label is None else (label,))):
@@ -80,7 +85,9 @@ def check_rows(
                 raise BrokenFileError(
                     f"{row.where}: the text {column!r} is {shown}, expected a string"
                 )
-        if label is not None:
+        if label is not None and multilabel:
+            _check_label_list(row, label)
+        elif label is not None:
             _check_label(row, label, type(rows[0][label]))
     empty = [row for row in rows if text and not any(str(row[c]).strip() for c in text)]
     if empty:
@@ -88,10 +95,12 @@ def check_rows(
         warnings.warn(f"{empty[0].where}: the text is empty{more}", stacklevel=2)
 
 
-def fields_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The examples' fields: one column is the field `text`, several keep their names."""
+def fields_of(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], only: str = "text"
+) -> list[dict[str, Any]]:
+    """The examples' fields: one column is the field `only`, several keep their names."""
     if len(columns) == 1:
-        return [{"text": str(row[columns[0]])} for row in rows]
+        return [{only: str(row[columns[0]])} for row in rows]
     return [{column: str(row[column]) for column in columns} for row in rows]
 
 
@@ -159,9 +168,10 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
             elif len(values) == len(header):
                 yield Row(dict(zip(header, values, strict=True)), where)
             else:
+                count = counted(len(values), "value")
                 quotes = f"; a text that holds {delimiter!r} needs double quotes around it"
                 raise BrokenFileError(
-                    f"{where}: {len(values)} values, expected {len(header)} as in the header"
+                    f"{where}: {count}, expected {len(header)} as in the header"
                     f"{quotes if len(values) > len(header) else ''}"
                 )
     except csv.Error as error:
@@ -210,6 +220,16 @@ def _check_label(row: Row, column: str, kind: type) -> None:
             f"{row.where}: the label {_shown(value)} is of another type than the first row's: "
             "write all as strings, or all as integers"
         )
+
+
+def _check_label_list(row: Row, column: str) -> None:
+    value = row[column]
+    for each in value if isinstance(value, list) else [value]:
+        if not isinstance(each, str | int):
+            raise BrokenFileError(
+                f"{row.where}: the label {column!r} is {_shown(value)}, expected a text or a list "
+                "of labels"
+            )
 
 
 def _shown(value: Any) -> str:
