@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from support.tfew import VOCABULARY, tiny_llama, word_tokenizer
 
 from ia3 import IA3Config, IA3Model
 from ia3.base.loading import BaseModel
+from ia3.base.products import plain_attention
 from ia3.base.threads import Threads
 from ia3.errors import BrokenFileError, InvalidTypeError
 from ia3.tfew import TFewConfig, TrainingExample, train
@@ -95,3 +97,41 @@ def test_a_checkpoint_with_another_value_is_refused(tmp_path, wrong):
 def test_a_number_is_no_threads():
     with pytest.raises(InvalidTypeError, match="threads is 2, expected a Threads"):
         trained(2)
+
+
+# -- another thread's attention --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", ["parts of choices", "gradient checkpointing"])
+def test_a_thread_that_embeds_short_texts_meanwhile_breaks_no_step(again):
+    # Rows too long for plain attention; what is computed again has to be as it was.
+    prompt = tuple(3 + i % (VOCABULARY - 3) for i in range(330))
+    examples = [TrainingExample((EncodedExample(prompt, ((3, 4), (5, 6), (7, 8))),), 0)]
+    base = BaseModel(tiny_llama(), word_tokenizer(), "tiny")
+    model = IA3Model(base.model, IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    most = 332
+    if again == "gradient checkpointing":
+        model.gradient_checkpointing_enable()
+        most = 4096
+    entered, leave = threading.Event(), threading.Event()
+
+    def embed():
+        with plain_attention():
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=embed)
+
+    def begin(*_):
+        if torch.is_grad_enabled() and thread.ident is None:
+            thread.start()
+            assert entered.wait(60)
+
+    base.model.register_forward_hook(begin)
+    try:
+        history = train(base, model, examples, TFewConfig(steps=1, batch_size=1, max_tokens=most))
+    finally:
+        leave.set()
+        thread.join()
+    assert [step.step for step in history] == [1]
+    assert torch.backends.cuda.flash_sdp_enabled()

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...arguments import flag, instance, listed, whole
 from ...base.loading import BaseModel
-from ...errors import IA3Error, warn_caller
+from ...errors import IA3Error, counted, warn_caller
 from .templates import Template
 
 # A choice is tokenised after so many last characters of the prompt, which decide how.
@@ -26,10 +26,14 @@ class EncodedExample:
 
 @dataclass(frozen=True)
 class TrainingExample:
-    """One example, encoded with every template, and the index of its right choice."""
+    """One example, encoded with every template, and the index of its right choice.
+
+    Its loss is multiplied by the `weight`.
+    """
 
     encoded: tuple[EncodedExample, ...]
     label: int
+    weight: float = 1.0
 
 
 def _words(choices: Sequence[str]) -> list[str]:
@@ -206,5 +210,6 @@ def context_length(base: BaseModel) -> int:
 def warn_of_cut_texts(cut: int, prompts: int) -> None:
     """One warning for all texts that were cut (`Encoder.truncated`), if there are any."""
     if cut:
-        which = f"{cut} of {prompts} prompts are longer than the model's context"
-        warn_caller(f"{which}: their texts were cut at the end")
+        are = "is" if cut == 1 else "are"
+        which = f"{cut} of {counted(prompts, 'prompt')} {are} longer than the model's context"
+        warn_caller(f"{which}: {'its text was' if cut == 1 else 'their texts were'} cut at the end")

@@ -84,6 +84,10 @@ class Template:
         """Whether what is rendered depends on an example's field."""
         return field in self._variables or self._reads_all
 
+    def names(self, field: str) -> bool:
+        """Whether it has the field's name; one that takes all of `fields` may do without."""
+        return field in self._variables
+
     def render(self, example: Mapping[str, Any], answer_choices: Sequence[str]) -> str:
         """The prompt for one example. A target is not rendered: its fields may be missing.
 

@@ -56,11 +56,7 @@ def token_scores(
     example has an adapter of its own.
     """
     limit = longest_shared(base)
-    parts = [
-        (batch, choices)
-        for batch in example_batches(base, examples, max_tokens)
-        for choices in choice_groups([examples[i] for i in batch], limit, max_tokens)
-    ]
+    parts = _parts(base, examples, max_tokens)
     recompute = len(parts) > 1 and torch.is_grad_enabled()
     passes: list[tuple[list[int], slice, TokenScores]] = []
     for batch, choices in parts:
@@ -75,6 +71,26 @@ def token_scores(
                 scores = scorer(base, of_pass)
             passes.append((members, choices, scores))
     return _together(shape_of(examples), passes)
+
+
+def computes_again(base: BaseModel, examples: Sequence[EncodedExample], max_tokens: float) -> bool:
+    """Whether the backward pass of `token_scores` computes activations again."""
+    # The model's own property for it has another name in each of two versions.
+    marked = (getattr(module, "gradient_checkpointing", False) for module in base.model.modules())
+    checkpointing = base.model.training and any(marked)
+    return checkpointing or len(_parts(base, examples, max_tokens)) > 1
+
+
+def _parts(
+    base: BaseModel, examples: Sequence[EncodedExample], max_tokens: float
+) -> list[tuple[list[int], slice]]:
+    """What is computed at once: examples' indices, and which of their choices."""
+    limit = longest_shared(base)
+    return [
+        (batch, choices)
+        for batch in example_batches(base, examples, max_tokens)
+        for choices in choice_groups([examples[i] for i in batch], limit, max_tokens)
+    ]
 
 
 def _of_members(routing: Routing, members: Sequence[int]) -> Routing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -72,8 +73,8 @@ def tfew_loss(
     """
     for name, tensor in (("logits", logits), ("target_ids", target_ids), ("labels", labels)):
         instance(name, tensor, Tensor, "a tensor")
-    weights = {"lm": lm, "length_norm": length_norm, "unlikelihood": unlikelihood}
-    weights = {name: number(name, weight, "a number") for name, weight in weights.items()}
+    given = {"lm": lm, "length_norm": length_norm, "unlikelihood": unlikelihood}
+    shares: Any = {name: number(name, weight, "a number") for name, weight in given.items()}
     if logits.dim() != 4 or not logits.is_floating_point():
         raise IA3Error(
             f"logits are {_described(logits)}, expected floating [batch, choices, length, "
@@ -100,7 +101,7 @@ def tfew_loss(
     scored = rows.gather(1, tokens[:, None])[:, 0] - rows.logsumexp(-1)
     log_probs = scored.new_zeros(mask.shape).masked_scatter(mask, scored)
     scores, labels = TokenScores(log_probs, mask), labels.to(mask.device, torch.int64)
-    return token_loss(scores, labels, counts=None, **weights)
+    return token_loss(scores, labels, **shares)
 
 
 def token_loss(
@@ -111,10 +112,12 @@ def token_loss(
     length_norm: float = 1.0,
     unlikelihood: float = 1.0,
     counts: Counts | None = None,
+    weights: Tensor | None = None,
 ) -> TFewLoss:
     """`tfew_loss` from token log-probabilities (equations 1 to 3).
 
-    With the `counts` of a whole batch, terms and gradients of its parts add up to the batch's.
+    With the `counts` of a whole batch, terms and gradients of its parts add up to the batch's. What
+    an example adds to the sums is multiplied by its weight, of `weights` `[batch]`.
     """
     log_probs, mask = scores.log_probs, scores.mask
     right = F.one_hot(labels, log_probs.shape[1]).bool()[:, :, None] & mask
@@ -122,15 +125,20 @@ def token_loss(
     right_log_probs, wrong_log_probs = log_probs[right], log_probs[wrong]
     counts = counts or Counts(len(labels), right_log_probs.numel(), wrong_log_probs.numel())
     unlikely = -torch.log1p(UNLIKELIHOOD_FLOOR - wrong_log_probs.exp())
+    reduction = "sum" if weights is None else "none"
+    of_examples = F.cross_entropy(scores.mean_log_probs(), labels, reduction=reduction)
+    if weights is not None:
+        of_tokens = weights[:, None, None].expand(mask.shape)
+        right_log_probs = right_log_probs * of_tokens[right]
+        unlikely, of_examples = unlikely * of_tokens[wrong], of_examples * weights
     terms = {
         "lm": -right_log_probs.sum() / counts.right,
-        "length_norm": F.cross_entropy(scores.mean_log_probs(), labels, reduction="sum")
-        / counts.examples,
+        "length_norm": of_examples.sum() / counts.examples,
         "unlikelihood": unlikely.sum() / max(counts.wrong, 1),
     }
-    weights = {"lm": lm, "length_norm": length_norm, "unlikelihood": unlikelihood}
+    shares = {"lm": lm, "length_norm": length_norm, "unlikelihood": unlikelihood}
     # A term of weight 0 is left out: 0 times a term that is not finite would not be 0.
-    weighted = [weights[name] * term for name, term in terms.items() if weights[name]]
+    weighted = [shares[name] * term for name, term in terms.items() if shares[name]]
     total = torch.stack(weighted).sum() if weighted else terms["lm"] * 0
     return TFewLoss(total, **terms)
 

@@ -21,7 +21,7 @@ class TFewConfig:
         batch_size: examples a step, each with all its choices, at least 1.
         learning_rate: of Adafactor, at its peak, above 0.
         warmup_ratio: the share of the steps, 0 to less than 1, in which the rate rises linearly
-            from 0. It then falls linearly to 0.
+            from 0. It then falls linearly to 0. A training of one step has none.
         max_grad_norm: gradients are clipped to this norm.
         seed: of the order of the examples and of the templates drawn, 0 to 2**32 - 1.
         lm, length_norm, unlikelihood: the loss terms' weights, at least 0, one of them above 0.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar, cast
 
-from ...errors import BrokenFileError, IA3Error
+from ...errors import BrokenFileError, IA3Error, shown
 
 Step = TypeVar("Step")
 
@@ -57,3 +57,14 @@ def steps_of(kind: type[Step], history: Any, where: str) -> list[Step]:
             if isinstance(value, bool) or not isinstance(value, expected):
                 raise BrokenFileError(f"{where}: step {place} has {name}={value!r}, no {type_}")
     return [kind(**step) for step in history]
+
+
+def threads_kept(value: Any, where: str) -> int | None:
+    """What a checkpoint says of a step's number of threads; `None` where it was not known.
+
+    Raises:
+        BrokenFileError: it is no such number; the message begins with `where`.
+    """
+    if value is None or (type(value) is int and value >= 1):
+        return value
+    raise BrokenFileError(f"{where} is {shown(value)}, expected a whole number, at least 1")

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from transformers.trainer_utils import (
 from ...adapter.fingerprint import Fingerprint, fingerprint
 from ...arguments import check_callable, instance, listed, path_of
 from ...base.loading import BaseModel
-from ...base.products import fast_products
+from ...base.products import fast_products, steady_attention
 from ...base.threads import Threads
 from ...errors import (
     BrokenFileError,
@@ -53,7 +53,7 @@ from ...files.hub import CARD_NAME
 from ...files.json import parse_object
 from ...model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..prompts.encoding import EncodedExample, TrainingExample
-from ..scoring.choices import example_batches, token_scores
+from ..scoring.choices import computes_again, example_batches, token_scores
 from .losses import Counts, token_loss
 from .plateau import Plateau
 from .recipe import TFewConfig as TFewConfig
@@ -62,6 +62,7 @@ from .steps import (
     StopTraining as StopTraining,
     TrainingStep as TrainingStep,
     steps_of,
+    threads_kept,
 )
 
 if importlib.util.find_spec("accelerate") is None:
@@ -275,9 +276,11 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         """The authors' linear schedule, unless the arguments name another."""
         if self.args.lr_scheduler_type == "linear":
             # The Trainer would round the warm-up to whole steps; the authors' may end within one.
+            # Its first step has the rate 0, which would be all of a training of one step.
+            warmup = self._config.warmup_ratio * num_training_steps
             self.lr_scheduler = get_linear_schedule_with_warmup(
                 self.optimizer if optimizer is None else optimizer,
-                self._config.warmup_ratio * num_training_steps,
+                warmup if num_training_steps > 1 else 0,
                 num_training_steps,
             )
             if self._plateau is not None:
@@ -295,10 +298,13 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         # By the step's number, not from the global generator: the Trainer's loader is a part ahead
         # of the step, so that a checkpoint's random state would not lead to the same draws.
         draws = random.Random(f"{self._config.seed}/{self.state.global_step}")
-        drawn = [[(draws.choice(e.encoded), e.label) for e in part["examples"]] for part in parts]
+        drawn = [
+            [(draws.choice(e.encoded), e.label, e.weight) for e in part["examples"]]
+            for part in parts
+        ]
         examples = [example for part in drawn for example in part]
-        right = sum(len(e.choices[label]) for e, label in examples)
-        tokens = sum(len(choice) for e, _ in examples for choice in e.choices)
+        right = sum(len(e.choices[label]) for e, label, _ in examples)
+        tokens = sum(len(choice) for e, *_ in examples for choice in e.choices)
         counts = Counts(len(examples), right, tokens - right)
         self._terms = torch.zeros(4, dtype=torch.float32)
         self._parts_left = len(parts)
@@ -313,25 +319,35 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         """Compute the gradients of one part of a step, itself in parts of `max_tokens` tokens."""
         if self._threads is None:
             return self._gradients(model, inputs)
-        examples = [example for example, _ in inputs["drawn"]]
+        examples = [example for example, *_ in inputs["drawn"]]
         tokens = sum(len(e.prompt) + sum(map(len, e.choices)) for e in examples)
         return self._threads.step(lambda: self._gradients(model, inputs), tokens)
 
     @fast_products()
     def _gradients(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         model.train()
-        drawn: list[tuple[EncodedExample, int]] = inputs["drawn"]
-        examples = [example for example, _ in drawn]
+        drawn: list[tuple[EncodedExample, int, float]] = inputs["drawn"]
+        examples = [example for example, *_ in drawn]
         max_tokens = self._config.max_tokens
         terms = torch.zeros(4, dtype=torch.float32, device=self.args.device)
         for part in example_batches(self._base, examples, max_tokens):
-            # The Trainer wraps a model's forward in autocast, but not the one called here.
-            with self.compute_loss_context_manager(), self.accelerator.autocast():
-                of_part = [examples[i] for i in part]
-                scores = token_scores(self._base, of_part, max_tokens=max_tokens)
-                labels = torch.tensor([drawn[i][1] for i in part], device=scores.mask.device)
-                loss = token_loss(scores, labels, counts=inputs["counts"], **self._config.weights)
-            self.accelerator.backward(loss.total)
+            of_part = [examples[i] for i in part]
+            again = computes_again(self._base, of_part, max_tokens)
+            with steady_attention() if again else nullcontext():
+                # The Trainer wraps a model's forward in autocast, but not the one called here.
+                with self.compute_loss_context_manager(), self.accelerator.autocast():
+                    scores = token_scores(self._base, of_part, max_tokens=max_tokens)
+                    device = scores.mask.device
+                    weights = [drawn[i][2] for i in part]
+                    weighted = any(weight != 1 for weight in weights)
+                    loss = token_loss(
+                        scores,
+                        torch.tensor([drawn[i][1] for i in part], device=device),
+                        counts=inputs["counts"],
+                        weights=torch.tensor(weights, device=device) if weighted else None,
+                        **self._config.weights,
+                    )
+                self.accelerator.backward(loss.total)
             each = torch.stack([loss.total, loss.lm, loss.length_norm, loss.unlikelihood])
             terms += each.detach().to(terms)
         self._terms = self._terms.to(terms) + terms
@@ -515,10 +531,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             if not isinstance(run, dict) or not isinstance(hashes, dict):
                 raise BrokenFileError(f"{path}: 'run' and 'files' are to be objects")
             steps = steps_of(TrainingStep, read.get("history"), f"{path}: 'history'")
-            threads = read.get("threads")
-            if threads is not None and (type(threads) is not int or threads < 1):
-                expected = "expected a whole number, at least 1"
-                raise BrokenFileError(f"{path}: 'threads' is {shown(threads)}, {expected}")
+            threads = threads_kept(read.get("threads"), f"{path}: 'threads'")
         except BrokenFileError as error:
             raise BrokenFileError(f"{error}; {advice}") from error
         for name, value in self._run.items():
@@ -655,7 +668,8 @@ def described_run(
         del recipe["stop_at_plateau"]  # checkpoints of earlier versions have no such setting
     # An example of a mixture may stand at many places.
     different = {id(example): example for example in examples}.values()
-    data = repr([astuple(example) for example in different])
+    # Checkpoints of earlier versions have no weights.
+    data = repr([astuple(each)[: 2 if each.weight == 1 else 3] for each in different])
     start = hashlib.sha256()
     for vectors in first_vectors:
         for module, vector in vectors.items():
