@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
 
-from ia3.sentences.head import ITERATIONS, STRENGTH, fit_head, folds, held_out_scores
+from ia3.sentences import head
+from ia3.sentences.head import ITERATIONS, STRENGTH, fit_head, folds, held_out_answers
 
 
 def embedded(classes: int, texts: int = 30, dim: int = 6):
@@ -79,19 +80,36 @@ def test_folds_hold_out_each_text_once_but_the_only_one_of_its_class(targets, se
     assert folds(targets, seed, most) == split
 
 
-@pytest.mark.parametrize("classes", [3, 5])
-def test_held_out_scores_are_those_of_cross_validation(classes):
+@pytest.mark.parametrize(("classes", "draws"), [(3, 5), (5, 2)])
+def test_held_out_answers_are_the_mean_of_cross_validation_drawn_several_times(
+    classes, draws, monkeypatch
+):
     found, targets = embedded(classes)
-    asked, scores = held_out_scores(found, targets, classes, seed=1)
-    splits = [(np.array(train), np.array(part)) for train, part in folds(targets, 1)]
-    expected = cross_val_predict(
-        theirs(), found.double().numpy(), targets, cv=splits, method="decision_function"
-    )
-    assert sorted(asked) == [*range(len(targets))]
-    np.testing.assert_allclose(scores.numpy(), expected[asked], atol=1e-4)
+    monkeypatch.setattr(head, "ANSWERS", draws * len(targets))
+    answers = held_out_answers(found, targets, classes, seed=1)
+    expected = []
+    for draw in range(draws):
+        splits = [(np.array(train), np.array(part)) for train, part in folds(targets, 1 + draw)]
+        expected.append(
+            cross_val_predict(
+                theirs(), found.double().numpy(), targets, cv=splits, method="predict_proba"
+            )
+        )
+    assert answers.texts == [*range(len(targets))]
+    np.testing.assert_allclose(answers.probabilities.numpy(), np.mean(expected, 0), atol=1e-4)
+    right = np.mean([each.argmax(1) == targets for each in expected], 0)
+    np.testing.assert_allclose(answers.right.numpy(), right)
+
+
+def test_the_last_seed_draws_folds_too():
+    found, targets = embedded(3)
+    assert len(held_out_answers(found, targets, 3, seed=2**32 - 1).right) == len(targets)
 
 
 def test_the_only_text_of_each_class_leaves_nothing_to_hold_out():
-    asked, scores = held_out_scores(torch.eye(3), [0, 1, 2], 3, seed=0)
-    assert asked == []
-    assert scores.shape == (0, 3)
+    answers = held_out_answers(torch.eye(3), [0, 1, 2], 3, seed=0)
+    assert (answers.texts, answers.probabilities.shape) == ([], (0, 3))
+
+
+def test_the_only_text_of_one_class_is_not_held_out():
+    assert held_out_answers(torch.eye(5), [0, 0, 1, 1, 2], 3, seed=0).texts == [0, 1, 2, 3]

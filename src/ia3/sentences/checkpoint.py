@@ -20,7 +20,7 @@ from ..errors import BrokenFileError, IA3Error
 from ..files.atomic import check_folder, write_file
 from ..files.json import parse_json
 from ..files.saved import HASH_KEY, read_header
-from ..tfew.training.steps import steps_of
+from ..tfew.training.steps import steps_of, threads_kept
 
 CHECKPOINT_NAME = "ia3_encoder_checkpoint.safetensors"
 CHECKPOINT_STEPS = 25
@@ -96,9 +96,8 @@ class Checkpoint:
         try:
             read = parse_json(metadata[_HISTORY], f"{self._path}: its history")
             history = steps_of(EncoderStep, read, f"{self._path}: its history")
-            threads = parse_json(metadata[_THREADS], f"{self._path}: its threads")
-            if threads is not None and (type(threads) is not int or threads < 1):
-                raise TypeError("no number of threads")
+            read = parse_json(metadata[_THREADS], f"{self._path}: its threads")
+            threads = threads_kept(read, f"{self._path}: its threads")
             of_each = [
                 {
                     name: _fitting(tensors[f"{place}.{name}"], value)

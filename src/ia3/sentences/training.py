@@ -26,6 +26,7 @@ from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..tfew.training.steps import DivergedError, StopTraining
 from .checkpoint import CHECKPOINT_STEPS, Checkpoint, EncoderStep
 from .embedding import embed
+from .targets import are_lists, membership
 
 # Cosines are divided by it before the softmax over the batch.
 TEMPERATURE = 0.1
@@ -84,16 +85,20 @@ class EncoderRecipe:
         return self.learning_rate * min(1.0, rising) * (1 - step / self.steps)
 
 
-def balanced_batches(targets: Sequence[int], size: int, steps: int, seed: int) -> list[list[int]]:
+def balanced_batches(targets: Sequence[Any], size: int, steps: int, seed: int) -> list[list[int]]:
     """The texts of each step, `[steps][size]`: classes in turn, each with two texts.
+
+    A text of several classes is drawn for each of them, and those of none are a class of their own.
 
     So each text has another of its class beside it, however many classes there are. No text comes a
     second time before all others of its class have. An odd `size` is rounded up.
     """
     draw = random.Random(seed)
     of_class: dict[int, list[int]] = {}
-    for index, target in enumerate(targets):
-        of_class.setdefault(target, []).append(index)
+    for index, own in enumerate(targets):
+        # No class has the index -1.
+        for target in (own or [-1]) if isinstance(own, list) else [own]:
+            of_class.setdefault(target, []).append(index)
 
     def turns(items: Sequence[Any]) -> Iterator[Any]:
         while True:
@@ -105,24 +110,38 @@ def balanced_batches(targets: Sequence[int], size: int, steps: int, seed: int) -
     return [[text for _ in range(0, size, 2) for text in next(drawn)] for _ in range(steps)]
 
 
-def contrastive_loss(embeddings: Tensor, targets: Tensor) -> Tensor:
+def contrastive_loss(embeddings: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """The supervised contrastive loss, the mean over the texts that share their class with another.
 
-    It is 0 where none does.
+    It is 0 where none does. Of texts with several classes, a pair counts by the share of its
+    classes that both have.
 
     Args:
         embeddings: `[texts, dim]`, normalised.
-        targets: the classes' indices, `[texts]`.
+        targets: the classes' indices, `[texts]`, or which of them each text has, bool
+            `[texts, classes]`.
+        weights: each text's loss is multiplied by its own, `[texts]`.
     """
     itself = torch.eye(len(targets), dtype=torch.bool, device=targets.device)
     cosines = embeddings @ embeddings.T / TEMPERATURE
-    log_probs = cosines.masked_fill(itself, -math.inf).log_softmax(-1)
-    alike = (targets[:, None] == targets) & ~itself
-    counts = alike.sum(1)
     # A text's own place is -inf: left out before it is multiplied.
-    sums = log_probs.masked_fill(~alike, 0).sum(1)
+    log_probs = cosines.masked_fill(itself, -math.inf).log_softmax(-1).masked_fill(itself, 0)
+    alike = _shared(targets) if targets.dim() == 2 else (targets[:, None] == targets).float()
+    alike = alike.masked_fill(itself, 0)
+    counts = alike.sum(1)
     anchors = counts > 0
-    return -(sums[anchors] / counts[anchors]).sum() / anchors.sum().clamp(min=1)
+    losses = -(log_probs * alike).sum(1)[anchors] / counts[anchors]
+    if weights is not None:
+        losses = losses * weights[anchors]
+    return losses.sum() / anchors.sum().clamp(min=1)
+
+
+def _shared(has: Tensor) -> Tensor:
+    """The classes that two texts share, of those that either has, 0 to 1, `[texts, texts]`."""
+    counts = has.float()
+    both = counts @ counts.T
+    sums = counts.sum(1)
+    return both / (sums[:, None] + sums - both).clamp(min=1)
 
 
 class EncoderTraining:
@@ -132,10 +151,11 @@ class EncoderTraining:
         encoder: the base, with the adapter on it.
         model: has the vectors to train.
         ids: the texts' token ids, as `tokenized` gives them.
-        targets: the classes' indices, `[texts]`.
+        targets: the classes' indices, `[texts]`, or a list of them for each text.
         recipe: how.
         max_tokens: computed at once; of a batch of more, parts are computed again in the backward
             pass, with the same gradients but for rounding.
+        weights: of the texts' losses, `[texts]`; `None` is 1 each.
 
     Attributes:
         history: one record a step.
@@ -146,16 +166,23 @@ class EncoderTraining:
         encoder: SentenceEncoder,
         model: IA3Model,
         ids: Sequence[Sequence[int]],
-        targets: Sequence[int],
+        targets: Sequence[Any],
         recipe: EncoderRecipe,
         max_tokens: int = 4096,
+        weights: Tensor | None = None,
     ) -> None:
         self._encoder = encoder
         self._model = model
         self._ids = ids
         self._recipe = recipe
         self._max_tokens = max_tokens
-        self._targets = torch.tensor(targets, device=encoder.device)
+        self._drawn_by = targets
+        if are_lists(targets):
+            last = max((place for own in targets for place in own), default=0)
+            self._targets = membership(targets, last + 1).to(encoder.device)
+        else:
+            self._targets = torch.tensor(targets, device=encoder.device)
+        self._weights = None if weights is None else weights.float().to(encoder.device)
         self._vectors = {
             name: vector
             for name, vector in model.vectors(DEFAULT_ADAPTER).items()
@@ -185,7 +212,7 @@ class EncoderTraining:
             if threads is not None and count is not None:
                 threads.keep(count)
         sizes = recipe.batch_size, recipe.steps
-        batches = balanced_batches(self._targets.tolist(), *sizes, recipe.seed)
+        batches = balanced_batches(self._drawn_by, *sizes, recipe.seed)
         is_over = len(self.history) >= recipe.steps
         while not is_over:
             number = len(self.history)
@@ -213,7 +240,8 @@ class EncoderTraining:
         with steady_attention() if rows < len(ids) else nullcontext():
             # In evaluation mode: dropout gains nothing here, and would draw numbers.
             found = F.normalize(self._embedded(ids, rows), dim=-1)
-            loss = contrastive_loss(found, self._targets[list(batch)])
+            weights = None if self._weights is None else self._weights[list(batch)]
+            loss = contrastive_loss(found, self._targets[list(batch)], weights)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise DivergedError(number + 1, f"the loss is {value}")
