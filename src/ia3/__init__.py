@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .classify.estimator import FewShotClassifier as FewShotClassifier
     from .classify.fit_many import FittedTasks as FittedTasks, fit_many as fit_many
     from .classify.mixed import Classified as Classified, classify as classify
+    from .classify.suggest import Suggestion as Suggestion, suggest as suggest
     from .classify.text_classifier import NotFittedError as NotFittedError
     from .compat.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from .compat.mixed import PeftMixedModel as PeftMixedModel
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         UnknownNameError as UnknownNameError,
     )
     from .experiments.in_context import InContextClassifier as InContextClassifier
+    from .files.labelled_data import Finding as Finding, check_examples as check_examples
     from .model.auto import (
         AutoPeftModel as AutoPeftModel,
         AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
@@ -96,6 +98,7 @@ _NAMES = {
     "classify.estimator": ["FewShotClassifier"],
     "classify.fit_many": ["FittedTasks", "fit_many"],
     "classify.mixed": ["Classified", "classify"],
+    "classify.suggest": ["Suggestion", "suggest"],
     "classify.text_classifier": ["NotFittedError"],
     "compat.kbit": ["prepare_model_for_kbit_training"],
     "compat.mixed": ["PeftMixedModel"],
@@ -108,6 +111,7 @@ _NAMES = {
         *("NotAFolderError", "UnknownNameError"),
     ],
     "experiments.in_context": ["InContextClassifier"],
+    "files.labelled_data": ["Finding", "check_examples"],
     "model.auto": ["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS)],
     "model.ia3_model": [
         *("IA3Model", "get_peft_model", *_MAPPINGS, *(f"PeftModelFor{task}" for task in _TASKS))

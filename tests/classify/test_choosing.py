@@ -51,19 +51,32 @@ def as_the_language_model_says(folders):
     return [*order[:6], *order[-6:]], ["delivery"] * 6 + ["billing"] * 6
 
 
-def candidate(engine, accuracy):
-    return Candidate(engine=engine, name=None, accuracy=accuracy, error=0.1, note="")
+def candidate(engine, accuracy, error):
+    return Candidate(engine=engine, name=None, accuracy=accuracy, error=error, note="")
 
 
 @pytest.mark.parametrize(
-    ("encoder", "language_model", "chosen"),
-    [(0.5, 0.8, "language-model"), (0.8, 0.5, "encoder"), (0.7, 0.7, "encoder")],
+    ("encoder", "language_model", "error", "chosen"),
+    [
+        (0.5, 0.8, 0.1, "language-model"),
+        (0.7, 0.7, 0.1, "language-model"),
+        # The difference's standard error is 0.1 times the square root of 2.
+        (0.84, 0.7, 0.1, "language-model"),
+        (0.85, 0.7, 0.1, "encoder"),
+        (0.75, 0.7, 0.01, "encoder"),
+        (1.0, 1.0, 0.0, "encoder"),
+        (1.0, 0.95, 0.1, "encoder"),
+    ],
 )
-def test_the_language_model_is_trained_where_its_untuned_answers_are_better(
-    encoder, language_model, chosen
+def test_the_encoder_is_trained_where_its_answers_are_better_by_more_than_chance(
+    encoder, language_model, error, chosen
 ):
-    seen = [candidate("encoder", encoder), candidate("language-model", language_model)]
+    seen = [
+        candidate("encoder", encoder, error),
+        candidate("language-model", language_model, error),
+    ]
     assert promises_more(seen) == promises_more(seen[::-1]) == chosen
+    assert promises_more(seen[:1]) == "encoder"
 
 
 def test_the_encoder_is_chosen_and_what_was_seen_is_saved(make, folders, tmp_path):

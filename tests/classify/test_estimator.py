@@ -107,6 +107,12 @@ def test_loss_falls_and_every_step_is_recorded(make):
     assert losses == pytest.approx(terms, rel=1e-5)
 
 
+def test_a_training_of_one_step_trains(make):
+    trained, untrained = (make(steps=steps).fit(TEXTS, LABELS) for steps in (1, 0))
+    assert len(trained.history_) == 1
+    assert not same_vectors(trained, untrained)
+
+
 def test_several_templates_are_averaged(make):
     templates = ["{{ text }}\nCategory:", "Message: {{ text }}\nQueue:"]
     both = make(steps=0, template=templates).fit(TEXTS, LABELS)
@@ -488,7 +494,7 @@ def test_truncation_is_one_warning(tokenizer):
     with pytest.warns(UserWarning, match="2 of 6 prompts are longer") as caught:
         classifier.fit([*TEXTS[:4], long, long], LABELS)
     assert [warning.filename for warning in caught] == [__file__]
-    with pytest.warns(UserWarning, match="1 of 2 prompts are longer") as caught:
+    with pytest.warns(UserWarning, match="1 of 2 prompts is longer") as caught:
         assert classifier.predict([long, "short"]).shape == (2,)
     assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():

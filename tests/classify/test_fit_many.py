@@ -16,6 +16,7 @@ from support.kills import calls_of, ended, killed_before, started
 from support.pairs import same_vectors
 from support.tfew import child_environment, hook_count, state_bits, tiny_llama, word_tokenizer
 
+import ia3.classify.estimator
 from ia3 import FewShotClassifier, IA3Config, IA3Error, IA3Model, fit_many
 from ia3.adapter.files import Adapter, adapter_files, write_saved
 from ia3.classify.fit_many import RECORDS_NAME
@@ -101,6 +102,20 @@ def test_one_classifier_is_the_settings_of_all():
     assert not same_vectors(*fitted.values())
 
 
+def test_each_task_asks_once_what_its_model_is(monkeypatch):
+    # Of a model on the hub, that is a request.
+    asked = []
+    is_encoder = ia3.classify.estimator.is_sentence_encoder
+    monkeypatch.setattr(
+        ia3.classify.estimator,
+        "is_sentence_encoder",
+        lambda model: asked.append(model) or is_encoder(model),
+    )
+    fitted = fit_many({"a": BILLS, "b": BILLS}, tiny_classifier(steps=0))
+    assert not fitted.failures
+    assert asked == [MODEL, MODEL]
+
+
 def test_a_task_ends_early():
     after: list[dict[str, torch.Tensor]] = []
 
@@ -169,7 +184,7 @@ def test_data_of_no_use_fails_alone():
     texts, labels = BILLS
     bad = {
         "no_texts": ((None, labels), "texts is None (NoneType), expected a list of texts"),
-        "no_labels": ((texts, None), "labels is None (NoneType), expected a list of labels"),
+        "no_labels": ((texts, None), "labels is None: a classifier requires y"),
         "one_label_in_an_array": ((texts, np.array(5)), "labels is array(5)"),
         "letters": ((texts, "abcab"), "labels is one str"),
         "nothing": (None, "the data is a NoneType, expected a pair of texts and labels"),
@@ -278,6 +293,8 @@ def test_other_data_or_settings_are_trained_again(tmp_path):
     assert trained(BILLS) == set()
     # A machine with less memory goes on where another one stopped.
     assert trained(BILLS, max_tokens=64) == set()
+    # No text is longer, but what is predicted later may be.
+    assert trained(BILLS, max_words=None) == {"b"}
     assert trained(BILLS, steps=3) == {"b"}
     assert trained((BILLS[0], BILLS[1][::-1]), steps=3) == {"b"}
     assert trained(BILLS, choices={"billing": "bill", "delivery": "parcel"}) == {"b"}

@@ -22,6 +22,7 @@ from ia3.classify.head_file import check_head_size, head_bytes, read_head
 from ia3.errors import BrokenFileError, IA3Error, MissingFileError
 from ia3.files.atomic import write_files
 from ia3.files.saved import LARGEST_HEAD, SavedFolder
+from ia3.sentences.head import Head
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TASK, HEAD = "ia3_task.json", "ia3_head.safetensors"
@@ -35,7 +36,7 @@ def with_head(folder: Path, content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def read(folder: Path, classes: int, digest: str | None) -> tuple[Tensor, Tensor] | None:
+def read(folder: Path, classes: int, digest: str | None) -> Head | None:
     with SavedFolder(folder) as saved:
         return read_head(saved, classes, digest)
 
@@ -48,9 +49,9 @@ def test_a_head_is_written_as_the_package_writes_it_and_read_bit_for_bit(tmp_pat
     assert content == save({"weight": WEIGHT, "bias": BIAS}, {"format": "pt"})
     found = read(tmp_path, 3, with_head(tmp_path, content))
     assert found is not None
-    assert [part.dtype for part in found] == [torch.float32] * 2
-    assert torch.equal(found[0], WEIGHT)
-    assert torch.equal(found[1], BIAS)
+    assert {found.weight.dtype, found.bias.dtype} == {torch.float32}
+    assert torch.equal(found.weight, WEIGHT)
+    assert torch.equal(found.bias, BIAS)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_the_largest_head_is_saved_and_read_from_its_copy(tmp_path: Path, dim: i
     (tmp_path / HEAD).unlink()
     found = read(tmp_path, most, digest)
     assert found is not None
-    assert found[0].shape == (most, dim)
+    assert found.weight.shape == (most, dim)
 
 
 # -- refused ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from ia3.classify.many_manifest import KEYS, TaskToFit, read_many_manifest
+from ia3.classify.many_manifest import KEYS, MODELS, TaskToFit, read_many_manifest
 from ia3.errors import BrokenFileError, IA3Error
 
 
@@ -24,7 +24,7 @@ def written(tmp_path):
 
 def test_tasks_have_the_defaults_that_they_do_not_change(written, tmp_path):
     (tmp_path / "begin").mkdir()
-    model, tasks = read_many_manifest(
+    models, tasks = read_many_manifest(
         written(
             """
             defaults: {steps: 7, label: queue, learning_rate: 3e-3, init_from: begin}
@@ -35,7 +35,7 @@ def test_tasks_have_the_defaults_that_they_do_not_change(written, tmp_path):
             """
         )
     )
-    assert model == "auto"
+    assert models == {"model": "auto"}
     shared = {"steps": 7, "learning_rate": 0.003}
     # Labels are the text that is written, not YAML's booleans and numbers.
     choices = {"no": "not it", "01": "yes"}
@@ -49,16 +49,24 @@ def test_tasks_have_the_defaults_that_they_do_not_change(written, tmp_path):
     )
 
 
-def test_a_model_may_lie_beside_the_manifest(written, tmp_path):
+@pytest.mark.parametrize("key", MODELS)
+def test_a_model_may_lie_beside_the_manifest(written, tmp_path, key):
     (tmp_path / "own").mkdir()
-    model, _ = read_many_manifest(written("model: own\ntasks: {a: {data: a.csv}}"))
-    assert model == str(tmp_path / "own")
+    models, _ = read_many_manifest(written(f"{key}: own\ntasks: {{a: {{data: a.csv}}}}"))
+    assert models == {"model": "auto", key: str(tmp_path / "own")}
+
+
+def test_the_two_that_are_chosen_from_may_be_named(written):
+    tasks = "tasks: {a: {data: a.csv}}"
+    models, _ = read_many_manifest(written(f"encoder: a/b\nlanguage_model: c/d\n{tasks}"))
+    assert models == {"model": "auto", "encoder": "a/b", "language_model": "c/d"}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("tasks: {}", "tasks is a mapping"),
+        ("encoder: [x]\ntasks: {a: {data: a.csv}}", "encoder is a list, expected a text"),
         ("modle: x\ntasks: {a: {data: a.csv}}", "unknown key 'modle'.*did you mean 'model'"),
         ("defaults: [x]\ntasks: {a: {data: a.csv}}", "defaults is a list"),
         ("defaults: {step: 3}\ntasks: {a: {data: a.csv}}", "defaults: unknown key 'step'"),
@@ -97,8 +105,8 @@ def test_mistakes_are_named(written, content, message):
 def test_names_that_are_too_long_for_a_file(written):
     long = "a" * 5000
     content = f"model: {long}\ntasks: {{a: {{data: {long}, init_from: {long}}}}}"
-    model, tasks = read_many_manifest(written(content))
-    assert model == tasks["a"].data == tasks["a"].settings["init_from"] == long
+    models, tasks = read_many_manifest(written(content))
+    assert models["model"] == tasks["a"].data == tasks["a"].settings["init_from"] == long
 
 
 ANYTHING = st.recursive(
@@ -110,7 +118,11 @@ ENTRY = st.fixed_dictionaries({"data": ANYTHING}, optional=dict.fromkeys(KEYS[1:
 TASKS = st.dictionaries(st.text("ab/.", min_size=1), ENTRY | ANYTHING, max_size=2)
 
 
-@given(st.fixed_dictionaries({"tasks": TASKS}, optional={"model": ANYTHING, "defaults": ENTRY}))
+@given(
+    st.fixed_dictionaries(
+        {"tasks": TASKS}, optional={**dict.fromkeys(MODELS, ANYTHING), "defaults": ENTRY}
+    )
+)
 @settings(
     deadline=None,
     max_examples=100,

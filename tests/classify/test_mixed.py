@@ -396,7 +396,7 @@ def test_an_error_comes_before_the_model_runs(
     plain = IA3Model(AutoModel.from_pretrained(encoder), IA3Config(target_modules="all-linear"))
     plain.save_pretrained(tmp_path / "plain")
     ranking = json.loads((customers["c0"] / TASK).read_text("utf-8"))
-    del ranking["head"]
+    del ranking["head"], ranking["embedding"]
     ranking["engine"] = "language-model"
     ranked = shutil.copytree(customers["c0"], tmp_path / "ranked")
     (ranked / TASK).write_text(json.dumps(ranking), "utf-8")
@@ -416,7 +416,8 @@ def test_an_error_comes_before_the_model_runs(
         (BrokenFileError, ["dog"], ["other"], "adapter 'other': .*ia3_head.safetensors"),
         (IA3Error, ["dog"], ["ranked"], "is a classifier on a language model, and the bank's"),
         (IA3Error, ["dog", "fox"], ["c0"], "there are 1 names and 2 texts"),
-        (IA3Error, [], [], "there are no texts"),
+        (InvalidTypeError, ["dog"], {"c0"}, "names is {'c0'}, which has no order"),
+        (IA3Error, [], ["c0"], "there are 1 names and 0 texts"),
         (IA3Error, ["dog", {"title": "a"}], ["c0", "c1"], "text 1 has no field 'text'"),
         (IA3Error, ["dog", {"text": no}], ["c0", "c1"], "text 1: the field 'text' is None"),
         (InvalidTypeError, ["dog", 3], ["c0", "c1"], "text 1 is 3"),
@@ -430,6 +431,7 @@ def test_an_error_comes_before_the_model_runs(
         ia3.classify(bank.model, ["dog"], ["c0"])  # type: ignore[arg-type]
     with pytest.raises(InvalidTypeError, match="tokenizer is"):
         ia3.classify(bank, ["dog"], ["c0"], tokenizer="words")  # type: ignore[arg-type]
+    assert ia3.classify(bank, [], []) == []
     assert not calls
     bank.model.get_base_model().train()
     with pytest.raises(StateError, match="training mode"):

@@ -22,7 +22,16 @@ SEEN = {
 }
 SECOND = {**GOOD, "format": 2, "engine": "language-model"}
 ENCODER = {**SECOND, "engine": "encoder", "templates": [], "choices": [], "head": "a1" * 32}
-ADDED = ["engine", "temperature", "threads", "selection", "head"]
+EMBEDDING = {
+    "pooling": "cls+mean",
+    "normalize": True,
+    "max_length": 256,
+    "prompt": "query: ",
+    "prompt_tokens": 0,
+    "dense": None,
+    "tokens": "b2" * 32,
+}
+ADDED = ["engine", "temperature", "threads", "selection", "embedding", "head"]
 
 
 def read(good=GOOD, **changes):
@@ -39,25 +48,51 @@ def test_a_file_of_an_earlier_version_is_read_and_written_as_it_was():
 def test_a_file_of_the_first_format_is_of_a_language_model():
     task = read()
     found = [getattr(task, name) for name in ADDED]
-    assert found == ["language-model", 1.0, None, None, None]
+    assert found == ["language-model", 1.0, None, None, None, None]
     assert not json.loads(task.to_json()).keys() & {*ADDED}
 
 
 @pytest.mark.parametrize("name", ADDED)
 def test_a_file_of_the_first_format_has_no_key_of_the_second(name):
-    value = {**ENCODER, "temperature": 1.0, "threads": None, "selection": None}[name]
+    value = {**ENCODER, "temperature": 1.0, "threads": None, "selection": None, "embedding": None}[
+        name
+    ]
     with pytest.raises(BrokenFileError, match=f"has '{name}', which a task file of format 1 lacks"):
         read(**{name: value})
 
 
-def test_what_is_written_says_all_but_hashes_that_are_none():
+THIRD = {**ENCODER, "format": 3, "multilabel": True}
+
+
+def test_a_task_of_several_labels_a_text_is_format_3_and_no_other_is():
+    task = TaskFile.from_json(json.dumps(THIRD), "a.json")
+    assert task.multilabel
+    assert TaskFile.from_json(task.to_json(), "b.json") == task
+    assert "multilabel" not in json.loads(read(ENCODER).to_json())
+    no = {name: value for name, value in THIRD.items() if name != "multilabel"}
+    for values in (
+        no,
+        {**THIRD, "format": 2},
+        {**THIRD, "multilabel": False},
+        {**GOOD, "multilabel": True},
+    ):
+        with pytest.raises(BrokenFileError, match="in a task file of format"):
+            TaskFile.from_json(json.dumps(values), "a.json")
+    for value in (1, "yes", None):
+        with pytest.raises(BrokenFileError, match=r"multilabel is .*, expected true"):
+            TaskFile.from_json(json.dumps({**THIRD, "multilabel": value}), "a.json")
+    ranked = {**SECOND, "format": 3, "multilabel": True}
+    with pytest.raises(BrokenFileError, match="expected no such key for a language model"):
+        TaskFile.from_json(json.dumps(ranked), "a.json")
+
+
+def test_what_is_written_says_all_but_what_is_not_known():
     keys = [*GOOD, "engine", "temperature", "threads", "selection"]
     assert list(json.loads(read(SECOND).to_json())) == keys
-    assert list(json.loads(read(ENCODER, vectors="0f" * 32).to_json())) == [
-        *keys,
-        "head",
-        "vectors",
-    ]
+    encoder = read(ENCODER, vectors="0f" * 32)
+    assert list(json.loads(encoder.to_json())) == [*keys, "head", "vectors"]
+    known = read(ENCODER, vectors="0f" * 32, embedding=EMBEDDING)
+    assert list(json.loads(known.to_json())) == [*keys, "embedding", "head", "vectors"]
 
 
 def test_the_hash_of_the_vectors_is_the_last_key():
@@ -99,6 +134,8 @@ def test_what_a_file_may_hold_goes_there_and_back(changes):
         (ENCODER, {}),
         (ENCODER, {"templates": ["{{ text }}"], "threads": 2, "selection": [SEEN]}),
         (ENCODER, {"choices": ["awful", "great"], "labels": [0, 1]}),
+        (ENCODER, {"embedding": EMBEDDING}),
+        (ENCODER, {"embedding": {**EMBEDDING, "dense": "c3" * 32, "prompt": "größe"}}),
     ],
     ids=str,
 )
@@ -112,9 +149,12 @@ def test_what_a_file_of_the_second_format_may_hold_goes_there_and_back(good, cha
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 3}, "has format 3, expected 1 or 2: it was written by another version of ia3"),
-        ({"format": True}, "has format True, expected 1 or 2"),
-        ({"format": 1.0}, "has format 1.0, expected 1 or 2"),
+        (
+            {"format": 4},
+            "has format 4, expected 1, 2 or 3: it was written by another version of ia3",
+        ),
+        ({"format": True}, "has format True, expected 1, 2 or 3"),
+        ({"format": 1.0}, "has format 1.0, expected 1, 2 or 3"),
         ({"format": 2}, "has no 'engine', expected 'language-model' or 'encoder'"),
         ({"model": 3}, "model is 3, expected a model's name, or null"),
         ({"templates": []}, r"templates is \[\], expected a list of texts, at least one"),
@@ -180,6 +220,9 @@ def test_what_a_file_may_not_hold_is_named_with_what_was_expected(changes, messa
         (SECOND, {"selection": [SEEN] * 9}, r"selection is .*, expected a list of at most 8"),
         (SECOND, {"selection": [SEEN, 3]}, r"selection\[1\] is 3; selection is to be a list of"),
         (SECOND, {"head": "a1" * 32}, "has a head, which a language model lacks: expected null"),
+        (SECOND, {"embedding": EMBEDDING}, "has an embedding, which a language model lacks: exp"),
+        (ENCODER, {"embedding": 3}, "embedding is 3, expected an object, or null"),
+        (ENCODER, {"embedding": [EMBEDDING]}, r"embedding is \[{.*, expected an object, or null"),
         (SECOND, {"templates": []}, r"templates is \[\], expected a list of texts, at least one"),
         (SECOND, {"choices": []}, "has 0 choices for 2 labels: expected one each"),
         (SECOND, {"treads": 1}, "has 'treads', which no task file has; did you mean 'threads'"),
@@ -230,6 +273,38 @@ def test_a_key_that_a_candidate_lacks_or_has_too_many_is_named():
             read(SECOND, selection=[rest])
     with pytest.raises(BrokenFileError, match=r"\[0\] has 'nota', .*did you mean 'note'"):
         read(SECOND, selection=[{**SEEN, "nota": ""}])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pooling": 3}, "pooling is 3, expected a text"),
+        ({"pooling": ["cls", "mean"]}, r"pooling is \['cls', 'mean'\], expected a text"),
+        ({"normalize": 1}, "normalize is 1, expected true or false"),
+        ({"max_length": 0}, "max_length is 0, expected a whole number, at least 1"),
+        ({"max_length": 256.0}, "max_length is 256.0, expected a whole number"),
+        ({"max_length": True}, "max_length is True, expected a whole number"),
+        ({"max_length": None}, "max_length is None, expected a whole number"),
+        ({"prompt": None}, "prompt is None, expected a text"),
+        ({"prompt_tokens": -1}, "prompt_tokens is -1, expected a whole number, at least 0"),
+        ({"dense": "C3" * 32}, "dense is 'C3C3.*, expected 64 hexadecimal digits, or null"),
+        ({"tokens": None}, "tokens is None, expected 64 hexadecimal digits"),
+        ({"tokens": "b2" * 33}, "tokens is 'b2b2.*, expected 64 hexadecimal digits"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_of_an_embedding_is_named_with_its_place(changes, message):
+    with pytest.raises(BrokenFileError, match=rf"^a\.json: embedding\.{message}"):
+        read(ENCODER, embedding={**EMBEDDING, **changes})
+
+
+def test_a_key_that_an_embedding_lacks_or_has_too_many_is_named():
+    for name in EMBEDDING:
+        rest = {key: value for key, value in EMBEDDING.items() if key != name}
+        with pytest.raises(BrokenFileError, match=f"embedding has no '{name}', expected"):
+            read(ENCODER, embedding=rest)
+    with pytest.raises(BrokenFileError, match=r"embedding has 'promt', .*did you mean 'prompt'"):
+        read(ENCODER, embedding={**EMBEDDING, "promt": ""})
 
 
 @pytest.mark.parametrize("name", [name for name in GOOD if name != "upper_blocks"])

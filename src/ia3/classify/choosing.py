@@ -9,15 +9,21 @@ No answer depends on how fast the machine is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..sentences.targets import share_right
+from ..tfew.prompts.templates import Template
 from .encoder import EncoderEngine, EncoderTask
-from .engine import ENCODER, LANGUAGE_MODEL, Candidate, Fit, candidate
+from .engine import ENCODER, LANGUAGE_MODEL, Candidate, Fit, Seen, candidate
 from .language_model import LanguageModelEngine, RankingTask
+from .ranking import advise_on_words
 from .task_file import EngineName
+from .text_classifier import LabelledTexts
+from .weights import text_weights
 
 # The language model is asked as many texts as have so many tokens together.
 ASKED_TOKENS = 16_384
@@ -31,6 +37,16 @@ class AutoTask:
 
     encoder: EncoderTask
     language_model: RankingTask
+
+    @property
+    def data(self) -> LabelledTexts:
+        """The labelled texts."""
+        return self.encoder.data
+
+    @property
+    def templates(self) -> list[Template]:
+        """What reads the texts; the fields' names are the same for both engines."""
+        return self.encoder.templates
 
     def described(self) -> dict[str, Any]:
         """What the choice and the vectors depend on, as values of JSON."""
@@ -52,12 +68,15 @@ class AutoEngine:
     ) -> Fit:
         """Choose, then train; the fit says what was seen."""
         seen = self.seen(task)
-        if promises_more(seen) == ENCODER:
+        candidates = [each.candidate for each in seen]
+        if promises_more(candidates) == ENCODER:
             return self.encoder.train(task.encoder, on_step, checkpoints, seen)
+        # Not before: an encoder reads nothing into labels.
+        advise_on_words(task.language_model.data.classes)
         fit = self.language_model.train(task.language_model, on_step, checkpoints)
-        return replace(fit, candidates=seen)
+        return replace(fit, candidates=candidates, held_out=seen)
 
-    def seen(self, task: AutoTask) -> list[Candidate]:
+    def seen(self, task: AutoTask) -> list[Seen]:
         """Both candidates; the encoder alone where the texts are too long to ask about many."""
         targets, asks = task.encoder.data.targets, self.language_model
         asked = asks.to_ask(task.language_model, ASKED_TOKENS)
@@ -66,14 +85,24 @@ class AutoEngine:
             return seen
         answers = asks.untuned_answers(task.language_model, asked)
         how = "untuned, calibrated" if asks.settings.steps else "untuned"
-        of_asked = [targets[text] for text in asked]
-        return [*seen, candidate(LANGUAGE_MODEL, asks.base.name, answers, of_asked, how)]
+        right = share_right(answers, [targets[text] for text in asked])
+        weights = task.encoder.data.weights
+        counts = None if weights is None else text_weights(weights)[asked]
+        untuned = candidate(LANGUAGE_MODEL, asks.base.name, right, how, counts)
+        return [*seen, Seen(untuned, asked, answers.softmax(-1))]
 
 
 def promises_more(seen: Sequence[Candidate]) -> EngineName:
-    """The engine to train: the language model only where its untuned answers are the better ones.
+    """The engine to train: the encoder where its answers are better by more than chance.
 
-    What costs more has to promise more.
+    Its regression has learned from the labels, of which the untuned language model has seen none:
+    of two that are right about as often, the language model has more to gain. The encoder is taken
+    too where it has all right, as it costs less.
     """
-    of = {each.engine: each.accuracy for each in seen}
-    return LANGUAGE_MODEL if of.get(LANGUAGE_MODEL, 0.0) > of[ENCODER] else ENCODER
+    of = {each.engine: each for each in seen}
+    if LANGUAGE_MODEL not in of:
+        return ENCODER
+    encoder, asked = of[ENCODER], of[LANGUAGE_MODEL]
+    chance = math.hypot(encoder.error, asked.error)
+    is_ahead = encoder.accuracy - asked.accuracy > chance
+    return ENCODER if is_ahead or encoder.accuracy == 1 else LANGUAGE_MODEL

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from ..adapter.files import Adapter
 from ..adapter.fingerprint import fingerprint
 from ..base.encoders import SentenceEncoder
+from ..base.progress import working
 from ..base.threads import Threads
-from ..errors import IA3Error, warn_caller
+from ..errors import IA3Error, counted, shown, warn_caller
 from ..model.ia3_model import IA3Model
 from ..sentences.checkpoint import Checkpoint, EncoderStep
 from ..sentences.embedding import embeddings, tokenized
-from ..sentences.head import fit_head, held_out_scores
+from ..sentences.head import fit_head, held_out_answers
+from ..sentences.targets import share_right
 from ..sentences.training import EncoderRecipe, EncoderTraining
 from ..targets.config import IA3Config, TaskType
 from ..tfew.prompts.labels import readable
@@ -31,8 +33,8 @@ from ..tfew.prompts.templates import Template
 from ..tfew.temporary_adapter import temporary_adapter
 from .engine import (
     ENCODER,
-    Candidate,
     Fit,
+    Seen,
     Settings,
     candidate,
     check_trainable,
@@ -42,12 +44,19 @@ from .engine import (
 from .head_file import check_head_size
 from .inputs import check_fields
 from .ranking import check_has_fields, checked_templates
+from .task_file import Embedding
 from .text_classifier import LabelledTexts
+from .weights import text_weights
 
 # Between the fields of a text that has several.
 BETWEEN = ". "
 # Texts of which it is timed how many threads they take.
 AT_ONCE = 64
+# What an embedding has digests of -> what to say where these differ.
+DIGESTS = {
+    "dense": "its Dense layers are others",
+    "tokens": "its tokenizer splits texts otherwise",
+}
 # An expression of a pooler, and of the modules in one.
 POOLER = r"(.*\.)?pooler(\..*)?"
 
@@ -63,6 +72,11 @@ class EncoderTask:
     start: Adapter | None
     settings: Settings
     base: SentenceEncoder
+
+    @property
+    def templates(self) -> list[Template]:
+        """What makes a text of an example."""
+        return [self.template]
 
     def described(self) -> dict[str, Any]:
         """What the vectors depend on, and what is saved with them, as values of JSON."""
@@ -80,10 +94,12 @@ class EncoderTask:
             "texts": texts.hexdigest(),
             "labels": self.data.classes,
             "targets": self.data.targets,
+            **self.data.described_weights(),
             "first vectors": first.hexdigest(),
             "frozen": {} if start is None else start.frozen,
             "templates": [self.template.source],
             "fields": list(self.data.examples[0]),
+            **self.settings.bound,
         }
 
 
@@ -111,7 +127,7 @@ class EncoderEngine:
         check_trainable(settings, self.base)
         check_head_size(len(data.classes), self.base.dimension)
         read_in = _template(template, data.examples[0])
-        check_fields(data.examples, list(data.examples[0]), [read_in])
+        check_fields(data.examples, list(data.examples[0]), [read_in], data.rows)
         recipe = EncoderRecipe.of(len(data.examples), settings.steps, settings.seed)
         if settings.learning_rate is not None:
             recipe = replace(recipe, learning_rate=settings.learning_rate)
@@ -124,7 +140,7 @@ class EncoderEngine:
         task: EncoderTask,
         on_step: Callable[[EncoderStep], None] | None = None,
         checkpoints: str | Path | None = None,
-        seen: Sequence[Candidate] | None = None,
+        seen: Sequence[Seen] | None = None,
     ) -> Fit:
         """Train an adapter, then the head on what it embeds.
 
@@ -139,17 +155,24 @@ class EncoderEngine:
             seen = self.seen(task)
         recipe = task.recipe
         if self.settings.learning_rate is None:
-            recipe = recipe.after(next(each.accuracy for each in seen if each.engine == ENCODER))
+            candidates = [each.candidate for each in seen]
+            frozen = next(each for each in candidates if each.engine == ENCODER)
+            recipe = recipe.after(frozen.accuracy)
         begin = task.start or encoder_sites(base)
         with self._carrying(begin, "init_from") as model, self._threads() as threads:
             if self.settings.steps > 0:
                 texts = task.ids, data.targets
+                weights = None if data.weights is None else text_weights(data.weights)
                 most = self.settings.max_tokens
-                training = EncoderTraining(base, model, *texts, recipe, max_tokens=most)
+                training = EncoderTraining(
+                    base, model, *texts, recipe, max_tokens=most, weights=weights
+                )
                 training.run(on_step, checkpoint, threads)
                 history = training.history
-            found = self._embeddings(task.ids, model, threads)
+            found = self._embeddings(task.ids, model, threads, "reading the texts again")
             adapter = trained_adapter(model)
+        with working("fitting the head"):
+            head = fit_head(found, data.targets, len(data.classes), data.weights)
         return Fit(
             engine=ENCODER,
             model=self.base.name,
@@ -160,9 +183,12 @@ class EncoderEngine:
             adapter=adapter,
             settings=self.settings.kept(recipe.learning_rate),
             threads=threads.count if history else None,
-            head=fit_head(found, data.targets, len(data.classes)),
+            head=head,
+            multilabel=data.multilabel,
+            embedding=Embedding(**base.described()),
             history=history,
-            candidates=list(seen),
+            candidates=[each.candidate for each in seen],
+            held_out=list(seen),
         )
 
     def probabilities(
@@ -171,8 +197,18 @@ class EncoderEngine:
         examples: list[Mapping[str, Any]],
         progress: Callable[[int], None] | None,
     ) -> Tensor:
-        """The softmax of the head's scores over the temperature."""
+        """What the head makes of the embeddings."""
+        return self.read(fit, examples, progress)[0]
+
+    def read(
+        self,
+        fit: Fit,
+        examples: list[Mapping[str, Any]],
+        progress: Callable[[int], None] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Probabilities, `[examples, classes]`, and embeddings, `[examples, dim]`."""
         assert fit.head is not None
+        check_embeds_so(self.base, fit.embedding)
         fit.head.check_fits(self.base.dimension)
         ids = tokenized(self.base, _texts(examples, Template(fit.templates[0])))
         _warn_of_cut_texts(self.base, ids)
@@ -180,9 +216,10 @@ class EncoderEngine:
             found = embeddings(
                 self.base, ids, model=model, max_tokens=self.settings.max_tokens, progress=progress
             )
-        return (fit.head.scores(found) / fit.temperature).softmax(-1)
+        said = fit.head.probabilities(found, fit.temperature, multilabel=fit.multilabel)
+        return said, found
 
-    def seen(self, task: EncoderTask) -> list[Candidate]:
+    def seen(self, task: EncoderTask) -> list[Seen]:
         """How well a head on frozen embeddings does on training texts that it is fitted without.
 
         With one text a class there is no such text: the label whose name is nearest counts then.
@@ -193,16 +230,18 @@ class EncoderEngine:
         names = tokenized(self.base, list(map(readable, task.data.classes)))
         # Of ones: they change no bit.
         with self._carrying(encoder_sites(self.base)) as model, self._threads() as threads:
-            found = self._embeddings(task.ids, model, threads)
-            named = self._embeddings(names, model, threads)
-        targets, count = task.data.targets, len(task.data.classes)
-        asked, scores = held_out_scores(found, targets, count, self.settings.seed)
-        how = "frozen, held-out folds"
+            found = self._embeddings(task.ids, model, threads, "reading the texts")
+            named = self._embeddings(names, model, threads, "reading the labels")
+        targets, count, weights = task.data.targets, len(task.data.classes), task.data.weights
+        with working("asking the frozen encoder"):
+            held_out = held_out_answers(found, targets, count, self.settings.seed, weights)
+        asked, right, how = held_out.texts, held_out.right, "frozen, held-out folds"
         if not asked:
-            asked, scores = list(range(len(targets))), F.normalize(found) @ F.normalize(named).T
-            how = "frozen, by the labels' names"
-        answers = [targets[text] for text in asked]
-        return [candidate(ENCODER, self.base.name, scores, answers, how)]
+            asked, how = list(range(len(targets))), "frozen, by the labels' names"
+            right = share_right(F.normalize(found) @ F.normalize(named).T, targets)
+        counts = None if weights is None else text_weights(weights)[asked]
+        frozen = candidate(ENCODER, self.base.name, right, how, counts)
+        return [Seen(frozen, asked, held_out.probabilities if held_out.texts else None)]
 
     @contextmanager
     def _carrying(
@@ -216,13 +255,17 @@ class EncoderEngine:
     def _threads(self) -> Threads:
         return threads_of(self.settings, self.base)
 
-    def _embeddings(self, ids: list[list[int]], model: nn.Module, threads: Threads) -> Tensor:
-        """Of training texts, `[texts, dim]`, checked."""
+    def _embeddings(
+        self, ids: list[list[int]], model: nn.Module, threads: Threads, what: str
+    ) -> Tensor:
+        """Of training texts, `[texts, dim]`, checked; `what` is shown meanwhile."""
         most, parts = self.settings.max_tokens, []
-        for start in range(0, len(ids), AT_ONCE):
-            part = ids[start : start + AT_ONCE]
-            compute = partial(embeddings, self.base, part, model=model, max_tokens=most)
-            parts.append(threads.step(compute, sum(map(len, part))))
+        with working(what, len(ids)) as progress:
+            for start in range(0, len(ids), AT_ONCE):
+                part = ids[start : start + AT_ONCE]
+                compute = partial(embeddings, self.base, part, model=model, max_tokens=most)
+                parts.append(threads.step(compute, sum(map(len, part))))
+                progress(len(part))
         found = torch.cat(parts)
         for text in (~found.isfinite().all(1)).nonzero()[:1].flatten().tolist():
             raise IA3Error(
@@ -243,6 +286,24 @@ def encoder_sites(base: SentenceEncoder) -> IA3Config:
         target_modules="all-linear",
         exclude_modules=POOLER if has_pooler else None,
     )
+
+
+def check_embeds_so(base: SentenceEncoder, fitted: Embedding | None) -> None:
+    """Raise `IA3Error` where an encoder embeds otherwise than a classifier was fitted with."""
+    if fitted is None:  # an earlier version's file does not say it
+        return
+    now = base.described()
+    differing = [
+        DIGESTS.get(name) or f"{name} is {shown(now[name])}, and was {shown(was)}"
+        for name, was in fitted
+        if now[name] != was
+    ]
+    if differing:
+        raise IA3Error(
+            f"the encoder {base.name or type(base.model).__name__!r} embeds texts otherwise than "
+            f"the classifier was fitted with: {'; '.join(differing)}: give the encoder as it was, "
+            "or fit the classifier again"
+        )
 
 
 def _template(template: str | Sequence[str] | None, example: Mapping[str, Any]) -> Template:
@@ -267,9 +328,10 @@ def fields_joined(names: Iterable[str]) -> str:
 def _warn_of_cut_texts(base: SentenceEncoder, ids: Sequence[Sequence[int]]) -> None:
     full = sum(len(of_text) >= base.max_length for of_text in ids)
     if full:
+        fill = "fills" if full == 1 else "fill"
         warn_caller(
-            f"{full} of {len(ids)} texts fill the {base.max_length} tokens that {base.name!r} "
-            "reads: what they have beyond these is not read"
+            f"{full} of {counted(len(ids), 'text')} {fill} the {base.max_length} tokens that "
+            f"{base.name!r} reads: what they have beyond these is not read"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -15,11 +15,12 @@ from ..adapter.files import Adapter, check_finite, read_adapter
 from ..base.loading import LoadedModel
 from ..base.threads import Threads
 from ..core.route import changing
-from ..errors import StateError, naming
+from ..errors import StateError, counted, naming
 from ..files.hub import adapter_folder
+from ..files.labelled_data import MAX_WORDS
 from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..sentences.head import Head
-from .task_file import LONGEST_NAME, Candidate as Candidate, EngineName
+from .task_file import LONGEST_NAME, Candidate as Candidate, Embedding, EngineName
 
 ENCODER: Final = "encoder"
 LANGUAGE_MODEL: Final = "language-model"
@@ -54,6 +55,13 @@ class Settings:
     upper_blocks: int | None
     max_tokens: int
     threads: int | None = None
+    max_words: int | None = None
+
+    @property
+    def bound(self) -> dict[str, Any]:
+        """`max_words` in what identifies a run, unless it is the usual one."""
+        # Runs of earlier versions have none, and their texts are in what identifies them.
+        return {} if self.max_words == MAX_WORDS else {"max_words": self.max_words}
 
     def kept(self, learning_rate: float) -> dict[str, Any]:
         """Those that a saved classifier has, with the rate that was taken."""
@@ -63,7 +71,24 @@ class Settings:
             "learning_rate": learning_rate,
             "seed": self.seed,
             "upper_blocks": self.upper_blocks,
+            "max_words": self.max_words,
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A candidate, and its answers to training texts that it was asked without having seen them.
+
+    Attributes:
+        candidate: which engine, and how often it was right.
+        rows: the places of the texts that were asked, among those of the fit whose weight is above
+            0.
+        probabilities: `[rows, classes]`, float64; `None` where no text was held out.
+    """
+
+    candidate: Candidate
+    rows: list[int]
+    probabilities: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -78,13 +103,17 @@ class Fit:
         templates: the sources of the templates that texts are read in.
         fields: the names of the examples' fields.
         adapter: its vectors are float32, on the CPU.
-        settings: `chat`, `steps`, `learning_rate`, `seed` and `upper_blocks`.
+        settings: `chat`, `steps`, `learning_rate`, `seed`, `upper_blocks` and `max_words`.
         temperature: scores are divided by it before the softmax.
         head: an encoder's.
+        multilabel: whether a text may have several labels: each then has a sigmoid of its own.
+        embedding: how an encoder embedded the texts; `None` of a language model, and where a file
+            does not say it.
         threads: how many a step took.
         history: one record a step.
         candidates: what was seen of the engines before training, an encoder's frozen embeddings
             among it; empty where nothing was.
+        held_out: the same with the answers, of which none is saved.
     """
 
     engine: EngineName
@@ -97,9 +126,12 @@ class Fit:
     settings: dict[str, Any]
     temperature: float = 1.0
     head: Head | None = None
+    multilabel: bool = False
+    embedding: Embedding | None = None
     threads: int | None = None
     history: list[Any] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
+    held_out: list[Seen] = field(default_factory=list)
 
 
 class Engine(Protocol):
@@ -115,13 +147,23 @@ class Engine(Protocol):
 
 
 def candidate(
-    engine: EngineName, name: str, scores: Tensor, targets: Sequence[int], how: str
+    engine: EngineName, name: str, right: Tensor, how: str, weights: Tensor | None = None
 ) -> Candidate:
-    """How often scores, `[texts, classes]`, are highest for the texts' classes, `[texts]`."""
-    right = scores.argmax(1) == torch.tensor(targets)
-    accuracy = float(right.double().mean())
-    error = math.sqrt(accuracy * (1 - accuracy) / len(right))
-    note = f"{how}, {len(right):,} texts"
+    """How often texts are right.
+
+    Args:
+        engine: what answered.
+        name: of the model that it answered with.
+        right: how much of each text's labels is right, `[texts]`, 0 to 1.
+        how: the answers came about, in words.
+        weights: how much each text counts, `[texts]`.
+    """
+    right = right.double()
+    counts = torch.ones_like(right) if weights is None else weights.double()
+    accuracy = float((right * counts).sum() / counts.sum())
+    # Of answers that were drawn several times too: there are no more texts for that.
+    error = math.sqrt(max(0.0, accuracy * (1 - accuracy))) * float(counts.norm() / counts.sum())
+    note = f"{how}, {counted(len(right), 'text')}"
     # A folder's name need not be text, and a file of such a one is not written.
     named = name.encode(errors="replace").decode()[:LONGEST_NAME]
     return Candidate(engine=engine, name=named, accuracy=accuracy, error=error, note=note)

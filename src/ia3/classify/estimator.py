@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from ..adapter.layout import open_folder
 from ..arguments import LARGEST, check_callable, folder_of, instance, number, path_of, whole
 from ..base.embedded import EMBEDDED_ENCODER, EMBEDDED_MODEL
 from ..base.encoders import SentenceEncoder, is_sentence_encoder, load_encoder
-from ..base.loading import BaseModel, load_base_model
+from ..base.loading import BaseModel, LoadedModel, load_base_model
 from ..base.torch_state import usual_state
 from ..errors import (
     BrokenFileError,
@@ -32,9 +32,10 @@ from ..errors import (
     shown,
     warn_caller,
 )
+from ..files.labelled_data import MAX_WORDS
 from ..files.saved import HEAD_NAME, TASK_NAME, Beside, SavedFolder
 from ..sentences.head import Head
-from ..tfew.prompts.labels import Text, check_text, readable
+from ..tfew.prompts.labels import Label, Text, check_text, readable
 from ..tfew.scoring.choices import MAX_TOKENS
 from .choosing import AutoEngine, AutoTask
 from .encoder import EncoderEngine, fields_joined
@@ -45,15 +46,26 @@ from .engine import (
     Candidate,
     Engine,
     Fit,
+    Seen,
     Settings,
     Step,
     adapter_to_begin_with,
 )
 from .head_file import head_bytes, read_head
+from .inputs import check_fields, cut_texts, examples_of, with_field
 from .language_model import LanguageModelEngine
 from .ranking import checked_choices
-from .task_file import MOST_THREADS, TASK_FORMAT, EngineName, TaskFile
+from .self_training import self_trained
+from .task_file import (
+    MOST_THREADS,
+    MULTILABEL_FORMAT,
+    TASK_FORMAT,
+    Embedding,
+    EngineName,
+    TaskFile,
+)
 from .text_classifier import TextClassifier, read_labelled
+from .weights import sample_weights
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -68,10 +80,11 @@ SETTINGS: dict[str, tuple[str, Any, Callable[[Any], Any]]] = {
     "seed": ("a whole number", Integral, int),
     "upper_blocks": ("a whole number or None", Integral, int),
     "threads": ("a whole number or None", Integral, int),
+    "max_words": ("a whole number or None", Integral, int),
 }
 # Those that a task file has.
-KEPT = ("chat", "steps", "learning_rate", "seed", "upper_blocks")
-_MAY_BE_NONE = ("learning_rate", "upper_blocks", "threads")
+KEPT = ("chat", "steps", "learning_rate", "seed", "upper_blocks", "max_words")
+_MAY_BE_NONE = ("learning_rate", "upper_blocks", "threads", "max_words")
 MODELS = (str, os.PathLike, nn.Module)
 # Of `"auto"`: the arguments, and what they are where nothing else is said.
 _ARGUMENT: dict[EngineName, str] = {ENCODER: "encoder", LANGUAGE_MODEL: "language_model"}
@@ -133,6 +146,13 @@ class FewShotClassifier(TextClassifier):
         upper_blocks: rescale only this number of uppermost blocks of a decoder-only model instead
             of all. The blocks below them need no gradients.
         threads: of a training step on a CPU; `None` takes one or all, whichever is faster.
+        class_weight: label -> how much its texts count in training, 1 where nothing is said; or
+            `"balanced"`, by which all labels count alike, however many texts they have.
+        multilabel: each text has any number of labels, in a list. An encoder is trained then, whose
+            head says of each label by itself whether a text has it.
+        max_words: of a text's field so many words are read, 1 or more, in training and in
+            prediction; one warning tells of longer ones. `None` reads all, which takes a language
+            model minutes for a text of thousands of words.
 
     Attributes:
         classes_: the labels, `[classes]`, sorted.
@@ -140,13 +160,16 @@ class FewShotClassifier(TextClassifier):
         model_: the name of the base model that was trained.
         candidates_: what was seen before training, each a `Candidate`: of the frozen encoder with a
             linear head, and of the language model where `"auto"` chose between the two.
+        held_out_: the same with the answers, each a `Seen`; empty of a classifier that was loaded.
         choices_: the words of each class, `[classes]`.
         templates_: the templates' sources.
         fields_: the names of the examples' fields.
-        settings_: `chat`, `steps`, `learning_rate`, `seed` and `upper_blocks`, as they were in
-            `fit`.
+        settings_: `chat`, `steps`, `learning_rate`, `seed`, `upper_blocks` and `max_words`, as they
+            were in `fit`.
         adapter_: the `Adapter`: its config, and its vectors, float32 on the CPU.
         head_: an encoder's linear `Head`; `None` of a language model.
+        multilabel_: whether a text may have several labels.
+        embedding_: how the encoder embedded the texts, an `Embedding`; `None` of a language model.
         temperature_: scores are divided by it before the softmax.
         threads_: how many a step took; `None` where that is not known.
         history_: one record a step that was taken, with `step`, `steps` and `loss`.
@@ -167,10 +190,12 @@ class FewShotClassifier(TextClassifier):
     engine_: EngineName
     model_: str
     candidates_: list[Candidate]
+    held_out_: list[Seen]
     choices_: list[str]
     settings_: dict[str, Any]
     adapter_: Adapter
     head_: Head | None
+    embedding_: Embedding | None
     temperature_: float
     threads_: int | None
     history_: list[Any]
@@ -194,6 +219,9 @@ class FewShotClassifier(TextClassifier):
         max_tokens: int = MAX_TOKENS,
         upper_blocks: int | None = None,
         threads: int | None = None,
+        class_weight: Mapping[Any, float] | str | None = None,
+        multilabel: bool = False,
+        max_words: int | None = MAX_WORDS,
     ) -> None:
         self.model = model
         self.template = template
@@ -211,25 +239,38 @@ class FewShotClassifier(TextClassifier):
         self.max_tokens = max_tokens
         self.upper_blocks = upper_blocks
         self.threads = threads
+        self.class_weight = class_weight
+        self.multilabel = multilabel
+        self.max_words = max_words
 
     @usual_state()
     def fit(
         self,
-        texts: Sequence[Text],
-        labels: ArrayLike,
+        X: Sequence[Text],
+        y: ArrayLike | Sequence[Collection[Label]],
+        sample_weight: ArrayLike | None = None,
         *,
         on_step: Callable[[Step], None] | None = None,
         checkpoints: str | Path | None = None,
+        unlabelled: Sequence[Text] | None = None,
     ) -> FewShotClassifier:
         """Train on labelled texts.
 
         Args:
-            texts: strings, or mappings from field names to values, `[examples]`. What a template
+            X: strings, or mappings from field names to values, `[examples]`. What a template
                 reads is text, a finite number, a date, or lists and mappings of these.
-            labels: strings, integers of 64 bits or booleans, all of one kind, `[examples]`.
+            y: strings, integers of 64 bits or booleans, all of one kind, `[examples]` or
+                `[examples, 1]`; a whole floating-point number counts as an integer, and a member of
+                an enumeration as its value. With `multilabel`, a list of them for each example.
+            sample_weight: how much each text counts, at least 0, `[examples]`; one of 0 leaves its
+                text out. `None` is 1 each.
             on_step: called after every optimizer step.
             checkpoints: a folder in which the training is kept as it goes. The same call after a
                 break goes on from there, and ends as it would have without it.
+            unlabelled: more texts of the same kind. What the trained classifier is sure of is
+                learned from once, if that makes more right of the labelled texts, each held out in
+                turn. It takes twelve trainings to see; `candidates_` says what was seen, and
+                whether these texts were taken.
 
         Raises:
             InvalidTypeError: an argument, a setting, a text or a label is of another type.
@@ -241,14 +282,31 @@ class FewShotClassifier(TextClassifier):
             IA3Error: the data, a template or the choices are unusable (the message says which, and
                 the row),
                 `init_from` does not fit the model, the model has not so many blocks, or the
-                checkpoints are those of another run.
+                checkpoints are those of another run, or were asked for with `unlabelled`.
             OSError: a checkpoint cannot be written.
         """
         check_callable("on_step", on_step)
         if checkpoints is not None:
             path_of("checkpoints", checkpoints)
-        engine, task = self._prepare(texts, labels)
-        self._keep(engine.train(task, on_step, checkpoints))
+        engine, task = self._prepare(X, y, sample_weight)
+        if unlabelled is None:
+            self._keep(engine.train(task, on_step, checkpoints))
+            self._base = self.base  # the cache of loaded models is weak
+            return self
+        for name, given, why in (
+            ("checkpoints", checkpoints is not None, "is of one training, and it takes several"),
+            ("sample_weight", sample_weight is not None, "says nothing of what it labels"),
+            ("multilabel", bool(self.multilabel), "has labels that it is sure of one by one"),
+            ("a class_weight of 0", self._leaves_a_class_out(), "leaves a class out"),
+        ):
+            if given:
+                raise IA3Error(f"unlabelled is given, and {name}, which {why}: drop one")
+        with naming("unlabelled"):
+            names = list(task.data.examples[0])
+            others = with_field(examples_of(unlabelled), names)
+            check_fields(others, names, task.templates)
+        self._keep(self_trained(self._new, task.data, others, self.seed, on_step))
+        self._base = self.base
         return self
 
     @property
@@ -285,6 +343,16 @@ class FewShotClassifier(TextClassifier):
         load = load_encoder if engine == ENCODER else load_base_model
         return load(model, tokenizer=self.tokenizer, device=self.device, dtype=self.dtype)
 
+    def _leaves_a_class_out(self) -> bool:
+        return isinstance(self.class_weight, Mapping) and 0 in self.class_weight.values()
+
+    def _new(self, engine: EngineName | None) -> FewShotClassifier:
+        """One that is not fitted, with these settings; on the engine's model where one is named."""
+        new: FewShotClassifier = self.__sklearn_clone__()
+        if engine is not None and self._chooses():
+            new.model = self.encoder if engine == ENCODER else self.language_model
+        return new
+
     def _settings(self) -> Settings:
         """The settings of a fit, checked, as Python's own numbers; a grid's may be numpy's."""
         settings: dict[str, Any] = {}
@@ -306,9 +374,12 @@ class FewShotClassifier(TextClassifier):
             whole("upper_blocks", settings["upper_blocks"], -LARGEST)
         if settings["threads"] is not None:
             whole("threads", settings["threads"], 1, MOST_THREADS, f"1 to {MOST_THREADS}")
+        if settings["max_words"] is not None:
+            whole("max_words", settings["max_words"], 1, expected="at least 1, or None")
         for name in ("model", "encoder", "language_model"):
             expected = f"'auto', {_EXPECTED}" if name == "model" else _EXPECTED
             instance(name, getattr(self, name), MODELS, expected)
+        instance("multilabel", self.multilabel, (bool, np.bool_), "True or False")
         self._check_together()
         most = whole("max_tokens", self.max_tokens, 1, expected="at least 1")
         return Settings(max_tokens=most, **settings)
@@ -328,8 +399,15 @@ class FewShotClassifier(TextClassifier):
         """The base models that a fit may train, loaded."""
         if not self._chooses():
             base = self._load(self.model)
+            if self.multilabel and not isinstance(base, SentenceEncoder):
+                raise IA3Error(
+                    f"several labels a text are an encoder's: {base.name!r} is a language model; "
+                    f"name a sentence encoder, e.g. model={EMBEDDED_ENCODER!r}, or leave out model"
+                )
             return Bases(base, None) if isinstance(base, SentenceEncoder) else Bases(None, base)
         asks = (self.template, self.choices, self.upper_blocks, self.chat or None)
+        if self.multilabel:
+            return Bases(self._candidate(ENCODER), None)
         if any(asked is not None for asked in asks):
             return Bases(None, self._candidate(LANGUAGE_MODEL))
         found: dict[EngineName, Any] = {}
@@ -360,13 +438,29 @@ class FewShotClassifier(TextClassifier):
                 )
             return self._load(model, engine)
 
-    def _prepare(self, texts: Sequence[Text], labels: ArrayLike) -> tuple[Engine, Any]:
-        """The engine and the task for it: all is checked before a model changes."""
+    def _prepare(
+        self,
+        texts: Sequence[Text],
+        labels: Any,
+        sample_weight: Any = None,
+        bases: Bases | None = None,
+    ) -> tuple[Engine, Any]:
+        """The engine and the task for it: all is checked before a model changes.
+
+        `bases` are those of `_bases`, where they are loaded already.
+        """
         settings = self._settings()
         choices = checked_choices(self.choices)
-        data, named = read_labelled(texts, labels, choices or ())
+        if self.multilabel and choices is not None:
+            raise IA3Error(
+                "choices are a language model's, and several labels a text an encoder's: leave out "
+                "choices or multilabel"
+            )
+        data, named = read_labelled(texts, labels, choices or (), multilabel=self.multilabel)
+        weights = sample_weights(sample_weight, len(data.examples))
+        data = data.weighted(weights, self.class_weight)
         words = None if choices is None else dict(zip(named, choices.values(), strict=True))
-        bases = self._bases()
+        bases = bases or self._bases()
         if bases.left_out:
             warn_caller(f"model is 'auto', and one of its two is left out: {bases.left_out}")
         if bases.encoder is not None and words is not None:
@@ -374,6 +468,9 @@ class FewShotClassifier(TextClassifier):
                 f"choices are a language model's: {bases.encoder.name!r} is a sentence encoder; "
                 "leave them out, or name a language model"
             )
+        # What a language model would not read, an encoder beside it does not either.
+        cut = cut_for(bases.language_model or bases.encoder, data.examples, settings.max_words)
+        data = replace(data, examples=cut)
         start = adapter_to_begin_with(self.init_from)
         if bases.encoder is None:
             assert bases.language_model is not None
@@ -405,9 +502,23 @@ class FewShotClassifier(TextClassifier):
     def _probabilities(
         self, examples: list[Mapping[str, Any]], progress: Callable[[int], None] | None
     ) -> Tensor:
+        return self._read(examples, progress)[0]
+
+    def _read(
+        self, examples: list[Mapping[str, Any]], progress: Callable[[int], None] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Probabilities, `[examples, classes]`, and vectors that tell how like two texts are."""
         fit = self._fit
+        examples = cut_for(self.base, examples, fit.settings.get("max_words"))
         engine = engine_on(self.base, Settings(max_tokens=self.max_tokens, **fit.settings))
-        return engine.probabilities(fit, examples, progress)
+        return engine.read(fit, examples, progress)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What was pickled by an earlier version lacks some.
+        added: dict[str, Any] = {"class_weight": None, "multilabel": False, "max_words": None}
+        if "classes_" in state:
+            added |= {"held_out_": [], "multilabel_": False, "embedding_": None}
+        super().__setstate__({**added, **state})
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -421,41 +532,17 @@ class FewShotClassifier(TextClassifier):
             InvalidTypeError: an argument is of another type.
             NotAFolderError: there is a file of that name.
             IA3Error: the folder's name is malformed, the model's name cannot be written (a folder
-                whose name is not UTF-8), or a vector is not finite.
+                whose name is not UTF-8), a vector is not finite, or an attribute was set to what
+                cannot be read again, such as a `temperature_` of 0.
             OSError: the disk is full or may not be written; what was there before stays.
         """
-        write_saved(folder_of("folder", folder), self._files())
+        write_saved(folder_of("folder", folder), self.to_files())
 
-    def _files(self) -> dict[str, bytes]:
-        """What `save` writes, by file name."""
+    def to_files(self) -> dict[str, bytes]:
+        """What `save` writes, by file name; raises as it does, but for the folder's errors."""
         self._check_fitted()
         fitted = self._as_fitted()
-        fit, name = fitted._fit, fitted.base.name
-        check_text(name, "the model's name")
-        head = None if fit.head is None else head_bytes(fit.head.weight, fit.head.bias)
-        task = TaskFile(
-            format=TASK_FORMAT,
-            engine=fit.engine,
-            model=name,
-            templates=fit.templates,
-            fields=fit.fields,
-            labels=fit.classes,
-            choices=fit.choices,
-            temperature=fit.temperature,
-            threads=fit.threads,
-            selection=fit.candidates or None,
-            head=None if head is None else hashlib.sha256(head).hexdigest(),
-            **fit.settings,
-        )
-
-        def beside(digest: str) -> dict[str, str | bytes]:
-            # The hash tells where another program has replaced the vectors since.
-            files: dict[str, str | bytes] = {
-                TASK_NAME: task.model_copy(update={"vectors": digest}).to_json()
-            }
-            return files if head is None else {**files, HEAD_NAME: head}
-
-        return adapter_files(fit.adapter, beside)
+        return classifier_files(replace(fitted._fit, model=fitted.base.name))
 
     @classmethod
     def load(
@@ -492,9 +579,55 @@ class FewShotClassifier(TextClassifier):
         if fit.engine == LANGUAGE_MODEL:
             given["choices"] = dict(zip(fit.classes, fit.choices, strict=True))
         template = fit.templates if fit.engine == LANGUAGE_MODEL else fit.templates[0]
+        given["multilabel"] = fit.multilabel
         classifier = cls(model, template, max_tokens=max_tokens, **given)
         classifier._keep(fit)
         return classifier
+
+
+def classifier_files(fit: Fit) -> dict[str, bytes]:
+    """What `FewShotClassifier.save` writes, by file name.
+
+    Raises `IA3Error` where the model's name is no text, or a value is not finite.
+    """
+    check_text(fit.model, "the model's name")
+    head = None if fit.head is None else head_bytes(fit.head.weight, fit.head.bias)
+    values = {
+        "format": MULTILABEL_FORMAT if fit.multilabel else TASK_FORMAT,
+        "multilabel": fit.multilabel,
+        "engine": fit.engine,
+        "model": fit.model,
+        "templates": fit.templates,
+        "fields": fit.fields,
+        "labels": fit.classes,
+        "choices": fit.choices,
+        "temperature": fit.temperature,
+        "threads": fit.threads,
+        "selection": fit.candidates or None,
+        "embedding": fit.embedding,
+        "head": None if head is None else hashlib.sha256(head).hexdigest(),
+        **fit.settings,
+    }
+    with naming("the classifier cannot be saved"):
+        task = TaskFile.of(values)
+
+    def beside(digest: str) -> dict[str, str | bytes]:
+        # The hash tells where another program has replaced the vectors since.
+        files: dict[str, str | bytes] = {
+            TASK_NAME: task.model_copy(update={"vectors": digest}).to_json()
+        }
+        return files if head is None else {**files, HEAD_NAME: head}
+
+    return adapter_files(fit.adapter, beside)
+
+
+def cut_for(
+    base: LoadedModel | None, examples: list[Mapping[str, Any]], max_words: int | None
+) -> list[Mapping[str, Any]]:
+    """The examples as far as they are read; of an encoder's own bound it warns itself."""
+    if max_words is None or (isinstance(base, SentenceEncoder) and base.max_length <= max_words):
+        return examples
+    return cut_texts(examples, max_words)
 
 
 def engine_on(
@@ -525,6 +658,8 @@ def read_classifier(folder: str | Path) -> Fit:
         settings={name: getattr(task, name) for name in KEPT},
         temperature=task.temperature,
         head=head,
+        multilabel=task.multilabel,
+        embedding=task.embedding,
         threads=task.threads,
         candidates=task.selection or [],
     )
@@ -548,4 +683,4 @@ def read_task(saved: SavedFolder | Beside) -> tuple[TaskFile, Head | None]:
             "program has replaced: fit and save the classifier again; or, if it is meant to have "
             f"these vectors, remove 'vectors' from {TASK_NAME}"
         )
-    return task, None if head is None else Head(*head)
+    return task, head

@@ -31,7 +31,7 @@ from ..sentences.checkpoint import EncoderStep
 from ..tfew.prompts.labels import Text
 from ..tfew.training.steps import StopTraining, TrainingStep, steps_of
 from .engine import Fit, Step
-from .estimator import FewShotClassifier, read_classifier
+from .estimator import Bases, FewShotClassifier, read_classifier
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -107,13 +107,13 @@ def fit_many(
     """
     check_callable("on_step", on_step)
     classifiers = _classifiers(tasks, classifier, max_tokens)
-    _check_one_base(classifiers)
+    bases = _one_base(classifiers)
     folder = None if out is None else _Folder(path_of("out", out))
     fitted: dict[str, FewShotClassifier] = {}
     failures: dict[str, IA3Error] = {}
     for name, data in tasks.items():
         try:
-            _fit(name, data, classifiers[name], folder, on_step)
+            _fit(name, data, classifiers[name], bases[name], folder, on_step)
             fitted[name] = classifiers[name]
         except IA3Error as error:
             failures[name] = error
@@ -124,6 +124,7 @@ def _fit(
     name: str,
     data: object,
     classifier: FewShotClassifier,
+    bases: Bases,
     folder: _Folder | None,
     on_step: OnStep | None,
 ) -> None:
@@ -133,7 +134,8 @@ def _fit(
             if not isinstance(data, Sequence) or isinstance(data, str) or len(data) != 2:
                 kind = type(data).__name__
                 raise InvalidTypeError(f"the data is a {kind}, expected a pair of texts and labels")
-            engine, task = classifier._prepare(*data)
+            texts, labels = data
+            engine, task = classifier._prepare(texts, labels, bases=bases)
         if folder is not None:
             check_folder(folder.path / name)
     except IA3Error:
@@ -198,12 +200,12 @@ def _can_be_written(name: str) -> bool:
     return True
 
 
-def _check_one_base(classifiers: Mapping[str, FewShotClassifier]) -> None:
-    """Load the base models; raise `IA3Error` where tasks have several of one kind."""
+def _one_base(classifiers: Mapping[str, FewShotClassifier]) -> dict[str, Bases]:
+    """The base models of each task; raise `IA3Error` where tasks have several of one kind."""
     known: dict[type, tuple[str, LoadedModel]] = {}
-    for name, classifier in classifiers.items():
-        bases = classifier._bases()
-        for base in (bases.encoder, bases.language_model):
+    bases = {name: classifier._bases() for name, classifier in classifiers.items()}
+    for name, of_task in bases.items():
+        for base in (of_task.encoder, of_task.language_model):
             if base is None:
                 continue
             first, same = known.setdefault(type(base), (name, base))
@@ -213,6 +215,7 @@ def _check_one_base(classifiers: Mapping[str, FewShotClassifier]) -> None:
                     f"{same.name!r}: expected one language model and one encoder at most, on one "
                     "device and in one dtype, for all tasks"
                 )
+    return bases
 
 
 @contextmanager
@@ -253,7 +256,7 @@ class _Folder:
         return replace(fit, history=_history(record))
 
     def write(self, task: str, digest: str, classifier: FewShotClassifier) -> None:
-        files = classifier._files()
+        files = classifier.to_files()
         write_saved(self.path / task, files)
         record = {
             "task": task,

@@ -20,6 +20,7 @@ from ..files.saved import (
     SavedFolder,
     read_header,
 )
+from ..sentences.head import Head
 
 # More than the header of such a file has.
 _FOR_HEADER = 1000
@@ -58,9 +59,7 @@ def head_bytes(weight: Tensor, bias: Tensor) -> bytes:
     return safetensors.write(head, {"format": "pt"})
 
 
-def read_head(
-    saved: SavedFolder | Beside, classes: int, digest: str | None
-) -> tuple[Tensor, Tensor] | None:
+def read_head(saved: SavedFolder | Beside, classes: int, digest: str | None) -> Head | None:
     """The head that belongs to an adapter, from its file or from the copy of it.
 
     Args:
@@ -69,7 +68,7 @@ def read_head(
         digest: the file's SHA-256, in hex, as the task file has it; `None` where it has no head.
 
     Returns:
-        Weight `[classes, dim]` and bias `[classes]`, float32 on the CPU; `None` without `digest`.
+        The head, on the CPU; `None` without `digest`.
 
     Raises:
         MissingFileError: there is no head.
@@ -108,14 +107,14 @@ def read_head(
             f"write its SHA-256 as 'head' into {TASK_NAME}"
         )
     try:
-        head = load(content)
-        for name, values in head.items():
+        tensors = load(content)
+        for name, values in tensors.items():
             _check_finite(values, f"{where}: {name!r}", "the file is damaged")
     except SafetensorError as error:
         raise BrokenFileError(f"{where} is not a whole safetensors file: {error}") from error
     except IA3Error as error:
         raise BrokenFileError(str(error)) from error
-    return head["weight"], head["bias"]
+    return Head(**tensors)
 
 
 def _check_finite(values: Tensor, name: str, cause: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..adapter.files import Adapter
 from ..adapter.fingerprint import fingerprint
 from ..base.loading import BaseModel
+from ..base.progress import working
 from ..tfew.prompts.encoding import EncodedExample, Encoder, TrainingExample
 from ..tfew.prompts.templates import Template
 from ..tfew.scoring.choices import USUAL_TEMPERATURE
@@ -26,6 +27,7 @@ from ..tfew.training.recipe import TFewConfig
 from .engine import LANGUAGE_MODEL, Fit, Settings, check_trainable, threads_of, trained_adapter
 from .ranking import Prompts, encode_all, read_prompts
 from .text_classifier import LabelledTexts
+from .weights import text_weights
 
 if TYPE_CHECKING:
     from ..tfew.training.steps import TrainingStep
@@ -47,6 +49,11 @@ class RankingTask:
     settings: Settings
     base: BaseModel
 
+    @property
+    def templates(self) -> list[Template]:
+        """What makes prompts of an example."""
+        return self.prompts.templates
+
     def described(self) -> dict[str, Any]:
         """What the vectors depend on, and what is saved with them, as values of JSON."""
         from ..tfew.training.trainer import described_run
@@ -65,6 +72,7 @@ class RankingTask:
             "choices": self.prompts.choices,
             "templates": [template.source for template in self.prompts.templates],
             "fields": list(self.data.examples[0]),
+            **self.settings.bound,
         }
 
 
@@ -107,7 +115,10 @@ class LanguageModelEngine:
         )
         encoder = Encoder(self.base, prompts.choices, chat=settings.chat)
         encoded = encode_all(encoder, data.examples, prompts.templates)
-        examples = [TrainingExample(*pair) for pair in zip(encoded, data.targets, strict=True)]
+        weights = (
+            [1.0] * len(encoded) if data.weights is None else text_weights(data.weights).tolist()
+        )
+        examples = [TrainingExample(*of) for of in zip(encoded, data.targets, weights, strict=True)]
         return RankingTask(data, prompts, recipe, examples, start, settings, self.base)
 
     def train(
@@ -162,6 +173,16 @@ class LanguageModelEngine:
             ]
         return (torch.stack(scores).double() / fit.temperature).softmax(-1).mean(0)
 
+    def read(
+        self,
+        fit: Fit,
+        examples: list[Mapping[str, Any]],
+        progress: Callable[[int], None] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Probabilities, `[examples, classes]`, and their roots, which are vectors of length 1."""
+        found = self.probabilities(fit, examples, progress)
+        return found, found.sqrt()
+
     def to_ask(self, task: RankingTask, most_tokens: int) -> list[int]:
         """Training texts, drawn with the seed: so many tokens, with their choices, at most."""
         lengths = [sum(map(tree_length, example.encoded)) for example in task.examples]
@@ -178,10 +199,15 @@ class LanguageModelEngine:
         what tells them apart are the differences. Of one that stays untuned nothing is taken off.
         """
         parts = []
-        with without_adapter(self.base), threads_of(self.settings, self.base) as threads:
+        with (
+            without_adapter(self.base),
+            threads_of(self.settings, self.base) as threads,
+            working("asking the untuned language model", len(asked)) as progress,
+        ):
             for start in range(0, len(asked), AT_ONCE):
                 part = [task.examples[i].encoded for i in asked[start : start + AT_ONCE]]
                 parts.append(threads.step(partial(self._scores, part), len(part)))
+                progress(len(part))
         found = torch.cat(parts)
         return found - found.mean(0) if self.settings.steps else found
 

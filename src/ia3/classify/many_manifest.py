@@ -24,10 +24,12 @@ from .estimator import AUTO
 
 # The paper's take a thousand.
 MOST_STEPS = 10_000_000
-TOP_KEYS = ("model", "defaults", "tasks")
+MODELS = ("model", "encoder", "language_model")
+MOST_WORDS = 1_000_000_000
+TOP_KEYS = (*MODELS, "defaults", "tasks")
 KEYS = (
     *("data", "split", "subset", "text", "label", "template", "choices"),
-    *("steps", "seed", "learning_rate", "chat", "init_from"),
+    *("steps", "seed", "learning_rate", "chat", "init_from", "max_words"),
 )
 
 
@@ -48,8 +50,11 @@ class TaskToFit:
     settings: dict[str, Any]
 
 
-def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
-    """The model that a manifest names, or `"auto"`, and its tasks by name. No data is read yet.
+def read_many_manifest(path: str | Path) -> tuple[dict[str, Any], dict[str, TaskToFit]]:
+    """The models that a manifest names, and its tasks by name. No data is read yet.
+
+    The models are arguments of `FewShotClassifier`: `model`, which is `"auto"` by default, and
+    `encoder` and `language_model` where the manifest has them.
 
     docs/few-shot.md has an example and all keys. A key under `defaults` holds for each task that
     does not have it. Paths are relative to the manifest.
@@ -61,21 +66,24 @@ def read_many_manifest(path: str | Path) -> tuple[str, dict[str, TaskToFit]]:
     path = Path(path)
     content = read_manifest_file(path, TOP_KEYS)
     with naming(str(path)):
-        model = text_of(content, "model") or AUTO
+        named = {key: text_of(content, key) for key in MODELS}
         defaults = content.get("defaults", {})
         if not isinstance(defaults, dict):
             raise BrokenFileError(f"defaults is {in_words(defaults)}, expected a mapping")
         with naming("defaults"):
             check_keys(defaults, KEYS)
-    # A folder beside the manifest comes before a name on the hub. Of a name that is too long,
-    # `is_dir` raises.
-    if model != AUTO and os.path.isdir(path.parent / model):
-        model = str(path.parent / model)
+    models = {"model": AUTO}
+    for key, name in named.items():
+        if name:
+            # A folder beside the manifest comes before a name on the hub. Of a name that is too
+            # long, `is_dir` raises.
+            is_beside = name != AUTO and os.path.isdir(path.parent / name)
+            models[key] = str(path.parent / name) if is_beside else name
     tasks = {}
     for name, entry in tasks_in(path, content).items():
         with naming(f"{path}: task {name!r}"):
             tasks[name] = _task(path.parent, {**defaults, **entry})
-    return model, tasks
+    return models, tasks
 
 
 def _task(folder: Path, entry: Mapping[str, Any]) -> TaskToFit:
@@ -93,6 +101,7 @@ def _task(folder: Path, entry: Mapping[str, Any]) -> TaskToFit:
         "steps": whole_number(entry, "steps", MOST_STEPS),
         "seed": whole_number(entry, "seed", 2**32 - 1),
         "learning_rate": positive_number(entry, "learning_rate"),
+        "max_words": whole_number(entry, "max_words", MOST_WORDS),
         "chat": None if chat is None else chat == "true",
         "init_from": init_from,
     }

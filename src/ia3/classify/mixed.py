@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from ..base.encoders import SentenceEncoder, is_sentence_encoder, load_encoder
 from ..base.loading import BaseModel, load_base_model
 from ..base.torch_state import usual_state
 from ..core.sites import Site
-from ..errors import IA3Error, MissingFileError, StateError, naming
+from ..errors import IA3Error, InvalidTypeError, MissingFileError, StateError, naming, shown
 from ..files.saved import TASK_NAME
 from ..model.adapters import check_string
 from ..sentences.embedding import embeddings, tokenized
@@ -27,10 +27,10 @@ from ..tfew.prompts.encoding import EncodedExample, Encoder, warn_of_cut_texts
 from ..tfew.prompts.labels import Label, Text
 from ..tfew.prompts.templates import Template
 from ..tfew.scoring.choices import choice_scores
-from .encoder import fields_joined
+from .encoder import check_embeds_so, fields_joined
 from .engine import ENCODER, KINDS, LANGUAGE_MODEL
-from .estimator import read_task
-from .inputs import check_fields, examples_of
+from .estimator import cut_for, read_task
+from .inputs import check_fields, examples_of, with_field
 from .task_file import EngineName, TaskFile
 from .text_classifier import not_finite
 
@@ -46,11 +46,14 @@ class Classified:
         label: the most probable one.
         probability: of that label.
         probabilities: label -> its probability, in the order of the classifier's `classes_`.
+        labels: all that the text has: `label` alone; of a classifier whose texts have several, each
+            whose probability is at least one half.
     """
 
     label: Label
     probability: float
     probabilities: dict[Label, float]
+    labels: list[Label]
 
 
 @usual_state()
@@ -84,7 +87,7 @@ def classify(
         BrokenFileError: a classifier's task or head is damaged, or of other vectors.
         StateError: an adapter cannot be loaded, there is no room for all, the bank was closed, its
             model's adapters are merged or disabled, or its encoder is in training mode.
-        IA3Error: there is no text, or not one name a text; a text lacks a field or has one that is
+        IA3Error: there is not one name a text; a text lacks a field or has one that is
             no text, finite number or date; the bank's model has no tokenizer, or is not the one
             that a classifier was fitted on; or scores are not finite.
 
@@ -101,12 +104,17 @@ def classify(
         'billing'
     """
     instance("bank", bank, AdapterBank, "an AdapterBank")
-    asked = listed("names", names, "a list of names, one a text")
+    expected = "a list of names, one a text"
+    if isinstance(names, Set):
+        raise InvalidTypeError(f"names is {shown(names)}, which has no order: expected {expected}")
+    asked = listed("names", names, expected)
     for name in asked:
         check_string(name)
     examples = examples_of(texts)
     if len(asked) != len(examples):
         raise IA3Error(f"there are {len(asked)} names and {len(examples)} texts: expected one each")
+    if not asked:
+        return []
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(asked):
         rows.setdefault(name, []).append(row)
@@ -115,8 +123,11 @@ def classify(
     served = _served(bank, tokenizer)
     tasks = {n: served.task(n, version) for n, version in zip(rows, versions, strict=True)}
     for name, task in tasks.items():
-        of_task = [examples[row] for row in rows[name]]
+        of_task = with_field([examples[row] for row in rows[name]], task.file.fields)
         check_fields(of_task, task.file.fields, task.templates, rows[name])
+        of_task = cut_for(served.base, of_task, task.file.max_words)
+        for row, example in zip(rows[name], of_task, strict=True):
+            examples[row] = example
     batch = _Batch(bank, values, tasks, asked, examples)
     if isinstance(served.base, SentenceEncoder):
         found = batch.by_embeddings(served.base, rows)
@@ -129,8 +140,12 @@ def _classified(row: int, task: _Task, probabilities: list[float]) -> Classified
     if not math.isfinite(sum(probabilities)):
         raise not_finite(row)
     most, labels = max(probabilities), task.file.labels
-    label = labels[probabilities.index(most)]
-    return Classified(label, most, dict(zip(labels, probabilities, strict=True)))
+    label, by_label = (
+        labels[probabilities.index(most)],
+        dict(zip(labels, probabilities, strict=True)),
+    )
+    own = [name for name, p in by_label.items() if p >= 0.5] if task.file.multilabel else [label]
+    return Classified(label, most, by_label, own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +196,7 @@ def _read(version: Version, base: SentenceEncoder | BaseModel) -> _Task:
         return _Task(file, templates, Encoder(base, file.choices, chat=file.chat))
     assert head is not None
     templates = templates or [Template(fields_joined(file.fields))]
+    check_embeds_so(base, file.embedding)
     head.check_fits(base.dimension)
     return _Task(file, templates, None, Head(head.weight.double(), head.bias.double()))
 
@@ -226,10 +242,12 @@ class _Batch:
         found = embeddings(base, ids, model=routed, adapter_names=self.names)
         probabilities: list[list[float]] = [[]] * len(ids)
         for name, members in rows.items():
-            head, temperature = self.tasks[name].head, self.tasks[name].file.temperature
+            head, file = self.tasks[name].head, self.tasks[name].file
             assert head is not None
-            scores = head.scores(found[members]) / temperature
-            for row, of_row in zip(members, scores.softmax(-1).tolist(), strict=True):
+            of_name = head.probabilities(
+                found[members], file.temperature, multilabel=file.multilabel
+            )
+            for row, of_row in zip(members, of_name.tolist(), strict=True):
                 probabilities[row] = of_row
         return probabilities
 

@@ -103,7 +103,7 @@ def read_prompts(
     """
     answers = _answer_choices(data.classes, words, advise)
     templates = _templates(template, data.examples[0])
-    check_fields(data.examples, list(data.examples[0]), templates)
+    check_fields(data.examples, list(data.examples[0]), templates, data.rows)
     for each in templates:
         each.render(data.examples[0], answers)
     return Prompts(answers, templates)
@@ -113,13 +113,8 @@ def _answer_choices(
     classes: Sequence[Label], choices: Mapping[Any, str] | None, advise: bool
 ) -> list[str]:
     if choices is None:
-        if advise and any(
-            str(label).lstrip("-").isdecimal() or isinstance(label, bool) for label in classes
-        ):
-            warn_caller(
-                f"the labels {list(classes)} are ranked as these words; what they mean, said in "
-                "choices={label: words}, helps the model"
-            )
+        if advise:
+            advise_on_words(classes)
         return [readable(label) for label in classes]
     missing = [label for label in classes if label not in choices]
     if missing:
@@ -133,6 +128,23 @@ def _answer_choices(
             raise IA3Error(f"choices[{label!r}] is {shown(choices[label])}, expected words")
         check_text(choices[label], f"choices[{label!r}]")
     return [choices[label] for label in classes]
+
+
+def advise_on_words(classes: Sequence[Label]) -> None:
+    """Warn of labels that say nothing, where they are the words that a language model ranks."""
+    if not any(str(label).lstrip("-").isdecimal() or isinstance(label, bool) for label in classes):
+        return
+    message = (
+        f"the labels {list(classes)} are ranked as these words; what they mean, said in "
+        "choices={label: words}, helps the model"
+    )
+    if [*classes] == [*range(len(classes))] and not isinstance(classes[0], bool):
+        message += (
+            "; where scikit-learn numbers the labels, as in voting, stacking and calibration, the "
+            "numbers are the places of the sorted labels: give choices=dict(enumerate(words))"
+        )
+    # Of several fits within one of scikit-learn's, one warning is shown.
+    warn_caller(message, between=("sklearn", "joblib"), once=True)
 
 
 def _templates(template: str | Sequence[str] | None, example: Mapping[str, Any]) -> list[Template]:

@@ -1,11 +1,13 @@
 """The file that a classifier has beside its adapter: what is asked, and how it was trained.
 
-Format 1 is that of a language model before there were other engines; it is read as it was.
+Format 1 is that of a language model before there were other engines; it is read as it was. Format 3
+is that of a task whose texts may have several labels: who reads format 2 would give one each.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from ..errors import BrokenFileError, IA3Error, MissingExtraError, did_you_mean, shown
@@ -27,9 +29,11 @@ except ImportError as error:
     raise MissingExtraError("pydantic", "tfew", "reading a classifier's task file") from error
 
 TASK_FORMAT = 2
-_FORMATS = (1, TASK_FORMAT)
+MULTILABEL_FORMAT = 3
+_FORMATS = (1, TASK_FORMAT, MULTILABEL_FORMAT)
+_KNOWN_FORMATS = "1, 2 or 3"
 # What format 1 lacks.
-_ADDED = ("engine", "temperature", "threads", "selection", "head")
+_ADDED = ("engine", "temperature", "threads", "selection", "embedding", "max_words", "head")
 MOST_THREADS = 4096
 # As many candidates as `selection` may have.
 MOST_CANDIDATES = 8
@@ -45,7 +49,7 @@ def _check_format(value: Any) -> Any:
     # The literal type would take True and 1.0 for 1.
     if type(value) is not int or value not in _FORMATS:
         raise IA3Error(
-            f"has format {shown(value)}, expected {' or '.join(map(str, _FORMATS))}: it was "
+            f"has format {shown(value)}, expected {_KNOWN_FORMATS}: it was "
             "written by another version of ia3"
         )
     return value
@@ -111,11 +115,36 @@ class Candidate(BaseModel):
         return f"{self.engine} {100 * self.accuracy:.0f} ± {100 * self.error:.0f} ({self.note})"
 
 
+class Embedding(BaseModel):
+    """How an encoder makes a text's vector, as `SentenceEncoder.described` says it.
+
+    Attributes:
+        pooling: how tokens become one vector.
+        normalize: whether its length becomes 1.
+        max_length: the most tokens of a text.
+        prompt: is put before each text.
+        prompt_tokens: so many are left out of the pooling.
+        dense: SHA-256, in hex, of the layers after the pooling; `None` where there are none.
+        tokens: SHA-256, in hex, of the tokens of a few words.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    pooling: str = Field(description="a text")
+    normalize: bool = Field(description="true or false")
+    max_length: int = Field(ge=1, description="a whole number, at least 1")
+    prompt: str = Field(description="a text")
+    prompt_tokens: int = Field(ge=0, description="a whole number, at least 0")
+    dense: str | None = Field(pattern=_SHA256, description="64 hexadecimal digits, or null")
+    tokens: str = Field(pattern=_SHA256, description="64 hexadecimal digits")
+
+
 class TaskFile(BaseModel):
     """What `ia3_task.json` holds, checked: every value has its type and range.
 
     Attributes:
-        format: 2, or 1 for a file that lacks the keys from `engine` on, but for `vectors`.
+        format: 2, or 1 for a file that lacks the keys from `engine` on, but for `vectors`; 3 for
+            one that has `multilabel`.
         model: the base model's name, folder or hub id; `None` or empty where it had none.
         templates: the sources of the prompts' templates, at least one; for an encoder the one that
             makes the text, or none where the fields are joined.
@@ -127,6 +156,11 @@ class TaskFile(BaseModel):
         temperature: probabilities are the softmax of the scores divided by it.
         threads: how many the training took; `None` where that is not known.
         selection: what was seen of the engines before training; `None` where nothing was.
+        multilabel: whether a text may have several labels, of which the head's sigmoids say each by
+            itself; true, or no key.
+        embedding: how an encoder embedded the texts; `None` where that is not known.
+        max_words: how many words of a text's field are read; `None`, as in files of earlier
+            versions, reads all.
         head: SHA-256, in hex, of the file of an encoder's head; a language model has none.
         vectors: SHA-256, in hex, of the values of the adapter that this task was fitted with; files
             of earlier versions have none.
@@ -135,7 +169,7 @@ class TaskFile(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     # The descriptions are what messages say was expected.
-    format: Annotated[int, BeforeValidator(_check_format)] = Field(description="1 or 2")
+    format: Annotated[int, BeforeValidator(_check_format)] = Field(description=_KNOWN_FORMATS)
     model: str | None = Field(description="a model's name, or null")
     templates: Annotated[list[str], AfterValidator(_check_templates)] = Field(
         description="a list of texts, at least one"
@@ -170,6 +204,11 @@ class TaskFile(BaseModel):
         max_length=MOST_CANDIDATES,
         description=f"a list of at most {MOST_CANDIDATES} objects, or null",
     )
+    multilabel: bool = Field(default=False, description="true")
+    embedding: Embedding | None = Field(default=None, description="an object, or null")
+    max_words: int | None = Field(
+        default=None, ge=1, description="a whole number, at least 1, or null"
+    )
     head: str | None = Field(
         default=None, pattern=_SHA256, description="64 hexadecimal digits, or null"
     )
@@ -184,13 +223,20 @@ class TaskFile(BaseModel):
             raise IA3Error(f"has {added[0]!r}, which a task file of format 1 lacks")
         if self.format != 1 and "engine" not in self.model_fields_set:
             raise IA3Error(f"has no 'engine', expected {_ENGINES}")
+        if self.multilabel != (self.format == MULTILABEL_FORMAT):
+            found = f"multilabel is {json.dumps(self.multilabel)} in a task file of format"
+            expected = f"true in format {MULTILABEL_FORMAT} alone"
+            raise IA3Error(f"{found} {self.format}, expected {expected}")
+        if self.multilabel and self.engine != "encoder":
+            raise IA3Error("multilabel is true, expected no such key for a language model")
         if self.engine == "encoder":
             self._check_encoder()
         else:
             if not self.templates:
                 raise IA3Error("templates is [], expected a list of texts, at least one")
-            if self.head is not None:
-                raise IA3Error("has a head, which a language model lacks: expected null")
+            for value, what in ((self.head, "a head"), (self.embedding, "an embedding")):
+                if value is not None:
+                    raise IA3Error(f"has {what}, which a language model lacks: expected null")
         if len(self.choices) != len(self.labels) and (self.choices or self.engine != "encoder"):
             raise IA3Error(
                 f"has {len(self.choices)} choices for {len(self.labels)} labels: expected one each"
@@ -219,18 +265,37 @@ class TaskFile(BaseModel):
         """
         values = parse_object(text, where)
         try:
+            return cls.of(values)
+        except IA3Error as error:
+            raise BrokenFileError(f"{where}: {error}") from error
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TaskFile:
+        """The task file that has these values.
+
+        Raises:
+            IA3Error: one is missing, or of another type or out of its range.
+        """
+        try:
             return cls.model_validate(values)
         except ValidationError as error:
             first, *others = error.errors()
             more = f" (and {len(others)} more to correct)" if others else ""
-            raise BrokenFileError(f"{where}: {_in_words(first)}{more}") from error
+            raise IA3Error(f"{_in_words(first)}{more}") from error
 
     def to_json(self) -> str:
-        """The file's text. Keys are in the order of the attributes; no hash is no key."""
-        left_out = {name for name in ("head", "vectors") if getattr(self, name) is None}
+        """The file's text. Keys are in the order of the attributes; what is not known is no key."""
+        may_lack = ("embedding", "max_words", "head", "vectors")
+        left_out = {name for name in may_lack if getattr(self, name) is None}
+        if not self.multilabel:
+            left_out.add("multilabel")
         if self.format == 1:
             left_out.update(_ADDED)
         return json.dumps(self.model_dump(exclude=left_out), indent=2, ensure_ascii=False) + "\n"
+
+
+# What a task file has parts of, by the key that they are under.
+_PARTS: dict[str, type[BaseModel]] = {"selection": Candidate, "embedding": Embedding}
 
 
 def _in_words(fault: Any) -> str:
@@ -242,12 +307,12 @@ def _in_words(fault: Any) -> str:
         (of,) = above
         expected = TaskFile.model_fields[of].description
         return f"{of}[{name}] is {shown(fault['input'])}; {of} is to be {expected}"
-    known = Candidate.model_fields if above else TaskFile.model_fields
-    place = "{}[{}]".format(*above) if above else ""
+    known = (_PARTS[above[0]] if above else TaskFile).model_fields
+    place = "".join([*above[:1], *(f"[{index}]" for index in above[1:])])
     if name not in known:
-        which = f"none of {above[0]} has" if above else "no task file has"
+        what = _PARTS[above[0]].__name__.lower() if above else "task file"
         hint = did_you_mean(name[:60], known)
-        return f"{place} has {shown(name)}, which {which}{hint}".lstrip()
+        return f"{place} has {shown(name)}, which no {what} has{hint}".lstrip()
     expected = known[name].description
     if fault["type"] == "missing":
         return f"{place} has no {name!r}, expected {expected}".lstrip()
