@@ -85,6 +85,14 @@ def test_list_in_a_terminal(place, width):
     assert " ".join(empty.stdout.split()) == "0 adapters, 0 broken"
 
 
+def test_one_adapter_is_no_several(place):
+    listed, combined = place.run_all(
+        ("list", "adapters/team"), ("combine", "adapters/a", "--out", "one")
+    )
+    assert "1 adapter, 0 broken" in listed.stdout
+    assert "average of 1 adapter: " in combined.stderr
+
+
 def test_neither_list_nor_inspect_nor_diff_load_torch(place):
     runs = place.run_all(
         ("list", "adapters"), ("inspect", "adapters/a"), ("diff", "adapters/a", "adapters/a")
@@ -277,7 +285,7 @@ def test_combine_refuses_and_leaves_nothing(place):
     both = ("adapters/a", "adapters/b")
     refusals = {
         (*both, "--combination-type", "tie"): "did you mean 'ties'?",
-        (*both, "--weights", "1"): "1 weights for 2 adapters",
+        (*both, "--weights", "1"): "1 weight for 2 adapters",
         (*both, "--density", "0.3"): "density belongs to 'ties'",
         (*both, "--weights", "1,-1"): "add up to 0",
         ("adapters/a", "adapters/other"): "are adapters of different base models",

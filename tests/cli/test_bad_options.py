@@ -20,10 +20,12 @@ MANIFEST = "model: no/model\ntasks: {a: {data: data.csv}}\n"
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 # What a command needs, so that it gets as far as the model, which is not there.
 NEEDED = {
+    "check": ["data.csv"],
     "fit": ["--data", "data.csv", "--out", "out", "--model", "no/model"],
     "fit-many": ["manifest.yaml", "--out", "out"],
     "predict": ["adapter", "--data", "data.csv"],
     "evaluate": ["adapter", "--data", "data.csv"],
+    "suggest": ["adapter", "--data", "data.csv"],
     "demo": ["--model", "no/model", "--out", "out"],
     "prepare": ["--model", "no/model"],
     "pretrain": ["manifest.yaml", "--out", "out", "--model", "no/model"],
@@ -35,6 +37,8 @@ NEEDED = {
     "diff": ["adapter", "adapter"],
     "search": ["adapter", "."],
     "combine": ["adapter", "adapter", "--out", "out"],
+    "doctor": [],
+    "models": [],
 }
 
 

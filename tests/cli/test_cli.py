@@ -54,8 +54,20 @@ def fitted(tmp_path_factory, tiny_model):
 
 
 COMMANDS = (
-    *("", "fit", "fit-many", "predict", "evaluate", "demo", "prepare", "pretrain", "convert"),
-    *("compare", "raft", "list", "inspect", "diff", "search", "combine"),
+    *(
+        "",
+        "check",
+        "fit",
+        "fit-many",
+        "predict",
+        "evaluate",
+        "demo",
+        "prepare",
+        "pretrain",
+        "convert",
+    ),
+    *("compare", "raft", "list", "inspect", "diff", "search", "combine", "suggest", "doctor"),
+    "models",
 )
 
 
@@ -95,8 +107,11 @@ def test_fit_json(fitted):
     told = said(done)
     folder = place.folder / told["adapter"]
     assert {path.name for path in folder.iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "ia3_task.json")
+        *("adapter_config.json", "adapter_model.safetensors", "ia3_task.json", "ia3_report.html")
     }
+    assert told["report"] == "my-adapter/ia3_report.html"
+    # Two texts a class are too few to hold some out, and it was not asked for.
+    assert told["measured"] is None
     assert told["classes"] == ["fast", "slow"]
     assert (told["examples"], told["steps"], told["head_bytes"]) == (4, 3, 0)
     # A language model that was named is compared with nothing.
@@ -172,13 +187,16 @@ def test_integer_labels_several_columns_choices_and_templates(model_place):
     )
     assert (fitted.returncode, evaluated.returncode) == (0, 0)
     assert re.fullmatch(
-        r"Trained on 4 examples of 3 classes in \d+ s; \d+ KiB in a/b\n", fitted.stderr
+        r"Trained on 4 examples of 3 classes in \d+ s; \d+ KiB in a/b\n"
+        r"the trained adapter was not measured: .*\nthe report is a/b/ia3_report.html\n",
+        fitted.stderr,
     )
     task = json.loads((place.folder / "a/b/ia3_task.json").read_text())
     assert task["labels"] == [1, 3, 5]
     assert task["choices"] == ["bad", "middling", "so = good"]
     assert len(task["templates"]) == 2
-    assert re.search(r"accuracy \d+\.\d%, macro F1 \d+\.\d%, 2 rows\n$", evaluated.stdout)
+    said_first = r"accuracy \d+\.\d% ± \d+\.\d \(\d of 2\), macro F1 \d+\.\d%; on test.csv\n"
+    assert re.match(said_first, evaluated.stdout)
     assert "rows: true label" in " ".join(evaluated.stdout.split())
 
 
@@ -201,7 +219,7 @@ def test_a_killed_fit_goes_on_from_its_checkpoint(model_place):
         written = [(place.folder / run / name).read_bytes() for run in ("unbroken", "broken")]
         assert written[0] == written[1], name
     # Another run does not go on from it.
-    assert_refused(other, "learning_rate")
+    assert_refused(other, "--learning-rate=0.01")
     assert "other" not in place.names()
 
 
@@ -230,7 +248,7 @@ def test_fit_begins_with_another_adapter_rescales_upper_blocks_or_replaces(fitte
     # Replaced are the adapter's files, not others.
     assert json.loads((place.folder / "ones" / "ia3_task.json").read_text())["steps"] == 0
     assert (place.folder / "ones" / "other").read_bytes() == b"old"
-    assert len(list((place.folder / "ones").iterdir())) == 4
+    assert len(list((place.folder / "ones").iterdir())) == 5
     assert_refused(absent, "no adapter at 'no/adapter'")
     assert_refused(too_many, "expected 1 to 2")
     assert "x" not in place.names()

@@ -34,13 +34,14 @@ def place(tmp_path_factory, tiny_model):
     place.write("train.csv", TRAIN)
     place.write("test.csv", TEST)
     fit = ("fit", "--data", "train.csv", "--language-model", tiny_model, "--steps", 2)
+    choices = ("--choice", "billing=money", "--choice", "delivery=parcel")
     place.fits = place.run_all(
         (*fit, "--out", "chosen"),
         (*fit, "--out", "told", "--json", "--threads", 1),
         (*fit, "--out", "asked", "--template", "{{ text }} is", "--json"),
         (*fit, "--out", "named", "--model", EMBEDDED_ENCODER, "--steps", 0, "--json"),
         (*fit, "--out", "x", "--init-from", "chosen"),
-        (*fit, "--out", "x", "--model", EMBEDDED_ENCODER, "--choice", "billing=money"),
+        (*fit, "--out", "x", "--model", EMBEDDED_ENCODER, *choices),
     )
     return place
 
@@ -49,7 +50,8 @@ def test_fit_says_what_it_saw_of_both_and_what_it_trained(place):
     chosen, told, *_ = place.fits
     assert chosen.returncode == 0, chosen.stderr
     trained = r"Trained on 8 examples of 2 classes in \d+ s; \d+ KiB in chosen\n"
-    seen = re.fullmatch(SEEN + trained, chosen.stderr)
+    measured = r"accuracy before training \d+\.\d% ± \d+\.\d \(\d of 8\), macro F1 \d+\.\d%;"
+    seen = re.match(SEEN + trained + measured, chosen.stderr)
     assert seen, chosen.stderr
     told = said(told)
     assert (told["engine"], told["model"], told["steps"]) == ("encoder", EMBEDDED_ENCODER, 2)
@@ -80,7 +82,7 @@ def test_an_encoder_that_is_named_is_compared_with_the_frozen_one(place):
 
 def test_what_contradicts_the_model_is_refused(place):
     *_, start, choice = place.fits
-    assert_refused(start, "init_from is given and model is 'auto'")
+    assert_refused(start, "--init-from is given and model is 'auto'")
     assert_refused(choice, "choices are a language model's")
     assert not (place.folder / "x").exists()
 

@@ -194,7 +194,7 @@ def test_one_shot_fits_where_all_together_do_not():
 
 def test_a_text_too_long_behind_its_demonstrations_is_cut():
     classifier = limited(96).fit(TEXTS, LABELS)
-    with pytest.warns(UserWarning, match="1 of 2 prompts are longer"):
+    with pytest.warns(UserWarning, match="1 of 2 prompts is longer"):
         probabilities = classifier.predict_proba(["rain " * 90, "rain"])
     assert np.isfinite(probabilities).all()
 

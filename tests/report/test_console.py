@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import time
 
 import pytest
+from rich.console import Console
 
+from ia3.base.progress import shown_by, working
 from ia3.report import console
-from ia3.report.console import counting_bar, training_bar, training_bar_of_many
+from ia3.report.console import counting_bar, passing_bar, training_bar, training_bar_of_many
 from ia3.tfew.training.trainer import TrainingStep
 
 
@@ -26,7 +31,7 @@ def test_a_log_gets_lines_of_training(every_time, capsys):
         on_step(_step(20, 20))
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("training  7/20 loss 1.500 ")
-    assert re.search(r" \d:\d\d:\d\d$", first)
+    assert re.search(r" \d:\d\d:\d\d( \d:\d\d:\d\d left)?$", first)
     assert second.startswith("training 20/20 loss 1.500 ")
 
 
@@ -56,7 +61,7 @@ def test_a_training_that_ends_early_is_whole(every_time, capsys):
     with training_bar(20) as on_step:
         on_step(_step(7, 20))
     _, last = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"training 7/7 loss 1.500  .* steps/s, ended before 20 .*", last)
+    assert re.fullmatch(r"training 7/7 loss 1.500 \(ended before 20\) \d:\d\d:\d\d", last)
 
 
 def test_a_training_that_fails_is_not_called_whole(every_time, capsys):
@@ -75,7 +80,8 @@ def test_tasks_that_end_early_or_are_there_already_count_as_done(every_time, cap
         on_step("early", _step(1, 4))
         on_step("whole", _step(1, 2))
         on_step("whole", _step(2, 2))
-    shown = [" ".join(line.split()[1:-1]) for line in capsys.readouterr().err.splitlines()]
+    lines = capsys.readouterr().err.splitlines()
+    shown = [re.sub(r"^training +| \d:\d\d:\d\d.*", "", line) for line in lines]
     assert shown == [
         "1/19 steps, 0 of 4 tasks done",
         "2/11 steps, 2 of 4 tasks done",
@@ -94,3 +100,65 @@ def test_short_work_says_nothing_in_a_log(capsys):
     with counting_bar("predicting", 200) as advance:
         advance(200)
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal of 80 columns; what it was shown."""
+    shown = io.StringIO()
+    screen = Console(file=shown, force_terminal=True, width=80, emoji=False)
+    monkeypatch.setattr(console, "screen", screen)
+    return shown
+
+
+def words(shown: io.StringIO) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())
+
+
+def test_a_terminal_sees_how_much_time_is_left_in_80_columns(terminal):
+    with training_bar(100) as on_step:
+        for number in range(1, 4):
+            on_step(_step(number, 100))
+            time.sleep(0.05)
+        console._display.refresh()
+    assert re.search(r"training ━+.* +3/100 loss 1.500 0:00:0\d 0:00:\d\d left", words(terminal))
+    assert "…" not in words(terminal)
+
+
+def test_a_bar_within_another_shares_its_display_and_goes(terminal):
+    with training_bar(2) as on_step:
+        with passing_bar("loading a-model", None):
+            console._display.refresh()
+            before = words(terminal)
+        on_step(_step(2, 2))
+    assert "loading a-model" in before
+    assert "training" not in before
+    last = words(terminal).splitlines()[-1]
+    assert "training" in last
+    assert "loading" not in last
+
+
+def test_what_is_being_done_is_shown_where_somebody_shows_it(capsys):
+    told = []
+
+    @contextlib.contextmanager
+    def show(what, parts):
+        told.append((what, parts))
+        yield told.append
+
+    with working("silence", 3) as count:
+        count(1)
+    with shown_by(show), working("reading", 3) as count:
+        count(2)
+    with working("silence", 3) as count:
+        count(1)
+    assert told == [("reading", 3), 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_gets_a_line_of_what_takes_long_and_counts_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(console, "SECONDS_A_LINE", 0.01)
+    with passing_bar("loading a-model", None):
+        while not (said := capsys.readouterr().err):
+            time.sleep(0.01)
+    assert re.fullmatch(r"loading a-model \d:\d\d:\d\d\n", said)

@@ -15,14 +15,17 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import IA3Error
+from ..errors import IA3Error, counted
 from ..files.atomic import write_file
+from ..files.saved import TASK_NAME, WEIGHTS_NAME, weights_file
 from ..report.console import counting_bar, print_rows, results, visible
 from . import options
 from .options import check_files, check_out, print_json, reason, report, say, warn, write_adapter
 
 if TYPE_CHECKING:
+    from ..adapter.files import Adapter
     from ..adapter.layout import Outline
+    from ..classify.engine import Fit
     from ..report.maps import SiteMap
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Looked through with all below it.")]
@@ -61,7 +64,7 @@ def list_adapters(folder: Folder, as_json: options.Json = False) -> None:
     print_rows("", header, rows, names=2)
     reasons = [[os.path.relpath(path, folder), why] for path, why in broken.items()]
     print_rows("broken", ("adapter", "reason"), reasons, names=2)
-    _print(f"{len(found):,} adapters, {len(broken):,} broken")
+    _print(f"{counted(len(found), 'adapter')}, {len(broken):,} broken")
 
 
 def inspect(
@@ -71,8 +74,8 @@ def inspect(
     force: options.ReplaceFiles = False,
     as_json: options.Json = False,
 ) -> None:
-    """Show what adapters switch off and on: a table, and maps by layer and site."""
-    files = check_files([png, html], force)
+    """Show what adapters switch off and on inside the model: a table, and maps by layer."""
+    files = check_files([png, html], force, ("--png", "--html"))
     from ..adapter.layout import read_vectors
     from ..report import heatmap, maps
 
@@ -97,7 +100,7 @@ def inspect(
         grids.append((str(path), heatmap.layer_site_grid(vectors)))
     facts = _facts(found)
     if html is not None:
-        title = grids[0][0] if len(grids) == 1 else f"{len(grids)} adapters"
+        title = grids[0][0] if len(grids) == 1 else counted(len(grids), "adapter")
         shown = drawing.maps_of_adapters(grids, drawing.MOST_ON_PAGE)
         write_file(html, drawing.maps_page(title, facts, shown).encode())
     if png is not None:
@@ -120,13 +123,14 @@ def inspect(
     else:
         rows = [[of["adapter"], f"{of['values']:,}", *_shown(of)] for of in found]
         print_rows("", ("adapter", "values", *STATISTICS), rows)
-        _print(f"\nMeans over {len(grids)} adapters:")
+        _print(f"\nMeans over {counted(len(grids), 'adapter')}:")
     _print_maps(maps.site_maps([heatmap.mean_grid([grid for _, grid in grids])])[0])
     _print(
         "mean: of log2 |value|, in octaves (+1 doubles an activation, -1 halves it). "
         "spread: standard deviation of the values. "
         f"inhibited: share with |value| < {heatmap.INHIBITED_BELOW}. "
-        f"amplified: share with |value| > {heatmap.AMPLIFIED_ABOVE}."
+        f"amplified: share with |value| > {heatmap.AMPLIFIED_ABOVE}. "
+        "site: the part of a layer whose activation is multiplied."
     )
     for path in files:
         say(f"written: {path}")
@@ -142,7 +146,7 @@ def diff(
     as_json: options.Json = False,
 ) -> None:
     """Show how a second adapter differs from a first."""
-    files = check_files([png, html], force)
+    files = check_files([png, html], force, ("--png", "--html"))
     from ..adapter.layout import read_vectors
     from ..adapter.similarity import difference, largest_changes
     from ..report.heatmap import difference_grid
@@ -188,6 +192,11 @@ def diff(
     _print_facts(facts)
     _print_maps(maps)
     print_rows("largest changes", header, rows)
+    _print(
+        "octaves: of |value|, +1 is twice as much and -1 half. log-scale: log2 |value|; the cosine "
+        "is 1 where both turn the same activations up and down. site: the part of a layer whose "
+        "activation is multiplied."
+    )
     for path in files:
         say(f"written: {path}")
 
@@ -198,7 +207,7 @@ def search(
     top: Annotated[int, typer.Option(help="How many to show.", min=1)] = 10,
     as_json: options.Json = False,
 ) -> None:
-    """Find the adapters most like one, by the cosine of their log-scales."""
+    """Find the adapters most like one: those that turn the same things in the model up and down."""
     from ..adapter.layout import find_adapters
     from ..adapter.similarity import search as search_among
 
@@ -237,7 +246,10 @@ def combine(
     force: options.ReplaceAdapter = False,
     as_json: options.Json = False,
 ) -> None:
-    """Make one adapter of several: average, geometric mean, task arithmetic, TIES, weighted sum."""
+    """Make one adapter of several: their average, a weighted sum, or another way that PEFT has.
+
+    Classifiers of the same labels, on the same model, become one classifier.
+    """
     if weights is None and combination_type == "linear":
         raise typer.BadParameter("linear needs them", param_hint="--weights")
     try:
@@ -247,6 +259,8 @@ def combine(
         problem = f"{weights!r} is not a list of numbers with commas between"
         raise typer.BadParameter(problem, param_hint="--weights") from error
     check_out(out, force)
+    for path in adapters:
+        weights_file(path)  # what is not there is said before torch is loaded
     from ..adapter.combining import combine as combined_of
     from ..adapter.files import read_adapter
 
@@ -260,14 +274,17 @@ def combine(
     method: Any = combination_type, density, majority_sign_method
     adapter = combined_of(stored, numbers, *method)
     adapter.config = replace(adapter.config, inference_mode=True)
-    size = write_adapter(out, adapter)
+    classifier = _combined_classifier(adapters, numbers, adapter)
+    size = write_adapter(out, adapter) if classifier is None else _write(out, classifier)
     values = sum(vector.numel() for vector in adapter.vectors.values())
-    sites = len(adapter.vectors)
+    sites, kind = len(adapter.vectors), "adapter" if classifier is None else "classifier"
     report(
         as_json,
-        f"{combination_type} of {len(adapters)} adapters: {sites} vectors of {values:,} values; "
+        f"{combination_type} of {counted(len(adapters), kind)}: "
+        f"{counted(sites, 'vector')} of {counted(values, 'value')}; "
         f"{_size(size)} in {out}",
         adapter=str(out),
+        classes=None if classifier is None else classifier.classes,
         combination_type=combination_type,
         adapters=list(map(str, adapters)),
         weights=numbers,
@@ -275,6 +292,36 @@ def combine(
         values=values,
         adapter_bytes=size,
     )
+
+
+def _combined_classifier(
+    paths: Sequence[Path], weights: Sequence[float], adapter: Adapter
+) -> Fit | None:
+    """The classifier that these folders' ones become, where they can; a warning says why not."""
+    without = [path for path in paths if not (path / TASK_NAME).exists()]
+    if len(without) == len(paths):
+        return None
+    problem: str | None = f"{without[0]} is an adapter alone" if without else None
+    if problem is None:
+        from ..classify.combined import combined_fit, no_classifier
+        from ..classify.estimator import read_classifier
+
+        fits = [(str(path), read_classifier(path)) for path in paths]
+        problem = no_classifier(fits, weights)
+        if problem is None:
+            return combined_fit([fit for _, fit in fits], weights, adapter)
+    warn(f"this makes an adapter, and no classifier: {problem}")
+    return None
+
+
+def _write(out: Path, classifier: Fit) -> int:
+    """Write a classifier's files; returns the bytes of its vectors' file."""
+    from ..adapter.files import write_saved
+    from ..classify.estimator import classifier_files
+
+    files = classifier_files(classifier)
+    write_saved(out, files)
+    return len(files[WEIGHTS_NAME])
 
 
 # -- reading --------------------------------------------------------------------------------------

@@ -8,12 +8,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import IA3Error
+from ..base.progress import working
+from ..errors import counted
 from ..files.rows import read_rows
 from ..files.tables import delimiter_of, fields_of, write_table
-from ..report.console import counting_bar, print_confusion, results, training_bar
+from ..report.console import counting_bar, results, screen, training_bar
+from ..report.scores import print_measured
 from . import options
-from .labelled import check_columns, labels_among, parse_choices
+from .labelled import (
+    check_added,
+    check_begins_with,
+    check_columns,
+    check_fields_given,
+    field_of,
+    findings_in,
+    labels_among,
+    parse_choices,
+    read_task,
+    warn_of,
+    with_predictions,
+)
+from .measuring import (
+    NOT_MEASURED,
+    Labelled,
+    as_values,
+    leave_evaluation,
+    leave_fit_report,
+    measure,
+    status_of,
+)
+from .multilabel import (
+    check_encoders,
+    check_multilabel,
+    label_lists,
+    label_lists_among,
+    with_labels,
+)
 from .options import (
     candidates_line,
     check_files,
@@ -21,7 +51,6 @@ from .options import (
     fitted_with,
     given,
     print_json,
-    report,
     say,
     silence_loading,
 )
@@ -42,73 +71,162 @@ def fit(
     model: options.FittedModel = "auto",
     encoder: options.Encoder = options.DEFAULT_ENCODER,
     language_model: options.LanguageModel = options.DEFAULT_MODEL,
+    multilabel: options.Multilabel = None,
     template: options.Template = None,
     choice: options.Choices = None,
     steps: options.MostSteps = 100,
     learning_rate: options.LearningRate = None,
     seed: options.Seed = 0,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Use the language model's chat template.")
+        bool,
+        typer.Option("--chat", help="Ask the language model as in a chat, for models made for it."),
     ] = False,
     init_from: Annotated[
-        str | None, typer.Option(help="Adapter to begin with, a folder or hub id, instead of ones.")
+        str | None,
+        typer.Option(
+            help="Adapter to begin with, such as another task's: a folder, or an id on the hub."
+        ),
     ] = None,
     upper_blocks: Annotated[
         int | None,
         typer.Option(
-            help="Rescale so many uppermost blocks of a language model: faster to train.", min=1
+            help="Adapt only the last so many layers of a language model: faster to train.", min=1
         ),
     ] = None,
     threads: options.Threads = None,
     checkpoints: options.Checkpoints = None,
+    unlabelled: Annotated[
+        str | None,
+        typer.Option(
+            help="More texts, without labels: what the adapter is sure of is learned from, if "
+            "held-out examples say that it helps. Takes twelve trainings."
+        ),
+    ] = None,
+    max_words: options.MaxWords = options.MAX_WORDS,
     max_tokens: options.MaxTokens = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
+    strict: options.Strict = False,
+    test: options.TestData = None,
+    cross_validate: options.CrossValidate = False,
+    no_report: options.NoReport = False,
     force: options.ReplaceAdapter = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train an adapter on labelled examples.
+    """Train an adapter on labelled examples, and say how good it is.
 
     With --model auto, --template, --choice, --chat and --upper-blocks mean the language model.
+
+    It is measured on --test, or with --cross-validate; else a named model with 16 texts of each
+    class or more is trained once more without a fifth of them. Of others, what is known from
+    before training is said.
     """
     check_columns(text, label)
+    if unlabelled is not None and checkpoints is not None:
+        problem = "they are of one training, and --unlabelled takes several"
+        raise typer.BadParameter(problem, param_hint="--checkpoints")
+    if unlabelled is not None and multilabel is not None:
+        problem = "--unlabelled learns from texts that have one label each"
+        raise typer.BadParameter(problem, param_hint="--multilabel")
     check_out(out, force, checkpoints)
-    rows = read_rows(data, split=split, subset=subset, text=text, label=label)
-    labels = [row[label] for row in rows]
+    several = multilabel is not None
+    rows = read_rows(data, split=split, subset=subset, text=text, label=label, multilabel=several)
+    more = unlabelled and read_rows(unlabelled, split=split, subset=subset, text=text)
+    if multilabel is None:
+        labels = [row[label] for row in rows]
+    else:
+        check_encoders(choice=choice, chat=chat, upper_blocks=upper_blocks)
+        labels = label_lists(rows, label, multilabel)
     choices = parse_choices(choice, labels)
+    if test is not None and cross_validate:
+        raise typer.BadParameter("measure on --test, or with --cross-validate", param_hint="--test")
+    if unlabelled is not None and cross_validate:
+        problem = "--unlabelled says what was right of held-out texts, with and without its own"
+        raise typer.BadParameter(problem, param_hint="--cross-validate")
+    names = {str(each) for own in labels for each in (own if several else [own])}
+    field = field_of(rows, text, template, choices.values() if choices else names)
+    check_begins_with(init_from)
+    tested, asked, truth = None, [], []
+    if test is not None:
+        asked = read_rows(
+            test, split="test", subset=subset, text=text, label=label, multilabel=several
+        )
+        if multilabel is None:
+            truth = labels_among(asked, label, [*dict.fromkeys([*labels, *(choices or {})])])
+        else:
+            known = [*dict.fromkeys(each for own in labels for each in own)]
+            truth = label_lists_among(asked, label, multilabel, known)
+        tested = Labelled.of(test, asked, text, field, truth)
+    warn_of(findings_in(rows, text, labels, asked, truth, max_words), strict)
     silence_loading()
-    from ..classify.estimator import FewShotClassifier
-    from ..files.saved import HEAD_NAME, WEIGHTS_NAME
+    with working("loading the classifier"):
+        from ..adapter.files import write_saved
+        from ..classify.estimator import FewShotClassifier
+        from ..files.saved import HEAD_NAME, WEIGHTS_NAME
+
+        if not no_report:  # what it needs is missed now, not after the training
+            from ..report import measured_report  # noqa: F401
 
     settings = given(steps=steps, learning_rate=learning_rate, seed=seed, max_tokens=max_tokens)
     settings |= given(chat=chat, init_from=init_from, upper_blocks=upper_blocks, choices=choices)
-    settings |= given(encoder=encoder, language_model=language_model, threads=threads)
+    settings |= given(
+        max_words=max_words, encoder=encoder, language_model=language_model, threads=threads
+    )
+    settings |= given(multilabel=several or None)
     classifier = FewShotClassifier(
         model=model, template=template or None, device=device, dtype=dtype, **settings
     )
     started = time.perf_counter()
     with training_bar(classifier.steps) as on_step:
-        classifier.fit(fields_of(rows, text), labels, on_step=on_step, checkpoints=checkpoints)
+        classifier.fit(
+            fields_of(rows, text, field),
+            labels,
+            on_step=on_step,
+            checkpoints=checkpoints,
+            unlabelled=fields_of(more, text, field) if more else None,
+        )
     seconds = time.perf_counter() - started
-    classifier.save(out)
-    size, path = (out / WEIGHTS_NAME).stat().st_size, out / HEAD_NAME
-    head = path.stat().st_size if path.exists() else 0  # a language model has none
-    if not as_json and (seen := candidates_line(classifier)):
-        say(seen)
-    report(
-        as_json,
-        f"Trained on {len(rows)} examples of {len(classifier.classes_)} classes in "
-        f"{seconds:.0f} s; {(size + head) / 1024:.0f} KiB in {out}",
-        adapter=str(out),
-        classes=classifier.classes_.tolist(),
-        examples=len(rows),
-        **fitted_with(classifier),
-        steps=len(classifier.history_),
-        final_loss=classifier.history_[-1].loss if classifier.history_ else None,
-        adapter_bytes=size,
-        head_bytes=head,
-        seconds=round(seconds, 2),
-    )
+    files = classifier.to_files()
+    write_saved(out, files)
+    saved = status_of(out)
+    size = len(files[WEIGHTS_NAME])
+    head = len(files.get(HEAD_NAME, b""))  # a language model has none
+    if not as_json:
+        if seen := candidates_line(classifier):
+            say(seen)
+        say(
+            f"Trained on {counted(len(rows), 'example')} of "
+            f"{counted(len(classifier.classes_), 'class', 'classes')} in "
+            f"{seconds:.0f} s; {(size + head) / 1024:.0f} KiB in {out}"
+        )
+    learned = Labelled.of(data, rows, text, field, labels)
+    measured, places = measure(classifier, learned, tested, cross_validate=cross_validate)
+    page = None
+    if not no_report:
+        page = leave_fit_report(
+            out, saved, size + head, classifier, learned, measured, places, seconds
+        )
+    if as_json:
+        print_json(
+            adapter=str(out),
+            classes=classifier.classes_.tolist(),
+            examples=len(rows),
+            **fitted_with(classifier),
+            steps=len(classifier.history_),
+            final_loss=classifier.history_[-1].loss if classifier.history_ else None,
+            adapter_bytes=size,
+            head_bytes=head,
+            seconds=round(seconds, 2),
+            measured=None if measured is None else as_values(measured, places),
+            report=None if page is None else str(page),
+        )
+        return
+    if measured is not None:
+        print_measured(screen, measured, places)
+    if measured is None or not measured.trained:
+        say(NOT_MEASURED)
+    if page is not None:
+        say(f"the report is {page}")
 
 
 def predict(
@@ -121,6 +239,13 @@ def predict(
         Path | None,
         typer.Option(help="CSV, TSV or JSON Lines file; CSV on standard output if absent."),
     ] = None,
+    multilabel: Annotated[
+        str,
+        typer.Option(
+            metavar="SEPARATOR",
+            help="In CSV, between a text's labels, where the adapter gives several.",
+        ),
+    ] = ";",
     model: options.Model = None,
     max_tokens: options.MaxTokens = None,
     device: options.Device = "auto",
@@ -135,18 +260,20 @@ def predict(
         raise typer.BadParameter(f"{out} would not be JSON Lines", param_hint="--json")
     check_files([out], force)
     rows = read_rows(data, split=split, subset=subset, text=text)
-    for column in ("prediction", "probability"):
-        for row in rows:
-            if column in row:
-                taken = f"there is a column {column!r} already, which predict adds: rename it"
-                raise IA3Error(f"{row.where}: {taken}")
+    check_added(rows, "predict")
+    task = read_task(adapter)
+    check_fields_given(adapter, task.fields, task.templates, text)
     classifier = _load(adapter, model, max_tokens, device, dtype)
-    probabilities = _probabilities(classifier, fields_of(rows, text))
+    probabilities = _probabilities(
+        classifier, fields_of(rows, text, next(iter(task.fields), "text"))
+    )
     labels = classifier.classes_at(probabilities).tolist()
-    labelled = [
-        {**row, "prediction": prediction, "probability": round(float(p.max()), 6)}
-        for row, prediction, p in zip(rows, labels, probabilities, strict=True)
-    ]
+    if classifier.multilabel_:
+        in_lists = as_json if out is None else delimiter_of(out) is None
+        between = None if in_lists else multilabel
+        labelled = with_labels(rows, labels, probabilities, between)
+    else:
+        labelled = with_predictions(rows, labels, probabilities.max(1))
     write_table(labelled, out, as_json=as_json)
 
 
@@ -157,36 +284,50 @@ def evaluate(
     label: options.LabelColumn = "label",
     split: options.Split = "test",
     subset: options.Subset = None,
+    multilabel: options.Multilabel = None,
     model: options.Model = None,
     max_tokens: options.MaxTokens = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
+    no_report: options.NoReport = False,
     as_json: options.Json = False,
 ) -> None:
-    """Score an adapter on labelled texts: accuracy, macro F1 and the confusion matrix."""
-    rows = read_rows(data, split=split, subset=subset, text=text, label=label)
+    """Score an adapter on labelled texts: accuracy, each class, and the texts it gets wrong."""
+    task, values = read_task(adapter), status_of(adapter)
+    check_multilabel(adapter, task.multilabel, multilabel)
+    several = multilabel is not None
+    rows = read_rows(data, split=split, subset=subset, text=text, label=label, multilabel=several)
+    check_fields_given(adapter, task.fields, task.templates, text)
+    if multilabel is None:
+        truth = labels_among(rows, label, task.labels)
+    else:
+        truth = label_lists_among(rows, label, multilabel, task.labels)
     classifier = _load(adapter, model, max_tokens, device, dtype)
-    classes = classifier.classes_.tolist()
-    truth = labels_among(rows, label, classes)
-    predicted = classifier.classes_at(_probabilities(classifier, fields_of(rows, text))).tolist()
-    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+    from ..classify.measure import measured_on
 
-    accuracy = float(accuracy_score(truth, predicted))
-    macro_f1 = float(f1_score(truth, predicted, average="macro", labels=sorted(set(truth))))
-    matrix = confusion_matrix(truth, predicted, labels=classes).tolist()
+    classes = classifier.classes_.tolist()
+    examples = fields_of(rows, text, next(iter(task.fields), "text"))
+    places = [row.where for row in rows]
+    with counting_bar("scoring", len(examples) * len(classifier.templates_)) as progress:
+        measured = measured_on(classifier, examples, truth, f"on {data}", progress=progress)
+    page = None
+    if not no_report:
+        page = leave_evaluation(adapter, values, classifier, data, measured, places)
     if as_json:
-        scores = {"accuracy": accuracy, "macro_f1": macro_f1, "examples": len(rows)}
-        print_json(**scores, classes=classes, confusion=matrix)
+        told = as_values(measured, places)
+        print_json(**told, examples=len(rows), classes=classes, report=page and str(page))
         return
-    print_confusion(results, classes, matrix)
-    results.print(f"accuracy [bold]{accuracy:.1%}[/], macro F1 {macro_f1:.1%}, {len(rows)} rows")
+    print_measured(results, measured, places)
+    if page is not None:
+        say(f"the report is {page}")
 
 
 def _load(
     adapter: Path, model: str | None, max_tokens: int | None, device: str, dtype: str
 ) -> FewShotClassifier:
     silence_loading()
-    from ..classify.estimator import FewShotClassifier
+    with working("loading the classifier"):
+        from ..classify.estimator import FewShotClassifier
 
     more = given(max_tokens=max_tokens)
     return FewShotClassifier.load(adapter, model=model, device=device, dtype=dtype, **more)

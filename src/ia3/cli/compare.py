@@ -14,7 +14,7 @@ from ..files.rows import read_rows
 from ..files.tables import fields_of
 from ..report.console import counting_bar, results, table_of
 from . import options
-from .labelled import check_columns, labels_among, parse_choices
+from .labelled import check_columns, field_of, labels_among, parse_choices
 from .options import print_json, say, silence_loading
 
 RESULTS = "results.jsonl"
@@ -77,6 +77,7 @@ def compare(
     rows = read_rows(data, split=split, subset=subset, text=text, label=label)
     labels = [row[label] for row in rows]
     choices = parse_choices(choice, labels)
+    field = field_of(rows, text, template, choices.values() if choices else map(str, {*labels}))
     silence_loading()
     from ..experiments.comparison import Settings, compare as run_methods, draw_samples, summaries
     from ..experiments.setfit import SetFit
@@ -86,8 +87,8 @@ def compare(
     tested = None
     if test is not None:
         answered = read_rows(test, split=test_split, subset=subset, text=text, label=label)
-        tested = fields_of(answered, text), labels_among(answered, label, known)
-    samples = draw_samples(fields_of(rows, text), labels, tested, shots=shots, seeds=seeds)
+        tested = fields_of(answered, text, field), labels_among(answered, label, known)
+    samples = draw_samples(fields_of(rows, text, field), labels, tested, shots=shots, seeds=seeds)
     settings = Settings(
         model=model,
         template=template or None,

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import IA3Error
+from ..errors import IA3Error, counted
 from ..files.atomic import check_folder, write_file
 from ..files.tables import read_table
-from ..report.console import counting_bar, print_confusion, screen, training_bar
+from ..report.console import counting_bar, screen, training_bar
+from ..report.scores import print_confusion
 from . import options
+from .measuring import seen_before
 from .options import candidates_line, fitted_with, print_json, say, silence_loading
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..classify.engine import Candidate
     from ..classify.estimator import FewShotClassifier
 
 EXAMPLE = "support-tickets"
@@ -27,13 +28,6 @@ PROMISES = {
     "reloaded_equal": "the adapter from disk on a fresh model predicts the same",
     "merged_equal": "merged into the weights it predicts the same",
     "unloaded_bitwise": "unloading gives back the base model, bit for bit",
-}
-
-
-# What is there without training, by engine.
-UNTRAINED = {
-    "encoder": "frozen encoder with logistic regression",
-    "language-model": "untuned language model",
 }
 
 
@@ -48,6 +42,7 @@ def demo(
     from sklearn.metrics import accuracy_score, confusion_matrix
 
     from ..classify.estimator import FewShotClassifier
+    from ..classify.measure import UNTRAINED
     from ..files.saved import WEIGHTS_NAME
     from ..report.training_report import training_report
 
@@ -75,7 +70,7 @@ def demo(
     answers = {"before": before, "after": after}
     accuracies = {k: float(accuracy_score(test_labels, each)) for k, each in answers.items()}
     matrices = {}
-    what = {"before": UNTRAINED[tuned.engine_], "after": f"{len(tuned.history_)} steps"}
+    what = {"before": UNTRAINED[tuned.engine_], "after": counted(len(tuned.history_), "step")}
     for when, accuracy in accuracies.items():
         matrices[when] = confusion_matrix(test_labels, answers[when], labels=classes)
         screen.print(f"\n[bold]{when} training: {accuracy:.1%} right[/] ({what[when]})")
@@ -99,7 +94,7 @@ def demo(
         title="Support tickets, routed after 32 examples",
         facts=[
             ("model", tuned.model_),
-            *((f"seen of the {each.engine}", _seen(each)) for each in tuned.candidates_),
+            *seen_before(tuned),
             ("examples to learn from", str(len(training))),
             ("examples tested", str(len(test))),
             (f"accuracy of the {UNTRAINED[tuned.engine_]}", f"{accuracies['before']:.1%}"),
@@ -135,11 +130,6 @@ def prepare() -> None:
         (options.DEFAULT_ENCODER, embedded_encoder_folder),
     ):
         say(f"the embedded model {name} is in {folder()}")
-
-
-def _seen(candidate: Candidate) -> str:
-    """What was seen of one engine before training, without its name."""
-    return str(candidate).removeprefix(f"{candidate.engine} ")
 
 
 def _check(

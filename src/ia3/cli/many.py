@@ -11,7 +11,7 @@ import typer
 from ..errors import IA3Error
 from ..files.atomic import check_folder
 from ..report.console import print_rows, training_bar_of_many
-from .labelled import label_named
+from .labelled import check_choices, field_of, findings_in, label_named, warn_of
 from .options import (
     Device,
     DType,
@@ -51,17 +51,17 @@ def fit_many(
     from ..classify.fit_many import FittedTasks, fit_many as fit
     from ..classify.many_manifest import read_many_manifest
 
-    model, tasks = read_many_manifest(manifest)
+    models, tasks = read_many_manifest(manifest)
     data, classifiers, failures = {}, {}, {}
     for name, task in tasks.items():
         try:
-            texts, labels, choices = _read(task)
+            texts, labels, choices = _read(name, task)
         except IA3Error as error:
             failures[name] = error
             continue
         data[name] = texts, labels
         classifiers[name] = FewShotClassifier(
-            model=model,
+            **models,
             choices=choices,
             device=device,
             dtype=dtype,
@@ -101,8 +101,8 @@ def fit_many(
         raise typer.Exit(1)
 
 
-def _read(task: TaskToFit) -> tuple[list[Any], list[Any], dict[Any, str] | None]:
-    """A task's texts, labels, and words by label."""
+def _read(name: str, task: TaskToFit) -> tuple[list[Any], list[Any], dict[Any, str] | None]:
+    """A task's texts, labels, and words by label; says what is wrong with the data."""
     from ..files.rows import read_rows, source_of
     from ..files.tables import fields_of
 
@@ -110,4 +110,9 @@ def _read(task: TaskToFit) -> tuple[list[Any], list[Any], dict[Any, str] | None]
     rows = read_rows(source, split=task.split, subset=task.subset, text=task.text, label=task.label)
     labels = [row[task.label] for row in rows]
     choices = task.choices and {label_named(k, labels): w for k, w in task.choices.items()}
-    return fields_of(rows, task.text), labels, choices
+    if choices:
+        check_choices(choices, labels, "choices")
+    words = choices.values() if choices else map(str, {*labels})
+    warn_of(findings_in(rows, task.text, labels), of=f"task {name!r}: ")
+    field = field_of(rows, task.text, task.settings.get("template"), words)
+    return fields_of(rows, task.text, field), labels, choices

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +14,10 @@ import typer
 from rich.text import Text
 
 from ..base.embedded import EMBEDDED_ENCODER, EMBEDDED_MODEL
-from ..errors import IA3Error
+from ..base.progress import working
+from ..errors import IA3Error, did_you_mean
 from ..files.atomic import check_file, check_folder, holds_nothing, write_stdout
+from ..files.labelled_data import MAX_WORDS as MAX_WORDS
 from ..files.saved import WEIGHTS_NAME
 from ..report.console import screen, visible
 
@@ -25,6 +29,48 @@ DEFAULT_MODEL = EMBEDDED_MODEL
 DEFAULT_ENCODER = EMBEDDED_ENCODER
 
 
+# Arguments of Python's that options stand for, as messages name them.
+_ARGUMENTS = r"init_from|language_model|learning_rate|max_tokens|max_words|upper_blocks"
+_NAMED = re.compile(rf"(?<![\w'\"./-])({_ARGUMENTS})(?![\w'\"./])")
+_CHOICES = "choices={label: words}"
+
+
+def as_options(message: str) -> str:
+    """A message of Python's functions, with the options' names in place of the arguments'."""
+    named = _NAMED.sub(lambda found: f"--{found[0].replace('_', '-')}", message)
+    return named.replace(_CHOICES, "--choice LABEL=WORDS")
+
+
+def known_device(value: str) -> str:
+    """Refuse the name of no device, before torch is loaded, which takes seconds."""
+    kind, colon, index = value.partition(":")
+    is_known = kind in _DEVICES and (index.isdecimal() if colon else True)
+    # Another package may bring a device of another name.
+    if not is_known and not entry_points(group="torch.backends"):
+        hint = did_you_mean(value, _DEVICES)
+        raise typer.BadParameter(
+            f"{value!r} is no device: 'auto', 'cpu', 'cuda', 'cuda:1', ...{hint}"
+        )
+    return value
+
+
+def known_dtype(value: str) -> str:
+    """Refuse what is no floating-point type of torch's, before torch is loaded."""
+    if not re.fullmatch(r"auto|half|double|float|b?float\d+(_\w+)?", value):
+        hint = did_you_mean(value, ("auto", "float32", "bfloat16", "float16"))
+        raise typer.BadParameter(
+            f"{value!r} is no type of numbers: 'auto', 'float32', 'bfloat16' or 'float16'{hint}"
+        )
+    return value
+
+
+# torch's, as of version 2.13.
+_DEVICES = (
+    *("auto", "cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", "maia", "ipu", "vulkan", "meta"),
+    *("privateuseone", "npu"),
+)
+
+
 def positive(value: float | None) -> float | None:
     """Refuse a number that is not above 0."""
     if value is not None and not 0 < value < math.inf:
@@ -32,60 +78,119 @@ def positive(value: float | None) -> float | None:
     return value
 
 
-_SOURCES = (
-    "CSV, TSV, JSON Lines or Parquet file, folder of the datasets library, or name on the hub."
+SOURCES = (
+    "CSV, TSV, JSON Lines or Parquet file, folder of the datasets library, or name of a data set "
+    "on the Hugging Face hub."
 )
-Source = Annotated[str, typer.Option("--data", help=_SOURCES)]
-Split = Annotated[str, typer.Option(help="Split, of a folder or name that has several.")]
-Subset = Annotated[str | None, typer.Option(help="Subset, of a name that has several.")]
+Source = Annotated[str, typer.Option("--data", help=SOURCES)]
+Split = Annotated[str, typer.Option(help="Part of a folder or data set that has several.")]
+Subset = Annotated[str | None, typer.Option(help="Subset of a data set that has several.")]
 TextColumns = Annotated[
-    list[str], typer.Option("--text", help="Column with the text; give several for several fields.")
+    list[str],
+    typer.Option("--text", help="Column with the text; give it again for each further column."),
 ]
 LabelColumn = Annotated[str, typer.Option("--label", help="Column with the label.")]
+Multilabel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SEPARATOR",
+        help="A text has any number of labels, with this between them, e.g. ';'. Lists of JSON "
+        "Lines and Parquet stay as they are.",
+    ),
+]
 Choices = Annotated[
     list[str] | None,
-    typer.Option(help="LABEL=WORDS for a language model to rank; once a label."),
+    typer.Option(
+        help="LABEL=WORDS: the words a language model is to answer for a label; once for each."
+    ),
 ]
 Template = Annotated[
     list[str] | None,
     typer.Option(
-        help="Jinja prompt template; may be given several times. It names the text columns; one "
-        "alone is {{ text }}, whatever its name. In bash, $'...' takes \\n as a new line."
+        help="What a language model is asked of a text, as '{{ text }} Category:': columns stand "
+        "in {{ }} (it is a Jinja template), and a single one may be called {{ text }} too. May be "
+        "given several times. In bash, $'...' takes \\n as a new line."
     ),
 ]
-BaseModelName = Annotated[str, typer.Option(help="Language model's name, folder or hub id.")]
+BaseModelName = Annotated[
+    str, typer.Option(help="Language model: a name, a folder, or an id on the hub.")
+]
 FittedModel = Annotated[
     str,
     typer.Option(
-        help="Sentence encoder or language model to train: a name, folder or hub id; 'auto' takes "
-        "the one of the two that promises more on the examples."
+        help="What is trained: a sentence encoder, which makes a text a vector, or a language "
+        "model, which answers with a label's words. A name, a folder, or an id on the hub; 'auto' "
+        "takes the one of the two that promises more on the examples."
     ),
 ]
 Encoder = Annotated[str, typer.Option(help="The sentence encoder of 'auto'.")]
 LanguageModel = Annotated[str, typer.Option(help="The language model of 'auto'.")]
 Model = Annotated[
-    str | None, typer.Option(help="Model name, folder or hub id; the adapter's own by default.")
+    str | None, typer.Option(help="The model it was trained on, where that lies elsewhere now.")
 ]
-AdapterOut = Annotated[Path, typer.Option(help="Folder for the adapter.")]
+AdapterOut = Annotated[
+    Path, typer.Option(help="Folder for the adapter: what is learned, some hundred kilobytes.")
+]
 Steps = Annotated[int, typer.Option(help="Training steps.", min=1)]
-MostSteps = Annotated[
-    int, typer.Option(help="The most training steps; 0 is the untuned model.", min=0)
+MostSteps = Annotated[int, typer.Option(help="The most training steps; 0 trains nothing.", min=0)]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(help="Of training, at its highest; by the model if absent.", callback=positive),
 ]
-LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.", callback=positive)]
-Seed = Annotated[int, typer.Option(help="Of all draws.", min=0, max=2**32 - 1)]
-BatchSize = Annotated[int, typer.Option(help="Examples a step.", min=1)]
+Seed = Annotated[int, typer.Option(help="Of all random numbers.", min=0, max=2**32 - 1)]
+BatchSize = Annotated[int, typer.Option(help="Examples in each training step.", min=1)]
 Threads = Annotated[
     int | None,
-    typer.Option(help="Of a training step on a CPU; one or all, whichever is faster.", min=1),
+    typer.Option(
+        help="Of a training step on a CPU; one or all if absent, whichever is faster.", min=1
+    ),
 ]
-Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', ...")]
-DType = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16', ...")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="What computes: 'cpu', 'cuda' (a GPU), ...; 'auto' takes a GPU if there is one.",
+        callback=known_device,
+    ),
+]
+DType = Annotated[
+    str,
+    typer.Option(
+        help="Type of the model's numbers: 'float32', 'bfloat16', ...; 'auto' is float32 on a CPU "
+        "and the model's own on a GPU.",
+        callback=known_dtype,
+    ),
+]
 MaxTokens = Annotated[
-    int | None, typer.Option(help="Computed at once; lower it where memory runs out.", min=1)
+    int | None,
+    typer.Option(
+        help="Tokens (words, or parts of them) computed at once; fewer take less memory.", min=1
+    ),
+]
+MaxWords = Annotated[
+    int, typer.Option(help="Of a longer text only so many first words are read.", min=1)
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Stop where something is wrong with the data.")
 ]
 Checkpoints = Annotated[
     Path | None,
-    typer.Option(help="Folder for checkpoints; the same command goes on from the last one."),
+    typer.Option(
+        help="Folder in which training is kept as it goes: after a break the same command goes on."
+    ),
+]
+NoReport = Annotated[
+    bool, typer.Option("--no-report", help="Write no page (HTML) beside the adapter.")
+]
+TestData = Annotated[
+    str | None,
+    typer.Option("--test", help="Labelled texts to measure the adapter on, as --data."),
+]
+CrossValidate = Annotated[
+    bool,
+    typer.Option(
+        "--cross-validate",
+        help="Measure by 5 more trainings, each text held out of one.",
+    ),
 ]
 ReplaceFiles = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 ReplaceAdapter = Annotated[
@@ -104,14 +209,19 @@ def check_out(out: Path, force: bool, checkpoints: Path | None = None) -> None:
             check_folder(folder)
 
 
-def check_files(paths: Sequence[Path | None], force: bool) -> list[Path]:
-    """The files among these that are asked for; what would be replaced or fail is refused."""
-    given = [path for path in paths if path is not None]
-    for path in given:
+def check_files(
+    paths: Sequence[Path | None], force: bool, options: Sequence[str] = ("--out",)
+) -> list[Path]:
+    """The files among these that are asked for; what would be replaced or fail is refused.
+
+    The `options` are those that the files are given by.
+    """
+    given = [(path, o) for path, o in zip(paths, options, strict=True) if path is not None]
+    for path, option in given:
         if path.exists() and not force:
-            raise IA3Error(f"{path} exists already: choose another --out, or give --force")
+            raise IA3Error(f"{path} exists already: choose another {option}, or give --force")
         check_file(path)
-    return given
+    return [path for path, _ in given]
 
 
 def given(**values: Any) -> dict[str, Any]:
@@ -124,8 +234,10 @@ def silence_loading() -> None:
 
     Downloads, which take minutes, keep theirs in a terminal.
     """
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
+    with working("loading PyTorch and transformers"):
+        import torch  # noqa: F401
+        from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+        from transformers.utils import logging
 
     downloads = screen.is_terminal and not are_progress_bars_disabled()
     logging.disable_progress_bar()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import counted
 from ..report.console import counting_bar, screen, table_of, training_bar
 from . import options
 from .options import check_out, given, report, silence_loading, write_adapter
@@ -78,7 +79,8 @@ def pretrain(
     size = write_adapter(out, adapter)
     report(
         as_json,
-        f"Trained on {len(tasks)} tasks in {seconds:.0f} s; {size / 1024:.0f} KiB in {out}",
+        f"Trained on {counted(len(tasks), 'task')} in {seconds:.0f} s; "
+        f"{size / 1024:.0f} KiB in {out}",
         adapter=str(out),
         tasks=mixture,
         steps=steps,
@@ -109,5 +111,6 @@ def convert(
     config = replace(config, base_model_name_or_path=model, inference_mode=True)
     size = write_adapter(out, Adapter(config, vectors))
     values = sum(vector.numel() for vector in vectors.values())
-    said = f"{len(vectors)} vectors of {values:,} values; {size / 1024:.0f} KiB in {out}"
+    count = f"{counted(len(vectors), 'vector')} of {counted(values, 'value')}"
+    said = f"{count}; {size / 1024:.0f} KiB in {out}"
     report(as_json, said, adapter=str(out), vectors=len(vectors), values=values, adapter_bytes=size)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import IA3Error
+from ..errors import IA3Error, counted
 from ..files.atomic import check_folder, write_file
 from ..files.tables import write_table
 from ..report.console import counting_bar, results, table_of
@@ -48,7 +48,10 @@ def raft(
     batch_size: options.BatchSize = 8,
     learning_rate: options.LearningRate = 3e-3,
     sites: Annotated[
-        _Sites, typer.Option(help="What is rescaled: all linear layers, or the paper's sites.")
+        _Sites,
+        typer.Option(
+            help="Where vectors are put: at all linear layers, or where the paper has them."
+        ),
     ] = _Sites.ALL_LINEAR,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="Longer prompts are cut; by the model if absent.", min=1)
@@ -112,7 +115,7 @@ def raft(
         path = out / "submission" / one.name / "predictions.csv"
         write_table(rows, path, as_json=False)
         if not as_json:
-            say(f"{one.name}: {len(rows)} predictions in {path}")
+            say(f"{one.name}: {counted(len(rows), 'prediction')} in {path}")
         if one.name == BANKING and truth:
             public = experiment.public_score(truth, predicted)
             write_file(out / "table.md", _markdown(scores, public).encode())
@@ -167,7 +170,7 @@ def _caption(scores: Sequence[RaftScore]) -> str:
 def _said(public: PublicScore) -> str:
     return (
         f"{BANKING}, test set: macro F1 {public.macro_f1:.1%}, accuracy {public.accuracy:.1%}, "
-        f"{public.matched} of {public.rows} labels known"
+        f"{public.matched} of {counted(public.rows, 'label')} known"
     )
 
 

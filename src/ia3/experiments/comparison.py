@@ -26,7 +26,7 @@ from ..base.loading import EMBEDDED_MODEL, BaseModel, load_base_model
 from ..classify.estimator import FewShotClassifier
 from ..classify.inputs import TEXT
 from ..classify.ranking import RankingClassifier
-from ..errors import IA3Error, check_methods, did_you_mean
+from ..errors import IA3Error, check_methods, counted, did_you_mean
 from ..tfew.prompts.encoding import EncodedExample, Encoder
 from ..tfew.prompts.labels import Label, Text
 from ..tfew.prompts.templates import Template
@@ -172,8 +172,8 @@ def _drawn(labels: Sequence[Label], shots: int, seed: int) -> Sequence[int]:
     for label, indices in by_label(labels).items():
         if len(indices) < shots:
             raise IA3Error(
-                f"shots is {shots}, and the label {label!r} has {len(indices)} examples: give "
-                "fewer shots, or more examples"
+                f"shots is {shots}, and the label {label!r} has "
+                f"{counted(len(indices), 'example')}: give fewer shots, or more examples"
             )
         drawn += draw.sample(indices, shots)
     return sorted(drawn)

@@ -103,12 +103,12 @@ class InContextClassifier(RankingClassifier):
         self.chat = chat
         self.tokenizer = tokenizer
 
-    def fit(self, texts: Sequence[Text], labels: ArrayLike) -> InContextClassifier:
+    def fit(self, X: Sequence[Text], y: ArrayLike) -> InContextClassifier:
         """Take labelled texts as demonstrations.
 
         Args:
-            texts: strings, or mappings from field names to values, `[examples]`.
-            labels: strings, integers or booleans, `[examples]`.
+            X: strings, or mappings from field names to values, `[examples]`.
+            y: strings, integers or booleans, `[examples]`.
 
         Raises:
             InvalidTypeError: a setting, a text or a label is of another type.
@@ -124,7 +124,7 @@ class InContextClassifier(RankingClassifier):
             raise InvalidTypeError(f"seed is {seed!r} ({kind}), expected a whole number")
         if self.orderings < 1:
             raise IA3Error(f"orderings is {self.orderings}, expected at least 1")
-        data, prompts = self._read_task(texts, labels)
+        data, prompts = self._read_task(X, y)
         encoder = Encoder(self.base, prompts.choices, chat=self.chat)
         words = dict(zip(data.classes, prompts.choices, strict=True))
         answers = [f" {words[label]}{BREAK}" for label in data.labels]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import counted
 from .heatmap import Grid, mean_grid
 from .maps import SiteMap, site_maps
 from .page import facts_list, page, section, site_figure
@@ -37,7 +38,7 @@ def maps_of_adapters(
     shown = list(grids) if len(grids) <= most else []
     if len(grids) > 1:
         mean = mean_grid([grid for _, grid in grids])
-        shown.insert(0, (f"Mean over {len(grids)} adapters", mean))
+        shown.insert(0, (f"Mean over {counted(len(grids), 'adapter')}", mean))
     maps = site_maps([grid for _, grid in shown])
     return [(name, of_one) for (name, _), of_one in zip(shown, maps, strict=True)]
 

@@ -1,7 +1,8 @@
-"""Output for a terminal: progress bars, tables and the confusion matrix."""
+"""Output for a terminal: progress bars and tables."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,7 @@ from rich.progress import (
     Task,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -37,22 +39,22 @@ def visible(text: str) -> str:
 
 
 @contextmanager
-def training_bar(steps: int) -> Iterator[Any]:
-    """A progress bar of training, with loss and rate; yields the `on_step` that moves it.
+def training_bar(steps: int, what: str = "training") -> Iterator[Any]:
+    """A progress bar of training, with the loss; yields the `on_step` that moves it.
 
-    There are `steps` at most: a training that ends before has a full bar too.
+    There are `steps` at most: a training that ends before has a full bar too. It is not shown
+    before the first step: what comes before that says itself what it is.
     """
-    words = "loss {task.fields[loss]}  {task.fields[rate]} steps/s{task.fields[end]}"
-    with _bar("training", steps, words, loss="-", rate="-", end="") as (task, update):
+    with _bar(what, steps, waits=True) as (task, update):
 
         def on_step(step: Step) -> None:
-            rate = f"{task.speed:.2f}" if task.speed else "-"
             # Where learning stops early, there are fewer steps than at first.
-            update(completed=step.step, total=step.steps, loss=f"{step.loss:.3f}", rate=rate)
+            update(completed=step.step, total=step.steps, words=f"loss {step.loss:.3f}")
 
         yield on_step
         if 0 < task.completed < steps:
-            update(total=task.completed, end=f", ended before {steps}")
+            words = f"{task.fields['words']} (ended before {steps})"
+            update(total=task.completed, words=words)
 
 
 @contextmanager
@@ -61,14 +63,14 @@ def training_bar_of_many(steps: Mapping[str, int]) -> Iterator[Any]:
 
     `steps` has the most steps of each; `on_step` gets a task's name and its step.
     """
-    words = "steps, {task.fields[done]} of {task.fields[tasks]} tasks done"
+    words = f"steps, {{}} of {len(steps)} tasks done"
     place = {name: number for number, name in enumerate(steps)}
     # The most steps of the tasks from each place on.
     rest = [0]
     for most in reversed([*steps.values()]):
         rest.insert(0, rest[0] + most)
     taken: dict[str, int] = {}
-    with _bar("training", rest[0], words, done=0, tasks=len(steps)) as (task, update):
+    with _bar("training", rest[0], waits=True) as (task, update):
 
         def on_step(name: str, step: Step) -> None:
             last = taken.get(name, 0)
@@ -77,10 +79,10 @@ def training_bar_of_many(steps: Mapping[str, int]) -> Iterator[Any]:
             # A task before this one has ended, whether it took all its steps or not.
             total = completed - step.step + step.steps + rest[place[name] + 1]
             done = place[name] + (step.step == step.steps)
-            update(completed=completed, total=total, done=done)
+            update(completed=completed, total=total, words=words.format(done))
 
         yield on_step
-        update(total=task.completed, done=len(steps))
+        update(total=task.completed, words=words.format(len(steps)))
 
 
 @contextmanager
@@ -91,37 +93,97 @@ def counting_bar(what: str, total: int) -> Iterator[Any]:
 
 
 @contextmanager
+def passing_bar(what: str, total: int | None) -> Iterator[Any]:
+    """As `counting_bar`, gone at the end; the bar of what has no parts only moves."""
+    with _bar(what, total, passes=True) as (_, update):
+        yield lambda done: update(advance=done)
+
+
+class _Count(MofNCompleteColumn):
+    """`7/20`, where there is something to count."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
+class _Left(TimeRemainingColumn):
+    """How much time is left, by the speed of the last seconds, where that is known."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished or task.time_remaining is None:
+            return Text()
+        return Text(f"{super().render(task)} left", style="progress.remaining")
+
+
+# What is shown now: a terminal has room for one display, which holds all bars.
+_display: Progress | None = None
+
+
+@contextmanager
+def _displayed() -> Iterator[Progress]:
+    """The display, begun by the outermost of those who ask for it."""
+    global _display
+    if _display is not None:
+        yield _display
+        return
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(24), _Count()]
+    columns += [TextColumn("{task.fields[words]}", markup=False), TimeElapsedColumn(), _Left()]
+    _display = progress = Progress(*columns, console=screen)
+    try:
+        with progress if screen.is_interactive else nullcontext():
+            try:
+                yield progress
+                progress.live.transient = not any(task.visible for task in progress.tasks)
+            except BaseException:
+                # The error follows in one line; the bars are removed.
+                progress.live.transient = True
+                raise
+    finally:
+        _display = None
+
+
+@contextmanager
 def _bar(
-    what: str, total: int, words: str = "", **fields: Any
+    what: str, total: int | None, *, passes: bool = False, waits: bool = False
 ) -> Iterator[tuple[Task, Callable[..., None]]]:
-    """Show a bar; yields its task, and what updates the task and shows it."""
-    columns = [TextColumn(what), BarColumn(), MofNCompleteColumn()]
-    columns += [TextColumn(words)] if words else []
-    progress = Progress(*columns, TimeElapsedColumn(), console=screen)
-    number = progress.add_task(what, total=total, **fields)
+    """Show a bar; yields its task, and what updates the task and shows it.
+
+    One that `passes` is gone at the end, one that `waits` comes with the first update.
+    """
     said = time.monotonic()
+    with _displayed() as progress:
+        number = progress.add_task(
+            visible(what), total=total, words="", start=not waits, visible=not waits
+        )
+        task = next(task for task in progress.tasks if task.id == number)
 
-    def update(**changed: Any) -> None:
-        nonlocal said
-        progress.update(number, **changed)
-        # A log would show a bar only at the end, so it gets lines.
-        if not screen.is_interactive and time.monotonic() - said >= SECONDS_A_LINE:
-            said = time.monotonic()
-            _print_line(progress)
+        def update(**changed: Any) -> None:
+            nonlocal said
+            progress.start_task(number)
+            progress.update(number, visible=True, **changed)
+            # A log would show a bar only at the end, so it gets lines.
+            if not screen.is_interactive and time.monotonic() - said >= SECONDS_A_LINE:
+                said = time.monotonic()
+                _print_line(progress, task)
 
-    with progress if screen.is_interactive else nullcontext():
+        # What counts nothing has no updates, and is to be in a log too where it takes long.
+        late = threading.Timer(SECONDS_A_LINE, _print_line, (progress, task))
+        late.daemon = True
+        if total is None and not screen.is_interactive:
+            late.start()
         try:
-            yield progress.tasks[0], update
-        except BaseException:
-            # The error follows in one line; the bar is removed.
-            progress.live.transient = True
-            raise
+            yield task, update
+        finally:
+            late.cancel()
+            if passes:
+                progress.remove_task(number)
 
 
-def _print_line(progress: Progress) -> None:
+def _print_line(progress: Progress, task: Task) -> None:
     columns = [c for c in progress.columns if isinstance(c, ProgressColumn)]
-    words = [str(c.render(progress.tasks[0])) for c in columns if not isinstance(c, BarColumn)]
-    screen.print(" ".join(words), markup=False, highlight=False, soft_wrap=True)
+    words = [str(c.render(task)) for c in columns if not isinstance(c, BarColumn)]
+    shown = " ".join(word for word in words if word)
+    screen.print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
 def table_of(header: Sequence[str], rows: Iterable[Sequence[str | Text]], **more: Any) -> Table:
@@ -159,16 +221,3 @@ def print_rows(
             lines = (f"{name}: {value}" for name, value in zip(header, row, strict=True))
             table.add_row(Text("\n".join(lines)))
     results.print(table)
-
-
-def print_confusion(console: Console, classes: list[Any], matrix: list[list[int]]) -> None:
-    """The confusion matrix as a table: true labels in rows, predictions in columns."""
-    if len(classes) > 12:
-        console.print(f"(confusion matrix of {len(classes)} classes: see --json)")
-        return
-    names = [str(label) for label in classes]
-    rows: list[list[str | Text]] = [
-        [name, *(Text(str(n), "bold" if i == j else "") for j, n in enumerate(row))]
-        for i, (name, row) in enumerate(zip(names, matrix, strict=True))
-    ]
-    console.print(table_of(["", *names], rows, title="rows: true label, columns: prediction"))

@@ -85,14 +85,22 @@ def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def confusion_matrix(
-    counts: NDArray[np.float64], classes: Sequence[str], most: float, name: str, description: str
+    counts: NDArray[np.float64],
+    classes: Sequence[str],
+    most: float,
+    name: str,
+    description: str,
+    *,
+    side: float = 300.0,
 ) -> str:
-    """True labels on the rows, predicted ones on the columns, `most` at full strength."""
+    """True labels on the rows, predicted ones on the columns, `most` at full strength.
+
+    The matrix is `side` points wide and high.
+    """
     n = len(classes)
     classes = [_drawable(each) for each in classes]
     labels = [_shortened(each) for each in classes]
     widest = max(_text_width(label) for label in labels)
-    side = 300.0
     left, below = widest + 30, 0.7 * widest + 38
     with settings(_STYLE):
         whole = side + left + 8, side + below + 8
@@ -118,6 +126,11 @@ def confusion_matrix(
             axes.axvline(line, color=_STAND_INS["grid"], linewidth=0.5, zorder=0)
             axes.axhline(line, color=_STAND_INS["grid"], linewidth=0.5, zorder=0)
         return _inline_svg(figure, name, description, tooltips)
+
+
+def side_of(classes: int) -> float:
+    """How large a matrix of so many classes is to be, in points, for its labels to be read."""
+    return float(np.clip(12.0 * classes, 300.0, 600.0))
 
 
 def layer_site_map(shown: SiteMap, *, name: str) -> str:

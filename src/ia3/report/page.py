@@ -59,13 +59,14 @@ def scale(colours: tuple[str, ...], what: str, *marks: str) -> str:
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text under a header."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """Rows of text under a header; `kind` is a class of the page's style."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
-    return scrolled(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    begin = f'<table class="{kind}">' if kind else "<table>"
+    return scrolled(f"{begin}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
 def site_figure(shown: SiteMap, name: str) -> str:

@@ -43,17 +43,22 @@ def training_report(
     `[classes, classes]` counts how often each label (row) was taken for each (column).
     """
     before, after = (np.asarray(m, dtype=np.float64) for m in (confusion_before, confusion_after))
-    maps = [each for each in site_maps([layer_site_grid(vectors)])[0] if each.of.name != "spread"]
-    learned = "".join(site_figure(each, f"map-{number}") for number, each in enumerate(maps))
     sections = (
-        section("Training", _training(history)),
+        section("Training", training_curve(history)),
         section("Right and wrong answers", _confusions(classes, before, after)),
-        section("What the adapter learned", learned),
+        section("What the adapter learned", learned(vectors)),
     )
     return page(title, [facts_list(facts), *sections])
 
 
-def _training(history: Sequence[Step]) -> str:
+def learned(vectors: Mapping[str, Tensor]) -> str:
+    """Maps of the vectors by layer and module."""
+    maps = [each for each in site_maps([layer_site_grid(vectors)])[0] if each.of.name != "spread"]
+    return "".join(site_figure(each, f"map-{number}") for number, each in enumerate(maps))
+
+
+def training_curve(history: Sequence[Step]) -> str:
+    """The loss over two steps or more, with what its terms mean."""
     from . import figures
 
     terms = _RANKING if hasattr(history[0], "lm") else _CONTRASTIVE
