@@ -51,12 +51,14 @@ $(DATASETS): $(READY)
 # A process a core, each with one thread; what needs packages from beside the environment on its own.
 test: lint docs $(QUANTIZED) $(DATASETS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow and not datasets and not quantized"
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv-datasets/site-packages $(BIN)/pytest -n auto -m datasets
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv-datasets/site-packages $(BIN)/pytest -n auto \
+		-m "datasets and not slow"
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv-quantized $(BIN)/pytest -n auto -m quantized
 
-# What takes minutes: the demo as a whole, and the embedded model's conversion.
-test-slow: $(READY)
-	$(BIN)/pytest -m slow
+# What takes minutes: the demo and the notebooks as a whole, and the embedded model's conversion.
+test-slow: $(READY) $(DATASETS)
+	$(BIN)/pytest -m "slow and not datasets"
+	PYTHONPATH=$(CURDIR)/.venv-datasets/site-packages $(BIN)/pytest -m "slow and datasets"
 
 # The oldest versions that pyproject.toml allows; torch's older ones have wheels for GPUs alone.
 $(OLDEST): pyproject.toml constraints-oldest.txt
