@@ -755,7 +755,8 @@ TASK_WORDS = (
     *("format", "model", "templates", "fields", "labels", "choices", "chat", "steps", "text"),
     *("learning_rate", "seed", "upper_blocks", "{{ text }}", "good", "bad", "template", "weights"),
     *("engine", "language-model", "temperature", "threads", "selection", "head", "vectors"),
-    *("name", "accuracy", "error", "note", "0" * 64),
+    *("name", "accuracy", "error", "note", "0" * 64, "embedding", "pooling", "normalize"),
+    *("max_length", "prompt", "prompt_tokens", "dense", "tokens", "mean"),
     *JINJA_WORDS[:20],
 )
 
@@ -793,17 +794,20 @@ def _of_classifiers(folder: Path) -> list[Target]:
         content = len(header).to_bytes(8, "little") + header + values
         (folder / HEAD_NAME).write_bytes(content)
         with SavedFolder(folder) as saved:
-            weight, bias = read_head(saved, 3, hashlib.sha256(content).hexdigest())
-        assert weight.shape == (3, weight.shape[1])
-        assert bias.shape == (3,)
+            found = read_head(saved, 3, hashlib.sha256(content).hexdigest())
+        assert found.weight.shape == (3, found.weight.shape[1])
+        assert found.bias.shape == (3,)
 
     def task_file(data: bytes) -> None:
         read = TaskFile.from_json(data, "the task")
         assert TaskFile.from_json(read.to_json(), "the same") == read
 
     seen = {"engine": "encoder", "name": "tiny", "accuracy": 0.5, "error": 0.1, "note": "3 texts"}
+    embedding = {"pooling": "mean", "normalize": True, "max_length": 256, "prompt": "query: "}
+    embedding |= {"prompt_tokens": 2, "dense": "0" * 64, "tokens": "1" * 64}
     older = {name: task[name] for name in task if name in ENGINELESS} | {"format": 1}
     of_encoder = {**task, "engine": "encoder", "head": "0" * 64, "selection": [seen], "threads": 2}
+    of_encoder |= {"embedding": embedding}
     valid = [_json(each_) for each_ in (task, numbered, named, older)]
     parsed = [*valid, _json(of_encoder), _json({**of_encoder, "templates": [], "choices": []})]
     heads = [head_bytes(torch.rand(3, dim), torch.rand(3)) for dim in (1, 8)]

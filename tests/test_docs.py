@@ -18,6 +18,7 @@ DOCS = REPOSITORY / "docs"
 PAGE = (DOCS / "tfew.md").read_text("utf-8")
 FEW_SHOT = (DOCS / "few-shot.md").read_text("utf-8")
 MIXED = (DOCS / "mixed.md").read_text("utf-8")
+SCIKIT_LEARN = (DOCS / "scikit-learn.md").read_text("utf-8")
 ROWS = [
     {"premise": "It rained all day .", "hypothesis": "It was wet .", "label": 0},
     {"premise": "The shop is open .", "hypothesis": "The shop is closed .", "label": 1},
@@ -84,10 +85,16 @@ def test_the_manifest_names_three_tasks(tmp_path):
 
 
 def test_a_classifier_chooses_is_saved_and_read_back(tmp_path):
-    *seen, trained, predicted = run(blocks("python", FEW_SHOT)[0], tmp_path).splitlines()
+    first, further, _ = blocks("python", FEW_SHOT)
+    printed = run(f"{first}print()\n{further}", tmp_path).splitlines()
+    *seen, trained, predicted = printed[: printed.index("")]
     assert [line.split()[0] for line in seen] == ["encoder", "language-model"]
     assert trained == "encoder all-minilm-l6-v2"
     assert predicted == "['billing']"
+    # Nothing is wrong with the texts; two are suggested, and one text gets its labels in a list.
+    *suggested, labels = printed[printed.index("") + 1 :]
+    assert sorted(int(line.split()[0]) in range(3) for line in suggested) == [True, True]
+    assert labels.startswith("[['billing'")
     section = FEW_SHOT.partition("## What is saved")[2].partition("##")[0]
     names = re.findall(r"`(\w+\.(?:json|safetensors))`", section)
     assert set(names) == {path.name for path in (tmp_path / "queue").iterdir()} - {"README.md"}
@@ -102,7 +109,7 @@ def test_the_line_that_fit_prints_is_as_it_stands_there():
 
 
 def test_many_tasks_are_fitted(tmp_path):
-    program = blocks("python", FEW_SHOT)[1]
+    *_, program = blocks("python", FEW_SHOT)
     save_model(program, tmp_path)
     assert run(program, tmp_path).rstrip().endswith("'] {}")
     for name in ("queue", "mood"):
@@ -112,13 +119,26 @@ def test_many_tasks_are_fitted(tmp_path):
 def test_the_manifest_of_many_tasks_names_two(tmp_path):
     (manifest,) = blocks("yaml", FEW_SHOT)
     (tmp_path / "tasks.yaml").write_text(manifest)
-    model, tasks = read_many_manifest(tmp_path / "tasks.yaml")
+    models, tasks = read_many_manifest(tmp_path / "tasks.yaml")
     # What the manifest says is what holds where it says nothing.
     (tmp_path / "tasks.yaml").write_text(manifest.replace("model: auto", ""))
-    assert read_many_manifest(tmp_path / "tasks.yaml")[0] == model == "auto"
+    assert read_many_manifest(tmp_path / "tasks.yaml")[0] == models == {"model": "auto"}
     assert [task.label for task in tasks.values()] == ["Label", "Label"]
     assert tasks["ade"].choices == {"ADE-related": "yes", "not ADE-related": "no"}
     assert tasks["organisations"].text == ["Paper title", "Organization name"]
+
+
+def test_a_search_scores_lists_of_labels(tmp_path):
+    score = float(run(blocks("python", SCIKIT_LEARN)[0], tmp_path))
+    assert 0.7 < score <= 1
+
+
+def test_labels_are_numbered_by_hand_around_a_language_model(tmp_path):
+    _, voting, one_each = blocks("python", SCIKIT_LEARN)
+    save_model(voting + one_each, tmp_path)
+    voted, answers = run(voting + one_each, tmp_path).splitlines()
+    assert voted in ("['billing']", "['delivery']")
+    assert set(re.findall(r"'(\w+)': (?:np\.)?(?:True|False)", answers)) == {"billing", "delivery"}
 
 
 def test_a_bank_classifies_for_two_customers(tmp_path):

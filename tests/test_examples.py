@@ -24,6 +24,7 @@ ENTRY_POINTS = {
     "fit_many": ia3.fit_many,
     "classify": import_module("ia3.classify.mixed").classify,
     "combine": ia3.combine,
+    "check_examples": ia3.check_examples,
     "load_base_model": ia3.load_base_model,
 }
 
