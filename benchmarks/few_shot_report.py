@@ -116,11 +116,11 @@ def difference_on(task: str, runs: Sequence[Run], own: str, rival: str) -> Diffe
     Samples of one seed count as one. Where there is one seed alone, the interval is over the test
     rows: it knows nothing of other samples.
     """
+    of_task = [run for run in runs if run["task"] == task]
     of = {
-        method: {(r["seed"], r["shots"]): r for r in runs if r["method"] == method}
+        method: {(r["seed"], r["shots"]): r for r in of_task if r["method"] == method}
         for method in (own, rival)
     }
-    of = {m: {k: r for k, r in found.items() if r["task"] == task} for m, found in of.items()}
     by_seed: dict[int, list[list[int]]] = defaultdict(list)
     for key in sorted(of[own].keys() & of[rival].keys()):
         pair = zip(of[own][key]["right"], of[rival][key]["right"], strict=True)

@@ -340,6 +340,9 @@ def test_differences_are_paired_by_seed():
     assert found.mean - found.half == pytest.approx(low)
     assert found.mean + found.half == pytest.approx(high)
     assert few_shot_report.difference_on("trec", runs, "auto", "tfidf") is None
+    # Samples of other tasks have the same numbers.
+    more = [*runs, *made_runs("auto", "trec", [3] * 5, shots=(8, 16))]
+    assert few_shot_report.difference_on("sst2", more, "auto", "tfidf") == found
     assert few_shot_report.difference(runs, "auto", "tfidf").mean == pytest.approx(found.mean)
 
 
