@@ -131,16 +131,17 @@ def warn_caller(
 ) -> None:
     """Give a warning at the line that led into this package, and the packages `between`.
 
-    With `once`, a call into these packages that comes here several times gives it once.
+    With `once`, a line that called those packages is warned once, however often they come here.
     """
     own = __name__.partition(".")[0]
-    frame, level = sys._getframe(), 1
+    frame, level, passed = sys._getframe(), 1, False
     while frame.f_back is not None:
         package = frame.f_globals.get("__name__", "").partition(".")[0]
         if package not in (own, "contextlib", *between):
             break
+        passed = passed or package in between
         frame, level = frame.f_back, level + 1
-    if once:
+    if once and passed:
         # joblib has Python forget what it has shown already.
         call = message, id(frame), frame.f_lasti
         if call == getattr(_last, "call", None):
