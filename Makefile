@@ -55,7 +55,8 @@ test: lint docs $(QUANTIZED) $(DATASETS)
 		-m "datasets and not slow"
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv-quantized $(BIN)/pytest -n auto -m quantized
 
-# What takes minutes: the demo and the notebooks as a whole, and the embedded model's conversion.
+# What takes long: the demo and the notebooks as a whole, kills between any two calls, every option with
+# wrong values.
 test-slow: $(READY) $(DATASETS)
 	$(BIN)/pytest -m "slow and not datasets"
 	PYTHONPATH=$(CURDIR)/.venv-datasets/site-packages $(BIN)/pytest -m "slow and datasets"

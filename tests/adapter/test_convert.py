@@ -123,6 +123,7 @@ def test_a_converted_adapter_computes_what_the_authors_did(place, tiny_t5, make_
         assert (scaled - plain).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_folder_is_replaced_only_when_told(place):
     out = place.folder / "adapter"
     out.mkdir()

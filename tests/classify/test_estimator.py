@@ -570,6 +570,7 @@ def sentences(text: str) -> list[str]:
     return [f"{sentence}." for sentence in " ".join(text.split()).removesuffix(".").split(". ")]
 
 
+@pytest.mark.slow
 def test_the_real_model_learns():
     # The words say nothing of the texts, so that the untuned model can only guess.
     settings = {"choices": {"food": "blue", "sport": "green"}, "learning_rate": 1e-2}

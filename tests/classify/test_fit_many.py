@@ -312,6 +312,7 @@ def test_other_data_or_settings_are_trained_again(tmp_path):
     assert [record["task"] for record in records].count("a") == 2
 
 
+@pytest.mark.slow
 def test_what_was_written_over_is_trained_again(tmp_path):
     assert fitted_again(tmp_path) == {"first", "second"}
     # As a call leaves it that is killed between saving a classifier and recording it.

@@ -20,6 +20,8 @@ from support.tfew import tiny_llama
 from ia3 import FewShotClassifier, IA3Config, IA3Model
 from ia3.adapter.files import Adapter, read_adapter
 
+pytestmark = pytest.mark.slow
+
 
 def classifier(make: Callable[..., FewShotClassifier], data: Any, seed: int) -> FewShotClassifier:
     """Labels, words, settings and vectors of its own."""

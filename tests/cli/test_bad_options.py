@@ -61,6 +61,7 @@ def test_the_table_has_all_commands():
     assert NEEDED.keys() == COMMANDS.keys()
 
 
+@pytest.mark.slow
 def test_a_wrong_value_is_one_line_on_standard_error(place):
     calls = []
     for name, command in COMMANDS.items():

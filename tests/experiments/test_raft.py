@@ -482,6 +482,7 @@ def killed(place, when):
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(place, unbroken):
     once, out = (place.folder / name for name in ("unbroken", "broken"))
 

@@ -256,6 +256,7 @@ def run(place, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_the_same_command_again(place, run):
     arguments = ["--steps", "600", "--cap", "6", "--seed", "2", "--learning-rate", "0.03"]
     arguments += ["--out", "start", "--checkpoints", "run", "--json"]
