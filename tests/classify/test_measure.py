@@ -17,11 +17,11 @@ from support.encoders import encoder_folder
 from ia3 import FewShotClassifier, IA3Error
 from ia3.classify.measure import (
     UNTRAINED,
-    counted,
     has_a_fifth,
     measured_by_training,
     measured_on,
     new_among,
+    record_of,
     seen_before_training,
     without_training,
 )
@@ -53,7 +53,7 @@ def test_the_figures_are_scikit_learns():
     probabilities = draw.dirichlet([1, 1, 1], 60)
     predicted = [CLASSES[i] for i in probabilities.argmax(1)]
     texts = [f"text {i}" for i in range(60)]
-    found = counted(texts, given, predicted, probabilities, CLASSES, "drawn")
+    found = record_of(texts, given, predicted, probabilities, CLASSES, "drawn")
     assert found.accuracy == accuracy_score(given, predicted)
     assert found.error == pytest.approx(np.sqrt(found.accuracy * (1 - found.accuracy) / 60))
     assert found.macro_f1 == pytest.approx(f1_score(given, predicted, average="macro"))
@@ -75,7 +75,7 @@ def test_the_figures_are_scikit_learns():
 
 def test_a_class_without_texts_or_answers_has_no_share():
     sure = np.array([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0]])
-    found = counted(["a", "b"], ["bill", "gate"], ["bill", "bill"], sure, CLASSES, "given")
+    found = record_of(["a", "b"], ["bill", "gate"], ["bill", "bill"], sure, CLASSES, "given")
     bill, gate, van = found.by_class
     assert (bill.precision, bill.recall) == (0.5, 1.0)
     assert (gate.precision, gate.recall, gate.f1) == (None, 0.0, 0.0)
@@ -87,7 +87,7 @@ def test_a_class_without_texts_or_answers_has_no_share():
 def test_texts_with_several_labels_or_none_are_right_as_a_whole():
     sure = np.array([[0.9, 0.8, 0.1], [0.2, 0.3, 0.6], [0.1, 0.2, 0.3]])
     given, got = [["gate", "bill"], ["van", "bill"], []], [("bill", "gate"), {"van"}, []]
-    found = counted([{"text": "a"}, "b", "c"], given, got, sure, CLASSES, "given")
+    found = record_of([{"text": "a"}, "b", "c"], given, got, sure, CLASSES, "given")
     assert (found.accuracy, found.confusion) == (2 / 3, None)
     (mistake,) = found.mistakes
     assert (mistake.label, mistake.predicted) == (["bill", "van"], ["van"])
@@ -97,12 +97,12 @@ def test_texts_with_several_labels_or_none_are_right_as_a_whole():
 
 def test_a_label_that_is_no_class_is_refused():
     with pytest.raises(IA3Error, match="label 'lorry' \\(row 0\\) is not among the classes"):
-        counted(["a"], ["lorry"], ["van"], np.ones((1, 3)) / 3, CLASSES, "given")
+        record_of(["a"], ["lorry"], ["van"], np.ones((1, 3)) / 3, CLASSES, "given")
 
 
 def test_fields_of_a_text_are_shown_together():
     given = [{"title": "Late", "body": "by a week"}]
-    found = counted(given, ["van"], ["bill"], np.eye(3)[:1], CLASSES, "given")
+    found = record_of(given, ["van"], ["bill"], np.eye(3)[:1], CLASSES, "given")
     assert found.mistakes[0].text == "Late · by a week"
 
 
@@ -217,7 +217,7 @@ def test_the_engine_that_was_chosen_is_trained_again(folder, tiny_model):
 
 
 def test_a_record_cannot_be_changed():
-    found = counted(["a"], ["van"], ["van"], np.eye(3)[2:], CLASSES, "given")
+    found = record_of(["a"], ["van"], ["van"], np.eye(3)[2:], CLASSES, "given")
     with pytest.raises(AttributeError):
         found.accuracy = 1.0
     assert replace(found, how="otherwise").how == "otherwise"

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from support.page import Page
 
-from ia3.classify.measure import Baseline, counted
+from ia3.classify.measure import Baseline, record_of
 from ia3.report.measured_report import evaluation_report, fit_report
 from ia3.report.scores import print_confusion, print_measured
 
@@ -26,7 +26,7 @@ def measured(classes, texts=120, seed=0, text="the courier left it in the rain")
     predicted = [classes[i] for i in found.argmax(1)]
     frozen = Baseline("frozen encoder with logistic regression", 0.5, 0.05)
     named = [classes[i] for i in given]
-    return counted([text] * texts, named, predicted, found, classes, "on test.csv", frozen=frozen)
+    return record_of([text] * texts, named, predicted, found, classes, "on test.csv", frozen=frozen)
 
 
 def printed(record, width=80):
@@ -117,7 +117,7 @@ def test_what_was_not_measured_is_said_and_no_figure_is_made_up():
 
 def test_texts_with_several_labels_have_no_matrix():
     sure = np.array([[0.9, 0.8], [0.6, 0.1]])
-    record = counted(
+    record = record_of(
         ["a", "b"], [["x", "y"], ["y"]], [["x", "y"], ["x"]], sure, ["x", "y"], "asked"
     )
     page = Page(page_of(record))

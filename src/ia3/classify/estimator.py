@@ -147,7 +147,8 @@ class FewShotClassifier(TextClassifier):
             of all. The blocks below them need no gradients.
         threads: of a training step on a CPU; `None` takes one or all, whichever is faster.
         class_weight: label -> how much its texts count in training, 1 where nothing is said; or
-            `"balanced"`, by which all labels count alike, however many texts they have.
+            `"balanced"`, by which the texts of a rare label count more, as in scikit-learn. An
+            encoder's batches take the labels in turn in any case.
         multilabel: each text has any number of labels, in a list. An encoder is trained then, whose
             head says of each label by itself whether a text has it.
         max_words: of a text's field so many words are read, 1 or more, in training and in

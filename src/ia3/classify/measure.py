@@ -1,6 +1,6 @@
 """How good a classifier is: answers to texts that it was not trained on, counted.
 
-Whichever way the answers were come by, `counted` makes one record of them. What was not answered
+Whichever way the answers were come by, `record_of` makes one record of them. What was not answered
 without having been trained on is in no record.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
 
-from ..errors import IA3Error
+from ..errors import IA3Error, counted
 from ..sentences.head import folds
 from ..tfew.prompts.labels import Text
 from .engine import ENCODER, LANGUAGE_MODEL, Seen, Step
@@ -125,7 +125,7 @@ class Measured:
         return asdict(self)
 
 
-def counted(
+def record_of(
     texts: Sequence[Text],
     labels: Sequence[Any],
     predicted: Sequence[Any],
@@ -202,7 +202,7 @@ def measured_on(
         classifier: the one to measure.
         texts, labels: `[texts]`; each label is one of its classes.
         how: where the texts are from, in words.
-        rows: as of `counted`.
+        rows: as of `record_of`.
         frozen: the classifier without an adapter to set beside it, as `without_training` gives it.
         progress: as of `predict_proba`; it counts the prompts of both.
 
@@ -215,7 +215,9 @@ def measured_on(
     if frozen is not None:
         answers = frozen.predict(texts, progress=progress).tolist()
         beside = _baseline(frozen, _agree(labels, answers))
-    return counted(texts, labels, predicted, found, classes.tolist(), how, rows=rows, frozen=beside)
+    return record_of(
+        texts, labels, predicted, found, classes.tolist(), how, rows=rows, frozen=beside
+    )
 
 
 def measured_by_training(
@@ -265,10 +267,10 @@ def measured_by_training(
         asked += held_out
     how = f"{len(parts)} trainings, each text held out of one"
     if len(asked) < len(labels):
-        how = f"{len(parts)} trainings, each of {_texts(len(asked))} held out of one"
+        how = f"{len(parts)} trainings, each of {counted(len(asked), 'text')} held out of one"
     if len(parts) == 1:
-        how = f"one more training, without {_texts(len(asked))} that were then asked"
-    return counted(
+        how = f"one more training, without {counted(len(asked), 'text')} that were then asked"
+    return record_of(
         [texts[i] for i in asked],
         [labels[i] for i in asked],
         [predicted[i] for i in asked],
@@ -302,7 +304,7 @@ def seen_before_training(
         if not places:
             return None
         found, rows = seen.probabilities.numpy()[places], [seen.rows[place] for place in places]
-        return counted(
+        return record_of(
             [texts[i] for i in rows],
             [labels[i] for i in rows],
             classifier.classes_at(found).tolist(),
@@ -364,10 +366,6 @@ def _held_out(seen: Seen) -> str:
 
 def _error(accuracy: float, count: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / count)
-
-
-def _texts(count: int) -> str:
-    return f"{count:,} text{'s' * (count != 1)}"
 
 
 def _held_out_parts(
