@@ -27,7 +27,14 @@ def test_no_help_has_a_word_that_only_this_project_has():
     texts = dict(helps())
     assert len(texts) > 100
     assert {n: t for n, t in texts.items() if re.search(UNKNOWN, t.replace("--sites", ""))} == {}
-    assert {n for n, text in texts.items() if not text} <= {f"{n} help" for n in COMMANDS}
+    options = {
+        f"{name} {parameter.name}"
+        for name, command in COMMANDS.items()
+        for parameter in command.params
+        if parameter.param_type_name == "option"  # of arguments older versions of typer keep none
+    }
+    without = {name for name, text in texts.items() if not text}
+    assert without & options <= {f"{n} help" for n in COMMANDS}
 
 
 @pytest.mark.parametrize(

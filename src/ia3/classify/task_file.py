@@ -192,7 +192,13 @@ class TaskFile(BaseModel):
     )
     engine: EngineName = Field(default="language-model", description=_ENGINES)
     # Beyond these, scores would become infinite, or all of them alike.
-    temperature: float = Field(default=1.0, ge=1e-6, le=1e6, description="a number, 1e-6 to 1e6")
+    temperature: float = Field(
+        default=1.0,
+        ge=1e-6,
+        le=1e6,
+        allow_inf_nan=False,  # pydantic 2.0 holds no bound against what is not a number
+        description="a number, 1e-6 to 1e6",
+    )
     threads: int | None = Field(
         default=None,
         ge=1,
