@@ -107,7 +107,7 @@ class Candidate(BaseModel):
         max_length=LONGEST_NAME,
         description=f"a text of at most {LONGEST_NAME:,} characters, or null",
     )
-    accuracy: float = Field(ge=0, le=1, description="a number, 0 to 1")
+    accuracy: float = Field(ge=0, le=1, allow_inf_nan=False, description="a number, 0 to 1")
     error: float = Field(ge=0, allow_inf_nan=False, description="a number, at least 0")
     note: str = Field(max_length=1000, description="a text of at most 1,000 characters")
 
