@@ -230,11 +230,13 @@ def _listed(name: str, given: Any) -> list[Any]:
     if isinstance(given, str | bytes | bytearray | Mapping):
         kind = type(given).__name__
         raise InvalidTypeError(f"{name} is one {kind}, expected a list of {name}")
-    if hasattr(given, "__array__") and not isinstance(given, Iterable):
-        given = np.asarray(given)
     try:
         # Of Arrow, whose rows are no mappings, and whose items are no texts.
-        return list(given.to_pylist() if hasattr(given, "to_pylist") else given)
+        if hasattr(given, "to_pylist"):
+            return list(given.to_pylist())
+        if hasattr(given, "__array__") and not isinstance(given, Iterable):
+            given = np.asarray(given)
+        return list(given)
     except TypeError as error:
         what = f"{name} is {shown(given)} ({type(given).__name__})"
         raise InvalidTypeError(f"{what}, expected a list of {name}") from error
