@@ -23,7 +23,6 @@ from .language_model import LanguageModelEngine, RankingTask
 from .ranking import advise_on_words
 from .task_file import EngineName
 from .text_classifier import LabelledTexts
-from .weights import text_weights
 
 # The language model is asked as many texts as have so many tokens together.
 ASKED_TOKENS = 16_384
@@ -78,7 +77,7 @@ class AutoEngine:
 
     def seen(self, task: AutoTask) -> list[Seen]:
         """Both candidates; the encoder alone where the texts are too long to ask about many."""
-        targets, asks = task.encoder.data.targets, self.language_model
+        targets, asks = task.data.targets, self.language_model
         asked = asks.to_ask(task.language_model, ASKED_TOKENS)
         seen = self.encoder.seen(task.encoder)
         if len(asked) < min(FEWEST_ASKED, len(targets)):
@@ -86,8 +85,8 @@ class AutoEngine:
         answers = asks.untuned_answers(task.language_model, asked)
         how = "untuned, calibrated" if asks.settings.steps else "untuned"
         right = share_right(answers, [targets[text] for text in asked])
-        weights = task.encoder.data.weights
-        counts = None if weights is None else text_weights(weights)[asked]
+        weights = task.data.text_weights
+        counts = None if weights is None else weights[asked]
         untuned = candidate(LANGUAGE_MODEL, asks.base.name, right, how, counts)
         return [*seen, Seen(untuned, asked, answers.softmax(-1))]
 

@@ -46,7 +46,6 @@ from .inputs import check_fields
 from .ranking import check_has_fields, checked_templates
 from .task_file import Embedding
 from .text_classifier import LabelledTexts
-from .weights import text_weights
 
 # Between the fields of a text that has several.
 BETWEEN = ". "
@@ -162,10 +161,9 @@ class EncoderEngine:
         with self._carrying(begin, "init_from") as model, self._threads() as threads:
             if self.settings.steps > 0:
                 texts = task.ids, data.targets
-                weights = None if data.weights is None else text_weights(data.weights)
                 most = self.settings.max_tokens
                 training = EncoderTraining(
-                    base, model, *texts, recipe, max_tokens=most, weights=weights
+                    base, model, *texts, recipe, max_tokens=most, weights=data.text_weights
                 )
                 training.run(on_step, checkpoint, threads)
                 history = training.history
@@ -190,15 +188,6 @@ class EncoderEngine:
             candidates=[each.candidate for each in seen],
             held_out=list(seen),
         )
-
-    def probabilities(
-        self,
-        fit: Fit,
-        examples: list[Mapping[str, Any]],
-        progress: Callable[[int], None] | None,
-    ) -> Tensor:
-        """What the head makes of the embeddings."""
-        return self.read(fit, examples, progress)[0]
 
     def read(
         self,
@@ -232,14 +221,17 @@ class EncoderEngine:
         with self._carrying(encoder_sites(self.base)) as model, self._threads() as threads:
             found = self._embeddings(task.ids, model, threads, "reading the texts")
             named = self._embeddings(names, model, threads, "reading the labels")
-        targets, count, weights = task.data.targets, len(task.data.classes), task.data.weights
+        data, targets = task.data, task.data.targets
         with working("asking the frozen encoder"):
-            held_out = held_out_answers(found, targets, count, self.settings.seed, weights)
+            held_out = held_out_answers(
+                found, targets, len(data.classes), self.settings.seed, data.weights
+            )
         asked, right, how = held_out.texts, held_out.right, "frozen, held-out folds"
         if not asked:
             asked, how = list(range(len(targets))), "frozen, by the labels' names"
             right = share_right(F.normalize(found) @ F.normalize(named).T, targets)
-        counts = None if weights is None else text_weights(weights)[asked]
+        weights = data.text_weights
+        counts = None if weights is None else weights[asked]
         frozen = candidate(ENCODER, self.base.name, right, how, counts)
         return [Seen(frozen, asked, held_out.probabilities if held_out.texts else None)]
 

@@ -58,17 +58,18 @@ def rows_of(texts: Any) -> list[Any]:
     return _listed("texts", texts)
 
 
+def key_of(example: Mapping[str, Any]) -> str:
+    """The same for the same text, whatever the order of its fields."""
+    return repr(sorted(map(repr, example.items())))
+
+
 def texts_to_label(texts: Any) -> list[Mapping[str, Any]]:
     """As `examples_of`, but one text alone counts as a list of it."""
     return examples_of([texts] if isinstance(texts, str) else texts)
 
 
-def cut_texts(
-    examples: Sequence[Mapping[str, Any]], max_words: int | None
-) -> list[Mapping[str, Any]]:
+def cut_texts(examples: Sequence[Mapping[str, Any]], max_words: int) -> list[Mapping[str, Any]]:
     """The examples, each field cut to so many words, with one warning of all that are longer."""
-    if max_words is None:
-        return list(examples)
     found: list[Mapping[str, Any]] = []
     longer = 0
     for example in examples:

@@ -27,7 +27,6 @@ from ..tfew.training.recipe import TFewConfig
 from .engine import LANGUAGE_MODEL, Fit, Settings, check_trainable, threads_of, trained_adapter
 from .ranking import Prompts, encode_all, read_prompts
 from .text_classifier import LabelledTexts
-from .weights import text_weights
 
 if TYPE_CHECKING:
     from ..tfew.training.steps import TrainingStep
@@ -115,9 +114,8 @@ class LanguageModelEngine:
         )
         encoder = Encoder(self.base, prompts.choices, chat=settings.chat)
         encoded = encode_all(encoder, data.examples, prompts.templates)
-        weights = (
-            [1.0] * len(encoded) if data.weights is None else text_weights(data.weights).tolist()
-        )
+        given = data.text_weights
+        weights = [1.0] * len(encoded) if given is None else given.tolist()
         examples = [TrainingExample(*of) for of in zip(encoded, data.targets, weights, strict=True)]
         return RankingTask(data, prompts, recipe, examples, start, settings, self.base)
 

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import clone
 
 from ..errors import IA3Error, counted
 from ..sentences.head import folds
 from ..tfew.prompts.labels import Text
 from .engine import ENCODER, LANGUAGE_MODEL, Seen, Step
 from .estimator import FewShotClassifier
-from .inputs import examples_of
+from .inputs import examples_of, key_of
 from .task_file import EngineName
 
 # A fifth of a class has to have three texts or more, to say anything of it.
@@ -259,7 +258,7 @@ def measured_by_training(
         learn = [texts[i] for i in train], [labels[i] for i in train]
         ask, right = [texts[i] for i in held_out], [labels[i] for i in held_out]
         with nullcontext() if shown is None else shown(number, len(parts)) as on_step:
-            again = _again(classifier).fit(*learn, on_step=on_step)
+            again = classifier._new(classifier.engine_).fit(*learn, on_step=on_step)
         answers[held_out] = again.predict_proba(ask)
         predicted |= zip(held_out, again.classes_at(answers[held_out]).tolist(), strict=True)
         frozen = without_training(classifier).fit(*learn)
@@ -297,9 +296,10 @@ def seen_before_training(
     for seen in classifier.held_out_:
         if seen.candidate.engine != classifier.engine_ or seen.probabilities is None:
             continue
-        times = Counter(_keys(texts))
+        keys = _keys(texts)
+        times = Counter(keys)
         # Folds may have had the same text on both sides; an untuned model has learned from none.
-        alone = [classifier.engine_ != ENCODER or times[key] == 1 for key in _keys(texts)]
+        alone = [classifier.engine_ != ENCODER or times[key] == 1 for key in keys]
         places = [place for place, row in enumerate(seen.rows) if alone[row]]
         if not places:
             return None
@@ -337,19 +337,9 @@ def without_training(classifier: FewShotClassifier) -> FewShotClassifier:
 
     An encoder gets a linear head on its frozen embeddings, a language model is asked as it is.
     """
-    untrained = _again(classifier)
+    untrained = classifier._new(classifier.engine_)
     untrained.set_params(steps=0, init_from=None, learning_rate=None)
     return untrained
-
-
-def _again(classifier: FewShotClassifier) -> FewShotClassifier:
-    """An unfitted classifier with the settings of a fitted one, and the engine that it chose."""
-    again: FewShotClassifier = clone(classifier)
-    if classifier._chooses():
-        engine = classifier.engine_
-        model = classifier.encoder if engine == ENCODER else classifier.language_model
-        again.set_params(model=model)
-    return again
 
 
 def _baseline(classifier: FewShotClassifier, right: Sequence[bool]) -> Baseline:
@@ -382,8 +372,7 @@ def _held_out_parts(
 
 
 def _keys(texts: Sequence[Text]) -> list[str]:
-    """The same for the same text; `[texts]`."""
-    return [repr(dict(example)) for example in examples_of(texts)]
+    return [key_of(example) for example in examples_of(texts)]
 
 
 def _labels(given: Any) -> list[Any]:

@@ -140,10 +140,8 @@ def _classified(row: int, task: _Task, probabilities: list[float]) -> Classified
     if not math.isfinite(sum(probabilities)):
         raise not_finite(row)
     most, labels = max(probabilities), task.file.labels
-    label, by_label = (
-        labels[probabilities.index(most)],
-        dict(zip(labels, probabilities, strict=True)),
-    )
+    label = labels[probabilities.index(most)]
+    by_label = dict(zip(labels, probabilities, strict=True))
     own = [name for name, p in by_label.items() if p >= 0.5] if task.file.multilabel else [label]
     return Classified(label, most, by_label, own)
 

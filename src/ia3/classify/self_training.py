@@ -18,6 +18,7 @@ import torch
 from ..errors import warn_caller
 from ..sentences.head import folds
 from .engine import Candidate, Fit, Step, candidate
+from .inputs import key_of
 from .task_file import EngineName
 from .text_classifier import LabelledTexts
 
@@ -79,9 +80,9 @@ def self_trained(
     """
     parts = folds(data.targets, seed)
     progress = _Progress(on_step, 2 + 2 * len(parts))
-    different = {_key(example): example for example in unlabelled}
+    different = {key_of(example): example for example in unlabelled}
     for example in data.examples:
-        different.pop(_key(example), None)
+        different.pop(key_of(example), None)
     others = list(different.values())
 
     def trained(engine: EngineName | None, texts: Examples, labels: Sequence[Any]) -> Any:
@@ -124,10 +125,6 @@ def self_trained(
         _seen(first, right_with, f"{with_them}, {'taken' if taken else 'left out'}"),
     ]
     return replace(fit, candidates=[*fit.candidates, *seen])
-
-
-def _key(example: Mapping[str, Any]) -> str:
-    return repr(sorted(map(repr, example.items())))
 
 
 def _sure(classifier: Any, texts: Examples) -> tuple[list[Any], list[Any]]:

@@ -23,7 +23,13 @@ from .inputs import (
     texts_to_label,
     with_field,
 )
-from .weights import check_class_weight, sample_weights, weights_of_answers, weights_of_texts
+from .weights import (
+    check_class_weight,
+    sample_weights,
+    text_weights,
+    weights_of_answers,
+    weights_of_texts,
+)
 
 try:
     import numpy as np
@@ -76,6 +82,11 @@ class LabelledTexts:
     def has(self) -> Tensor:
         """Which labels each text has, bool `[texts, labels]`, where it may have several."""
         return membership(self.targets, len(self.classes))
+
+    @property
+    def text_weights(self) -> Tensor | None:
+        """One weight a text, `[texts]`, whose mean is 1; `None` is 1 each."""
+        return None if self.weights is None else text_weights(self.weights)
 
     def described_weights(self) -> dict[str, Any]:
         """The weights as values of JSON, by their name; nothing where there are none."""

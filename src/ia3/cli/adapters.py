@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ..errors import IA3Error, counted
 from ..files.atomic import write_file
-from ..files.saved import TASK_NAME, WEIGHTS_NAME, weights_file
+from ..files.saved import TASK_NAME, weights_file
 from ..report.console import counting_bar, print_rows, results, visible
 from . import options
 from .options import check_files, check_out, print_json, reason, report, say, warn, write_adapter
@@ -275,7 +275,7 @@ def combine(
     adapter = combined_of(stored, numbers, *method)
     adapter.config = replace(adapter.config, inference_mode=True)
     classifier = _combined_classifier(adapters, numbers, adapter)
-    size = write_adapter(out, adapter) if classifier is None else _write(out, classifier)
+    size = write_adapter(out, classifier or adapter)
     values = sum(vector.numel() for vector in adapter.vectors.values())
     sites, kind = len(adapter.vectors), "adapter" if classifier is None else "classifier"
     report(
@@ -312,16 +312,6 @@ def _combined_classifier(
             return combined_fit([fit for _, fit in fits], weights, adapter)
     warn(f"this makes an adapter, and no classifier: {problem}")
     return None
-
-
-def _write(out: Path, classifier: Fit) -> int:
-    """Write a classifier's files; returns the bytes of its vectors' file."""
-    from ..adapter.files import write_saved
-    from ..classify.estimator import classifier_files
-
-    files = classifier_files(classifier)
-    write_saved(out, files)
-    return len(files[WEIGHTS_NAME])
 
 
 # -- reading --------------------------------------------------------------------------------------

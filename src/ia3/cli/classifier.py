@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,7 +18,7 @@ from .labelled import (
     check_added,
     check_begins_with,
     check_columns,
-    check_fields_given,
+    examples_for,
     field_of,
     findings_in,
     labels_among,
@@ -46,19 +45,18 @@ from .multilabel import (
 )
 from .options import (
     candidates_line,
-    check_files,
     check_out,
+    check_table,
     fitted_with,
     given,
+    load_classifier,
     print_json,
     say,
     silence_loading,
 )
 
 if TYPE_CHECKING:
-    from ..classify.estimator import FewShotClassifier
-
-Adapter = Annotated[Path, typer.Argument(help="Folder written by 'ia3 fit'.")]
+    pass
 
 
 def fit(
@@ -230,15 +228,12 @@ def fit(
 
 
 def predict(
-    adapter: Adapter,
+    adapter: options.FittedAdapter,
     data: options.Source,
     text: options.TextColumns = ["text"],  # noqa: B006
     split: options.Split = "test",
     subset: options.Subset = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="CSV, TSV or JSON Lines file; CSV on standard output if absent."),
-    ] = None,
+    out: options.TableOut = None,
     multilabel: Annotated[
         str,
         typer.Option(
@@ -251,22 +246,17 @@ def predict(
     device: options.Device = "auto",
     dtype: options.DType = "auto",
     force: options.ReplaceFiles = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="JSON Lines instead of CSV on standard output.")
-    ] = False,
+    as_json: options.JsonLines = False,
 ) -> None:
     """Label texts: every row of the data with `prediction` and `probability` added."""
-    if out is not None and delimiter_of(out) is not None and as_json:
-        raise typer.BadParameter(f"{out} would not be JSON Lines", param_hint="--json")
-    check_files([out], force)
+    check_table(out, as_json, force)
     rows = read_rows(data, split=split, subset=subset, text=text)
     check_added(rows, "predict")
     task = read_task(adapter)
-    check_fields_given(adapter, task.fields, task.templates, text)
-    classifier = _load(adapter, model, max_tokens, device, dtype)
-    probabilities = _probabilities(
-        classifier, fields_of(rows, text, next(iter(task.fields), "text"))
-    )
+    examples = examples_for(adapter, task, rows, text)
+    classifier = load_classifier(adapter, model, max_tokens, device, dtype)
+    with counting_bar("scoring", len(examples) * len(classifier.templates_)) as progress:
+        probabilities = classifier.predict_proba(examples, progress=progress)
     labels = classifier.classes_at(probabilities).tolist()
     if classifier.multilabel_:
         in_lists = as_json if out is None else delimiter_of(out) is None
@@ -278,7 +268,7 @@ def predict(
 
 
 def evaluate(
-    adapter: Adapter,
+    adapter: options.FittedAdapter,
     data: options.Source,
     text: options.TextColumns = ["text"],  # noqa: B006
     label: options.LabelColumn = "label",
@@ -297,16 +287,15 @@ def evaluate(
     check_multilabel(adapter, task.multilabel, multilabel)
     several = multilabel is not None
     rows = read_rows(data, split=split, subset=subset, text=text, label=label, multilabel=several)
-    check_fields_given(adapter, task.fields, task.templates, text)
+    examples = examples_for(adapter, task, rows, text)
     if multilabel is None:
         truth = labels_among(rows, label, task.labels)
     else:
         truth = label_lists_among(rows, label, multilabel, task.labels)
-    classifier = _load(adapter, model, max_tokens, device, dtype)
+    classifier = load_classifier(adapter, model, max_tokens, device, dtype)
     from ..classify.measure import measured_on
 
     classes = classifier.classes_.tolist()
-    examples = fields_of(rows, text, next(iter(task.fields), "text"))
     places = [row.where for row in rows]
     with counting_bar("scoring", len(examples) * len(classifier.templates_)) as progress:
         measured = measured_on(classifier, examples, truth, f"on {data}", progress=progress)
@@ -320,19 +309,3 @@ def evaluate(
     print_measured(results, measured, places)
     if page is not None:
         say(f"the report is {page}")
-
-
-def _load(
-    adapter: Path, model: str | None, max_tokens: int | None, device: str, dtype: str
-) -> FewShotClassifier:
-    silence_loading()
-    with working("loading the classifier"):
-        from ..classify.estimator import FewShotClassifier
-
-    more = given(max_tokens=max_tokens)
-    return FewShotClassifier.load(adapter, model=model, device=device, dtype=dtype, **more)
-
-
-def _probabilities(classifier: FewShotClassifier, examples: list[dict[str, Any]]) -> Any:
-    with counting_bar("scoring", len(examples) * len(classifier.templates_)) as progress:
-        return classifier.predict_proba(examples, progress=progress)

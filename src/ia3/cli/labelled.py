@@ -11,6 +11,7 @@ import typer
 from ..errors import IA3Error, MissingFileError, counted, did_you_mean, naming
 from ..files.labelled_data import EMPTY, LONG, ONE_CLASS, Finding, check_examples
 from ..files.saved import TASK_NAME, weights_file
+from ..files.tables import fields_of
 from .options import warn
 
 if TYPE_CHECKING:
@@ -55,13 +56,17 @@ def by_name(labels: Iterable[Any]) -> dict[str, Any]:
 def labels_among(rows: Sequence[Row], column: str, known: Sequence[Any]) -> list[Any]:
     """The rows' labels, as the known ones are: CSV and JSON Lines may differ in their types."""
     named = by_name(known)
-    for row in rows:
-        if str(row[column]) not in named:
-            raise IA3Error(
-                f"{row.where}: the label {row[column]!r} is not among the choices "
-                f"{list(known)}{did_you_mean(str(row[column]), named)}"
-            )
-    return [named[str(row[column])] for row in rows]
+    return [known_label(row, row[column], named, known) for row in rows]
+
+
+def known_label(row: Row, label: Any, named: Mapping[str, Any], known: Sequence[Any]) -> Any:
+    """A row's label, as the known one of this name is."""
+    if str(label) not in named:
+        raise IA3Error(
+            f"{row.where}: the label {label!r} is not among the choices "
+            f"{list(known)}{did_you_mean(str(label), named)}"
+        )
+    return named[str(label)]
 
 
 def label_named(name: str, labels: Sequence[Any]) -> Any:
@@ -173,6 +178,14 @@ def check_fields_given(
             f"{adapter} reads the {'fields' if read[1:] else 'field'} {', '.join(read)}, and "
             f"--text names {', '.join(columns)}: give {given}, of columns with these names"
         )
+
+
+def examples_for(
+    adapter: Path, task: TaskFile, rows: Sequence[Row], columns: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The rows' texts as a classifier reads them; raises as `check_fields_given`."""
+    check_fields_given(adapter, task.fields, task.templates, columns)
+    return fields_of(rows, columns, next(iter(task.fields), "text"))
 
 
 def read_task(adapter: Path) -> TaskFile:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import BrokenFileError, IA3Error, did_you_mean
-from .labelled import by_name
+from ..errors import BrokenFileError, IA3Error
+from .labelled import by_name, known_label
 
 if TYPE_CHECKING:
     from ..files.tables import Row
@@ -58,16 +58,11 @@ def label_lists_among(
     rows: Sequence[Row], column: str, separator: str, known: Sequence[Any]
 ) -> list[list[Any]]:
     """As `label_lists`, of labels as the known ones are."""
-    each = label_lists(rows, column, separator)
-    named = by_name(known)
-    for row, own in zip(rows, each, strict=True):
-        for label in own:
-            if str(label) not in named:
-                raise IA3Error(
-                    f"{row.where}: the label {label!r} is not among the choices {list(known)}"
-                    f"{did_you_mean(str(label), named)}"
-                )
-    return [[named[str(label)] for label in own] for own in each]
+    each, named = label_lists(rows, column, separator), by_name(known)
+    return [
+        [known_label(row, label, named, known) for label in own]
+        for row, own in zip(rows, each, strict=True)
+    ]
 
 
 def with_labels(

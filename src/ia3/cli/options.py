@@ -19,10 +19,12 @@ from ..errors import IA3Error, did_you_mean
 from ..files.atomic import check_file, check_folder, holds_nothing, write_stdout
 from ..files.labelled_data import MAX_WORDS as MAX_WORDS
 from ..files.saved import WEIGHTS_NAME
+from ..files.tables import delimiter_of
 from ..report.console import screen, visible
 
 if TYPE_CHECKING:
     from ..adapter.files import Adapter
+    from ..classify.engine import Fit
     from ..classify.estimator import FewShotClassifier
 
 DEFAULT_MODEL = EMBEDDED_MODEL
@@ -197,6 +199,14 @@ ReplaceAdapter = Annotated[
     bool, typer.Option("--force", help="Replace the adapter in a folder that exists.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+FittedAdapter = Annotated[Path, typer.Argument(help="Folder written by 'ia3 fit'.")]
+TableOut = Annotated[
+    Path | None,
+    typer.Option(help="CSV, TSV or JSON Lines file; CSV on standard output if absent."),
+]
+JsonLines = Annotated[
+    bool, typer.Option("--json", help="JSON Lines instead of CSV on standard output.")
+]
 
 
 def check_out(out: Path, force: bool, checkpoints: Path | None = None) -> None:
@@ -224,6 +234,13 @@ def check_files(
     return [path for path, _ in given]
 
 
+def check_table(out: Path | None, as_json: bool, force: bool) -> None:
+    """Refuse a table's file that is of another kind than asked for, or that `check_files` does."""
+    if out is not None and delimiter_of(out) is not None and as_json:
+        raise typer.BadParameter(f"{out} would not be JSON Lines", param_hint="--json")
+    check_files([out], force)
+
+
 def given(**values: Any) -> dict[str, Any]:
     """The values that are not None; the called function's defaults stand for the others."""
     return {name: value for name, value in values.items() if value is not None}
@@ -245,11 +262,28 @@ def silence_loading() -> None:
         enable_progress_bars()
 
 
-def write_adapter(out: Path, adapter: Adapter) -> int:
-    """Write an adapter's files; returns the bytes of its vectors' file."""
-    from ..adapter.files import adapter_files, write_saved
+def load_classifier(
+    adapter: Path, model: str | None, max_tokens: int | None, device: str, dtype: str
+) -> FewShotClassifier:
+    """What `ia3 fit` wrote, on the model that it was trained on or on another copy of it."""
+    silence_loading()
+    with working("loading the classifier"):
+        from ..classify.estimator import FewShotClassifier
 
-    files = adapter_files(adapter)
+    more = given(max_tokens=max_tokens)
+    return FewShotClassifier.load(adapter, model=model, device=device, dtype=dtype, **more)
+
+
+def write_adapter(out: Path, saved: Adapter | Fit) -> int:
+    """Write the files of an adapter or a classifier; returns the bytes of its vectors' file."""
+    from ..adapter.files import Adapter, adapter_files, write_saved
+
+    if isinstance(saved, Adapter):
+        files = adapter_files(saved)
+    else:
+        from ..classify.estimator import classifier_files
+
+        files = classifier_files(saved)
     write_saved(out, files)
     return len(files[WEIGHTS_NAME])
 

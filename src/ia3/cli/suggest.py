@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..base.progress import working
 from ..files.rows import read_rows
-from ..files.tables import delimiter_of, fields_of, write_table
+from ..files.tables import delimiter_of, write_table
 from ..report.console import counting_bar
 from . import options
-from .labelled import check_added, check_fields_given, read_task, with_predictions
-from .options import check_files, given, say, silence_loading
+from .labelled import check_added, examples_for, read_task, with_predictions
+from .options import check_table, load_classifier, say
 
 
 def suggest(
-    adapter: Annotated[Path, typer.Argument(help="Folder written by 'ia3 fit'.")],
+    adapter: options.FittedAdapter,
     data: options.Source,
     number: Annotated[int, typer.Option(help="How many texts.", min=1)] = 10,
     text: options.TextColumns = ["text"],  # noqa: B006
     split: options.Split = "train",
     subset: options.Subset = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="CSV, TSV or JSON Lines file; CSV on standard output if absent."),
-    ] = None,
+    out: options.TableOut = None,
     model: options.Model = None,
     max_tokens: options.MaxTokens = None,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
     force: options.ReplaceFiles = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="JSON Lines instead of CSV on standard output.")
-    ] = False,
+    as_json: options.JsonLines = False,
 ) -> None:
     """Choose the texts to label next: those that stand for many the classifier is unsure of.
 
@@ -42,21 +35,14 @@ def suggest(
 
     Correct the predictions, call the column 'label', and train on these rows too.
     """
-    if out is not None and delimiter_of(out) is not None and as_json:
-        raise typer.BadParameter(f"{out} would not be JSON Lines", param_hint="--json")
-    check_files([out], force)
+    check_table(out, as_json, force)
     rows = read_rows(data, split=split, subset=subset, text=text)
     check_added(rows, "suggest")
     task = read_task(adapter)
-    check_fields_given(adapter, task.fields, task.templates, text)
-    silence_loading()
-    with working("loading the classifier"):
-        from ..classify.estimator import FewShotClassifier
-        from ..classify.suggest import suggest as suggested
+    examples = examples_for(adapter, task, rows, text)
+    classifier = load_classifier(adapter, model, max_tokens, device, dtype)
+    from ..classify.suggest import suggest as suggested
 
-    more = given(max_tokens=max_tokens)
-    classifier = FewShotClassifier.load(adapter, model=model, device=device, dtype=dtype, **more)
-    examples = fields_of(rows, text, next(iter(task.fields), "text"))
     with counting_bar("reading", len(rows) * len(classifier.templates_)) as progress:
         found = suggested(classifier, examples, number, progress=progress)
     if len(found) < number:

@@ -34,8 +34,10 @@ def print_measured(console: Console, measured: Measured, places: Sequence[str]) 
         of = f"{frozen.accuracy:.1%} ± {100 * frozen.error:.1f}"
         _line(console, f"without training: {of}", f" ({frozen.what}, the same texts)")
     _print_classes(console, measured)
-    if measured.confusion is not None and not _print_matrix(console, measured):
-        _print_pairs(console, measured)
+    if measured.confusion is not None:
+        classes = [score.label for score in measured.by_class]
+        if not print_confusion(console, classes, measured.confusion):
+            _print_pairs(console, measured)
     _print_mistakes(console, measured, places)
 
 
@@ -79,13 +81,6 @@ def _print_classes(console: Console, measured: Measured) -> None:
         numbers = [_percent(value) for value in (score.precision, score.recall, score.f1)]
         table.add_row(Text(visible(str(score.label))), f"{score.texts:,}", *numbers)
     console.print(table)
-
-
-def _print_matrix(console: Console, measured: Measured) -> bool:
-    """Whether there was room for the confusion matrix."""
-    assert measured.confusion is not None
-    classes = [score.label for score in measured.by_class]
-    return print_confusion(console, classes, measured.confusion)
 
 
 def print_confusion(console: Console, classes: Sequence[Any], matrix: list[list[int]]) -> bool:
