@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import random
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -170,10 +171,9 @@ class Watch:
             self.count(f"{what}: {type(error).__name__}")
             sleep(0.001)  # others have to come on
         except Exception as error:
-            place = error.__traceback__
-            while place is not None and place.tb_next is not None:
-                place = place.tb_next
-            where = place and f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}"
+            # The last calls: who asked the library that raised.
+            calls = traceback.extract_tb(error.__traceback__)[-6:]
+            where = " > ".join(f"{call.filename}:{call.lineno}" for call in calls)
             self.fail(f"{what}: {type(error).__name__}: {error} ({where})")
         else:
             self.count(what)

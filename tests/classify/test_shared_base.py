@@ -91,6 +91,30 @@ def test_a_prediction_that_another_thread_asks_for_during_a_fit_is_of_one_fit(to
     assert all(predicted.result().tolist() in (old, new) for predicted in asked)
 
 
+def test_a_fit_is_prepared_while_another_thread_takes_an_adapter_off(tokenizer, monkeypatch):
+    """What is asked of the model's weights before the training waits for its turn."""
+    model, on, off = tiny_llama(), threading.Event(), threading.Event()
+    base, parameters = load_base_model(model, tokenizer=tokenizer), model.named_parameters
+
+    def put_on_for_a_moment():
+        with temporary_adapter(base, all_linear(base)):
+            on.set()
+            off.wait(0.3)
+
+    def one_by_one(*given, **named):
+        for name, each in parameters(*given, **named):
+            yield name, each
+            if on.is_set() and ATTRIBUTE in name:
+                off.set()
+                other.result(60)
+
+    with ThreadPoolExecutor(1) as pool, monkeypatch.context() as patched:
+        other = pool.submit(put_on_for_a_moment)
+        assert on.wait(30)
+        patched.setattr(model, "named_parameters", one_by_one)
+        classifier(model, tokenizer)._prepare(TEXTS, OLD, None)
+
+
 def test_a_prediction_during_which_another_model_is_fitted_is_of_the_fit_that_it_began_with(
     tokenizer,
 ):

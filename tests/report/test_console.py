@@ -121,7 +121,7 @@ def test_a_terminal_sees_how_much_time_is_left_in_80_columns(terminal):
             on_step(_step(number, 100))
             time.sleep(0.05)
         console._display.refresh()
-    assert re.search(r"training ━+.* +3/100 loss 1.500 0:00:0\d 0:00:\d\d left", words(terminal))
+    assert re.search(r"training [━╸╺]+ +3/100 loss 1.500 0:00:0\d 0:00:\d\d left", words(terminal))
     assert "…" not in words(terminal)
 
 

@@ -177,7 +177,11 @@ def threads_of(settings: Settings, base: LoadedModel) -> Threads:
 
 def check_trainable(settings: Settings, base: LoadedModel) -> None:
     """Raise `StateError` where torch can pass no gradient through the model's weights."""
-    if settings.steps > 0 and any(value.is_inference() for value in base.model.parameters()):
+    if settings.steps == 0:
+        return
+    with base.lock:  # the adapters of other threads come and go among the modules
+        in_inference_mode = any(value.is_inference() for value in base.model.parameters())
+    if in_inference_mode:
         raise StateError(
             f"the model {base.name or type(base.model).__name__!r} was made in inference mode, and "
             "nothing can be trained on it: make or load it outside of torch.inference_mode()"
