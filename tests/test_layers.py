@@ -30,6 +30,7 @@ LAYERS = [
     "classify",
     "experiments",
     "report",
+    "serve",
     "cli",
 ]
 

@@ -1,0 +1,1 @@
+"""One process that serves a model's adapters: `ia3 serve`."""
