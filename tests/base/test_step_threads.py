@@ -51,6 +51,16 @@ def test_a_step_of_three_times_the_last_ones_has_both_timed_again(four):
     assert counts_of(threads, {1: 1.0, 4: 0.4}, 3) == [1, 4, 4]
 
 
+def test_both_are_timed_again_after_some_time(four, monkeypatch):
+    """The other one may be faster by now, and no step has taken longer for it."""
+    now = [0.0]
+    monkeypatch.setattr("ia3.base.threads.time.monotonic", lambda: now[0])
+    threads = Threads(anew=30.0)
+    assert counts_of(threads, {1: 1.0, 4: 1.5}, 5) == [1, 1, 4, 1, 1]
+    now[0] = 31.0
+    assert counts_of(threads, {1: 1.0, 4: 0.6}, 6) == [1, 1, 4, 4, 4, 4]
+
+
 def test_steps_are_compared_by_the_last_few(four):
     threads = Threads()
     counts_of(threads, {1: 1.0, 4: 0.4}, 3)

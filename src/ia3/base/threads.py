@@ -6,6 +6,7 @@ steps are timed. A count changes the last bits of sums, and determinism is for a
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -24,6 +25,8 @@ T = TypeVar("T")
 # A step that takes so many times what the last ones took has both counts timed again.
 SLOWER = 3.0
 LAST_STEPS = 5
+# `anew` of a process that serves: what else the machine does comes and goes.
+OFTEN = 30.0
 
 _setting = Lock()
 
@@ -45,6 +48,8 @@ class Threads:
 
     Args:
         fixed: this number whatever the steps take, 1 or more; by default one or all.
+        anew: after so many seconds both are timed again: for a process that runs on while others
+            come and go. By default only a step that takes much longer has that done.
 
     Attributes:
         count: the number of threads of the next step.
@@ -59,10 +64,12 @@ class Threads:
         1
     """
 
-    def __init__(self, fixed: int | None = None) -> None:
+    def __init__(self, fixed: int | None = None, *, anew: float = math.inf) -> None:
         if fixed is not None:
             fixed = whole("threads", fixed, 1, expected="at least 1")
         self._fixed = fixed
+        self._anew = anew
+        self._compared = time.monotonic()
         self._most = self._before = torch.get_num_threads()
         self.count = fixed or 1
         # Counts of the steps that are still to be timed, and what the timed ones took.
@@ -100,11 +107,15 @@ class Threads:
                 return
             self.count = min(self._timed, key=self._timed.__getitem__)
             self._last = deque([self._timed[self.count]], maxlen=LAST_STEPS)
-        elif self._last and seconds > SLOWER * median(self._last):
+            self._compared = time.monotonic()
+        elif self._last and (seconds > SLOWER * median(self._last) or self._is_old()):
             self._plan.extend([1, self._most])
             self.count = 1
         else:
             self._last.append(seconds)
+
+    def _is_old(self) -> bool:
+        return time.monotonic() - self._compared > self._anew
 
     def keep(self, count: int) -> None:
         """Go on with the number that an earlier part of the run chose, if this machine has it."""

@@ -286,8 +286,10 @@ class Site(nn.Module):
 
     def factor(self, activation: Tensor) -> Tensor | None:
         """What an activation here is multiplied by now; `None` for nothing."""
-        if self._routed and is_routed(self):
-            return factor_of(self, activation)  # type: ignore[no-any-return]
+        if self._routed:
+            is_routed_here, factor = factor_of(self, activation)
+            if is_routed_here:
+                return factor  # type: ignore[no-any-return]
         calls, active = self._calls, self.active
         if not calls.disturbed:
             product = self.product(active) if active else None

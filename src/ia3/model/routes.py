@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..adapter.files import Adapter
@@ -48,14 +49,23 @@ class Routes:
             yield
 
     @contextmanager
-    def entered_with(self, values: Mapping[Site, Tensor], index: Tensor) -> Iterator[None]:
-        """As `entered`, with values that were gathered before, `[n, dim]`; `index` counts in n."""
+    def entered_with(
+        self, values: Mapping[Site, Tensor], index: Tensor | None = None
+    ) -> Iterator[None]:
+        """As `entered`, with values that were gathered before, `[n, dim]`; `index` counts in n.
+
+        Without an index there are n rows, each with its own.
+        """
         adapters = self._adapters
         adapters.check_loaded()
         adapters.check_enabled("routing")
         with LOCK:
             sites = {site: module for module, _, site in adapters.contents().sites}
-        with entered(Route(self, sites, values.get, index)):
+        of_rows = index is None
+        if index is None:
+            first = next(iter(values.values()))
+            index = torch.arange(len(first), device=first.device)
+        with entered(Route(self, sites, values.get, index, of_rows)):
             yield
 
     def generate(self, names: Names | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -147,6 +157,10 @@ class Routes:
     def close(self, frame: object) -> None:
         """Undo `open`."""
         self._adapters.route_closed(frame)
+
+    def names(self, sites: Collection[Site]) -> list[str]:
+        """The names of the modules that these sites are on."""
+        return [name for name, _, site in self._adapters.contents().sites if site in sites]
 
     def owns(self, site: Any) -> bool:
         """Whether a site is on this model now."""
