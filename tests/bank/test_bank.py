@@ -348,12 +348,12 @@ def test_without_its_bank_a_model_is_what_it_was(written):
 
 def test_a_replaced_file_is_taken_up_when_refreshed(written, tmp_path):
     folders = {n: Path(shutil.copytree(written[n], tmp_path / n)) for n in ("a1", "a2", "a3")}
-    bank = bank_of(folders, capacity=2)
+    bank = bank_of(folders, capacity=2, host_bytes=0)
     assert bank.refresh().changed == []
     write(folders["a1"], 21)  # resident: the old values, until refreshed
     assert_rows(bank, {**folders, "a1": written["a1"]}, ["a1", "a2"])
     write(folders["a2"], 22)  # with other sites than before
-    write(folders["a3"], 23)  # not resident: the new ones at once
+    write(folders["a3"], 23)  # not in memory: the new ones at once
     assert bank.refresh(["a1"]) == Refreshed(["a1"], {})
     assert_rows(bank, {**folders, "a2": written["a2"]}, ["a2", "a1"])
     assert_rows(bank, folders, ["a3", "a1"])
@@ -372,7 +372,8 @@ def test_a_broken_file_is_an_error_for_its_adapter(written, tmp_path, content, w
     """Empty, foreign or cut short."""
     folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
     names = ("a1", "a3", "a5") if was_resident else ("a3", "a5", "a1")
-    bank = bank_of({name: {**written, "a1": folder}[name] for name in names}, capacity=2)
+    folders = {name: {**written, "a1": folder}[name] for name in names}
+    bank = bank_of(folders, capacity=2, host_bytes=0)
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:-8] if content is None else content)
     if was_resident:
@@ -426,13 +427,66 @@ def test_a_pinned_adapter_comes_back_when_it_is_mended(written, tmp_path):
 
 def test_an_adapter_that_is_gone_serves_while_it_is_resident(written, tmp_path):
     folder = Path(shutil.copytree(written["a1"], tmp_path / "a1"))
-    bank = bank_of({"a1": folder, "a3": written["a3"]}, capacity=1)
+    bank = bank_of({"a1": folder, "a3": written["a3"]}, capacity=1, host_bytes=0)
     shutil.rmtree(folder)
     assert list(bank.refresh().failed) == ["a1"]
     assert_rows(bank, written, ["a1", BASE])
     assert_rows(bank, written, ["a3", BASE])
     with pytest.raises(IA3Error, match="'a1' cannot be used: no adapter in"):
         logits(bank.model, **rows_of(1), adapter_names=["a1"])
+
+
+def test_a_disk_that_does_not_answer_is_asked_again(written, monkeypatch):
+    bank = bank_of({name: written[name] for name in ("a1", "a3")}, capacity=1, host_bytes=0)
+    with monkeypatch.context() as full:
+        full.setattr("ia3.bank.bank.open_folder", Mock(side_effect=OSError(24, "too many files")))
+        with pytest.raises(IA3Error, match=r"'a3' cannot be used: .*too many files"):
+            logits(bank.model, **rows_of(1), adapter_names=["a3"])
+    assert_rows(bank, written, ["a3", BASE])
+
+
+def test_what_waits_in_memory_needs_no_file(written, tmp_path):
+    """Adapters that made room, or found none, come back as they were."""
+    folders = {n: Path(shutil.copytree(written[n], tmp_path / n)) for n in ("a1", "a3", "a5", "a2")}
+    # The last one brings columns while others wait.
+    bank = bank_of({n: folders[n] for n in ("a1", "a3", "a5")}, capacity=1)
+    bank.add("a2", folders["a2"])
+    write(folders["a1"], 41)  # taken up when refreshed
+    shutil.rmtree(folders["a3"])
+    (folders["a5"] / WEIGHTS).write_bytes(b"cut off")
+    for _ in range(2):
+        for name in folders:
+            assert_rows(bank, written, [name, BASE])
+    assert resident(bank) == {"a2"}
+    assert (bank.hits, bank.misses, bank.evictions) == (1, 7, 7)
+    found = bank.refresh()
+    assert found.changed == ["a1"]
+    assert sorted(found.failed) == ["a3", "a5"]
+    assert_rows(bank, {**written, "a1": folders["a1"]}, ["a1", BASE])
+    assert_rows(bank, written, ["a3", BASE])  # gone, and in memory still
+    with pytest.raises(IA3Error, match=r"adapter 'a5' cannot be used: .*not a whole safetens"):
+        logits(bank.model, **rows_of(1), adapter_names=["a5"])
+    bank.remove("a3")
+    bank.add("a3", written["a7"])
+    assert_rows(bank, {**written, "a3": written["a7"]}, ["a3", BASE])
+
+
+def test_what_waits_takes_no_more_memory_than_was_said(written):
+    names = [f"a{i}" for i in range(8)]
+    row = 4 * bank_of(written).values.shape[1]
+    for most in (0, row - 1, row, 3 * row, 100 * row):
+        bank = bank_of(written, capacity=1, host_bytes=most)
+        for name in (*names, *reversed(names), *names):
+            assert_rows(bank, written, [name, BASE])
+            assert bank._waiting.bytes <= most
+        waiting = [name for name in names if name in bank._waiting]
+        # The most recent ones; the last one is resident.
+        assert waiting == names[7 - min(most // row, 7) : 7]
+        for name in names:
+            bank.remove(name)
+        assert bank._waiting.bytes == 0
+    with pytest.raises(IA3Error, match="host_bytes is -1, expected at least 0"):
+        AdapterBank(build("llama"), host_bytes=-1)
 
 
 def test_no_batch_mixes_two_versions(tmp_path):

@@ -1,6 +1,7 @@
 """Data files: what is read, what is refused and how, what is written."""
 
 import csv
+import io
 import json
 import threading
 import time
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from ia3.errors import BrokenFileError, IA3Error
 from ia3.files.rows import read_rows
-from ia3.files.tables import Row, fields_of, read_table, write_table
+from ia3.files.tables import Row, fields_of, read_csv_text, read_table, write_table
 
 
 @pytest.fixture
@@ -270,3 +271,32 @@ def test_any_bytes_are_rows_or_an_error_of_ours(written: Any, name: str, content
             assert json.dumps(row).encode()
     except IA3Error as error:
         assert str(error).startswith((str(path), f"data file {path}"))  # noqa: PT017
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_a_pasted_table_is_separated_by_what_its_first_line_has_most_of(mark: str) -> None:
+    quoted = f'"one{mark} two"'
+    rows = read_csv_text(f"\ufeffa text{mark}label\r\n{quoted}{mark}x\r\n\r\nthree{mark}y", "it")
+    assert rows == [{"a text": f"one{mark} two", "label": "x"}, {"a text": "three", "label": "y"}]
+    assert [row.where for row in rows] == ["it, line 2", "it, line 4"]
+
+
+def test_a_pasted_table_of_one_column_is_read_too() -> None:
+    assert read_csv_text("\n\ntext\na\n", "it") == [{"text": "a"}]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+            st.sampled_from("ab"),
+        ),
+        min_size=1,
+    )
+)
+def test_a_pasted_table_is_what_the_csv_module_wrote(rows: list[tuple[str, str]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerows([("text", "label"), *rows])
+    read = read_csv_text(text.getvalue(), "it")
+    assert [(row["text"], row["label"]) for row in read] == rows

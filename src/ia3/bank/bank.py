@@ -1,6 +1,7 @@
 """`AdapterBank`: the adapters of a model that many are served with, as rows of one tensor.
 
-A batch takes its rows from it by one gather. Adapters beyond the capacity wait in their files.
+A batch takes its rows from it by one gather. Adapters beyond the capacity wait in the host's
+memory, or in their files.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ..adapter.files import Adapter, check_finite, unread_adapter
@@ -132,12 +134,47 @@ class _Found:
     stamp: tuple[int, int, int] | None = None
     version: Version | None = None
 
+    @property
+    def bytes(self) -> int:
+        """What it takes, but for what many share."""
+        texts = () if self.version is None else self.version.beside.texts.values()
+        return self.row.nbytes + sum(len(text) for text in texts if text is not None)
+
+
+class _Waiting:
+    """Adapters that made room for others, in the host's memory; the least recent ones go first."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.bytes = 0
+        self._most_bytes = most_bytes
+        self._found: OrderedDict[str, _Found] = OrderedDict()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def put(self, name: str, found: _Found) -> None:
+        self.take(name)
+        self._found[name] = found
+        self.bytes += found.bytes
+        while self.bytes > self._most_bytes:
+            self.take(next(iter(self._found)))
+
+    def take(self, name: str) -> _Found | None:
+        found = self._found.pop(name, None)
+        self.bytes -= 0 if found is None else found.bytes
+        return found
+
+    def clear(self) -> None:
+        self._found.clear()
+        self.bytes = 0
+
 
 class AdapterBank:
     """Adapters of one model for mixed batches: `model(..., adapter_names=[...])`.
 
     Up to `capacity` of them are resident; of those that are not pinned the least recently used make
-    room for others. All methods may be called from several threads.
+    room for others, and wait in the host's memory as long as there is room. All methods may be
+    called from several threads.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -157,17 +194,21 @@ class AdapterBank:
         capacity: how many adapters are resident at most.
         device: where the values are; the model's device if not given.
         dtype: of the values; bfloat16 takes half the memory and rounds them.
+        host_bytes: how much memory of the host may be taken by adapters that made room for others.
+            They come back in a part of a millisecond; those beyond it are read from their files.
 
     Attributes:
         model: the `IA3Model`, given or made.
         values: `[capacity + 1, columns]`: a row for each resident adapter, and the first one for
             the base model. It has columns for the sites of all adapters so far, ones where an
             adapter has none. Rows that were never used take no memory on a CPU.
+        hits, misses, evictions: how often an adapter that was named was resident, or not, and how
+            often one made room.
 
     Raises:
         InvalidTypeError: an argument is of another type.
         StateError: the model has a bank, or there is no such device.
-        IA3Error: the capacity is below 1 or above 2**31.
+        IA3Error: the capacity is below 1 or above 2**31, or `host_bytes` is below 0.
     """
 
     def __init__(
@@ -176,9 +217,11 @@ class AdapterBank:
         capacity: int = 1024,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype = torch.float32,
+        host_bytes: int = 2**30,
     ) -> None:
         instance("model", model, nn.Module, "a torch.nn.Module")
         whole("capacity", capacity, 1, MOST)
+        whole("host_bytes", host_bytes, 0, expected="at least 0")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise InvalidTypeError(f"dtype is {shown(dtype)}, expected a floating dtype")
         # Before the model is frozen: there may be no such device.
@@ -193,6 +236,8 @@ class AdapterBank:
         # Resident adapters that are not pinned, the least recently used first.
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._free = list(range(capacity, 0, -1))
+        self._waiting = _Waiting(host_bytes)
+        self.hits = self.misses = self.evictions = 0
         # Most adapters of a bank have the same config and shapes, and so the same sites.
         self._fitting: dict[str, tuple[dict[str, Site], Fingerprint | None]] = {}
         self.model.routes.attach(self)
@@ -244,6 +289,8 @@ class AdapterBank:
                     self._place(name, entry, found)
                     if not pinned:
                         self._recent[name] = None
+                else:
+                    self._waiting.put(name, found)
                 entry.pinned = pinned
                 self._entries[name] = entry
 
@@ -256,7 +303,7 @@ class AdapterBank:
             StateError: the bank was closed.
         """
         with self._lock, changing():
-            self._evict(name, self._entry(name))
+            self._forget(name, self._entry(name))
             del self._entries[name]
 
     def list(self) -> list[Registered]:
@@ -298,7 +345,7 @@ class AdapterBank:
                 entry.pinned = False
                 self._recent[name] = None
                 if entry.error is not None:
-                    self._evict(name, entry)
+                    self._forget(name, entry)
 
     def refresh(self, names: Sequence[str] | None = None) -> Refreshed:
         """Load adapters anew whose files were replaced (by a rename, as `save_pretrained` does).
@@ -306,7 +353,7 @@ class AdapterBank:
         All are looked at, or those `names`. A call sees the old
         values of an adapter or the new ones. An adapter whose file is broken cannot be used until
         it has been replaced and refreshed; a pinned one keeps its slot meanwhile. One whose file is
-        gone can be used for as long as it is resident.
+        gone can be used for as long as it is in memory.
 
         Raises:
             InvalidTypeError: an argument is of another type.
@@ -337,6 +384,7 @@ class AdapterBank:
             if self.model.routes.bank is self:
                 self.model.routes.detach()
                 self._entries.clear()
+                self._waiting.clear()
                 self._columns.clear()
                 self.values = self.values.new_ones(self.capacity + 1, 0)
 
@@ -367,28 +415,51 @@ class AdapterBank:
                 raise IA3Error(f"index is {shown(index)}, expected {expected}") from error
             rows = rows.to(self.device)
             with torch.inference_mode(False), torch.no_grad():
-                values = self.values.index_select(0, rows)
-                sizes = [site.activation.dim for site in self._columns]
-                parts = torch.split(values, sizes, 1)
-            used = {site for name in own for site in self._entries[name].sites.values()}
-            return {s: part for s, part in zip(self._columns, parts, strict=True) if s in used}
+                return self._by_site(self.values.index_select(0, rows), own)
 
     def versions(self, names: Sequence[str]) -> tuple[dict[Site, Tensor], Sequence[Version | None]]:
         """The values of some adapters, site -> `[names, dim]`, and what is beside these.
 
-        The latter is `None` for what is no classifier, or was given in memory.
+        The latter is `None` for what is no classifier, or was given in memory. There may be more
+        adapters than have room: they are resident in turns.
 
         Raises:
             InvalidTypeError: an argument is of another type.
             UnknownNameError: there is no adapter of that name.
-            StateError: an adapter cannot be loaded, there is no room for all, or the bank was
-                closed.
+            StateError: an adapter cannot be loaded, all slots are pinned, or the bank was closed.
         """
         with self._lock:
             named = listed("names", names, "a list of names")
-            entries = [self._entry(name) for name in named]
-            values = self.gather(named, range(len(named)))
-            return values, [entry.version for entry in entries]
+            entries = {name: self._entry(name) for name in named}
+            room = max(1, len(self._free) + len(self._recent))
+            order = [*entries]
+            if len(order) > room:
+                # Those that are resident first: they make room for the others.
+                order.sort(key=lambda name: entries[name].slot is None)
+            rows, versions = [], {}
+            with torch.inference_mode(False), torch.no_grad():
+                for start in range(0, len(order), room):
+                    turn = order[start : start + room]
+                    self._make_resident(turn)
+                    slots = torch.tensor([entries[name].slot for name in turn], device=self.device)
+                    rows.append(self.values.index_select(0, slots))
+                    versions.update({name: entries[name].version for name in turn})
+                if order != named or len(rows) != 1:
+                    rows = [self._in_order(rows, [order.index(name) for name in named])]
+            return self._by_site(rows[0], named), [versions[name] for name in named]
+
+    def _in_order(self, rows: Sequence[Tensor], index: Sequence[int]) -> Tensor:
+        """These rows of all, `[index, columns]`; those that came later may have more columns."""
+        width = self.values.shape[1]
+        padded = [F.pad(part, (0, width - part.shape[1]), value=1.0) for part in rows]
+        together = torch.cat([self.values[:0], *padded])
+        return together.index_select(0, torch.tensor(index, device=self.device).long())
+
+    def _by_site(self, values: Tensor, names: Iterable[str]) -> dict[Site, Tensor]:
+        """Site -> its columns, for the sites where one of these adapters has a vector."""
+        parts = torch.split(values, [site.activation.dim for site in self._columns], 1)
+        used = {site for name in names for site in self._entries[name].sites.values()}
+        return {s: part for s, part in zip(self._columns, parts, strict=True) if s in used}
 
     def _make_resident(self, names: Sequence[str]) -> None:
         for name in names:
@@ -400,11 +471,16 @@ class AdapterBank:
         for name in names:
             entry = self._entries[name]
             if entry.slot is not None:
+                self.hits += 1
                 continue
+            self.misses += 1
+            self._check_room(name, names)
+            found = self._waiting.take(name)
             try:
-                found = self._read(name, entry)
+                found = found or self._read(name, entry)
             except (IA3Error, OSError) as error:
-                entry.error = str(error)
+                if isinstance(error, IA3Error):  # else the disk may answer the next time
+                    entry.error = str(error)
                 raise StateError(f"adapter {name!r} cannot be used: {error}") from error
             with changing():
                 self._place(name, entry, found, names)
@@ -416,10 +492,13 @@ class AdapterBank:
             self._check_room(name, keep)
             if not self._free:
                 oldest = next(iter(self._recent))
-                self._evict(oldest, self._entries[oldest])
+                self._make_wait(oldest, self._entries[oldest])
             entry.slot = self._free.pop()
         with torch.inference_mode(False), torch.no_grad():
-            self.values[entry.slot] = found.row.to(self.values.device)
+            # It may have waited while others brought columns.
+            width = len(found.row)
+            self.values[entry.slot, :width] = found.row.to(self.values.device)
+            self.values[entry.slot, width:] = 1.0
         entry.sites, entry.stamp, entry.version = found.sites, found.stamp, found.version
 
     def _check_room(self, name: str, keep: Sequence[str] = ()) -> None:
@@ -433,7 +512,18 @@ class AdapterBank:
                 "more capacity, unpin some or split the batch"
             )
 
-    def _evict(self, name: str, entry: _Entry) -> None:
+    def _make_wait(self, name: str, entry: _Entry) -> None:
+        """Have a resident adapter wait in the host's memory."""
+        with torch.inference_mode(False), torch.no_grad():
+            row = self.values[entry.slot].to("cpu", copy=True)
+        found = _Found(row, entry.sites, entry.stamp, entry.version)
+        self._forget(name, entry)
+        self._waiting.put(name, found)
+        self.evictions += 1
+
+    def _forget(self, name: str, entry: _Entry) -> None:
+        """Have an adapter's values nowhere but in its file."""
+        self._waiting.take(name)
         if entry.slot is not None:
             self._free.append(entry.slot)
             entry.slot = entry.version = None
@@ -448,16 +538,19 @@ class AdapterBank:
                 return False
             found = self._read(name, entry)
         except (IA3Error, OSError) as error:
-            if entry.slot is None or not isinstance(error, FileNotFoundError):
+            in_memory = entry.slot is not None or name in self._waiting
+            if not in_memory or not isinstance(error, FileNotFoundError):
                 entry.error = str(error)
                 if not entry.pinned:
-                    self._evict(name, entry)
+                    self._forget(name, entry)
             raise
         with changing():
             entry.error = None
             entry.sites, entry.stamp = found.sites, found.stamp
             if entry.slot is not None:
                 self._place(name, entry, found)
+            else:
+                self._waiting.put(name, found)
         return True
 
     def _read(self, name: str, entry: _Entry) -> _Found:

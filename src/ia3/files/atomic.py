@@ -267,6 +267,30 @@ def new_folder_beside(path: Path, *, alone: bool = False) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_dead(parent: Path) -> None:
+    """Remove what dead processes have left of their `new_folder_beside` in a folder."""
+    staged = re.compile(r"\..+" + _STAGED_FOLDER)
+    with locked(parent):
+        for name in filter(staged.fullmatch, os.listdir(parent)):
+            _removed_if_dead(parent / name)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, or a link to one, in one step for those who look for it by its name.
+
+    What a kill leaves of it is for `remove_dead`.
+
+    Raises:
+        OSError: it is not there, or may not be removed.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    gone = folder.parent / f".{folder.name}.ia3-{uuid.uuid4().hex[:12]}"
+    os.rename(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def _removed_if_dead(folder: Path) -> bool:
     """Whether a folder is no living process's, as far as can be told; a dead one's is removed."""
     with suppress(OSError), locked(folder, wait=False) as is_held:

@@ -67,6 +67,26 @@ def read_table(path: str | Path) -> list[Row]:
     return rows
 
 
+def read_csv_text(text: str, source: str) -> list[Row]:
+    """The rows of a text in CSV, as one is pasted; `source` stands for the file in messages.
+
+    Values are separated by what the first line has most of: commas, semicolons or tabs.
+
+    Raises:
+        BrokenFileError: it is empty, or not of this form.
+    """
+    text = text.removeprefix("\ufeff")
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise BrokenFileError(f"{source}, line {line}: a NUL byte; the text is damaged")
+    header = text.lstrip("\r\n").partition("\n")[0]
+    with _CSV:
+        rows = list(_csv_rows(source, text, max(",;\t", key=header.count)))
+    if not rows:
+        raise BrokenFileError(f"{source} {'has no rows' if text.strip() else 'is empty'}")
+    return rows
+
+
 def check_rows(
     source: str | Path,
     rows: Sequence[Row],
@@ -146,7 +166,7 @@ def _decoded(path: Path) -> str:
     return text
 
 
-def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
+def _csv_rows(path: Path | str, text: str, delimiter: str) -> Iterator[Row]:
     # The limit, 128 KiB a value, is not the file's fault.
     limit = csv.field_size_limit(max(len(text), 1))
     # Only \n, \r and \r\n end lines; str.splitlines would end them at U+2028 and others too.
