@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -36,6 +37,8 @@ _LONGEST_SOURCE = 300_000
 _MOST_TOKENS = 20_000
 # Of one task: each is compiled, and asked with. promptsource's tasks have a dozen.
 MOST_TEMPLATES = 1000
+# A longer one is compiled anew each time, and takes no memory meanwhile.
+_LONGEST_KEPT = 2000
 
 _environment = Sandbox()
 
@@ -60,25 +63,8 @@ class Template:
         self.name = name or source
         with self._explained():
             self._check_length()
-            self._compiled = _environment.from_string(
-                source.replace(SEPARATOR, _RENDERED_SEPARATOR)
-            )
-            parsed = _environment.parse(source)
-            tracking = TrackingCodeGenerator(_environment)
-            tracking.optimizer = None  # it would compute constants
-            tracking.visit(parsed)
-        variables = tracking.undeclared_identifiers - _environment.globals.keys()
-        lookups = [
-            item.arg.value
-            for item in parsed.find_all(nodes.Getitem)
-            if getattr(item.node, "name", None) == ALL_FIELDS
-            and isinstance(item.arg, nodes.Const)
-            and isinstance(item.arg.value, str)
-        ]
-        self._variables = {*variables, *lookups}
-        # Any other use of `fields` may read all of them.
-        uses = [name for name in parsed.find_all(nodes.Name) if name.name == ALL_FIELDS]
-        self._reads_all = len(uses) > len(lookups)
+            read = _kept if len(source) <= _LONGEST_KEPT else _read
+            self._compiled, self._variables, self._reads_all = read(source)
 
     def reads(self, field: str) -> bool:
         """Whether what is rendered depends on an example's field."""
@@ -152,6 +138,30 @@ class Template:
             # A value of the template may be in the message.
             problem = f"{type(error).__name__}: {error}"[:1000]
             raise TemplateError(f"template {name}: {problem}") from error
+
+
+def _read(source: str) -> tuple[Any, frozenset[str], bool]:
+    """The compiled template, the fields that it names, and whether it may read all of them."""
+    compiled = _environment.from_string(source.replace(SEPARATOR, _RENDERED_SEPARATOR))
+    parsed = _environment.parse(source)
+    tracking = TrackingCodeGenerator(_environment)
+    tracking.optimizer = None  # it would compute constants
+    tracking.visit(parsed)
+    variables = tracking.undeclared_identifiers - _environment.globals.keys()
+    lookups = [
+        item.arg.value
+        for item in parsed.find_all(nodes.Getitem)
+        if getattr(item.node, "name", None) == ALL_FIELDS
+        and isinstance(item.arg, nodes.Const)
+        and isinstance(item.arg.value, str)
+    ]
+    # Any other use of `fields` may read all of them.
+    uses = [name for name in parsed.find_all(nodes.Name) if name.name == ALL_FIELDS]
+    return compiled, frozenset({*variables, *lookups}), len(uses) > len(lookups)
+
+
+# Most of a server's classifiers have the same template.
+_kept = lru_cache(256)(_read)
 
 
 def _whole(rendered: str) -> str:

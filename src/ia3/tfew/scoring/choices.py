@@ -5,6 +5,7 @@ Which layout a model gets:
 | model | layout |
 |---|---|
 | decoder-only, and it proves to take a tree mask | `shared_scores`: each prompt once |
+| the same, with adapters that leave its lowest blocks alone | `branching_scores`: once so far |
 | the same, for sequences beyond its attention window | `expanded_scores`: once a choice |
 | decoder-only, others (ALiBi, state-space, linear attention) | `expanded_scores` |
 | encoder-decoder, and it proves to take cached keys | `shared_keys_scores` |
@@ -22,13 +23,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...base.loading import BaseModel
 from ...errors import IA3Error
 from ..prompts.encoding import EncodedExample
 from .answer_tokens import Routing, TokenScores, compute_dtype, evaluating, shape_of
+from .branching import branches, branching_scores, saves
 from .expanded import encoder_decoder_scores, expanded_scores, shared_keys_scores
 from .probe import Scorer, proves_equal
 from .shared_prompt import shared_scores, tree_length
@@ -48,12 +50,14 @@ def token_scores(
     *,
     max_tokens: float = math.inf,
     routing: Routing | None = None,
+    touched: Sequence[nn.Module] = (),
 ) -> TokenScores:
     """Score all choices of a batch, with gradients where they are enabled.
 
     At most `max_tokens` are computed at once, unless one choice after its prompt has more. Where a
     batch has more, the backward pass computes each part's activations again. With `routing`, each
-    example has an adapter of its own.
+    example has an adapter of its own; where these touch nothing but the model's uppermost blocks,
+    `touched` says which.
     """
     limit = longest_shared(base)
     parts = _parts(base, examples, max_tokens)
@@ -63,6 +67,8 @@ def token_scores(
         part = {i: EncodedExample(examples[i].prompt, examples[i].choices[choices]) for i in batch}
         for layout, members in _by_scorer(base, part, limit, routing is None).items():
             of_pass, scorer = [part[i] for i in members], layout
+            if layout is shared_scores and touched and _branches(base, of_pass, touched):
+                layout = partial(branching_scores, touched=touched)
             if routing is not None:
                 scorer = partial(layout, routing=_of_members(routing, members))
             if recompute:
@@ -91,6 +97,13 @@ def _parts(
         for batch in example_batches(base, examples, max_tokens)
         for choices in choice_groups([examples[i] for i in batch], limit, max_tokens)
     ]
+
+
+def _branches(
+    base: BaseModel, examples: Sequence[EncodedExample], touched: Sequence[nn.Module]
+) -> bool:
+    """Whether what lies below these blocks is better computed once for equal prompts."""
+    return not torch.is_grad_enabled() and saves(examples) and branches(base, touched)
 
 
 def _of_members(routing: Routing, members: Sequence[int]) -> Routing:
@@ -135,12 +148,13 @@ def choice_scores(
     max_tokens: float = MAX_TOKENS,
     progress: Callable[[int], None] | None = None,
     routing: Routing | None = None,
+    touched: Sequence[nn.Module] = (),
 ) -> Tensor:
     """Length-normalised log-probabilities, without gradients: `[examples, choices]` on the CPU.
 
     Where an example has fewer choices than others, the rest are minus infinity. `progress` is
-    called with the number of examples done since the last call. With `routing`, each example has
-    an adapter of its own.
+    called with the number of examples done since the last call. `routing` and `touched` are as of
+    `token_scores`.
     """
     if not examples:
         return torch.empty(0, 0, dtype=torch.float32)
@@ -150,7 +164,9 @@ def choice_scores(
         for batch in example_batches(base, examples, max_tokens):
             of_batch = [examples[i] for i in batch]
             routed = None if routing is None else _of_members(routing, batch)
-            scores = token_scores(base, of_batch, max_tokens=max_tokens, routing=routed)
+            scores = token_scores(
+                base, of_batch, max_tokens=max_tokens, routing=routed, touched=touched
+            )
             found = scores.mean_log_probs().float().cpu()
             results[batch, : found.shape[1]] = found
             if progress is not None:

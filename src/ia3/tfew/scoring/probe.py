@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +20,27 @@ Scorer = Callable[..., TokenScores]
 TOLERANCE = 0.2
 WIDE_TOLERANCE = 0.005
 
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Scorer, bool]] = weakref.WeakKeyDictionary()
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = weakref.WeakKeyDictionary()
 
 
 def proves_equal(
-    base: BaseModel, faster: Scorer, exact: Scorer, mistaken: Scorer | None = None
+    base: BaseModel,
+    faster: Scorer,
+    exact: Scorer,
+    mistaken: Scorer | None = None,
+    *,
+    key: Hashable = None,
 ) -> bool:
     """Whether two scorers give a model the same scores. Each model is tried out once.
 
     While scores are not finite, the answer is a `False` for now. `mistaken` makes the mistake that
-    a model may make; by default, `exact` gets other prompts.
+    a model may make; by default, `exact` gets other prompts. A scorer that is made anew each time
+    is known by its `key`.
     """
     verdicts = _verdicts.setdefault(base.model, {})
-    if faster in verdicts:
-        return verdicts[faster]
+    key = key or faster
+    if key in verdicts:
+        return verdicts[key]
     examples = _examples(base)
     with evaluating(base.model):
         expected = exact(base, examples).log_probs
@@ -43,14 +50,14 @@ def proves_equal(
             wrong = mistaken(base, examples) if mistaken else exact(base, others)
         except Exception:
             # Architectures refuse a mask or a cache with many kinds of exception.
-            verdicts[faster] = False
+            verdicts[key] = False
             return False
     scale = (wrong.log_probs - expected).abs().max()
     if not torch.isfinite(scale + error) or scale == 0:
         return False
     wide = compute_dtype(base.model).itemsize >= 4
-    verdicts[faster] = bool(error <= (WIDE_TOLERANCE if wide else TOLERANCE) * scale)
-    return verdicts[faster]
+    verdicts[key] = bool(error <= (WIDE_TOLERANCE if wide else TOLERANCE) * scale)
+    return verdicts[key]
 
 
 def _examples(base: BaseModel) -> list[EncodedExample]:

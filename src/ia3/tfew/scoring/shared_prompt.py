@@ -10,7 +10,8 @@ choice's last token predicts nothing and is left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
@@ -46,17 +47,59 @@ def shared_scores(
     `hide_others=False` gives the scores of a model that ignores the tree mask. With `routing` no
     beginning is shared: it may be another one with another adapter.
     """
-    prefix = common_prefix(examples) if routing is None else ()
+    packed = packed_rows(base, examples, common_prefix(examples) if routing is None else ())
+    inputs = tree_inputs(base, packed.rows, hide_others=hide_others)
+    with routed(routing, packed.example_of):
+        return answer_scores(base, examples, packed.answers, inputs)
+
+
+# From the lengths of examples, and of what they share, to the indices of those of each row.
+Pack = Callable[[Sequence[int], int], list[list[int]]]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """Examples in rows of one length, behind what `shared` first tokens of all prompts are.
+
+    `example_of` has an index for each token, `[rows, length]`. `after` has for each example the
+    places, in the flattened batch, of its choices' beginnings; that of none is its prompt's last
+    token.
+    """
+
+    rows: list[TreeRow]
+    example_of: Tensor
+    answers: AnswerTokens
+    shared: int
+    after: list[dict[tuple[int, ...], int]]
+
+    def of_prompt(self, index: int, length: int) -> list[int]:
+        """The places, in the flattened batch, of the tokens of an example's prompt."""
+        last = self.after[index][()]
+        start = last - last % self.example_of.shape[1]
+        return [
+            *range(start, start + self.shared),
+            *range(last + 1 - length + self.shared, last + 1),
+        ]
+
+
+def packed_rows(
+    base: BaseModel,
+    examples: Sequence[EncodedExample],
+    prefix: tuple[int, ...],
+    pack: Pack | None = None,
+) -> PackedRows:
+    """The examples in rows, behind a `prefix` of all prompts that stands once in each row."""
     lengths = [tree_length(e) - len(prefix) for e in examples]
-    packed = _packed(lengths, len(prefix))
-    length = len(prefix) + max(sum(lengths[i] for i in members) for members in packed)
+    members_of_rows = (pack or _packed)(lengths, len(prefix))
+    length = len(prefix) + max(sum(lengths[i] for i in members) for members in members_of_rows)
     answers = AnswerTokens()
     rows, example_of = [], []
-    for r, members in enumerate(packed):
+    after: list[dict[tuple[int, ...], int]] = [{}] * len(examples)
+    for r, members in enumerate(members_of_rows):
         row, of_row = TreeRow(r * length, prefix), [members[0]] * length
         for i in members:
             start = len(row.ids)
-            row.append(i, examples[i], len(prefix), answers)
+            after[i] = row.append(i, examples[i], len(prefix), answers)
             of_row[start : len(row.ids)] = [i] * lengths[i]
         # At position 0 no other token sees it.
         padding = length - len(row.ids)
@@ -64,9 +107,14 @@ def shared_scores(
         row.positions += [0] * padding
         rows.append(row)
         example_of.append(of_row)
-    inputs = tree_inputs(base, rows, hide_others=hide_others)
-    with routed(routing, torch.tensor(example_of)):
-        return answer_scores(base, examples, answers, inputs)
+    return PackedRows(rows, torch.tensor(example_of), answers, len(prefix), after)
+
+
+def packed_tokens(examples: Sequence[EncodedExample], prefix: tuple[int, ...]) -> int:
+    """How many tokens the rows of `packed_rows` have, with padding."""
+    lengths = [tree_length(e) - len(prefix) for e in examples]
+    sums = [sum(lengths[i] for i in members) for members in _packed(lengths, len(prefix))]
+    return len(sums) * (len(prefix) + max(sums))
 
 
 class TreeRow:
@@ -83,8 +131,11 @@ class TreeRow:
 
     def append(
         self, index: int, example: EncodedExample, shared: int, answers: AnswerTokens
-    ) -> None:
-        """Add an example without the first `shared` tokens of its prompt, which stand elsewhere."""
+    ) -> dict[tuple[int, ...], int]:
+        """Add an example without the first `shared` tokens of its prompt, which stand elsewhere.
+
+        What each beginning of a choice is last at, in the flattened batch.
+        """
         self._extend(example.prompt[shared:], shared)
         predicts: dict[tuple[int, ...], int] = {(): self._last}
         for beginning in _beginnings(example.choices):
@@ -93,6 +144,7 @@ class TreeRow:
         for c, choice in enumerate(example.choices):
             for t, token in enumerate(choice):
                 answers.add(predicts[choice[:t]], token, (index, c, t))
+        return predicts
 
     def ends(self) -> list[int]:
         """Up to which place each token is seen: until a token of its position or a lower one."""
