@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.customers import LABELS, TASK, TEXTS, TOKENIZER, save_encoder, saved
 from support.kills import result_of
-from support.tfew import plain_token_scores, tiny_llama, tiny_t5, word_tokenizer
+from support.tfew import plain_token_scores, tiny_llama, tiny_t5
 from torch import Tensor, nn
-from transformers import AutoModel, BertConfig, BertModel, BloomConfig, BloomForCausalLM
+from transformers import AutoModel, BloomConfig, BloomForCausalLM
 
 import ia3
 import ia3.classify.estimator
@@ -36,12 +37,7 @@ from ia3.errors import (
 )
 from ia3.tfew.prompts.encoding import EncodedExample
 
-TEXTS = ["red fox", "a lazy dog", "the fox", "my brown dog jumps over the fox", "dog", "red red"]
-LABELS = ["fox", "dog", "bird", "red"]
-WORDS = [*" ".join([*TEXTS, *LABELS, "Fox Dog Bird Red Is it : ? Kind Category"]).split()]
-TOKENIZER = word_tokenizer(WORDS)
 TEMPLATES = ["{{ text }} Category :", "Is it ? {{ text }} Kind :"]
-TASK = "ia3_task.json"
 
 
 def bloom() -> nn.Module:
@@ -57,33 +53,7 @@ LANGUAGE_MODELS = {"llama": tiny_llama, "bloom": bloom, "t5": tiny_t5}
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("encoder")
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0)
-        model = BertModel(config)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return folder
-
-
-def saved(folder: Path, seed: int, model: Any, **settings: Any) -> Path:
-    """A classifier of 2 to 4 labels with random vectors."""
-    some = LABELS[: 2 + seed % 3]
-    texts = [TEXTS[(seed + i) % len(TEXTS)] for i in range(2 * len(some))]
-    classifier = FewShotClassifier(model, steps=0, **settings).fit(texts, [*some, *some])
-    generator = torch.Generator().manual_seed(seed)
-    for vector in classifier.adapter_.vectors.values():
-        vector.copy_(1 + 0.3 * torch.randn(vector.shape, generator=generator))
-    classifier.save(folder)
-    # As held-out folds would have it.
-    task = json.loads((folder / TASK).read_text("utf-8"))
-    (folder / TASK).write_text(json.dumps(task | {"temperature": 0.5 + seed % 4}), "utf-8")
-    return folder
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")
@@ -297,8 +267,20 @@ def test_a_classifier_that_made_room_comes_back_with_its_labels(
             assert [*found.probabilities.values()] == pytest.approx(
                 [*each.probabilities.values()], abs=1e-5
             )
-    with pytest.raises(StateError, match="no room for adapter"):
-        ia3.classify(small, TEXTS[:3], names[:3])
+
+
+def test_a_call_may_have_more_classifiers_than_there_is_room_for(
+    encoder: Path, customers: dict[str, Path]
+) -> None:
+    whole, small = bank_of(encoder, customers), bank_of(encoder, customers, capacity=2)
+    texts, names = texts_of([*customers])
+    expected = ia3.classify(whole, texts, names)
+    small.pin("c3")
+    found = ia3.classify(small, texts, names)
+    assert [values(each) for each in found] == [values(each) for each in expected]
+    small.pin("c4")
+    with pytest.raises(StateError, match="no room for adapter 'c1'"):
+        ia3.classify(small, ["dog", "dog"], ["c3", "c1"])
 
 
 def test_a_bank_that_is_gone_is_not_kept(encoder: Path, customers: dict[str, Path]) -> None:

@@ -36,19 +36,20 @@ def examples_of(texts: Any) -> list[Mapping[str, Any]]:
         InvalidTypeError: they are no list, or a text is neither a string nor a mapping.
         IA3Error: one is half of a surrogate pair; the message names the row.
     """
-    examples: list[Mapping[str, Any]] = []
-    for row, text in enumerate(rows_of(texts)):
-        if isinstance(text, str):
-            check_text(text, f"text {row}")
-            examples.append({TEXT: str(text)})
-        elif isinstance(text, Mapping):
-            examples.append(text)
-        else:
-            raise InvalidTypeError(
-                f"text {row} is {shown(text)} ({type(text).__name__}), expected a string or a "
-                "mapping from field names to values"
-            )
-    return examples
+    return [example_of(text, f"text {row}") for row, text in enumerate(rows_of(texts))]
+
+
+def example_of(text: Any, called: str) -> Mapping[str, Any]:
+    """One text as `examples_of` has it; messages call it so."""
+    if isinstance(text, str):
+        check_text(text, called)
+        return {TEXT: str(text)}
+    if isinstance(text, Mapping):
+        return text
+    raise InvalidTypeError(
+        f"{called} is {shown(text)} ({type(text).__name__}), expected a string or a mapping from "
+        "field names to values"
+    )
 
 
 def rows_of(texts: Any) -> list[Any]:
@@ -104,12 +105,13 @@ def check_fields(
     fields: Sequence[str],
     templates: Sequence[Template],
     rows: Sequence[int] | None = None,
+    called: Callable[[int], str] = "text {}".format,
 ) -> None:
     """Raise `IA3Error` for what a template would write as it was not meant, naming the row.
 
     A field is text, a finite number, a date, or lists and mappings of these. None would be written
     as "None", and not a number as "nan". What no template reads may be anything, or missing.
-    Messages count the examples, or name these `rows`.
+    Messages count the examples, or name these `rows`; they are `called` so.
     """
     for name in fields:
         if not isinstance(name, str):
@@ -122,12 +124,12 @@ def check_fields(
         for name in fields:
             if name not in example and any(template.reads(name) for template in templates):
                 raise IA3Error(
-                    f"text {row} has no field {name!r}: it has {shown(list(example))}, expected "
+                    f"{called(row)} has no field {name!r}: it has {shown(list(example))}, expected "
                     f"{shown(list(fields))}"
                 )
         for name, value in example.items():
             if read[name]:
-                _check_field(value, f"text {row}: the field {name!r}", _DEEPEST)
+                _check_field(value, f"{called(row)}: the field {name!r}", _DEEPEST)
 
 
 def labels_of(labels: Any, choices: Iterable[Any] = ()) -> tuple[list[Label], list[Label]]:

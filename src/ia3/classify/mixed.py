@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence, Set
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..arguments import instance, listed
 from ..bank.bank import AdapterBank, Version
@@ -23,6 +24,7 @@ from ..files.saved import TASK_NAME
 from ..model.adapters import check_string
 from ..sentences.embedding import embeddings, tokenized
 from ..sentences.head import Head
+from ..targets.structure import block_lists
 from ..tfew.prompts.encoding import EncodedExample, Encoder, warn_of_cut_texts
 from ..tfew.prompts.labels import Label, Text
 from ..tfew.prompts.templates import Template
@@ -30,7 +32,7 @@ from ..tfew.scoring.choices import choice_scores
 from .encoder import check_embeds_so, fields_joined
 from .engine import ENCODER, KINDS, LANGUAGE_MODEL
 from .estimator import cut_for, read_task
-from .inputs import check_fields, examples_of, with_field
+from .inputs import check_fields, example_of, rows_of, with_field
 from .task_file import EngineName, TaskFile
 from .text_classifier import not_finite
 
@@ -74,7 +76,7 @@ def classify(
         bank: of the model that the classifiers were fitted on. Each is added by the folder that
             `FewShotClassifier.save` wrote, e.g. `bank.add("customer-a", "classifiers/a")`.
         texts: strings, or mappings from field names to values, `[texts]`.
-        names: of the bank's classifiers, one a text; no more different ones than have room.
+        names: of the bank's classifiers, one a text.
         tokenizer: for a model whose config does not say where it came from.
 
     Returns:
@@ -85,7 +87,7 @@ def classify(
         UnknownNameError: the bank has no adapter of a name.
         MissingFileError: an adapter is no classifier: it has no task beside it, or no head.
         BrokenFileError: a classifier's task or head is damaged, or of other vectors.
-        StateError: an adapter cannot be loaded, there is no room for all, the bank was closed, its
+        StateError: an adapter cannot be loaded, all slots are pinned, the bank was closed, its
             model's adapters are merged or disabled, or its encoder is in training mode.
         IA3Error: there is not one name a text; a text lacks a field or has one that is
             no text, finite number or date; the bank's model has no tokenizer, or is not the one
@@ -110,39 +112,157 @@ def classify(
     asked = listed("names", names, expected)
     for name in asked:
         check_string(name)
-    examples = examples_of(texts)
-    if len(asked) != len(examples):
-        raise IA3Error(f"there are {len(asked)} names and {len(examples)} texts: expected one each")
-    if not asked:
-        return []
+    given = rows_of(texts)
+    if len(asked) != len(given):
+        raise IA3Error(f"there are {len(asked)} names and {len(given)} texts: expected one each")
+    answers = _Answers([None] * len(given), raising=True)
+    _answer(answers, bank, given, asked, tokenizer)
+    return [found for found in answers.found if isinstance(found, Classified)]
+
+
+@usual_state()
+def classify_each(
+    bank: AdapterBank,
+    texts: Sequence[Text],
+    names: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    untuned: bool = False,
+) -> list[Classified | IA3Error]:
+    """As `classify`, but a text that cannot be classified has its error in its place, `[texts]`.
+
+    With `untuned` the answers are those of the base model, a language model, without any vectors:
+    in the templates of each classifier, for its choices, at temperature 1.
+
+    Raises:
+        IA3Error: the bank's model has no tokenizer.
+    """
+    answers = _Answers([None] * len(texts), raising=False)
+    _answer(answers, bank, texts, names, tokenizer, untuned=untuned)
+    return [found for found in answers.found if found is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Answers:
+    """What is known of each text by now, `[texts]`: its answer, or why there is none.
+
+    With `raising` an error is raised instead, before any text has an answer where that can be.
+    """
+
+    found: list[Classified | IA3Error | None]
+    raising: bool
+
+    @contextmanager
+    def of(self, rows: Iterable[int]) -> Iterator[None]:
+        """Within the context, an `IA3Error` is the answer of these texts."""
+        try:
+            yield
+        except IA3Error as error:
+            if self.raising:
+                raise
+            for row in rows:
+                self.found[row] = error
+
+    def called(self, row: int) -> str:
+        """What messages call a text; an error in its place needs no number."""
+        return f"text {row}" if self.raising else "the text"
+
+
+def _answer(
+    answers: _Answers,
+    bank: AdapterBank,
+    texts: Sequence[Any],
+    names: Sequence[str],
+    tokenizer: Any,
+    *,
+    untuned: bool = False,
+) -> None:
+    """Fill the answers in."""
     rows: dict[str, list[int]] = {}
-    for row, name in enumerate(asked):
+    for row, name in enumerate(names):
         rows.setdefault(name, []).append(row)
     # The values and what is beside them, at once: a task never meets another version's vectors.
-    values, versions = bank.versions([*rows])
+    values, versions = _versions(answers, bank, rows)
+    if not versions:
+        return
     served = _served(bank, tokenizer)
-    tasks = {n: served.task(n, version) for n, version in zip(rows, versions, strict=True)}
-    for name, task in tasks.items():
-        of_task = with_field([examples[row] for row in rows[name]], task.file.fields)
-        check_fields(of_task, task.file.fields, task.templates, rows[name])
-        of_task = cut_for(served.base, of_task, task.file.max_words)
-        for row, example in zip(rows[name], of_task, strict=True):
-            examples[row] = example
-    batch = _Batch(bank, values, tasks, asked, examples)
-    if isinstance(served.base, SentenceEncoder):
-        found = batch.by_embeddings(served.base, rows)
-    else:
-        found = batch.by_ranking(served.base)
-    return [_classified(row, tasks[asked[row]], found[row]) for row in range(len(asked))]
+    asked = _checked(answers, served, texts, rows, versions)
+    batch = _Batch(bank, served, values, answers, untuned)
+    try:
+        found = batch.probabilities(asked)
+        broken = [row for row, each in found.items() if not math.isfinite(sum(each))]
+        # What is not finite spreads to others in a packed row.
+        for row in broken if len(found) > 1 else ():
+            found |= batch.probabilities({row: asked[row]})
+    except IA3Error as error:
+        if answers.raising:
+            raise
+        # One whose adapter, say, cannot be routed: which one, each says for itself.
+        for row in asked:
+            each = _Answers([error], raising=False)
+            if len(texts) > 1:
+                _answer(each, bank, [texts[row]], [names[row]], tokenizer, untuned=untuned)
+            answers.found[row] = each.found[0]
+        return
+    for row, probabilities in found.items():
+        with answers.of([row]):
+            if not math.isfinite(sum(probabilities)):
+                raise not_finite(answers.called(row))
+            answers.found[row] = _classified(asked[row].task.file, probabilities)
 
 
-def _classified(row: int, task: _Task, probabilities: list[float]) -> Classified:
-    if not math.isfinite(sum(probabilities)):
-        raise not_finite(row)
-    most, labels = max(probabilities), task.file.labels
+def _checked(
+    answers: _Answers,
+    served: _Served,
+    texts: Sequence[Any],
+    rows: Mapping[str, list[int]],
+    versions: Mapping[str, Version | None],
+) -> dict[int, _Asked]:
+    """What the texts that can be asked are asked with, by row; `rows` are by adapter."""
+    asked: dict[int, _Asked] = {}
+    for place, (name, version) in enumerate(versions.items()):
+        with answers.of(rows[name]):
+            task = served.task(name, version)
+            read = {}
+            for row in rows[name]:
+                with answers.of([row]):
+                    read[row] = task.example(texts[row], row, answers)
+            cut = cut_for(served.base, [*read.values()], task.file.max_words)
+            for row, example in zip(read, cut, strict=True):
+                asked[row] = _Asked(name, place, task, example)
+    return dict(sorted(asked.items()))
+
+
+def _versions(
+    answers: _Answers, bank: AdapterBank, rows: Mapping[str, list[int]]
+) -> tuple[Mapping[Site, Tensor], dict[str, Version | None]]:
+    """The values of the adapters that can be had, in the order of the versions beside them."""
+    names = [*rows]
+    try:
+        values, versions = bank.versions(names)
+        return values, dict(zip(names, versions, strict=True))
+    except IA3Error:
+        if answers.raising:
+            raise
+    # Which one it is, each says for itself.
+    found: dict[str, Mapping[Site, Tensor]] = {}
+    beside: dict[str, Version | None] = {}
+    for name in names:
+        with answers.of(rows[name]):
+            found[name], (beside[name],) = bank.versions([name])
+    ones = {site: torch.ones_like(value) for each in found.values() for site, value in each.items()}
+    together = {
+        site: torch.cat([each.get(site, absent) for each in found.values()])
+        for site, absent in ones.items()
+    }
+    return together, beside
+
+
+def _classified(file: TaskFile, probabilities: list[float]) -> Classified:
+    most, labels = max(probabilities), file.labels
     label = labels[probabilities.index(most)]
     by_label = dict(zip(labels, probabilities, strict=True))
-    own = [name for name, p in by_label.items() if p >= 0.5] if task.file.multilabel else [label]
+    own = [name for name, p in by_label.items() if p >= 0.5] if file.multilabel else [label]
     return Classified(label, most, by_label, own)
 
 
@@ -154,6 +274,13 @@ class _Task:
     templates: list[Template]
     encoder: Encoder | None = None
     head: Head | None = None
+
+    def example(self, text: Any, row: int, answers: _Answers) -> Mapping[str, Any]:
+        """A text as this classifier reads it, checked."""
+        fields = self.file.fields
+        examples = with_field([example_of(text, answers.called(row))], fields)
+        check_fields(examples, fields, self.templates, [row], answers.called)
+        return examples[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +304,28 @@ class _Served:
             with naming(f"adapter {name!r}"):
                 task = self.tasks[version] = _read(version, self.base)
         return task
+
+    @cached_property
+    def _blocks(self) -> tuple[str, list[nn.Module]]:
+        """The name of the list of the model's blocks, and these; none where there are several."""
+        lists = block_lists(self.base.model)
+        if len(lists) != 1:
+            return "", []
+        ((name, blocks),) = lists.items()
+        return name, list(blocks)
+
+    def touched(self, modules: Sequence[str]) -> Sequence[nn.Module]:
+        """The model's uppermost blocks that these modules are in; none, where one is elsewhere."""
+        name, blocks = self._blocks
+        places = [
+            module.removeprefix(f"{name}.").split(".")[0] if module.startswith(f"{name}.") else ""
+            for module in modules
+        ]
+        if not all(place.isdecimal() for place in places):
+            return []
+        # What touches none shares all but the last one.
+        lowest = min(map(int, places), default=len(blocks) - 1)
+        return blocks[lowest:] if lowest > 0 else []
 
 
 def _read(version: Version, base: SentenceEncoder | BaseModel) -> _Task:
@@ -213,76 +362,131 @@ def _served(bank: AdapterBank, tokenizer: Any) -> _Served:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What one text is asked with: a classifier's name and task, and the place of its values."""
+
+    name: str
+    place: int
+    task: _Task
+    example: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
 class _Batch:
-    """The texts of a call, with a name each; `values` are in the order of the `tasks`."""
+    """How the texts of a call are asked, by row; what comes up goes to the `answers`."""
 
     bank: AdapterBank
+    served: _Served
     values: Mapping[Site, Tensor]
-    tasks: dict[str, _Task]
-    names: list[str]
-    examples: list[Mapping[str, Any]]
+    answers: _Answers
+    untuned: bool
 
-    def by_embeddings(self, base: SentenceEncoder, rows: dict[str, list[int]]) -> list[list[float]]:
-        """The probabilities that the heads give, `[texts][classes]`; `rows` are by name."""
+    def probabilities(self, asked: Mapping[int, _Asked]) -> dict[int, list[float]]:
+        """What the texts are by their heads, or by their choices: row -> `[classes]`."""
+        base = self.served.base
+        if isinstance(base, SentenceEncoder):
+            return self._by_embeddings(base, asked)
+        return self._by_ranking(base, asked)
+
+    def _by_embeddings(
+        self, base: SentenceEncoder, asked: Mapping[int, _Asked]
+    ) -> dict[int, list[float]]:
+        if self.untuned:
+            raise IA3Error(
+                "a sentence encoder says nothing without its classifier's head: untuned answers "
+                "are a language model's"
+            )
         if base.model.training:
             raise StateError("the bank's encoder is in training mode: call eval() on it first")
-        places = {name: place for place, name in enumerate(self.tasks)}
+        places = {each.name: each.place for each in asked.values()}
 
         def routed(adapter_names: Sequence[str], **inputs: Any) -> Any:
             index = torch.tensor([places[name] for name in adapter_names])
             with self._routed(index):
                 return base.model(**inputs)
 
-        templates = [self.tasks[name].templates[0] for name in self.names]
-        pairs = zip(templates, self.examples, strict=True)
-        ids = tokenized(base, [template.render(example, []) for template, example in pairs])
-        found = embeddings(base, ids, model=routed, adapter_names=self.names)
-        probabilities: list[list[float]] = [[]] * len(ids)
-        for name, members in rows.items():
-            head, file = self.tasks[name].head, self.tasks[name].file
-            assert head is not None
-            of_name = head.probabilities(
-                found[members], file.temperature, multilabel=file.multilabel
+        ids = self._tokenized(base, asked)
+        names = [asked[row].name for row in ids]
+        found = embeddings(base, [*ids.values()], model=routed, adapter_names=names)
+        # Name -> the places of its texts among these.
+        members: dict[str, list[int]] = {}
+        for place, name in enumerate(names):
+            members.setdefault(name, []).append(place)
+        rows = [*ids]
+        probabilities: dict[int, list[float]] = {}
+        for of_name in members.values():
+            task = asked[rows[of_name[0]]].task
+            assert task.head is not None
+            by_head = task.head.probabilities(
+                found[of_name], task.file.temperature, multilabel=task.file.multilabel
             )
-            for row, of_row in zip(members, of_name.tolist(), strict=True):
-                probabilities[row] = of_row
+            of_rows = (rows[place] for place in of_name)
+            probabilities.update(zip(of_rows, by_head.tolist(), strict=True))
         return probabilities
 
-    def by_ranking(self, base: BaseModel) -> list[list[float]]:
-        """The probabilities of the choices, averaged over the templates, `[texts][classes]`."""
-        places = {name: place for place, name in enumerate(self.tasks)}
+    def _tokenized(
+        self, base: SentenceEncoder, asked: Mapping[int, _Asked]
+    ) -> dict[int, list[int]]:
+        """Each text's token ids in its template."""
+        texts = {}
+        for row, each in asked.items():
+            with self.answers.of([row]):
+                texts[row] = each.task.templates[0].render(each.example, [])
+        # One text may be asked of many classifiers.
+        different = [*dict.fromkeys(texts.values())]
+        try:
+            ids_of = dict(zip(different, tokenized(base, different), strict=True))
+            return {row: ids_of[text] for row, text in texts.items()}
+        except IA3Error:
+            if self.answers.raising:
+                raise
+            ids = {}
+            for row, text in texts.items():
+                with self.answers.of([row]):
+                    (ids[row],) = tokenized(base, [text])
+            return ids
+
+    def _by_ranking(self, base: BaseModel, asked: Mapping[int, _Asked]) -> dict[int, list[float]]:
+        """The probabilities of the choices, averaged over the templates, row -> `[classes]`."""
         # Scoring catches the input of the output layer, for one thread at a time.
         with base.lock:
-            prompts = self._prompts()
+            prompts = self._prompts(asked)
             place_of = torch.tensor(
-                [places[n] for n, some in zip(self.names, prompts, strict=True) for _ in some]
+                [asked[row].place for row, each in prompts.items() for _ in each]
             )
             scores = choice_scores(
                 base,
-                [prompt for some in prompts for prompt in some],
+                [prompt for each in prompts.values() for prompt in each],
                 routing=lambda examples: self._routed(place_of[examples.cpu()]),
+                touched=self.served.touched(self.bank.model.routes.names(self._values)),
             )
-        probabilities = []
-        of_texts = torch.split(scores, [*map(len, prompts)])
-        for name, some in zip(self.names, of_texts, strict=True):
-            file = self.tasks[name].file
-            of_choices = some[:, : len(file.labels)].double() / file.temperature
-            probabilities.append(of_choices.softmax(-1).mean(0).tolist())
+        probabilities = {}
+        of_texts = torch.split(scores, [*map(len, prompts.values())])
+        for row, of_templates in zip(prompts, of_texts, strict=True):
+            file = asked[row].task.file
+            temperature = 1.0 if self.untuned else file.temperature
+            of_choices = of_templates[:, : len(file.labels)].double() / temperature
+            probabilities[row] = of_choices.softmax(-1).mean(0).tolist()
         return probabilities
 
-    def _prompts(self) -> list[list[EncodedExample]]:
-        """Each text in each template of its task, `[texts][templates]`."""
-        prompts, cut = [], 0
-        for name, example in zip(self.names, self.examples, strict=True):
-            encoder, templates = self.tasks[name].encoder, self.tasks[name].templates
+    def _prompts(self, asked: Mapping[int, _Asked]) -> dict[int, list[EncodedExample]]:
+        """Each text in each template of its task, row -> `[templates]`."""
+        prompts, cut = {}, 0
+        for row, each in asked.items():
+            encoder, templates = each.task.encoder, each.task.templates
             assert encoder is not None
             encoder.truncated = 0
-            prompts.append([encoder.encode(example, template) for template in templates])
+            with self.answers.of([row]):
+                prompts[row] = [encoder.encode(each.example, template) for template in templates]
             cut += encoder.truncated
-        warn_of_cut_texts(cut, sum(map(len, prompts)))
+        warn_of_cut_texts(cut, sum(map(len, prompts.values())))
         return prompts
 
     def _routed(self, index: Tensor) -> AbstractContextManager[None]:
-        """Rows, or tokens, have the adapters of these tasks."""
-        return self.bank.model.routes.entered_with(self.values, index)
+        """Rows, or tokens, have the values of these places; none of them, where it is untuned."""
+        return self.bank.model.routes.entered_with(self._values, index)
+
+    @property
+    def _values(self) -> Mapping[Site, Tensor]:
+        return {} if self.untuned else self.values

@@ -93,7 +93,7 @@ def suggest(
         check_fields(examples, fitted.fields_, templates)
         probabilities, vectors = fitted._read(examples, progress)
     for row in (~probabilities.isfinite().all(1)).nonzero()[:1].flatten().tolist():
-        raise not_finite(row)
+        raise not_finite(f"text {row}")
     first: dict[str, int] = {}
     for row, example in enumerate(examples):
         first.setdefault("\0".join(t.render(example, []) for t in templates), row)

@@ -223,7 +223,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             check_fields(examples, fitted.fields_, templates)
             found: NDArray[np.float64] = fitted._probabilities(examples, progress).numpy()
         for row in np.flatnonzero(~np.isfinite(found).all(1))[:1]:
-            raise not_finite(row)
+            raise not_finite(f"text {row}")
         return found
 
     def predict(
@@ -337,10 +337,10 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def not_finite(row: int) -> IA3Error:
-    """What is wrong where a model's scores of a text are not finite."""
+def not_finite(called: str) -> IA3Error:
+    """What is wrong where a model's scores of a text that is `called` so are not finite."""
     return IA3Error(
-        f"the model's scores of text {row} are not finite: its weights or the trained vectors are "
+        f"the model's scores of {called} are not finite: its weights or the trained vectors are "
         "broken, or its dtype is too narrow"
     )
 
