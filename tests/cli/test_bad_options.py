@@ -37,6 +37,7 @@ NEEDED = {
     "diff": ["adapter", "adapter"],
     "search": ["adapter", "."],
     "combine": ["adapter", "adapter", "--out", "out"],
+    "serve": ["--adapters", "adapters", "--model", "no/model"],
     "doctor": [],
     "models": [],
 }

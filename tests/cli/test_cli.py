@@ -68,6 +68,7 @@ COMMANDS = (
     ),
     *("compare", "raft", "list", "inspect", "diff", "search", "combine", "suggest", "doctor"),
     "models",
+    "serve",
 )
 
 

@@ -25,6 +25,7 @@ try:
     from .options import as_options, reason, say, warn
     from .pretrain import convert, pretrain
     from .raft import raft
+    from .serve import serve
     from .suggest import suggest
 except ImportError as error:
     raise SystemExit(
@@ -55,7 +56,7 @@ for _command in (
 app.command("list")(list_adapters)
 for _of_adapters in (inspect, diff, search, combine):
     app.command()(_of_adapters)
-for _of_the_machine in (doctor, models):
+for _of_the_machine in (serve, doctor, models):
     app.command()(_of_the_machine)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from importlib.resources import files as package_files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import IA3Error, counted
+from ..errors import counted
 from ..files.atomic import check_folder, write_file
+from ..files.examples import example_folder
 from ..files.tables import read_table
 from ..report.console import counting_bar, screen, training_bar
 from ..report.scores import print_confusion
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from ..classify.estimator import FewShotClassifier
 
-EXAMPLE = "support-tickets"
 PROMISES = {
     "reloaded_equal": "the adapter from disk on a fresh model predicts the same",
     "merged_equal": "merged into the weights it predicts the same",
@@ -47,7 +46,7 @@ def demo(
     from ..report.training_report import training_report
 
     started = time.perf_counter()
-    folder = _example_folder()
+    folder = example_folder()
     training, test = (read_table(folder / f"{name}.csv") for name in ("train", "test"))
     train_texts, test_texts = ([row["text"] for row in rows] for rows in (training, test))
     train_labels, test_labels = ([row["label"] for row in rows] for rows in (training, test))
@@ -186,12 +185,3 @@ def _same_bits(one: nn.Module, other: nn.Module) -> bool:
 def _predict(classifier: FewShotClassifier, texts: list[str], what: str) -> Any:
     with counting_bar(what, len(texts)) as progress:
         return classifier.predict(texts, progress=progress)
-
-
-def _example_folder() -> Path:
-    """`examples/` of the source tree, or its copy inside the installed package."""
-    package = Path(str(package_files("ia3")))
-    for examples in (package / "examples", package.parent.parent / "examples"):
-        if (examples / EXAMPLE / "train.csv").is_file():
-            return examples / EXAMPLE
-    raise IA3Error(f"the example data {EXAMPLE!r} is neither in the package nor beside it")
