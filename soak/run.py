@@ -1,6 +1,6 @@
 """What takes long: fuzzed files, killed processes, threads. Results add up over dated runs.
 
-    python soak/run.py [--minutes 30] [--seed 1] [--part fuzz kills threads]
+    python soak/run.py [--minutes 30] [--seed 1] [--part fuzz kills threads over_http]
     python soak/run.py --table
 
 Each part is a module beside this one, whose `run(seconds, seed)` gives counts by what was done, and
@@ -32,7 +32,7 @@ from ia3.files.records import append_record, read_records
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.jsonl"
 # Each part's share of the time.
-PARTS = {"fuzz": 4, "kills": 1, "threads": 1}
+PARTS = {"fuzz": 4, "kills": 1, "threads": 1, "over_http": 1}
 SEED = 20_261_129
 # A part that takes so much longer than it was given has hung.
 GRACE = 300.0

@@ -1,5 +1,6 @@
 """The benchmarks' programs: what they measure by, and that they run and leave what they should."""
 
+import asyncio
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from support.tfew import word_tokenizer
 from torch import nn
 from transformers import AutoModel
 
-from ia3 import FewShotClassifier
+from ia3 import AdapterBank, FewShotClassifier, classify
 from ia3.base.embedded import embedded_encoder_folder
 from ia3.base.loading import BaseModel
 
@@ -30,6 +31,7 @@ import gpu
 import measuring
 import mixed
 import reporting
+import serving
 import speed
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64}
@@ -447,3 +449,61 @@ def test_classifiers_in_one_batch_are_timed(tmp_path):
     model = AutoModel.from_pretrained(embedded_encoder_folder())
     timings = mixed.time_classifiers(model, folders, 2, 1, time.process_time)
     assert timings.ratio("many tasks", mixed.ONE) > 0
+
+
+def test_of_what_reaches_beyond_a_turn_the_share_of_its_time_counts():
+    done = [serving.Done(0.0, 4.0, 8), serving.Done(3.0, 4.0, 5), serving.Done(5.0, 9.0, 4)]
+    assert serving.within(done, 2.0, 6.0) == 8 / 2 + 5 + 4 / 4
+    assert serving.within(done, 10.0, 12.0) == 0
+
+
+def test_clients_send_the_next_request_when_the_last_is_answered():
+    busy, most, kinds = 0, 0, Counter()
+
+    async def answer(reader, writer):
+        nonlocal busy, most
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            body = await reader.readexactly(int(head.split(b"Content-Length: ")[1].split()[0]))
+            kinds[json.loads(body)["adapter"]] += 1
+            busy, most = busy + 1, max(most, busy + 1)
+            await asyncio.sleep(0.02)
+            busy -= 1
+            found = b'{"results": [{"label": "a"}]}'
+            # By turns of a length and in chunks, as servers do.
+            if kinds.total() % 2:
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 29\r\n\r\n" + found)
+            else:
+                head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+                writer.write(head + b"1d\r\n" + found + b"\r\n0\r\n\r\n")
+
+    async def loaded():
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        ask = serving.classifying(["x", "y"])
+        found = await serving.under_load(port, ask, 4, seconds=0.5, seed=1, warm_up=0.1)
+        server.close()
+        return found
+
+    a_second = asyncio.run(loaded())
+    assert most == 4
+    assert kinds.keys() == {"x", "y"}
+    # 4 clients, each at most 50 a second.
+    assert 10 < a_second <= 201
+
+
+def test_copies_of_a_classifier_are_other_classifiers_of_the_same_kind(tmp_path):
+    texts, labels = serving.TICKETS[:1], serving.LABELS
+    serving.save_copies(FewShotClassifier("all-minilm-l6-v2", steps=0), tmp_path, "copy", 2)
+    bank = AdapterBank(AutoModel.from_pretrained(embedded_encoder_folder()))
+    for name in ("copy0", "copy1"):
+        bank.add(name, tmp_path / name)
+    found = classify(bank, texts * 2, ["copy0", "copy1"])
+    assert found[0].probability != found[1].probability
+    assert {*found[0].probabilities} == {*labels}
+
+
+def test_a_figure_of_a_server_is_reached_from_its_own_side():
+    assert serving.Row("texts/s", 0.96, 0.95, at_least=True).reached
+    assert not serving.Row("time", 0.96, 0.6, at_least=False).reached
+    shown = serving.in_markdown([serving.Row("HTTP", 5.2, 5.0, False, " ms", "HTTP 12 ms")])
+    assert shown.splitlines()[-1] == "| HTTP | 5.20 ms | ≤ 5 ms | **no** | HTTP 12 ms |"

@@ -78,3 +78,14 @@ def test_a_part_that_takes_longer_takes_nothing_of_the_next(folder):
     program("run.py", "--minutes", "0.05", "--part", "fuzz", "threads", folder=folder)
     [record] = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
     assert record["parts"]["threads"]["given"] == pytest.approx(0.6)
+
+
+@pytest.mark.slow
+def test_nothing_wrong_comes_of_requests_that_are_nearly_right():
+    pytest.importorskip("fastapi")
+    done = program("over_http.py", "--seconds", "40", "--seed", "0")
+    assert done.returncode == 0, done.stdout
+    counts = json.loads(done.stdout)
+    assert counts["kills"] >= 1
+    assert counts["refused"] > counts["taken"]
+    assert min(counts["answers compared"], counts["texts compared"]) >= 20
