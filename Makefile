@@ -8,8 +8,10 @@ ADAPTERS := .venv-adapters/.ready
 OLDEST := .venv-oldest/.ready
 SOAK := .venv-soak/.ready
 
-.PHONY: setup demo docs test test-slow test-oldest soak audit lint bench bench-curves bench-few-shot \
-	data-given
+SERVED := ia3-demo/adapters
+
+.PHONY: setup demo serve docs test test-slow test-oldest soak audit lint bench bench-curves \
+	bench-few-shot bench-serving data-given
 
 setup: $(READY)
 
@@ -24,6 +26,15 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/ia3 demo
+
+# The server, on the embedded models, with the demo's adapter: its page is at the address it prints.
+serve: $(SERVED)/support-tickets/adapter_config.json
+	$(BIN)/ia3 serve --adapters $(SERVED) --model smollm2-135m-instruct --model all-minilm-l6-v2
+
+$(SERVED)/support-tickets/adapter_config.json: | $(READY)
+	test -d ia3-demo/adapter || $(BIN)/ia3 demo
+	mkdir -p $(SERVED)
+	cp -R ia3-demo/adapter $(SERVED)/support-tickets
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -108,6 +119,10 @@ $(ADAPTERS): benchmarks/adapters-requirements.txt
 # With DATA=folder the rows that need text are measured too.
 bench: $(READY) $(ADAPTERS)
 	$(BIN)/python benchmarks/speed.py $(if $(DATA),--data $(DATA))
+
+# A thousand adapters under load, over loopback; some 8 minutes.
+bench-serving: $(READY)
+	$(BIN)/python benchmarks/serving.py --write
 
 bench-curves: $(READY)
 	$(BIN)/python benchmarks/curves.py
