@@ -72,6 +72,7 @@ def base(tiny_llama):
     return BaseModel(tiny_llama, word_tokenizer(), "tiny")
 
 
+@pytest.mark.slow
 def test_the_table_has_every_contestant_and_is_json(base, monkeypatch):
     for name, value in {"BATCH": (2, 16), "OTHERS": (2, 4), "META_LAYERS": (1, 2)}.items():
         monkeypatch.setattr(speed, name, value)
@@ -137,6 +138,7 @@ def test_runs_that_are_missing_are_run_and_kept(tmp_path, capsys):
     assert results.read_text() == content
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_and_say_where_they_bend(tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "small", lambda layers=1: measuring.llama(**TINY, layers=layers))
     monkeypatch.setattr(curves, "LAYERS", (1, 2))
@@ -259,6 +261,7 @@ def test_timed_methods_predict_a_thousand_texts_that_they_did_not_train_on():
     assert not {text for text, _ in train} & {text for text, _ in others}
 
 
+@pytest.mark.slow
 def test_finished_runs_are_kept_and_told_in_tables(tmp_path, capsys):
     results = tmp_path / "results"
     command = ["--data", str(tmp_path), "--results", str(results), "--methods", "tfidf"]
@@ -295,6 +298,7 @@ def estimated(tmp_path, tiny_llama, source):
     return settings, few_shot_methods._run([sys.executable], program, given, environment)
 
 
+@pytest.mark.slow
 def test_the_estimator_gives_mean_probabilities_by_the_source_that_was_named(tmp_path, tiny_llama):
     settings, found = estimated(tmp_path, tiny_llama, few_shot_methods.SOURCE)
     fitted = [FewShotClassifier(**each).fit(TEXTS, LABELS) for each in settings]

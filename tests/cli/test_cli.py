@@ -201,6 +201,7 @@ def test_integer_labels_several_columns_choices_and_templates(model_place):
     assert "rows: true label" in " ".join(evaluated.stdout.split())
 
 
+@pytest.mark.slow
 def test_a_killed_fit_goes_on_from_its_checkpoint(model_place):
     place = model_place
     command = ("--data", "train.csv", "--steps", 30, "--json", "--out")
@@ -415,6 +416,7 @@ def test_refused_with_one_line(fitted):
 # -- full disks ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_full_disk_in_fit(model_place):
     place = model_place
     command = ("--data", "train.csv", "--steps", 1, "--out")
@@ -424,6 +426,7 @@ def test_full_disk_in_fit(model_place):
     assert place.names() == {"train.csv"}
 
 
+@pytest.mark.slow
 def test_full_disk_in_predict(fitted):
     place, _ = fitted
     place.write("many.csv", "text\n" + "late again\n" * 100)
@@ -443,6 +446,7 @@ def test_full_disk_in_predict(fitted):
         ('("$0" "$@"; echo $? >&2) | true', "1\n"),
     ],
 )
+@pytest.mark.slow
 def test_standard_output_into_a_full_disk_or_closed_early(fitted, shell, said):
     under = ["sh", "-c", shell, str(IA3)]
     done = fitted[0].run("predict", "my-adapter", "--data", "train.csv", under=under)

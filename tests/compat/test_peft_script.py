@@ -382,7 +382,14 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+# All but one are slow.
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, id=name, marks=[pytest.mark.slow] if name != "causal" else [])
+        for name, script in SCRIPTS.items()
+    ],
+)
 def test_prints_what_it_prints_with_peft(tmp_path, script):
     assert "from peft import" in script
     theirs = run(script, tmp_path / "peft")

@@ -159,6 +159,7 @@ def test_the_files_say_what_was_printed(compared, place):
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
+@pytest.mark.slow
 def test_without_test_data_the_rest_is_answered_and_nothing_is_repeated(place):
     command = ("--shots", 4, "--seeds", 2, "--methods", "zero-shot, icl", "--out", "rest")
     done, again = run_in(place, command, command)
@@ -177,6 +178,7 @@ def test_without_test_data_the_rest_is_answered_and_nothing_is_repeated(place):
     assert lines_of(results) != before
 
 
+@pytest.mark.slow
 def test_labels_may_be_numbers_in_one_file_and_text_in_the_other(place):
     numbers = {"bill": 0, "van": 1}
     rows = [{"text": text, "label": numbers[label]} for text, label in zip(*TRAIN, strict=True)]

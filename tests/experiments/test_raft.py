@@ -426,6 +426,7 @@ def unbroken(place):
     return said(place.run(*RAFT, "--out", "unbroken", *SETTINGS, "--json"))
 
 
+@pytest.mark.slow
 def test_what_the_command_says_and_submits(place, unbroken):
     folder = place.folder / unbroken["submission"]
     assert sorted(path.name for path in folder.iterdir()) == ["ade_corpus_v2", "banking_77"]
@@ -510,6 +511,7 @@ def test_a_killed_run_goes_on(place, unbroken):
     assert {path.name for path in out.iterdir()} == FILES
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_whole_lines(place):
     command = (*RAFT, "--out", "full", "--methods", "majority")
     done = place.run(*command, under=SMALL_FILES_ONLY)

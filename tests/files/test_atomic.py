@@ -192,6 +192,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(folder: Path) -> None:
         assert contents(target).keys() <= {"a", "b", "other"}
 
 
+@pytest.mark.slow
 def test_the_file_that_counts_is_beside_no_file_of_another_state(folder: Path) -> None:
     """At each moment the others are as before, gone, or as after, on the right side of it."""
     before = {"a": b"old a", "b": b"old b", "gone": b"old gone", "same": b"same", "x": b"old x"}

@@ -214,6 +214,7 @@ def test_fsdp2(tmp_path):
     in_processes(fsdp2, tmp_path)
 
 
+@pytest.mark.slow
 def test_fsdp2_routed_and_sharded_in_other_ways(tmp_path):
     in_processes(fsdp2_in_other_ways, tmp_path)
 
@@ -299,10 +300,12 @@ def fsdp1_in_other_ways(folder):
         close(logits(model), logits(base("gpt2")))
 
 
+@pytest.mark.slow
 def test_fsdp1(tmp_path):
     in_processes(fsdp1, tmp_path)
 
 
+@pytest.mark.slow
 def test_fsdp1_routed_and_wrapped_in_other_ways(tmp_path):
     in_processes(fsdp1_in_other_ways, tmp_path)
 
@@ -328,6 +331,7 @@ def tensor_parallel(folder):
 
 
 @since("transformers", "5.23", "the test's way to ask for it")
+@pytest.mark.slow
 def test_tensor_parallelism_is_refused(tmp_path):
     base("llama").save_pretrained(tmp_path / "base")
     in_processes(tensor_parallel, tmp_path)

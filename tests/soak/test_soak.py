@@ -24,6 +24,7 @@ def program(name: str, *arguments: str, folder: Path | None = None) -> subproces
     )
 
 
+@pytest.mark.slow
 def test_nothing_but_this_packages_errors_comes_of_fuzzed_files():
     done = program("fuzz.py", "--examples", "50", "--seed", "0")
     assert done.returncode == 0, done.stdout
@@ -70,6 +71,7 @@ def test_a_failure_is_said_kept_and_counted(folder, part, says):
     assert f"| {part} | failures | 1 | 1 |" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_longer_takes_nothing_of_the_next(folder):
     longer = "import time\n\ndef run(seconds, seed):\n    time.sleep(2 * seconds)\n    return {}\n"
     (folder / "fuzz.py").write_text(longer.replace("{}", '{"failures": []}'))

@@ -441,6 +441,7 @@ for source in sources:
 """
 
 
+@pytest.mark.slow
 def test_random_templates_render_or_raise_in_little_memory():
     random = Random(0)
     sources = [random_template(random, depth=2 + i % 3) for i in range(60)]
