@@ -127,14 +127,15 @@ export function learnView(place) {
       now = news;
       show(now);
       if (now.served && !served) {
+        await lookUp();  // which fails where the connection has just broken, and is tried again
         served = true;
-        await lookUp();
         fill(trial, tryIt(now.name));
       }
     };
+    const isShown = () => ended(now) && served === Boolean(now.served);
     try {
       // A connection may break where a training does not.
-      for (let failures = 0; !ended(now) && failures < TRIES; failures += 1) {
+      for (let failures = 0; !isShown() && failures < TRIES; failures += 1) {
         if (failures) await new Promise((done) => setTimeout(done, 1000));
         try {
           for await (const news of events(`/v1/learn/${fit.id}/events`)) {
