@@ -201,7 +201,6 @@ def test_integer_labels_several_columns_choices_and_templates(model_place):
     assert "rows: true label" in " ".join(evaluated.stdout.split())
 
 
-@pytest.mark.slow
 def test_a_killed_fit_goes_on_from_its_checkpoint(model_place):
     place = model_place
     command = ("--data", "train.csv", "--steps", 30, "--json", "--out")
