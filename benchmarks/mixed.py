@@ -33,6 +33,7 @@ from measuring import (
     take_turns_decoding,
 )
 from reporting import RESULTS, circumstances, digits, table, write_json
+from tickets import TICKETS
 from torch import Tensor, nn
 
 ROWS = 32
@@ -40,16 +41,6 @@ RESIDENT = 1000
 LENGTH = 64
 FILE = "adapter_model.safetensors"
 ONE = "one task"
-TICKETS = [
-    "I was charged twice for the same order this month, please refund one of them.",
-    "My parcel has been lost for two weeks and nobody answers.",
-    "The invoice shows the wrong address of our company.",
-    "Where is the courier? The tracking page has not changed since Monday.",
-    "Your system declined my card, but the money is gone.",
-    "The box arrived open and half of the order is missing.",
-    "Can I pay by bank transfer next time?",
-    "Please leave the delivery with my neighbour on the second floor.",
-]
 
 
 def write_adapters(model: nn.Module, root: Path, count: int) -> list[Path]:

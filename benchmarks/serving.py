@@ -32,6 +32,7 @@ import torch
 from reporting import RESULTS, circumstances, digits, table
 from support.http_client import Client
 from support.served import Server
+from tickets import TICKETS
 
 from ia3 import FewShotClassifier
 from ia3.files.records import append_record
@@ -42,16 +43,6 @@ ROOM = 64
 ALL_OF_ONE = 16
 MAX_TOKENS = (16, 48)
 LABELS = ["billing", "delivery"]
-TICKETS = [
-    "I was charged twice for the same order this month, please refund one of them.",
-    "My parcel has been lost for two weeks and nobody answers.",
-    "The invoice shows the wrong address of our company.",
-    "Where is the courier? The tracking page has not changed since Monday.",
-    "Your system declined my card, but the money is gone.",
-    "The box arrived open and half of the order is missing.",
-    "Can I pay by bank transfer next time?",
-    "Please leave the delivery with my neighbour on the second floor.",
-]
 PROMPTS = [
     "Once upon a time, in a village by the sea, there lived an old woman who",
     "The history of the steam engine begins in the early eighteenth century, when",

@@ -108,6 +108,16 @@ def view(page: Any, name: str) -> Any:
     return page.get_by_role("region", name=name.capitalize())
 
 
+def show_much(page: Any, name: str) -> None:
+    """Go to a view, and have it show as much as it may."""
+    inside = view(page, name)
+    if name == "adapters":
+        inside.locator("summary", has_text="by-words").click()
+        inside.locator(".heat").wait_for()
+    if name == "learn":
+        inside.get_by_label("Paste a table").fill(CSV)
+
+
 def test_a_text_is_classified_as_the_api_says(page: Any, server: Server) -> None:
     text = "Nobody has brought my order yet."
     page.get_by_label("Text", exact=True).fill(text)
@@ -404,12 +414,7 @@ def test_text_is_readable_in_either_scheme(page: Any, scheme: str) -> None:
     page.locator(".result").nth(1).wait_for()
     pale = of_page(page)
     for name in VIEWS[1:]:
-        inside = view(page, name)
-        if name == "adapters":
-            inside.locator("summary", has_text="by-words").click()
-            inside.locator(".heat").wait_for()
-        if name == "learn":
-            inside.get_by_label("Paste a table").fill(CSV)
+        show_much(page, name)
         pale += of_page(page)
     assert len(pale) > 100
     assert [each for each in pale if each[0] < AA] == []
@@ -423,12 +428,7 @@ def test_nothing_is_wider_than_a_phone(page: Any, width: int) -> None:
     page.get_by_role("button", name="Classify").click()
     page.locator(".result").nth(1).wait_for()
     for name in VIEWS:
-        inside = view(page, name)
-        if name == "adapters":
-            inside.locator("summary", has_text="by-words").click()
-            inside.locator(".heat").wait_for()
-        if name == "learn":
-            inside.get_by_label("Paste a table").fill(CSV)
+        show_much(page, name)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
 
 

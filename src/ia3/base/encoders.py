@@ -24,9 +24,11 @@ from ..files.hub import hub_id, snapshot
 from ..files.json import parse_json, parse_object
 from .embedded import EMBEDDED_ENCODER, EMBEDDED_MODEL, embedded_encoder_folder
 from .loading import (
+    BaseModel,
     LoadedModel,
     device_and_dtype,
     first_line,
+    load_base_model,
     load_once,
     load_tokenizer,
     loading,
@@ -182,6 +184,22 @@ def load_encoder(
             return _load(name, tokenizer, torch_device, torch_dtype)
 
     return load_once(SentenceEncoder, (folder, torch_device, torch_dtype), tokenizer, load)
+
+
+def load_base(
+    model: str | Path | nn.Module,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> SentenceEncoder | BaseModel:
+    """A sentence encoder (`load_encoder`) or a language model (`load_base_model`), whichever it is.
+
+    Raises:
+        As these.
+    """
+    load = load_encoder if is_sentence_encoder(model) else load_base_model
+    return load(model, tokenizer=tokenizer, device=device, dtype=dtype)
 
 
 def is_sentence_encoder(model: str | Path | nn.Module) -> bool:

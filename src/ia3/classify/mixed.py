@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..arguments import instance, listed
 from ..bank.bank import AdapterBank, Version
-from ..base.encoders import SentenceEncoder, is_sentence_encoder, load_encoder
-from ..base.loading import BaseModel, load_base_model
+from ..base.encoders import SentenceEncoder, load_base
+from ..base.loading import BaseModel
 from ..base.torch_state import usual_state
 from ..core.sites import Site
 from ..errors import IA3Error, InvalidTypeError, MissingFileError, StateError, naming, shown
@@ -357,8 +357,7 @@ def _served(bank: AdapterBank, tokenizer: Any) -> _Served:
     found = _of_banks.get(bank)
     if found is None or tokenizer not in (None, found.base.tokenizer):
         model = bank.model.get_base_model()
-        load = load_encoder if is_sentence_encoder(model) else load_base_model
-        found = _of_banks[bank] = _Served(load(model, tokenizer=tokenizer))
+        found = _of_banks[bank] = _Served(load_base(model, tokenizer=tokenizer))
     return found
 
 

@@ -130,8 +130,7 @@ def test_few_texts_do_not_wait_for_the_very_many_of_another(bases):
 
     async def both(engine):
         many = asyncio.ensure_future(answers_of(engine, texts, names))
-        while engine.load().running == 0:
-            await asyncio.sleep(0.001)
+        await until_it_runs(engine)
         await asyncio.gather(*(answers_of(engine, ["dog"], ["l0"]) for _ in range(3)))
         assert not many.done()
         many.cancel()
@@ -190,13 +189,17 @@ def test_an_error_of_the_model_is_told_to_all_and_ends_nothing(bases, expected):
     assert_right(answer, expected("l0", "dog"))
 
 
+async def until_it_runs(engine):
+    while engine.load().running == 0:
+        await asyncio.sleep(0.001)
+
+
 def test_a_request_that_is_left_waits_no_longer(bases):
     texts, names = pairs_of(1000, ["l0", "l1"])
 
     async def leave(engine):
         task = asyncio.ensure_future(answers_of(engine, texts, names))
-        while engine.load().running == 0:
-            await asyncio.sleep(0.001)
+        await until_it_runs(engine)
         load = engine.load()
         assert load.running + load.waiting <= 1000
         assert load.running <= MOST_TEXTS
@@ -216,8 +219,7 @@ def test_what_waits_for_a_server_that_closes_is_told_so(bases):
 
     async def close(engine):
         task = asyncio.ensure_future(answers_of(engine, texts, names))
-        while engine.load().running == 0:
-            await asyncio.sleep(0.001)
+        await until_it_runs(engine)
         engine.close()
         with pytest.raises(StateError, match="shut down"):
             await task

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...bank.bank import AdapterBank
-from ...base.encoders import SentenceEncoder, is_sentence_encoder, load_encoder
-from ...base.loading import BaseModel, load_base_model
+from ...base.encoders import SentenceEncoder, load_base
+from ...base.loading import BaseModel
 from ...classify.engine import ENCODER, LANGUAGE_MODEL
 
 
@@ -33,8 +33,7 @@ def serve_base(model: str, capacity: int, device: str = "auto", dtype: str = "au
     """Load a base model, of which up to `capacity` adapters stay on the device.
 
     Raises:
-        As `load_base_model` and `load_encoder`.
+        As `load_base`.
     """
-    load = load_encoder if is_sentence_encoder(model) else load_base_model
-    base = load(model, device=device, dtype=dtype)
+    base = load_base(model, device=device, dtype=dtype)
     return ServedBase(model, base, AdapterBank(base.model, capacity=capacity))

@@ -51,10 +51,11 @@ async def _classified(serving: Serving, request: Request, asked: Classify) -> di
     # Twice as many prompts.
     with serving.room(len(texts) * (1 + asked.untuned)):
         failed = await serving.use(served)
-        found, untuned = await asyncio.gather(
-            _answers(serving, texts, served, failed, untuned=False),
-            _answers(serving, texts, served, failed, untuned=True) if asked.untuned else _nothing(),
+        kinds = (False, True) if asked.untuned else (False,)
+        found, *others = await asyncio.gather(
+            *(_answers(serving, texts, served, failed, untuned=each) for each in kinds)
         )
+    untuned = others[0] if others else []
     if asked.adapters == "*":
         # Some may have been deleted since they were listed.
         there = [not isinstance(each, UnknownNameError) for each in found]
@@ -145,10 +146,6 @@ async def _engines(serving: Serving, asked: Classification) -> Answers:
         return list(await only(serving.engine.submit(asked)))
     except IA3Error as error:
         return [error] * len(asked.texts)
-
-
-async def _nothing() -> list[Classified | IA3Error | None]:
-    return []
 
 
 def _result(serving: Serving, name: str, answer: Classified | IA3Error | None) -> dict[str, Any]:

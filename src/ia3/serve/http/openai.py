@@ -177,6 +177,7 @@ class Answer:
 
     Attributes:
         generated: how many tokens there are by now.
+        prompt_tokens: how many the prompts have.
     """
 
     def __init__(self, asked: Completion | Chat, wanted: Sequence[Generation]) -> None:
@@ -188,11 +189,7 @@ class Answer:
         self._id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         # All texts of one prompt are counted as one.
-        self._prompt_tokens = sum(len(each.prompt) for each in wanted[:: asked.n or 1])
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self._prompt_tokens
+        self.prompt_tokens = sum(len(each.prompt) for each in wanted[:: asked.n or 1])
 
     def add(self, place: int, piece: Piece) -> None:
         choice = self._choices[place]
@@ -217,7 +214,7 @@ class Answer:
         return {**self._head(name), "choices": choices, "usage": self.usage()}
 
     def usage(self) -> dict[str, int]:
-        prompt, generated = self._prompt_tokens, self.generated
+        prompt, generated = self.prompt_tokens, self.generated
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,

@@ -39,12 +39,13 @@ def page_router() -> APIRouter:
     with suppress(MissingFileError):  # the page can do without
         contents[f"{EXAMPLE}.csv"] = (example_folder() / "train.csv").read_bytes()
 
+    tags = {name: f'"{hashlib.sha256(c).hexdigest()[:16]}"' for name, c in contents.items()}
+
     def answer(name: str, request: Request) -> Response:
         kind = _TYPES.get(name.rpartition(".")[2])
         if name not in contents or kind is None:
             raise UnknownNameError(f"no file {name!r} of the page")
-        content = contents[name]
-        tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+        content, tag = contents[name], tags[name]
         headers = {**_HEADERS, "ETag": tag}
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)

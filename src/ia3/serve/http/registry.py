@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 from warnings import catch_warnings
@@ -346,10 +346,8 @@ class Registry:
         if text is None:
             raise StateError("its files were changed while they were read: reload it")
         task = TaskFile.from_json(text, str(served.folder / TASK_NAME))
-        if task.engine != served.base.kind:
-            raise IA3Error(f"its task is for a {task.engine}, and its base is a {served.base.kind}")
-        known = {**vars(served), "labels": task.labels, "fields": task.fields}
-        return Served(**known)
+        _check_engine(task, served.base)
+        return replace(served, labels=task.labels, fields=task.fields)
 
     def _look_at_all(self) -> None:
         for name, served in [*self._adapters.items()]:
@@ -393,8 +391,7 @@ class Registry:
                 task, head = read_task(saved)
         finally:
             base.bank.remove(name)
-        if task.engine != base.kind:
-            raise IA3Error(f"its task is for a {task.engine}, and its base is a {base.kind}")
+        _check_engine(task, base)
         dimension = getattr(base.base, "dimension", None)
         if head is not None and dimension is not None:
             head.check_fits(dimension)
@@ -449,6 +446,11 @@ def _check_name(name: str) -> None:
 def _check_base(outline: Outline, base: ServedBase) -> None:
     if outline.base is not None and (other := outline.base.difference(base.base.model)):
         raise IA3Error(f"it was fitted on another model than {base.name!r}: {other}")
+
+
+def _check_engine(task: TaskFile, base: ServedBase) -> None:
+    if task.engine != base.kind:
+        raise IA3Error(f"its task is for a {task.engine}, and its base is a {base.kind}")
 
 
 def _place_of(name: str) -> str:
