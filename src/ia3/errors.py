@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 # Names that a message may suggest.
 LONGEST_COMPARED = 100
@@ -22,6 +23,15 @@ MOST_COMPARED = 1000
 
 class IA3Error(ValueError):
     """Bad input: the message names the value, what was expected and the likely fix."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickle would make it anew of its message, which some kinds make of other arguments.
+        reduced: Any = super().__reduce__()
+        return (_pickled, (type(self), reduced[1]), *reduced[2:])
+
+
+def _pickled(kind: type[IA3Error], args: tuple[Any, ...]) -> IA3Error:
+    return kind.__new__(kind, *args)
 
 
 class BrokenFileError(IA3Error):

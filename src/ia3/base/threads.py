@@ -19,6 +19,7 @@ from typing import Self, TypeVar
 import torch
 
 from ..arguments import whole
+from .processes import on_this_machine
 
 T = TypeVar("T")
 
@@ -47,7 +48,8 @@ class Threads:
     has all. The context restores the number that was set before.
 
     Args:
-        fixed: this number whatever the steps take, 1 or more; by default one or all.
+        fixed: this number whatever the steps take, 1 or more; by default one or all, which is this
+            process's share where several of one job are on the machine.
         anew: after so many seconds both are timed again: for a process that runs on while others
             come and go. By default only a step that takes much longer has that done.
 
@@ -70,7 +72,8 @@ class Threads:
         self._fixed = fixed
         self._anew = anew
         self._compared = time.monotonic()
-        self._most = self._before = torch.get_num_threads()
+        self._before = torch.get_num_threads()
+        self._most = most_threads()
         self.count = fixed or 1
         # Counts of the steps that are still to be timed, and what the timed ones took.
         self._plan: deque[int] = deque([1, 1, self._most])
@@ -122,6 +125,14 @@ class Threads:
         if self._fixed is None and count in (1, self._most):
             self.count = count
             self._plan.clear()
+
+
+def most_threads() -> int:
+    """How many threads a process may compute with, beside the others of its job."""
+    if on_this_machine() == 1:
+        return torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(torch.get_num_threads(), (cores or 1) // on_this_machine()))
 
 
 def _set_here(count: int) -> None:

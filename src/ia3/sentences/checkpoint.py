@@ -16,6 +16,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..adapter import safetensors
+from ..base.processes import processes
 from ..errors import BrokenFileError, IA3Error
 from ..files.atomic import check_folder, write_file
 from ..files.json import parse_json
@@ -60,7 +61,12 @@ class Checkpoint:
         history: Sequence[EncoderStep],
         threads: int | None = None,
     ) -> None:
-        """Write what the optimizer trains, its state, the steps so far, and a step's threads."""
+        """Write what the optimizer trains, its state, the steps so far, and a step's threads.
+
+        Of several processes the first one writes.
+        """
+        if not processes().is_first:
+            return
         tensors = {}
         for place, value in enumerate(_trained(optimizer)):
             tensors[f"{place}.value"] = value.detach()
@@ -84,14 +90,10 @@ class Checkpoint:
             IA3Error: the checkpoint is another run's.
             BrokenFileError: the file is damaged.
         """
-        if not self._path.exists():
+        kept = processes().from_first(self._kept)
+        if kept is None:
             return [], None
-        metadata, tensors = _read(self._path)
-        if metadata.get(_RUN) != self._run:
-            raise IA3Error(
-                f"{self._path} is of another run: its data, model or settings differ; give another "
-                "folder, or remove it"
-            )
+        metadata, tensors = kept
         trained = _trained(optimizer)
         try:
             read = parse_json(metadata[_HISTORY], f"{self._path}: its history")
@@ -111,14 +113,26 @@ class Checkpoint:
         except (KeyError, TypeError, ValueError) as error:
             problem = "a part of the checkpoint is missing, or is of another shape"
             raise BrokenFileError(f"{self._path}: {problem}; remove the file") from error
-        for value, kept in zip(trained, of_each, strict=True):
+        for value, state in zip(trained, of_each, strict=True):
             with torch.no_grad():
-                value.copy_(kept.pop("value"))
-            moments = {name: moment.to(value.device) for name, moment in kept.items()}
+                value.copy_(state.pop("value"))
+            moments = {name: moment.to(value.device) for name, moment in state.items()}
             if moments:
                 steps = torch.tensor(float(len(history)), dtype=torch.float32)
                 optimizer.state[value] = {"step": steps, **moments}
         return history, threads
+
+    def _kept(self) -> tuple[dict[str, str], dict[str, Tensor]] | None:
+        """The file's metadata and tensors, if there is one; raises as `restore`."""
+        if not self._path.exists():
+            return None
+        metadata, tensors = _read(self._path)
+        if metadata.get(_RUN) != self._run:
+            raise IA3Error(
+                f"{self._path} is of another run: its data, model or settings differ; give another "
+                "folder, or remove it"
+            )
+        return metadata, tensors
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -2,6 +2,9 @@
 
 Each step draws a batch with its classes in turn. The loss is the supervised contrastive one (Khosla
 et al. 2020, arXiv 2004.11362, equation 2) of the normalised embeddings.
+
+Of several processes each embeds a part of the batch (`_of_all` exchanges them); the loss sees all,
+and the gradients that it gives each part are added up.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as computed_again
 
 from ..base.encoders import SentenceEncoder
+from ..base.processes import processes
 from ..base.products import fast_products, steady_attention
 from ..base.threads import Threads
 from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
@@ -201,6 +205,7 @@ class EncoderTraining:
         """Take the steps that are not taken yet.
 
         `threads` chooses the number of threads of each step; by default torch's is left as it is.
+        Of several processes the first one alone calls `on_step`.
 
         Raises:
             DivergedError: the loss or a gradient is not finite; the vectors are those before that
@@ -220,11 +225,7 @@ class EncoderTraining:
             tokens = sum(len(self._ids[text]) for text in batches[number])
             self.history.append(step() if threads is None else threads.step(step, tokens))
             is_over = number + 1 == recipe.steps
-            try:
-                if on_step is not None:
-                    on_step(self.history[-1])
-            except StopTraining:
-                is_over = True
+            is_over |= processes().from_first(partial(_stops, on_step, self.history[-1]))
             if checkpoint is not None and (is_over or (number + 1) % CHECKPOINT_STEPS == 0):
                 count = None if threads is None else threads.count
                 checkpoint.keep(self._optimizer, self.history, count)
@@ -234,24 +235,29 @@ class EncoderTraining:
         recipe = self._recipe
         for group in self._optimizer.param_groups:
             group["lr"] = recipe.rate(number)
-        ids = [self._ids[i] for i in batch]
-        rows = max(1, self._max_tokens // max(1, *map(len, ids)))
+        ids = [self._ids[i] for i in processes().own(batch)]
+        rows = max(1, self._max_tokens // max([1, *map(len, ids)]))
         self._optimizer.zero_grad()
         with steady_attention() if rows < len(ids) else nullcontext():
             # In evaluation mode: dropout gains nothing here, and would draw numbers.
-            found = F.normalize(self._embedded(ids, rows), dim=-1)
+            own = F.normalize(self._embedded(ids, rows), dim=-1)
+            found = _of_all(own)
             weights = None if self._weights is None else self._weights[list(batch)]
             loss = contrastive_loss(found, self._targets[list(batch)], weights)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise DivergedError(number + 1, f"the loss is {value}")
-            loss.backward()  # type: ignore[no-untyped-call]
+            if loss.requires_grad:  # there may be more processes than texts
+                loss.backward()  # type: ignore[no-untyped-call]
+        processes().add_gradients(self._vectors.values())
         self._check_gradients(number + 1)
         self._update(number + 1)
         return EncoderStep(number + 1, recipe.steps, value)
 
     def _embedded(self, ids: Sequence[Sequence[int]], rows: int) -> Tensor:
         """In parts of so many texts, which the backward pass computes again."""
+        if not ids:
+            return torch.zeros(0, self._encoder.dimension, device=self._encoder.device)
         if rows >= len(ids):
             return embed(self._encoder, ids, model=self._model)
 
@@ -280,3 +286,23 @@ class EncoderTraining:
                     for each, value in zip(self._vectors.values(), before, strict=True):
                         each.copy_(value)
                 raise DivergedError(step, f"the vector of {name!r} is not finite")
+
+
+def _of_all(own: Tensor) -> Tensor:
+    """The embeddings of the whole batch, in its order; only this process's take gradients."""
+    job = processes()
+    if job.count == 1:
+        return own
+    parts = [part.to(own.device) for part in job.gather(own.detach().cpu())]
+    parts[job.rank] = own
+    return torch.cat(parts)
+
+
+def _stops(on_step: Callable[[EncoderStep], None] | None, step: EncoderStep) -> bool:
+    """Whether `on_step` asks for the end of the training."""
+    try:
+        if on_step is not None:
+            on_step(step)
+    except StopTraining:
+        return True
+    return False
