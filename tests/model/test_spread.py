@@ -4,10 +4,11 @@ import copy
 import warnings
 from functools import partial
 
+import peft
 import pytest
 import torch
 import transformers as hf
-from support.processes import in_processes
+from support.processes import in_processes, results_of
 from support.versions import since
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -26,6 +27,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import ia3
+import ia3.compat.peft
 from ia3 import IA3Config, IA3Error, IA3Model, get_peft_model
 
 LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
@@ -160,8 +162,8 @@ def fsdp2(folder):
         close(logits(model), logits(plain))
 
 
-def two_adapters():
-    model = get_peft_model(base("llama"), IA3Config(), "one")
+def two_adapters(model=None):
+    model = get_peft_model(base("llama") if model is None else model, IA3Config(), "one")
     model.add_adapter("two", IA3Config(target_modules=["q_proj", "down_proj"]))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -312,26 +314,168 @@ def test_fsdp1_routed_and_wrapped_in_other_ways(tmp_path):
 
 # -- tensor parallelism ----------------------------------------------------------------------------
 
+QWEN2 = {**LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True}
+
+
+def planned(folder):
+    """A base model of `folder` whose layers each process computes a part of."""
+    config = hf.distributed.DistributedConfig(tp_plan="auto")
+    return hf.AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+
+
+def whole(folder):
+    return hf.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def gradients(model, **options):
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS, **options).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
 
 def tensor_parallel(folder):
-    words = r"'model\.layers\.0\..* is spread over processes by tensor parallelism"
+    main = distributed.get_rank() == 0
+    for targets in (None, "all-linear"):
+        # A module that is not split may be saved whole.
+        config = IA3Config(target_modules=targets, modules_to_save=["norm"])
+        models = [get_peft_model(make(folder / "base"), config) for make in (whole, planned)]
+        plain, model = models
+        for name, vector in plain.vectors("default").items():
+            with torch.no_grad():
+                vector.copy_(torch.linspace(0.5, 2, vector.numel()).reshape(vector.shape))
+                model.vectors("default")[name].copy_(vector)
+        for each in models:
+            train(each, IDS)
+        close(model.adapter("default").vectors, plain.adapter("default").vectors)
+        close(model.adapter("default").copies, plain.adapter("default").copies)
+        close(logits(model), logits(plain))
+        close(gradients(model), gradients(plain))
+        model.save_pretrained(folder / str(targets), is_main_process=main)
+        distributed.barrier()
+        again = IA3Model.from_pretrained(whole(folder / "base"), folder / str(targets))
+        close(logits(again), logits(plain))
+        # Read by all, into a model that is split.
+        again = IA3Model.from_pretrained(planned(folder / "base"), folder / str(targets))
+        close(logits(again), logits(plain))
+
+
+def tensor_parallel_in_other_ways(folder):
+    main = distributed.get_rank() == 0
+    plain, model = (two_adapters(make(folder / "base")) for make in (whole, planned))
+    plain.save_pretrained(folder / "two", is_main_process=main)
+    distributed.barrier()
+    for change in (
+        lambda each: each.set_adapter(["one", "two"]),
+        lambda each: each.gradient_checkpointing_enable({"use_reentrant": False}),
+        lambda each: each.use_plain_product(),
+        lambda each: each.set_adapter("two"),
+        lambda each: each.set_adapter("one"),
+        lambda each: each.use_plain_product(False),
+        lambda each: each.fuse_mlp(),
+        lambda each: each.unfuse_mlp(),
+    ):
+        change(plain)
+        change(model)
+        close(gradients(model.train()), gradients(plain.train()))
+        close(logits(model.eval()), logits(plain.eval()))
+    # A batch of several adapters: with gradients, without, and from a bank.
+    names = ["two", "one"]
+    for required in (True, False):
+        for each in (plain, model):
+            each.requires_grad_(False)
+            each.set_requires_grad("two", required)
+        close(logits(model, adapter_names=names), logits(plain, adapter_names=names))
+        if required:
+            close(*(gradients(each, adapter_names=names) for each in (model, plain)))
+    options = {"max_new_tokens": 5, "do_sample": False, "adapter_names": names}
+    assert torch.equal(*(each.generate(IDS, **options) for each in (model, plain)))
+    banks = [ia3.AdapterBank(each, capacity=2) for each in (plain, model)]
+    for bank in banks:
+        bank.add("stored", folder / "two" / "two")
+    names = ["stored", "__base__"]
+    close(*(logits(bank.model, adapter_names=names) for bank in banks))
+    for bank in banks:
+        bank.close()
+    # What would need the weights whole.
+    refused(model.merge_adapter, "cannot merge")
+    copied = IA3Config(modules_to_save=["lm_head"])
+    words = "weights of its own for it: load the base model without tensor parallelism"
+    refused(partial(model.add_adapter, "three", copied), words)
+    ia3.compat.peft.install()
+    inside = peft.IA3Config(task_type="CAUSAL_LM")
+    words = "PEFT's layers do not know: ia3.get_peft_model does"
+    refused(partial(peft.get_peft_model, planned(folder / "base"), inside), words)
+    # As it was before.
+    model.delete_adapter("two")
+    bare = logits(planned(folder / "base"))
+    assert torch.equal(logits(model.unload()), bare)
+    assert torch.equal(logits(model.model), bare)
+
+
+def tensor_parallel_refused(folder):
     by_hand = base("llama")
     mesh = distributed.device_mesh.init_device_mesh("cpu", (2,))
     plan = {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
     plan["mlp.down_proj"] = RowwiseParallel()
     for layer in by_hand.model.layers:
         parallelize_module(layer, mesh, plan)
-    planned = hf.AutoModelForCausalLM.from_pretrained(folder / "base", tp_plan="auto")
-    for model in (by_hand, planned):
+    experts = planned(folder / "experts")
+    for model, words in (
+        (by_hand, r"'model\.layers\.0\..* is spread over processes by a plan of torch's"),
+        (experts, r"\.experts' is spread .* style 'moe_tp_experts'.* its inner activation"),
+    ):
         before = logits(model)
-        for targets in (None, "all-linear"):
-            refused(partial(get_peft_model, model, IA3Config(target_modules=targets)), words)
+        refused(partial(get_peft_model, model, IA3Config()), words)
         assert torch.equal(logits(model), before)
         assert not [name for name, _ in model.named_modules() if "ia3_l" in name]
+    model = get_peft_model(experts, IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    assert torch.equal(logits(model), before)
 
 
-@since("transformers", "5.23", "the test's way to ask for it")
+needs_plans = since("transformers", "5.23", "the test's way to ask for it")
+
+
+def save_base(kind, folder, **sizes):
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(kind, **sizes))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder)
+
+
+@needs_plans
+def test_tensor_parallelism_trains_and_saves_the_vectors_of_one_process(tmp_path):
+    save_base("llama", tmp_path / "base", **LLAMA)
+    results_of(partial(tensor_parallel, tmp_path), tmp_path)
+
+
+@needs_plans
 @pytest.mark.slow
-def test_tensor_parallelism_is_refused(tmp_path):
-    base("llama").save_pretrained(tmp_path / "base")
-    in_processes(tensor_parallel, tmp_path)
+def test_tensor_parallelism_in_four_processes_with_biases_and_tied_embeddings(tmp_path):
+    save_base("qwen2", tmp_path / "base", **QWEN2)
+    results_of(partial(tensor_parallel, tmp_path), tmp_path, 4)
+
+
+@needs_plans
+@pytest.mark.slow
+def test_tensor_parallelism_with_several_adapters_and_all_that_changes_them(tmp_path):
+    save_base("qwen2", tmp_path / "base", **QWEN2)
+    results_of(partial(tensor_parallel_in_other_ways, tmp_path), tmp_path)
+
+
+def test_parts_of_which_the_weights_say_nothing_are_refused():
+    """As other versions of transformers hold them: plain tensors on each process."""
+    model = base("llama")
+    model.model.layers[1].mlp.down_proj._is_hooked = True
+    words = r"'model\.layers\.1\.mlp\.down_proj' is .* does not say how its input is"
+    refused(partial(get_peft_model, model, IA3Config()), words)
+    # Of its output each process has all.
+    get_peft_model(model, IA3Config(target_modules=["down_proj"], feedforward_modules=[]))
+
+
+@needs_plans
+@pytest.mark.slow
+def test_parallelism_whose_parts_are_not_known_is_refused(tmp_path):
+    save_base("mixtral", tmp_path / "experts", **LLAMA, num_local_experts=2)
+    results_of(partial(tensor_parallel_refused, tmp_path), tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +25,11 @@ PARAMETERS = 8
 VALUES = 8
 # More than there are of either.
 MOST_NUMBERS = 64
+
+
+# Of models that transformers has spread over processes as it read them. Gathering their parameters
+# takes all processes, and one alone may save.
+_of_spread: weakref.WeakKeyDictionary[nn.Module, Fingerprint] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -98,15 +104,21 @@ def fingerprint(
     """A base model's fingerprint, without adapters on it and the modules `merged` into.
 
     Parameters that are spread over processes are gathered or, with `values`, the base model's
-    gathered state dict, read there.
+    gathered state dict, read there. The first time all processes have to ask at once.
     """
+    known = _of_spread.get(model) if values is None and not merged else None
+    if known is not None:
+        return known
     # Parameters of linear layers may be quantized, or new with every model that is loaded, as heads
     # are: only where there are no others.
     chosen = _telling(model, merged, values, linear=False) or _telling(
         model, merged, values, linear=True
     )
     samples = {name: (list(parameter.shape), _sample(parameter)) for name, parameter in chosen}
-    return Fingerprint(model_type_of(model), samples)
+    found = Fingerprint(model_type_of(model), samples)
+    if values is None and not merged and getattr(model, "_is_fsdp_managed_module", False):
+        _of_spread[model] = found
+    return found
 
 
 def _telling(

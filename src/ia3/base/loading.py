@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
+from ..arguments import flag
 from ..errors import BrokenFileError, IA3Error, InvalidTypeError, StateError, shown
 from .embedded import (
     EMBEDDED_ENCODER,
     EMBEDDED_MODEL as EMBEDDED_MODEL,
     embedded_model_folder as embedded_model_folder,
 )
+from .processes import processes, unlaunched
 from .progress import working
+from .sharding import load_sharded
 from .torch_state import usual_state
 
 if TYPE_CHECKING:
@@ -105,6 +108,7 @@ def load_base_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    shard: bool = False,
 ) -> BaseModel:
     """The base model with its tokenizer, in evaluation mode on its device.
 
@@ -123,10 +127,14 @@ def load_base_model(
         tokenizer: needed with a loaded model whose config does not say where it came from.
         device: `"auto"` (a GPU if there is one), or torch's name of one.
         dtype: `"auto"` (the checkpoint's own on a GPU, float32 on a CPU), or torch's name of one.
+        shard: spread the weights over the processes of the job that `torchrun` or `accelerate
+            launch` started, so that none of them holds all (FSDP 2). All of them call this, and
+            from then on all call the model together, as often as each other. In one process it
+            changes nothing.
 
     Raises:
         InvalidTypeError: an argument is of another type.
-        StateError: there is no such device.
+        StateError: there is no such device, or the model cannot be spread.
         MissingExtraError: the embedded model's package is not installed.
         IA3Error: the name or dtype means nothing, the model cannot be loaded or cannot rank
             answers, or it or its tokenizer brings code of its own: none is run, whoever named it.
@@ -136,6 +144,8 @@ def load_base_model(
     if not isinstance(model, str | os.PathLike):
         expected = "a model's name, folder or hub id, or a loaded model"
         raise InvalidTypeError(f"model is {shown(model)}, expected {expected}")
+    # Before a device is looked for: each process has its own.
+    shard = flag("shard", shard) and processes().count > 1
     torch_device, torch_dtype = device_and_dtype(device, dtype)
     if str(model) == EMBEDDED_MODEL:
         with working(f"loading {model}"):
@@ -145,9 +155,9 @@ def load_base_model(
 
     def load() -> BaseModel:
         with working(f"loading {model}"):
-            return _load(folder, str(model), tokenizer, torch_device, torch_dtype)
+            return _load(folder, str(model), tokenizer, torch_device, torch_dtype, shard)
 
-    return load_once(BaseModel, (folder, torch_device, torch_dtype), tokenizer, load)
+    return load_once(BaseModel, (folder, torch_device, torch_dtype, shard), tokenizer, load)
 
 
 def load_once(
@@ -221,13 +231,20 @@ def read_model_config(folder: str, name: str) -> Any:
         ) from error
 
 
-def _load(folder: str, name: str, tokenizer: Any, device: torch.device, dtype: Any) -> BaseModel:
+def _load(
+    folder: str, name: str, tokenizer: Any, device: torch.device, dtype: Any, shard: bool
+) -> BaseModel:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = read_model_config(folder, name)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with loading(name):
-        model = kind.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    # Of what a launcher says of the processes, transformers would take another GPU than this one
+    # has, and leave weights out that accelerate's FSDP would fill in.
+    with loading(name), unlaunched():
+        if shard:
+            model = load_sharded(kind, config, folder, device, dtype)
+        else:
+            model = kind.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
     place(model, name, device)
     return BaseModel(model, tokenizer, name)
@@ -245,6 +262,8 @@ def loading(name: str) -> Iterator[None]:
             f"the model {name!r} cannot be loaded: its weights are a pickle that is damaged, or "
             "holds more than tensors"
         ) from error
+    except (BrokenFileError, StateError):  # of what else is looked at within it
+        raise
     except Exception as error:  # a config's wrong value may raise anything
         refuse_own_code(error, name)
         raise IA3Error(f"the model {name!r} cannot be loaded: {first_line(error)}") from error

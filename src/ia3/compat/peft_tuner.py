@@ -29,6 +29,7 @@ from ..core.merge import Merge
 from ..core.names import ATTRIBUTE, Target, module_at, own_name
 from ..core.rescale import rescale
 from ..core.sites import Site, check_free
+from ..core.spread import part_of
 from ..errors import IA3Error, StateError
 from ..targets.config import IA3Config
 from ..targets.matching import rule
@@ -208,7 +209,13 @@ class IA3Model(StockModel):
             # With `frozen`, an entry may match nothing, as in PEFT.
             config, targets = resolve(self.model, config, frozen={})
             for target in targets:
-                check_free(module_at(self.model, target.name), target)
+                module = module_at(self.model, target.name)
+                check_free(self.model, module, target)
+                if part_of(self.model, module, target) is not None:
+                    raise StateError(
+                        f"{target.name!r} is spread over processes by tensor parallelism, whose "
+                        "parts of an activation PEFT's layers do not know: ia3.get_peft_model does"
+                    )
                 if target.frozen:
                     raise IA3Error(
                         f"{target.name!r} holds queries beside keys and values, and PEFT cannot "

@@ -23,7 +23,7 @@ from .names import ATTRIBUTE, Frozen, Target
 from .patch import refuse_replica
 from .route import factor_of, is_routed
 from .saved_modules import allow_plain_checkpoint, saved_module_of
-from .spread import gathered, is_spread, refuse_tensor_parallel, spread_like
+from .spread import Part, gathered, is_spread, part_of, spread_like
 
 
 class Site(nn.Module):
@@ -325,12 +325,24 @@ class Site(nn.Module):
         return self._kept(adapter) if changed else vector
 
 
+class SplitSite(Site):
+    """A site at an activation of which each process has a part; the vectors are whole on all."""
+
+    def __init__(self, target: Target, carrier: Carrier | None, part: Part) -> None:
+        super().__init__(target, carrier)
+        self._part = part
+
+    def factor(self, activation: Tensor) -> Tensor | None:
+        factor = super().factor(activation)
+        return None if factor is None else self._part.of(factor)
+
+
 def site_of(module: nn.Module) -> Site | None:
     site = module._modules.get(ATTRIBUTE)
     return site if isinstance(site, Site) else None
 
 
-def check_free(module: nn.Module, target: Target) -> None:
+def check_free(model: nn.Module, module: nn.Module, target: Target) -> None:
     """Raise `IA3Error` where the module, as it is now, cannot get a site for this target."""
     site = site_of(module)
     if site is not None and site.side != target.side:
@@ -343,7 +355,7 @@ def check_free(module: nn.Module, target: Target) -> None:
             f"module {target.name!r} is in another adapter's modules_to_save: it cannot be "
             "rescaled as well"
         )
-    refuse_tensor_parallel(module, target.name)
+    part_of(model, module, target)
     if target.side == "inner":
         experts.check_forward(module)
 
@@ -356,7 +368,9 @@ def place(model: nn.Module, module: nn.Module, target: Target, held: Mapping[int
         # would go on with the adapters that were active when it was compiled.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         inner = target.side == "input"
-        site = Site(target, carrier_of(model, target.name, held) if inner else None)
+        carrier = carrier_of(model, target.name, held) if inner else None
+        part = part_of(model, module, target)
+        site = Site(target, carrier) if part is None else SplitSite(target, carrier, part)
         module.add_module(ATTRIBUTE, site)
     return site
 

@@ -29,7 +29,7 @@ from ..core.reached import tell, unwatch, watch as watch_calls
 from ..core.route import BASE, LOCK, OneCall, Route, bind, changing, frames_here, watch
 from ..core.saved_modules import SavedModule, saved_module_of
 from ..core.sites import Site, check_free, displace, place, site_of
-from ..core.spread import any_spread, gathered, is_spread
+from ..core.spread import any_spread, gathered, is_spread, is_tensor_parallel, trains_apart
 from ..core.weights import write
 from ..errors import (
     IA3Error,
@@ -225,7 +225,7 @@ class Adapters:
         contents = self.contents()
         resolved, targets = resolve(self.model, config, stored.frozen if stored else None)
         for target in targets:
-            check_free(contents.modules[target.name], target)
+            check_free(self.model, contents.modules[target.name], target)
             _check_outside_copies(target.name, contents)
         if stored is not None:
             check_vectors(stored.vectors, targets, self.model)
@@ -263,7 +263,7 @@ class Adapters:
                 stored = self._whole(stored, saved)
                 own = self._own_values(name, stored, saved, targets)
             warn_of_untrained(self.model, self._fresh, name, config, saved, stored=old)
-            if not config.inference_mode and any_spread(self.model):
+            if not config.inference_mode and trains_apart(self.model):
                 warn_caller(
                     f"adapter {name!r} is put on a model that is spread over processes already: "
                     "the gradients of its vectors are not averaged over these; to train it, put it "
@@ -785,9 +785,15 @@ def _check_can_be_copied(saved: Sequence[str], contents: Contents) -> None:
 
 def _check_unspread(name: str, contents: Contents) -> None:
     if any_spread(contents.modules[name]):
+        parallel = any(map(is_tensor_parallel, contents.modules[name].modules()))
         raise StateError(
             f"{name!r} is spread over processes already, and the adapter has weights of its own "
-            "for it: put the adapter on before FSDP"
+            "for it: "
+            + (
+                "load the base model without tensor parallelism"
+                if parallel
+                else "put the adapter on before FSDP"
+            )
         )
 
 

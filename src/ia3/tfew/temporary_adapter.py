@@ -12,6 +12,7 @@ from torch import nn
 from ..adapter.files import Adapter
 from ..base.loading import BaseModel, LoadedModel
 from ..core.route import changing
+from ..core.spread import gradients_added_up
 from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..targets.config import IA3Config, TaskType
 from ..targets.resolve import linear_in_upper_blocks
@@ -48,7 +49,7 @@ def temporary_adapter(
     The context holds the model's lock, so that threads take turns. On exit the model is as it was
     before, the training and evaluation modes of its modules included.
     """
-    with without_adapter(base):
+    with without_adapter(base), gradients_added_up():
         found = _Found(base.model)
         try:
             with changing():

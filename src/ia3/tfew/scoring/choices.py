@@ -51,17 +51,19 @@ def token_scores(
     max_tokens: float = math.inf,
     routing: Routing | None = None,
     touched: Sequence[nn.Module] = (),
+    most_passes: int = 0,
 ) -> TokenScores:
     """Score all choices of a batch, with gradients where they are enabled.
 
     At most `max_tokens` are computed at once, unless one choice after its prompt has more. Where a
     batch has more, the backward pass computes each part's activations again. With `routing`, each
     example has an adapter of its own; where these touch nothing but the model's uppermost blocks,
-    `touched` says which.
+    `touched` says which. Where another process makes `most_passes` of the model beside this one's,
+    as many are made here; see `count_passes`.
     """
     limit = longest_shared(base)
     parts = _parts(base, examples, max_tokens)
-    recompute = len(parts) > 1 and torch.is_grad_enabled()
+    recompute = max(len(parts), most_passes) > 1 and torch.is_grad_enabled()
     passes: list[tuple[list[int], slice, TokenScores]] = []
     for batch, choices in parts:
         part = {i: EncodedExample(examples[i].prompt, examples[i].choices[choices]) for i in batch}
@@ -76,7 +78,34 @@ def token_scores(
             else:
                 scores = scorer(base, of_pass)
             passes.append((members, choices, scores))
-    return _together(shape_of(examples), passes)
+    together = _together(shape_of(examples), passes)
+    for _ in range(most_passes - len(passes)):
+        nothing = _pass_for_nothing(base, examples[0], limit, recompute)
+        together = TokenScores(together.log_probs + nothing.to(together.log_probs), together.mask)
+    return together
+
+
+def count_passes(base: BaseModel, examples: Sequence[EncodedExample], max_tokens: float) -> int:
+    """How many passes of the model `token_scores` makes, without a routing."""
+    limit = longest_shared(base)
+    return sum(
+        len(_by_scorer(base, {i: examples[i] for i in batch}, limit, True))
+        for batch, _ in _parts(base, examples, max_tokens)
+    )
+
+
+def _pass_for_nothing(
+    base: BaseModel, example: EncodedExample, limit: float, recompute: bool
+) -> Tensor:
+    """Zero, from one pass of the model and with a backward pass through all of it."""
+    shortest = EncodedExample(example.prompt, example.choices[:1])
+    (scorer,) = _by_scorer(base, {0: shortest}, limit, True)
+    scores = (
+        checkpoint(scorer, base, [shortest], use_reentrant=False)
+        if recompute
+        else scorer(base, [shortest])
+    )
+    return scores.log_probs.sum() * 0
 
 
 def computes_again(base: BaseModel, examples: Sequence[EncodedExample], max_tokens: float) -> bool:

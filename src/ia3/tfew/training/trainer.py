@@ -3,6 +3,10 @@
 Each step takes `TFewConfig.batch_size` examples, draws one prompt template for each, scores all
 their answer choices, and computes the three loss terms (`losses`). Training is reproducible, and
 goes on from a checkpoint to the same bits.
+
+Of several processes each computes a part of every step's examples (`get_batch_samples`), and one
+sum of their gradients (`_add_up`) has all take the same update. The Trainer of each believes that
+it is the only one: it would part the data by itself, and average.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import errno
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import random
@@ -20,6 +25,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +44,10 @@ from transformers.trainer_utils import (
 from ...adapter.fingerprint import Fingerprint, fingerprint
 from ...arguments import check_callable, instance, listed, path_of
 from ...base.loading import BaseModel
+from ...base.processes import is_launched, others_named, processes, unlaunched
 from ...base.products import fast_products, steady_attention
 from ...base.threads import Threads
+from ...core.spread import check_examples_can_be_shared_out, is_fsdp
 from ...errors import (
     BrokenFileError,
     IA3Error,
@@ -53,7 +61,13 @@ from ...files.hub import CARD_NAME
 from ...files.json import parse_object
 from ...model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..prompts.encoding import EncodedExample, TrainingExample
-from ..scoring.choices import computes_again, example_batches, token_scores
+from ..scoring.choices import (
+    computes_again,
+    count_passes,
+    example_batches,
+    longest_sequence,
+    token_scores,
+)
 from .losses import Counts, token_loss
 from .plateau import Plateau
 from .recipe import TFewConfig as TFewConfig
@@ -74,6 +88,8 @@ RUN_NAME = "ia3_run.json"
 CHECKPOINT_STEPS = 25
 # Compared by digests, which error messages do not show.
 DIGESTS = ("examples", "base model", "first vectors")
+# Settings of the Trainer by which the processes of a job take the same steps.
+SHARED = ("max_steps", "gradient_accumulation_steps", "save_strategy", "optim", "learning_rate")
 EXAMPLES = "a list of TrainingExample, as Task.training_examples gives them"
 
 
@@ -97,11 +113,13 @@ def train(
         examples: the training set; every step draws one template for each of its examples.
         config: the recipe.
         on_step: called after every optimizer step; where it raises `StopTraining`, training ends.
+            Of several processes the first one alone calls it.
         checkpoints: a folder for checkpoints, every 25 steps (`save_steps`) and at the end, of
             which the last one stays. If it has a checkpoint of the same run, training goes on from
             there, and ends with the vectors of a run without a break: on a CPU, to the last bit.
-            One run at a time has a folder.
-        callbacks: the Trainer's.
+            One run at a time has a folder. Of several processes the first one writes; a run may go
+            on with another number of them.
+        callbacks: the Trainer's; those of the first process decide when training ends.
         threads: chooses the number of threads of each step on a CPU; by default torch's is left as
             it is. A run that goes on begins with the number of the checkpoint.
         arguments: as `training_arguments` takes them.
@@ -113,9 +131,10 @@ def train(
         InvalidTypeError: an argument is of another type.
         DivergedError: the loss, a gradient or an update is not finite; the vectors are those before
             that step.
-        IA3Error: the checkpoint is another run's, or an argument does not fit.
+        IA3Error: the checkpoint is another run's, an argument does not fit, or the processes of a
+            job were given different ones.
         BrokenFileError: a file of the checkpoint is damaged.
-        StateError: another process trains with these checkpoints.
+        StateError: another run trains with these checkpoints, or a process of this job has ended.
         OSError: a checkpoint cannot be written; the one before it stays.
     """
     check_callable("on_step", on_step)
@@ -124,10 +143,15 @@ def train(
         check_folder(checkpoints)
         saving = {"save_strategy": "steps", "save_steps": CHECKPOINT_STEPS, "save_total_limit": 1}
         arguments = {**saving, **arguments}
-    with tempfile.TemporaryDirectory() as nowhere, _random_state_restored():
+    with (
+        tempfile.TemporaryDirectory() as nowhere,
+        _random_state_restored(),
+        _accelerate_restored(),
+        others_named(),
+    ):
         settings = training_arguments(base, config, checkpoints or nowhere, **arguments)
         trainer = TFewTrainer(base, ia3_model, examples, config, settings, callbacks, threads)
-        if on_step is not None:
+        if on_step is not None and processes().is_first:
             trainer.add_callback(_OnStep(trainer.history, on_step))
         trainer.train(resume_from_checkpoint=checkpoints is not None)
     trainer.check_finite()
@@ -180,9 +204,10 @@ def training_arguments(
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
     }
-    settings = TrainingArguments(**{**defaults, **arguments})
-    # On a machine of several GPUs the Trainer would multiply the batch and split the model.
-    settings._n_gpu = min(settings.n_gpu, 1)
+    with _as_one_process():
+        settings = TrainingArguments(**{**defaults, **arguments})
+        # On a machine of several GPUs the Trainer would multiply the batch and split the model.
+        settings._n_gpu = min(settings.n_gpu, 1)
     return settings
 
 
@@ -203,8 +228,12 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
 
     Raises:
         InvalidTypeError: an argument is of another type.
-        IA3Error: there are no examples, or several processes train.
+        IA3Error: there are no examples, or the processes of a job were given different ones.
     """
+
+    # The Trainer would ask for no checkpoints where transformers has spread the base model, and add
+    # up the gradients itself. Here the optimizer has but vectors, which are whole.
+    is_distributed_loading_by_transformers = property(lambda self: False, lambda self, value: None)
 
     def __init__(
         self,
@@ -229,20 +258,23 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
             instance("an example", example, TrainingExample, EXAMPLES)
         if not examples:
             raise IA3Error("there are no examples to train on: expected at least one")
-        if arguments.world_size > 1:
-            problem = "expected one, as gradients are not averaged over processes"
-            raise IA3Error(f"{arguments.world_size} processes train: {problem}")
+        if processes().count > 1:
+            check_examples_can_be_shared_out(base.model)
+        first = [ia3_model.vectors(name) for name in ia3_model.active_adapters]
+        self._run = described_run(fingerprint(ia3_model.model), first, examples, config)
+        processes().check_same({**self._run, **{name: getattr(arguments, name) for name in SHARED}})
         # The authors' scales its steps by the size of a vector; the Trainer's default does not.
         settings = {"scale_parameter": True, "relative_step": False}
         adafactor = (Adafactor, {"lr": arguments.learning_rate, **settings})
-        super().__init__(
-            model=ia3_model,
-            args=arguments,
-            train_dataset=list(examples),
-            data_collator=lambda batch: {"examples": batch},
-            callbacks=list(callbacks),
-            optimizer_cls_and_kwargs=adafactor if arguments.optim == "adafactor" else None,
-        )
+        with _as_one_process():
+            super().__init__(
+                model=ia3_model,
+                args=arguments,
+                train_dataset=list(examples),
+                data_collator=lambda batch: {"examples": batch},
+                callbacks=list(callbacks),
+                optimizer_cls_and_kwargs=adafactor if arguments.optim == "adafactor" else None,
+            )
         if threads is not None:
             instance("threads", threads, Threads, "a Threads of ia3.base.threads")
         self._threads = threads if base.device.type == "cpu" else None
@@ -259,8 +291,11 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         self.history: list[TrainingStep] = []
         self._base = base
         self._config = config
-        first = [ia3_model.vectors(name) for name in ia3_model.active_adapters]
-        self._run = described_run(fingerprint(ia3_model.model), first, examples, config)
+        self._is_spread = processes().count > 1 and is_fsdp(base.model)
+        encoded = (each for example in examples for each in example.encoded)
+        shortest = min(encoded, key=longest_sequence)
+        # More choices may take more passes than another process makes.
+        self._shortest = EncodedExample(shortest.prompt, shortest.choices[:1])
         # Of the current step: loss and terms of the parts so far, and how many parts are left.
         self._terms = torch.zeros(4, dtype=torch.float32)
         self._parts_left = 0
@@ -293,7 +328,10 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """All parts of one step, with a template drawn for each example, and the step's counts."""
+        """All parts of one step, with a template drawn for each example, and the step's counts.
+
+        Of several processes, each gets its share of the examples, with the counts of all.
+        """
         parts, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         # By the step's number, not from the global generator: the Trainer's loader is a part ahead
         # of the step, so that a checkpoint's random state would not lead to the same draws.
@@ -308,7 +346,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         counts = Counts(len(examples), right, tokens - right)
         self._terms = torch.zeros(4, dtype=torch.float32)
         self._parts_left = len(parts)
-        return [{"drawn": part, "counts": counts} for part in drawn], items
+        return [{"drawn": processes().own(part), "counts": counts} for part in drawn], items
 
     def training_step(
         self,
@@ -316,27 +354,53 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Compute the gradients of one part of a step, itself in parts of `max_tokens` tokens."""
+        """Compute the gradients of one part of a step, and with the last part finish it.
+
+        Returns what is new of the step's loss, which is 0 before its last part.
+        """
         if self._threads is None:
-            return self._gradients(model, inputs)
-        examples = [example for example, *_ in inputs["drawn"]]
-        tokens = sum(len(e.prompt) + sum(map(len, e.choices)) for e in examples)
-        return self._threads.step(lambda: self._gradients(model, inputs), tokens)
+            terms = self._gradients(model, inputs)
+        else:
+            examples = [example for example, *_ in inputs["drawn"]]
+            tokens = sum(len(e.prompt) + sum(map(len, e.choices)) for e in examples)
+            terms = self._threads.step(lambda: self._gradients(model, inputs), tokens)
+        self._terms = self._terms.to(terms) + terms
+        self._parts_left -= 1
+        if self._parts_left > 0:
+            return torch.zeros_like(terms[0])
+        self._add_up()
+        number = self.state.global_step + 1
+        step = TrainingStep(number, self._last_step, *self._terms.tolist())
+        if not math.isfinite(step.loss):
+            raise self._diverged(number, f"the loss is {step.loss}")
+        self._check_gradients(number)
+        self.history.append(step)
+        self._follow_loss()
+        return self._terms[0]
 
     @fast_products()
     def _gradients(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Of this process's share of one part of a step, itself in parts of `max_tokens` tokens.
+
+        Returns the loss and its terms, `[4]`; gradients are added to those that there are.
+        """
         model.train()
         drawn: list[tuple[EncodedExample, int, float]] = inputs["drawn"]
         examples = [example for example, *_ in drawn]
         max_tokens = self._config.max_tokens
         terms = torch.zeros(4, dtype=torch.float32, device=self.args.device)
-        for part in example_batches(self._base, examples, max_tokens):
-            of_part = [examples[i] for i in part]
+        for part, most_passes in self._parts_of(examples):
+            of_part = [examples[i] for i in part] or [self._shortest]
             again = computes_again(self._base, of_part, max_tokens)
             with steady_attention() if again else nullcontext():
                 # The Trainer wraps a model's forward in autocast, but not the one called here.
                 with self.compute_loss_context_manager(), self.accelerator.autocast():
-                    scores = token_scores(self._base, of_part, max_tokens=max_tokens)
+                    scores = token_scores(
+                        self._base, of_part, max_tokens=max_tokens, most_passes=most_passes
+                    )
+                    if not part:
+                        self.accelerator.backward(scores.log_probs.sum() * 0)
+                        continue
                     device = scores.mask.device
                     weights = [drawn[i][2] for i in part]
                     weighted = any(weight != 1 for weight in weights)
@@ -350,17 +414,28 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
                 self.accelerator.backward(loss.total)
             each = torch.stack([loss.total, loss.lm, loss.length_norm, loss.unlikelihood])
             terms += each.detach().to(terms)
-        self._terms = self._terms.to(terms) + terms
-        self._parts_left -= 1
-        if self._parts_left == 0:
-            number = self.state.global_step + 1
-            step = TrainingStep(number, self._last_step, *self._terms.tolist())
-            if not math.isfinite(step.loss):
-                raise self._diverged(number, f"the loss is {step.loss}")
-            self._check_gradients(number)
-            self.history.append(step)
-            self._follow_loss()
-        return terms[0]
+        return terms
+
+    def _parts_of(self, examples: Sequence[EncodedExample]) -> list[tuple[list[int], int]]:
+        """What is computed at once of a share, and how many passes of the model that is to take.
+
+        Each pass of a base that is spread is the work of all processes. Where another one has more
+        parts, as many are made here, of no example.
+        """
+        max_tokens = self._config.max_tokens
+        parts = list(example_batches(self._base, examples, max_tokens))
+        if not self._is_spread:
+            return [(part, 0) for part in parts]
+        passes = [
+            count_passes(self._base, [examples[i] for i in part], max_tokens) for part in parts
+        ]
+        most = map(max, zip_longest(*processes().gather(passes), fillvalue=0))
+        return list(zip_longest(parts, most, fillvalue=[]))  # type: ignore[arg-type]
+
+    def _add_up(self) -> None:
+        """Sum up what the processes have computed of a step: gradients, the loss and its terms."""
+        trained = [value for group in self.optimizer.param_groups for value in group["params"]]
+        processes().add_gradients(trained, self._terms)
 
     @property
     def _last_step(self) -> int:
@@ -414,6 +489,18 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
                     what = f"the vector of {module!r} is not finite"
                     raise DivergedError(self.history[-1].step, what)
 
+    def is_world_process_zero(self) -> bool:
+        """Whether this process is the one of its job that writes: the Trainer's callbacks ask."""
+        return processes().is_first
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Whether training ends here is what the first process's callbacks say.
+        self.control = processes().from_first(lambda: self.control)
+        asks_callbacks = self.control.should_log or self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if asks_callbacks:
+            self.control = processes().from_first(lambda: self.control)
+
     # -- checkpoints ------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -429,7 +516,7 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
         with ExitStack() as self._until_end:
             self._staging = None
             if self.args.save_strategy != "no":
-                self._staged()
+                processes().from_first(self._staged)
             if self._threads is not None:
                 self._until_end.enter_context(self._threads)
             return self._train(resume_from_checkpoint, **kwargs)
@@ -445,11 +532,12 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
     def _train(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> Any:
         last = resume_from_checkpoint
         if last is True:
-            folder = self.args.output_dir
-            last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-            if last and self.args.save_strategy != "no":
-                # Killed after a checkpoint was written, a run has left the ones before it.
-                self._remove_old()
+            last = processes().from_first(self._last_checkpoint)
+            if last and not Path(last).is_dir():
+                raise StateError(
+                    f"{last} is not there in process {processes().rank}: processes on several "
+                    "machines need a folder of checkpoints that all of them see"
+                )
         if last:
             self.history[:], threads = self._read_run(Path(last))
             self._follow_loss()
@@ -462,12 +550,22 @@ class TFewTrainer(Trainer):  # type: ignore[misc]
                 return TrainOutput(done, self.history[-1].loss, {})
         return super().train(resume_from_checkpoint=last, **kwargs)
 
+    def _last_checkpoint(self) -> str | None:
+        folder = self.args.output_dir
+        last: str | None = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if last and self.args.save_strategy != "no":
+            # Killed after a checkpoint was written, a run has left the ones before it.
+            self._remove_old()
+        return last
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writes_into or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place, and rename it into it."""
+        """Write a checkpoint beside its place, and rename it into it; the first process does."""
         self.check_finite()
+        if not processes().is_first:
+            return
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = self._staged()
         written, place = staging / name, Path(self.args.output_dir) / name
@@ -681,6 +779,36 @@ def described_run(
         "base model": hashlib.sha256(base.to_json().encode()).hexdigest(),
         "first vectors": start.hexdigest(),
     }
+
+
+@contextmanager
+def _as_one_process() -> Iterator[None]:
+    """Within the context, what is made of transformers' and accelerate's knows of one process."""
+    asked = logging.getLogger(TrainingArguments.__module__)
+    level = asked.level
+    if is_launched():
+        asked.setLevel(logging.ERROR)  # it warns where there is a group that it does not use
+    try:
+        with unlaunched():
+            yield
+    finally:
+        asked.setLevel(level)
+
+
+@contextmanager
+def _accelerate_restored() -> Iterator[None]:
+    """After the context, accelerate knows of the processes of a job what it knew before."""
+    from accelerate import state as of_accelerate  # type: ignore[import-untyped]
+
+    kinds = ("PartialState", "AcceleratorState", "GradientState")
+    states = [getattr(of_accelerate, kind)._shared_state for kind in kinds]
+    before = [dict(state) for state in states]
+    try:
+        yield
+    finally:
+        for state, known in zip(states, before, strict=True):
+            state.clear()
+            state.update(known)
 
 
 @contextmanager
