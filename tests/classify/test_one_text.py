@@ -141,6 +141,40 @@ def test_an_adapter_that_is_active_on_the_model_has_no_part_in_it(
                 assert answer == pytest.approx(alone(folders[name], "red fox"), abs=2e-5)
 
 
+def test_choices_may_be_scored_elsewhere_by_the_values_of_each_prompt(
+    folders: dict[str, Path],
+) -> None:
+    """Here by a model with those values in its weights, and none in the bank's."""
+    names = ["u2-0", "u4-1", "u2-0"]
+    texts = ["red fox", "dog", "the dog"]
+    with torch.device("meta"):
+        bank = AdapterBank(model(), device="cpu")
+    for name in ("u2-0", "u4-1"):
+        bank.add(name, folders[name])
+
+    def ranking(prompts: Any, places: Any, values: Any) -> Tensor:
+        rows = []
+        for prompt, place in zip(prompts, places, strict=True):
+            merged = model()
+            for name, site in bank.model.routes.sites().items():
+                if site in values:
+                    value = values[site][place]
+                    scaled = value[:, None] if site.side == "output" else value
+                    merged.get_submodule(name).weight.data.mul_(scaled)
+            rows.append(plain_scores(BaseModel(merged, TOKENIZER, ""), prompt))
+        return torch.stack(rows)
+
+    for untuned in (False, True):
+        options: Any = {"tokenizer": TOKENIZER, "untuned": untuned}
+        found = classify_each(bank, texts, names, ranking=ranking, **options)
+        plain = classify_each(bank_of(folders), texts, names, **options)
+        for each, other in zip(found, plain, strict=True):
+            assert isinstance(each, ia3.Classified)
+            assert isinstance(other, ia3.Classified)
+            answer = [*each.probabilities.values()]
+            assert answer == pytest.approx([*other.probabilities.values()], abs=1e-5)
+
+
 def test_an_adapter_that_cannot_be_routed_fails_alone(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -95,7 +95,10 @@ def test_one_adapter_is_no_several(place):
 
 def test_neither_list_nor_inspect_nor_diff_load_torch(place):
     runs = place.run_all(
-        ("list", "adapters"), ("inspect", "adapters/a"), ("diff", "adapters/a", "adapters/a")
+        ("list", "adapters"),
+        ("inspect", "adapters/a"),
+        ("inspect", "adapters/a", "--json"),
+        ("diff", "adapters/a", "adapters/a"),
     )
     assert {(run.returncode, run.stderr) for run in runs} == {(0, "")}
     assert not {"torch", "transformers"} & place.loaded

@@ -37,6 +37,8 @@ NEEDED = {
     "diff": ["adapter", "adapter"],
     "search": ["adapter", "."],
     "combine": ["adapter", "adapter", "--out", "out"],
+    "merge": ["adapter", "--out", "out", "--model", "no/model"],
+    "export": ["adapter", "--lora", "1", "--lossy", "--out", "out", "--model", "no/model"],
     "serve": ["--adapters", "adapters", "--model", "no/model"],
     "doctor": [],
     "models": [],

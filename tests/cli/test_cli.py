@@ -67,8 +67,7 @@ COMMANDS = (
         "convert",
     ),
     *("compare", "raft", "list", "inspect", "diff", "search", "combine", "suggest", "doctor"),
-    "models",
-    "serve",
+    *("models", "serve", "merge", "export"),
 )
 
 

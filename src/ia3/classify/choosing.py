@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..base.processes import processes
 from ..sentences.targets import share_right
 from ..tfew.prompts.templates import Template
 from .encoder import EncoderEngine, EncoderTask
@@ -88,7 +89,8 @@ class AutoEngine:
         weights = task.data.text_weights
         counts = None if weights is None else weights[asked]
         untuned = candidate(LANGUAGE_MODEL, asks.base.name, right, how, counts)
-        return [*seen, Seen(untuned, asked, answers.softmax(-1))]
+        both = [*seen, Seen(untuned, asked, answers.softmax(-1))]
+        return processes().from_first(lambda: both)
 
 
 def promises_more(seen: Sequence[Candidate]) -> EngineName:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..adapter.files import Adapter
 from ..adapter.fingerprint import fingerprint
 from ..base.encoders import SentenceEncoder
+from ..base.processes import processes
 from ..base.progress import working
 from ..base.threads import Threads
 from ..errors import IA3Error, counted, shown, warn_caller
@@ -233,7 +234,8 @@ class EncoderEngine:
         weights = data.text_weights
         counts = None if weights is None else weights[asked]
         frozen = candidate(ENCODER, self.base.name, right, how, counts)
-        return [Seen(frozen, asked, held_out.probabilities if held_out.texts else None)]
+        seen = Seen(frozen, asked, held_out.probabilities if held_out.texts else None)
+        return processes().from_first(lambda: [seen])
 
     @contextmanager
     def _carrying(
@@ -250,15 +252,20 @@ class EncoderEngine:
     def _embeddings(
         self, ids: list[list[int]], model: nn.Module, threads: Threads, what: str
     ) -> Tensor:
-        """Of training texts, `[texts, dim]`, checked; `what` is shown meanwhile."""
-        most, parts = self.settings.max_tokens, []
-        with working(what, len(ids)) as progress:
-            for start in range(0, len(ids), AT_ONCE):
-                part = ids[start : start + AT_ONCE]
+        """Of training texts, `[texts, dim]`, checked; `what` is shown meanwhile.
+
+        Several processes embed a part each.
+        """
+        most, job = self.settings.max_tokens, processes()
+        own = job.own(ids)
+        parts = [torch.zeros(0, self.base.dimension)]
+        with working(what, len(own)) as progress:
+            for start in range(0, len(own), AT_ONCE):
+                part = own[start : start + AT_ONCE]
                 compute = partial(embeddings, self.base, part, model=model, max_tokens=most)
                 parts.append(threads.step(compute, sum(map(len, part))))
                 progress(len(part))
-        found = torch.cat(parts)
+        found = torch.cat(job.gather(torch.cat(parts)))
         for text in (~found.isfinite().all(1)).nonzero()[:1].flatten().tolist():
             raise IA3Error(
                 f"the model's embedding of text {text} is not finite: its weights or the vectors "

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..adapter.files import Adapter, check_finite, read_adapter
 from ..base.loading import LoadedModel
-from ..base.threads import Threads
+from ..base.processes import processes
+from ..base.threads import Threads, most_threads
 from ..core.route import changing
 from ..errors import StateError, counted, naming
 from ..files.hub import adapter_folder
@@ -170,9 +171,15 @@ def candidate(
 
 
 def threads_of(settings: Settings, base: LoadedModel) -> Threads:
-    """What chooses how many threads a step of this model takes; on a GPU torch's number stays."""
-    on_gpu = base.device.type != "cpu"
-    return Threads(torch.get_num_threads() if on_gpu else settings.threads)
+    """What chooses how many threads a step of this model takes; on a GPU torch's number stays.
+
+    Several processes that share the steps take their shares of the machine, untimed: what is faster
+    for one would have the others wait.
+    """
+    if base.device.type != "cpu":
+        return Threads(torch.get_num_threads())
+    shared = most_threads() if processes().count > 1 else None
+    return Threads(settings.threads or shared)
 
 
 def check_trainable(settings: Settings, base: LoadedModel) -> None:

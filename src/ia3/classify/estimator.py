@@ -20,6 +20,8 @@ from ..arguments import LARGEST, check_callable, folder_of, instance, number, pa
 from ..base.embedded import EMBEDDED_ENCODER, EMBEDDED_MODEL
 from ..base.encoders import SentenceEncoder, is_sentence_encoder, load_encoder
 from ..base.loading import BaseModel, LoadedModel, load_base_model
+from ..base.processes import processes
+from ..base.sharding import is_asked
 from ..base.torch_state import usual_state
 from ..errors import (
     BrokenFileError,
@@ -154,6 +156,9 @@ class FewShotClassifier(TextClassifier):
         max_words: of a text's field so many words are read, 1 or more, in training and in
             prediction; one warning tells of longer ones. `None` reads all, which takes a language
             model minutes for a text of thousands of words.
+        shard: spread the language model's weights over the processes of the job that `torchrun` or
+            `accelerate launch` started, so that none of them holds all; `None` does so where
+            accelerate was told to use FSDP 2. All processes then predict together too.
 
     Attributes:
         classes_: the labels, `[classes]`, sorted.
@@ -223,6 +228,7 @@ class FewShotClassifier(TextClassifier):
         class_weight: Mapping[Any, float] | str | None = None,
         multilabel: bool = False,
         max_words: int | None = MAX_WORDS,
+        shard: bool | None = None,
     ) -> None:
         self.model = model
         self.template = template
@@ -243,6 +249,7 @@ class FewShotClassifier(TextClassifier):
         self.class_weight = class_weight
         self.multilabel = multilabel
         self.max_words = max_words
+        self.shard = shard
 
     @usual_state()
     def fit(
@@ -257,6 +264,9 @@ class FewShotClassifier(TextClassifier):
     ) -> FewShotClassifier:
         """Train on labelled texts.
 
+        Of several processes that `torchrun` or `accelerate launch` started, each calls this with
+        the same texts, computes a part of every step, and is fitted in the end as the first is.
+
         Args:
             X: strings, or mappings from field names to values, `[examples]`. What a template
                 reads is text, a finite number, a date, or lists and mappings of these.
@@ -265,7 +275,7 @@ class FewShotClassifier(TextClassifier):
                 an enumeration as its value. With `multilabel`, a list of them for each example.
             sample_weight: how much each text counts, at least 0, `[examples]`; one of 0 leaves its
                 text out. `None` is 1 each.
-            on_step: called after every optimizer step.
+            on_step: called after every optimizer step; of several processes, by the first.
             checkpoints: a folder in which the training is kept as it goes. The same call after a
                 break goes on from there, and ends as it would have without it.
             unlabelled: more texts of the same kind. What the trained classifier is sure of is
@@ -283,15 +293,21 @@ class FewShotClassifier(TextClassifier):
             IA3Error: the data, a template or the choices are unusable (the message says which, and
                 the row),
                 `init_from` does not fit the model, the model has not so many blocks, or the
-                checkpoints are those of another run, or were asked for with `unlabelled`.
+                checkpoints are those of another run, or were asked for with `unlabelled`; or the
+                processes of a job were given different things.
             OSError: a checkpoint cannot be written.
         """
         check_callable("on_step", on_step)
         if checkpoints is not None:
             path_of("checkpoints", checkpoints)
+        job = processes()  # before a model is loaded: each process has a device of its own
         engine, task = self._prepare(X, y, sample_weight)
+        if job.count > 1:
+            asked = {"checkpoints": checkpoints is not None, "unlabelled": unlabelled is not None}
+            job.check_same({**task.described(), **asked})
         if unlabelled is None:
-            self._keep(engine.train(task, on_step, checkpoints))
+            fit = engine.train(task, on_step, checkpoints)
+            self._keep(job.from_first(lambda: fit))
             self._base = self.base  # the cache of loaded models is weak
             return self
         for name, given, why in (
@@ -306,6 +322,7 @@ class FewShotClassifier(TextClassifier):
             names = list(task.data.examples[0])
             others = with_field(examples_of(unlabelled), names)
             check_fields(others, names, task.templates)
+        job.check_same({"unlabelled": others})
         self._keep(self_trained(self._new, task.data, others, self.seed, on_step))
         self._base = self.base
         return self
@@ -341,8 +358,16 @@ class FewShotClassifier(TextClassifier):
         """A model for an engine, or for the one that its files say."""
         if engine is None:
             engine = ENCODER if is_sentence_encoder(model) else LANGUAGE_MODEL
-        load = load_encoder if engine == ENCODER else load_base_model
-        return load(model, tokenizer=self.tokenizer, device=self.device, dtype=self.dtype)
+        options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        if engine == LANGUAGE_MODEL:
+            options["shard"] = is_asked(self.shard)
+            return load_base_model(model, tokenizer=self.tokenizer, **options)
+        if self.shard and not self._chooses():
+            raise IA3Error(
+                f"shard spreads a language model over processes, and {shown(model)} is a sentence "
+                "encoder, which each of them holds: leave out shard"
+            )
+        return load_encoder(model, tokenizer=self.tokenizer, **options)
 
     def _leaves_a_class_out(self) -> bool:
         return isinstance(self.class_weight, Mapping) and 0 in self.class_weight.values()

@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter.files import write_saved
 from ..arguments import check_callable, instance, path_of, whole
 from ..base.loading import LoadedModel
+from ..base.processes import Processes, alone, processes
 from ..base.torch_state import usual_state
 from ..errors import (
     BrokenFileError,
@@ -69,7 +71,9 @@ def fit_many(
 ) -> FittedTasks:
     """Fit a classifier to each of many tasks, one after the other.
 
-    All are on one language model, one sentence encoder, or either where each task chooses.
+    All are on one language model, one sentence encoder, or either where each task chooses. Of
+    several processes that `torchrun` or `accelerate launch` started, each fits a part of the tasks,
+    and all get all classifiers.
 
     Each classifier is the one that its own `fit` gives, to the last bit. A task with bad data, or
     whose training diverges, is reported in `failures`, and the others go on. Memory does not grow
@@ -83,16 +87,19 @@ def fit_many(
         out: a folder in which each classifier is saved under its task's name as soon as it is
             fitted. The same call after a break trains only the tasks that are not there yet, have
             other data or settings now, or whose files were changed since. Several processes may
-            fit into one folder; what two of them fit, both of them train.
+            fit into one folder; what two of them fit, both of them train. Of several machines, the
+            first has all classifiers there.
         on_step: called with the task's name after every step. Where it returns true, the training
-            of that task ends with this step.
+            of that task ends with this step. Of several processes each is told of its own tasks.
         max_tokens: the most tokens computed at once, 1 or more, in place of the classifiers' own.
 
     Raises:
         InvalidTypeError: an argument is of another type.
         UnknownNameError: the classifiers are not those of the tasks.
         IA3Error: there are no tasks, a name is malformed, the classifiers have several language
-            models or several encoders, or `max_tokens` is below 1. Nothing is then done.
+            models or several encoders, `max_tokens` is below 1, or the processes of a job were
+            given different tasks. Nothing is then done.
+        StateError: another process of the job has ended.
         OSError: a classifier cannot be saved; those before it stay.
 
     Example:
@@ -107,17 +114,37 @@ def fit_many(
     """
     check_callable("on_step", on_step)
     classifiers = _classifiers(tasks, classifier, max_tokens)
-    bases = _one_base(classifiers)
+    job = processes()
+    if job.count > 1 and any(each.shard for each in classifiers.values()):
+        raise IA3Error(
+            "shard spreads one model over the processes, and fit_many gives each of them tasks of "
+            "its own: leave out shard, or fit one task after the other"
+        )
+    with alone():  # whatever a launcher asks for, each has a model to itself
+        bases = _one_base(classifiers)
     folder = None if out is None else _Folder(path_of("out", out))
-    fitted: dict[str, FewShotClassifier] = {}
+    job.check_same({"the tasks": list(tasks)})
+    gather = job.patient_gather()
     failures: dict[str, IA3Error] = {}
-    for name, data in tasks.items():
-        try:
-            _fit(name, data, classifiers[name], bases[name], folder, on_step)
-            fitted[name] = classifiers[name]
-        except IA3Error as error:
-            failures[name] = error
-    return FittedTasks(fitted, failures)
+    own = job.own(list(tasks))
+    with alone(), _warnings_of_first(job, gather):
+        for name in own:
+            try:
+                _fit(name, tasks[name], classifiers[name], bases[name], folder, on_step)
+            except IA3Error as error:
+                failures[name] = error
+    if job.count > 1:
+        fits = {name: classifiers[name]._fit for name in own if name not in failures}
+        for of_rank, failed in gather((fits, failures)):
+            failures |= failed
+            for name, fit in of_rank.items():
+                classifiers[name]._keep(fit)
+    fitted = {name: classifiers[name] for name in tasks if name not in failures}
+    if folder is not None and job.is_first:
+        # Another machine may have saved them on a disk of its own.
+        for name in set(fitted).difference(own):
+            folder.keep(name, fitted[name].to_files())
+    return FittedTasks(fitted, {name: failures[name] for name in tasks if name in failures})
 
 
 def _fit(
@@ -219,6 +246,21 @@ def _one_base(classifiers: Mapping[str, FewShotClassifier]) -> dict[str, Bases]:
 
 
 @contextmanager
+def _warnings_of_first(job: Processes, gather: Callable[[Any], list[Any]]) -> Iterator[None]:
+    """Within the context, the first process gives the warnings of all, at its end."""
+    if job.count == 1:
+        yield
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    said = [(str(warning.message), warning.category) for warning in caught]
+    for message, category in dict.fromkeys(chain.from_iterable(gather(said))):
+        if job.is_first:
+            warnings.warn(message, category, stacklevel=4)
+
+
+@contextmanager
 def _warnings_name(task: str) -> Iterator[None]:
     """Within the context, warnings say which task they are about."""
     with warnings.catch_warnings(record=True) as caught:
@@ -262,14 +304,23 @@ class _Folder:
             "task": task,
             "digest": digest,
             # Of what was written: another process may have saved over it since.
-            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+            "files": _hashes(files),
             "history": [asdict(step) for step in classifier.history_],
         }
         append_record(self.path / RECORDS_NAME, record)
 
+    def keep(self, task: str, files: Mapping[str, bytes]) -> None:
+        """Have these files of a task, without a record, unless they are there."""
+        if self._hashes(task) != _hashes(files):
+            write_saved(self.path / task, files)
+
     def _hashes(self, task: str) -> dict[str, str]:
         files = [path for name in FILES if (path := self.path / task / name).exists()]
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        return _hashes({path.name: path.read_bytes() for path in files})
+
+
+def _hashes(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def _is_record(record: dict[str, Any]) -> bool:

@@ -16,7 +16,9 @@ from torch import Tensor
 from ..adapter.files import Adapter
 from ..adapter.fingerprint import fingerprint
 from ..base.loading import BaseModel
+from ..base.processes import processes
 from ..base.progress import working
+from ..core.spread import any_spread
 from ..tfew.prompts.encoding import EncodedExample, Encoder, TrainingExample
 from ..tfew.prompts.templates import Template
 from ..tfew.scoring.choices import USUAL_TEMPERATURE
@@ -195,18 +197,23 @@ class LanguageModelEngine:
         They are log-probabilities, averaged over the templates, less each class's mean over the
         texts (Zhou et al. 2023, arXiv 2309.17249). Untuned, a model answers the same to most texts;
         what tells them apart are the differences. Of one that stays untuned nothing is taken off.
+        Several processes ask a part each, unless the model is spread over them.
         """
-        parts = []
+        job = processes()
+        # Each pass of a model that is spread is the work of all.
+        together = any_spread(self.base.model)
+        own = asked if together else job.own(asked)
+        parts = [torch.zeros(0, len(task.prompts.choices), dtype=torch.float64)]
         with (
             without_adapter(self.base),
             threads_of(self.settings, self.base) as threads,
-            working("asking the untuned language model", len(asked)) as progress,
+            working("asking the untuned language model", len(own)) as progress,
         ):
-            for start in range(0, len(asked), AT_ONCE):
-                part = [task.examples[i].encoded for i in asked[start : start + AT_ONCE]]
+            for start in range(0, len(own), AT_ONCE):
+                part = [task.examples[i].encoded for i in own[start : start + AT_ONCE]]
                 parts.append(threads.step(partial(self._scores, part), len(part)))
                 progress(len(part))
-        found = torch.cat(parts)
+        found = torch.cat(parts) if together else torch.cat(job.gather(torch.cat(parts)))
         return found - found.mean(0) if self.settings.steps else found
 
     def _scores(self, encoded: Sequence[tuple[EncodedExample, ...]]) -> Tensor:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..errors import IA3Error, counted
+from ..model.lora import LoRA
 from ..sentences.head import folds
 from ..tfew.prompts.labels import Text
 from .engine import ENCODER, LANGUAGE_MODEL, Seen, Step
@@ -340,6 +342,20 @@ def without_training(classifier: FewShotClassifier) -> FewShotClassifier:
     untrained = classifier._new(classifier.engine_)
     untrained.set_params(steps=0, init_from=None, learning_rate=None)
     return untrained
+
+
+@contextmanager
+def with_lora(classifier: FewShotClassifier, lora: LoRA) -> Iterator[FewShotClassifier]:
+    """A fitted classifier that computes with a LoRA in place of its vectors, within the context.
+
+    Its base model is shared: meanwhile others compute with the LoRA too.
+    """
+    fit = classifier._fit
+    ones = {name: torch.ones_like(vector) for name, vector in fit.adapter.vectors.items()}
+    other = classifier._new(classifier.engine_)
+    other._keep(replace(fit, adapter=replace(fit.adapter, vectors=ones)))
+    with lora.on(other.base.model):
+        yield other
 
 
 def _baseline(classifier: FewShotClassifier, right: Sequence[bool]) -> Baseline:

@@ -7,8 +7,8 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,22 @@ class Classified:
     probability: float
     probabilities: dict[Label, float]
     labels: list[Label]
+
+
+class Ranking(Protocol):
+    """Scores choices in the place of the bank's model, which may have no values then."""
+
+    def __call__(
+        self,
+        prompts: Sequence[EncodedExample],
+        places: Sequence[int],
+        values: Mapping[Site, Tensor],
+    ) -> Tensor:
+        """Length-normalised log-probabilities, `[prompts, choices]`, as `choice_scores` has them.
+
+        Each prompt is asked with the values in its place, site -> `[adapters, dim]`; where there
+        are no sites, of the base model.
+        """
 
 
 @usual_state()
@@ -116,7 +132,7 @@ def classify(
     if len(asked) != len(given):
         raise IA3Error(f"there are {len(asked)} names and {len(given)} texts: expected one each")
     answers = _Answers([None] * len(given), raising=True)
-    _answer(answers, bank, given, asked, tokenizer)
+    _answer(answers, bank, given, asked, tokenizer, _How())
     return [found for found in answers.found if isinstance(found, Classified)]
 
 
@@ -128,18 +144,28 @@ def classify_each(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     untuned: bool = False,
+    ranking: Ranking | None = None,
 ) -> list[Classified | IA3Error]:
     """As `classify`, but a text that cannot be classified has its error in its place, `[texts]`.
 
     With `untuned` the answers are those of the base model, a language model, without any vectors:
-    in the templates of each classifier, for its choices, at temperature 1.
+    in the templates of each classifier, for its choices, at temperature 1. With a `ranking` the
+    choices of a language model are scored by that.
 
     Raises:
         IA3Error: the bank's model has no tokenizer.
     """
     answers = _Answers([None] * len(texts), raising=False)
-    _answer(answers, bank, texts, names, tokenizer, untuned=untuned)
+    _answer(answers, bank, texts, names, tokenizer, _How(untuned, ranking))
     return [found for found in answers.found if found is not None]
+
+
+@dataclass(frozen=True)
+class _How:
+    """How a language model is asked; see `classify_each`."""
+
+    untuned: bool = False
+    ranking: Ranking | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +200,7 @@ def _answer(
     texts: Sequence[Any],
     names: Sequence[str],
     tokenizer: Any,
-    *,
-    untuned: bool = False,
+    how: _How,
 ) -> None:
     """Fill the answers in."""
     rows: dict[str, list[int]] = {}
@@ -187,7 +212,7 @@ def _answer(
         return
     served = _served(bank, tokenizer)
     asked = _checked(answers, served, texts, rows, versions)
-    batch = _Batch(bank, served, values, answers, untuned)
+    batch = _Batch(bank, served, values, answers, how)
     try:
         found = batch.probabilities(asked)
         broken = [row for row, each in found.items() if not math.isfinite(sum(each))]
@@ -201,7 +226,7 @@ def _answer(
         for row in asked:
             each = _Answers([error], raising=False)
             if len(texts) > 1:
-                _answer(each, bank, [texts[row]], [names[row]], tokenizer, untuned=untuned)
+                _answer(each, bank, [texts[row]], [names[row]], tokenizer, how)
             answers.found[row] = each.found[0]
         return
     for row, probabilities in found.items():
@@ -379,7 +404,7 @@ class _Batch:
     served: _Served
     values: Mapping[Site, Tensor]
     answers: _Answers
-    untuned: bool
+    how: _How
 
     def probabilities(self, asked: Mapping[int, _Asked]) -> dict[int, list[float]]:
         """What the texts are by their heads, or by their choices: row -> `[classes]`."""
@@ -391,7 +416,7 @@ class _Batch:
     def _by_embeddings(
         self, base: SentenceEncoder, asked: Mapping[int, _Asked]
     ) -> dict[int, list[float]]:
-        if self.untuned:
+        if self.how.untuned:
             raise IA3Error(
                 "a sentence encoder says nothing without its classifier's head: untuned answers "
                 "are a language model's"
@@ -448,37 +473,52 @@ class _Batch:
 
     def _by_ranking(self, base: BaseModel, asked: Mapping[int, _Asked]) -> dict[int, list[float]]:
         """The probabilities of the choices, averaged over the templates, row -> `[classes]`."""
-        # Scoring catches the input of the output layer, for one thread at a time.
-        with base.lock:
-            prompts = self._prompts(asked)
-            place_of = torch.tensor(
-                [asked[row].place for row, each in prompts.items() for _ in each]
-            )
-            scores = choice_scores(
-                base,
-                [prompt for each in prompts.values() for prompt in each],
-                routing=lambda examples: self._routed(place_of[examples.cpu()]),
-                touched=self.served.touched(self.bank.model.routes.names(self._values)),
-            )
+        prompts = self._prompts(base, asked)
+        places = [asked[row].place for row, each in prompts.items() for _ in each]
+        together = [prompt for each in prompts.values() for prompt in each]
+        rank = self.how.ranking or partial(self._ranked_here, base)
+        scores = rank(together, places, self._values)
         probabilities = {}
         of_texts = torch.split(scores, [*map(len, prompts.values())])
         for row, of_templates in zip(prompts, of_texts, strict=True):
             file = asked[row].task.file
-            temperature = 1.0 if self.untuned else file.temperature
+            temperature = 1.0 if self.how.untuned else file.temperature
             of_choices = of_templates[:, : len(file.labels)].double() / temperature
             probabilities[row] = of_choices.softmax(-1).mean(0).tolist()
         return probabilities
 
-    def _prompts(self, asked: Mapping[int, _Asked]) -> dict[int, list[EncodedExample]]:
+    def _ranked_here(
+        self,
+        base: BaseModel,
+        prompts: Sequence[EncodedExample],
+        places: Sequence[int],
+        values: Mapping[Site, Tensor],
+    ) -> Tensor:
+        """A `Ranking` by the bank's model."""
+        place_of = torch.tensor(places)
+        # Scoring catches the input of the output layer, for one thread at a time.
+        with base.lock:
+            return choice_scores(
+                base,
+                prompts,
+                routing=lambda examples: self._routed(place_of[examples.cpu()]),
+                touched=self.served.touched(self.bank.model.routes.names(values)),
+            )
+
+    def _prompts(
+        self, base: BaseModel, asked: Mapping[int, _Asked]
+    ) -> dict[int, list[EncodedExample]]:
         """Each text in each template of its task, row -> `[templates]`."""
         prompts, cut = {}, 0
         for row, each in asked.items():
             encoder, templates = each.task.encoder, each.task.templates
             assert encoder is not None
-            encoder.truncated = 0
-            with self.answers.of([row]):
-                prompts[row] = [encoder.encode(each.example, template) for template in templates]
-            cut += encoder.truncated
+            # A task's encoder is that of all threads.
+            with base.lock:
+                encoder.truncated = 0
+                with self.answers.of([row]):
+                    prompts[row] = [encoder.encode(each.example, own) for own in templates]
+                cut += encoder.truncated
         warn_of_cut_texts(cut, sum(map(len, prompts.values())))
         return prompts
 
@@ -488,4 +528,4 @@ class _Batch:
 
     @property
     def _values(self) -> Mapping[Site, Tensor]:
-        return {} if self.untuned else self.values
+        return {} if self.how.untuned else self.values

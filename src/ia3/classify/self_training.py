@@ -11,10 +11,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import eq
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from ..base.processes import processes
 from ..errors import warn_caller
 from ..sentences.head import folds
 from .engine import Candidate, Fit, Step, candidate
@@ -26,6 +27,7 @@ from .text_classifier import LabelledTexts
 SURE = 0.8
 
 Examples = Sequence[Mapping[str, Any]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,13 @@ def self_trained(
             asked = [data.examples[i] for i in held_out]
             truth = [data.labels[i] for i in held_out]
             without = learned = trained(engine, texts, labels)
-            answered, answers = _sure(without, others)
+            answered, answers = _of_first(_sure(without, others))
             if answered:
                 more = [*texts, *answered], [*labels, *answers]
                 learned = trained(engine, *more)
-            right += map(eq, without.predict(asked).tolist(), truth)
-            right_with += map(eq, learned.predict(asked).tolist(), truth)
-        answered, answers = _sure(first, others)
+            right += _of_first(list(map(eq, without.predict(asked).tolist(), truth)))
+            right_with += _of_first(list(map(eq, learned.predict(asked).tolist(), truth)))
+        answered, answers = _of_first(_sure(first, others))
         taken = sum(right_with) > sum(right)
         if taken:
             more = [*data.examples, *answered], [*data.labels, *answers]
@@ -125,6 +127,11 @@ def self_trained(
         _seen(first, right_with, f"{with_them}, {'taken' if taken else 'left out'}"),
     ]
     return replace(fit, candidates=[*fit.candidates, *seen])
+
+
+def _of_first(said: T) -> T:
+    """What the first of several processes says, as what is learned next is to be the same."""
+    return processes().from_first(lambda: said)
 
 
 def _sure(classifier: Any, texts: Examples) -> tuple[list[Any], list[Any]]:

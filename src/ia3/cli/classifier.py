@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..base.processes import processes
 from ..base.progress import working
 from ..errors import counted
 from ..files.rows import read_rows
 from ..files.tables import delimiter_of, fields_of, write_table
-from ..report.console import counting_bar, results, screen, training_bar
+from ..report.console import results, screen, training_bar
 from ..report.scores import print_measured
 from . import options
 from .labelled import (
@@ -30,6 +31,7 @@ from .labelled import (
 from .measuring import (
     NOT_MEASURED,
     Labelled,
+    answers_to,
     as_values,
     leave_evaluation,
     leave_fit_report,
@@ -56,7 +58,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from ..files.tables import Row
 
 
 def fit(
@@ -102,6 +104,7 @@ def fit(
     ] = None,
     max_words: options.MaxWords = options.MAX_WORDS,
     max_tokens: options.MaxTokens = None,
+    shard: options.Shard = False,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
     strict: options.Strict = False,
@@ -170,7 +173,7 @@ def fit(
     settings |= given(
         max_words=max_words, encoder=encoder, language_model=language_model, threads=threads
     )
-    settings |= given(multilabel=several or None)
+    settings |= given(multilabel=several or None, shard=shard or None)
     classifier = FewShotClassifier(
         model=model, template=template or None, device=device, dtype=dtype, **settings
     )
@@ -185,7 +188,8 @@ def fit(
         )
     seconds = time.perf_counter() - started
     files = classifier.to_files()
-    write_saved(out, files)
+    if processes().is_first:
+        write_saved(out, files)
     saved = status_of(out)
     size = len(files[WEIGHTS_NAME])
     head = len(files.get(HEAD_NAME, b""))  # a language model has none
@@ -200,7 +204,7 @@ def fit(
     learned = Labelled.of(data, rows, text, field, labels)
     measured, places = measure(classifier, learned, tested, cross_validate=cross_validate)
     page = None
-    if not no_report:
+    if not no_report and processes().is_first:
         page = leave_fit_report(
             out, saved, size + head, classifier, learned, measured, places, seconds
         )
@@ -249,14 +253,21 @@ def predict(
     as_json: options.JsonLines = False,
 ) -> None:
     """Label texts: every row of the data with `prediction` and `probability` added."""
-    check_table(out, as_json, force)
-    rows = read_rows(data, split=split, subset=subset, text=text)
-    check_added(rows, "predict")
+    together = processes()
+
+    def read() -> list[Row]:
+        check_table(out, as_json, force)
+        found = read_rows(data, split=split, subset=subset, text=text)
+        check_added(found, "predict")
+        return found
+
+    rows = together.from_first(read)
     task = read_task(adapter)
     examples = examples_for(adapter, task, rows, text)
     classifier = load_classifier(adapter, model, max_tokens, device, dtype)
-    with counting_bar("scoring", len(examples) * len(classifier.templates_)) as progress:
-        probabilities = classifier.predict_proba(examples, progress=progress)
+    probabilities = answers_to(classifier, examples, rows)
+    if not together.is_first:
+        return
     labels = classifier.classes_at(probabilities).tolist()
     if classifier.multilabel_:
         in_lists = as_json if out is None else delimiter_of(out) is None
@@ -283,22 +294,30 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Score an adapter on labelled texts: accuracy, each class, and the texts it gets wrong."""
+    together = processes()
     task, values = read_task(adapter), status_of(adapter)
     check_multilabel(adapter, task.multilabel, multilabel)
     several = multilabel is not None
-    rows = read_rows(data, split=split, subset=subset, text=text, label=label, multilabel=several)
+    rows = together.from_first(
+        lambda: read_rows(
+            data, split=split, subset=subset, text=text, label=label, multilabel=several
+        )
+    )
     examples = examples_for(adapter, task, rows, text)
     if multilabel is None:
         truth = labels_among(rows, label, task.labels)
     else:
         truth = label_lists_among(rows, label, multilabel, task.labels)
     classifier = load_classifier(adapter, model, max_tokens, device, dtype)
-    from ..classify.measure import measured_on
+    probabilities = answers_to(classifier, examples, rows)
+    if not together.is_first:
+        return
+    from ..classify.measure import record_of
 
     classes = classifier.classes_.tolist()
     places = [row.where for row in rows]
-    with counting_bar("scoring", len(examples) * len(classifier.templates_)) as progress:
-        measured = measured_on(classifier, examples, truth, f"on {data}", progress=progress)
+    predicted = classifier.classes_at(probabilities).tolist()
+    measured = record_of(examples, truth, predicted, probabilities, classes, f"on {data}")
     page = None
     if not no_report:
         page = leave_evaluation(adapter, values, classifier, data, measured, places)

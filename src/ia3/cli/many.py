@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..base.processes import processes
 from ..errors import IA3Error
 from ..files.atomic import check_folder
 from ..report.console import print_rows, training_bar_of_many
@@ -71,7 +72,8 @@ def fit_many(
     started = time.perf_counter()
     fitted = FittedTasks({}, {})
     if data:
-        steps = {name: classifier.steps for name, classifier in classifiers.items()}
+        # Of several processes each fits a part.
+        steps = {name: classifiers[name].steps for name in processes().own(list(classifiers))}
         with training_bar_of_many(steps) as on_step:
             fitted = fit(data, classifiers, out=out, on_step=on_step, max_tokens=max_tokens)
     failures |= fitted.failures
@@ -97,7 +99,8 @@ def fit_many(
     else:
         header = ("task", "adapter, or what is wrong", "engine", "examples", "steps", "last loss")
         print_rows("", header, rows, names=2)
-    if failures:
+    # A launcher ends all as soon as one is not 0: the first one is, when it has printed.
+    if failures and processes().is_first:
         raise typer.Exit(1)
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from warnings import catch_warnings
 
+from ..base.processes import processes
 from ..base.progress import working
-from ..errors import IA3Error
+from ..errors import IA3Error, naming
 from ..files.saved import EVALUATION_NAME, FIT_REPORT_NAME, weights_file
 from ..files.tables import Row, fields_of
 from ..report.console import counting_bar, training_bar
 from .options import reason, warn
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ..classify.estimator import FewShotClassifier
     from ..classify.measure import Measured
 
@@ -41,6 +47,37 @@ class Labelled:
     ) -> Self:
         """The texts in these columns of rows; of one column alone, in this field."""
         return cls(source, fields_of(rows, text, field), labels, [row.where for row in rows])
+
+
+def answers_to(
+    classifier: FewShotClassifier, examples: Sequence[Mapping[str, Any]], rows: Sequence[Row]
+) -> NDArray[np.float64]:
+    """The probabilities of each row's classes, `[rows, classes]`, on every process of the job.
+
+    Each process asks for its part of the examples, which are the rows as a classifier reads them.
+
+    Raises:
+        IA3Error: the processes have different adapters, or as of `predict_proba`.
+    """
+    import numpy as np
+
+    from ..core.spread import any_spread
+
+    together = processes()
+    if together.count > 1:
+        files = classifier.to_files()
+        digests = {name: sha256(content).hexdigest() for name, content in files.items()}
+        together.check_same({"the adapter's files": digests})
+    # Passes through a spread model are made by all processes at once.
+    shared = together.count > 1 and not any_spread(classifier.base.model)
+    places = together.own(range(len(rows))) if shared else range(len(rows))
+    asked = [examples[place] for place in places]
+    begin = f"from {rows[places[0]].where} on" if shared and places else ""
+    with counting_bar("scoring", len(asked) * len(classifier.templates_)) as progress:
+        # An error counts the texts that this process asked.
+        with naming(begin) if begin else nullcontext():
+            own = classifier.predict_proba(asked, progress=progress)
+        return np.concatenate(together.gather(own)) if shared else own
 
 
 def measure(

@@ -14,6 +14,7 @@ import typer
 from rich.text import Text
 
 from ..base.embedded import EMBEDDED_ENCODER, EMBEDDED_MODEL
+from ..base.processes import processes
 from ..base.progress import working
 from ..errors import IA3Error, did_you_mean
 from ..files.atomic import check_file, check_folder, holds_nothing, write_stdout
@@ -168,6 +169,14 @@ MaxTokens = Annotated[
         help="Tokens (words, or parts of them) computed at once; fewer take less memory.", min=1
     ),
 ]
+Shard = Annotated[
+    bool,
+    typer.Option(
+        "--shard",
+        help="Spread the language model over the processes that torchrun started, for one that is "
+        "too large for each. With accelerate's FSDP 2 this is so without saying.",
+    ),
+]
 MaxWords = Annotated[
     int, typer.Option(help="Of a longer text only so many first words are read.", min=1)
 ]
@@ -256,8 +265,11 @@ def silence_loading() -> None:
         from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
         from transformers.utils import logging
 
-    downloads = screen.is_terminal and not are_progress_bars_disabled()
+    is_seen = screen.is_terminal and not screen.quiet
+    downloads = is_seen and not are_progress_bars_disabled()
     logging.disable_progress_bar()
+    if screen.quiet:
+        logging.set_verbosity_error()
     if downloads:
         enable_progress_bars()
 
@@ -275,7 +287,10 @@ def load_classifier(
 
 
 def write_adapter(out: Path, saved: Adapter | Fit) -> int:
-    """Write the files of an adapter or a classifier; returns the bytes of its vectors' file."""
+    """Write the files of an adapter or a classifier; returns the bytes of its vectors' file.
+
+    Of several processes the first one writes.
+    """
     from ..adapter.files import Adapter, adapter_files, write_saved
 
     if isinstance(saved, Adapter):
@@ -284,12 +299,15 @@ def write_adapter(out: Path, saved: Adapter | Fit) -> int:
         from ..classify.estimator import classifier_files
 
         files = classifier_files(saved)
-    write_saved(out, files)
+    if processes().is_first:
+        write_saved(out, files)
     return len(files[WEIGHTS_NAME])
 
 
 def print_json(**values: Any) -> None:
-    """One JSON object on standard output."""
+    """One JSON object on standard output, of the first process's."""
+    if not processes().is_first:
+        return
     # Bytes of a file's name that are not UTF-8 become escapes, which JSON has too.
     text = json.dumps(values, ensure_ascii=False)
     write_stdout(f"{text}\n".encode(errors="backslashreplace"))

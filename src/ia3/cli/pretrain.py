@@ -34,6 +34,7 @@ def pretrain(
     seed: options.Seed = 0,
     checkpoints: options.Checkpoints = None,
     max_tokens: options.MaxTokens = None,
+    shard: options.Shard = False,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
     force: options.ReplaceAdapter = False,
@@ -43,6 +44,7 @@ def pretrain(
     check_out(out, force, checkpoints)
     silence_loading()
     from ..base.loading import load_base_model
+    from ..base.sharding import is_asked
     from ..tfew import TFewConfig
     from ..tfew.prompts.manifest import read_manifest
     from ..tfew.training.pretraining import mixing_rates, pretrain as train_mixture
@@ -57,7 +59,7 @@ def pretrain(
     if not as_json:
         rows = [[name, f"{n:,}", str(templates), f"{r:.1%}"] for name, n, templates, r in counts]
         screen.print(table_of(names, rows))
-    base = load_base_model(model, device=device, dtype=dtype)
+    base = load_base_model(model, device=device, dtype=dtype, shard=is_asked(shard or None))
     started = time.perf_counter()
     show: Any = None
     final_loss = None

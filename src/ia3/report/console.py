@@ -33,6 +33,11 @@ results = Console(emoji=False)
 SECONDS_A_LINE = 30.0
 
 
+def quiet() -> None:
+    """Print nothing from now on."""
+    screen.quiet = results.quiet = True
+
+
 def visible(text: str) -> str:
     """The text in one line, with control characters escaped as in Python's `repr`."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
