@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification as PeftModelForTokenClassification,
         get_peft_model as get_peft_model,
     )
+    from .model.lora import nearest_lora as nearest_lora
     from .targets.config import (
         PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING,
         IA3Config as IA3Config,
@@ -116,6 +117,7 @@ _NAMES = {
     "model.ia3_model": [
         *("IA3Model", "get_peft_model", *_MAPPINGS, *(f"PeftModelFor{task}" for task in _TASKS))
     ],
+    "model.lora": ["nearest_lora"],
     "targets.config": [
         *("IA3Config", "PEFT_TYPE_TO_CONFIG_MAPPING", "PeftType", "TaskType", "get_peft_config")
     ],

@@ -38,6 +38,7 @@ from .loading import (
     tokenizer_of_loaded,
     wrap_once,
 )
+from .processes import unlaunched
 from .progress import working
 
 if TYPE_CHECKING:
@@ -257,9 +258,6 @@ def _is_pipeline(model: nn.Module) -> bool:
 
 
 def _load(name: str, tokenizer: Any, device: Any, dtype: Any) -> SentenceEncoder:
-    from transformers import AutoModel, AutoModelForTextEncoding
-    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
-
     settings = _read_settings(name)
     config = read_model_config(settings.source, name)
     if not settings.where and not _is_encoder(config):
@@ -267,15 +265,38 @@ def _load(name: str, tokenizer: Any, device: Any, dtype: Any) -> SentenceEncoder
             f"the model {name!r} is {_article(config.model_type)}, which is no sentence encoder: "
             "it has no modules.json, and reads in one direction or has a decoder"
         )
-    # Of T5 and its kin the encoder alone is read, whatever the config says of a decoder.
-    alone = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type, "")
-    kind = AutoModelForTextEncoding if alone.endswith("EncoderModel") else AutoModel
-    options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
-    with loading(name):
-        model, info = kind.from_pretrained(settings.source, **options)
+    with loading(name), unlaunched():  # as with a language model
+        model = read_transformer(settings.source, config, name, dtype=dtype)
         used = load_tokenizer(settings.source) if tokenizer is None else tokenizer
     if tokenizer is None and settings.lower_case:
         _lower_case(used, name)
+    place(model, name, device)
+    return _encoder(model, used, name, settings)
+
+
+def read_transformer(source: str, config: Any, name: str, **options: Any) -> Any:
+    """transformers' model of a sentence encoder, of which its tokens' vectors are used.
+
+    Of T5 and its kin it is the encoder alone, whatever the config says of a decoder. A pooler that
+    has no weights is left out.
+
+    Args:
+        source: its folder, or its id on the hub.
+        config: its config.
+        name: what messages call it.
+        options: for `from_pretrained`.
+
+    Raises:
+        BrokenFileError: other weights are missing.
+    """
+    from transformers import AutoModel, AutoModelForTextEncoding
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+
+    alone = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type, "")
+    kind = AutoModelForTextEncoding if alone.endswith("EncoderModel") else AutoModel
+    model, info = kind.from_pretrained(
+        source, trust_remote_code=False, output_loading_info=True, **options
+    )
     missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
     if missing:
         raise BrokenFileError(
@@ -283,10 +304,8 @@ def _load(name: str, tokenizer: Any, device: Any, dtype: Any) -> SentenceEncoder
             "more, which would be random: get the model again"
         )
     if info["missing_keys"]:
-        # It comes after the tokens' vectors, which alone are used.
         model.pooler = None
-    place(model, name, device)
-    return _encoder(model, used, name, settings)
+    return model
 
 
 def _encoder(model: Any, tokenizer: Any, name: str, settings: _Settings) -> SentenceEncoder:
@@ -432,7 +451,8 @@ def _read_settings(name: str) -> _Settings:
     modules = folder / "modules.json"
     if not modules.is_file():
         return _Settings(str(folder) if is_local else name)
-    steps = _read_steps(modules)
+    steps = read_steps(modules)
+    _check_order([kind for kind, _ in steps], str(modules))
     settings = _Settings(str(folder) if is_local else name, where=str(modules))
     for number, (kind, path) in enumerate(steps):
         if number == 0 and path:
@@ -467,8 +487,13 @@ def _read_object(path: Path) -> dict[str, Any]:
     return parse_object(path.read_bytes(), str(path))
 
 
-def _read_steps(path: Path) -> list[tuple[str, str]]:
-    """The kind and folder of each step of modules.json."""
+def read_steps(path: Path) -> list[tuple[str, str]]:
+    """The kind and folder, within that of the file, of each step of modules.json.
+
+    Raises:
+        BrokenFileError: the file is damaged, or a folder is outside.
+        IA3Error: a step brings code of its own.
+    """
     entries = parse_json(path.read_bytes(), str(path))
     if not isinstance(entries, list) or not entries:
         raise BrokenFileError(f"{path}: holds {shown(entries)}, expected a list of modules")
@@ -488,7 +513,6 @@ def _read_steps(path: Path) -> list[tuple[str, str]]:
         if package.split(".")[0] != "sentence_transformers":
             refuse_own_code(ValueError("trust_remote_code"), f"{path} ({shown(kind)})")
         steps.append((kind_name, folder))
-    _check_order([kind for kind, _ in steps], str(path))
     return steps
 
 

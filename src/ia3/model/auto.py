@@ -12,6 +12,7 @@ from torch import nn
 
 from ..arguments import listed
 from ..base.loading import load_tokenizer
+from ..base.model_folder import TOKENIZER_FILES
 from ..errors import IA3Error, StateError
 from ..files.hub import CONFIG_NAME, adapter_folder
 from ..targets.config import IA3Config, TaskType
@@ -25,7 +26,6 @@ LIBRARIES = ("transformers", "diffusers")
 FOR_BOTH = ("token", "cache_dir", "force_download", "local_files_only")
 # What loading either of them takes, and says the same of both.
 SHARED = ("key_mapping", "ignore_mismatched_sizes")
-TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model", "chat_template*")
 
 
 class AutoPeftModel:

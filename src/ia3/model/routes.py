@@ -162,6 +162,10 @@ class Routes:
         """The names of the modules that these sites are on."""
         return [name for name, _, site in self._adapters.contents().sites if site in sites]
 
+    def sites(self) -> dict[str, Site]:
+        """Module name -> the site on it, of all."""
+        return {name: site for name, _, site in self._adapters.contents().sites}
+
     def owns(self, site: Any) -> bool:
         """Whether a site is on this model now."""
         return any(site is each for _, _, each in self._adapters.contents().sites)
