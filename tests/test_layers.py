@@ -18,6 +18,7 @@ LAYERS = [
     "core",
     "targets",
     "adapter",
+    "vllm",
     "model",
     "compat",
     "bank",
