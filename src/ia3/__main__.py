@@ -2,4 +2,6 @@
 
 from .cli import main
 
-main()
+# A process that is started by another one (multiprocessing) imports this too.
+if __name__ == "__main__":
+    main()

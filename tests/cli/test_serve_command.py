@@ -163,6 +163,26 @@ def test_a_package_that_is_missing_is_named(package, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_without_vllm_it_is_said_what_to_install(tmp_path):
+    program = "import sys; sys.modules['vllm'] = None; from ia3.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "serve", "--adapters", str(tmp_path), "--engine", "vllm"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "needs the package 'vllm', which is not installed: pip install vllm" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_options_of_vllm_are_refused_where_they_mean_nothing(adapters):
+    said = refused("--adapters", adapters, "--vllm", "max_loras=2")
+    assert "it is of --engine vllm" in said
+    said = refused("--adapters", adapters, "--engine", "vllm", "--vllm", "max_loras")
+    assert "'max_loras' is no option of vLLM: expected NAME=VALUE" in said
+
+
 def test_two_models_of_one_kind_are_refused(adapters):
     model = adapters.parent / "model"
     with pytest.raises(IA3Error, match="one language model and one encoder can be served"):

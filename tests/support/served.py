@@ -28,11 +28,12 @@ LABELS = ["billing", "billing", "delivery", "delivery"]
 CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}the"
 
 
-def save_language_model(folder: Path, seed: int = 0) -> str:
+def save_language_model(folder: Path, seed: int = 0, **settings: Any) -> str:
     """A small random LLaMA whose tokens are words, with a template for chats."""
     words = word_tokenizer([*WORDS, "user", "assistant", "system"])
     words.chat_template = CHAT
-    model = tiny_llama(seed, vocabulary=len(words), eos_token_id=1, bos_token_id=1, pad_token_id=0)
+    settings = {"eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0, **settings}
+    model = tiny_llama(seed, vocabulary=len(words), **settings)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return str(folder)

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, PreTrainedConfig
 import ia3
 from ia3.base.loading import BaseModel
 from ia3.serve.engine.bases import ServedBase
-from ia3.serve.engine.interface import Generation, Piece
+from ia3.serve.engine.interface import Engine, Generation, Piece
+from ia3.serve.engine.joined import JoinedEngine
 from ia3.serve.engine.worker import LocalEngine
 from support.pairs import randomize, vectors
 from support.tfew import random_model, word_tokenizer
@@ -96,8 +97,8 @@ def tokens_of(pieces: Sequence[Piece]) -> list[int]:
 
 
 @contextmanager
-def engine_of(*bases: ServedBase) -> Iterator[LocalEngine]:
-    engine = LocalEngine(bases)
+def engine_of(*bases: ServedBase) -> Iterator[JoinedEngine]:
+    engine = JoinedEngine([LocalEngine(base) for base in bases])
     try:
         yield engine
     finally:
@@ -108,6 +109,6 @@ async def pieces_of(stream: AsyncIterator[Piece]) -> list[Piece]:
     return [piece async for piece in stream]
 
 
-async def all_pieces(engine: LocalEngine, asked: Sequence[Generation]) -> list[list[Piece]]:
+async def all_pieces(engine: Engine, asked: Sequence[Generation]) -> list[list[Piece]]:
     """The pieces of several generations that run at once."""
     return await asyncio.gather(*(pieces_of(engine.submit(each)) for each in asked))

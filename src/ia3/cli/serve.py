@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import socket
+from collections.abc import Callable
 from enum import StrEnum
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,13 +20,16 @@ import typer
 
 from ..base.progress import working
 from ..errors import IA3Error, MissingExtraError, counted, shown
+from ..vllm.versions import TRIED
 from . import options
 from .options import reason, say, silence_loading, warn
 
 if TYPE_CHECKING:
+    from ..serve.engine.interface import BaseEngine
     from ..serve.http.registry import Registry, Served
 
 TEXT = "I was charged twice this month."
+INSTALL_VLLM = f"pip install vllm=={TRIED[-1]} (for CPUs see 'vLLM' in docs/serving.md)"
 # Connections that wait to be taken up.
 BACKLOG = 2048
 
@@ -35,6 +39,18 @@ class _Level(StrEnum):
     INFO = "info"
     WARNING = "warning"
     ERROR = "error"
+
+
+class _Engine(StrEnum):
+    LOCAL = "local"
+    VLLM = "vllm"
+
+
+def _assignments(values: list[str] | None) -> list[str] | None:
+    for value in values or ():
+        if not re.fullmatch(r"\w+=.*", value, re.DOTALL):
+            raise typer.BadParameter(f"{value!r} is no option of vLLM: expected NAME=VALUE")
+    return values
 
 
 def _origins(values: list[str] | None) -> list[str] | None:
@@ -94,6 +110,21 @@ def serve(
     ] = 300.0,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
+    engine: Annotated[
+        _Engine,
+        typer.Option(
+            help="What computes language models: this program, or vLLM, which has to be installed "
+            "and takes the device that it was built for. Encoders are computed here."
+        ),
+    ] = _Engine.LOCAL,
+    vllm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Option of vLLM's engine, as tensor_parallel_size=2; may be given again.",
+            callback=_assignments,
+        ),
+    ] = None,
     log_texts: Annotated[
         bool, typer.Option("--log-texts", help="Write texts into the log, which has none without.")
     ] = False,
@@ -106,6 +137,10 @@ def serve(
     for package in ("fastapi", "prometheus_client", "python_multipart", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package.replace("_", "-"), "serve", "ia3 serve")
+    if engine is _Engine.VLLM and importlib.util.find_spec("vllm") is None:
+        raise MissingExtraError("vllm", "", "ia3 serve --engine vllm", install=INSTALL_VLLM)
+    if vllm and engine is not _Engine.VLLM:
+        raise typer.BadParameter("it is of --engine vllm", param_hint="--vllm")
     import uvicorn
 
     from ..serve.http.keys import read_keys
@@ -122,8 +157,7 @@ def serve(
     silence_loading()
     _check_kinds([*dict.fromkeys(model or [])])
     with working("loading the server"):
-        from ..serve.engine.bases import serve_base
-        from ..serve.engine.worker import LocalEngine
+        from ..serve.engine.joined import JoinedEngine
         from ..serve.http.app import Settings, create_app
         from ..serve.http.gate import Limits
         from ..serve.http.registry import Registry, bases_named
@@ -134,14 +168,24 @@ def serve(
             f"no adapter in {adapters} names a base model, and no embedded model is installed: "
             "choose one by --model"
         )
-    bases = [serve_base(name, capacity, device, dtype) for name in names]
-    bases.sort(key=lambda base: not base.generates)
+    ended: list[str] = []
+
+    def end(why: str) -> None:
+        """End as by a signal, so that whatever started this sees that it failed."""
+        ended.append(why)
+        signal.raise_signal(signal.SIGTERM)
+
+    if engine is _Engine.VLLM:
+        engines = _with_vllm(names, capacity, device, dtype, vllm or [], end)
+    else:
+        engines = _local(names, capacity, device, dtype)
+    bases = [each.served for each in engines]
     registry = Registry(adapters, bases)
-    engine = LocalEngine(bases)
+    joined = JoinedEngine(engines)
     limits = Limits(max_waiting, max_body, timeout)
     is_loopback = ip_address(listening.getsockname()[0]).is_loopback
     settings = Settings(limits, known, cors or (), train, log_texts, is_loopback)
-    app = create_app(engine, registry, settings)
+    app = create_app(joined, registry, settings)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -175,7 +219,53 @@ def serve(
         Server(config).run([listening])
     finally:
         # A second Ctrl-C leaves the app's own end out.
-        engine.close()
+        joined.close()
+    if ended:
+        raise IA3Error(ended[0])
+
+
+def _local(names: list[str], capacity: int, device: str, dtype: str) -> list[BaseEngine]:
+    """An engine of this process for each base model, a language model's first."""
+    from ..serve.engine.bases import serve_base
+    from ..serve.engine.worker import LocalEngine
+
+    bases = [serve_base(name, capacity, device, dtype) for name in names]
+    return [LocalEngine(base) for base in sorted(bases, key=lambda base: not base.generates)]
+
+
+def _with_vllm(
+    names: list[str],
+    capacity: int,
+    device: str,
+    dtype: str,
+    given: list[str],
+    at_end: Callable[[str], None],
+) -> list[BaseEngine]:
+    """vLLM for the language model, and an engine of this process for an encoder."""
+    from ..base.encoders import is_sentence_encoder
+
+    encoders = [name for name in names if is_sentence_encoder(name)]
+    language = [name for name in names if name not in encoders]
+    if not language:
+        raise IA3Error(
+            f"vLLM is for language models, and {', '.join(map(repr, names))} is an encoder: leave "
+            "out --engine vllm, or choose a language model by --model"
+        )
+    others = _local(encoders, capacity, device, dtype)
+    from ..serve.engine.vllm_engine import start_vllm
+
+    pairs = (value.split("=", 1) for value in given)
+    values = {name: _value(text) for name, text in pairs}
+    with working(f"loading {language[0]} in vLLM"):
+        return [start_vllm(language[0], capacity, dtype, values, at_end), *others]
+
+
+def _value(text: str) -> Any:
+    """A value as JSON has it, or the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _one_of_each_kind(names: list[str]) -> list[str]:

@@ -243,7 +243,7 @@ def test_the_embedded_model_chats_as_it_does_alone():
     try:
         with engine_of(served) as engine:
             found = asyncio.run(all_pieces(engine, asked))
-        assert engine._workers[0].batch._token == 46_080  # together, that is
+        assert engine.engines[0]._worker.batch._token == 46_080  # together, that is
     finally:
         served.bank.close()
     assert ["".join(piece.text for piece in pieces) for pieces in found] == expected

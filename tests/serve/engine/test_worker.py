@@ -290,12 +290,12 @@ def test_one_that_closes_ends_what_runs_and_what_waits(no_end):
         assert (engine.load().running, engine.load().waiting) == (0, 0)
 
     before = threading.active_count()
-    run(close(LocalEngine([no_end])))
+    run(close(LocalEngine(no_end)))
     assert threading.active_count() <= before
 
 
 def test_a_client_whose_loop_has_gone_stops_no_other(no_end):
-    engine = LocalEngine([no_end])
+    engine = LocalEngine(no_end)
 
     async def abandon():
         stream = engine.submit(endless())

@@ -152,6 +152,20 @@ def test_addresses_and_methods_that_there_are_not(server: Server) -> None:
     assert refused.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/", "/v1/models", "/v1/classify"])
+def test_the_head_alone_is_what_comes_before_the_whole_answer(server: Server, path: str) -> None:
+    whole = server.get(path)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request("HEAD", path)
+    head = connection.getresponse()
+    assert (head.status, head.read()) == (whole.status, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    # The connection goes on: nothing of a body was sent.
+    connection.request("GET", "/healthz")
+    assert connection.getresponse().read() == b'{"status":"ok"}'
+    connection.close()
+
+
 # -- adapters
 
 

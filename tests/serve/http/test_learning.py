@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class NamedBase:
     device: str = "cpu"
 
     @property
-    def base(self) -> NamedBase:
+    def bank(self) -> NamedBase:
         return self
 
 
@@ -70,7 +71,11 @@ def request(**changes: Any) -> LearnRequest:
 
 def children() -> set[int]:
     of = Path(f"/proc/{os.getpid()}/task")
-    return {int(pid) for task in of.iterdir() for pid in (task / "children").read_text().split()}
+    found = set[int]()
+    for task in of.iterdir():
+        with suppress(FileNotFoundError):  # a thread that has ended meanwhile
+            found |= set(map(int, (task / "children").read_text().split()))
+    return found
 
 
 def gone(pid: int) -> bool:

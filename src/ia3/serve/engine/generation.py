@@ -16,10 +16,11 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from ...base.loading import BaseModel
 from ...core.sites import Site
-from ...errors import IA3Error, StateError, UnknownNameError
+from ...errors import StateError, UnknownNameError
 from .bases import ServedBase
 from .cached_rows import CachedRows, tried_out
 from .interface import Generation, no_adapter
+from .limits import check_fits, end_tokens, further_options, most_tokens, repetition_penalty
 from .rows import Row, RowText
 from .sampling import Picked, pick
 from .text import TokenTexts
@@ -29,13 +30,6 @@ MOST_ROWS = 64
 PROMPT_TOKENS = 128
 # Of keys and values; on a GPU, half of what is free.
 MOST_BYTES = 4 * 2**30
-# Options of a generation config that `generate` is not needed for.
-PLAIN_OPTIONS = {
-    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
-    *("do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens"),
-    *("repetition_penalty", "use_cache", "cache_implementation", "transformers_version"),
-    *("output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
-}
 
 
 class RunningBatch:
@@ -51,13 +45,11 @@ class RunningBatch:
         self._cached = CachedRows(self.base)
         # Of keys and values, in bytes; 0 where rows run one after the other. `None`: not known yet.
         self._token: int | None = None
-        config: Any = self.base.model.config
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self._context = context if isinstance(context, int) and context > 0 else None
-        self._ends = _end_tokens(self.base)
+        self._ends = end_tokens(self.base)
         self._values: dict[Site, Tensor] | None = None
         self._texts = TokenTexts(self.base.tokenizer)
-        self._penalty = _repetition_penalty(self.base)
+        penalty = repetition_penalty(self.base)
+        self._penalty: Any = None if penalty == 1 else RepetitionPenaltyLogitsProcessor(penalty)
 
     def has_room(self, asked: Generation) -> bool:
         """Whether a row may join now; there is always room for one."""
@@ -80,22 +72,15 @@ class RunningBatch:
         """
         if self._token is None:
             with self.base.lock:
-                self._token = 0 if _options(self.base) else tried_out(self._cached)
+                self._token = 0 if further_options(self.base) else tried_out(self._cached)
         asked = row.asked
-        self.base.check_tokens([asked.prompt])
-        row.most = self._most(asked)
-        if row.most < 1:
-            raise IA3Error(
-                f"the prompt has {len(asked.prompt):,} tokens, and the context of "
-                f"{self.served.name!r} is {self._context:,}, of which one at least is for the "
-                "answer: shorten the prompt"
-            )
+        row.most = check_fits(self.served, asked)
         if asked.adapter is not None:
             try:
                 row.values = self.served.bank.gather([asked.adapter], [0])
             except UnknownNameError as error:
                 raise no_adapter(asked.adapter) from error
-        row.text = RowText(self.served, self._texts, asked)
+        row.text = RowText(self.base.tokenizer, self._texts, asked)
         self.rows.append(row)
 
     def step(self) -> list[tuple[Row, Exception]]:
@@ -116,17 +101,8 @@ class RunningBatch:
             self._cached.leave(place)
         self.rows, self._going, self._values = [], 0, None
 
-    def _most(self, asked: Generation) -> int:
-        """How many tokens a row may have generated; none where its prompt is too long."""
-        if self._context is None:
-            return asked.max_tokens
-        room = self._context - len(asked.prompt)
-        if self.base.is_encoder_decoder and room >= 0:
-            room = self._context - 1
-        return min(asked.max_tokens, max(room, 0))
-
     def _longest(self, asked: Generation) -> int:
-        return len(asked.prompt) + self._most(asked)
+        return len(asked.prompt) + most_tokens(self.base, asked)
 
     # -- rows together -----------------------------------------------------------------------------
 
@@ -282,34 +258,6 @@ def _values(rows: Sequence[Row]) -> dict[Site, Tensor]:
                 ones = torch.ones_like(value)
                 found[site] = torch.cat([each.values.get(site, ones) for each in rows])
     return found
-
-
-def _end_tokens(base: BaseModel) -> frozenset[int]:
-    """The tokens that end a text, by the model's generation config."""
-    config: Any = getattr(base.model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    if ends is None:
-        ends = base.tokenizer.eos_token_id
-    return frozenset(ends if isinstance(ends, list | tuple) else () if ends is None else (ends,))
-
-
-def _repetition_penalty(base: BaseModel) -> Any:
-    """What changes the scores of a row's own tokens, by the generation config; often nothing."""
-    config: Any = getattr(base.model, "generation_config", None)
-    penalty = getattr(config, "repetition_penalty", None)
-    return None if penalty in (None, 1.0) else RepetitionPenaltyLogitsProcessor(penalty)
-
-
-def _options(base: BaseModel) -> set[str]:
-    """Options of the generation config that change the scores: they are left to `generate`."""
-    config: Any = getattr(base.model, "generation_config", None)
-    if config is None:
-        return set()
-    return {
-        name
-        for name, value in config.to_diff_dict().items()
-        if not name.startswith("_") and value is not None and name not in PLAIN_OPTIONS
-    }
 
 
 def _memory(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, overload
 from ...classify.mixed import Classified
 from ...errors import IA3Error, UnknownNameError, shown
 from ...tfew.prompts.labels import Text
+from .bases import ServedBase
 
 Finish = Literal["stop", "length"]
 
@@ -102,6 +103,15 @@ def no_adapter(name: str) -> UnknownNameError:
     return UnknownNameError(f"no adapter {shown(name)} here")
 
 
+def check_lengths(asked: Classification) -> None:
+    """Raise `IA3Error` where there is not one adapter a text."""
+    if len(asked.texts) != len(asked.adapters):
+        raise IA3Error(
+            f"there are {len(asked.adapters)} adapters and {len(asked.texts)} texts: expected "
+            "one each"
+        )
+
+
 class Engine(Protocol):
     """Computes what it is given, many requests at once.
 
@@ -126,3 +136,9 @@ class Engine(Protocol):
     def close(self) -> None:
         """Finish nothing more: streams that are open raise `StateError`."""
         ...
+
+
+class BaseEngine(Engine, Protocol):
+    """An engine of one base model, whose bank has the adapters that it is asked for."""
+
+    served: ServedBase

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ...arguments import number, whole
 from ...core.sites import Site
 from ...errors import IA3Error, InvalidTypeError, shown
-from .bases import ServedBase
 from .interface import Finish, Generation, Piece, TokenLogprob
 from .sampling import Picked, Sampler
 from .text import Detokenizer, StopTexts, TokenTexts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Row:
@@ -57,8 +60,10 @@ class Row:
 class RowText:
     """What is told of a row's tokens: its pieces."""
 
-    def __init__(self, served: ServedBase, texts: TokenTexts, asked: Generation) -> None:
-        self._detokenizer = Detokenizer(served.base.tokenizer, asked.prompt)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, texts: TokenTexts, asked: Generation
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, asked.prompt)
         self._stops = StopTexts(asked.stop)
         self._texts = texts
         # Of each token that is not told of yet, how many characters came before it.

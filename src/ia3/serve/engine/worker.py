@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, overload
 
 from ...base.threads import OFTEN, Threads
@@ -22,7 +22,7 @@ from ...tfew.prompts.labels import Text
 from .bases import ServedBase
 from .classification import answers
 from .generation import RunningBatch
-from .interface import Classification, Generation, Load, Piece, no_adapter
+from .interface import Classification, Generation, Load, Piece, check_lengths
 from .rows import Row, check_generation
 
 # Texts that are classified at once, and between two tokens of generations that run.
@@ -35,10 +35,11 @@ _Event = TypeVar("_Event")
 
 
 class LocalEngine:
-    """Serves base models of this process; see `Engine`."""
+    """Serves a base model of this process; see `Engine`."""
 
-    def __init__(self, bases: Sequence[ServedBase]) -> None:
-        self._workers = [_Worker(base) for base in bases]
+    def __init__(self, served: ServedBase) -> None:
+        self.served = served
+        self._worker = _Worker(served)
 
     @overload
     def submit(self, request: Generation) -> AsyncIterator[Piece]: ...
@@ -51,74 +52,37 @@ class LocalEngine:
 
     async def _generate(self, asked: Generation) -> AsyncIterator[Piece]:
         check_generation(asked)
-        worker = self._generator(asked.adapter)
+        if self._worker.batch is None:
+            raise IA3Error(
+                f"adapter {asked.adapter!r} is of the sentence encoder {self.served.name!r}, which "
+                "generates no text: classify with it"
+            )
         stream = _Stream[Piece]()
-        worker.add(_Generating(stream, asked))
+        self._worker.add(_Generating(stream, asked))
         try:
             while not (piece := await stream.get()).finish:
                 yield piece
             yield piece
         finally:
             stream.cancel()
-            worker.forget_cancelled()
+            self._worker.forget_cancelled()
 
     async def _classify(self, asked: Classification) -> AsyncIterator[list[Classified | IA3Error]]:
-        if len(asked.texts) != len(asked.adapters):
-            raise IA3Error(
-                f"there are {len(asked.adapters)} adapters and {len(asked.texts)} texts: expected "
-                "one each"
-            )
-        found: list[Classified | IA3Error] = [StateError("not computed")] * len(asked.texts)
-        of_workers: dict[_Worker, list[int]] = {}
-        for place, name in enumerate(asked.adapters):
-            worker = self._owner(name)
-            if worker is None:
-                found[place] = no_adapter(name)
-            else:
-                of_workers.setdefault(worker, []).append(place)
-        parts = []
+        check_lengths(asked)
+        stream = _Stream[list[Classified | IA3Error]]()
+        texts, names = [*asked.texts], [*asked.adapters]
+        self._worker.add(_Classifying(stream, texts, names, asked.untuned))
         try:
-            for worker, places in of_workers.items():
-                stream = _Stream[list[Classified | IA3Error]]()
-                parts.append((worker, places, stream))
-                texts = [asked.texts[place] for place in places]
-                names = [asked.adapters[place] for place in places]
-                worker.add(_Classifying(stream, texts, names, asked.untuned))
-            for _, places, stream in parts:
-                for place, answer in zip(places, await stream.get(), strict=True):
-                    found[place] = answer
-            yield found
+            yield await stream.get()
         finally:
-            for worker, _, stream in parts:
-                stream.cancel()
-                worker.forget_cancelled()
+            stream.cancel()
+            self._worker.forget_cancelled()
 
     def load(self) -> Load:
-        loads = [worker.load() for worker in self._workers]
-        return Load(*(sum(getattr(load, each.name) for load in loads) for each in fields(Load)))
+        return self._worker.load()
 
     def close(self) -> None:
-        for worker in self._workers:
-            worker.close()
-
-    def _owner(self, name: str) -> _Worker | None:
-        return next((worker for worker in self._workers if name in worker.served.bank), None)
-
-    def _generator(self, adapter: str | None) -> _Worker:
-        if adapter is None:
-            able = [worker for worker in self._workers if worker.batch is not None]
-            if not able:
-                raise IA3Error("no language model is served: sentence encoders generate no text")
-            return able[0]
-        worker = self._owner(adapter)
-        if worker is None:
-            raise no_adapter(adapter)
-        if worker.batch is None:
-            raise IA3Error(
-                f"adapter {adapter!r} is of the sentence encoder {worker.served.name!r}, which "
-                "generates no text: classify with it"
-            )
-        return worker
+        self._worker.close()
 
 
 class _Stream(Generic[_Event]):

@@ -110,7 +110,10 @@ class Gate:
         try:
             refused = self._refused(scope, state, body)
             if refused is None:
-                await self.app(scope, body, answered)
+                # A load balancer may ask for the head alone; the server leaves the body out.
+                is_head = scope["method"] == "HEAD"
+                inner = {**scope, "method": "GET"} if is_head else scope
+                await self.app(inner, body, answered)
             else:
                 await refused.response()(scope, body, answered)
         except ClientDisconnect:

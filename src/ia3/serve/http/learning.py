@@ -231,7 +231,8 @@ class Learning:
                 f"no base model {named!r} is served, expected one of "
                 f"{', '.join(names)}{did_you_mean(named, names)}"
             )
-        device = str((kinds[ENCODER] if named is None else names[named]).base.device)
+        # The bank's: where another engine computes, the base model here is nowhere.
+        device = str((kinds[ENCODER] if named is None else names[named]).bank.device)
         if named is not None:
             return Task(texts, labels, named, device)
         both = kinds[ENCODER].name, kinds[LANGUAGE_MODEL].name

@@ -24,7 +24,9 @@ class Lines(logging.Formatter):
             "level": record.levelname.lower(),
             "event": record.getMessage(),
         }
-        line |= {name: value for name, value in vars(record).items() if name not in _USUAL}
+        # Other libraries may give more to each.
+        usual = _USUAL | vars(logging.makeLogRecord({})).keys()
+        line |= {name: value for name, value in vars(record).items() if name not in usual}
         if record.exc_info:
             line["trace"] = "".join(traceback.format_exception(*record.exc_info))
         text = json.dumps(line, ensure_ascii=False, default=str)
