@@ -524,7 +524,7 @@ print("peft" in sys.modules)
     ("script", "peft_is_there"),
     [
         (WITHOUT_PEFT + TRAINER + MODEL + TRAIN, False),
-        (WITHOUT_PEFT + MODEL + TRAINER + TRAIN, False),
+        pytest.param(WITHOUT_PEFT + MODEL + TRAINER + TRAIN, False, marks=pytest.mark.slow),
         (MODEL + TRAINER + TRAIN, True),
     ],
     ids=["no peft, Trainer first", "no peft, model first", "peft, model first"],

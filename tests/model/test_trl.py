@@ -1,6 +1,7 @@
 """TRL's trainers train a model with adapters as they train PEFT's, with nothing said to them."""
 
 import copy
+from pathlib import Path
 
 import peft
 import pytest
@@ -78,19 +79,20 @@ def reward(completions, **_):
     return [float(len(set(c.split())) + sum(map(ord, c)) % 7) for c in completions]
 
 
-def made(trl, trainer, model, folder, data=None, **arguments):
+def made(trl, trainer, model, folder, data=None, asked=None, peft_config=None, **arguments):
     """One of TRL's trainers, ready to train three steps."""
     from datasets import Dataset
 
     given = {"max_steps": 3, "save_steps": 2, **QUIET, **FAST, **arguments}
-    more = {}
+    more = {} if peft_config is None else {"peft_config": peft_config}
     if trainer in ("GRPO", "RLOO"):
-        given, more = {**GENERATING, **given}, {"reward_funcs": reward}
+        given, more = {**GENERATING, **given}, {**more, "reward_funcs": reward}
     args = getattr(trl, f"{trainer}Config")(str(folder), **given)
     return getattr(trl, f"{trainer}Trainer")(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(data or rows(trainer)),
+        eval_dataset=Dataset.from_list(asked) if asked else None,
         processing_class=tokenizer(),
         **more,
     )
@@ -143,6 +145,27 @@ def test_losses_vectors_and_checkpoints_are_pefts(trl, trainer, choice, tmp_path
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-3, atol=1e-4)
     assert ours[2] == theirs[2]
+
+
+@pytest.mark.parametrize("trainer", ["SFT", "DPO"])
+def test_what_peft_config_would_have_given(trl, trainer, tmp_path):
+    runs = []
+    given = {"model": base(), "peft_config": peft.IA3Config(task_type="CAUSAL_LM")}
+    theirs = made(trl, trainer, folder=tmp_path / "theirs", **given)
+    model = ia3.get_peft_model(base(), ia3.IA3Config(task_type="CAUSAL_LM"))
+    ours = made(trl, trainer, model, tmp_path / "ours")
+    if trainer == "DPO":
+        # Given a model, the trainer adds a copy as reference; without it that is the base model.
+        model.delete_adapter("ref")
+    for run in (ours, theirs):
+        run.train()
+        runs.append(
+            (logged(run), files(Path(run.args.output_dir, "checkpoint-3")), values(run.model))
+        )
+    for found, expected in zip(runs[0][0], runs[1][0], strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert runs[0][1] == runs[1][1]
+    torch.testing.assert_close(runs[0][2], runs[1][2], rtol=1e-3, atol=1e-4)
 
 
 def test_the_reference_of_dpo_is_the_base_model(trl, tmp_path):
