@@ -56,8 +56,8 @@ def merge(
     dtype = str(merged.dtype).removeprefix("torch.")
     apart = [name for name in (TASK_NAME, HEAD_NAME) if (adapter / name).is_file()]
     if not as_json and apart:
-        what = "linear head" if HEAD_NAME in apart else "prompts and the labels' words"
-        say(f"the classifier's {what} stay in {adapter} ({', '.join(apart)})")
+        what = "linear head stays" if HEAD_NAME in apart else "prompts and the labels' words stay"
+        say(f"the classifier's {what} in {adapter} ({', '.join(apart)})")
     report(
         as_json,
         f"{counted(vectors, 'vector')} merged into {loaded.base}, {dtype}; "
