@@ -207,6 +207,29 @@ def test_an_encoders_classifier_is_merged_into_what_it_was_trained_on(tmp_path, 
 
 
 @pytest.mark.filterwarnings("ignore:.*in no checkpoint")
+@pytest.mark.parametrize("on_pooler", [False, True])
+def test_a_pooler_that_was_never_saved_is_left_out_unless_it_is_rescaled(tmp_path, on_pooler):
+    bert().save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base")
+    targets = "all-linear" if on_pooler else ["key", "value"]
+    config = ia3.IA3Config(task_type="FEATURE_EXTRACTION", target_modules=targets)
+    model = ia3.get_peft_model(base, config)
+    randomize(vectors(model), 0)
+    model.save_pretrained(tmp_path / "adapter")
+    if on_pooler:
+        with pytest.raises(ia3.BrokenFileError, match=r"pooler.*would be random"):
+            on_its_base(tmp_path / "adapter")
+        return
+    folder = merged(tmp_path / "adapter", tmp_path / "merged")
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    assert load_file(folder / "model.safetensors").keys() == before.keys()
+    ids = torch.arange(3, 9)[None]
+    expected = model.eval()(input_ids=ids).last_hidden_state
+    found = AutoModel.from_pretrained(folder)(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*in no checkpoint")
 def test_a_base_model_that_lacks_weights_is_not_merged_with_random_ones(tiny_model, tmp_path):
     adapter = saved_adapter(tiny_model, tmp_path / "adapter", task_type="CAUSAL_LM")
     shutil.copytree(tiny_model, tmp_path / "base")

@@ -7,7 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
@@ -105,7 +105,10 @@ def on_its_base(adapter: str | Path, base: str | None = None) -> OnBase:
                 raise
     copied = {value.rpartition(".")[0] for value in stored.copies}
     random = [each for each in fresh_modules(model.model) or () if each not in copied]
-    if random:
+    if random == ["pooler.dense"] and random[0] not in model.targeted_module_names:
+        # transformers makes one for any checkpoint of an encoder.
+        cast("Any", model.model).pooler = None
+    elif random:
         raise BrokenFileError(
             f"{name!r} has no weights for {counted(len(random), 'module')}, {shown(random[0])} the "
             "first, and the adapter brings none: they would be random"
