@@ -73,3 +73,9 @@ def test_a_folder_imports_only_folders_below_it() -> None:
 
 def test_no_files_import_in_a_circle() -> None:
     TopologicalSorter(imports()).prepare()
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports them by it, and fails where it meets both; not every command does."""
+    names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    assert {name for name in names if names.count(name) > 1} == set()
