@@ -543,13 +543,7 @@ def test_of_an_encoder_on_the_hub_the_needed_files_are_fetched(tmp_path: Path, h
         if file.is_file():
             hub.files[str(file.relative_to(folder))] = file.read_bytes()
     hub.files |= {"onnx/model.onnx": b"large", "pytorch_model.bin": b"large", "train.txt": b"large"}
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-    }
+    environment = hub.environment(tmp_path / "home")
     command = [sys.executable, "-c", ON_THE_HUB, str(tmp_path / "vectors")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -328,13 +328,7 @@ def test_of_a_base_model_on_the_hub_what_is_needed_is_fetched(tmp_path, inside):
         if path.is_file():
             hub.files[str(path.relative_to(base))] = path.read_bytes()
     hub.files |= {"onnx/model.onnx": b"large", "pytorch_model.bin": b"large", "train.py": b"large"}
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-    }
+    environment = hub.environment(tmp_path / "home")
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     try:
         command = [sys.executable, "-c", ON_THE_HUB, str(adapter), str(tmp_path / "merged")]

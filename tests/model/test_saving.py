@@ -1,7 +1,6 @@
 """Adapters in folders and on the hub: what is written where, and what is read."""
 
 import copy
-import os
 import subprocess
 import sys
 import threading
@@ -222,15 +221,8 @@ print(model.active_peft_config.push_to_hub("someone/adapter"))
 
 def push(tmp_path, hub, script=ON_THE_HUB):
     """Run a script against this hub, and return what it printed."""
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": "hf_of_nobody",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = hub.environment(tmp_path / "home")
+    environment |= {"HF_TOKEN": "hf_of_nobody", "OMP_NUM_THREADS": "1"}
     arguments = [str(tmp_path / name) for name in ("base", "adapter", "results")]
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -20,6 +22,16 @@ class Hub(ThreadingHTTPServer):
         self.branches: list[str] = []
         self.commits: list[dict[str, str]] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """A process's that asks this hub, and keeps what it fetches in `home`."""
+        return os.environ | {
+            "HF_ENDPOINT": self.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+        }
 
     @property
     def commit(self) -> str:
