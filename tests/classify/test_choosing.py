@@ -9,6 +9,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from support.kills import result_of
 from support.pairs import same_vectors
 from support.sentences import LABELS, TEXTS, bert, tokenizer
@@ -19,6 +20,7 @@ from ia3.classify import choosing
 from ia3.classify.choosing import promises_more
 from ia3.classify.task_file import Candidate
 from ia3.errors import IA3Error, MissingExtraError
+from ia3.sentences.head import folds
 
 NEW = ["a charge", "the van", "is the bill paid", "x y z"]
 MANY = [f"{one} {other}" for one in TEXTS for other in TEXTS]
@@ -79,6 +81,35 @@ def test_the_encoder_is_trained_where_its_answers_are_better_by_more_than_chance
     assert promises_more(seen[:1]) == "encoder"
 
 
+def test_what_counts_of_the_encoder_is_what_was_seen_last():
+    seen = [("encoder", 0.5, 0.1), ("language-model", 0.6, 0.1), ("encoder", 0.9, 0.1)]
+    assert promises_more([candidate(*each) for each in seen[:2]]) == "language-model"
+    assert promises_more([candidate(*each) for each in seen]) == "encoder"
+
+
+def test_before_a_language_model_is_trained_the_encoder_answers_texts_it_was_trained_without(
+    make, folders, as_the_language_model_says
+):
+    texts, labels = as_the_language_model_says
+    settings = {"learning_rate": 1e-2, "seed": 3}
+    taken = []
+    classifier = make(**settings).fit(texts, labels, on_step=taken.append)
+    # What `on_step` sees is the training of the classifier.
+    assert [step.step for step in taken] == [1, 2]
+    trained = classifier.held_out_[2]
+    assert trained.rows == [*range(12)]
+    targets = [["billing", "delivery"].index(label) for label in labels]
+    for train, part in folds(targets, 3, 4):
+        of_fold = FewShotClassifier(folders["encoder"], steps=2, threads=1, **settings)
+        of_fold.fit([texts[i] for i in train], [labels[i] for i in train])
+        expected = of_fold.predict_proba([texts[i] for i in part])
+        np.testing.assert_array_equal(trained.probabilities[part], expected)
+    right = (trained.probabilities.argmax(1) == torch.tensor(targets)).double()
+    assert trained.candidate.accuracy == float(right.mean())
+    # With steps=0 neither is trained, nor asked trained.
+    assert len(make(steps=0).fit(texts, labels).candidates_) == 2
+
+
 def test_the_encoder_is_chosen_and_what_was_seen_is_saved(make, folders, tmp_path):
     classifier = make().fit(TEXTS * 4, LABELS * 4)
     assert classifier.engine_ == "encoder"
@@ -107,15 +138,16 @@ def test_the_language_model_is_chosen_where_it_knows_the_labels(
 ):
     texts, labels = as_the_language_model_says
     classifier = make().fit(texts, labels)
-    frozen, untuned = classifier.candidates_
-    assert untuned.accuracy > frozen.accuracy
+    frozen, untuned, trained = classifier.candidates_
+    assert untuned.accuracy > max(frozen.accuracy, trained.accuracy)
+    assert (trained.engine, trained.note) == ("encoder", "trained, held-out folds, 12 texts")
     assert (classifier.engine_, classifier.model_) == ("language-model", folders["language_model"])
     assert classifier.head_ is None
     named = FewShotClassifier(folders["language_model"], steps=2).fit(texts, labels)
     assert same_vectors(classifier, named)
     classifier.save(tmp_path)
     loaded = FewShotClassifier.load(tmp_path)
-    assert loaded.candidates_ == [frozen, untuned]
+    assert loaded.candidates_ == [frozen, untuned, trained]
     np.testing.assert_array_equal(loaded.predict_proba(NEW), classifier.predict_proba(NEW))
     # It chooses anew: another task has another model, and predictions are of the last fit.
     classifier.fit(TEXTS * 4, LABELS * 4)

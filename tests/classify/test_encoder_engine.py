@@ -104,6 +104,24 @@ def test_what_is_frozen_is_reported_beside_every_fit(make, tmp_path):
     assert loaded.candidates_ == [frozen]
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_the_names_of_labels_are_learned_from_as_texts_of_them(make, steps):
+    """Where the labels are words: numbers say nothing of what is in a text."""
+    settings = {"steps": steps, "learning_rate": 1e-2}
+    named = make(**settings).fit(TEXTS, ["unpaidBill" if a == "billing" else a for a in LABELS])
+    assert named.classes_.tolist() == ["delivery", "unpaidBill"]
+    numbers = [int(label == "billing") for label in LABELS]
+    spelled_out = make(**settings).fit([*TEXTS, "delivery", "unpaid bill"], [*numbers, 0, 1])
+    without = make(**settings).fit(TEXTS, numbers)
+    np.testing.assert_array_equal(named.predict_proba(NEW), spelled_out.predict_proba(NEW))
+    assert same_vectors(named, spelled_out)
+    assert np.abs(named.predict_proba(NEW) - without.predict_proba(NEW)).max() > 1e-3
+    as_words = make(**settings).fit(TEXTS, [*map(str, numbers)])
+    np.testing.assert_array_equal(as_words.predict_proba(NEW), without.predict_proba(NEW))
+    # They are asked about no text, and counted as none.
+    assert named.candidates_[0].note == "frozen, held-out folds, 8 texts"
+
+
 def test_texts_are_predicted_by_themselves_and_progress_is_said(make):
     classifier = make().fit(TEXTS, LABELS)
     done = []

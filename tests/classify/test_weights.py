@@ -43,9 +43,9 @@ def embedded() -> np.ndarray:
 KINDS = pytest.mark.parametrize("make", [encoder, ranking])
 
 
-@pytest.mark.parametrize("class_weight", [None, "balanced", {"billing": 5.0}])
+@pytest.mark.parametrize("class_weight", [None, "balanced", {0: 5.0}])
 def test_the_head_is_scikit_learns_with_these_weights(class_weight):
-    labels = ["billing"] * 6 + ["delivery"] * 2
+    labels = [0] * 6 + [1] * 2
     classifier = encoder(steps=0, class_weight=class_weight)
     classifier.fit(TEXTS, labels, sample_weight=WEIGHTS)
     theirs = LogisticRegression(C=STRENGTH, max_iter=ITERATIONS, class_weight=class_weight)

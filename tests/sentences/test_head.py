@@ -101,6 +101,20 @@ def test_held_out_answers_are_the_mean_of_cross_validation_drawn_several_times(
     np.testing.assert_allclose(answers.right.numpy(), right)
 
 
+def test_texts_that_are_always_learned_from_are_never_held_out():
+    found, targets = embedded(3)
+    count = len(targets) - 4
+    answers = held_out_answers(found, targets, 3, seed=1, always=4)
+    assert answers.texts == [*range(count)]
+    expected = torch.zeros(count, 3, dtype=torch.float64)
+    for draw in range(head.MOST_DRAWS):
+        for train, part in folds(targets[:count], 1 + draw):
+            learned = [*train, *range(count, len(targets))]
+            of_fold = fit_head(found[learned], [targets[i] for i in learned], 3)
+            expected[part] += of_fold.scores(found[part]).softmax(-1) / head.MOST_DRAWS
+    torch.testing.assert_close(answers.probabilities, expected)
+
+
 def test_the_last_seed_draws_folds_too():
     found, targets = embedded(3)
     assert len(held_out_answers(found, targets, 3, seed=2**32 - 1).right) == len(targets)

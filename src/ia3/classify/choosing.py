@@ -89,8 +89,14 @@ class AutoEngine:
         weights = task.data.text_weights
         counts = None if weights is None else weights[asked]
         untuned = candidate(LANGUAGE_MODEL, asks.base.name, right, how, counts)
-        both = [*seen, Seen(untuned, asked, answers.softmax(-1))]
-        return processes().from_first(lambda: both)
+        said = Seen(untuned, asked, answers.softmax(-1))
+        both = processes().from_first(lambda: [*seen, said])
+        was_held_out = seen[0].probabilities is not None
+        if promises_more([each.candidate for each in both]) == ENCODER or not was_held_out:
+            return both
+        if self.encoder.settings.steps == 0:
+            return both
+        return [*both, self.encoder.seen_trained(task.encoder, seen)]
 
 
 def promises_more(seen: Sequence[Candidate]) -> EngineName:

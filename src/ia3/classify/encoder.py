@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,11 +25,11 @@ from ..errors import IA3Error, counted, shown, warn_caller
 from ..model.ia3_model import IA3Model
 from ..sentences.checkpoint import Checkpoint, EncoderStep
 from ..sentences.embedding import embeddings, tokenized
-from ..sentences.head import fit_head, held_out_answers
+from ..sentences.head import fit_head, folds, held_out_answers
 from ..sentences.targets import share_right
 from ..sentences.training import EncoderRecipe, EncoderTraining
 from ..targets.config import IA3Config, TaskType
-from ..tfew.prompts.labels import readable
+from ..tfew.prompts.labels import Label, are_words, readable
 from ..tfew.prompts.templates import Template
 from ..tfew.temporary_adapter import temporary_adapter
 from .engine import (
@@ -57,18 +57,29 @@ DIGESTS = {
     "dense": "its Dense layers are others",
     "tokens": "its tokenizer splits texts otherwise",
 }
+# Trainings at most whose answers are weighed against a language model's.
+FOLDS = 4
 # An expression of a pooler, and of the modules in one.
 POOLER = r"(.*\.)?pooler(\..*)?"
 
 
 @dataclass(frozen=True)
 class EncoderTask:
-    """What a training needs, checked: `ids` are the texts' token ids, `[examples]`."""
+    """What a training needs, checked.
+
+    Each label's name is learned from as one more text of it, where a text has one label and labels
+    are words.
+
+    Attributes:
+        ids: the token ids of the texts and then of the names, `[texts + names]`.
+        named: the indices of the classes whose names these are, `[names]`.
+    """
 
     data: LabelledTexts
     template: Template
     recipe: EncoderRecipe
     ids: list[list[int]]
+    named: list[int]
     start: Adapter | None
     settings: Settings
     base: SentenceEncoder
@@ -77,6 +88,26 @@ class EncoderTask:
     def templates(self) -> list[Template]:
         """What makes a text of an example."""
         return [self.template]
+
+    @property
+    def targets(self) -> list[Any]:
+        """Those of the texts and of the names, `[texts + names]`."""
+        return [*self.data.targets, *self.named]
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The same of the weights; a name counts as a text that has none."""
+        return self._and_of_names(self.data.weights)
+
+    @property
+    def text_weights(self) -> Tensor | None:
+        """One a text and a name, `[texts + names]`."""
+        return self._and_of_names(self.data.text_weights)
+
+    def _and_of_names(self, weights: Tensor | None) -> Tensor | None:
+        if weights is None or not self.named:
+            return weights
+        return torch.cat([weights, weights.new_ones(len(self.named))])
 
     def described(self) -> dict[str, Any]:
         """What the vectors depend on, and what is saved with them, as values of JSON."""
@@ -93,7 +124,7 @@ class EncoderTask:
             "embedding": self.base.described(),
             "texts": texts.hexdigest(),
             "labels": self.data.classes,
-            "targets": self.data.targets,
+            "targets": self.targets,
             **self.data.described_weights(),
             "first vectors": first.hexdigest(),
             "frozen": {} if start is None else start.frozen,
@@ -128,12 +159,24 @@ class EncoderEngine:
         check_head_size(len(data.classes), self.base.dimension)
         read_in = _template(template, data.examples[0])
         check_fields(data.examples, list(data.examples[0]), [read_in], data.rows)
-        recipe = EncoderRecipe.of(len(data.examples), settings.steps, settings.seed)
-        if settings.learning_rate is not None:
-            recipe = replace(recipe, learning_rate=settings.learning_rate)
         ids = tokenized(self.base, _texts(data.examples, read_in))
         _warn_of_cut_texts(self.base, ids)
-        return EncoderTask(data, read_in, recipe, ids, start, settings, self.base)
+        counts = are_words(data.classes) and not data.multilabel
+        # A label that no text has is never answered.
+        named = sorted({*data.targets}) if counts else []
+        ids += self._names(data.classes[index] for index in named)
+        recipe = self._recipe(len(data.examples))
+        return EncoderTask(data, read_in, recipe, ids, named, start, settings, self.base)
+
+    def _recipe(self, texts: int) -> EncoderRecipe:
+        settings = self.settings
+        recipe = EncoderRecipe.of(texts, settings.steps, settings.seed)
+        if settings.learning_rate is None:
+            return recipe
+        return replace(recipe, learning_rate=settings.learning_rate)
+
+    def _names(self, labels: Iterable[Label]) -> list[list[int]]:
+        return tokenized(self.base, list(map(readable, labels)))
 
     def train(
         self,
@@ -161,17 +204,17 @@ class EncoderEngine:
         begin = task.start or encoder_sites(base)
         with self._carrying(begin, "init_from") as model, self._threads() as threads:
             if self.settings.steps > 0:
-                texts = task.ids, data.targets
+                texts = task.ids, task.targets
                 most = self.settings.max_tokens
                 training = EncoderTraining(
-                    base, model, *texts, recipe, max_tokens=most, weights=data.text_weights
+                    base, model, *texts, recipe, max_tokens=most, weights=task.text_weights
                 )
                 training.run(on_step, checkpoint, threads)
                 history = training.history
             found = self._embeddings(task.ids, model, threads, "reading the texts again")
             adapter = trained_adapter(model)
         with working("fitting the head"):
-            head = fit_head(found, data.targets, len(data.classes), data.weights)
+            head = fit_head(found, task.targets, len(data.classes), task.weights)
         return Fit(
             engine=ENCODER,
             model=self.base.name,
@@ -217,7 +260,7 @@ class EncoderEngine:
         Raises:
             IA3Error: the embeddings are not finite.
         """
-        names = tokenized(self.base, list(map(readable, task.data.classes)))
+        names = self._names(task.data.classes)
         # Of ones: they change no bit.
         with self._carrying(encoder_sites(self.base)) as model, self._threads() as threads:
             found = self._embeddings(task.ids, model, threads, "reading the texts")
@@ -225,17 +268,68 @@ class EncoderEngine:
         data, targets = task.data, task.data.targets
         with working("asking the frozen encoder"):
             held_out = held_out_answers(
-                found, targets, len(data.classes), self.settings.seed, data.weights
+                found,
+                task.targets,
+                len(data.classes),
+                self.settings.seed,
+                task.weights,
+                always=len(task.named),
             )
         asked, right, how = held_out.texts, held_out.right, "frozen, held-out folds"
         if not asked:
             asked, how = list(range(len(targets))), "frozen, by the labels' names"
-            right = share_right(F.normalize(found) @ F.normalize(named).T, targets)
+            own = found[: len(targets)]
+            right = share_right(F.normalize(own) @ F.normalize(named).T, targets)
         weights = data.text_weights
         counts = None if weights is None else weights[asked]
         frozen = candidate(ENCODER, self.base.name, right, how, counts)
         seen = Seen(frozen, asked, held_out.probabilities if held_out.texts else None)
         return processes().from_first(lambda: [seen])
+
+    def seen_trained(self, task: EncoderTask, seen: Sequence[Seen]) -> Seen:
+        """How well it does, trained, on training texts that it was trained without.
+
+        It takes one thread unless it is told another number: what is faster would change the last
+        bits, and so the answers.
+
+        Args:
+            task: with folds, which `seen` was asked by too.
+            seen: before any training.
+
+        Raises:
+            IA3Error, DivergedError: as of `train`.
+        """
+        data, targets = task.data, task.data.targets
+        parts = folds(targets, self.settings.seed, FOLDS)
+        tasks = [self._without(task, held_out) for _, held_out in parts]
+        answers = torch.zeros(len(targets), len(data.classes), dtype=torch.float64)
+        steps = sum(part.recipe.steps for part in tasks)
+        steady = replace(self.settings, threads=self.settings.threads or 1)
+        engine = EncoderEngine(self.base, steady)
+        with working("training the encoder without a part of the texts", steps) as progress:
+            for part, (_, held_out) in zip(tasks, parts, strict=True):
+                fit = engine.train(part, lambda step: progress(1), seen=seen)
+                asked = [data.examples[text] for text in held_out]
+                answers[held_out], _ = engine.read(fit, asked, None)
+        rows = sorted(text for _, held_out in parts for text in held_out)
+        right = share_right(answers[rows], [targets[text] for text in rows])
+        counts = None if data.text_weights is None else data.text_weights[rows]
+        trained = candidate(ENCODER, self.base.name, right, "trained, held-out folds", counts)
+        return processes().from_first(lambda: Seen(trained, rows, answers[rows]))
+
+    def _without(self, task: EncoderTask, held_out: Collection[int]) -> EncoderTask:
+        """The task without some of its texts."""
+        data = task.data
+        kept = [text for text in range(len(data.examples)) if text not in held_out]
+        part = replace(
+            data,
+            examples=[data.examples[text] for text in kept],
+            labels=[data.labels[text] for text in kept],
+            weights=None if data.weights is None else data.weights[kept],
+            rows=None,
+        )
+        ids = [task.ids[text] for text in kept] + task.ids[len(data.examples) :]
+        return replace(task, data=part, ids=ids, recipe=self._recipe(len(kept)))
 
     @contextmanager
     def _carrying(

@@ -14,7 +14,7 @@ from ..arguments import listed
 from ..base.loading import BaseModel, load_base_model
 from ..errors import IA3Error, InvalidTypeError, did_you_mean, shown, warn_caller
 from ..tfew.prompts.encoding import EncodedExample, Encoder, warn_of_cut_texts
-from ..tfew.prompts.labels import Label, Text, check_text, readable
+from ..tfew.prompts.labels import Label, Text, are_words, check_text, readable
 from ..tfew.prompts.templates import MOST_TEMPLATES, Template
 from .inputs import check_fields
 from .text_classifier import LabelledTexts, TextClassifier, read_labelled
@@ -132,7 +132,7 @@ def _answer_choices(
 
 def advise_on_words(classes: Sequence[Label]) -> None:
     """Warn of labels that say nothing, where they are the words that a language model ranks."""
-    if not any(str(label).lstrip("-").isdecimal() or isinstance(label, bool) for label in classes):
+    if are_words(classes):
         return
     message = (
         f"the labels {list(classes)} are ranked as these words; what they mean, said in "

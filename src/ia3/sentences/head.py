@@ -160,18 +160,22 @@ def held_out_answers(
     classes: int,
     seed: int,
     weights: Tensor | None = None,
+    always: int = 0,
 ) -> HeldOut:
     """What heads answer to the texts that `folds` hold out.
 
     Of few texts the folds are drawn several times, as it is much by chance who is held out
-    together. The arguments are those of `fit_head`.
+    together. The arguments are those of `fit_head`, and `always` is how many of the last texts each
+    head is fitted with.
     """
-    multilabel, draws = are_lists(targets), max(1, min(MOST_DRAWS, ANSWERS // len(targets)))
-    probabilities = torch.zeros(len(targets), classes, dtype=torch.float64)
-    right = torch.zeros(len(targets), dtype=torch.float64)
+    asks = len(targets) - always
+    multilabel, draws = are_lists(targets), max(1, min(MOST_DRAWS, ANSWERS // asks))
+    probabilities = torch.zeros(asks, classes, dtype=torch.float64)
+    right = torch.zeros(asks, dtype=torch.float64)
     asked: set[int] = set()
     for draw in range(draws):
-        for train, held_out in folds(targets, (seed + draw) % 2**32):
+        for rest, held_out in folds(targets[:asks], (seed + draw) % 2**32):
+            train = [*rest, *range(asks, len(targets))]
             of_fold = None if weights is None else weights[train]
             head = fit_head(embeddings[train], [targets[i] for i in train], classes, of_fold)
             found = head.probabilities(embeddings[held_out], 1.0, multilabel=multilabel)

@@ -20,6 +20,11 @@ def readable(label: Label) -> str:
     return " ".join(words.replace("_", " ").split()) or str(label)
 
 
+def are_words(labels: Sequence[Label]) -> bool:
+    """Whether labels say what they mean; numbers and truth values do not."""
+    return not any(str(label).lstrip("-").isdecimal() or type(label) is bool for label in labels)
+
+
 def check_labels(labels: Sequence[Any], called: Callable[[int], str]) -> None:
     """Raise `IA3Error` where these cannot be classes, as the first one that cannot is `called`.
 
