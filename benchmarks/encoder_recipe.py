@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cosines over 0.2": {"temperature": 0.2},
     "head 10": {"strength": 10.0},
     "head 1": {"strength": 1.0},
+    "without the labels' names": {"names": False},
 }
 CHOSEN_ON = ("trec", "banking16", "sst2")
 SHOTS = 16
@@ -84,6 +85,9 @@ def run(variant: str, task: str, seed: int, data: Path) -> dict[str, Any]:
     others = random.Random(0).sample([row for row in pool if row[0] not in taken], ROWS)
     texts, labels = map(list, zip(*sample, strict=True))
     asked, answers = map(list, zip(*others, strict=True))
+    if not changes.pop("names", True):  # of numbers there are none
+        places = {label: place for place, label in enumerate(sorted({*labels}))}
+        labels, answers = ([places[label] for label in each] for each in (labels, answers))
     steps = 0 if changes.get("steps") == 0 else training.MOST_STEPS
     classifier = FewShotClassifier("all-minilm-l6-v2", steps=steps, seed=seed, threads=1)
     engine, prepared = classifier._prepare(texts, labels)

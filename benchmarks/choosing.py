@@ -1,0 +1,121 @@
+"""What `model="auto"` sees before it trains, beside what comes of training each of its two models.
+
+    python benchmarks/choosing.py --data DIR [--seeds 5] [--workers 2]
+
+Samples of the *training* files of SST-2, TREC and 16 of Banking77's intents, 8 and 16 examples a
+class, one thread; tested on 200 other rows of the same files, as test rows choose nothing. The
+encoder is asked trained on each sample, also where its frozen answers decide. A sample takes some
+two minutes. Results are kept in a JSON Lines file, and finished runs are not repeated; the table is
+printed last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from few_shot_data import TASKS, sample_few_shot
+from reporting import add_results_option, run_missing, table
+
+CHOSEN_ON = ("sst2", "trec", "banking16")
+SHOTS = (8, 16)
+ROWS = 200
+# Of the training texts, and of others after training.
+SEEN = ("frozen", "untuned", "trained")
+TESTED = ("encoder", "language_model")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing in the results file, then print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="as of few_shot.py")
+    parser.add_argument("--seeds", type=int, default=5, help="samples of each task")
+    parser.add_argument("--workers", type=int, default=1, help="processes at a time")
+    parser.add_argument("--tasks", nargs="+", choices=CHOSEN_ON, default=CHOSEN_ON)
+    add_results_option(parser, "choosing.jsonl")
+    parser.add_argument("--one", nargs=3, metavar=("TASK", "SHOTS", "SEED"))
+    given = parser.parse_args(arguments)
+    if given.one:
+        task, shots, seed = given.one
+        print(json.dumps(run(task, int(shots), int(seed), given.data)))
+        return
+    keys = [
+        {"task": task, "shots": shots, "seed": seed}
+        for seed in range(given.seeds)
+        for task in given.tasks
+        for shots in SHOTS
+    ]
+    options = ["--data", str(given.data)]
+    done = run_missing(__file__, keys, given.results, options, workers=given.workers, threads=1)
+    print(report(done))
+
+
+def run(task: str, shots: int, seed: int, data: Path) -> dict[str, Any]:
+    """Accuracies on one sample: seen before training, and of the trained models."""
+    from ia3 import FewShotClassifier
+
+    pool, _ = TASKS[task].read(data)
+    sample = sample_few_shot(pool, shots, 1000 + seed)
+    texts, labels = map(list, zip(*sample, strict=True))
+    engine, prepared = FewShotClassifier(seed=seed, threads=1)._prepare(texts, labels)
+    frozen, untuned, *more = engine.seen(prepared)
+    trained = more[0] if more else engine.encoder.seen_trained(prepared.encoder, [frozen])
+    found = {"task": task, "shots": shots, "seed": seed}
+    for name, seen in zip(SEEN, (frozen, untuned, trained), strict=True):
+        found[name] = round(seen.candidate.accuracy, 4)
+        found[f"{name}_error"] = round(seen.candidate.error, 4)
+    taken = {text for text, _ in sample}
+    others = random.Random(0).sample([row for row in pool if row[0] not in taken], ROWS)
+    asked, answers = map(list, zip(*others, strict=True))
+    for name, model in zip(TESTED, ("all-minilm-l6-v2", "smollm2-135m-instruct"), strict=True):
+        classifier = FewShotClassifier(model, seed=seed, threads=1).fit(texts, labels)
+        found[name] = round(classifier.score(asked, answers), 4)
+    return found
+
+
+def report(runs: Sequence[dict[str, Any]]) -> str:
+    """By task: what was seen, what is taken, and what training gave, as Markdown."""
+    rows: list[list[str]] = []
+    for task in CHOSEN_ON:
+        for shots in SHOTS:
+            found = [r for r in runs if (r["task"], r["shots"]) == (task, shots)]
+            if not found:
+                continue
+            means = {n: f"{_mean(found, n):.1f}" for n in SEEN + TESTED}
+            taken = [f"{sum(map(rule, found))}" for rule in (_by_frozen, _by_trained)]
+            row = [task, str(shots), str(len(found)), *means.values()]
+            row[-2:-2] = taken
+            rows.append(row)
+    seen = ("frozen", "untuned", "trained on folds", "taken by the frozen", "taken")
+    tested = ("encoder trained", "language model trained")
+    return table(("task", "a class", "samples", *seen, *tested), rows)
+
+
+def _mean(runs: Sequence[dict[str, Any]], name: str) -> float:
+    return 100 * statistics.mean(run[name] for run in runs)
+
+
+def _by_frozen(run: dict[str, Any]) -> bool:
+    return _is_ahead(run, "frozen")
+
+
+def _by_trained(run: dict[str, Any]) -> bool:
+    """As `auto` does it: where the frozen encoder is not ahead, the trained one may be."""
+    return _is_ahead(run, "frozen") or _is_ahead(run, "trained")
+
+
+def _is_ahead(run: dict[str, Any], name: str) -> bool:
+    chance = math.hypot(run[f"{name}_error"], run["untuned_error"])
+    return run[name] - run["untuned"] > chance or run[name] == 1
+
+
+if __name__ == "__main__":
+    main()
