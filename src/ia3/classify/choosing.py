@@ -2,6 +2,7 @@
 
 Both are asked before any training. The encoder answers by a logistic regression on its frozen
 embeddings, each text by one that was fitted without it; the language model by its untuned ranking.
+Unless the encoder is ahead then, it answers again, by trainings on folds.
 With one text a class nothing can be held out: both answer by the labels' names then, of which
 neither has seen an example, so that a measured side is not weighed against an unmeasured one.
 No answer depends on how fast the machine is.
@@ -77,7 +78,10 @@ class AutoEngine:
         return replace(fit, candidates=candidates, held_out=seen)
 
     def seen(self, task: AutoTask) -> list[Seen]:
-        """Both candidates; the encoder alone where the texts are too long to ask about many."""
+        """What both answer, and then the trained encoder, unless the frozen one is ahead already.
+
+        The encoder alone is asked where the texts are too long to ask about many.
+        """
         targets, asks = task.data.targets, self.language_model
         asked = asks.to_ask(task.language_model, ASKED_TOKENS)
         seen = self.encoder.seen(task.encoder)
@@ -91,20 +95,19 @@ class AutoEngine:
         untuned = candidate(LANGUAGE_MODEL, asks.base.name, right, how, counts)
         said = Seen(untuned, asked, answers.softmax(-1))
         both = processes().from_first(lambda: [*seen, said])
-        was_held_out = seen[0].probabilities is not None
-        if promises_more([each.candidate for each in both]) == ENCODER or not was_held_out:
-            return both
-        if self.encoder.settings.steps == 0:
+        is_ahead = promises_more([each.candidate for each in both]) == ENCODER
+        can_be_held_out = seen[0].probabilities is not None
+        if is_ahead or not can_be_held_out or asks.settings.steps == 0:
             return both
         return [*both, self.encoder.seen_trained(task.encoder, seen)]
 
 
 def promises_more(seen: Sequence[Candidate]) -> EngineName:
-    """The engine to train: the encoder where its answers are better by more than chance.
+    """The engine to train: the encoder where its last answers are better by more than chance.
 
-    Its regression has learned from the labels, of which the untuned language model has seen none:
-    of two that are right about as often, the language model has more to gain. The encoder is taken
-    too where it has all right, as it costs less.
+    They come of labels, of which the untuned language model has seen none: of two that are right
+    about as often, the language model has more to gain. The encoder is taken too where it has all
+    right, as it costs less.
     """
     of = {each.engine: each for each in seen}
     if LANGUAGE_MODEL not in of:

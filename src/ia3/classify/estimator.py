@@ -165,7 +165,8 @@ class FewShotClassifier(TextClassifier):
         engine_: `"encoder"` or `"language-model"`.
         model_: the name of the base model that was trained.
         candidates_: what was seen before training, each a `Candidate`: of the frozen encoder with a
-            linear head, and of the language model where `"auto"` chose between the two.
+            linear head, and where `"auto"` chose between the two, of the untuned language model and
+            then, unless the encoder was ahead already, of the encoder trained on folds.
         held_out_: the same with the answers, each a `Seen`; empty of a classifier that was loaded.
         choices_: the words of each class, `[classes]`.
         templates_: the templates' sources.
