@@ -53,36 +53,34 @@ def as_the_language_model_says(folders):
     return [*order[:6], *order[-6:]], ["delivery"] * 6 + ["billing"] * 6
 
 
-def candidate(engine, accuracy, error):
-    return Candidate(engine=engine, name=None, accuracy=accuracy, error=error, note="")
+def candidate(engine, accuracy):
+    return Candidate(engine=engine, name=None, accuracy=accuracy, error=0.1, note="")
 
 
 @pytest.mark.parametrize(
-    ("encoder", "language_model", "error", "chosen"),
+    ("encoder", "language_model", "chosen"),
     [
-        (0.5, 0.8, 0.1, "language-model"),
-        (0.7, 0.7, 0.1, "language-model"),
-        # The difference's standard error is 0.1 times the square root of 2.
-        (0.84, 0.7, 0.1, "language-model"),
-        (0.85, 0.7, 0.1, "encoder"),
-        (0.75, 0.7, 0.01, "encoder"),
-        (1.0, 1.0, 0.0, "encoder"),
-        (1.0, 0.95, 0.1, "encoder"),
+        (0.5, 0.8, "language-model"),
+        (0.7, 0.7, "language-model"),
+        # Training makes right a third of what the language model has wrong, if not more.
+        (0.79, 0.7, "language-model"),
+        (0.81, 0.7, "encoder"),
+        (0.59, 0.4, "language-model"),
+        (0.61, 0.4, "encoder"),
+        (1.0, 1.0, "encoder"),
+        (1.0, 0.99, "encoder"),
     ],
 )
-def test_the_encoder_is_trained_where_its_answers_are_better_by_more_than_chance(
-    encoder, language_model, error, chosen
+def test_the_encoder_is_trained_where_it_is_ahead_by_more_than_training_brings(
+    encoder, language_model, chosen
 ):
-    seen = [
-        candidate("encoder", encoder, error),
-        candidate("language-model", language_model, error),
-    ]
+    seen = [candidate("encoder", encoder), candidate("language-model", language_model)]
     assert promises_more(seen) == promises_more(seen[::-1]) == chosen
     assert promises_more(seen[:1]) == "encoder"
 
 
 def test_what_counts_of_the_encoder_is_what_was_seen_last():
-    seen = [("encoder", 0.5, 0.1), ("language-model", 0.6, 0.1), ("encoder", 0.9, 0.1)]
+    seen = [("encoder", 0.5), ("language-model", 0.6), ("encoder", 0.9)]
     assert promises_more([candidate(*each) for each in seen[:2]]) == "language-model"
     assert promises_more([candidate(*each) for each in seen]) == "encoder"
 

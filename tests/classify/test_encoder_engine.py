@@ -122,6 +122,16 @@ def test_the_names_of_labels_are_learned_from_as_texts_of_them(make, steps):
     assert named.candidates_[0].note == "frozen, held-out folds, 8 texts"
 
 
+def test_names_that_are_the_same_to_the_encoder_say_nothing(make):
+    settings = {"steps": 2, "learning_rate": 1e-2}
+    numbers = [int(label == "billing") for label in LABELS]
+    expected = make(**settings).fit(TEXTS, numbers).predict_proba(NEW)
+    # Words that are not in the vocabulary; and numbers in any form.
+    for names in (["qqq", "rrr"], ["a_bill", "a bill"], ["0.5", "1.5"], ["-1", "+1"]):
+        same = make(**settings).fit(TEXTS, [sorted(names)[number] for number in numbers])
+        np.testing.assert_array_equal(same.predict_proba(NEW), expected)
+
+
 def test_texts_are_predicted_by_themselves_and_progress_is_said(make):
     classifier = make().fit(TEXTS, LABELS)
     done = []

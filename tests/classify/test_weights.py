@@ -54,6 +54,26 @@ def test_the_head_is_scikit_learns_with_these_weights(class_weight):
     np.testing.assert_allclose(classifier.predict_proba(TEXTS), expected, atol=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("class_weight", "samples", "of_texts", "of_names"),
+    [
+        (None, [1 / 80] * 8, [1 / 80] * 8, [1 / 80, 1 / 80]),
+        # A text of weight 0 is none.
+        (None, WEIGHTS, WEIGHTS, [1.7, 2]),
+        ({"billing": 5.0}, None, [5] * 6 + [1] * 2, [5, 1]),
+    ],
+)
+def test_the_name_of_a_label_weighs_as_much_as_its_texts_in_the_mean(
+    class_weight, samples, of_texts, of_names
+):
+    numbers = [0] * 6 + [1] * 2
+    classifier = encoder(steps=0, class_weight=class_weight)
+    classifier.fit(TEXTS, [["billing", "delivery"][number] for number in numbers], samples)
+    expected = encoder(steps=0)
+    expected.fit([*TEXTS, "billing", "delivery"], [*numbers, 0, 1], [*of_texts, *of_names])
+    np.testing.assert_allclose(classifier.predict_proba(NEW), expected.predict_proba(NEW))
+
+
 def test_balanced_is_scikit_learns():
     for targets in ([0, 0, 0, 1], [0, 2, 2, 1, 1, 1]):
         classes = sorted({*targets})

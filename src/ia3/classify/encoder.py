@@ -47,6 +47,7 @@ from .inputs import check_fields
 from .ranking import check_has_fields, checked_templates
 from .task_file import Embedding
 from .text_classifier import LabelledTexts
+from .weights import text_weights
 
 # Between the fields of a text that has several.
 BETWEEN = ". "
@@ -68,7 +69,7 @@ class EncoderTask:
     """What a training needs, checked.
 
     Each label's name is learned from as one more text of it, where a text has one label and labels
-    are words.
+    are words. Names that are the same to the encoder are not.
 
     Attributes:
         ids: the token ids of the texts and then of the names, `[texts + names]`.
@@ -96,18 +97,18 @@ class EncoderTask:
 
     @property
     def weights(self) -> Tensor | None:
-        """The same of the weights; a name counts as a text that has none."""
-        return self._and_of_names(self.data.weights)
+        """Those of the texts and of the names; a name's is the mean of its label's texts."""
+        weights = self.data.weights
+        if weights is None or not self.named:
+            return weights
+        targets = torch.tensor(self.data.targets)
+        of_names = [weights[targets == own].mean() for own in self.named]
+        return torch.cat([weights, torch.stack(of_names)])
 
     @property
     def text_weights(self) -> Tensor | None:
-        """One a text and a name, `[texts + names]`."""
-        return self._and_of_names(self.data.text_weights)
-
-    def _and_of_names(self, weights: Tensor | None) -> Tensor | None:
-        if weights is None or not self.named:
-            return weights
-        return torch.cat([weights, weights.new_ones(len(self.named))])
+        """One a text and a name, `[texts + names]`, whose mean is 1; `None` is 1 each."""
+        return None if self.weights is None else text_weights(self.weights)
 
     def described(self) -> dict[str, Any]:
         """What the vectors depend on, and what is saved with them, as values of JSON."""
@@ -161,10 +162,12 @@ class EncoderEngine:
         check_fields(data.examples, list(data.examples[0]), [read_in], data.rows)
         ids = tokenized(self.base, _texts(data.examples, read_in))
         _warn_of_cut_texts(self.base, ids)
-        counts = are_words(data.classes) and not data.multilabel
-        # A label that no text has is never answered.
-        named = sorted({*data.targets}) if counts else []
-        ids += self._names(data.classes[index] for index in named)
+        named: list[int] = []
+        if are_words(data.classes) and not data.multilabel:
+            names = self._names(data.classes)
+            # A label that no text has is never answered.
+            named = [place for place in sorted({*data.targets}) if names.count(names[place]) == 1]
+            ids += [names[place] for place in named]
         recipe = self._recipe(len(data.examples))
         return EncoderTask(data, read_in, recipe, ids, named, start, settings, self.base)
 
@@ -193,6 +196,7 @@ class EncoderEngine:
             IA3Error: the embeddings are not finite.
         """
         base, data, history = self.base, task.data, []
+        named = [data.classes[place] for place in task.named]
         checkpoint = None if checkpoints is None else Checkpoint(checkpoints, task.described())
         if seen is None:
             seen = self.seen(task)
@@ -211,7 +215,7 @@ class EncoderEngine:
                 )
                 training.run(on_step, checkpoint, threads)
                 history = training.history
-            found = self._embeddings(task.ids, model, threads, "reading the texts again")
+            found = self._embeddings(task.ids, model, threads, "reading the texts again", named)
             adapter = trained_adapter(model)
         with working("fitting the head"):
             head = fit_head(found, task.targets, len(data.classes), task.weights)
@@ -260,12 +264,13 @@ class EncoderEngine:
         Raises:
             IA3Error: the embeddings are not finite.
         """
-        names = self._names(task.data.classes)
+        data, targets = task.data, task.data.targets
+        learned = [data.classes[place] for place in task.named]
         # Of ones: they change no bit.
         with self._carrying(encoder_sites(self.base)) as model, self._threads() as threads:
-            found = self._embeddings(task.ids, model, threads, "reading the texts")
-            named = self._embeddings(names, model, threads, "reading the labels")
-        data, targets = task.data, task.data.targets
+            found = self._embeddings(task.ids, model, threads, "reading the texts", learned)
+            names = self._names(data.classes)
+            named = self._embeddings(names, model, threads, "reading the labels", data.classes)
         with working("asking the frozen encoder"):
             held_out = held_out_answers(
                 found,
@@ -301,21 +306,28 @@ class EncoderEngine:
         """
         data, targets = task.data, task.data.targets
         parts = folds(targets, self.settings.seed, FOLDS)
-        tasks = [self._without(task, held_out) for _, held_out in parts]
+        tasks = [self._without(task, {*held_out}) for _, held_out in parts]
         answers = torch.zeros(len(targets), len(data.classes), dtype=torch.float64)
         steps = sum(part.recipe.steps for part in tasks)
-        steady = replace(self.settings, threads=self.settings.threads or 1)
-        engine = EncoderEngine(self.base, steady)
+        engine = EncoderEngine(
+            self.base, replace(self.settings, threads=self.settings.threads or 1)
+        )
         with working("training the encoder without a part of the texts", steps) as progress:
             for part, (_, held_out) in zip(tasks, parts, strict=True):
                 fit = engine.train(part, lambda step: progress(1), seen=seen)
-                asked = [data.examples[text] for text in held_out]
-                answers[held_out], _ = engine.read(fit, asked, None)
+                answers[held_out] = engine._answers(fit, [task.ids[text] for text in held_out])
         rows = sorted(text for _, held_out in parts for text in held_out)
         right = share_right(answers[rows], [targets[text] for text in rows])
         counts = None if data.text_weights is None else data.text_weights[rows]
         trained = candidate(ENCODER, self.base.name, right, "trained, held-out folds", counts)
         return processes().from_first(lambda: Seen(trained, rows, answers[rows]))
+
+    def _answers(self, fit: Fit, ids: list[list[int]]) -> Tensor:
+        """Probabilities of training texts, `[texts, classes]`."""
+        assert fit.head is not None
+        with self._carrying(fit.adapter) as model, self._threads() as threads:
+            found = self._embeddings(ids, model, threads, "asking the trained encoder")
+        return fit.head.probabilities(found, fit.temperature, multilabel=fit.multilabel)
 
     def _without(self, task: EncoderTask, held_out: Collection[int]) -> EncoderTask:
         """The task without some of its texts."""
@@ -344,11 +356,16 @@ class EncoderEngine:
         return threads_of(self.settings, self.base)
 
     def _embeddings(
-        self, ids: list[list[int]], model: nn.Module, threads: Threads, what: str
+        self,
+        ids: list[list[int]],
+        model: nn.Module,
+        threads: Threads,
+        what: str,
+        labels: Sequence[Label] = (),
     ) -> Tensor:
         """Of training texts, `[texts, dim]`, checked; `what` is shown meanwhile.
 
-        Several processes embed a part each.
+        The last of them are the names of the `labels`. Several processes embed a part each.
         """
         most, job = self.settings.max_tokens, processes()
         own = job.own(ids)
@@ -361,8 +378,10 @@ class EncoderEngine:
                 progress(len(part))
         found = torch.cat(job.gather(torch.cat(parts)))
         for text in (~found.isfinite().all(1)).nonzero()[:1].flatten().tolist():
+            names = [f"text {place}" for place in range(len(ids) - len(labels))]
+            names += [f"the label {label!r}" for label in labels]
             raise IA3Error(
-                f"the model's embedding of text {text} is not finite: its weights or the vectors "
+                f"the model's embedding of {names[text]} is not finite: its weights or the vectors "
                 "are broken, or its dtype is too narrow"
             )
         return found

@@ -276,12 +276,13 @@ class FewShotClassifier(TextClassifier):
                 an enumeration as its value. With `multilabel`, a list of them for each example.
             sample_weight: how much each text counts, at least 0, `[examples]`; one of 0 leaves its
                 text out. `None` is 1 each.
-            on_step: called after every optimizer step; of several processes, by the first.
+            on_step: called after every optimizer step but those of trainings on folds, by which
+                `"auto"` chooses; of several processes, by the first.
             checkpoints: a folder in which the training is kept as it goes. The same call after a
                 break goes on from there, and ends as it would have without it.
             unlabelled: more texts of the same kind. What the trained classifier is sure of is
                 learned from once, if that makes more right of the labelled texts, each held out in
-                turn. It takes twelve trainings to see; `candidates_` says what was seen, and
+                turn. It takes up to twelve trainings to see; `candidates_` says what was seen, and
                 whether these texts were taken.
 
         Raises:

@@ -60,7 +60,7 @@ def demo(
     with training_bar(tuned.steps) as on_step:
         tuned.fit(train_texts, train_labels, on_step=on_step)
     if seen := candidates_line(tuned):
-        say(f"seen before training: {seen}")
+        say(f"seen beforehand: {seen}")
     untuned = FewShotClassifier(tuned.model_, steps=0).fit(train_texts, train_labels)
     before = _predict(untuned, test_texts, "before training")
     after = _predict(tuned, test_texts, "after training")

@@ -149,12 +149,9 @@ def measure(
 
 
 def seen_before(classifier: FewShotClassifier) -> list[tuple[str, str]]:
-    """For a page: what was seen of each engine before training."""
+    """For a page: what was seen of each engine beforehand."""
     return [
-        (
-            f"seen of the {each.engine} before training",
-            str(each).removeprefix(f"{each.engine} "),
-        )
+        (f"seen of the {each.engine} beforehand", str(each).removeprefix(f"{each.engine} "))
         for each in classifier.candidates_
     ]
 

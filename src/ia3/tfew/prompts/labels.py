@@ -21,8 +21,16 @@ def readable(label: Label) -> str:
 
 
 def are_words(labels: Sequence[Label]) -> bool:
-    """Whether labels say what they mean; numbers and truth values do not."""
-    return not any(str(label).lstrip("-").isdecimal() or type(label) is bool for label in labels)
+    """Whether labels say what they mean: not where any is a number or a truth value."""
+    return not any(type(label) is bool or _is_number(label) for label in labels)
+
+
+def _is_number(label: Label) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
 
 
 def check_labels(labels: Sequence[Any], called: Callable[[int], str]) -> None:
