@@ -108,6 +108,14 @@ def test_before_a_language_model_is_trained_the_encoder_answers_texts_it_was_tra
     assert len(make(steps=0).fit(texts, labels).candidates_) == 2
 
 
+def test_that_texts_are_cut_is_said_once(make, as_the_language_model_says):
+    texts, labels = as_the_language_model_says
+    with pytest.warns(UserWarning, match="fill the .* tokens that") as said:
+        classifier = make().fit([f"{text}{' x' * 40}" for text in texts], labels)
+    assert len(classifier.candidates_) == 3
+    assert sum("fill the" in str(warning.message) for warning in said) == 1
+
+
 def test_the_encoder_is_chosen_and_what_was_seen_is_saved(make, folders, tmp_path):
     classifier = make().fit(TEXTS * 4, LABELS * 4)
     assert classifier.engine_ == "encoder"

@@ -501,6 +501,14 @@ def test_broken_weights_are_said(make, model):
         fitted.predict(NEW)
 
 
+def test_a_label_whose_name_is_not_finite_is_named(make, model):
+    with torch.no_grad():
+        row = tokenizer().convert_tokens_to_ids("billing")
+        model.get_input_embeddings().weight[row] = torch.nan
+    with pytest.raises(IA3Error, match="embedding of the label 'billing' is not finite"):
+        make(steps=0).fit(TEXTS, LABELS)
+
+
 def test_a_model_with_adapters_on_it_is_refused(make, model):
     adapted = IA3Model(model, IA3Config(target_modules="all-linear"))
     with pytest.raises(IA3Error, match="has adapters already"):
