@@ -27,8 +27,8 @@ from .text_classifier import LabelledTexts
 
 # The language model is asked as many texts as have so many tokens together.
 ASKED_TOKENS = 16_384
-# The part of what an untuned language model has wrong that training makes right: it was two fifths
-# to two thirds on four tasks (docs/benchmarks.md).
+# About the part of what an untuned language model has wrong that training makes right; it
+# tells samples of sentiment from those of question types (docs/benchmarks.md).
 GAIN = 1 / 2
 # Of fewer, unless there are no more, the answers say nothing.
 FEWEST_ASKED = 16
