@@ -62,18 +62,16 @@ def candidate(engine, accuracy):
     [
         (0.5, 0.8, "language-model"),
         (0.7, 0.7, "language-model"),
-        # Training makes right a half of what the language model has wrong.
-        (0.84, 0.7, "language-model"),
-        (0.86, 0.7, "encoder"),
-        (0.69, 0.4, "language-model"),
-        (0.71, 0.4, "encoder"),
+        # A fifth of the texts.
+        (0.89, 0.7, "language-model"),
+        (0.91, 0.7, "encoder"),
+        (0.59, 0.4, "language-model"),
+        (0.61, 0.4, "encoder"),
         (1.0, 1.0, "encoder"),
         (1.0, 0.99, "encoder"),
     ],
 )
-def test_the_encoder_is_trained_where_it_is_ahead_by_more_than_training_brings(
-    encoder, language_model, chosen
-):
+def test_the_encoder_is_trained_where_it_is_well_ahead(encoder, language_model, chosen):
     seen = [candidate("encoder", encoder), candidate("language-model", language_model)]
     assert promises_more(seen) == promises_more(seen[::-1]) == chosen
     assert promises_more(seen[:1]) == "encoder"

@@ -27,9 +27,9 @@ from .text_classifier import LabelledTexts
 
 # The language model is asked as many texts as have so many tokens together.
 ASKED_TOKENS = 16_384
-# About the part of what an untuned language model has wrong that training makes right; it
-# tells samples of sentiment from those of question types (docs/benchmarks.md).
-GAIN = 1 / 2
+# By what share of the texts the encoder has to be ahead: by more than on samples of sentiment, which
+# the language model learns better, and by less than on those of question types (docs/benchmarks.md).
+AHEAD = 0.2
 # Of fewer, unless there are no more, the answers say nothing.
 FEWEST_ASKED = 16
 
@@ -105,15 +105,14 @@ class AutoEngine:
 
 
 def promises_more(seen: Sequence[Candidate]) -> EngineName:
-    """The engine to train: the encoder where it is ahead of what training promises of the other.
+    """The engine to train: the encoder where its last answers are ahead by more than `AHEAD`.
 
-    What counts of the encoder is what was seen last. It has learned from the labels, of which the
-    untuned language model has seen none: of two that are right about as often, the language model
-    has more to gain. The encoder is taken too where it has all right, as it costs less.
+    They come of labels, of which the untuned language model has seen none: of two that are right
+    about as often, the language model has more to gain. The encoder is taken too where it has all
+    right, as it costs less.
     """
     of = {each.engine: each.accuracy for each in seen}
     if LANGUAGE_MODEL not in of:
         return ENCODER
     encoder, untuned = of[ENCODER], of[LANGUAGE_MODEL]
-    promised = untuned + GAIN * (1 - untuned)
-    return ENCODER if encoder > promised or encoder == 1 else LANGUAGE_MODEL
+    return ENCODER if encoder - untuned > AHEAD or encoder == 1 else LANGUAGE_MODEL
