@@ -27,8 +27,8 @@ from .text_classifier import LabelledTexts
 
 # The language model is asked as many texts as have so many tokens together.
 ASKED_TOKENS = 16_384
-# By what share of the texts the encoder has to be ahead: by more than on samples of sentiment, which
-# is the language model's, and by less than on those of question types (docs/benchmarks.md).
+# By what share of the texts the encoder has to be ahead: more than on samples of sentiment, which
+# is the language model's, and less than on those of question types (docs/benchmarks.md).
 AHEAD = 0.2
 # Of fewer, unless there are no more, the answers say nothing.
 FEWEST_ASKED = 16
