@@ -109,7 +109,8 @@ def test_auto_chooses_as_one_process_does(tmp_path, folders, count, repeated):
     make = partial(either, folders)
     found = results_of(lambda: fitted(make, *data), tmp_path, count)
     check_near(found[0], fitted(make, *data))
-    assert len(found[0][0].candidates) == 2
+    # Of few texts it asks the encoder trained too, which is then the work of all processes.
+    assert len(found[0][0].candidates) == {1: 3, 4: 2}[repeated]
     assert {each[0].engine for each in found} == {found[0][0].engine}
 
 
