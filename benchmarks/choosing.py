@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -90,7 +89,7 @@ def report(runs: Sequence[dict[str, Any]]) -> str:
             if not found:
                 continue
             means = {n: f"{_mean(found, n):.1f}" for n in SEEN + TESTED}
-            taken = [f"{sum(map(rule, found))}" for rule in (_by_frozen, _by_trained)]
+            taken = [f"{sum(_takes_encoder(r, n) for r in found)}" for n in (SEEN[:2], SEEN)]
             row = [task, str(shots), str(len(found)), *means.values()]
             row[-2:-2] = taken
             rows.append(row)
@@ -103,18 +102,23 @@ def _mean(runs: Sequence[dict[str, Any]], name: str) -> float:
     return 100 * statistics.mean(run[name] for run in runs)
 
 
-def _by_frozen(run: dict[str, Any]) -> bool:
-    return _is_ahead(run, "frozen")
+def _takes_encoder(run: dict[str, Any], names: Sequence[str]) -> bool:
+    """Whether `auto` would, by what was seen first and, where that is not enough, by all of it."""
+    from ia3.classify.choosing import promises_more
+    from ia3.classify.engine import ENCODER, LANGUAGE_MODEL, Candidate
 
-
-def _by_trained(run: dict[str, Any]) -> bool:
-    """As `auto` does it: where the frozen encoder is not ahead, the trained one may be."""
-    return _is_ahead(run, "frozen") or _is_ahead(run, "trained")
-
-
-def _is_ahead(run: dict[str, Any], name: str) -> bool:
-    chance = math.hypot(run[f"{name}_error"], run["untuned_error"])
-    return run[name] - run["untuned"] > chance or run[name] == 1
+    engines = {"untuned": LANGUAGE_MODEL}
+    seen = [
+        Candidate(
+            engine=engines.get(name, ENCODER),
+            name=None,
+            accuracy=run[name],
+            error=run[f"{name}_error"],
+            note=name,
+        )
+        for name in names
+    ]
+    return ENCODER in (promises_more(seen[:2]), promises_more(seen))
 
 
 if __name__ == "__main__":
