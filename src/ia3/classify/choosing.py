@@ -19,7 +19,7 @@ from ..base.processes import processes
 from ..sentences.targets import share_right
 from ..tfew.prompts.templates import Template
 from .encoder import EncoderEngine, EncoderTask
-from .engine import ENCODER, LANGUAGE_MODEL, Candidate, Fit, Seen, candidate
+from .engine import ENCODER, LANGUAGE_MODEL, Candidate, Fit, Seen, seen_of
 from .language_model import LanguageModelEngine, RankingTask
 from .ranking import advise_on_words
 from .task_file import EngineName
@@ -92,10 +92,8 @@ class AutoEngine:
         answers = asks.untuned_answers(task.language_model, asked)
         how = "untuned, calibrated" if asks.settings.steps else "untuned"
         right = share_right(answers, [targets[text] for text in asked])
-        weights = task.data.text_weights
-        counts = None if weights is None else weights[asked]
-        untuned = candidate(LANGUAGE_MODEL, asks.base.name, right, how, counts)
-        said = Seen(untuned, asked, answers.softmax(-1))
+        probabilities, name = answers.softmax(-1), asks.base.name
+        said = seen_of(LANGUAGE_MODEL, name, task.data, asked, right, how, probabilities)
         both = processes().from_first(lambda: [*seen, said])
         is_ahead = promises_more([each.candidate for each in both]) == ENCODER
         can_be_held_out = seen[0].probabilities is not None

@@ -37,8 +37,8 @@ from .engine import (
     Fit,
     Seen,
     Settings,
-    candidate,
     check_trainable,
+    seen_of,
     threads_of,
     trained_adapter,
 )
@@ -269,8 +269,6 @@ class EncoderEngine:
         # Of ones: they change no bit.
         with self._carrying(encoder_sites(self.base)) as model, self._threads() as threads:
             found = self._embeddings(task.ids, model, threads, "reading the texts", learned)
-            names = self._names(data.classes)
-            named = self._embeddings(names, model, threads, "reading the labels", data.classes)
         with working("asking the frozen encoder"):
             held_out = held_out_answers(
                 found,
@@ -280,16 +278,20 @@ class EncoderEngine:
                 task.weights,
                 always=len(task.named),
             )
-        asked, right, how = held_out.texts, held_out.right, "frozen, held-out folds"
-        if not asked:
-            asked, how = list(range(len(targets))), "frozen, by the labels' names"
-            own = found[: len(targets)]
-            right = share_right(F.normalize(own) @ F.normalize(named).T, targets)
-        weights = data.text_weights
-        counts = None if weights is None else weights[asked]
-        frozen = candidate(ENCODER, self.base.name, right, how, counts)
-        seen = Seen(frozen, asked, held_out.probabilities if held_out.texts else None)
+        rows, right, how = held_out.texts, held_out.right, "frozen, held-out folds"
+        probabilities = held_out.probabilities if rows else None
+        if not rows:
+            rows, how = list(range(len(targets))), "frozen, by the labels' names"
+            right = share_right(self._nearness(found[: len(targets)], data.classes), targets)
+        seen = seen_of(ENCODER, self.base.name, data, rows, right, how, probabilities)
         return processes().from_first(lambda: [seen])
+
+    def _nearness(self, found: Tensor, labels: Sequence[Label]) -> Tensor:
+        """Cosines of texts' frozen embeddings `[texts, dim]` with the names', `[texts, labels]`."""
+        with self._carrying(encoder_sites(self.base)) as model, self._threads() as threads:
+            names = self._names(labels)
+            named = self._embeddings(names, model, threads, "reading the labels", labels)
+        return F.normalize(found) @ F.normalize(named).T
 
     def seen_trained(self, task: EncoderTask, seen: Sequence[Seen]) -> Seen:
         """How well it does, trained, on training texts that it was trained without.
@@ -318,9 +320,9 @@ class EncoderEngine:
                 answers[held_out] = engine._answers(fit, [task.ids[text] for text in held_out])
         rows = sorted(text for _, held_out in parts for text in held_out)
         right = share_right(answers[rows], [targets[text] for text in rows])
-        counts = None if data.text_weights is None else data.text_weights[rows]
-        trained = candidate(ENCODER, self.base.name, right, "trained, held-out folds", counts)
-        return processes().from_first(lambda: Seen(trained, rows, answers[rows]))
+        how = "trained, held-out folds"
+        trained = seen_of(ENCODER, self.base.name, data, rows, right, how, answers[rows])
+        return processes().from_first(lambda: trained)
 
     def _answers(self, fit: Fit, ids: list[list[int]]) -> Tensor:
         """Probabilities of training texts, `[texts, classes]`."""

@@ -22,6 +22,7 @@ from ..files.labelled_data import MAX_WORDS
 from ..model.ia3_model import DEFAULT_ADAPTER, IA3Model
 from ..sentences.head import Head
 from .task_file import LONGEST_NAME, Candidate as Candidate, Embedding, EngineName
+from .text_classifier import LabelledTexts
 
 ENCODER: Final = "encoder"
 LANGUAGE_MODEL: Final = "language-model"
@@ -168,6 +169,24 @@ def candidate(
     # A folder's name need not be text, and a file of such a one is not written.
     named = name.encode(errors="replace").decode()[:LONGEST_NAME]
     return Candidate(engine=engine, name=named, accuracy=accuracy, error=error, note=note)
+
+
+def seen_of(
+    engine: EngineName,
+    name: str,
+    data: LabelledTexts,
+    rows: list[int],
+    right: Tensor,
+    how: str,
+    probabilities: Tensor | None,
+) -> Seen:
+    """What an engine answered to some of the texts, each of which counts by its weight.
+
+    The other arguments are those of `Seen` and `candidate`.
+    """
+    weights = data.text_weights
+    counts = None if weights is None else weights[rows]
+    return Seen(candidate(engine, name, right, how, counts), rows, probabilities)
 
 
 def threads_of(settings: Settings, base: LoadedModel) -> Threads:
