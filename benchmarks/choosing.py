@@ -3,10 +3,11 @@
     python benchmarks/choosing.py --data DIR [--seeds 5] [--workers 2]
 
 Samples of the *training* files of SST-2, TREC and 16 of Banking77's intents, 8 and 16 examples a
-class, one thread; tested on 200 other rows of the same files, as test rows choose nothing. The
-encoder is asked trained on each sample, also where its frozen answers decide. A sample takes some
-two minutes. Results are kept in a JSON Lines file, and finished runs are not repeated; the table is
-printed last.
+class, tested on 200 other rows of the same files; and halves of the 50 labelled rows of RAFT tasks
+that few_shot.py does not read, tested on the other half. Test rows choose nothing. The encoder is
+asked trained on each sample, also where its frozen answers decide. One thread; a sample takes two
+minutes or three. Results are kept in a JSON Lines file, and finished runs are not repeated; the
+table is printed last.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from few_shot_data import TASKS, sample_few_shot
+from few_shot_data import TASKS, Split, fold, read_raft, sample_few_shot
 from reporting import add_results_option, run_missing, table
 
-CHOSEN_ON = ("sst2", "trec", "banking16")
-SHOTS = (8, 16)
+# Task -> examples a class; 0: one half of all.
+CHOSEN_ON = {
+    **dict.fromkeys(("sst2", "trec", "banking16"), (8, 16)),
+    **dict.fromkeys(("overruling", "terms_of_service", "tweet_eval_hate"), (0,)),
+    "semiconductor_org_types": (0,),
+}
 ROWS = 200
 # Of the training texts, and of others after training.
 SEEN = ("frozen", "untuned", "trained")
@@ -38,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="as of few_shot.py")
     parser.add_argument("--seeds", type=int, default=5, help="samples of each task")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
-    parser.add_argument("--tasks", nargs="+", choices=CHOSEN_ON, default=CHOSEN_ON)
+    parser.add_argument("--tasks", nargs="+", choices=CHOSEN_ON, default=list(CHOSEN_ON))
     add_results_option(parser, "choosing.jsonl")
     parser.add_argument("--one", nargs=3, metavar=("TASK", "SHOTS", "SEED"))
     given = parser.parse_args(arguments)
@@ -50,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {"task": task, "shots": shots, "seed": seed}
         for seed in range(given.seeds)
         for task in given.tasks
-        for shots in SHOTS
+        for shots in CHOSEN_ON[task]
     ]
     options = ["--data", str(given.data)]
     done = run_missing(__file__, keys, given.results, options, workers=given.workers, threads=1)
@@ -61,8 +66,7 @@ def run(task: str, shots: int, seed: int, data: Path) -> dict[str, Any]:
     """Accuracies on one sample: seen before training, and of the trained models."""
     from ia3 import FewShotClassifier
 
-    pool, _ = TASKS[task].read(data)
-    sample = sample_few_shot(pool, shots, 1000 + seed)
+    sample, others = _split(task, shots, seed, data)
     texts, labels = map(list, zip(*sample, strict=True))
     engine, prepared = FewShotClassifier(seed=seed, threads=1)._prepare(texts, labels)
     frozen, untuned, *more = engine.seen(prepared)
@@ -70,9 +74,6 @@ def run(task: str, shots: int, seed: int, data: Path) -> dict[str, Any]:
     found = {"task": task, "shots": shots, "seed": seed}
     for name, seen in zip(SEEN, (frozen, untuned, trained), strict=True):
         found[name] = round(seen.candidate.accuracy, 4)
-        found[f"{name}_error"] = round(seen.candidate.error, 4)
-    taken = {text for text, _ in sample}
-    others = random.Random(0).sample([row for row in pool if row[0] not in taken], ROWS)
     asked, answers = map(list, zip(*others, strict=True))
     for name, model in zip(TESTED, ("all-minilm-l6-v2", "smollm2-135m-instruct"), strict=True):
         classifier = FewShotClassifier(model, seed=seed, threads=1).fit(texts, labels)
@@ -80,17 +81,28 @@ def run(task: str, shots: int, seed: int, data: Path) -> dict[str, Any]:
     return found
 
 
+def _split(task: str, shots: int, seed: int, data: Path) -> Split:
+    if shots == 0:
+        sample, others = fold(read_raft(task)(data)[0], seed, 2)
+        random.Random(seed).shuffle(sample)
+        return sample, others
+    pool, _ = TASKS[task].read(data)
+    sample = sample_few_shot(pool, shots, 1000 + seed)
+    taken = {text for text, _ in sample}
+    return sample, random.Random(0).sample([row for row in pool if row[0] not in taken], ROWS)
+
+
 def report(runs: Sequence[dict[str, Any]]) -> str:
     """By task: what was seen, what is taken, and what training gave, as Markdown."""
     rows: list[list[str]] = []
-    for task in CHOSEN_ON:
-        for shots in SHOTS:
+    for task, numbers in CHOSEN_ON.items():
+        for shots in numbers:
             found = [r for r in runs if (r["task"], r["shots"]) == (task, shots)]
             if not found:
                 continue
             means = {n: f"{_mean(found, n):.1f}" for n in SEEN + TESTED}
             taken = [f"{sum(_takes_encoder(r, n) for r in found)}" for n in (SEEN[:2], SEEN)]
-            row = [task, str(shots), str(len(found)), *means.values()]
+            row = [task, str(shots or "half"), str(len(found)), *means.values()]
             row[-2:-2] = taken
             rows.append(row)
     seen = ("frozen", "untuned", "trained on folds", "taken by the frozen", "taken")
@@ -113,7 +125,7 @@ def _takes_encoder(run: dict[str, Any], names: Sequence[str]) -> bool:
             engine=engines.get(name, ENCODER),
             name=None,
             accuracy=run[name],
-            error=run[f"{name}_error"],
+            error=0.0,  # the rule looks at accuracies alone
             note=name,
         )
         for name in names

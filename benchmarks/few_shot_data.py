@@ -80,16 +80,30 @@ def sample_few_shot(examples: Sequence[Example], shots: int, seed: int) -> list[
     return sample
 
 
-def fold(examples: Sequence[Example], number: int) -> Split:
-    """One of `FOLDS` parts to test on, and the others to train on, each class spread over all."""
+def fold(examples: Sequence[Example], number: int, parts: int = FOLDS) -> Split:
+    """One of so many parts to test on, and the others to train on, each class spread over all.
+
+    Numbers from `parts` on are of other draws.
+    """
     places: list[int] = []
-    draw = random.Random(0)
+    draw = random.Random(number // parts)
     for label in sorted({label for _, label in examples}):
         of_class = [place for place, example in enumerate(examples) if example[1] == label]
         places += draw.sample(of_class, len(of_class))
-    tested = set(places[number::FOLDS])
+    tested = set(places[number % parts :: parts])
     train = [example for place, example in enumerate(examples) if place not in tested]
     return train, [examples[place] for place in sorted(tested)]
+
+
+def read_raft(task: str) -> Callable[[Path], Split]:
+    """Reads a RAFT task: its 50 labelled rows, and no others."""
+
+    def read(data: Path) -> Split:
+        settings = (data / "raft" / "prompt_settings.jsonl").read_text("utf-8")
+        fields = json.loads(settings.splitlines()[0])[task]
+        return _read_csv(data / "raft" / task / "train.csv", *fields, "Label"), []
+
+    return read
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -135,15 +149,6 @@ def _read_tickets(data: Path) -> Split:
     return train, test
 
 
-def _read_raft(task: str) -> Callable[[Path], Split]:
-    def read(data: Path) -> Split:
-        settings = (data / "raft" / "prompt_settings.jsonl").read_text("utf-8")
-        fields = json.loads(settings.splitlines()[0])[task]
-        return _read_csv(data / "raft" / task / "train.csv", *fields, "Label"), []
-
-    return read
-
-
 def _lines(content: str) -> list[str]:
     return [line for line in content.split("\n") if line.strip()]
 
@@ -167,6 +172,6 @@ TASKS = {
     "banking77": Task(_read_banking77, (8, 16), test_rows=300),
     # 8 a class is all there is.
     "tickets": Task(_read_tickets, (8,)),
-    "ade_corpus_v2": Task(_read_raft("ade_corpus_v2"), (0,)),
-    "twitter_complaints": Task(_read_raft("twitter_complaints"), (0,)),
+    "ade_corpus_v2": Task(read_raft("ade_corpus_v2"), (0,)),
+    "twitter_complaints": Task(read_raft("twitter_complaints"), (0,)),
 }
