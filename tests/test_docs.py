@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from support.paths import REPOSITORY
 from support.tfew import tiny_llama, word_tokenizer
 
@@ -108,6 +109,7 @@ def test_the_line_that_fit_prints_is_as_it_stands_there():
     assert f"    {frozen}, {untuned}: encoder all-minilm-l6-v2\n" in FEW_SHOT
 
 
+@pytest.mark.slow
 def test_many_tasks_are_fitted(tmp_path):
     *_, program = blocks("python", FEW_SHOT)
     save_model(program, tmp_path)
@@ -128,11 +130,13 @@ def test_the_manifest_of_many_tasks_names_two(tmp_path):
     assert tasks["organisations"].text == ["Paper title", "Organization name"]
 
 
+@pytest.mark.slow
 def test_a_search_scores_lists_of_labels(tmp_path):
     score = float(run(blocks("python", SCIKIT_LEARN)[0], tmp_path))
     assert 0.7 < score <= 1
 
 
+@pytest.mark.slow
 def test_labels_are_numbered_by_hand_around_a_language_model(tmp_path):
     _, voting, one_each = blocks("python", SCIKIT_LEARN)
     save_model(voting + one_each, tmp_path)
@@ -141,6 +145,7 @@ def test_labels_are_numbered_by_hand_around_a_language_model(tmp_path):
     assert set(re.findall(r"'(\w+)': (?:np\.)?(?:True|False)", answers)) == {"billing", "delivery"}
 
 
+@pytest.mark.slow
 def test_a_bank_classifies_for_two_customers(tmp_path):
     program, _ = blocks("python", MIXED)
     texts = ["You charged me twice.", "Where is my parcel?"]

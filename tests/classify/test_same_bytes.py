@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.tfew import child_environment
 from support.versions import since
 
@@ -104,6 +105,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @since("huggingface_hub", "2.4", "its model cards have another order in each process")
 def test_two_processes_write_the_same_bytes_and_so_does_one_that_was_broken(tmp_path):
     runs = {

@@ -82,6 +82,7 @@ def test_fit_says_the_same_before_it_loads_anything_and_strict_stops_it(place):
     assert not (place.folder / "x").exists()
 
 
+@pytest.mark.slow
 def test_fit_trains_all_the_same_where_it_is_not_told_to_be_strict(tmp_path, tiny_model):
     place = Place(tmp_path, tiny_model)
     place.write("train.csv", TRAIN)

@@ -167,6 +167,7 @@ def test_predict_into_a_file_and_evaluate(fitted):
     assert 0 <= told["macro_f1"] <= 1
 
 
+@pytest.mark.slow
 def test_integer_labels_several_columns_choices_and_templates(model_place):
     place = model_place
     given = [("Good", "fine", 5), ("Bad", "awful", 1), ("Best", "", 5), ("Worst", "no", 1)]
@@ -200,6 +201,7 @@ def test_integer_labels_several_columns_choices_and_templates(model_place):
     assert "rows: true label" in " ".join(evaluated.stdout.split())
 
 
+@pytest.mark.slow
 def test_a_killed_fit_goes_on_from_its_checkpoint(model_place):
     place = model_place
     command = ("--data", "train.csv", "--steps", 30, "--json", "--out")
@@ -223,6 +225,7 @@ def test_a_killed_fit_goes_on_from_its_checkpoint(model_place):
     assert "other" not in place.names()
 
 
+@pytest.mark.slow
 def test_fit_begins_with_another_adapter_rescales_upper_blocks_or_replaces(fitted, model_place):
     before, place = fitted[0].folder / "my-adapter", model_place
     (place.folder / "ones").mkdir()
@@ -254,6 +257,7 @@ def test_fit_begins_with_another_adapter_rescales_upper_blocks_or_replaces(fitte
     assert "x" not in place.names()
 
 
+@pytest.mark.slow
 def test_fit_many(model_place):
     tasks = """
         model: {model}
@@ -454,6 +458,7 @@ def test_standard_output_into_a_full_disk_or_closed_early(fitted, shell, said):
 # -- Ctrl-C ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_interrupted(model_place):
     # Tests may run where the signal is ignored, which would be inherited.
     listening = (

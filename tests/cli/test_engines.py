@@ -103,6 +103,7 @@ def test_predict_and_evaluate_read_an_encoders_classifier(place):
     assert other.stderr.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_fit_many_says_which_engine_each_task_has(place):
     place.write(
         "tasks.yaml",

@@ -70,6 +70,7 @@ def test_a_test_file_says_how_good_the_adapter_is_beside_the_frozen_encoder(plac
     assert [score["texts"] for score in measured["by_class"]] == [10, 10]
 
 
+@pytest.mark.slow
 def test_cross_validation_asks_every_text_once(place):
     measured = said(place.fits[1])["measured"]
     assert (measured["trained"], measured["texts"]) == (True, 10)
@@ -78,6 +79,7 @@ def test_cross_validation_asks_every_text_once(place):
     assert 0 <= measured["frozen"]["accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_a_named_model_with_16_texts_a_class_is_measured_on_a_fifth(place):
     measured = said(place.fits[2])["measured"]
     assert measured["trained"]
@@ -120,6 +122,7 @@ def test_without_a_report_there_is_none(place):
     assert not (place.folder / "bare" / REPORT).exists()
 
 
+@pytest.mark.slow
 def test_texts_of_the_test_file_that_were_trained_on_are_not_counted(place):
     lines = (place.folder / "few.csv").read_text().splitlines(keepends=True)
     place.write("overlap.csv", "".join([*lines[:4], "a new query,late\n"]))
@@ -155,6 +158,7 @@ def test_that_nothing_can_be_held_out_is_said(place):
     assert f"warning: the adapter was not measured: {reason}" in place.fits[7].stderr
 
 
+@pytest.mark.slow
 def test_evaluate_leaves_a_page_that_goes_with_the_next_save(place):
     shutil.copytree(place.folder / "tested", place.folder / "again")
     evaluate = ("evaluate", "again", "--data", "test.csv")
@@ -177,6 +181,7 @@ def test_evaluate_leaves_a_page_that_goes_with_the_next_save(place):
     assert left.isdisjoint({REPORT, EVALUATION})
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written_is_evaluated_with_a_warning(place):
     folder = place.folder / "read-only"
     shutil.copytree(place.folder / "bare", folder)
@@ -187,6 +192,7 @@ def test_a_folder_that_may_not_be_written_is_evaluated_with_a_warning(place):
     assert json.loads(done.stdout)["report"] is None
 
 
+@pytest.mark.slow
 def test_a_language_model_is_measured_beside_its_untuned_self(place, tiny_model):
     fit = ("fit", "--model", tiny_model, "--steps", 2, "--data", "few.csv")
     done = place.run(*fit, "--out", "ranked", "--test", "test.csv", "--json")

@@ -34,6 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return made
 
 
+@pytest.mark.slow
 def test_labels_with_a_separator_are_trained_on_and_predicted(place: Place) -> None:
     several = ("--multilabel", ";")
     commands = [

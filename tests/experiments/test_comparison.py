@@ -103,6 +103,7 @@ def lines_of(results):
 # -- the command -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_method_runs_on_every_sample_as_its_classifier_does_alone(compared, place):
     # The untuned model once.
     runs = Counter(run["method"] for run in compared["runs"])
@@ -126,6 +127,7 @@ def test_every_method_runs_on_every_sample_as_its_classifier_does_alone(compared
         assert abs(run_of(compared, "tfew", sample.seed)["stored_bytes"] - size) < len(model) + 100
 
 
+@pytest.mark.slow
 def test_the_costs_are_those_of_the_paper_by_hand(compared):
     answer = 2 * PARAMETERS * (mean_words(TEST[0]) + TEMPLATE_WORDS + CHOICE_WORDS)
     for sample in the_samples():
@@ -147,6 +149,7 @@ def test_the_costs_are_those_of_the_paper_by_hand(compared):
     assert [zero_shot[name] for name in nothing] == [0] * 4
 
 
+@pytest.mark.slow
 def test_the_files_say_what_was_printed(compared, place):
     out = place.folder / "out"
     files = {"results.jsonl", "table.md", "comparison.png", "comparison.svg"}
@@ -192,6 +195,7 @@ def test_labels_may_be_numbers_in_one_file_and_text_in_the_other(place):
     assert said(done)["runs"][0]["accuracy"] == untuned.score(*TEST)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_before_anything_is_written(place):
     write_csv(place.folder / "strange.csv", ("text", "label"), [("my bill", "bill"), ("my", "vam")])
     (place.folder / "other").mkdir()

@@ -451,6 +451,7 @@ def test_what_the_command_says_and_submits(place, unbroken):
 FILES = {"results.jsonl", "table.md", "raft.png", "submission"}
 
 
+@pytest.mark.slow
 def test_table_and_figure(place, unbroken):
     out = place.folder / "unbroken"
     table = (out / "table.md").read_text()
@@ -519,6 +520,7 @@ def test_a_full_disk_leaves_whole_lines(place):
     assert all(record["method"] == "majority" for record in records(place.folder / "full"))
 
 
+@pytest.mark.slow
 def test_refused_before_anything_is_computed(place):
     cases = {
         ("--task", "ade_corpus"): (1, "did you mean 'ade_corpus_v2'"),

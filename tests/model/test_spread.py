@@ -212,6 +212,7 @@ def fsdp2_in_other_ways(folder):
     assert model.adapter("default").base == plain.adapter("one").base
 
 
+@pytest.mark.slow
 def test_fsdp2(tmp_path):
     in_processes(fsdp2, tmp_path)
 
