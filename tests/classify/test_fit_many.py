@@ -69,6 +69,7 @@ def trained_head() -> Adapter:
 # -- as fit ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_classifiers_are_those_that_fit_gives():
     before = state_bits(MODEL), hook_count(MODEL)
     begin = tiny_classifier(seed=5).fit(*BILLS).adapter_
@@ -333,6 +334,7 @@ def test_what_was_written_over_is_trained_again(tmp_path):
     assert fitted_again(tmp_path) == {"first", "second"}
 
 
+@pytest.mark.slow
 def test_several_processes_fit_into_one_folder(tmp_path):
     """The same tasks, and one that has other settings in one of them."""
     rates = {"a": (3e-2, 3e-2), "b": (3e-2, 1e-2)}

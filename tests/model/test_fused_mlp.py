@@ -103,6 +103,7 @@ def test_gradient_checkpointing(model, inputs, reentrant):
     assert_same_gradients(loss_and_gradients(model, inputs), expected, 1e-6)
 
 
+@pytest.mark.slow
 def test_compiled(model, inputs):
     expected = loss_and_gradients(model, inputs)
     model.fuse_mlp()

@@ -715,6 +715,7 @@ def _reset_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_reset_compiler")
 @pytest.mark.parametrize("what", ["base", "adapted", "fused"])
 def test_a_compiled_model_follows_routes(model, what):
