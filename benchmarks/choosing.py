@@ -23,12 +23,9 @@ from typing import Any
 from few_shot_data import TASKS, Split, fold, read_raft, sample_few_shot
 from reporting import add_results_option, run_missing, table
 
+RAFT = ("overruling", "terms_of_service", "tweet_eval_hate", "semiconductor_org_types")
 # Task -> examples a class; 0: one half of all.
-CHOSEN_ON = {
-    **dict.fromkeys(("sst2", "trec", "banking16"), (8, 16)),
-    **dict.fromkeys(("overruling", "terms_of_service", "tweet_eval_hate"), (0,)),
-    "semiconductor_org_types": (0,),
-}
+SHOTS = dict.fromkeys(("sst2", "trec", "banking16"), (8, 16)) | dict.fromkeys(RAFT, (0,))
 ROWS = 200
 # Of the training texts, and of others after training.
 SEEN = ("frozen", "untuned", "trained")
@@ -43,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="as of few_shot.py")
     parser.add_argument("--seeds", type=int, default=5, help="samples of each task")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
-    parser.add_argument("--tasks", nargs="+", choices=CHOSEN_ON, default=list(CHOSEN_ON))
+    parser.add_argument("--tasks", nargs="+", choices=SHOTS, default=list(SHOTS))
     add_results_option(parser, "choosing.jsonl")
     parser.add_argument("--one", nargs=3, metavar=("TASK", "SHOTS", "SEED"))
     given = parser.parse_args(arguments)
@@ -55,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {"task": task, "shots": shots, "seed": seed}
         for seed in range(given.seeds)
         for task in given.tasks
-        for shots in CHOSEN_ON[task]
+        for shots in SHOTS[task]
     ]
     options = ["--data", str(given.data)]
     done = run_missing(__file__, keys, given.results, options, workers=given.workers, threads=1)
@@ -95,7 +92,7 @@ def _split(task: str, shots: int, seed: int, data: Path) -> Split:
 def report(runs: Sequence[dict[str, Any]]) -> str:
     """By task: what was seen, what is taken, and what training gave, as Markdown."""
     rows: list[list[str]] = []
-    for task, numbers in CHOSEN_ON.items():
+    for task, numbers in SHOTS.items():
         for shots in numbers:
             found = [r for r in runs if (r["task"], r["shots"]) == (task, shots)]
             if not found:

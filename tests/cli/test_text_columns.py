@@ -10,6 +10,9 @@ from support.command import Place, assert_refused, said
 
 from ia3 import FewShotClassifier
 
+# Eight commands are run for them.
+pytestmark = pytest.mark.slow
+
 TRAIN = """review,label
 so good,positive
 never again,negative
@@ -40,7 +43,6 @@ def place(tmp_path_factory, tiny_model):
     return place
 
 
-@pytest.mark.slow
 def test_both_names_train_the_same(place):
     own, text = (said(done) for done in place.done[:2])
     assert own["final_loss"] == text["final_loss"]
@@ -48,7 +50,6 @@ def test_both_names_train_the_same(place):
     assert [task["fields"] for task in fields] == [["review"], ["text"]]
 
 
-@pytest.mark.slow
 def test_a_column_of_another_name_is_predicted_and_evaluated(place):
     own, text, evaluated = place.done[3:6]
     assert own.stdout == text.stdout
@@ -63,7 +64,6 @@ def test_a_column_of_another_name_is_predicted_and_evaluated(place):
     assert (classifier.predict_proba(given) == classifier.predict_proba(texts)).all()
 
 
-@pytest.mark.slow
 def test_columns_that_are_not_given_are_named(place):
     assert said(place.done[2])["classes"] == ["negative", "positive"]
     message = "both reads the fields title, body, and --text names body: give --text title --text"
