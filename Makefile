@@ -81,9 +81,9 @@ test: lint docs $(QUANTIZED) $(DATASETS)
 # What takes long: the demo and the notebooks as a whole, kills between any two calls, every option with
 # wrong values.
 test-slow: $(READY) $(DATASETS) $(ONNX)
-	$(BIN)/pytest -m "slow and not datasets"
-	PYTHONPATH=$(CURDIR)/.venv-datasets/site-packages $(BIN)/pytest -m "slow and datasets"
-	PYTHONPATH=.venv-onnx $(BIN)/pytest tests/model/test_merged_onnx.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "slow and not datasets"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv-datasets/site-packages $(BIN)/pytest -m "slow and datasets"
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv-onnx $(BIN)/pytest tests/model/test_merged_onnx.py
 
 # Beside the environment, as transformers imports it wherever it finds it. What its processes talk with
 # is compiled here, as several that do so at once wait for each other's lock: it needs a C++ compiler.

@@ -91,7 +91,8 @@ def run(folder: Path, how: str, seed: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, how],
         cwd=folder,
-        env={**child_environment(), "PYTHONHASHSEED": seed},
+        # One thread: of several, each process would time how many it takes.
+        env={**child_environment(), "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )
