@@ -14,6 +14,9 @@ SOAK := .venv-soak/.ready
 VLLM := .venv-vllm/.ready
 ONNX := .venv-onnx/.ready
 
+# The files that a marker is in: to read all the others takes longer than many of these tests.
+marked = $(shell grep -rl --include='*.py' 'mark\.$(1)' tests)
+
 SERVED := ia3-demo/adapters
 
 .PHONY: setup demo serve docs test test-slow test-deepspeed test-oldest test-vllm soak audit lint \
@@ -75,14 +78,15 @@ $(ONNX): $(READY)
 test: lint docs $(QUANTIZED) $(DATASETS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow and not datasets and not quantized"
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv-datasets/site-packages $(BIN)/pytest -n auto \
-		-m "datasets and not slow"
-	OMP_NUM_THREADS=1 PYTHONPATH=.venv-quantized $(BIN)/pytest -n auto -m quantized
+		-m "datasets and not slow" $(call marked,datasets)
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv-quantized $(BIN)/pytest -n auto -m quantized $(call marked,quantized)
 
 # What takes long: the demo and the notebooks as a whole, kills between any two calls, every option with
 # wrong values.
 test-slow: $(READY) $(DATASETS) $(ONNX)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "slow and not datasets"
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv-datasets/site-packages $(BIN)/pytest -m "slow and datasets"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv-datasets/site-packages $(BIN)/pytest \
+		-m "slow and datasets" $(call marked,datasets)
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv-onnx $(BIN)/pytest tests/model/test_merged_onnx.py
 
 # Beside the environment, as transformers imports it wherever it finds it. What its processes talk with

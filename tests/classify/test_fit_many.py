@@ -267,6 +267,7 @@ def fitted_again(out):
     return steps
 
 
+@pytest.mark.slow
 def test_finished_tasks_are_not_trained_again_after_a_kill(tmp_path):
     arguments = [sys.executable, "-c", CHILD, str(tmp_path)]
     given = {"stdout": subprocess.PIPE, "text": True, "env": child_environment()}
@@ -372,6 +373,7 @@ def test_what_another_process_has_saved_over_it_is_trained_again(tmp_path, monke
     assert same_vectors(saved, settings)
 
 
+@pytest.mark.slow
 def test_killed_while_it_saves_over_an_older_fit(tmp_path):
     """In some gaps between two calls; what is then in the folder is whole, or fitted again."""
     expected = tiny_classifier(steps=1).fit(*BILLS)

@@ -120,6 +120,7 @@ def test_killed_while_writing_a_checkpoint_and_resumed_ends_with_the_same_bits(t
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
 
 
+@pytest.mark.slow
 def test_killed_between_two_calls_that_change_files_and_resumed(tmp_path):
     """Here at some places, one after the other; among them where old checkpoints are removed."""
     recipe = replace(RECIPE, steps=3)
