@@ -16,7 +16,7 @@ from support.sentences import LABELS, TEXTS, bert, tokenizer
 from support.tfew import tiny_llama
 
 from ia3 import FewShotClassifier, fit_many
-from ia3.classify import choosing
+from ia3.classify import choosing, encoder
 from ia3.classify.choosing import promises_more
 from ia3.classify.task_file import Candidate
 from ia3.errors import IA3Error, MissingExtraError
@@ -104,6 +104,17 @@ def test_before_a_language_model_is_trained_the_encoder_answers_texts_it_was_tra
     assert trained.candidate.accuracy == float(right.mean())
     # With steps=0 neither is trained, nor asked trained.
     assert len(make(steps=0).fit(texts, labels).candidates_) == 2
+
+
+def test_of_many_texts_not_every_fold_is_trained_without(
+    make, as_the_language_model_says, monkeypatch
+):
+    monkeypatch.setattr(encoder, "ANSWERS", 4)  # of four folds of three
+    texts, labels = as_the_language_model_says
+    *_, trained = make().fit(texts, labels).held_out_
+    assert trained.candidate.note == "trained, held-out folds, 6 texts"
+    first, second, *_ = folds([["billing", "delivery"].index(label) for label in labels], 0, 4)
+    assert trained.rows == sorted(first[1] + second[1])
 
 
 def test_that_texts_are_cut_is_said_once(make, as_the_language_model_says):

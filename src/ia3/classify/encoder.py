@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from ..errors import IA3Error, counted, shown, warn_caller
 from ..model.ia3_model import IA3Model
 from ..sentences.checkpoint import Checkpoint, EncoderStep
 from ..sentences.embedding import embeddings, tokenized
-from ..sentences.head import fit_head, folds, held_out_answers
+from ..sentences.head import ANSWERS, fit_head, folds, held_out_answers
 from ..sentences.targets import share_right
 from ..sentences.training import EncoderRecipe, EncoderTraining
 from ..targets.config import IA3Config, TaskType
@@ -296,8 +297,9 @@ class EncoderEngine:
     def seen_trained(self, task: EncoderTask, seen: Sequence[Seen]) -> Seen:
         """How well it does, trained, on training texts that it was trained without.
 
-        It takes one thread unless it is told another number: what is faster would change the last
-        bits, and so the answers.
+        Of many texts not every fold is trained without: `ANSWERS` of them tell enough. It takes one
+        thread unless it is told another number: what is faster would change the last bits, and so
+        the answers.
 
         Args:
             task: with folds, which `seen` was asked by too.
@@ -308,6 +310,7 @@ class EncoderEngine:
         """
         data, targets = task.data, task.data.targets
         parts = folds(targets, self.settings.seed, FOLDS)
+        parts = parts[: math.ceil(ANSWERS / len(parts[0][1]))]
         tasks = [self._without(task, {*held_out}) for _, held_out in parts]
         answers = torch.zeros(len(targets), len(data.classes), dtype=torch.float64)
         steps = sum(part.recipe.steps for part in tasks)

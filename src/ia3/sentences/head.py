@@ -19,7 +19,7 @@ from .targets import are_lists, membership, share_right
 # sure the answers are: at this one they are about as sure as they are right (docs/benchmarks.md).
 STRENGTH = 100.0
 ITERATIONS = 1000
-# Folds are drawn anew until there are so many answers, but not more often than that.
+# Held-out answers that tell enough. Of fewer texts folds are drawn anew, but not without end.
 ANSWERS = 500
 MOST_DRAWS = 5
 
