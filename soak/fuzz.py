@@ -212,6 +212,10 @@ class _Worker:
             os._exit(code)
 
 
+# Packages that no target reaches; vllm's package is not in this environment.
+_LEFT_OUT = ("__main__", "cli", "experiments", "report", "vllm")
+
+
 def _load_targets(generator: str, folder: Path) -> list[Target]:
     """The targets, whose code reports what it runs if the generator is atheris."""
     if generator == "atheris":
@@ -222,7 +226,7 @@ def _load_targets(generator: str, folder: Path) -> list[Target]:
             import ia3
 
             for module in pkgutil.walk_packages(ia3.__path__, "ia3."):
-                if module.name.split(".")[1] not in ("report", "cli", "experiments", "__main__"):
+                if module.name.split(".")[1] not in _LEFT_OUT:
                     importlib.import_module(module.name)
     import targets
 
