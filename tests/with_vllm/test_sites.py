@@ -17,26 +17,28 @@ SLOTS, TOKENS, WIDE = 3, 32, 6
 
 
 class Pair(nn.Module):
-    """A layer that gives a pair, as vLLM's do."""
+    """A layer that gives a pair, as vLLM's do, between two sites."""
 
-    def __init__(self) -> None:
+    def __init__(self, before=None, after=None) -> None:
         super().__init__()
         self.inner = nn.Linear(4, WIDE)
+        self.before, self.after = before, after
 
     def forward(self, x):
-        return self.inner(x), None
+        output = self.inner(self.before.multiplied(x) if self.before else x)
+        if self.after:
+            self.after.multiply_(output)
+        return output, None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_graph_follows_the_rows_and_the_slots(dtype):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    layer = Pair().to(dtype).requires_grad_(False)
     rows = Rows(SLOTS, TOKENS, torch.device("cpu"), eager=False)
     before, after = Site(4, rows), Site(WIDE, rows)
+    layer = Pair(before, after).to(dtype).requires_grad_(False)
     plain = layer.inner
-    layer.register_forward_pre_hook(before.before)
-    layer.register_forward_hook(after.after)
     # As vLLM does, which makes a graph once and checks nothing of what it was made with.
     unguarded = {"guard_filter_fn": lambda guards: [False for _ in guards]}
     compiled = torch.compile(lambda x: layer(x)[0], fullgraph=True, dynamic=True, options=unguarded)
@@ -61,12 +63,11 @@ def test_one_graph_follows_the_rows_and_the_slots(dtype):
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_rows_of_the_base_keep_their_bits(eager):
-    layer = Pair().requires_grad_(False)
-    x = torch.randn(4, 4)
-    expected = layer(x)[0]
     rows = Rows(SLOTS, TOKENS, torch.device("cpu"), eager)
     site = Site(WIDE, rows)
-    layer.register_forward_hook(site.after)
+    layer = Pair(after=site).requires_grad_(False)
+    x = torch.randn(4, 4)
+    expected = layer.inner(x)
     site.set(0, torch.rand(WIDE))
     rows.set([SLOTS, 0, SLOTS, 1])
     found = layer(x)[0]
@@ -75,13 +76,31 @@ def test_rows_of_the_base_keep_their_bits(eager):
 
 
 def test_an_input_that_others_hold_is_not_written_over():
-    layer = Pair().requires_grad_(False)
     rows = Rows(SLOTS, TOKENS, torch.device("cpu"), eager=True)
     site = Site(4, rows)
-    layer.register_forward_pre_hook(site.before)
+    layer = Pair(before=site).requires_grad_(False)
     site.set(1, torch.rand(4))
     rows.set([1, 1])
     x = torch.randn(2, 4)
     held = x.clone()
     layer(x)
     assert torch.equal(x, held)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_what_is_put_in_a_slot_counts_at_the_next_step_of_the_same_rows(eager):
+    rows = Rows(SLOTS, TOKENS, torch.device("cpu"), eager)
+    site = Site(WIDE, rows)
+    vectors = torch.rand(2, WIDE)
+    site.set(1, vectors[0])
+    rows.set([1, SLOTS])
+    for _ in range(2):
+        assert torch.equal(site.multiplied(torch.ones(2, WIDE))[0], vectors[0])
+    # Fewer tokens of the same batch.
+    assert torch.equal(site.multiplied(torch.ones(1, WIDE))[0], vectors[0])
+    site.set(1, vectors[1])
+    assert torch.equal(site.multiplied(torch.ones(2, WIDE))[0], vectors[1])
+    rows.set([SLOTS, 1])
+    assert torch.equal(site.multiplied(torch.ones(2, WIDE))[1], vectors[1])
+    site.reset()
+    assert torch.equal(site.multiplied(torch.ones(2, WIDE))[1], torch.ones(WIDE))

@@ -2,7 +2,7 @@
 
 A layer that may be rescaled has a table for its output and one for its input, a row a slot of
 vLLM's and a last one of ones, which is the base model's. vLLM's own LoRA is not touched: the input
-is multiplied before the layer, the output after it, by hooks.
+is multiplied before the layer's own product, the output after it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     QKVParallelLinear,
@@ -20,6 +20,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from ..errors import IA3Error
+from .products import CPUProducts
 
 
 class Rows:
@@ -36,16 +37,21 @@ class Rows:
         self.of_tokens = torch.full((tokens,), slots, dtype=torch.long, device=device)
         # A graph is made before the first batch: what it leaves out then stays out.
         self.idle = eager
+        # While texts are continued each step has the rows of the one before: what a site took for
+        # so many tokens, where that is no larger than its table.
+        self.taken: dict[tuple[Site, int], Tensor] | None = None
 
     def reset(self) -> None:
         """Have every token be the base model's."""
         self.of_tokens.fill_(self.base)
+        self.taken = None
 
     def set(self, rows: Sequence[int]) -> None:
         """Each token's row, for the batch that comes; `base` for none of an adapter."""
         # What is padded behind them reads some row or other, and is thrown away.
         self.of_tokens[: len(rows)].copy_(torch.tensor(rows, dtype=torch.long))
         self.idle = self.eager and all(row == self.base for row in rows)
+        self.taken = {} if self.eager and len(rows) <= self.base else None
 
 
 class Site:
@@ -66,6 +72,7 @@ class Site:
 
     def set(self, slot: int, vector: Tensor | None) -> None:
         """The vector, `[width]`, of what is in a slot; `None` is ones."""
+        self.rows.taken = None
         if self.table is None:
             if vector is None:
                 return
@@ -77,6 +84,7 @@ class Site:
 
     def reset(self) -> None:
         """Have every slot be empty, and what the base model multiplies with be ones again."""
+        self.rows.taken = None
         if self.table is not None:
             self.table.fill_(1)
 
@@ -84,20 +92,24 @@ class Site:
         """What to multiply an activation `[..., tokens, width]` with; `None` is with nothing."""
         if self.table is None or self.rows.idle:
             return None
+        tokens, taken = activation.shape[-2], self.rows.taken
+        if taken is None:
+            return self._take(self.table, tokens)
+        if (self, tokens) not in taken:
+            taken[self, tokens] = self._take(self.table, tokens)
+        return taken[self, tokens]
+
+    def _take(self, table: Tensor, tokens: int) -> Tensor:
         # A third of the time that indexing takes.
-        return self.table.index_select(0, self.rows.of_tokens[: activation.shape[-2]])
+        return table.index_select(0, self.rows.of_tokens[:tokens])
 
-    def before(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """A hook in front of the layer: its input is multiplied, and what others hold stays."""
-        activation, *others = args
+    def multiplied(self, activation: Tensor) -> Tensor:
+        """A layer's input `[..., tokens, width]` times its factors; others hold it, so it stays."""
         factors = self.factors(activation)
-        if factors is None:
-            return None
-        return ((activation * factors).to(activation.dtype), *others)
+        return activation if factors is None else (activation * factors).to(activation.dtype)
 
-    def after(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A hook behind the layer: its output, or the first of a pair, is multiplied in place."""
-        activation = output[0] if isinstance(output, tuple) else output
+    def multiply_(self, activation: Tensor) -> None:
+        """Multiply a layer's output `[..., tokens, width]` in place."""
         factors = self.factors(activation)
         if factors is not None:
             activation.mul_(factors)
@@ -127,8 +139,7 @@ class Layer:
         self.parts = parts
         split = layer.tp_size > 1
         columns, in_rows = (isinstance(base, c) for c in (ColumnParallelLinear, RowParallelLinear))
-        # The hooks see what the layer gets and gives, which is whole where it splits, sums or
-        # gathers itself.
+        # What the layer gets and gives is whole where it splits, sums or gathers itself.
         self.splits_output = split and columns and not base.gather_output
         self.splits_input = split and in_rows and base.input_is_parallel
         sizes = _sizes(base)
@@ -138,8 +149,20 @@ class Layer:
         width = sum(self.output_slices) if self.splits_output else sum(sizes)
         self.output = Site(width, rows)
         self.input = Site(layer.input_size if self.splits_input else base.input_size, rows)
-        layer.register_forward_pre_hook(self.input.before)
-        layer.register_forward_hook(self.output.after)
+        products = layer.punica_wrapper
+        self._products = products if isinstance(products, CPUProducts) else None
+        self._forward_with_lora = layer.forward
+        layer.forward = self._forward
+
+    def _forward(self, activation: Tensor, *others: Any) -> Any:
+        # On CPUs the steps around LoRA's product cost, where no row has a LoRA adapter.
+        forward = self.base if self._is_without_lora() else self._forward_with_lora
+        output = forward(self.input.multiplied(activation), *others)
+        self.output.multiply_(output[0] if isinstance(output, tuple) else output)
+        return output
+
+    def _is_without_lora(self) -> bool:
+        return self._products is not None and self._products.no_lora
 
     def local(self, vectors: Mapping[str, Tensor]) -> Local:
         """This process's part of the `vectors`, by the name of the part; raises `IA3Error`."""
