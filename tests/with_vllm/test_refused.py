@@ -11,8 +11,19 @@ import pytest
 pytest.importorskip("vllm", reason="make test-vllm runs this in an environment with vLLM")
 
 import torch
+from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.vllm_engine import engine, greedy, load, prompts, write_base, write_ia3, write_lora
+from support.vllm_engine import (
+    SIZES,
+    engine,
+    greedy,
+    load,
+    prompts,
+    write_base,
+    write_ia3,
+    write_lora,
+)
+from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import ia3
 from ia3 import BrokenFileError, IA3Error, UnknownNameError
@@ -134,6 +145,21 @@ def test_a_folder_that_is_not_there_is_refused_as_vllm_does(running, base, good,
 def test_a_lora_that_vllm_refuses_is_refused_as_before(running, base, good, tmp_path):
     folder = write_lora(base, tmp_path / "wide", 0, r=16)
     refused(running, base, good, folder, ValueError, "LoRA rank 16 is greater than max_lora_rank 8")
+
+
+def test_the_output_layer_of_a_classification_model(tmp_path):
+    """Its rows are requests, and a vector would multiply those of others."""
+    config = LlamaConfig(**SIZES, num_labels=4)
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    for targets in (["k_proj"], ["k_proj", "score"]):
+        given = IA3Config(target_modules=targets, feedforward_modules=[])
+        get_peft_model(model, given).save_pretrained(tmp_path / targets[-1])
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    with engine(tmp_path / "base", runner="pooling", convert="classify") as running:
+        with pytest.raises(UnknownNameError, match="'score' is the model's output layer"):
+            running.add(tmp_path / "score")
+        running.add(tmp_path / "k_proj")
 
 
 def test_modules_that_the_server_leaves_out(base, good):

@@ -29,6 +29,9 @@ from .sites import Layer, Local, Rows
 
 logger = init_logger("vllm.ia3")
 
+# Output layers of classification models, which run on a row a request, not a row a token.
+_OF_REQUESTS = ("score", "classifier")
+
 
 class IA3Model(LoRAModel):
     """An (IA)³ adapter as vLLM's managers hold it: without LoRA's weights.
@@ -59,7 +62,9 @@ class ModelManager(LRUCacheLoRAModelManager):
         self.layers = {
             name: Layer(layer, self.packed_modules.get(name, [name]), self.rows)
             for name, layer in self.modules.items()
-            if isinstance(layer, BaseLinearLayerWithLoRA) and layer.punica_wrapper is language
+            if isinstance(layer, BaseLinearLayerWithLoRA)
+            and layer.punica_wrapper is language
+            and not self._is_of_requests(name)
         }
         self._layer_of = {part: name for name, layer in self.layers.items() for part in layer.parts}
 
@@ -102,7 +107,12 @@ class ModelManager(LRUCacheLoRAModelManager):
             by_layer.setdefault(self._layer_of[name], {})[name] = vector
         return {name: self.layers[name].local(given) for name, given in by_layer.items()}
 
+    def _is_of_requests(self, name: str) -> bool:
+        return bool(self.is_pooling_model) and name.rpartition(".")[2] in _OF_REQUESTS
+
     def _not_served(self, name: str) -> str:
+        if self._is_of_requests(name):
+            return f"{name!r} is the model's output layer, on which vLLM can serve no vector"
         targets = self.lora_config.target_modules
         if targets is not None:
             return (

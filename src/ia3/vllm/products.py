@@ -13,7 +13,11 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 
 class CPUProducts(PunicaWrapperCPU):
-    """vLLM's, for batches with a LoRA row; `no_lora` says that the batch has none."""
+    """vLLM's, for batches with a LoRA row.
+
+    `no_lora` says that the batch has none: vLLM sets it for each that it calls a prefill, which on
+    CPUs is every one.
+    """
 
     def add_lora_linear(self, y: Tensor, *others: Any, **options: Any) -> None:
         """Add LoRA's products of a linear layer to its output, in place."""

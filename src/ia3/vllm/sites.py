@@ -1,8 +1,8 @@
 """The product in vLLM's layers: each token's activation times its adapter's vector.
 
 A layer that may be rescaled has a table for its output and one for its input, a row a slot of
-vLLM's and a last one of ones, which is the base model's. vLLM's own LoRA is not touched: the input
-is multiplied before the layer's own product, the output after it.
+vLLM's and a last one of ones, which is the base model's. The layer's `forward` is replaced by one
+that multiplies the input, calls vLLM's, and multiplies the output; LoRA's product is vLLM's.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Rows:
         self.of_tokens = torch.full((tokens,), slots, dtype=torch.long, device=device)
         # A graph is made before the first batch: what it leaves out then stays out.
         self.idle = eager
-        # While texts are continued each step has the rows of the one before: what a site took for
-        # so many tokens, where that is no larger than its table.
+        # While texts are continued each step has the rows of the one before. What a site took for
+        # so many tokens, where Python runs at every step; never larger than the site's table.
         self.taken: dict[tuple[Site, int], Tensor] | None = None
 
     def reset(self) -> None:
@@ -155,7 +155,7 @@ class Layer:
         layer.forward = self._forward
 
     def _forward(self, activation: Tensor, *others: Any) -> Any:
-        # On CPUs the steps around LoRA's product cost, where no row has a LoRA adapter.
+        # On CPUs a batch without LoRA rows is spared the Python around LoRA's product.
         forward = self.base if self._is_without_lora() else self._forward_with_lora
         output = forward(self.input.multiplied(activation), *others)
         self.output.multiply_(output[0] if isinstance(output, tuple) else output)
