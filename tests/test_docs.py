@@ -47,6 +47,7 @@ def save_model(text, folder):
     return model
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_evaluates_and_saves(tmp_path):
     texts = [
         *(part for t in load_templates("rte") for part in (t.prompt.source, t.choices.source)),
@@ -85,6 +86,7 @@ def test_the_manifest_names_three_tasks(tmp_path):
     assert (rendered.prompt, rendered.choices[rendered.answer]) == ("twice\nCategory:", "bill")
 
 
+@pytest.mark.slow
 def test_a_classifier_chooses_is_saved_and_read_back(tmp_path):
     first, further, _ = blocks("python", FEW_SHOT)
     printed = run(f"{first}print()\n{further}", tmp_path).splitlines()

@@ -80,7 +80,15 @@ def as_it_is(folder: Path) -> None:
     pass
 
 
-@pytest.mark.parametrize("change", [as_it_is, without_copies, pickled, edited])
+@pytest.mark.parametrize(
+    "change",
+    [
+        as_it_is,
+        pytest.param(without_copies, marks=pytest.mark.slow),
+        pytest.param(pickled, marks=pytest.mark.slow),
+        pytest.param(edited, marks=pytest.mark.slow),
+    ],
+)
 def test_a_kill_leaves_what_was_there_or_what_is_new(
     tmp_path: Path, change: Callable[[Path], None]
 ) -> None:

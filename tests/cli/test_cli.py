@@ -304,16 +304,22 @@ def test_data_in_parquet_and_in_folders_of_datasets(fitted, model_place):
         place.folder / "several"
     )
     before = place.names()
-    for source in ("train.parquet", "several"):
-        done = place.fit("--data", source, "--out", f"of-{source}", "--steps", 3)
+    fit, few = ("fit", "--model", place.model, "--data"), ("--steps", 3)
+    evaluate = ("evaluate", "of-several", "--data", "several", "--json")
+    *fits, of_test, of_train, predicted = place.run_all(
+        (*fit, "train.parquet", "--out", "of-train.parquet", *few),
+        (*fit, "several", "--out", "of-several", *few),
+        evaluate,
+        (*evaluate, "--split", "train"),
+        ("predict", "of-several", "--data", "several"),
+    )
+    for name, done in zip(("of-train.parquet", "of-several"), fits, strict=True):
         assert done.returncode == 0, done.stderr
-        folders = (place.folder / f"of-{source}", from_csv)
+        folders = (place.folder / name, from_csv)
         assert len({(f / "adapter_model.safetensors").read_bytes() for f in folders}) == 1
-    for options, count in (((), 2), (("--split", "train"), 4)):
-        done = place.run("evaluate", "of-several", "--data", "several", "--json", *options)
-        assert json.loads(done.stdout)["examples"] == count, done.stderr
-    done = place.run("predict", "of-several", "--data", "several")
-    (first, _) = csv.DictReader(io.StringIO(done.stdout))
+    assert json.loads(of_test.stdout)["examples"] == 2, of_test.stderr
+    assert json.loads(of_train.stdout)["examples"] == 4, of_train.stderr
+    (first, _) = csv.DictReader(io.StringIO(predicted.stdout))
     assert (first["text"], first["day"]) == ("late, again", "2026-01-02")
     assert place.names() == {*before, "of-train.parquet", "of-several"}
 

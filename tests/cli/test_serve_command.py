@@ -79,6 +79,7 @@ def test_the_printed_line_works_and_what_runs_is_finished_at_the_end(adapters):
         assert "Traceback" not in "\n".join(server.lines)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_what_runs(adapters):
     with Server("--adapters", adapters, "--timeout", 60) as server:
         asked = {"model": "it's", "prompt": TEXTS[0], "max_tokens": 100_000, "n": 16}

@@ -295,6 +295,7 @@ def test_speech_is_generated_with_each_rows_adapter(beams, each):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.slow
 def test_continuous_batching_is_never_routed(model):
     """It packs rows, in a thread that has no route: they would all get the active adapter."""
     prompts, base = [[5, 6, 7], [8, 9]], model.get_base_model()

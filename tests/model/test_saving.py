@@ -253,6 +253,7 @@ def test_pushed_and_loaded_again(tiny_llama, tmp_path, hub):
     assert str(tmp_path) not in card
 
 
+@pytest.mark.slow
 def test_a_card_that_is_there_is_kept(tiny_llama, tmp_path, hub):
     tiny_llama.save_pretrained(tmp_path / "base")
     adapted(tiny_llama).save_pretrained(tmp_path / "adapter")
@@ -262,6 +263,7 @@ def test_a_card_that_is_there_is_kept(tiny_llama, tmp_path, hub):
     assert hub.files.keys() == FILES | {"README.md"}
 
 
+@pytest.mark.slow
 def test_pushing_takes_pefts_arguments(tiny_llama, tmp_path, hub):
     tiny_llama.save_pretrained(tmp_path / "base")
     adapted(tiny_llama).save_pretrained(tmp_path / "adapter")

@@ -523,7 +523,7 @@ print("peft" in sys.modules)
 @pytest.mark.parametrize(
     ("script", "peft_is_there"),
     [
-        (WITHOUT_PEFT + TRAINER + MODEL + TRAIN, False),
+        pytest.param(WITHOUT_PEFT + TRAINER + MODEL + TRAIN, False, marks=pytest.mark.slow),
         pytest.param(WITHOUT_PEFT + MODEL + TRAINER + TRAIN, False, marks=pytest.mark.slow),
         (MODEL + TRAINER + TRAIN, True),
     ],
@@ -547,7 +547,11 @@ assert is_peft_model(model)
 
 @pytest.mark.parametrize(
     "script",
-    ["from peft import PeftModel" + MODEL, MODEL, MODEL + "model.config\n"],
+    [
+        pytest.param("from peft import PeftModel" + MODEL, marks=pytest.mark.slow),
+        MODEL,
+        pytest.param(MODEL + "model.config\n", marks=pytest.mark.slow),
+    ],
     ids=["peft first", "model first", "model asked first"],
 )
 def test_pefts_class_in_any_order_and_peft_is_not_imported_for_it(script):

@@ -55,7 +55,7 @@ WAYS = [
     (around_blocks, compiled),
     (around_blocks, both),
     (around_linear_layers, checkpoint_wrapper),
-    (around_all, compiled),
+    pytest.param(around_all, compiled, marks=pytest.mark.slow),
 ]
 WRAPPED = wrapped(*WAYS)
 FIRST = pytest.mark.parametrize("wrapped_first", [True, False], ids=["wrap first", "adapt first"])
