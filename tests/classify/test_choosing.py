@@ -67,6 +67,9 @@ def candidate(engine, accuracy):
         (0.91, 0.7, "encoder"),
         (0.59, 0.4, "language-model"),
         (0.61, 0.4, "encoder"),
+        # A quarter of the errors.
+        (0.94, 0.8, "language-model"),
+        (0.96, 0.8, "encoder"),
         (1.0, 1.0, "encoder"),
         (1.0, 0.99, "encoder"),
     ],

@@ -30,6 +30,8 @@ ASKED_TOKENS = 16_384
 # By what share of the texts the encoder has to be ahead: more than on samples of sentiment, which
 # is the language model's, and less than on those of question types (docs/benchmarks.md).
 AHEAD = 0.2
+# Or what part of the language model's errors it may have: its training leaves about as many.
+FEW_ERRORS = 0.25
 # Of fewer, unless there are no more, the answers say nothing.
 FEWEST_ASKED = 16
 
@@ -106,11 +108,12 @@ def promises_more(seen: Sequence[Candidate]) -> EngineName:
     """The engine to train: the encoder where its last answers are ahead by more than `AHEAD`.
 
     They come of labels, of which the untuned language model has seen none: of two that are right
-    about as often, the language model has more to gain. The encoder is taken too where it has all
-    right, as it costs less.
+    about as often, the language model has more to gain. It does not gain what `FEW_ERRORS` leaves,
+    so the encoder is taken there too, as where it has all right.
     """
     of = {each.engine: each.accuracy for each in seen}
     if LANGUAGE_MODEL not in of:
         return ENCODER
     encoder, untuned = of[ENCODER], of[LANGUAGE_MODEL]
-    return ENCODER if encoder - untuned > AHEAD or encoder == 1 else LANGUAGE_MODEL
+    is_ahead = encoder - untuned > AHEAD or 1 - encoder <= FEW_ERRORS * (1 - untuned)
+    return ENCODER if is_ahead else LANGUAGE_MODEL
