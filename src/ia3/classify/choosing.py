@@ -30,7 +30,7 @@ ASKED_TOKENS = 16_384
 # By what share of the texts the encoder has to be ahead: more than on samples of sentiment, which
 # is the language model's, and less than on those of question types (docs/benchmarks.md).
 AHEAD = 0.2
-# Or what part of the language model's errors it may have: its training leaves about as many.
+# Or what part of the language model's errors it may have: training seldom leaves that one fewer.
 FEW_ERRORS = 0.25
 # Of fewer, unless there are no more, the answers say nothing.
 FEWEST_ASKED = 16
@@ -108,8 +108,8 @@ def promises_more(seen: Sequence[Candidate]) -> EngineName:
     """The engine to train: the encoder where its last answers are ahead by more than `AHEAD`.
 
     They come of labels, of which the untuned language model has seen none: of two that are right
-    about as often, the language model has more to gain. It does not gain what `FEW_ERRORS` leaves,
-    so the encoder is taken there too, as where it has all right.
+    about as often, the language model has more to gain. But training seldom leaves it fewer than
+    `FEW_ERRORS` of its errors: the encoder is taken too where it has no more, or none.
     """
     of = {each.engine: each.accuracy for each in seen}
     if LANGUAGE_MODEL not in of:
